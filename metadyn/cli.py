@@ -1,0 +1,178 @@
+"""The command line: metadyn run | figures | report | devices.
+
+Exit codes: 0 done, 1 a criterion failed, 2 bad input (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from metadyn.base import ConfigError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see metadyn --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="metadyn", description="Measures in what order learners learn.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="do a whole study: train, measure, draw, judge",
+        description="Does a study. The same command on the same DIR goes on where it was left. "
+        "Options that are not listed here override the preset: see `metadyn run STUDY --options`.",
+    )
+    run.add_argument("study", help="a Python file that defines a study")
+    run.add_argument("--preset", default="quick", help="quick (default), paper, ...")
+    run.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--options", action="store_true", help="list what can be overridden")
+    for name, what in (
+        ("figures", "draw the figures again from what DIR holds"),
+        ("report", "print the verdict, or how far a run has come"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("dir", metavar="DIR")
+    commands.add_parser("devices", help="say what a run would use")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        arguments, overrides = _parser().parse_known_args(argv)
+        if overrides and arguments.command != "run":
+            raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
+        return _COMMANDS[arguments.command](arguments, overrides)
+    except ConfigError as error:
+        print(f"metadyn: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("metadyn: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from rich.console import Console
+
+    from metadyn.progress import Progress
+    from metadyn.study import load_study, run_study
+
+    study = load_study(arguments.study)
+    if arguments.preset not in study.presets:
+        known = ", ".join(study.presets)
+        raise ConfigError(f"--preset {arguments.preset}: choose from {known}")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed {arguments.seed}: must be 0 or more")
+    default = study.presets[arguments.preset]
+    if arguments.options:
+        overrides = ["--help"]
+    config = configured(default, overrides)
+    if config is None:
+        return DONE
+    out = arguments.out or f"runs/{study.name}-{arguments.preset}-{arguments.seed}"
+    progress = Progress(Console())
+    progress.say(f"metadyn: {study.name}, preset {arguments.preset}, into {out}")
+    summary = run_study(study, arguments.preset, arguments.seed, config, out, progress)
+    _show(summary)
+    progress.say(f"figures: {Path(out) / 'figures'}")
+    return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
+
+
+def configured(default: Any, overrides: Sequence[str]) -> Any:
+    """`default` with command-line overrides, such as ["--domain.sigma", "0.2"].
+
+    None when only help was asked for (and printed). Raises `ConfigError` for unknown names and
+    values that do not parse.
+    """
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                type(default),
+                prog="metadyn run STUDY",
+                default=default,
+                args=list(overrides),
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]", " ", errors.getvalue())
+        text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
+        raise ConfigError(f"override: {' '.join(text.split())}") from None
+
+
+def _figures(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from metadyn import figures
+    from metadyn.store import RunFolder
+
+    for path in figures.draw(RunFolder(arguments.dir)):
+        print(path)
+    return DONE
+
+
+def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from metadyn.store import RunFolder
+
+    run = RunFolder(arguments.dir)
+    summary = run.summary()
+    if summary is None:
+        steps = run.outer_steps()
+        total = run.config["config"]["outer"]["steps"]
+        measured = sum(len(names) for names in run.measurements().values())
+        print(f"not done: outer step {steps[-1] if steps else 0} of {total} stored, "
+              f"{measured} measurements stored")
+        return DONE
+    _show(summary)
+    return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
+
+
+def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from metadyn import mesh
+
+    for name, value in mesh.describe().items():
+        print(f"{name}: {value}")
+    return DONE
+
+
+def _show(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{summary['study']}, preset {summary['preset']}, seed {summary['seed']}")
+    table.add_column("criterion", no_wrap=True)
+    table.add_column("value [95 % interval]", justify="right", no_wrap=True)
+    table.add_column("expected")
+    table.add_column("")
+    number = lambda v: "-" if v is None else f"{v:.3g}"  # noqa: E731
+    for row in (*summary["criteria"], *summary["reported"]):
+        verdict = {True: "passed", False: "FAILED", None: ""}[row.get("passed")]
+        interval = f"{number(row['value'])} [{number(row['low'])}, {number(row['high'])}]"
+        table.add_row(row["name"], Text(interval), row["expected"], verdict)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+
+
+_COMMANDS = {"run": _run, "figures": _figures, "report": _report, "devices": _devices}
+
+if __name__ == "__main__":
+    sys.exit(main())

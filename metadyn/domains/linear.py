@@ -1,0 +1,219 @@
+"""Domain 1, linear regression: y = W x + ε with a matrix-normal prior over W.
+
+After Saxe et al. (2013), arXiv:1312.6120, and Rabinowitz (2019), arXiv:1905.01320. The modes of a
+task W = U diag(s) Vᵀ are its singular triples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array, Float
+
+from metadyn.base import Key, Probe, check, check_positive
+
+Matrix = Annotated[tuple[tuple[float, ...], ...], tyro.conf.arg(metavar="ROW-MAJOR MATRIX")]
+
+_SPECTRUM_DRAWS = 20_000  # our choice: puts the 2.5 % quantile within about 2 %
+
+
+class LinearTask(NamedTuple):
+    """y = W x + ε. U, s, V are its K = min(n_x, n_y) modes, there on evaluation tasks alone."""
+
+    W: Float[Array, "n_y n_x"]
+    U: Float[Array, "n_y K"] | None = None
+    s: Float[Array, " K"] | None = None
+    V: Float[Array, "n_x K"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRegression:
+    """Tasks y = W x + ε with x ~ N(0, I), ε ~ N(0, σ² I) and W ~ MN(M, R, C).
+
+    cov(vec W) = C ⊗ R. Raises `ConfigError` for sizes below 1, σ ≤ 0 and matrices that are not of
+    the right shape, not symmetric or not positive definite.
+    """
+
+    n_x: int = 5
+    """Inputs."""
+    n_y: int = 5
+    """Outputs."""
+    sigma: float = 0.1
+    """Standard deviation σ of the noise on each output."""
+    steps: int = 20
+    """T, the observations in one episode."""
+    mean: Matrix | None = None
+    """M, n_y rows of n_x numbers. None: zero."""
+    row_covariance: Matrix | None = None
+    """R, between outputs: n_y rows of n_y numbers. None: identity."""
+    column_covariance: Matrix | None = None
+    """C, between inputs: n_x rows of n_x numbers. None: identity / n_x."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "n_x", "n_y", "sigma", "steps")
+        for field, shape in (
+            ("mean", (self.n_y, self.n_x)),
+            ("row_covariance", (self.n_y, self.n_y)),
+            ("column_covariance", (self.n_x, self.n_x)),
+        ):
+            rows = getattr(self, field)
+            if rows is None:
+                continue
+            right = len(rows) == shape[0] and all(len(row) == shape[1] for row in rows)
+            check(right, field, rows, f"give {shape[0]} rows of {shape[1]} numbers")
+            matrix = np.asarray(rows, np.float64)
+            check(bool(np.isfinite(matrix).all()), field, rows, "every number must be finite")
+            if field == "mean":
+                continue
+            check(np.allclose(matrix, matrix.T), field, rows, "a covariance must be symmetric")
+            least = float(np.linalg.eigvalsh(matrix)[0])
+            check(least > 0, field, rows, f"must be positive definite (an eigenvalue is {least:g})")
+
+    # The prior.
+
+    @cached_property
+    def M(self) -> np.ndarray:
+        """Prior mean [n_y, n_x], float64."""
+        return np.zeros((self.n_y, self.n_x)) if self.mean is None else np.array(self.mean)
+
+    @cached_property
+    def R(self) -> np.ndarray:
+        """Prior covariance between outputs [n_y, n_y], float64."""
+        return np.eye(self.n_y) if self.row_covariance is None else np.array(self.row_covariance)
+
+    @cached_property
+    def C(self) -> np.ndarray:
+        """Prior covariance between inputs [n_x, n_x], float64."""
+        C = self.column_covariance
+        return np.eye(self.n_x) / self.n_x if C is None else np.array(C)
+
+    @property
+    def modes(self) -> int:
+        """K = min(n_x, n_y)."""
+        return min(self.n_x, self.n_y)
+
+    def spectrum(self, scale: float = 1.0, outsize: float = 1.0) -> tuple[float, ...]:
+        """K singular values, greatest first, spread evenly over the prior's central 95 %.
+
+        They are the quantiles at K evenly spaced probabilities from 0.975 to 0.025 of all singular
+        values of W ~ MN(M, R, C), by Monte Carlo with a fixed seed. For tasks out of distribution,
+        `scale` multiplies all of them and `outsize` the greatest alone.
+        """
+        check(scale > 0, "scale", scale, "must be positive")
+        check(outsize > 0, "outsize", outsize, "must be positive")
+        draws = np.random.default_rng(0).standard_normal((_SPECTRUM_DRAWS, self.n_y, self.n_x))
+        W = self.M + np.linalg.cholesky(self.R) @ draws @ np.linalg.cholesky(self.C).T
+        values = np.linalg.svd(W, compute_uv=False)
+        levels = [0.5] if self.modes == 1 else np.linspace(0.975, 0.025, self.modes)
+        s = scale * np.quantile(values, levels)
+        s[0] *= outsize
+        return tuple(float(value) for value in s)
+
+    # The contract of `base.Domain`.
+
+    @property
+    def loss_floor(self) -> float:
+        """σ²."""
+        return self.sigma**2
+
+    @property
+    def answer_size(self) -> int:
+        """n_y."""
+        return self.n_y
+
+    def sample_task(self, key: Key) -> LinearTask:
+        """W ~ MN(M, R, C)."""
+        left = jnp.asarray(np.linalg.cholesky(self.R), jnp.float32)
+        right = jnp.asarray(np.linalg.cholesky(self.C), jnp.float32)
+        Z = jax.random.normal(key, (self.n_y, self.n_x))
+        return LinearTask(jnp.asarray(self.M, jnp.float32) + left @ Z @ right.T)
+
+    def evaluation_task(
+        self, key: Key, spectrum: Float[Array, " K"], rotate: bool = True
+    ) -> LinearTask:
+        """W = U diag(s) Vᵀ with the given spectrum and Haar-random U and V.
+
+        With `rotate` off U and V are the coordinate axes. As x and ε are isotropic this changes
+        nothing for a learner whose initial state is isotropic too; it lets one that starts along
+        the axes start aligned with the task, as Saxe's closed form assumes.
+        """
+        s = jnp.asarray(spectrum, jnp.float32)
+        check(s.shape == (self.modes,), "spectrum", spectrum, f"give {self.modes} values")
+        U, V = jnp.eye(self.n_y), jnp.eye(self.n_x)
+        if rotate:
+            key_u, key_v = jax.random.split(key)
+            U = jax.random.orthogonal(key_u, self.n_y)
+            V = jax.random.orthogonal(key_v, self.n_x)
+        U, V = U[:, : self.modes], V[:, : self.modes]
+        return LinearTask((U * s) @ V.T, U, s, V)
+
+    def query(self, task: LinearTask, key: Key) -> Float[Array, " n_x"]:
+        """x ~ N(0, I)."""
+        del task
+        return jax.random.normal(key, (self.n_x,))
+
+    def feedback(
+        self, task: LinearTask, query: Float[Array, " n_x"], answer: object, key: Key
+    ) -> Float[Array, " n_y"]:
+        """y = W x + ε, whatever was answered."""
+        del answer
+        return task.W @ query + self.sigma * jax.random.normal(key, (self.n_y,))
+
+    def loss(
+        self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]
+    ) -> Float[Array, ""]:
+        """Squared error, mean over outputs."""
+        return jnp.mean((answer - feedback) ** 2)
+
+    def encode_query(self, query: Float[Array, " n_x"]) -> Float[Array, " n_x"]:
+        """x as it is."""
+        return query
+
+    def encode_feedback(self, feedback: Float[Array, " n_y"]) -> Float[Array, " n_y"]:
+        """y as it is."""
+        return feedback
+
+    # The probe.
+
+    def probe(self, points: int = 32, seed: int = 0) -> Probe:
+        """Effective spectrum from input-output pairs alone.
+
+        The answers at `points` inputs x' ~ N(0, I), shared by all tasks and times, are fitted by
+        ŷ(x') ≈ Ŵ x' + b: one pseudo-inverse, computed here once in float64, and a matrix product.
+
+        Readings: `mode_strength` [K], a_k = (Uᵀ Ŵ V)_kk / s_k; `off_diagonal`, the share of
+        ‖Ŵ‖²_F outside that diagonal; `unexplained`, the share of the answers' variance that the
+        fit leaves out. Both shares lie in [0, 1] and are 0 where there is nothing to share out.
+        Raises `ConfigError` if `points` cannot tell a linear answer from a nonlinear one.
+        """
+        least = self.n_x + 2
+        check(points >= least, "probe points", points, f"must be at least n_x + 2 = {least}")
+        x = np.random.default_rng(seed).standard_normal((points, self.n_x))
+        design = np.concatenate([x, np.ones((points, 1))], axis=1)
+        fit = jnp.asarray(np.linalg.pinv(design), jnp.float32)
+        inputs = jnp.asarray(design, jnp.float32)
+
+        def read(task: LinearTask, answers: Float[Array, "P n_y"]) -> dict[str, Array]:
+            coefficients = fit @ answers
+            W_hat = coefficients[:-1].T
+            diagonal = jnp.einsum("ik,ij,jk->k", task.U, W_hat, task.V)
+            residual = answers - inputs @ coefficients
+            return {
+                "mode_strength": diagonal / task.s,
+                "off_diagonal": _share(jnp.sum(W_hat**2) - jnp.sum(diagonal**2), W_hat),
+                "unexplained": _share(jnp.sum(residual**2), answers - answers.mean(0)),
+            }
+
+        axes = {"mode_strength": ("mode",), "off_diagonal": (), "unexplained": ()}
+        return Probe(inputs[:, :-1], read, axes)
+
+
+def _share(part: Float[Array, ""], whole: Float[Array, "..."]) -> Float[Array, ""]:
+    total = jnp.sum(whole**2)
+    return jnp.where(total > 0, jnp.clip(part / jnp.where(total > 0, total, 1.0), 0.0, 1.0), 0.0)

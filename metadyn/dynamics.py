@@ -1,0 +1,100 @@
+"""Figures of merit: what mode trajectories say, each with its 95 % bootstrap interval.
+
+Works on stored arrays alone, in NumPy. Arrays of samples are [seed, task, ...]; a learner without
+outer parameters has one seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Estimate(NamedTuple):
+    """A figure of merit and its 95 % interval; scalars or arrays of one shape."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def estimate(
+    statistic: Callable[..., np.ndarray], *samples: np.ndarray, draws: int = 1000, seed: int = 0
+) -> Estimate:
+    """statistic(*means over seeds and tasks) with its percentile bootstrap interval.
+
+    Tasks are resampled and, independently, seeds are. Samples of as many tasks (seeds) are taken
+    to be of the same tasks (seeds) and are resampled together, so differences between learners on
+    the same episodes have paired intervals. With few seeds the interval over them is too narrow,
+    as any bootstrap of few is. The statistic maps means [..., *rest] to figures [..., *any].
+    """
+    rng = np.random.default_rng(seed)
+    weights: dict[tuple[str, int], np.ndarray] = {}
+
+    def counts(kind: str, n: int) -> np.ndarray:
+        if (kind, n) not in weights:
+            drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+            weights[kind, n] = drawn.astype(np.float32) / n
+        return weights[kind, n]
+
+    def resampled(sample: np.ndarray) -> np.ndarray:
+        n_seeds, n_tasks, *rest = sample.shape
+        by_task = counts("task", n_tasks)
+        by_seed = counts("seed", n_seeds)
+        flat = sample.reshape(n_seeds, n_tasks, -1)
+        mean = sum(by_seed[:, i, None] * (by_task @ flat[i]) for i in range(n_seeds))
+        return np.asarray(mean).reshape(draws, *rest)
+
+    value = statistic(*(np.asarray(s, np.float64).mean((0, 1)) for s in samples))
+    drawn = statistic(*(resampled(np.asarray(s, np.float32)) for s in samples))
+    with np.errstate(all="ignore"):
+        missing = np.isnan(drawn).all(0)
+        low, high = np.nanquantile(np.where(missing, 0.0, drawn), [0.025, 0.975], axis=0)
+    return Estimate(value, np.where(missing, np.nan, low), np.where(missing, np.nan, high))
+
+
+def learning_times(
+    times: Float[np.ndarray, " time"],
+    strength: Float[np.ndarray, "*batch time mode"],
+    p: float = 0.5,
+) -> Float[np.ndarray, "*batch mode"]:
+    """t_k(p): the first time, linearly interpolated, at which a mode's strength reaches p.
+
+    In the units of `times`. NaN where it never does: the mode is censored.
+    """
+    reached = strength >= p
+    after = reached.argmax(-2)
+    before = np.maximum(after - 1, 0)
+    pick = lambda i: np.take_along_axis(strength, i[..., None, :], -2)[..., 0, :]  # noqa: E731
+    a, b = pick(before), pick(after)
+    times = np.asarray(times, np.float64)
+    rise = np.where(after > 0, (p - a) / np.where(b > a, b - a, 1.0), 1.0)
+    t = times[before] + rise * (times[after] - times[before])
+    return np.where(reached.any(-2), t, np.nan)
+
+
+def staggering_slope(
+    scale: Float[np.ndarray, " mode"], t: Float[np.ndarray, "*batch mode"]
+) -> Float[np.ndarray, "*batch"]:
+    """Least-squares slope of log t_k against log scale_k, unit-free.
+
+    Over the modes that are not censored (report the others beside it) and crossed after t = 0;
+    NaN where fewer than two are left.
+    """
+    with np.errstate(all="ignore"):
+        y = np.log(np.where(t > 0, t, np.nan))
+    there = np.isfinite(y)
+    n = there.sum(-1)
+    with np.errstate(all="ignore"):
+        x = np.where(there, np.log(scale), 0.0)
+        y = np.where(there, y, 0.0)
+        x = np.where(there, x - x.sum(-1, keepdims=True) / n[..., None], 0.0)
+        return np.where(n >= 2, (x * y).sum(-1) / (x**2).sum(-1), np.nan)
+
+
+def excess_loss(loss: np.ndarray, bayes_loss: np.ndarray, floor: float) -> np.ndarray:
+    """(L − L_Bayes) / (L_Bayes − floor) on the same episodes; floor is the loss of knowing all."""
+    return (loss - bayes_loss) / (bayes_loss - floor)

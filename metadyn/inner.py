@@ -1,0 +1,171 @@
+"""The inner loop: one scan over steps, probing as it goes, mapped over tasks.
+
+Per step t the domain poses a query, the learner answers, the domain gives feedback, the learner
+updates. The probe asks a copy of the learner's state, so it never changes what comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from metadyn import mesh
+from metadyn.base import (
+    Answer,
+    Domain,
+    Feedback,
+    Key,
+    Learner,
+    Params,
+    Probe,
+    Query,
+    Task,
+    check,
+    indexed_keys,
+)
+
+
+def interact(
+    domain: Domain, task: Task, answer: Callable[[Query], Answer], key: Key
+) -> tuple[Query, Answer, Feedback]:
+    """One query, answer and feedback."""
+    key_query, key_feedback = jax.random.split(key)
+    query = domain.query(task, key_query)
+    answered = answer(query)
+    return query, answered, domain.feedback(task, query, answered, key_feedback)
+
+
+def observe(domain: Domain, key: Key) -> tuple[Query, Feedback]:
+    """The T pairs [T, ...] of an episode on a task of the training distribution.
+
+    For domains whose feedback ignores the answers. `measure` poses the same task and pairs under
+    the same key.
+    """
+    key_task, key_episode = jax.random.split(key)
+    task = domain.sample_task(key_task)
+    _, key_steps = jax.random.split(key_episode)
+    keys = indexed_keys(key_steps, jnp.arange(domain.steps))
+    query, _, feedback = jax.vmap(lambda k: interact(domain, task, lambda query: None, k))(keys)
+    return query, feedback
+
+
+def run(
+    domain: Domain,
+    learner: Learner,
+    task: Task,
+    key: Key,
+    times: Sequence[int],
+    probe: Probe | None = None,
+) -> dict[str, Array]:
+    """One episode of one learner on one task.
+
+    Returns, with a leading axis over `times` (steps done; increasing, from 0), the probe's
+    readings, the learner's own diagnoses, and `loss`: the mean loss of its answers since the time
+    before, each scored before its feedback was seen (NaN at t = 0).
+    """
+    times = _checked(times)
+    key_init, key_steps = jax.random.split(key)
+    pose = lambda state, key: interact(  # noqa: E731
+        domain, task, lambda query: learner.predict(state, query), key
+    )
+
+    def step(t, carry):
+        state, total = carry
+        key = jax.random.fold_in(key_steps, t)
+        if learner.batch is None:
+            query, answer, feedback = pose(state, key)
+            loss = domain.loss(answer, feedback)
+        else:
+            keys = indexed_keys(key, jnp.arange(learner.batch))
+            query, answer, feedback = jax.vmap(pose, (None, 0))(state, keys)
+            loss = jnp.mean(jax.vmap(domain.loss)(answer, feedback))
+        return learner.update(state, query, feedback), total + loss
+
+    def look(state) -> dict[str, Array]:
+        readings: dict[str, Array] = {}
+        if probe is not None:
+            answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
+            readings |= probe.read(task, answers)
+        return readings | dict(learner.diagnose(state) if learner.diagnose else {})
+
+    def segment(state, span):
+        start, stop = span
+        state, total = jax.lax.fori_loop(start, stop, step, (state, jnp.zeros(())))
+        return state, look(state) | {"loss": total / (stop - start)}
+
+    state = learner.init(key_init)
+    first = look(state) | {"loss": jnp.array(jnp.nan)}
+    _, rest = jax.lax.scan(segment, state, (times[:-1], times[1:]))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+
+@partial(
+    jax.jit,
+    static_argnames="domain make_learner seeded sample_task times probe chunk".split(),
+)
+def measure(
+    domain: Domain,
+    make_learner: Callable[[Params], Learner],
+    params: Params,
+    seeded: bool,
+    sample_task: Callable[[Key, Any], Task],
+    argument: Any,
+    key: Key,
+    indices: Int[Array, " tasks"],
+    times: tuple[int, ...],
+    probe: Probe | None = None,
+    chunk: int = 4096,
+) -> dict[str, Array]:
+    """`run` of learner `make_learner(params)` on many tasks: [task, time, ...], in one compiled call.
+
+    If `seeded`, params have a leading seed axis and so do the results: [seed, task, time, ...].
+
+    Task i, `sample_task(key_i, argument)`, and all that happens in it come from `key` folded with
+    its global index i. Tasks are spread over the devices and taken `chunk` at a time on each, which
+    bounds the memory.
+    """
+
+    def some(everywhere, indices):
+        params, argument, key = everywhere
+        learner = make_learner(params)
+
+        def one(index):
+            key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
+            return run(domain, learner, sample_task(key_task, argument), key_episode, times, probe)
+
+        return jax.lax.map(one, indices, batch_size=min(chunk, len(indices)))
+
+    def one_seed(params):
+        return mesh.over_tasks(some, (params, argument, key), indices)
+
+    return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)
+
+
+def reading_axes(learner: Learner, probe: Probe | None) -> Mapping[str, tuple[str, ...]]:
+    """Axis names, beyond task and time, of each reading that `run` returns."""
+    axes: dict[str, tuple[str, ...]] = {"loss": ()}
+    if learner.diagnose is not None:
+        state = jax.eval_shape(learner.init, jax.random.key(0))
+        axes |= {name: () for name in jax.eval_shape(learner.diagnose, state)}
+    return axes | dict(probe.axes if probe is not None else {})
+
+
+def log_spaced(steps: int, count: int) -> tuple[int, ...]:
+    """0 and up to `count` further whole numbers, evenly spaced in logarithm, the last `steps`."""
+    check(steps >= 1, "steps", steps, "must be at least 1")
+    check(count >= 1, "count", count, "must be at least 1")
+    spaced = np.geomspace(1, steps, count) if count > 1 else np.array([steps])
+    return (0, *(int(t) for t in np.unique(np.round(spaced)).astype(int)))
+
+
+def _checked(times: Sequence[int]) -> Any:
+    array = np.asarray(times, np.int32)
+    increasing = array.ndim == 1 and len(array) > 1 and bool((np.diff(array) > 0).all())
+    check(increasing and array[0] == 0, "times", times, "must increase strictly from 0")
+    return array

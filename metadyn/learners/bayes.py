@@ -1,0 +1,84 @@
+"""Exact Bayes and its plain relations, by closed-form updates after each pair."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from metadyn.base import Key, Learner, check
+from metadyn.domains.linear import LinearRegression
+
+
+class Posterior(NamedTuple):
+    """Independent Gaussian posteriors over the rows of a weight matrix."""
+
+    mean: Float[Array, "rows n"]
+    root: Float[Array, "rows n n"]
+    """S with covariance S Sᵀ: kept as a root, so that it stays one in float32 for any noise."""
+
+
+def condition(
+    posterior: Posterior, x: Float[Array, " n"], y: Float[Array, " rows"], variance: float
+) -> Posterior:
+    """The posterior after y = mean · x + noise of the given variance on each row.
+
+    Potter's square-root update (Bierman 1977, Factorization Methods for Discrete Sequential
+    Estimation, §II.3): algebraically the Kalman update, without its subtraction of covariances.
+    """
+
+    def row(mean, root, y):
+        v = root.T @ x
+        gain = root @ v / (v @ v + variance)
+        shrink = 1 / (1 + jnp.sqrt(variance / (v @ v + variance)))
+        return mean + gain * (y - mean @ x), root - shrink * jnp.outer(gain, v)
+
+    return Posterior(*jax.vmap(row)(posterior.mean, posterior.root, y))
+
+
+def bayes_linear(domain: LinearRegression) -> Learner:
+    """The posterior mean of W under the domain's own prior MN(M, R, C) and noise σ².
+
+    In the eigenbasis of R the outputs are independent: row i has prior covariance λ_i C.
+    """
+    eigenvalues, basis = np.linalg.eigh(domain.R)
+    Q = jnp.asarray(basis, jnp.float32)
+    mean = jnp.asarray(basis.T @ domain.M, jnp.float32)
+    roots = np.sqrt(eigenvalues)[:, None, None] * np.linalg.cholesky(domain.C)
+    prior = Posterior(mean, jnp.asarray(roots, jnp.float32))
+
+    def init(key: Key) -> Posterior:
+        del key
+        return prior
+
+    def predict(state: Posterior, x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
+        return Q @ (state.mean @ x)
+
+    def update(state: Posterior, x: Float[Array, " n_x"], y: Float[Array, " n_y"]) -> Posterior:
+        return condition(state, x, Q.T @ y, domain.sigma**2)
+
+    return Learner(init, predict, update)
+
+
+def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
+    """argmin_W Σ ‖y − W x‖² + penalty ‖W‖², online.
+
+    It is the posterior mean under iid weights of variance 1 / penalty and noise of variance 1.
+    """
+    check(penalty > 0, "penalty", penalty, "must be positive")
+    prior = Posterior(
+        jnp.zeros((n_y, n_x)), jnp.broadcast_to(jnp.eye(n_x) / penalty**0.5, (n_y, n_x, n_x))
+    )
+    predict = lambda state, x: state.mean @ x  # noqa: E731
+    return Learner(lambda key: prior, predict, lambda state, x, y: condition(state, x, y, 1.0))
+
+
+def least_squares(n_x: int, n_y: int) -> Learner:
+    """Least squares, the one of least norm while the inputs do not yet determine W.
+
+    Ridge with a penalty of 1e-5 against inputs of unit variance: in float32, its limit.
+    """
+    return ridge(n_x, n_y, 1e-5)

@@ -1,0 +1,148 @@
+"""Ordinary learners: a network trained by an optax optimiser on the feedback it gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from metadyn.base import Answer, Feedback, Key, Learner, Query, check
+
+Weights = Any
+
+
+class Network(NamedTuple):
+    """A function of weights, for one query at a time."""
+
+    init: Callable[[Key], Weights]
+    apply: Callable[[Weights, Query], Answer]
+
+
+def deep_linear(n_x: int, n_y: int, depth: int = 2, width: int = 32, scale: float = 1e-2) -> Network:
+    """ŷ = W_depth … W_2 W_1 x with N(0, scale²) entries (Saxe et al. 2013)."""
+    sizes = _sizes(n_x, n_y, depth, width, scale)
+
+    def init(key: Key) -> list[Array]:
+        keys = jax.random.split(key, depth)
+        return [
+            scale * jax.random.normal(k, (rows, columns))
+            for k, rows, columns in zip(keys, sizes[1:], sizes[:-1], strict=True)
+        ]
+
+    return Network(init, _product)
+
+
+def balanced_deep_linear(
+    n_x: int, n_y: int, depth: int = 2, width: int = 32, strength: float = 1e-3
+) -> Network:
+    """The same network from the balanced, aligned start that Saxe's closed form assumes.
+
+    Every layer is a multiple of the identity and their product has `strength` a₀ on its diagonal,
+    so that W_{l+1}ᵀ W_{l+1} = W_l W_lᵀ and the modes of a task whose singular vectors are the
+    coordinate axes never mix.
+    """
+    sizes = _sizes(n_x, n_y, depth, width, strength)
+    layer = strength ** (1 / depth)
+
+    def init(key: Key) -> list[Array]:
+        del key
+        return [layer * jnp.eye(r, c) for r, c in zip(sizes[1:], sizes[:-1], strict=True)]
+
+    return Network(init, _product)
+
+
+def _sizes(n_x: int, n_y: int, depth: int, width: int, scale: float) -> list[int]:
+    check(depth >= 1, "depth", depth, "must be at least 1")
+    check(width >= 1, "width", width, "must be at least 1")
+    check(scale > 0, "scale", scale, "must be positive")
+    return [n_x, *[width] * (depth - 1), n_y]
+
+
+def _product(weights: list[Array], x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
+    for W in weights:
+        x = W @ x
+    return x
+
+
+def half_squared_error(answer: Array, feedback: Array) -> Array:
+    """½ ‖answer − feedback‖², for which one unit of time is 1 / learning rate (Saxe et al.)."""
+    return 0.5 * jnp.sum((answer - feedback) ** 2)
+
+
+def gradient(
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    batch: int,
+    loss: Callable[[Answer, Feedback], Array] = half_squared_error,
+) -> Learner:
+    """A network that takes one optimiser step on the mean loss over each fresh minibatch.
+
+    Its state is (weights, optimiser state); its time t counts optimiser updates.
+    """
+    check(batch >= 1, "batch", batch, "must be at least 1")
+
+    def init(key: Key):
+        weights = network.init(key)
+        return weights, optimizer.init(weights)
+
+    def predict(state, query: Query) -> Answer:
+        return network.apply(state[0], query)
+
+    def update(state, query: Query, feedback: Feedback):
+        weights, moments = state
+
+        def objective(weights):
+            answers = jax.vmap(network.apply, (None, 0))(weights, query)
+            return jnp.mean(jax.vmap(loss)(answers, feedback))
+
+        steps, moments = optimizer.update(jax.grad(objective)(weights), moments, weights)
+        return optax.apply_updates(weights, steps), moments
+
+    return Learner(init, predict, update, batch=batch, clock="updates")
+
+
+def named_optimizer(name: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Any optimiser of optax that a learning rate suffices to make, by its name there.
+
+    Raises `ConfigError` for other names.
+    """
+    make = getattr(optax, name, None) if name.isidentifier() else None
+    try:
+        made = make(learning_rate) if callable(make) else None
+    except TypeError:
+        made = None
+    known = isinstance(made, optax.GradientTransformation)
+    check(known, "optimizer", name, "name an optimiser of optax, such as sgd, adam or rmsprop")
+    assert made is not None
+    return made
+
+
+def saxe_strength(
+    t: np.ndarray, s: np.ndarray, start: float, learning_rate: float
+) -> Float[np.ndarray, "time mode"]:
+    """Saxe's closed form for a two-layer linear network, as mode strengths a(t) / s, float64.
+
+    a(t) = s e^{2st/τ} / (e^{2st/τ} − 1 + s/a₀) with τ = 1 / learning rate, a₀ = `start`, t in
+    updates; Saxe et al. (2013), arXiv:1312.6120. From N(0, scale²) weights of width n the growing
+    half of mode k, ½ (W₁ v_k + W₂ᵀ u_k), has expected squared norm ½ n scale²: use that as a₀.
+    """
+    t, s = np.asarray(t, np.float64)[:, None], np.asarray(s, np.float64)[None, :]
+    decay = np.exp(-2 * s * t * learning_rate)  # of the reciprocal, so that nothing overflows
+    return 1 / (1 + decay * (s / start - 1))
+
+
+def random_start(width: int, scale: float) -> float:
+    """The a₀ of `saxe_strength` that stands for N(0, scale²) weights: ½ width scale²."""
+    return 0.5 * width * scale**2
+
+
+def updates_to_learn(s: float, start: float, learning_rate: float, strength: float = 0.5) -> int:
+    """Updates until Saxe's closed form reaches a(t) = strength · s, rounded up."""
+    odds = strength / (1 - strength) * max(s / start - 1, 1.0)
+    return math.ceil(math.log(odds) / (2 * s * learning_rate))

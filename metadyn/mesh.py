@@ -1,0 +1,68 @@
+"""Devices: the one module that knows how many there are.
+
+Episodes and tasks are split over all devices along one axis; parameters are replicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+AXIS = "devices"
+
+
+def mesh() -> Mesh:
+    """All devices of all processes along one axis."""
+    return jax.make_mesh((jax.device_count(),), (AXIS,), (jax.sharding.AxisType.Auto,))
+
+
+def replicated() -> NamedSharding:
+    """A copy on every device: how parameters are placed."""
+    return NamedSharding(mesh(), PartitionSpec())
+
+
+def split_episodes(tree: Any) -> Any:
+    """Shards the leading (episode) axis of every leaf over the devices, under `jax.jit`."""
+    sharding = NamedSharding(mesh(), PartitionSpec(AXIS))
+    return jax.lax.with_sharding_constraint(tree, sharding)
+
+
+def over_tasks(
+    f: Callable[[Any, Array], Any], everywhere: Any, indices: Int[Array, " tasks"]
+) -> Any:
+    """f(everywhere, indices) with the indices, and the result's leading axis, split by device."""
+    padding = -len(indices) % jax.device_count()
+    padded = jnp.pad(indices, (0, padding), mode="edge")
+    split = PartitionSpec(AXIS)
+    sharded = jax.shard_map(
+        f, mesh=mesh(), in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
+    )
+    return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
+
+
+def over_seeds(f: Callable[..., Any], *stacked: Any) -> Any:
+    """f for each index of the leading (seed) axis: at once, or in turn on a CPU.
+
+    A CPU gains nothing from batching matrix products that already fill its cores: three seeds of
+    an LSTM's gradient took 67 ms batched and 36 ms in turn (2-core AMD EPYC, 64 units, batch 256).
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda each: f(*each), stacked)
+    return jax.vmap(f)(*stacked)
+
+
+def describe() -> dict[str, Any]:
+    """What a run would use: backend, devices, processes, memory of each device in bytes."""
+    devices = jax.devices()
+    memory = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    return {
+        "backend": jax.default_backend(),
+        "devices": [f"{d.id}: {d.device_kind}" for d in devices],
+        "memory": memory,
+        "processes": jax.process_count(),
+    }

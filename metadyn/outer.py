@@ -1,0 +1,166 @@
+"""The outer loop: trains a meta-learner's parameters by back-propagation through whole episodes.
+
+Many outer steps run in one dispatch of one compiled program; tasks are sampled on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from metadyn import inner, mesh
+from metadyn.base import (
+    ConfigError,
+    Domain,
+    Key,
+    MetaLearner,
+    Params,
+    check,
+    check_positive,
+    indexed_keys,
+)
+from metadyn.learners.gradient import named_optimizer
+
+Objective = Callable[[Params, Key], Float[Array, ""]]
+"""The mean loss of a batch of episodes, one for each key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterConfig:
+    """How the outer loop optimises. The paper's values are not known to us: these are our choice."""
+
+    steps: int = 16_000
+    """Outer steps."""
+    batch: int = 32
+    """Episodes in one outer step."""
+    seeds: int = 3
+    """Meta-learners trained side by side, each from its own initial weights on its own episodes."""
+    optimizer: str = "adam"
+    """An optimiser of optax, by name."""
+    learning_rate: float = 2e-2
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From the peak to zero, after the warm-up; or constant."""
+    warmup: int = 200
+    """Outer steps in which the learning rate rises from zero to its peak."""
+    clip: float = 1.0
+    """Greatest norm of the gradient."""
+    checkpoints: int = 25
+    """Log-spaced outer steps, beside step 0, at which state and mode trajectories are stored."""
+    dispatch: int = 100
+    """Outer steps in one dispatch to the devices: how often progress is shown."""
+
+    def __post_init__(self) -> None:
+        positive = "steps batch seeds learning_rate clip checkpoints dispatch"
+        check_positive(self, *positive.split())
+        right = 0 <= self.warmup < self.steps
+        check(right, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
+        schedules = ("cosine", "linear", "constant")
+        check(self.schedule in schedules, "schedule", self.schedule, f"choose from {schedules}")
+        named_optimizer(self.optimizer, self.learning_rate)
+
+    @property
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """The outer steps at which state and mode trajectories are stored, from 0 to `steps`."""
+        return inner.log_spaced(self.steps, self.checkpoints)
+
+    def transformation(self) -> optax.GradientTransformation:
+        """Clipping, then the optimiser under its schedule."""
+        decay = {
+            "cosine": optax.cosine_decay_schedule(self.learning_rate, self.steps - self.warmup),
+            "linear": optax.linear_schedule(self.learning_rate, 0.0, self.steps - self.warmup),
+            "constant": optax.constant_schedule(self.learning_rate),
+        }[self.schedule]
+        rise = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup, 1))
+        rate = optax.join_schedules([rise, decay], [self.warmup])
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip), named_optimizer(self.optimizer, rate)
+        )
+
+
+class TrainState(NamedTuple):
+    """All that training goes on from. Leaves of params and moments have a leading seed axis."""
+
+    step: Int[Array, ""]
+    params: Params
+    moments: Any
+
+
+def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
+    """The domain's loss of the answers given before each feedback, mean over steps and episodes.
+
+    For domains whose feedback does not depend on the answers.
+    """
+
+    def objective(params: Params, keys: Key) -> Float[Array, ""]:
+        queries, feedback = jax.vmap(partial(inner.observe, domain), out_axes=-1)(keys)
+        answers = meta.unroll(params, queries, feedback)
+        return jnp.mean(jax.vmap(jax.vmap(domain.loss, -1), 0)(answers, feedback))
+
+    return objective
+
+
+class Trainer:
+    """The compiled outer loop for one objective."""
+
+    def __init__(self, objective: Objective, meta: MetaLearner, config: OuterConfig, key: Key):
+        self.config = config
+        optimizer = config.transformation()
+        key_init, key_episodes = jax.random.split(key)
+        seeds = jnp.arange(config.seeds)
+
+        def init() -> TrainState:
+            params = jax.vmap(meta.init)(indexed_keys(key_init, seeds))
+            return TrainState(jnp.zeros((), jnp.int32), params, jax.vmap(optimizer.init)(params))
+
+        def advance(state: TrainState, count: Int[Array, ""]) -> tuple[TrainState, Array]:
+            def one_seed(key, params, moments):
+                def step(i, carry):
+                    params, moments, total = carry
+                    key_step = jax.random.fold_in(key, state.step + i)
+                    keys = mesh.split_episodes(indexed_keys(key_step, jnp.arange(config.batch)))
+                    loss, gradient = jax.value_and_grad(objective)(params, keys)
+                    updates, moments = optimizer.update(gradient, moments, params)
+                    return optax.apply_updates(params, updates), moments, total + loss
+
+                start = (params, moments, jnp.zeros(()))
+                params, moments, total = jax.lax.fori_loop(0, count, step, start)
+                return params, moments, total / count
+
+            keys = indexed_keys(key_episodes, seeds)
+            params, moments, loss = mesh.over_seeds(one_seed, keys, state.params, state.moments)
+            return TrainState(state.step + count, params, moments), loss
+
+        self.init: Callable[[], TrainState] = jax.jit(init, out_shardings=mesh.replicated())
+        """The state at outer step 0."""
+        self.advance = jax.jit(
+            advance, donate_argnums=0, out_shardings=mesh.replicated()
+        )
+        """`advance(state, count)`: `count` outer steps on; (state, mean loss of each seed). The
+        state passed in is consumed. Compiled once for all counts."""
+
+    def run(self, state: TrainState, targets: Sequence[int]) -> Iterator[tuple[TrainState, Array]]:
+        """Yields (state, mean loss of each seed) after each dispatch, stopping at every target.
+
+        `targets` are outer steps in increasing order; those already passed are skipped. Raises
+        `ConfigError` when a loss is not finite.
+        """
+        step = int(state.step)
+        for target in targets:
+            while step < target:
+                count = min(self.config.dispatch, target - step)
+                state, loss = self.advance(state, jnp.int32(count))
+                step += count
+                if not bool(jnp.isfinite(loss).all()):
+                    raise ConfigError(
+                        f"learning_rate = {self.config.learning_rate!r}: the loss is no longer "
+                        f"finite at outer step {step}; lower it"
+                    )
+                yield state, loss

@@ -1,0 +1,77 @@
+"""What a run says while it goes: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+LINE_EVERY = 10.0  # seconds, away from a terminal
+
+
+class Progress:
+    """Reports to a console; `Progress(None)` says nothing."""
+
+    def __init__(self, console: Console | None):
+        self.console = console
+
+    def say(self, line: str) -> None:
+        """One line."""
+        if self.console is not None:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
+        """Yields show(step, loss, excess, episodes), where episodes counts those trained on."""
+        began, first = time.monotonic(), done
+
+        def facts(step: int, loss: float, excess: float, episodes: int) -> str:
+            seconds = max(time.monotonic() - began, 1e-9)
+            rate = episodes * (step - first) / max(step, 1) / seconds
+            left = seconds * (total - step) / max(step - first, 1)
+            return (
+                f"loss {loss:.4f}  excess over Bayes {excess:.3f}  "
+                f"{rate:,.0f} episodes/s  {left:,.0f} s left"
+            )
+
+        with self._steps("training", total, done) as advance:
+            yield lambda step, **numbers: advance(step, facts(step, **numbers))
+
+    @contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
+        """Yields show(item), to be called before each of `total` items."""
+        started = -1
+
+        def show(item: str) -> None:
+            nonlocal started
+            started += 1
+            advance(started, item)
+
+        with self._steps(what, total, 0) as advance:
+            yield show
+            advance(total, "done")
+
+    @contextmanager
+    def _steps(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        if self.console is not None and self.console.is_terminal:
+            columns: list[Any] = [TextColumn("{task.description}"), BarColumn()]
+            columns += [MofNCompleteColumn(), TextColumn("{task.fields[facts]}")]
+            columns += [TimeRemainingColumn()] if what != "training" else []
+            with Bars(*columns, console=self.console) as bars:
+                task = bars.add_task(what, total=total, completed=done, facts="")
+                yield lambda step, facts: bars.update(task, completed=step, facts=facts)
+            return
+        last = -LINE_EVERY
+
+        def line(step: int, facts: str) -> None:
+            nonlocal last
+            if step >= total or time.monotonic() - last >= LINE_EVERY:
+                last = time.monotonic()
+                self.say(f"{what} {step}/{total}  {facts}")
+
+        yield line

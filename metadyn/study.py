@@ -1,0 +1,388 @@
+"""What a study is, and what `metadyn run` does with one.
+
+A study names a domain, a meta-learner, the learners to compare it with, the tasks to measure them
+on, and the criteria that the science sets. Everything else (training, probing, storing, resuming,
+drawing) is the same for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import platform
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.machinery import SourceFileLoader
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metadyn import dynamics, figures, inner, mesh
+from metadyn.base import (
+    ConfigError,
+    Domain,
+    Key,
+    Learner,
+    MetaLearner,
+    Params,
+    Probe,
+    Task,
+    check_positive,
+)
+from metadyn.outer import Objective, OuterConfig, Trainer
+from metadyn.progress import Progress
+from metadyn.store import HELDOUT, TRACKED, RunFolder, describe
+
+PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """How many tasks each measurement takes. All of it is our choice."""
+
+    tasks: int = 16_384
+    """Evaluation tasks on which every learner that counts observations is measured."""
+    updating_tasks: int = 256
+    """Evaluation tasks on which every learner that counts updates is measured."""
+    shifted_tasks: int = 2048
+    """Evaluation tasks of each set that is out of distribution."""
+    tracked_tasks: int = 128
+    """Evaluation tasks probed at every checkpoint."""
+    heldout_tasks: int = 2048
+    """Tasks of the training distribution on which the excess loss is measured."""
+    probe_points: int = 32
+    """Queries in a probe."""
+    chunk: int = 4096
+    """Tasks held in memory at a time on each device."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, *(field.name for field in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSet:
+    """Tasks that learners are measured on: `sample(key_i, argument)` for i below `size`."""
+
+    name: str
+    sample: Callable[[Key, Any], Task]
+    size: int
+    argument: Any = None
+    probe: Probe | None = None
+    coords: Mapping[str, tuple[str, Sequence[float]]] = dataclasses.field(default_factory=dict)
+    """Labels of the probe's axes: name: (axis, values)."""
+    attrs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What figures need to know of the set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A learner to measure, at the given times of its own clock."""
+
+    name: str
+    label: str
+    make: Callable[[Params], Learner]
+    """`make(params)`; a learner without outer parameters is given an empty tuple."""
+    times: tuple[int, ...]
+    trained: bool = False
+    """Whether it is the meta-learner, whose params have a leading seed axis."""
+    panel: int | None = None
+    """Its place in the figures, from the left. None: measured, not drawn."""
+
+
+def plain(
+    name: str, label: str, learner: Learner, times: Sequence[int], panel: int | None = None
+) -> Contender:
+    """A contender without outer parameters."""
+    return Contender(name, label, lambda params: learner, tuple(times), panel=panel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that one configuration of a study asks for."""
+
+    domain: Domain
+    meta: MetaLearner
+    outer: OuterConfig
+    objective: Objective
+    learner: Contender
+    """The meta-learner as a contender."""
+    bayes: Contender
+    """What excess loss is over."""
+    tracked: TaskSet
+    """Fixed evaluation tasks, probed at every checkpoint."""
+    heldout: TaskSet
+    """Tasks of the training distribution: loss at every checkpoint."""
+    measurements: Sequence[tuple[TaskSet, Contender]]
+    """What is measured once training is done."""
+    curves: Mapping[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
+    """Closed forms [step, mode] to store beside a measurement, by (task set, contender)."""
+    chunk: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """One claim of the science, measured."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    expected: str
+    """What the science says, in words and numbers."""
+    passed: bool | None
+    """None: reported beside the criteria, with nothing to pass."""
+
+
+def criterion(
+    name: str,
+    estimate: dynamics.Estimate,
+    expected: str,
+    at_most: float = math.inf,
+    at_least: float = -math.inf,
+) -> Criterion:
+    """Passed when the value lies within the bounds; the interval says how surely it does."""
+    value, low, high = (float(np.asarray(part)) for part in estimate)
+    bounded = math.isfinite(at_most) or math.isfinite(at_least)
+    passed = bool(at_least <= value <= at_most) if bounded else None
+    return Criterion(name, value, low, high, expected, passed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study, as the module-level name `study` of a file in experiments/ defines it."""
+
+    name: str
+    presets: Mapping[str, Any]
+    """Configurations by name, "quick" among them: frozen dataclasses of one type."""
+    plan: Callable[[Any], Plan]
+    criteria: Callable[[Any, RunFolder], Sequence[Criterion]]
+    """`criteria(config, run)` from what is stored."""
+
+
+def load_study(path: str) -> Study:
+    """The study a Python file defines. Raises `ConfigError` if there is none."""
+    if not Path(path).is_file():
+        raise ConfigError(f"study = {path!r}: there is no such file")
+    name = f"metadyn_study_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and their docstrings are looked up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise ConfigError(f"study = {path!r}: cannot be imported ({said})") from error
+    found = getattr(module, "study", None)
+    if not isinstance(found, Study):
+        raise ConfigError(f"study = {path!r}: defines no `study = metadyn.Study(...)`")
+    return found
+
+
+def stream(key: Key, name: str) -> Key:
+    """An independent key for each named purpose."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+class _Runner:
+    """One study being run into one folder."""
+
+    def __init__(self, plan: Plan, run: RunFolder, seed: int, progress: Progress):
+        self.plan, self.store, self.progress = plan, run, progress
+        self.key = jax.random.key(seed)
+
+    def arrays(self, tasks: TaskSet, contender: Contender, params: Params) -> dict[str, jax.Array]:
+        """[seed,] task, time, ..."""
+        return inner.measure(
+            self.plan.domain,
+            contender.make,
+            params,
+            contender.trained,
+            tasks.sample,
+            tasks.argument,
+            stream(self.key, tasks.name),
+            jnp.arange(tasks.size),
+            contender.times,
+            tasks.probe,
+            self.plan.chunk,
+        )
+
+    def about(self, tasks: TaskSet, contender: Contender) -> dict[str, Any]:
+        """The description of those arrays."""
+        shape = jax.eval_shape(self.plan.meta.init, self.key) if contender.trained else ()
+        learner = _abstract_learner(contender, shape)
+        lead = ("seed",) if contender.trained else ()
+        axes = inner.reading_axes(learner, tasks.probe)
+        return describe(
+            {name: (*lead, "task", "step", *rest) for name, rest in axes.items()},
+            {"time": ("step", contender.times), **tasks.coords},
+            {
+                "learner": contender.name,
+                "label": contender.label,
+                "clock": learner.clock,
+                "panel": contender.panel,
+                "loss_floor": self.plan.domain.loss_floor,
+                **tasks.attrs,
+            },
+        )
+
+    def train(self) -> Params:
+        """Trains from the newest checkpoint, or from the start; stores as it goes."""
+        plan, store = self.plan, self.store
+        trainer = Trainer(plan.objective, plan.meta, plan.outer, stream(self.key, "training"))
+        about = {s.name: self.about(s, plan.learner) for s in (plan.tracked, plan.heldout)}
+
+        def save(state, scheduled: bool = True) -> None:
+            trajectories = None
+            if scheduled:
+                trajectories = {
+                    s.name: self.arrays(s, plan.learner, state.params)
+                    for s in (plan.tracked, plan.heldout)
+                }
+            store.save_checkpoint(int(state.step), state, trajectories, about)
+
+        latest = store.latest_step()
+        if latest is None:
+            state = trainer.init()
+            save(state)
+        else:
+            abstract = jax.eval_shape(trainer.init)
+            place = partial(jax.ShapeDtypeStruct, sharding=mesh.replicated())
+            state = store.restore_state(
+                latest, jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), abstract)
+            )
+        self.measure(plan.heldout, plan.bayes)
+        losses = store.measurement(plan.heldout.name, plan.bayes.name)["loss"]
+        best = float(losses.isel(step=slice(1, None)).mean())
+        schedule = set(plan.outer.checkpoint_steps)
+        episodes = plan.outer.batch * plan.outer.seeds
+        with self.progress.training(plan.outer.steps, int(state.step)) as show, _held() as held:
+            for state, loss in trainer.run(state, plan.outer.checkpoint_steps):
+                step = int(state.step)
+                mean = float(loss.mean())
+                excess = float(dynamics.excess_loss(mean, best, plan.domain.loss_floor))
+                show(step, loss=mean, excess=excess, episodes=step * episodes)
+                if step in schedule:
+                    save(state)
+                if held():
+                    if step not in schedule:
+                        save(state, scheduled=False)
+                    raise KeyboardInterrupt
+        return state.params
+
+    def measure(self, tasks: TaskSet, contender: Contender, params: Params = ()) -> None:
+        """Makes and stores a measurement, unless it is stored already."""
+        if self.store.has_measurement(tasks.name, contender.name):
+            return
+        arrays = dict(self.arrays(tasks, contender, params))
+        about = self.about(tasks, contender)
+        curve = self.plan.curves.get((tasks.name, contender.name))
+        if curve is not None:
+            arrays["closed_form"] = curve
+            about["axes"]["closed_form"] = ["step", "mode"]
+        self.store.save_measurement(tasks.name, contender.name, arrays, about)
+
+    def measure_all(self, params: Params) -> None:
+        """Every measurement of the plan that is not stored yet."""
+        plan = self.plan
+        wanted = [(plan.tracked, plan.bayes), *plan.measurements]
+        with self.progress.counting("measuring", len(wanted)) as show:
+            for tasks, contender in wanted:
+                show(f"{contender.label} on {tasks.name}")
+                self.measure(tasks, contender, params)
+
+
+def _abstract_learner(contender: Contender, params: Any) -> Learner:
+    """The learner made from shapes alone, for its clock and the names of its readings."""
+    concrete = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+    return contender.make(concrete)
+
+
+def run_study(
+    study: Study, preset: str, seed: int, config: Any, out: str | Path, progress: Progress
+) -> dict[str, Any]:
+    """Does the whole study into `out`, or what is left of it, and returns its summary.
+
+    Raises `ConfigError` for a folder that is in use, foreign or of another configuration, and
+    KeyboardInterrupt once what was interrupted is stored.
+    """
+    plan = study.plan(config)
+    asked = {
+        "study": study.name,
+        "preset": preset,
+        "seed": seed,
+        "config": dataclasses.asdict(config),
+    }
+    run = RunFolder.create(out, asked)
+    with run.locked():
+        done = run.summary()
+        if done is not None:
+            return done
+        start = time.monotonic()
+        runner = _Runner(plan, run, seed, progress)
+        try:
+            runner.measure_all(runner.train())
+        finally:
+            run.close()
+        criteria = list(study.criteria(config, run))
+        figures.draw(run)
+        summary = {
+            "study": study.name,
+            "preset": preset,
+            "seed": seed,
+            "environment": environment() | {"seconds": round(time.monotonic() - start, 1)},
+            "criteria": [_as_json(c) for c in criteria if c.passed is not None],
+            "reported": [_as_json(c) for c in criteria if c.passed is None],
+        }
+        run.write_summary(summary)
+        return summary
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for the record."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in PACKAGES},
+        **mesh.describe(),
+    }
+
+
+def _as_json(criterion: Criterion) -> dict[str, Any]:
+    fields = dataclasses.asdict(criterion)
+    fields = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+    if fields["passed"] is None:
+        del fields["passed"]
+    return fields
+
+
+@contextmanager
+def _held() -> Iterator[Callable[[], bool]]:
+    """Holds Ctrl-C back until the caller asks whether it came; a second one gets through."""
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    try:
+        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where signals never arrive
+        before = {}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
