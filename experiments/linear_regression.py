@@ -301,7 +301,8 @@ def censored(name, times, strength):
 
 QUICK = Config(
     domain=LinearRegression(n_x=3, n_y=3),
-    outer=OuterConfig(steps=16_000, batch=32, learning_rate=2e-2),
+    outer=OuterConfig(steps=12_000, batch=32, learning_rate=2e-2),
+    measure=MeasureConfig(tasks=8192, shifted_tasks=1024, heldout_tasks=1024, probe_points=16),
 )
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Key = PRNGKeyArray
@@ -26,7 +27,7 @@ class ConfigError(Exception):
     """Bad input. The message is one line that names the field, the value and the fix."""
 
 
-def check(holds: bool, field: str, value: Any, fix: str) -> None:
+def check(holds: bool | np.bool, field: str, value: Any, fix: str) -> None:
     """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
     if not holds:
         raise ConfigError(f"{field} = {value!r}: {fix}")
@@ -69,6 +70,7 @@ class Probe:
     """Axis names of each reading, such as {"mode_strength": ("mode",), "unexplained": ()}."""
 
 
+@runtime_checkable
 class Domain(Protocol):
     """A distribution of tasks, and how one task poses queries and gives feedback."""
 
@@ -103,6 +105,7 @@ class Domain(Protocol):
         """The feedback as the flat vector a network reads."""
 
 
+@runtime_checkable
 class MetaLearner(Protocol):
     """A family of learners indexed by outer parameters, which the outer loop trains."""
 

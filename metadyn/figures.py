@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ from metadyn.store import HELDOUT, RunFolder, samples
 
 IN_DISTRIBUTION = "in_distribution"
 MARKERS = "osD^vP"
+LINES = ("-", "--", ":", "-.")
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -123,7 +125,7 @@ def learning_times(measured: Measured) -> Figure:
             label = f"{data.attrs['label']} ({unit}): slope {_interval(slope)}"
             axis.plot(scale, line, color="grey", lw=1.2, marker=marker, mfc="none", label=label, zorder=0)
     axis.set(xscale="log", yscale="log", xlabel=data.attrs["mode_label"])
-    axis.set_ylabel(f"learning time $t_k({p:g})$, in steps of the learner")
+    axis.set_ylabel(f"learning time $t_k({p:g})$, own steps")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=10)
     return figure
 
@@ -149,6 +151,10 @@ def excess_loss(trained: xr.Dataset, bayes: xr.Dataset) -> Figure:
     axis.annotate(
         f"{value[-1]:.2f}", (x[-1], value[-1]), xytext=(6, 0), textcoords="offset points", va="center"
     )
+    for side in (axis.yaxis, axis.xaxis):
+        side.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_yticks([t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low.min() / 1.5 < t < high.max() * 1.5])
+    axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.legend()
     return figure
 
@@ -157,46 +163,55 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
     """What is learned by the end of the episode, in and out of distribution.
 
     Sets of tasks carry `shift`, the factor by which their spectrum exceeds the training
-    distribution's; those whose one outsize mode alone is shifted carry `outsize` too.
+    distribution's; those whose greatest mode alone is shifted carry `outsize` too. The learners
+    shown are those measured on every set.
     """
+    everywhere = set.intersection(*(set(measured) for measured in shifted.values()))
+    drawn = _panels({name: next(iter(shifted.values()))[name] for name in everywhere})
+    by_shift = sorted(
+        shifted.values(), key=lambda measured: next(iter(measured.values())).attrs["shift"]
+    )
     figure, (left, right) = _subplots(1, 2, width=5.4, height=4.2)
-    curves: dict[str, list[tuple[float, np.ndarray, np.ndarray]]] = {}
-    labels: dict[str, str] = {}
-    for measured in shifted.values():
-        for data, marker in zip(_panels(measured), MARKERS, strict=False):
-            scale, label = _scale(data), data.attrs["label"]
-            labels[label] = marker
+    for learner, marker, line in zip(
+        (data.attrs["learner"] for data in drawn), MARKERS, LINES, strict=False
+    ):
+        points = []
+        for measured in by_shift:
+            data = measured[learner]
             end = samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
             strength = dynamics.estimate(lambda mean: mean, end, draws=300)
+            scale = _scale(data)
             for k, colour in enumerate(_colours(scale)):
-                face = colour if len(labels) == 1 else "none"
-                left.plot(scale[k], scale[k] * strength.value[k], marker, color=colour, mfc=face)
+                at = (scale[k], scale[k] * strength.value[k])
+                face = colour if line == "-" else "none"
+                left.plot(*at, marker, color=colour, mfc=face, ms=7)
             if "outsize" not in data.attrs:
-                point = (data.attrs["shift"], strength, scale)
-                curves.setdefault(label, []).append(point)
-    for (label, points), line in zip(curves.items(), ("-", "--", ":"), strict=False):
-        points.sort(key=lambda point: point[0])
-        x = [point[0] for point in points]
-        for k, colour in enumerate(_colours(points[0][2])):
-            value, low, high = (np.array([point[1][i][k] for point in points]) for i in range(3))
-            right.fill_between(x, low, high, color=colour, alpha=0.2)
-            right.plot(x, value, line, marker=labels[label], color=colour, ms=5)
-    for axis in (left, right):
-        for (label, marker), line in zip(labels.items(), ("-", "--", ":"), strict=False):
-            style = "none" if axis is left else line
-            axis.plot([], [], ls=style, marker=marker, color="grey", label=label)
-    ends = np.array(left.get_xlim())
-    left.plot([1e-9, 1e9], [1e-9, 1e9], color="grey", lw=0.8, zorder=0, label="learned in full")
+                points.append((data.attrs["shift"], *strength))
+        x, value, low, high = (np.array(column) for column in zip(*points, strict=True))
+        for k, colour in enumerate(_colours(scale)):
+            right.fill_between(x, low[:, k], high[:, k], color=colour, alpha=0.2)
+            right.plot(x, value[:, k], line, marker=marker, color=colour, ms=5)
+        label = data.attrs["label"]
+        left.plot([], [], marker, color="grey", mfc="grey" if line == "-" else "none", label=label)
+        right.plot([], [], line, marker=marker, color="grey", label=label)
+    for k, colour in enumerate(_colours(scale)):
+        right.plot([], [], color=colour, label=_place(k, len(scale)))
     name = data.attrs["mode_label"]
     left.set(xscale="log", yscale="log", xlabel=f"true {name}", ylabel="learned by the last step")
-    left.set(xlim=(max(ends[0], 1e-2) / 1.5, ends[1] * 1.5), ylim=(1e-2, ends[1] * 1.5))
+    ends = (left.get_xlim()[0], left.get_xlim()[1])
+    left.plot(ends, ends, color="grey", lw=0.8, zorder=0, label="learned in full")
     left.legend()
     right.set(xscale="log", xlabel="spectrum, as a multiple of in distribution")
     right.set_xticks(x, [f"{factor:g}" for factor in x])
     right.minorticks_off()
     right.set(ylabel="mode strength $a_k$ at the last step", ylim=(-0.1, 1.15))
-    right.legend()
+    right.legend(fontsize=9)
     return figure
+
+
+def _place(k: int, modes: int) -> str:
+    note = ", the greatest" if k == 0 else ", the least" if k == modes - 1 else ""
+    return f"mode {k + 1}{note}"
 
 
 def _panels(measured: Measured) -> list[xr.Dataset]:

@@ -50,7 +50,7 @@ def cell(
 
 
 def lstm(
-    weights: LSTMWeights, inputs: Float[Array, "T n B"], backend: Backend = "backward"
+    weights: LSTMWeights, inputs: Float[Array, "T n B"], backend: Backend = "scan"
 ) -> Float[Array, "T H B"]:
     """Hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0.
 

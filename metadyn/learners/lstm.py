@@ -15,8 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn.base import Answer, Domain, Feedback, Key, Learner, Params, Query, check_positive
-from metadyn.kernels import LSTMWeights, cell, lstm
-from metadyn.kernels.lstm import Backend, Gates
+from metadyn.kernels.lstm import Backend, Gates, LSTMWeights, cell, lstm
 
 SATURATED = 0.05  # our choice: a gate this close to 0 or 1 has at most a fifth of its full slope
 
@@ -29,7 +28,7 @@ class LSTMConfig:
     """H, hidden units."""
     forget_bias: float = 1.0
     """Initial bias of the forget gate (Jozefowicz et al. 2015)."""
-    backend: Backend = "backward"
+    backend: Backend = "scan"
     """Kernel of the whole-episode form."""
 
     def __post_init__(self) -> None:

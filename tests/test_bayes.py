@@ -1,0 +1,96 @@
+"""Exact Bayes against float64 NumPy posteriors, and its known learning curve."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metadyn import inner
+from metadyn.base import ConfigError
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.bayes import bayes_linear, least_squares, ridge
+
+
+def positive_definite(rng, n):
+    root = rng.normal(size=(n, n))
+    return tuple(map(tuple, (root @ root.T / n + 0.1 * np.eye(n)).tolist()))
+
+
+def learned(learner, x, y):
+    """The weight matrix after each pair [T + 1, n_y, n_x], read off by basis queries."""
+    state = learner.init(jax.random.key(0))
+    read = lambda state: jax.vmap(learner.predict, (None, 0))(state, jnp.eye(x.shape[1])).T  # noqa: E731
+    matrices = [read(state)]
+    for pair in zip(jnp.float32(x), jnp.float32(y), strict=True):
+        state = learner.update(state, *pair)
+        matrices.append(read(state))
+    return np.asarray(matrices)
+
+
+@pytest.mark.parametrize(("n_x", "n_y"), [(3, 3), (2, 4), (5, 2)])
+@pytest.mark.parametrize("sigma", [1e-3, 0.1, 3.0])
+def test_posterior_mean_matches_float64_numpy_on_random_priors(n_x, n_y, sigma):
+    rng = np.random.default_rng(n_x * 10 + n_y)
+    R, C = positive_definite(rng, n_y), positive_definite(rng, n_x)
+    M = tuple(map(tuple, rng.normal(size=(n_y, n_x)).tolist()))
+    domain = LinearRegression(
+        n_x, n_y, sigma, mean=M, row_covariance=R, column_covariance=C, steps=8
+    )
+    W = np.array(M) + np.linalg.cholesky(R) @ rng.normal(size=(n_y, n_x)) @ np.linalg.cholesky(C).T
+    x = rng.normal(size=(8, n_x))
+    y = x @ W.T + sigma * rng.normal(size=(8, n_y))
+    found = learned(bayes_linear(domain), x, y)
+    # vec(W), columns stacked, has prior N(vec M, C ⊗ R); y_t = (x_tᵀ ⊗ I) vec(W) + noise.
+    prior, mean = np.kron(C, R), np.array(M).T.ravel()
+    for t in range(9):
+        A = np.kron(x[:t], np.eye(n_y))
+        S = A @ prior @ A.T + sigma**2 * np.eye(t * n_y)
+        posterior = mean + prior @ A.T @ np.linalg.solve(S, y[:t].ravel() - A @ mean)
+        expected = posterior.reshape(n_x, n_y).T
+        np.testing.assert_allclose(found[t], expected, atol=2e-3 * np.abs(W).max())
+
+
+def test_posterior_stays_exact_over_a_long_episode():
+    rng = np.random.default_rng(0)
+    domain = LinearRegression(4, 4, sigma=0.01, steps=500)
+    W, x = rng.normal(size=(4, 4)) / 2, rng.normal(size=(500, 4))
+    y = x @ W.T + 0.01 * rng.normal(size=(500, 4))
+    gram = x.T @ x + 0.01**2 * 4 * np.eye(4)
+    expected = np.linalg.solve(gram, x.T @ y).T
+    np.testing.assert_allclose(learned(bayes_linear(domain), x, y)[-1], expected, atol=1e-4)
+
+
+def test_ridge_and_least_squares_match_numpy():
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(7, 4)), rng.normal(size=(7, 2))
+    ridged, least = learned(ridge(4, 2, 0.3), x, y), learned(least_squares(4, 2), x, y)
+    for t in range(1, 8):
+        expected = np.linalg.solve(x[:t].T @ x[:t] + 0.3 * np.eye(4), x[:t].T @ y[:t]).T
+        np.testing.assert_allclose(ridged[t], expected, atol=1e-5)
+        norm_least = np.linalg.lstsq(x[:t], y[:t], rcond=None)[0].T
+        np.testing.assert_allclose(least[t], norm_least, atol=2e-3 * np.abs(norm_least).max())
+    with pytest.raises(ConfigError, match="penalty"):
+        ridge(4, 2, 0.0)
+
+
+def test_bayes_learns_every_mode_at_the_same_known_rate():
+    """With little noise the posterior mean is W projected on the t inputs seen: E a_k = t / n."""
+    n, tasks = 4, 4096
+    domain = LinearRegression(n, n, sigma=1e-3, steps=n)
+    strength = inner.measure(
+        domain,
+        lambda params: bayes_linear(domain),
+        (),
+        False,
+        domain.evaluation_task,
+        jnp.float32(domain.spectrum()),
+        jax.random.key(0),
+        jnp.arange(tasks),
+        tuple(range(n + 1)),
+        domain.probe(8),
+    )["mode_strength"]
+    mean, error = np.mean(strength, 0), np.std(strength, 0) / np.sqrt(tasks)
+    expected = np.broadcast_to(np.arange(n + 1)[:, None] / n, mean.shape)
+    # n observations determine W, but nearly singular inputs leave some of it to the prior.
+    assert np.all(np.abs(mean - expected)[:n] < 4 * error[:n] + 2e-3)
+    assert np.all(mean[n] > 0.97)

@@ -1,0 +1,78 @@
+"""Figures of merit on planted trajectories, and intervals against SciPy's bootstrap."""
+
+import numpy as np
+import scipy.stats
+
+from metadyn import dynamics
+
+
+def test_learning_times_are_interpolated_and_censored_modes_are_nan():
+    times = np.array([0, 1, 4, 10])
+    strength = np.array([[0.0, 0.0, 0.6], [0.25, 0.0, 0.9], [1.0, 0.4, 0.2], [1.0, 0.49, 0.1]])
+    t = dynamics.learning_times(times, strength, 0.5)
+    np.testing.assert_allclose(t, [1 + 3 * (0.25 / 0.75), np.nan, 0.0])
+    batched = dynamics.learning_times(times, np.stack([strength, strength]), 0.5)
+    np.testing.assert_array_equal(batched, np.stack([t, t]))
+
+
+def test_the_first_crossing_counts():
+    strength = np.array([[0.0], [1.0], [0.0], [1.0]])
+    assert dynamics.learning_times(np.arange(4), strength, 0.25) == 0.25
+
+
+def test_slope_of_a_power_law_and_of_what_is_left_when_modes_are_censored():
+    scale = np.array([2.0, 1.0, 0.3, 0.1])
+    t = 7 * scale**-0.8
+    np.testing.assert_allclose(dynamics.staggering_slope(scale, t), -0.8)
+    t[1] = np.nan
+    np.testing.assert_allclose(dynamics.staggering_slope(scale, t), -0.8)
+    noisy = np.array([1.0, 3.0, 2.0, 9.0])
+    expected = scipy.stats.linregress(np.log(scale), np.log(noisy)).slope
+    np.testing.assert_allclose(dynamics.staggering_slope(scale, noisy), expected)
+    assert np.isnan(dynamics.staggering_slope(scale, np.array([1, np.nan, np.nan, np.nan])))
+    both = dynamics.staggering_slope(scale, np.stack([noisy, 7 * scale**-0.8]))
+    np.testing.assert_allclose(both, [expected, -0.8])
+
+
+def test_excess_loss():
+    assert dynamics.excess_loss(np.float64(0.3), np.float64(0.2), 0.1) == 1.0000000000000002 or (
+        np.isclose(dynamics.excess_loss(np.float64(0.3), np.float64(0.2), 0.1), 1.0)
+    )
+
+
+def test_interval_matches_scipys_bootstrap_of_a_nonlinear_statistic():
+    rng = np.random.default_rng(0)
+    values = rng.lognormal(size=200)
+    found = dynamics.estimate(np.log, values[None], draws=8000)
+    peer = scipy.stats.bootstrap(
+        (values,), lambda v, axis: np.log(v.mean(axis)), n_resamples=8000, method="percentile", rng=1
+    ).confidence_interval
+    np.testing.assert_allclose(found.value, np.log(values.mean()))
+    np.testing.assert_allclose([found.low, found.high], peer, atol=0.015)
+
+
+def test_seeds_widen_the_interval_and_shared_tasks_are_paired():
+    rng = np.random.default_rng(1)
+    tasks = rng.normal(size=400)
+    seeds = np.array([-1.0, 0.0, 1.0])[:, None] + tasks
+    width = lambda e: e.high - e.low  # noqa: E731
+    one = dynamics.estimate(lambda m: m, tasks[None])
+    three = dynamics.estimate(lambda m: m, seeds)
+    assert width(three) > 3 * width(one)
+    paired = dynamics.estimate(lambda a, b: a - b, tasks[None] + 0.1, tasks[None])
+    np.testing.assert_allclose(paired, 0.1, atol=1e-5)
+
+
+def test_coverage_is_near_95_percent():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(300):
+        interval = dynamics.estimate(lambda m: m, rng.exponential(size=(1, 80)), draws=400)
+        covered += bool(interval.low <= 1 <= interval.high)
+    assert 0.89 <= covered / 300 <= 0.98
+
+
+def test_a_mode_that_no_resample_learns_has_no_interval():
+    values = np.zeros((1, 10, 3, 1))
+    found = dynamics.estimate(lambda m: dynamics.learning_times(np.arange(3), m), values)
+    assert all(np.isnan(part).all() for part in found)

@@ -1,0 +1,153 @@
+"""The inner loop: keys, probing, chunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metadyn import inner
+from metadyn.base import ConfigError
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.bayes import bayes_linear
+from metadyn.learners.gradient import deep_linear, gradient
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+
+DOMAIN = LinearRegression(3, 2, steps=8)
+S = jnp.float32(DOMAIN.spectrum())
+PROBE = DOMAIN.probe(8)
+META = LSTMMetaLearner(DOMAIN, LSTMConfig(hidden=8))
+
+
+def learners():
+    params = META.init(jax.random.key(0))
+    params = jax.tree.map(lambda a: a + 0.3, params)
+    return {
+        "bayes": bayes_linear(DOMAIN),
+        "lstm": META.learner(params),
+        "sgd": gradient(deep_linear(3, 2, scale=0.3), optax.sgd(0.05), 4),
+    }
+
+
+@pytest.mark.parametrize("name", ["bayes", "lstm", "sgd"])
+def test_probing_never_disturbs_the_learner(name):
+    """Probed at every step or at the last alone, a learner ends with the same bits."""
+    learner = learners()[name]
+    task = DOMAIN.evaluation_task(jax.random.key(1), S)
+    final = []
+    for times in (tuple(range(9)), (0, 8)):
+        for probe in (PROBE, None):
+            readings = inner.run(DOMAIN, learner, task, jax.random.key(2), times, probe)
+            if len(times) == 2:
+                mean = readings["loss"][-1] * 8
+            else:
+                mean = jnp.sum(readings["loss"][1:])
+            last = readings.get("mode_strength", jnp.zeros((1, 2)))[-1]
+            final.append((np.asarray(last) if probe else None, np.asarray(mean)))
+    np.testing.assert_array_equal(final[0][0], final[2][0])
+    np.testing.assert_array_equal(final[0][1], final[1][1])
+    np.testing.assert_array_equal(final[2][1], final[3][1])
+
+
+@pytest.mark.parametrize("name", ["bayes", "lstm", "sgd"])
+def test_probing_a_state_leaves_its_bits_alone(name):
+    learner = learners()[name]
+    state = learner.init(jax.random.key(0))
+    before = jax.tree.map(np.array, state)
+    jax.jit(jax.vmap(learner.predict, (None, 0)))(state, PROBE.queries)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state))
+
+
+def measure(indices, chunk=4096, times=(0, 1, 5, 8)):
+    return inner.measure(
+        DOMAIN,
+        lambda params: bayes_linear(DOMAIN),
+        (),
+        False,
+        DOMAIN.evaluation_task,
+        S,
+        jax.random.key(4),
+        indices,
+        times,
+        PROBE,
+        chunk,
+    )
+
+
+def test_a_task_is_the_same_in_any_chunk_and_among_any_others():
+    whole = measure(jnp.arange(10))
+    assert {name: a.shape for name, a in whole.items()} == {
+        "loss": (10, 4),
+        "mode_strength": (10, 4, 2),
+        "off_diagonal": (10, 4),
+        "unexplained": (10, 4),
+    }
+    for other in (measure(jnp.arange(10), chunk=3), measure(jnp.arange(10), chunk=1)):
+        for name in whole:
+            np.testing.assert_allclose(whole[name], other[name], rtol=1e-4, atol=1e-5)
+    some = measure(jnp.array([7, 2]))
+    np.testing.assert_allclose(
+        some["mode_strength"], whole["mode_strength"][jnp.array([7, 2])], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_same_key_gives_the_same_bits_twice():
+    for name, value in measure(jnp.arange(16)).items():
+        np.testing.assert_array_equal(value, measure(jnp.arange(16))[name])
+
+
+def test_readings_are_in_range():
+    readings = measure(jnp.arange(64))
+    for share in ("off_diagonal", "unexplained"):
+        assert np.all((readings[share] >= 0) & (readings[share] <= 1))
+    assert np.all(np.isnan(readings["loss"][:, 0]))
+    assert np.all(readings["loss"][:, 1:] >= 0)
+    np.testing.assert_allclose(readings["mode_strength"][:, 0], 0)  # before any feedback
+    np.testing.assert_allclose(np.asarray(readings["unexplained"]), 0, atol=1e-5)
+
+
+def test_65536_tasks_fit_in_8_gib():
+    """Peak memory by the compiler's own account, at the paper's size: 5 × 5, T = 20."""
+    domain = LinearRegression(5, 5)
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=64))
+    lowered = inner.measure.lower(
+        domain,
+        meta.learner,
+        jax.eval_shape(meta.init, jax.random.key(0)),
+        False,
+        domain.evaluation_task,
+        jnp.float32(domain.spectrum()),
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((65_536,), jnp.int32),
+        tuple(range(21)),
+        domain.probe(32),
+    )
+    memory = lowered.compile().memory_analysis()
+    used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    outputs = 65_536 * 21 * (5 + 4) * 4
+    assert outputs <= used < 8 * 2**30
+
+
+def test_axes_name_every_reading():
+    axes = inner.reading_axes(learners()["lstm"], PROBE)
+    assert axes == {
+        "loss": (),
+        "saturated_gates": (),
+        "mode_strength": ("mode",),
+        "off_diagonal": (),
+        "unexplained": (),
+    }
+
+
+def test_log_spaced_times():
+    assert inner.log_spaced(1000, 4) == (0, 1, 10, 100, 1000)
+    assert inner.log_spaced(3, 50) == (0, 1, 2, 3)
+    assert inner.log_spaced(7, 1) == (0, 7)
+    with pytest.raises(ConfigError, match="steps = 0"):
+        inner.log_spaced(0, 3)
+
+
+@pytest.mark.parametrize("times", [(0,), (1, 2), (0, 2, 2), (0, 3, 1)])
+def test_bad_times_are_named(times):
+    with pytest.raises(ConfigError, match="increase strictly from 0"):
+        measure(jnp.arange(2), times=times)

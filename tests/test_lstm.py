@@ -1,0 +1,148 @@
+"""The LSTM: kernels against a float64 NumPy LSTM, steps against whole episodes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metadyn import inner
+from metadyn.base import ConfigError
+from metadyn.domains.linear import LinearRegression
+from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+
+T, N, H, B = 7, 3, 5, 4
+BACKENDS = ("scan", "backward")
+
+
+def random_case(seed=0):
+    rng = np.random.default_rng(seed)
+    weights = LSTMWeights(
+        *(rng.normal(size=shape) * 0.5 for shape in ((4 * H, N), (4 * H, H), (4 * H,)))
+    )
+    return weights, rng.normal(size=(T, N, B)), rng.normal(size=(T, H, B))
+
+
+def numpy_lstm(weights, inputs):
+    """Float64, straight from the definition."""
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+    h = c = np.zeros((H, inputs.shape[2]))
+    hidden = []
+    for x in inputs:
+        z = weights.input @ x + weights.recurrent @ h + weights.bias[:, None]
+        i, f, o, g = z[:H], z[H : 2 * H], z[2 * H : 3 * H], z[3 * H :]
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        hidden.append(h)
+    return np.array(hidden)
+
+
+single = lambda tree: jax.tree.map(jnp.float32, tree)  # noqa: E731
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_states_match_float64_numpy(backend: Backend):
+    weights, inputs, _ = random_case()
+    found = lstm(single(weights), single(inputs), backend)
+    np.testing.assert_allclose(found, numpy_lstm(weights, inputs), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_match_float64_finite_differences(backend: Backend):
+    weights, inputs, direction = random_case(1)
+    objective = lambda w, x: jnp.sum(single(direction) * lstm(w, x, backend))  # noqa: E731
+    found = jax.grad(objective, (0, 1))(single(weights), single(inputs))
+    arguments = [*weights, inputs]
+
+    def numpy_objective(arguments):
+        return np.sum(direction * numpy_lstm(LSTMWeights(*arguments[:3]), arguments[3]))
+
+    for index, gradient in enumerate([*found[0], found[1]]):
+        for entry in np.ndindex(gradient.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = [a.copy() for a in arguments]
+                moved[index][entry] += sign * 1e-6
+                ends.append(numpy_objective(moved))
+            np.testing.assert_allclose(
+                gradient[entry], (ends[0] - ends[1]) / 2e-6, rtol=1e-3, atol=1e-4
+            )
+
+
+def test_unknown_backends_are_named():
+    weights, inputs, _ = random_case()
+    with pytest.raises(ConfigError, match="backend = 'cudnn'"):
+        lstm(single(weights), single(inputs), "cudnn")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def trained_like():
+    """A meta-learner with weights large enough to answer, on a domain with n_x ≠ n_y."""
+    domain = LinearRegression(3, 2, steps=6)
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
+    params = meta.init(jax.random.key(0))
+    noise = jax.random.key(1)
+    return domain, meta, jax.tree.map(
+        lambda a: a + 0.5 * jax.random.normal(noise, a.shape), params
+    )
+
+
+def test_step_by_step_and_whole_episode_give_the_same_numbers(trained_like):
+    domain, meta, params = trained_like
+    queries, feedback = jax.vmap(lambda k: inner.observe(domain, k), out_axes=-1)(
+        jax.random.split(jax.random.key(2), 5)
+    )
+    whole = meta.unroll(params, queries, feedback)
+    assert whole.shape == (6, 2, 5)
+    learner = meta.learner(params)
+    for episode in range(5):
+        state = learner.init(jax.random.key(0))
+        for t in range(6):
+            x, y = queries[t, :, episode], feedback[t, :, episode]
+            np.testing.assert_allclose(
+                learner.predict(state, x), whole[t, :, episode], rtol=1e-5, atol=1e-6
+            )
+            state = learner.update(state, x, y)
+
+
+def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
+    """The loss of `measure` under a key is that of the whole episode under the same key."""
+    domain, meta, params = trained_like
+    root, indices = jax.random.key(3), jnp.arange(4)
+    stepped = inner.measure(
+        domain,
+        meta.learner,
+        params,
+        False,
+        lambda key, _: domain.sample_task(key),
+        None,
+        root,
+        indices,
+        tuple(range(7)),
+    )["loss"]
+    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(indices)
+    queries, feedback = jax.vmap(lambda k: inner.observe(domain, k), out_axes=-1)(keys)
+    answers = meta.unroll(params, queries, feedback)
+    whole = np.mean((answers - feedback) ** 2, axis=1).T
+    np.testing.assert_allclose(stepped[:, 1:], whole, rtol=1e-5)
+
+
+def test_an_untrained_lstm_answers_zero_and_saturates_nothing():
+    domain = LinearRegression(2, 2)
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=16))
+    learner = meta.learner(meta.init(jax.random.key(0)))
+    state = learner.init(jax.random.key(0))
+    assert np.all(np.asarray(learner.predict(state, jnp.ones(2))) == 0)
+    state = learner.update(state, jnp.ones(2), jnp.ones(2))
+    assert float(learner.diagnose(state)["saturated_gates"]) == 0
+    state = learner.update(state, 1e6 * jnp.ones(2), jnp.ones(2))
+    assert float(learner.diagnose(state)["saturated_gates"]) == 1
+
+
+def test_seeds_start_apart_and_one_seed_twice_starts_alike():
+    meta = LSTMMetaLearner(LinearRegression(2, 2), LSTMConfig(hidden=4))
+    a, b, c = (meta.init(jax.random.key(k)) for k in (0, 0, 1))
+    assert all(jnp.array_equal(a[name], b[name]) for name in a)
+    assert not jnp.array_equal(a["recurrent"], c["recurrent"])
+    assert a["recurrent"].shape == (16, 4)
+    np.testing.assert_allclose(a["recurrent"].T @ a["recurrent"], np.eye(4), atol=1e-5)
