@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jaxtyping
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Key = PRNGKeyArray
+Keys = jaxtyping.Key[Array, " n"]
 Task = Any  # the pytree that a domain's `sample_task` returns
 Query = Any  # what a domain asks: an input x_t, a context c_t
 Answer = Any  # what a learner replies: a prediction, a policy
@@ -120,6 +122,6 @@ class MetaLearner(Protocol):
         `learner(params)`. Leaves are time-major with the episodes last, [T, ..., B]."""
 
 
-def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Key:
+def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:
     """A key for each global index, so that nothing random depends on batch, chunk or device."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)

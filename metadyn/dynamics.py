@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 
 class Estimate(NamedTuple):
@@ -57,7 +57,7 @@ def estimate(
 
 
 def learning_times(
-    times: Float[np.ndarray, " time"],
+    times: Real[np.ndarray, " time"],
     strength: Float[np.ndarray, "*batch time mode"],
     p: float = 0.5,
 ) -> Float[np.ndarray, "*batch mode"]:
@@ -77,7 +77,7 @@ def learning_times(
 
 
 def staggering_slope(
-    scale: Float[np.ndarray, " mode"], t: Float[np.ndarray, "*batch mode"]
+    scale: Real[np.ndarray, " mode"], t: Float[np.ndarray, "*batch mode"]
 ) -> Float[np.ndarray, "*batch"]:
     """Least-squares slope of log t_k against log scale_k, unit-free.
 

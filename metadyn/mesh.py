@@ -10,8 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
+
+from metadyn.base import check
 
 AXIS = "devices"
 
@@ -26,10 +29,32 @@ def replicated() -> NamedSharding:
     return NamedSharding(mesh(), PartitionSpec())
 
 
-def split_episodes(tree: Any) -> Any:
-    """Shards the leading (episode) axis of every leaf over the devices, under `jax.jit`."""
-    sharding = NamedSharding(mesh(), PartitionSpec(AXIS))
-    return jax.lax.with_sharding_constraint(tree, sharding)
+def on_every_device(f: Callable[..., Any]) -> Callable[..., Any]:
+    """f run whole on every device, on replicated arguments and with replicated results.
+
+    Inside it `my_share` and `mean` divide the work and bring it together again.
+    """
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        f, mesh=mesh(), in_specs=everywhere, out_specs=everywhere, check_vma=False
+    )
+
+
+def my_share(total: int) -> Int[Array, " share"]:
+    """This device's part of 0 … total − 1, inside `on_every_device`.
+
+    Raises `ConfigError` unless the devices' parts are equal.
+    """
+    devices = jax.device_count()
+    check(total % devices == 0, "batch", total, f"must be a multiple of the {devices} devices")
+    share = total // devices
+    return jax.lax.axis_index(AXIS) * share + jnp.arange(share)
+
+
+def mean(tree: Any) -> Any:
+    """The mean over devices of every leaf, by one all-reduce, inside `on_every_device`."""
+    flat, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.pmean(flat, AXIS))
 
 
 def over_tasks(

@@ -20,6 +20,7 @@ from metadyn.base import (
     ConfigError,
     Domain,
     Key,
+    Keys,
     MetaLearner,
     Params,
     check,
@@ -28,7 +29,7 @@ from metadyn.base import (
 )
 from metadyn.learners.gradient import named_optimizer
 
-Objective = Callable[[Params, Key], Float[Array, ""]]
+Objective = Callable[[Params, Keys], Float[Array, ""]]
 """The mean loss of a batch of episodes, one for each key."""
 
 
@@ -99,7 +100,7 @@ def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
     For domains whose feedback does not depend on the answers.
     """
 
-    def objective(params: Params, keys: Key) -> Float[Array, ""]:
+    def objective(params: Params, keys: Keys) -> Float[Array, ""]:
         queries, feedback = jax.vmap(partial(inner.observe, domain), out_axes=-1)(keys)
         answers = meta.unroll(params, queries, feedback)
         return jnp.mean(jax.vmap(jax.vmap(domain.loss, -1), 0)(answers, feedback))
@@ -125,8 +126,8 @@ class Trainer:
                 def step(i, carry):
                     params, moments, total = carry
                     key_step = jax.random.fold_in(key, state.step + i)
-                    keys = mesh.split_episodes(indexed_keys(key_step, jnp.arange(config.batch)))
-                    loss, gradient = jax.value_and_grad(objective)(params, keys)
+                    keys = indexed_keys(key_step, mesh.my_share(config.batch))
+                    loss, gradient = mesh.mean(jax.value_and_grad(objective)(params, keys))
                     updates, moments = optimizer.update(gradient, moments, params)
                     return optax.apply_updates(params, updates), moments, total + loss
 
@@ -141,7 +142,7 @@ class Trainer:
         self.init: Callable[[], TrainState] = jax.jit(init, out_shardings=mesh.replicated())
         """The state at outer step 0."""
         self.advance = jax.jit(
-            advance, donate_argnums=0, out_shardings=mesh.replicated()
+            mesh.on_every_device(advance), donate_argnums=0, out_shardings=mesh.replicated()
         )
         """`advance(state, count)`: `count` outer steps on; (state, mean loss of each seed). The
         state passed in is consumed. Compiled once for all counts."""

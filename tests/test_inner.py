@@ -58,10 +58,14 @@ def test_probing_a_state_leaves_its_bits_alone(name):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state))
 
 
+def make_bayes(params):
+    return bayes_linear(DOMAIN)
+
+
 def measure(indices, chunk=4096, times=(0, 1, 5, 8)):
     return inner.measure(
         DOMAIN,
-        lambda params: bayes_linear(DOMAIN),
+        make_bayes,
         (),
         False,
         DOMAIN.evaluation_task,

@@ -69,10 +69,9 @@ def test_gradients_match_float64_finite_differences(backend: Backend):
             )
 
 
-def test_unknown_backends_are_named():
-    weights, inputs, _ = random_case()
-    with pytest.raises(ConfigError, match="backend = 'cudnn'"):
-        lstm(single(weights), single(inputs), "cudnn")  # type: ignore[arg-type]
+def test_bad_configurations_are_named():
+    with pytest.raises(ConfigError, match="hidden = 0"):
+        LSTMConfig(hidden=0)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,11 @@ matrix product and every elementwise operation runs along the episodes.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from metadyn.base import check
 
 Backend = Literal["scan", "backward"]
 
@@ -58,10 +56,9 @@ def lstm(
       scan      `lax.scan` under autodiff, the reference.
       backward  a hand-written backward pass: the reverse recurrence carries dh and dc alone, and
                 the weight gradients are one product over all steps and episodes at its end.
-    Raises `ConfigError` for any other name.
     """
-    check(backend in get_args(Backend), "backend", backend, f"choose from {get_args(Backend)}")
-    return _trace(weights, inputs).h if backend == "scan" else _lstm(weights, inputs)
+    run = {"scan": lambda *a: _trace(*a).h, "backward": _lstm}[backend]
+    return run(weights, inputs)
 
 
 class _Trace(NamedTuple):

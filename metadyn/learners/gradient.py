@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from metadyn.base import Answer, Feedback, Key, Learner, Query, check
 
@@ -115,7 +115,7 @@ def named_optimizer(name: str, learning_rate: optax.ScalarOrSchedule) -> optax.G
     make = getattr(optax, name, None) if name.isidentifier() else None
     try:
         made = make(learning_rate) if callable(make) else None
-    except TypeError:
+    except (TypeError, AttributeError, ValueError):
         made = None
     known = isinstance(made, optax.GradientTransformation)
     check(known, "optimizer", name, "name an optimiser of optax, such as sgd, adam or rmsprop")
@@ -124,7 +124,7 @@ def named_optimizer(name: str, learning_rate: optax.ScalarOrSchedule) -> optax.G
 
 
 def saxe_strength(
-    t: np.ndarray, s: np.ndarray, start: float, learning_rate: float
+    t: Real[np.ndarray, " time"], s: Real[np.ndarray, " mode"], start: float, learning_rate: float
 ) -> Float[np.ndarray, "time mode"]:
     """Saxe's closed form for a two-layer linear network, as mode strengths a(t) / s, float64.
 

@@ -1,0 +1,153 @@
+"""The outer loop: its gradient, its determinism, what it compiles and moves."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metadyn.base import ConfigError, indexed_keys
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+from metadyn.outer import OuterConfig, Trainer, prediction_loss
+
+DOMAIN = LinearRegression(2, 2, steps=5)
+META = LSTMMetaLearner(DOMAIN, LSTMConfig(hidden=8))
+CONFIG = OuterConfig(steps=40, batch=8, seeds=2, warmup=4, checkpoints=3, dispatch=7)
+OBJECTIVE = prediction_loss(DOMAIN, META)
+
+
+def trainer(config=CONFIG, seed=0):
+    return Trainer(OBJECTIVE, META, config, jax.random.key(seed))
+
+
+def last(trainer, state, targets):
+    for state, _ in trainer.run(state, targets):
+        pass
+    return jax.tree.map(np.asarray, state)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return trainer()
+
+
+def test_gradient_through_the_episode_matches_finite_differences():
+    keys = indexed_keys(jax.random.key(1), jnp.arange(16))
+    params = META.init(jax.random.key(0))
+    key = jax.random.key(2)
+    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(key, a.shape), params)
+    objective = jax.jit(lambda p: OBJECTIVE(p, keys))
+    gradient = jax.grad(objective)(params)
+    for name in params:
+        direction = jax.random.normal(jax.random.key(3), params[name].shape)
+        step = 1e-2 / float(jnp.linalg.norm(direction))
+        ends = [
+            float(objective(params | {name: params[name] + sign * step * direction}))
+            for sign in (1, -1)
+        ]
+        found = float(jnp.vdot(gradient[name], direction))
+        assert found == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=2e-2, abs=1e-3), name
+
+
+def test_training_lowers_the_loss_of_every_seed():
+    long = trainer(dataclasses.replace(CONFIG, steps=1200, batch=32, dispatch=200))
+    losses = [loss for _, loss in long.run(long.init(), [1200])]
+    assert losses[0].shape == (2,)
+    assert np.all(losses[-1] < 0.75 * losses[0])
+
+
+def test_stopping_anywhere_and_going_on_gives_the_same_bits(shared):
+    whole = last(shared, shared.init(), [40])
+    assert int(whole.step) == 40
+    part = last(shared, shared.init(), [13])
+    resumed = last(trainer(), jax.device_put(part), [1, 13, 29, 40])
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(shared):
+    one, again = (last(t, t.init(), [10]) for t in (shared, trainer()))
+    other = last(trainer(seed=1), trainer(seed=1).init(), [10])
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    assert not np.array_equal(one.params["input"], other.params["input"])
+    assert not np.array_equal(one.params["input"][0], one.params["input"][1])
+
+
+def test_nothing_is_compiled_or_transferred_after_the_first_dispatch():
+    fresh = trainer()
+    state = fresh.init()
+    counts = [jnp.int32(n) for n in (7, 7, 3)]
+    state, _ = fresh.advance(state, counts[0])
+    with jax.transfer_guard("disallow"):
+        for count in counts[1:]:
+            state, loss = fresh.advance(state, count)
+            loss.block_until_ready()
+    assert fresh.advance._cache_size() == 1
+
+
+def test_a_loss_that_is_not_finite_stops_training():
+    wild = trainer(dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=1e30, clip=1e30))
+    with pytest.raises(ConfigError, match="learning_rate = 1e\\+30: the loss is no longer finite"):
+        last(wild, wild.init(), [40])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch", -1),
+        ("seeds", 0),
+        ("learning_rate", float("nan")),
+        ("warmup", 40),
+        ("optimizer", "nonsense"),
+        ("clip", 0.0),
+    ],
+)
+def test_bad_configurations_are_named(field, value):
+    with pytest.raises(ConfigError, match=f"{field} = "):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_checkpoints_are_log_spaced_from_nought_to_the_end():
+    steps = OuterConfig(steps=10_000, checkpoints=5).checkpoint_steps
+    assert steps == (0, 1, 10, 100, 1000, 10_000)
+
+
+TRAIN = """
+import json, jax, numpy as np
+from metadyn.base import indexed_keys
+from metadyn import inner
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+from metadyn.outer import OuterConfig, Trainer, prediction_loss
+domain = LinearRegression(2, 2, steps=5)
+meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
+config = OuterConfig(steps=50, batch=8, seeds=1, warmup=4, dispatch=50)
+trainer = Trainer(prediction_loss(domain, meta), meta, config, jax.random.key(0))
+state, loss = next(trainer.run(trainer.init(), [50]))
+readings = inner.measure(domain, meta.learner, state.params, True, lambda key, _: domain.sample_task(key),
+                         None, jax.random.key(1), np.arange(6), tuple(range(6)))
+print(json.dumps([jax.device_count(), float(loss[0]), np.asarray(readings["loss"])[0, :, 1:].tolist()]))
+"""
+
+
+def test_the_answer_does_not_depend_on_the_number_of_devices():
+    """50 outer steps and a measurement on 1 and 2 virtual devices."""
+    found = []
+    for devices in (1, 2):
+        run = subprocess.run(
+            [sys.executable, "-c", TRAIN],
+            env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=True,
+        )
+        found.append(json.loads(run.stdout.splitlines()[-1]))
+    assert [f[0] for f in found] == [1, 2]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    np.testing.assert_allclose(found[0][2], found[1][2], rtol=1e-4)
