@@ -139,7 +139,9 @@ class Trainer:
             params, moments, loss = mesh.over_seeds(one_seed, keys, state.params, state.moments)
             return TrainState(state.step + count, params, moments), loss
 
-        self.init: Callable[[], TrainState] = jax.jit(init, out_shardings=mesh.replicated())
+        # Computed on one device: batched decompositions on several CPU devices at once, as in
+        # orthogonal initialisation, can wait for each other's threads for ever (jaxlib 0.10.2).
+        self.init = lambda: jax.device_put(jax.jit(init)(), mesh.replicated())
         """The state at outer step 0."""
         self.advance = jax.jit(
             mesh.on_every_device(advance), donate_argnums=0, out_shardings=mesh.replicated()
