@@ -1,0 +1,241 @@
+"""The command line: a whole small study, resumed and interrupted, and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import xarray as xr
+
+import metadyn
+from metadyn.cli import main
+
+ROOT = Path(__file__).parent.parent
+STUDY = str(ROOT / "experiments" / "linear_regression.py")
+SMALL = (
+    "--domain.n-x 2 --domain.n-y 3 --domain.steps 4 --lstm.hidden 4 "
+    "--outer.steps 3000 --outer.batch 4 --outer.seeds 2 --outer.warmup 1 --outer.checkpoints 4 "
+    "--outer.dispatch 5 --sgd.updates 6 --sgd.records 4 --measure.tasks 32 "
+    "--measure.updating-tasks 4 --measure.shifted-tasks 8 --measure.tracked-tasks 4 "
+    "--measure.heldout-tasks 16 --measure.probe-points 6 --measure.chunk 8"
+).split()
+
+
+def metadyn_run(out, *more, study=STUDY):
+    return main(["run", study, "--out", str(out), *SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole study, run once; its criteria are not met by so small a one."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert metadyn_run(out) == 1
+    return out
+
+
+def test_the_run_folder_is_as_the_contract_says(finished):
+    assert {p.name for p in finished.iterdir()} >= {
+        "config.json", "checkpoints", "figures", "summary.json"
+    }  # fmt: skip
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {"study", "preset", "seed", "environment", "criteria"} <= summary.keys()
+    assert summary["study"] == "linear_regression"
+    assert summary["environment"]["jax"]
+    names = {c["name"] for c in summary["criteria"]}
+    assert names >= {"sgd_slope", "lstm_minus_bayes_slope", "bayes_slope", "saxe_balanced"}
+    for row in summary["criteria"]:
+        assert set(row) == {"name", "value", "low", "high", "expected", "passed"}
+        assert isinstance(row["passed"], bool)
+        if row["low"] is not None:
+            assert row["low"] <= row["high"]
+
+
+def test_every_figure_is_drawn_and_drawn_again_from_what_is_stored(finished, capsys):
+    names = {"mode_strength", "learning_times", "excess_loss", "learned_spectrum"}
+    assert {p.stem for p in (finished / "figures").glob("*.png")} == names
+    shutil.rmtree(finished / "figures")
+    assert main(["figures", str(finished)]) == 0
+    printed = capsys.readouterr().out.split()
+    assert {Path(p).stem for p in printed} == names
+    for path in printed:
+        image = matplotlib.image.imread(path)
+        assert image.shape[0] > 300
+        assert image.std() > 0.02
+
+
+def test_report_prints_the_verdict(finished, capsys):
+    assert main(["report", str(finished)]) == 1
+    printed = capsys.readouterr().out
+    assert "sgd_slope" in printed
+    assert "FAILED" in printed
+
+
+def test_trajectories_load_with_the_contracts_dimensions(finished):
+    data = metadyn.load(finished)
+    assert {"learner", "outer_step", "task", "mode", "step"} <= set(data["mode_strength"].dims)
+    assert data["outer_step"].values[[0, -1]].tolist() == [0, 3000]
+    everyone = metadyn.load(finished, "in_distribution")
+    assert set(everyone["learner"].values) == {"sgd", "lstm", "bayes", "ridge", "least_squares"}
+
+
+def test_the_same_command_again_ends_at_once(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    start = time.monotonic()
+    assert metadyn_run(finished) == 1
+    assert time.monotonic() - start < 5
+    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    assert {p: t for p, t in after.items() if p.name != ".lock"} == {
+        p: t for p, t in before.items() if p.name != ".lock"
+    }
+
+
+def start(out):
+    return subprocess.Popen(
+        [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *SMALL],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+def test_interrupted_then_killed_then_resumed_equals_undisturbed(finished, tmp_path):
+    """Ctrl-C leaves with 130; kill -9 leaves what it leaves; the end is the same, bit for bit."""
+    out = tmp_path / "disturbed"
+    run = start(out)
+    for line in run.stdout:
+        if line.startswith("training"):
+            break
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    reached = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+    assert 0 < reached < 3000
+    assert main(["report", str(out)]) == 0  # on a run that is not done
+
+    run = start(out)
+    for line in run.stdout:
+        if line.startswith("training"):
+            break
+    run.kill()
+    run.communicate(timeout=60)
+    assert not (out / "summary.json").exists()
+
+    assert metadyn_run(out) == 1
+    for task_set in ("tracked", "heldout", "in_distribution", "x4"):
+        xr.testing.assert_identical(
+            metadyn.load(finished, task_set), metadyn.load(out, task_set)
+        )
+    one, other = (json.loads((d / "summary.json").read_text()) for d in (finished, out))
+    assert one["criteria"] == other["criteria"]
+
+
+def test_another_configuration_is_refused_and_nothing_changes(finished, capsys):
+    before = (finished / "config.json").read_bytes()
+    assert metadyn_run(finished, "--seed", "1") == 2
+    assert metadyn_run(finished, "--domain.sigma", "0.2") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "domain.sigma = 0.1, not 0.2" in errors[1]
+    assert (finished / "config.json").read_bytes() == before
+
+
+EMPTY = "x = 1\n"
+BROKEN = "import nonsense_that_is_not_there\n"
+LEAVES = "raise SystemExit(0)\n"
+WRONG = "study = 'linear regression'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required"),
+        (["fly"], "fly"),
+        (["run"], "study"),
+        (["run", "nowhere.py"], "no such file"),
+        (["run", "."], "no such file"),
+        (["run", "EMPTY"], "defines no `study"),
+        (["run", "WRONG"], "defines no `study"),
+        (["run", "BROKEN"], "nonsense_that_is_not_there"),
+        (["run", "LEAVES"], "cannot be imported"),
+        (["run", STUDY, "--preset", "huge"], "choose from quick, paper"),
+        (["run", STUDY, "--seed", "-1"], "--seed -1"),
+        (["run", STUDY, "--seed", "x"], "invalid int value"),
+        (["run", STUDY, "--nonsense", "1"], "nonsense"),
+        (["run", STUDY, "--domain.sigmoid", "1"], "sigmoid"),
+        (["run", STUDY, "stray"], "stray"),
+        (["run", STUDY, "--domain.sigma", "-1"], "sigma = -1.0: must be positive"),
+        (["run", STUDY, "--domain.sigma", "nan"], "sigma = nan"),
+        (["run", STUDY, "--domain.sigma", "loud"], "loud"),
+        (["run", STUDY, "--domain.sigma"], "sigma"),
+        (["run", STUDY, "--domain.steps", "0"], "steps = 0: must be positive"),
+        (["run", STUDY, "--domain.n-x", "2.5"], "2.5"),
+        (["run", STUDY, "--outer.optimizer", "magic"], "optimizer = 'magic'"),
+        (["run", STUDY, "--outer.schedule", "sawtooth"], "sawtooth"),
+        (["run", STUDY, "--outer.warmup", "10000000"], "warmup"),
+        (["run", STUDY, "--lstm.backend", "abacus"], "abacus"),
+        (["run", STUDY, "--sgd.depth", "0"], "depth = 0"),
+        (["run", STUDY, "--measure.probe-points", "3"], "probe points"),
+        (["run", STUDY, "--domain.row-covariance", "1 2 2 1"], "row_covariance"),
+        (["run", STUDY, "--out", "/proc/nowhere"], "cannot be written"),
+        (["run", STUDY, "--out", "FOREIGN"], "holds no run"),
+        (["figures", "nowhere"], "holds no run"),
+        (["report", "FOREIGN"], "holds no run"),
+        (["report", "--loud", "x"], "--loud"),
+        (["devices", "extra"], "extra"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("EMPTY", "BROKEN", "LEAVES", "WRONG"):
+        Path(name).write_text(globals()[name])
+    Path("FOREIGN").mkdir()
+    Path("FOREIGN/thesis.tex").write_text("dear")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+    assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
+
+
+def test_a_general_prior_can_be_given(tmp_path, capsys):
+    """A matrix is given as rows, JSON fashion; one that is not positive definite is named."""
+    bad = "((1,2),(2,1))"
+    assert main(["run", STUDY, "--domain.n-y", "2", "--domain.row-covariance", bad]) == 2
+    assert "positive definite" in capsys.readouterr().err
+
+
+def test_options_and_devices_are_listed(capsys):
+    assert main(["run", STUDY, "--options"]) == 0
+    assert "--domain.sigma" in capsys.readouterr().out
+    assert main(["devices"]) == 0
+    assert "backend: cpu" in capsys.readouterr().out
+
+
+def test_help_exits_with_0():
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+
+
+def test_figures_need_no_accelerator_and_no_training_code(finished):
+    """`dynamics` and `figures` work from stored arrays alone."""
+    code = (
+        "import sys; from metadyn import figures; from metadyn.store import RunFolder; "
+        f"figures.draw(RunFolder({str(finished)!r})); "
+        "assert 'metadyn.outer' not in sys.modules"
+    )
+    np.testing.assert_equal(
+        subprocess.run([sys.executable, "-c", code], timeout=120).returncode, 0
+    )

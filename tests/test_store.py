@@ -1,0 +1,178 @@
+"""The run folder: what is written is what is read, and nothing foreign is touched."""
+
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import metadyn
+from metadyn.base import ConfigError
+from metadyn.store import HELDOUT, TRACKED, RunFolder, describe, labelled, samples
+
+IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 4}, "a": 1}}
+RNG = np.random.default_rng(0)
+
+
+def readings(*lead, time=3, learner="lstm", trained=False):
+    """Arrays [*lead, time, mode] and their description."""
+    axes = (*(("seed",) if trained else ()), "task", "step")
+    arrays = {
+        "mode_strength": RNG.normal(size=(*lead, time, 2)).astype(np.float32),
+        "loss": RNG.normal(size=(*lead, time)).astype(np.float32),
+    }
+    about = describe(
+        {"mode_strength": (*axes, "mode"), "loss": axes},
+        {"time": ("step", range(time)), "singular_value": ("mode", [2.0, 0.5])},
+        {"learner": learner, "label": learner.upper(), "clock": "observations"},
+    )
+    return arrays, about
+
+
+def write_run(path):
+    """Two checkpoints with trajectories, one without, Bayes on both sets, SGD on another."""
+    run = RunFolder.create(path, IDENTITY)
+    written = {}
+    for step in (0, 1, 4):
+        both, about = zip(*(readings(2, 5, trained=True) for _ in range(2)), strict=True)
+        names = (TRACKED, HELDOUT)
+        written[step] = dict(zip(names, both, strict=True))
+        abouts = dict(zip(names, about, strict=True))
+        run.save_checkpoint(step, {"w": np.float32(step)}, written[step], abouts)
+    run.save_checkpoint(5, {"w": np.float32(5)}, None, abouts)
+    for task_set in (TRACKED, HELDOUT):
+        run.save_measurement(task_set, "bayes", *readings(5, learner="bayes"))
+    run.save_measurement("in_distribution", "lstm", *readings(2, 7, trained=True))
+    run.save_measurement("in_distribution", "sgd", *readings(4, time=6, learner="sgd"))
+    run.close()
+    return run, written
+
+
+@pytest.fixture(scope="module")
+def written_run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run") / "r")
+
+
+def test_a_measurement_comes_back_labelled(tmp_path):
+    run = RunFolder.create(tmp_path / "r", IDENTITY)
+    arrays, about = readings(5)
+    assert not run.has_measurement("in_distribution", "lstm")
+    run.save_measurement("in_distribution", "lstm", arrays, about)
+    found = run.measurement("in_distribution", "lstm")
+    xr.testing.assert_identical(found, labelled(arrays, about))
+    assert found["mode_strength"].dims == ("task", "step", "mode")
+    assert run.measurements() == {"in_distribution": ["lstm"]}
+    assert samples(found, "loss").shape == (1, 5, 3)
+
+
+def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
+    run, written = written_run
+    assert run.outer_steps() == [0, 1, 4]
+    assert run.latest_step() == 5
+    found = run.trajectories()
+    assert dict(found["mode_strength"].sizes) == {
+        "outer_step": 3, "seed": 2, "task": 5, "step": 3, "mode": 2
+    }  # fmt: skip
+    for step, both in written.items():
+        np.testing.assert_array_equal(
+            found["mode_strength"].sel(outer_step=step), both[TRACKED]["mode_strength"]
+        )
+
+
+def test_load_gives_one_labelled_dataset(written_run):
+    run, written = written_run
+    data = metadyn.load(run.path)
+    assert data["mode_strength"].dims == ("learner", "outer_step", "seed", "task", "mode", "step")
+    assert set(data["learner"].values) == {"lstm", "bayes"}
+    np.testing.assert_array_equal(data["outer_step"], [0, 1, 4])
+    np.testing.assert_array_equal(data["singular_value"], [2.0, 0.5])
+    lstm = data["mode_strength"].sel(learner="lstm", outer_step=4)
+    np.testing.assert_array_equal(
+        lstm.transpose("seed", "task", "step", "mode"), written[4][TRACKED]["mode_strength"]
+    )
+    bayes = data["mode_strength"].sel(learner="bayes")
+    once = run.measurement(TRACKED, "bayes")["mode_strength"].transpose("task", "mode", "step")
+    np.testing.assert_array_equal(bayes.sel(outer_step=1, seed=1), once)
+    assert metadyn.load(run.path, HELDOUT)["loss"].sizes["outer_step"] == 3
+
+
+def test_load_pads_learners_of_other_lengths(written_run):
+    run, _ = written_run
+    data = metadyn.load(run.path, "in_distribution")
+    assert dict(data["mode_strength"].sizes) == {
+        "learner": 2, "seed": 2, "task": 7, "mode": 2, "step": 6
+    }  # fmt: skip
+    sgd, lstm = (data["mode_strength"].sel(learner=name) for name in ("sgd", "lstm"))
+    assert np.isnan(sgd.isel(task=slice(4, None))).all()
+    assert not np.isnan(sgd.isel(task=slice(0, 4))).any()
+    assert np.isnan(lstm.isel(step=slice(3, None))).all()
+    assert not np.isnan(lstm.isel(step=slice(0, 3))).any()
+    np.testing.assert_array_equal(data["time"].sel(learner="sgd"), range(6))
+    with pytest.raises(ConfigError, match="holds heldout, in_distribution, tracked"):
+        metadyn.load(run.path, "nonsense")
+
+
+def test_a_run_without_trajectories_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="no mode trajectories are stored yet"):
+        metadyn.load(RunFolder.create(tmp_path / "r", IDENTITY).path)
+
+
+def test_nothing_stored_is_a_pickle(written_run):
+    run, _ = written_run
+    for path in run.path.rglob("*"):
+        if path.is_file():
+            assert path.suffix not in {".pkl", ".pickle", ".npy"}
+            assert not path.read_bytes().startswith(b"\x80\x04")
+
+
+def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path):
+    RunFolder.create(tmp_path / "r", IDENTITY)
+    RunFolder.create(tmp_path / "r", IDENTITY)
+    other = IDENTITY | {"config": {"outer": {"steps": 9}, "a": 1}}
+    with pytest.raises(ConfigError, match="outer.steps = 4, not 9"):
+        RunFolder.create(tmp_path / "r", other)
+    with pytest.raises(ConfigError, match="seed = 0, not 1"):
+        RunFolder.create(tmp_path / "r", IDENTITY | {"seed": 1})
+    assert json.loads((tmp_path / "r" / "config.json").read_text()) == IDENTITY
+
+
+def test_foreign_and_broken_folders_are_refused_untouched(tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("dear")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        RunFolder.create(foreign, IDENTITY)
+    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunFolder.create(foreign / "thesis.tex", IDENTITY)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunFolder.create("/proc/nowhere", IDENTITY)
+    for text in ("", "[]", "{", "{}", "[" * 100_000, '{"study": 1}', "\x00"):
+        (foreign / "config.json").write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            RunFolder(foreign)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ConfigError):
+            RunFolder.create(foreign, IDENTITY)
+        assert (foreign / "config.json").read_text() == text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        with pytest.raises(ConfigError, match="cannot be written"):
+            RunFolder.create(tmp_path / "r", IDENTITY)
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    run = RunFolder.create(tmp_path / "r", IDENTITY)
+    with run.locked():
+        with pytest.raises(ConfigError, match="in use"), RunFolder(run.path).locked():
+            pass
+    with run.locked():
+        pass
