@@ -13,16 +13,19 @@ import numpy as np
 from jaxtyping import Float, Real
 
 
+Numbers = np.ndarray | np.floating | float
+
+
 class Estimate(NamedTuple):
     """A figure of merit and its 95 % interval; scalars or arrays of one shape."""
 
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    value: Numbers
+    low: Numbers
+    high: Numbers
 
 
 def estimate(
-    statistic: Callable[..., np.ndarray], *samples: np.ndarray, draws: int = 1000, seed: int = 0
+    statistic: Callable[..., Numbers], *samples: np.ndarray, draws: int = 1000, seed: int = 0
 ) -> Estimate:
     """statistic(*means over seeds and tasks) with its percentile bootstrap interval.
 
@@ -78,7 +81,7 @@ def learning_times(
 
 def staggering_slope(
     scale: Real[np.ndarray, " mode"], t: Float[np.ndarray, "*batch mode"]
-) -> Float[np.ndarray, "*batch"]:
+) -> Float[np.ndarray, "*batch"] | np.floating:
     """Least-squares slope of log t_k against log scale_k, unit-free.
 
     Over the modes that are not censored (report the others beside it) and crossed after t = 0;
@@ -95,6 +98,6 @@ def staggering_slope(
         return np.where(n >= 2, (x * y).sum(-1) / (x**2).sum(-1), np.nan)
 
 
-def excess_loss(loss: np.ndarray, bayes_loss: np.ndarray, floor: float) -> np.ndarray:
+def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:
     """(L − L_Bayes) / (L_Bayes − floor) on the same episodes; floor is the loss of knowing all."""
     return (loss - bayes_loss) / (bayes_loss - floor)
