@@ -113,7 +113,8 @@ def configured(default: Any, overrides: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             return None
-        text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]", " ", errors.getvalue())
+        text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]|-{3,}", " ", errors.getvalue())
+        text = re.sub(r"^\s*(Value error|Parsing error|Unrecognized options)\s", "", text)
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
         raise ConfigError(f"override: {' '.join(text.split())}") from None
 

@@ -185,7 +185,8 @@ WRONG = "study = 'linear regression'\n"
         (["run", STUDY, "--lstm.backend", "abacus"], "abacus"),
         (["run", STUDY, "--sgd.depth", "0"], "depth = 0"),
         (["run", STUDY, "--measure.probe-points", "3"], "probe points"),
-        (["run", STUDY, "--domain.row-covariance", "1 2 2 1"], "row_covariance"),
+        (["run", STUDY, "--domain.row-covariance", "1 2 2 1"], "give rows such as"),
+        (["run", STUDY, "--domain.mean", "[[1,0]]"], "mean = ((1.0, 0.0),)"),
         (["run", STUDY, "--out", "/proc/nowhere"], "cannot be written"),
         (["run", STUDY, "--out", "FOREIGN"], "holds no run"),
         (["figures", "nowhere"], "holds no run"),
@@ -209,11 +210,17 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
 
 
-def test_a_general_prior_can_be_given(tmp_path, capsys):
-    """A matrix is given as rows, JSON fashion; one that is not positive definite is named."""
-    bad = "((1,2),(2,1))"
-    assert main(["run", STUDY, "--domain.n-y", "2", "--domain.row-covariance", bad]) == 2
-    assert "positive definite" in capsys.readouterr().err
+def test_a_general_prior_can_be_given():
+    from metadyn.cli import configured
+    from metadyn.study import load_study
+
+    default = load_study(STUDY).presets["quick"]
+    given = "--domain.n-y 2 --domain.row-covariance [[2,1],[1,3]] --domain.sigma 0.3".split()
+    domain = configured(default, given).domain
+    np.testing.assert_array_equal(domain.R, [[2, 1], [1, 3]])
+    assert (domain.n_x, domain.n_y, domain.sigma) == (3, 2, 0.3)
+    with pytest.raises(metadyn.ConfigError, match="positive definite"):
+        configured(default, ["--domain.n-y", "2", "--domain.row-covariance", "[[1,2],[2,1]]"])
 
 
 def test_options_and_devices_are_listed(capsys):

@@ -7,6 +7,7 @@ task W = U diag(s) Vᵀ are its singular triples.
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import cached_property
 from typing import Annotated, NamedTuple
 
@@ -18,7 +19,16 @@ from jaxtyping import Array, Float
 
 from metadyn.base import Key, Probe, check, check_positive
 
-Matrix = Annotated[tuple[tuple[float, ...], ...], tyro.conf.arg(metavar="ROW-MAJOR MATRIX")]
+Matrix = Annotated[
+    tuple[tuple[float, ...], ...] | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="[[ROW],[ROW],...]",
+        instance_from_str=lambda texts: _matrix(texts[0]),
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
 
 _SPECTRUM_DRAWS = 20_000  # our choice: puts the 2.5 % quantile within about 2 %
 
@@ -48,11 +58,11 @@ class LinearRegression:
     """Standard deviation σ of the noise on each output."""
     steps: int = 20
     """T, the observations in one episode."""
-    mean: Matrix | None = None
+    mean: Matrix = None
     """M, n_y rows of n_x numbers. None: zero."""
-    row_covariance: Matrix | None = None
+    row_covariance: Matrix = None
     """R, between outputs: n_y rows of n_y numbers. None: identity."""
-    column_covariance: Matrix | None = None
+    column_covariance: Matrix = None
     """C, between inputs: n_x rows of n_x numbers. None: identity / n_x."""
 
     def __post_init__(self) -> None:
@@ -211,6 +221,15 @@ class LinearRegression:
 
         axes = {"mode_strength": ("mode",), "off_diagonal": (), "unexplained": ()}
         return Probe(inputs[:, :-1], read, axes)
+
+
+def _matrix(text: str) -> Matrix:
+    """A matrix from the command line, as JSON: [[1, 0], [0, 2]], or null."""
+    try:
+        rows = json.loads(text)
+        return None if rows is None else tuple(tuple(float(v) for v in row) for row in rows)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"give rows such as [[1, 0], [0, 2]], not {text!r}") from None
 
 
 def haar(key: Key, n: int) -> Float[Array, "n n"]:
