@@ -9,12 +9,12 @@ study of your own, copy this file and change the contenders, the sets of tasks o
 import dataclasses
 from functools import partial
 
-import jax
 import numpy as np
 
 from metadyn import dynamics
 from metadyn.base import check, check_positive
 from metadyn.domains.linear import LinearRegression
+from metadyn.inner import log_spaced
 from metadyn.learners.bayes import bayes_linear, least_squares, ridge
 from metadyn.learners.gradient import (
     balanced_deep_linear,
@@ -29,7 +29,6 @@ from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 from metadyn.outer import OuterConfig, prediction_loss
 from metadyn.store import HELDOUT, TRACKED, RunFolder, samples
 from metadyn.study import Contender, MeasureConfig, Plan, Study, TaskSet, criterion, plain
-from metadyn.inner import log_spaced
 
 LEARNED = 0.5  # p of the learning time t_k(p)
 SHIFTS = {"in_distribution": (1, 1), "x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "outsize": (1, 8)}
@@ -62,7 +61,14 @@ class SGDConfig:
     """a₀ of the balanced start."""
 
     def __post_init__(self) -> None:
-        check_positive(self, *(f.name for f in dataclasses.fields(self) if f.type in (int, float) and f.name != "updates"))
+        check_positive(
+            self,
+            *(
+                f.name
+                for f in dataclasses.fields(self)
+                if f.type in (int, float) and f.name != "updates"
+            ),
+        )
         check(self.updates >= 0, "updates", self.updates, "must be 0 or more")
         named_optimizer(self.optimizer, self.learning_rate)
 
@@ -158,7 +164,10 @@ def plan(config: Config) -> Plan:
             *((main, each) for each in (lstm, bayes, *references)),
             *((each, learner) for each in shifted for learner in (lstm, bayes)),
         ],
-        curves={("in_distribution", "sgd"): random_curve, ("aligned", "sgd_balanced"): balanced_curve}
+        curves={
+            ("in_distribution", "sgd"): random_curve,
+            ("aligned", "sgd_balanced"): balanced_curve,
+        }
         if saxe
         else {},
         chunk=sizes.chunk,
@@ -307,7 +316,9 @@ QUICK = Config(
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),
     outer=OuterConfig(steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40),
-    measure=MeasureConfig(tasks=65_536, updating_tasks=1024, shifted_tasks=8192, heldout_tasks=8192),
+    measure=MeasureConfig(
+        tasks=65_536, updating_tasks=1024, shifted_tasks=8192, heldout_tasks=8192
+    ),
     excess_at_most=0.05,
 )
 

@@ -7,7 +7,17 @@ from metadyn.base import ConfigError, Domain, Learner, MetaLearner, Probe
 from metadyn.inner import measure, run
 from metadyn.outer import OuterConfig, Trainer, prediction_loss
 from metadyn.store import RunFolder, load
-from metadyn.study import Contender, Criterion, MeasureConfig, Plan, Study, TaskSet, run_study
+from metadyn.study import (
+    Contender,
+    Criterion,
+    MeasureConfig,
+    Plan,
+    Study,
+    TaskSet,
+    load_study,
+    plain,
+    run_study,
+)
 
 __all__ = [
     "ConfigError",
@@ -25,7 +35,9 @@ __all__ = [
     "TaskSet",
     "Trainer",
     "load",
+    "load_study",
     "measure",
+    "plain",
     "prediction_loss",
     "run",
     "run_study",

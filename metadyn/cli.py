@@ -137,8 +137,10 @@ def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
         steps = run.outer_steps()
         total = run.config["config"]["outer"]["steps"]
         measured = sum(len(names) for names in run.measurements().values())
-        print(f"not done: outer step {steps[-1] if steps else 0} of {total} stored, "
-              f"{measured} measurements stored")
+        print(
+            f"not done: outer step {steps[-1] if steps else 0} of {total} stored, "
+            f"{measured} measurements stored"
+        )
         return DONE
     _show(summary)
     return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Real
 
-
 Numbers = np.ndarray | np.floating | float
 
 

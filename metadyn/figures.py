@@ -123,7 +123,9 @@ def learning_times(measured: Measured) -> Figure:
             line = np.exp(centre + slope.value * np.log(scale))
             unit = data.attrs["clock"]
             label = f"{data.attrs['label']} ({unit}): slope {_interval(slope)}"
-            axis.plot(scale, line, color="grey", lw=1.2, marker=marker, mfc="none", label=label, zorder=0)
+            axis.plot(
+                scale, line, color="grey", lw=1.2, marker=marker, mfc="none", label=label, zorder=0
+            )
     axis.set(xscale="log", yscale="log", xlabel=data.attrs["mode_label"])
     axis.set_ylabel(f"learning time $t_k({p:g})$, own steps")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=10)
@@ -144,16 +146,28 @@ def excess_loss(trained: xr.Dataset, bayes: xr.Dataset) -> Figure:
     for seed in range(each[0].shape[0]):
         axis.plot(x, [excess(e[seed].mean(), reference.mean()) for e in each], color="grey", lw=0.8)
     axis.fill_between(x, low, high, color="#0072b2", alpha=0.25)
-    axis.plot(x, value, "o-", color="#0072b2", ms=4, label=f"{trained.attrs['label']}, mean of seeds")
+    axis.plot(
+        x, value, "o-", color="#0072b2", ms=4, label=f"{trained.attrs['label']}, mean of seeds"
+    )
     axis.plot([], [], color="grey", lw=0.8, label="each seed")
     axis.set(xscale="log", yscale="log", xlabel="outer step")
     axis.set_ylabel(r"excess loss over Bayes" "\n" r"$(L - L_B)\,/\,(L_B - \sigma^2)$")
     axis.annotate(
-        f"{value[-1]:.2f}", (x[-1], value[-1]), xytext=(6, 0), textcoords="offset points", va="center"
+        f"{value[-1]:.2f}",
+        (x[-1], value[-1]),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
     )
     for side in (axis.yaxis, axis.xaxis):
         side.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.set_yticks([t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low.min() / 1.5 < t < high.max() * 1.5])
+    axis.set_yticks(
+        [
+            t
+            for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+            if low.min() / 1.5 < t < high.max() * 1.5
+        ]
+    )
     axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.legend()
     return figure

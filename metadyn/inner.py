@@ -107,7 +107,7 @@ def run(
 
 @partial(
     jax.jit,
-    static_argnames="domain make_learner seeded sample_task times probe chunk".split(),
+    static_argnames=["domain", "make_learner", "seeded", "sample_task", "times", "probe", "chunk"],
 )
 def measure(
     domain: Domain,

@@ -35,9 +35,7 @@ def on_every_device(f: Callable[..., Any]) -> Callable[..., Any]:
     Inside it `my_share` and `mean` divide the work and bring it together again.
     """
     everywhere = PartitionSpec()
-    return jax.shard_map(
-        f, mesh=mesh(), in_specs=everywhere, out_specs=everywhere, check_vma=False
-    )
+    return jax.shard_map(f, mesh=mesh(), in_specs=everywhere, out_specs=everywhere, check_vma=False)
 
 
 def my_share(total: int) -> Int[Array, " share"]:

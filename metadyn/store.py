@@ -163,9 +163,7 @@ class RunFolder:
 
     def measurement(self, task_set: str, learner: str) -> xr.Dataset:
         """One learner on one set of tasks: [seed,] task, step, and the reading's own axes."""
-        items = ocp.args.Composite(
-            arrays=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), about=ocp.args.JsonRestore())
         with _composite() as checkpointer:
             stored = checkpointer.restore(self._measurement(task_set, learner), args=items)
         return labelled(stored["arrays"], stored["about"])
@@ -262,7 +260,9 @@ def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
         join="outer",
         combine_attrs="drop_conflicts",
     )
-    order = [d for d in ("learner", "outer_step", "seed", "task", "mode", "step") if d in merged.dims]
+    order = [
+        d for d in ("learner", "outer_step", "seed", "task", "mode", "step") if d in merged.dims
+    ]
     return merged.set_coords("time").transpose(*order, ...)
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.machinery import SourceFileLoader
@@ -41,7 +41,7 @@ from metadyn.base import (
 )
 from metadyn.outer import Objective, OuterConfig, Trainer
 from metadyn.progress import Progress
-from metadyn.store import HELDOUT, TRACKED, RunFolder, describe
+from metadyn.store import RunFolder, describe
 
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
 
@@ -165,8 +165,22 @@ class Study:
     presets: Mapping[str, Any]
     """Configurations by name, "quick" among them: frozen dataclasses of one type."""
     plan: Callable[[Any], Plan]
-    criteria: Callable[[Any, RunFolder], Sequence[Criterion]]
+    criteria: Callable[[Any, RunFolder], Iterable[Criterion]]
     """`criteria(config, run)` from what is stored."""
+
+    def beside(self, name: str, contender: Callable[[Any], Contender]) -> Study:
+        """This study, called `name`, with one more learner, `contender(config)`, in every figure.
+
+        It is measured on each set of tasks that Bayes is measured on.
+        """
+
+        def plan(config: Any) -> Plan:
+            base = self.plan(config)
+            sets = [tasks for tasks, other in base.measurements if other is base.bayes]
+            more = [(tasks, contender(config)) for tasks in sets]
+            return dataclasses.replace(base, measurements=[*base.measurements, *more])
+
+        return dataclasses.replace(self, name=name, plan=plan)
 
 
 def load_study(path: str) -> Study:
@@ -361,7 +375,9 @@ def environment() -> dict[str, Any]:
 
 def _as_json(criterion: Criterion) -> dict[str, Any]:
     fields = dataclasses.asdict(criterion)
-    fields = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+    fields = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
+    }
     if fields["passed"] is None:
         del fields["passed"]
     return fields

@@ -19,13 +19,7 @@ from metadyn.cli import main
 
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "linear_regression.py")
-SMALL = (
-    "--domain.n-x 2 --domain.n-y 3 --domain.steps 4 --lstm.hidden 4 "
-    "--outer.steps 3000 --outer.batch 4 --outer.seeds 2 --outer.warmup 1 --outer.checkpoints 4 "
-    "--outer.dispatch 5 --sgd.updates 6 --sgd.records 4 --measure.tasks 32 "
-    "--measure.updating-tasks 4 --measure.shifted-tasks 8 --measure.tracked-tasks 4 "
-    "--measure.heldout-tasks 16 --measure.probe-points 6 --measure.chunk 8"
-).split()
+SMALL = ["--domain.n-x", "2", "--domain.n-y", "3", "--domain.steps", "4", "--lstm.hidden", "4", "--outer.steps", "3000", "--outer.batch", "4", "--outer.seeds", "2", "--outer.warmup", "1", "--outer.checkpoints", "4", "--outer.dispatch", "5", "--sgd.updates", "6", "--sgd.records", "4", "--measure.tasks", "32", "--measure.updating-tasks", "4", "--measure.shifted-tasks", "8", "--measure.tracked-tasks", "4", "--measure.heldout-tasks", "16", "--measure.probe-points", "6", "--measure.chunk", "8"]
 
 
 def metadyn_run(out, *more, study=STUDY):
@@ -132,9 +126,7 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(finished, tmp_p
 
     assert metadyn_run(out) == 1
     for task_set in ("tracked", "heldout", "in_distribution", "x4"):
-        xr.testing.assert_identical(
-            metadyn.load(finished, task_set), metadyn.load(out, task_set)
-        )
+        xr.testing.assert_identical(metadyn.load(finished, task_set), metadyn.load(out, task_set))
     one, other = (json.loads((d / "summary.json").read_text()) for d in (finished, out))
     assert one["criteria"] == other["criteria"]
 
@@ -215,7 +207,7 @@ def test_a_general_prior_can_be_given():
     from metadyn.study import load_study
 
     default = load_study(STUDY).presets["quick"]
-    given = "--domain.n-y 2 --domain.row-covariance [[2,1],[1,3]] --domain.sigma 0.3".split()
+    given = ["--domain.n-y", "2", "--domain.row-covariance", "[[2,1],[1,3]]", "--domain.sigma", "0.3"]
     domain = configured(default, given).domain
     np.testing.assert_array_equal(domain.R, [[2, 1], [1, 3]])
     assert (domain.n_x, domain.n_y, domain.sigma) == (3, 2, 0.3)
@@ -243,6 +235,4 @@ def test_figures_need_no_accelerator_and_no_training_code(finished):
         f"figures.draw(RunFolder({str(finished)!r})); "
         "assert 'metadyn.outer' not in sys.modules"
     )
-    np.testing.assert_equal(
-        subprocess.run([sys.executable, "-c", code], timeout=120).returncode, 0
-    )
+    np.testing.assert_equal(subprocess.run([sys.executable, "-c", code], timeout=120).returncode, 0)

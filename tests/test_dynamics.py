@@ -44,7 +44,11 @@ def test_interval_matches_scipys_bootstrap_of_a_nonlinear_statistic():
     values = rng.lognormal(size=200)
     found = dynamics.estimate(np.log, values[None], draws=8000)
     peer = scipy.stats.bootstrap(
-        (values,), lambda v, axis: np.log(v.mean(axis)), n_resamples=8000, method="percentile", rng=1
+        (values,),
+        lambda v, axis: np.log(v.mean(axis)),
+        n_resamples=8000,
+        method="percentile",
+        rng=1,
     ).confidence_interval
     np.testing.assert_allclose(found.value, np.log(values.mean()))
     np.testing.assert_allclose([found.low, found.high], peer, atol=0.015)

@@ -52,7 +52,12 @@ def test_one_update_is_a_step_along_the_float64_finite_difference_gradient(depth
 def test_closed_form_solves_saxes_differential_equation():
     s, start, rate, times = np.array([2.0, 0.5]), 1e-3, 0.05, np.linspace(0, 400, 50)
     solution = scipy.integrate.solve_ivp(
-        lambda t, a: 2 * rate * a * (s - a), (0, 400), np.full(2, start), t_eval=times, rtol=1e-10, atol=1e-12
+        lambda t, a: 2 * rate * a * (s - a),
+        (0, 400),
+        np.full(2, start),
+        t_eval=times,
+        rtol=1e-10,
+        atol=1e-12,
     )
     np.testing.assert_allclose(saxe_strength(times, s, start, rate), solution.y.T / s, rtol=1e-5)
     t = updates_to_learn(0.5, start, rate, strength=0.9)
@@ -92,7 +97,9 @@ def test_random_start_grows_from_half_its_squared_norm():
     times = inner.log_spaced(updates_to_learn(s[-1], start, 0.02, 0.9), 60)
     mean = curve(domain, deep_linear(2, 3, width=64, scale=1e-3), 0.02, 20, times, 64, True)
     found = dynamics.learning_times(np.array(times), mean.mean(0))
-    theory = dynamics.learning_times(np.array(times), saxe_strength(np.array(times), s, start, 0.02))
+    theory = dynamics.learning_times(
+        np.array(times), saxe_strength(np.array(times), s, start, 0.02)
+    )
     np.testing.assert_allclose(found, theory, rtol=0.05)
 
 

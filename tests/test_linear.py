@@ -70,7 +70,9 @@ def test_evaluation_tasks_have_the_given_spectrum_and_haar_vectors(n_x, n_y):
     np.testing.assert_allclose(found, np.broadcast_to(s, found.shape), rtol=1e-4)
     for vectors, n in ((tasks.U, n_y), (tasks.V, n_x)):
         gram = np.einsum("tik,til->tkl", vectors, vectors)
-        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(domain.modes), gram.shape), atol=1e-5)
+        np.testing.assert_allclose(
+            gram, np.broadcast_to(np.eye(domain.modes), gram.shape), atol=1e-5
+        )
         # Entries of a Haar-random orthogonal matrix have mean 0 and variance 1/n.
         np.testing.assert_allclose(np.mean(vectors, 0), 0, atol=0.05)
         np.testing.assert_allclose(np.var(vectors, 0), 1 / n, rtol=0.15)

@@ -81,9 +81,7 @@ def trained_like():
     meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
     params = meta.init(jax.random.key(0))
     noise = jax.random.key(1)
-    return domain, meta, jax.tree.map(
-        lambda a: a + 0.5 * jax.random.normal(noise, a.shape), params
-    )
+    return domain, meta, jax.tree.map(lambda a: a + 0.5 * jax.random.normal(noise, a.shape), params)
 
 
 def test_step_by_step_and_whole_episode_give_the_same_numbers(trained_like):

@@ -171,8 +171,7 @@ def test_a_read_only_folder_is_refused(tmp_path):
 
 def test_a_folder_in_use_is_refused(tmp_path):
     run = RunFolder.create(tmp_path / "r", IDENTITY)
-    with run.locked():
-        with pytest.raises(ConfigError, match="in use"), RunFolder(run.path).locked():
-            pass
+    with run.locked(), pytest.raises(ConfigError, match="in use"), RunFolder(run.path).locked():
+        pass
     with run.locked():
         pass

@@ -249,6 +249,6 @@ def haar(key: Key, n: int) -> Float[Array, "n n"]:
     return jax.lax.fori_loop(0, n, orthogonalise, jnp.zeros((n, n)))
 
 
-def _share(part: Float[Array, ""], whole: Float[Array, "..."]) -> Float[Array, ""]:
+def _share(part: Float[Array, ""], whole: Float[Array, ...]) -> Float[Array, ""]:
     total = jnp.sum(whole**2)
     return jnp.where(total > 0, jnp.clip(part / jnp.where(total > 0, total, 1.0), 0.0, 1.0), 0.0)

@@ -24,7 +24,9 @@ class Network(NamedTuple):
     apply: Callable[[Weights, Query], Answer]
 
 
-def deep_linear(n_x: int, n_y: int, depth: int = 2, width: int = 32, scale: float = 1e-2) -> Network:
+def deep_linear(
+    n_x: int, n_y: int, depth: int = 2, width: int = 32, scale: float = 1e-2
+) -> Network:
     """ŷ = W_depth … W_2 W_1 x with N(0, scale²) entries (Saxe et al. 2013)."""
     sizes = _sizes(n_x, n_y, depth, width, scale)
 
@@ -107,7 +109,9 @@ def gradient(
     return Learner(init, predict, update, batch=batch, clock="updates")
 
 
-def named_optimizer(name: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+def named_optimizer(
+    name: str, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
     """Any optimiser of optax that a learning rate suffices to make, by its name there.
 
     Raises `ConfigError` for other names.
