@@ -18,9 +18,9 @@ Numbers = np.ndarray | np.floating | float
 class Estimate(NamedTuple):
     """A figure of merit and its 95 % interval; scalars or arrays of one shape."""
 
-    value: Numbers
-    low: Numbers
-    high: Numbers
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 def estimate(
@@ -50,8 +50,8 @@ def estimate(
         mean = sum(by_seed[:, i, None] * (by_task @ flat[i]) for i in range(n_seeds))
         return np.asarray(mean).reshape(draws, *rest)
 
-    value = statistic(*(np.asarray(s, np.float64).mean((0, 1)) for s in samples))
-    drawn = statistic(*(resampled(np.asarray(s, np.float32)) for s in samples))
+    value = np.asarray(statistic(*(np.asarray(s, np.float64).mean((0, 1)) for s in samples)))
+    drawn = np.asarray(statistic(*(resampled(np.asarray(s, np.float32)) for s in samples)))
     with np.errstate(all="ignore"):
         missing = np.isnan(drawn).all(0)
         low, high = np.nanquantile(np.where(missing, 0.0, drawn), [0.025, 0.975], axis=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.ticker
@@ -21,7 +22,7 @@ from metadyn.store import HELDOUT, RunFolder, samples
 IN_DISTRIBUTION = "in_distribution"
 MARKERS = "osD^vP"
 LINES = ("-", "--", ":", "-.")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -82,10 +83,7 @@ def mode_strength(measured: Measured) -> Figure:
                 curve = data["closed_form"].to_numpy()[start:, k]
                 label = "closed form" if k == len(scale) - 1 else None
                 axis.plot(times[start:], curve, color="black", ls=":", lw=1.4, label=label)
-        slope = dynamics.estimate(
-            lambda mean: dynamics.staggering_slope(scale, dynamics.learning_times(times, mean, p)),
-            samples(data, "mode_strength"),
-        )
+        slope = _slope(data)
         axis.axhline(p, color="grey", lw=0.8, zorder=0)
         axis.set_title(f"{data.attrs['label']}\nslope {_interval(slope)}")
         axis.set_xlabel("optimiser updates" if updates else "observations in the episode")
@@ -103,13 +101,8 @@ def learning_times(measured: Measured) -> Figure:
     figure, (axis,) = _subplots(1, 1, width=6.6, height=4.4)
     for data, marker in zip(_panels(measured), MARKERS, strict=False):
         times, scale, p = data["time"].to_numpy(), _scale(data), data.attrs["p"]
-        t = dynamics.estimate(
-            lambda mean: dynamics.learning_times(times, mean, p), samples(data, "mode_strength")
-        )
-        slope = dynamics.estimate(
-            lambda mean: dynamics.staggering_slope(scale, dynamics.learning_times(times, mean, p)),
-            samples(data, "mode_strength"),
-        )
+        t = _learning_times(data)
+        slope = _slope(data)
         for k, colour in enumerate(_colours(scale)):
             if np.isfinite(t.value[k]):
                 bars = [[t.value[k] - t.low[k]], [t.high[k] - t.value[k]]]
@@ -226,6 +219,21 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
 def _place(k: int, modes: int) -> str:
     note = ", the greatest" if k == 0 else ", the least" if k == modes - 1 else ""
     return f"mode {k + 1}{note}"
+
+
+def _learning_times(data: xr.Dataset) -> dynamics.Estimate:
+    times, p = data["time"].to_numpy(), data.attrs["p"]
+    return dynamics.estimate(
+        lambda mean: dynamics.learning_times(times, mean, p), samples(data, "mode_strength")
+    )
+
+
+def _slope(data: xr.Dataset) -> dynamics.Estimate:
+    times, scale, p = data["time"].to_numpy(), _scale(data), data.attrs["p"]
+    return dynamics.estimate(
+        lambda mean: dynamics.staggering_slope(scale, dynamics.learning_times(times, mean, p)),
+        samples(data, "mode_strength"),
+    )
 
 
 def _panels(measured: Measured) -> list[xr.Dataset]:

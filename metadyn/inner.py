@@ -122,7 +122,9 @@ def measure(
     probe: Probe | None = None,
     chunk: int = 4096,
 ) -> dict[str, Array]:
-    """`run` of learner `make_learner(params)` on many tasks: [task, time, ...], in one compiled call.
+    """`run` of learner `make_learner(params)` on many tasks: [task, time, ...].
+
+    One compiled call.
 
     If `seeded`, params have a leading seed axis and so do the results: [seed, task, time, ...].
 

@@ -35,7 +35,10 @@ Objective = Callable[[Params, Keys], Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class OuterConfig:
-    """How the outer loop optimises. The paper's values are not known to us: these are our choice."""
+    """How the outer loop optimises.
+
+    The paper's values are not known to us: these are our choice.
+    """
 
     steps: int = 16_000
     """Outer steps."""

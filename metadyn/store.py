@@ -102,7 +102,8 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"--out {self.path} is in use by another run: wait for it, or choose another DIR"
+                    f"--out {self.path} is in use by another run: "
+                    "wait for it, or choose another DIR"
                 ) from None
             yield
 

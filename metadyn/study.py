@@ -268,12 +268,12 @@ class _Runner:
 
         latest = store.latest_step()
         if latest is None:
-            state = trainer.init()
-            save(state)
+            start = trainer.init()
+            save(start)
         else:
             abstract = jax.eval_shape(trainer.init)
             place = partial(jax.ShapeDtypeStruct, sharding=mesh.replicated())
-            state = store.restore_state(
+            start = store.restore_state(
                 latest, jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), abstract)
             )
         self.measure(plan.heldout, plan.bayes)
@@ -281,8 +281,9 @@ class _Runner:
         best = float(losses.isel(step=slice(1, None)).mean())
         schedule = set(plan.outer.checkpoint_steps)
         episodes = plan.outer.batch * plan.outer.seeds
-        with self.progress.training(plan.outer.steps, int(state.step)) as show, _held() as held:
-            for state, loss in trainer.run(state, plan.outer.checkpoint_steps):
+        state = start
+        with self.progress.training(plan.outer.steps, int(start.step)) as show, _held() as held:
+            for state, loss in trainer.run(start, plan.outer.checkpoint_steps):
                 step = int(state.step)
                 mean = float(loss.mean())
                 excess = float(dynamics.excess_loss(mean, best, plan.domain.loss_floor))
@@ -299,7 +300,7 @@ class _Runner:
         """Makes and stores a measurement, unless it is stored already."""
         if self.store.has_measurement(tasks.name, contender.name):
             return
-        arrays = dict(self.arrays(tasks, contender, params))
+        arrays: dict[str, Any] = dict(self.arrays(tasks, contender, params))
         about = self.about(tasks, contender)
         curve = self.plan.curves.get((tasks.name, contender.name))
         if curve is not None:

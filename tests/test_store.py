@@ -131,7 +131,7 @@ def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path)
     RunFolder.create(tmp_path / "r", IDENTITY)
     RunFolder.create(tmp_path / "r", IDENTITY)
     other = IDENTITY | {"config": {"outer": {"steps": 9}, "a": 1}}
-    with pytest.raises(ConfigError, match="outer.steps = 4, not 9"):
+    with pytest.raises(ConfigError, match=r"outer\.steps = 4, not 9"):
         RunFolder.create(tmp_path / "r", other)
     with pytest.raises(ConfigError, match="seed = 0, not 1"):
         RunFolder.create(tmp_path / "r", IDENTITY | {"seed": 1})

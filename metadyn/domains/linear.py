@@ -209,6 +209,7 @@ class LinearRegression:
         inputs = jnp.asarray(design, jnp.float32)
 
         def read(task: LinearTask, answers: Float[Array, "P n_y"]) -> dict[str, Array]:
+            assert task.U is not None and task.s is not None and task.V is not None  # noqa: PT018
             coefficients = fit @ answers
             W_hat = coefficients[:-1].T
             diagonal = jnp.einsum("ik,ij,jk->k", task.U, W_hat, task.V)

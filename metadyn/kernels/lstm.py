@@ -26,23 +26,24 @@ class LSTMWeights(NamedTuple):
 class Gates(NamedTuple):
     """Activations i, f, o in (0, 1) and candidate g in (−1, 1), each [H, ...]."""
 
-    i: Float[Array, H *B]
-    f: Float[Array, H *B]
-    o: Float[Array, H *B]
-    g: Float[Array, H *B]
+    i: Float[Array, H * B]
+    f: Float[Array, H * B]
+    o: Float[Array, H * B]
+    g: Float[Array, H * B]
 
 
 def cell(
     weights: LSTMWeights,
-    x: Float[Array, n *B],
-    h: Float[Array, H *B],
-    c: Float[Array, H *B],
-) -> tuple[Float[Array, H *B], Float[Array, H *B], Gates]:
+    x: Float[Array, n * B],
+    h: Float[Array, H * B],
+    c: Float[Array, H * B],
+) -> tuple[Float[Array, H * B], Float[Array, H * B], Gates]:
     """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', gates)."""
     bias = weights.bias.reshape(-1, *[1] * (x.ndim - 1))
     z = weights.input @ x + weights.recurrent @ h + bias
     z_i, z_f, z_o, z_g = jnp.split(z, 4)
-    gates = Gates(*(jax.nn.sigmoid(a) for a in (z_i, z_f, z_o)), jnp.tanh(z_g))
+    sigmoid = jax.nn.sigmoid
+    gates = Gates(sigmoid(z_i), sigmoid(z_f), sigmoid(z_o), jnp.tanh(z_g))
     c = gates.f * c + gates.i * gates.g
     return gates.o * jnp.tanh(c), c, gates
 
@@ -57,8 +58,11 @@ def lstm(
       backward  a hand-written backward pass: the reverse recurrence carries dh and dc alone, and
                 the weight gradients are one product over all steps and episodes at its end.
     """
-    run = {"scan": lambda *a: _trace(*a).h, "backward": _lstm}[backend]
-    return run(weights, inputs)
+    if backend == "scan":
+        return _trace(weights, inputs).h
+    if backend == "backward":
+        return _lstm(weights, inputs)
+    raise ValueError(f"backend = {backend!r}: choose scan or backward")
 
 
 class _Trace(NamedTuple):
