@@ -61,14 +61,8 @@ class SGDConfig:
     """a₀ of the balanced start."""
 
     def __post_init__(self) -> None:
-        check_positive(
-            self,
-            *(
-                f.name
-                for f in dataclasses.fields(self)
-                if f.type in (int, float) and f.name != "updates"
-            ),
-        )
+        check_positive(self, "learning_rate", "batch", "depth", "width", "scale", "records")
+        check_positive(self, "balanced_learning_rate", "balanced_strength")
         check(self.updates >= 0, "updates", self.updates, "must be 0 or more")
         named_optimizer(self.optimizer, self.learning_rate)
 
@@ -248,7 +242,7 @@ def criteria(config: Config, run: RunFolder):
             "from random weights, worst relative distance to Saxe's times, for the record",
         ),
     ):
-        if learner not in stored[task_set]:
+        if learner not in stored.get(task_set, []):
             continue
         times, s, strength = read(task_set, learner)
         curve = run.measurement(task_set, learner).get("closed_form")

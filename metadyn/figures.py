@@ -143,7 +143,7 @@ def excess_loss(trained: xr.Dataset, bayes: xr.Dataset) -> Figure:
         x, value, "o-", color="#0072b2", ms=4, label=f"{trained.attrs['label']}, mean of seeds"
     )
     axis.plot([], [], color="grey", lw=0.8, label="each seed")
-    axis.set(xscale="log", yscale="log", xlabel="outer step")
+    axis.set(xscale="log", yscale="log", xlabel="outer step (leftmost: 0)")
     axis.set_ylabel(r"excess loss over Bayes" "\n" r"$(L - L_B)\,/\,(L_B - \sigma^2)$")
     axis.annotate(
         f"{value[-1]:.2f}",

@@ -108,6 +108,13 @@ class LinearRegression:
         """K = min(n_x, n_y)."""
         return min(self.n_x, self.n_y)
 
+    @cached_property
+    def _singular_values(self) -> np.ndarray:
+        """A sample of those that the prior induces, the same every time."""
+        draws = np.random.default_rng(0).standard_normal((_SPECTRUM_DRAWS, self.n_y, self.n_x))
+        W = self.M + np.linalg.cholesky(self.R) @ draws @ np.linalg.cholesky(self.C).T
+        return np.linalg.svd(W, compute_uv=False)
+
     def spectrum(self, scale: float = 1.0, outsize: float = 1.0) -> tuple[float, ...]:
         """K singular values, greatest first, spread evenly over the prior's central 95 %.
 
@@ -117,11 +124,8 @@ class LinearRegression:
         """
         check(scale > 0, "scale", scale, "must be positive")
         check(outsize > 0, "outsize", outsize, "must be positive")
-        draws = np.random.default_rng(0).standard_normal((_SPECTRUM_DRAWS, self.n_y, self.n_x))
-        W = self.M + np.linalg.cholesky(self.R) @ draws @ np.linalg.cholesky(self.C).T
-        values = np.linalg.svd(W, compute_uv=False)
         levels = [0.5] if self.modes == 1 else np.linspace(0.975, 0.025, self.modes)
-        s = scale * np.quantile(values, levels)
+        s = scale * np.quantile(self._singular_values, levels)
         s[0] *= outsize
         return tuple(float(value) for value in s)
 
