@@ -135,10 +135,9 @@ def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
     summary = run.summary()
     if summary is None:
         steps = run.outer_steps()
-        total = run.config["config"]["outer"]["steps"]
         measured = sum(len(names) for names in run.measurements().values())
         print(
-            f"not done: outer step {steps[-1] if steps else 0} of {total} stored, "
+            f"not done: outer step {steps[-1] if steps else 0} stored, "
             f"{measured} measurements stored"
         )
         return DONE

@@ -28,6 +28,7 @@ import xarray as xr
 from metadyn.base import ConfigError
 
 Arrays = Mapping[str, Any]
+_Number = (int, float, type(None))
 TRACKED, HELDOUT = "tracked", "heldout"  # the two sets of tasks measured at every checkpoint
 
 
@@ -174,7 +175,8 @@ class RunFolder:
         folders = sorted((self.path / "measurements").glob("*/*"))
         found: dict[str, list[str]] = {}
         for folder in folders:
-            if (folder / "_CHECKPOINT_METADATA").exists():
+            whole = ".orbax-checkpoint-tmp" not in folder.name
+            if whole and (folder / "_CHECKPOINT_METADATA").exists():
                 found.setdefault(folder.parent.name, []).append(folder.name)
         return found
 
@@ -211,9 +213,27 @@ class RunFolder:
         return self.path / "figures"
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json, or None before the run is done."""
+        """summary.json, or None before the run is done. Raises `ConfigError` if it is damaged."""
         path = self.path / "summary.json"
-        return _read_json(path, f"{path} cannot be read") if path.exists() else None
+        if not path.exists():
+            return None
+        summary = _read_json(path, f"{path} cannot be read")
+        row: dict[str, Any] = {
+            "name": str,
+            "expected": str,
+            "value": _Number,
+            "low": _Number,
+            "high": _Number,
+        }
+        for name in ("criteria", "reported"):
+            rows = summary.get(name, [])
+            kinds = row | ({"passed": bool} if name == "criteria" else {})
+            if not isinstance(rows, list) or not all(
+                isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in kinds.items())
+                for r in rows
+            ):
+                raise ConfigError(f"{path}: {name} is not as metadyn writes it; remove the file")
+        return {"study": "?", "preset": "?", "seed": "?", "criteria": [], "reported": [], **summary}
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json in one step."""

@@ -169,6 +169,17 @@ def test_a_read_only_folder_is_refused(tmp_path):
         tmp_path.chmod(stat.S_IRWXU)
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"criteria": 3}', '{"criteria": [{"name": 1}]}', '{"reported": [[]]}']
+)
+def test_a_damaged_summary_is_named(text, tmp_path):
+    run = RunFolder.create(tmp_path / "r", IDENTITY)
+    assert run.summary() is None
+    (run.path / "summary.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"summary\.json"):
+        run.summary()
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     run = RunFolder.create(tmp_path / "r", IDENTITY)
     with run.locked(), pytest.raises(ConfigError, match="in use"), RunFolder(run.path).locked():
