@@ -154,24 +154,12 @@ def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _show(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"{summary['study']}, preset {summary['preset']}, seed {summary['seed']}")
-    table.add_column("criterion", no_wrap=True)
-    table.add_column("value [95 % interval]", justify="right", no_wrap=True)
-    table.add_column("expected")
-    table.add_column("")
+    print(f"{summary['study']}, preset {summary['preset']}, seed {summary['seed']}")
     number = lambda v: "-" if v is None else f"{v:.3g}"  # noqa: E731
     for row in (*summary["criteria"], *summary["reported"]):
         verdict = {True: "passed", False: "FAILED", None: ""}[row.get("passed")]
         interval = f"{number(row['value'])} [{number(row['low'])}, {number(row['high'])}]"
-        table.add_row(row["name"], Text(interval), row["expected"], verdict)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+        print(f"{verdict:7} {row['name']:28} {interval}\n        {row['expected']}")
 
 
 _COMMANDS = {"run": _run, "figures": _figures, "report": _report, "devices": _devices}
