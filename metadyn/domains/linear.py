@@ -30,7 +30,7 @@ Matrix = Annotated[
     ),
 ]
 
-_SPECTRUM_DRAWS = 20_000  # our choice: puts the 2.5 % quantile within about 2 %
+_SPECTRUM_DRAWS = 20_000  # our choice
 
 
 class LinearTask(NamedTuple):
