@@ -28,7 +28,17 @@ from metadyn.learners.gradient import (
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 from metadyn.outer import OuterConfig, prediction_loss
 from metadyn.store import HELDOUT, TRACKED, RunFolder, samples
-from metadyn.study import Contender, MeasureConfig, Plan, Study, TaskSet, criterion, plain
+from metadyn.study import (
+    Contender,
+    MeasureConfig,
+    Plan,
+    Study,
+    TaskSet,
+    Training,
+    censored,
+    criterion,
+    plain,
+)
 
 LEARNED = 0.5  # p of the learning time t_k(p)
 SHIFTS = {"in_distribution": (1, 1), "x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "outsize": (1, 8)}
@@ -98,7 +108,7 @@ def plan(config: Config) -> Plan:
         if name in SHIFTS:
             attrs |= {"shift": scale * outsize} | ({"outsize": outsize} if outsize > 1 else {})
         coords = {"singular_value": ("mode", s)}
-        return TaskSet(name, sample, size, np.float32(s), probe, coords, attrs)
+        return TaskSet(name, domain, sample, size, np.float32(s), probe, coords, attrs)
 
     observed = tuple(range(domain.steps + 1))
     lstm = Contender("lstm", "meta-trained LSTM", meta.learner, observed, trained=True, panel=1)
@@ -140,18 +150,21 @@ def plan(config: Config) -> Plan:
         for name, factors in SHIFTS.items()
         if name != main.name
     ]
-    heldout = TaskSet(HELDOUT, lambda key, _: domain.sample_task(key), sizes.heldout_tasks)
+    heldout = TaskSet(HELDOUT, domain, lambda key, _: domain.sample_task(key), sizes.heldout_tasks)
     # Saxe's closed form is that of two layers under plain gradient descent.
     saxe = sgd.depth == 2 and sgd.optimizer == "sgd"
     return Plan(
-        domain=domain,
-        meta=meta,
         outer=config.outer,
-        objective=prediction_loss(domain, meta),
-        learner=lstm,
-        bayes=bayes,
-        tracked=tasks(TRACKED, sizes.tracked_tasks),
-        heldout=heldout,
+        trainings=[
+            Training(
+                learner=lstm,
+                meta=meta,
+                objective=prediction_loss(domain, meta),
+                bayes=bayes,
+                tracked=tasks(TRACKED, sizes.tracked_tasks),
+                heldout=heldout,
+            )
+        ],
         measurements=[
             (few, random),
             *([(few_aligned, balanced)] if saxe else []),
@@ -172,15 +185,8 @@ def criteria(config: Config, run: RunFolder):
     """What the science says of the stored measurements."""
     floor = config.domain.loss_floor
 
-    def read(task_set, learner):
-        """Times [step], singular values [mode] and mode strengths [seed, task, step, mode]."""
-        data = run.measurement(task_set, learner)
-        return data["time"].values, data["singular_value"].values, samples(data, "mode_strength")
-
-    def slope(times, s):
-        return lambda mean: dynamics.staggering_slope(
-            s, dynamics.learning_times(times, mean, LEARNED)
-        )
+    def strength(data):
+        return samples(data, "mode_strength")
 
     def loss(data):
         return samples(data, "loss")[:, :, 1:].mean(-1)
@@ -193,38 +199,38 @@ def criteria(config: Config, run: RunFolder):
         lstm, bayes = run.measurement(name, "lstm"), run.measurement(name, "bayes")
         return loss(lstm), loss(bayes), samples(lstm, "saturated_gates")[:, :, 1:].mean(-1)
 
-    times, s, sgd = read("in_distribution", "sgd")
+    sgd, lstm, bayes = (
+        run.measurement("in_distribution", name) for name in ("sgd", "lstm", "bayes")
+    )
     yield criterion(
         "sgd_slope",
-        dynamics.estimate(slope(times, s), sgd),
+        dynamics.estimate(dynamics.slope_of(sgd), strength(sgd)),
         "SGD learns mode after mode: slope of log t_k on log s_k near -1, at most -0.7",
         at_most=-0.7,
     )
-    yield from censored("sgd", times, sgd)
-    times, s, lstm = read("in_distribution", "lstm")
-    times, s, bayes = read("in_distribution", "bayes")
-    lstm_slope = slope(times, s)
+    yield censored("sgd", sgd)
+    slope = dynamics.slope_of(lstm)
     yield criterion(
         "lstm_minus_bayes_slope",
-        dynamics.estimate(lambda a, b: lstm_slope(a) - lstm_slope(b), lstm, bayes),
+        dynamics.estimate(lambda a, b: slope(a) - slope(b), strength(lstm), strength(bayes)),
         "the LSTM staggers no more than Bayes: slopes differ by at most 0.2",
         at_most=0.2,
         at_least=-0.2,
     )
     yield criterion(
         "lstm_slope",
-        dynamics.estimate(lstm_slope, lstm),
+        dynamics.estimate(slope, strength(lstm)),
         "the LSTM's own slope, for the record",
     )
-    yield from censored("lstm", times, lstm)
+    yield censored("lstm", lstm)
     yield criterion(
         "bayes_slope",
-        dynamics.estimate(lstm_slope, bayes),
+        dynamics.estimate(slope, strength(bayes)),
         "Bayes learns all modes at one rate: slope 0, at most 0.05 either way",
         at_most=0.05,
         at_least=-0.05,
     )
-    yield from censored("bayes", times, bayes)
+    yield censored("bayes", bayes)
     stored = run.measurements()
     for name, task_set, learner, bound, expected in (
         (
@@ -244,16 +250,17 @@ def criteria(config: Config, run: RunFolder):
     ):
         if learner not in stored.get(task_set, []):
             continue
-        times, s, strength = read(task_set, learner)
-        curve = run.measurement(task_set, learner).get("closed_form")
+        data = run.measurement(task_set, learner)
+        curve = data.get("closed_form")
         if curve is None:
             continue
-        theory = dynamics.learning_times(times, curve.values, LEARNED)
+        learned = dynamics.times_of(data)
+        theory = learned(curve.values)
 
-        def worst(mean, times=times, theory=theory):
-            return np.abs(dynamics.learning_times(times, mean, LEARNED) / theory - 1).max(-1)
+        def worst(mean, learned=learned, theory=theory):
+            return np.abs(learned(mean) / theory - 1).max(-1)
 
-        yield criterion(name, dynamics.estimate(worst, strength), expected, at_most=bound)
+        yield criterion(name, dynamics.estimate(worst, strength(data)), expected, at_most=bound)
     bound = config.excess_at_most
     yield criterion(
         "excess_loss",
@@ -289,17 +296,6 @@ def criteria(config: Config, run: RunFolder):
             dynamics.estimate(lambda mean: mean, gates),
             f"share of the LSTM's gates within 0.05 of 0 or 1, {what}",
         )
-
-
-def censored(name, times, strength):
-    """Reports the modes that never came to be learned; a slope is over the others."""
-    t = dynamics.learning_times(times, strength.mean((0, 1)), LEARNED)
-    count = float(np.isnan(t).sum())
-    yield criterion(
-        f"{name}_censored_modes",
-        dynamics.Estimate(count, count, count),
-        f"modes that never reach {LEARNED:g}, left out of the slope",
-    )
 
 
 QUICK = Config(

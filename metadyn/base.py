@@ -54,6 +54,8 @@ class Learner(NamedTuple):
     update: Callable[[State, Query, Feedback], State]
     batch: int | None = None
     """Pairs per update. None: one, unbatched. Otherwise `update` is given a leading batch axis."""
+    points: int | None = None
+    """Pairs in all, from which every batch is drawn without repetition. None: always fresh pairs."""
     clock: str = "observations"
     """What the learner's time t counts."""
     diagnose: Callable[[State], Mapping[str, Array]] | None = None

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Float, Real
+from scipy.stats import rankdata
 
 Numbers = np.ndarray | np.floating | float
 
@@ -95,6 +97,34 @@ def staggering_slope(
         y = np.where(there, y, 0.0)
         x = np.where(there, x - x.sum(-1, keepdims=True) / n[..., None], 0.0)
         return np.where(n >= 2, (x * y).sum(-1) / (x**2).sum(-1), np.nan)
+
+
+def rank_correlation(
+    scale: Real[np.ndarray, " mode"], t: Float[np.ndarray, "*batch mode"]
+) -> Float[np.ndarray, "*batch"] | np.floating:
+    """Spearman's rank correlation of t_k with scale_k; censored modes rank as learned last."""
+    by_scale = rankdata(scale)
+    by_time = rankdata(np.where(np.isnan(t), np.inf, t), axis=-1)
+    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (by_scale, by_time))
+    with np.errstate(all="ignore"):  # NaN where all are learned at the same time
+        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+
+
+def scale(data: xr.Dataset) -> Real[np.ndarray, " mode"]:
+    """What the modes of a measurement are ordered by: singular values, frequencies."""
+    return data[data.attrs["mode_coordinate"]].to_numpy()
+
+
+def times_of(data: xr.Dataset) -> Callable[[np.ndarray], np.ndarray]:
+    """The statistic that turns mean mode strengths [..., step, mode] into learning times."""
+    times, p = data["time"].to_numpy(), data.attrs["p"]
+    return lambda strength: learning_times(times, strength, p)
+
+
+def slope_of(data: xr.Dataset) -> Callable[[np.ndarray], Numbers]:
+    """The statistic that turns mean mode strengths [..., step, mode] into a staggering slope."""
+    times, by = times_of(data), scale(data)
+    return lambda strength: staggering_slope(by, times(strength))
 
 
 def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:

@@ -6,7 +6,8 @@ bars are 95 % bootstrap intervals.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from metadyn.store import HELDOUT, RunFolder, samples
 
 IN_DISTRIBUTION = "in_distribution"
 MARKERS = "osD^vP"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 LINES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -37,26 +39,40 @@ Measured = Mapping[str, xr.Dataset]
 
 
 def draw(run: RunFolder) -> list[Path]:
-    """Draws every figure that the stored measurements allow; returns their paths."""
-    stored = run.measurements()
-    read = lambda name: {c: run.measurement(name, c) for c in stored.get(name, [])}  # noqa: E731
+    """Draws every figure that the stored measurements allow; returns their paths.
+
+    What a set of tasks is good for is said by its attributes (`study.TaskSet.attrs`).
+    """
+    stored = {
+        name: {learner: run.measurement(name, learner) for learner in learners}
+        for name, learners in run.measurements().items()
+    }
+
+    def marked(attribute: str) -> dict[str, Measured]:
+        """The sets that carry an attribute."""
+        return {name: each for name, each in stored.items() if attribute in _attrs(each)}
+
     with matplotlib.rc_context(STYLE):
         drawn: dict[str, Figure] = {}
-        measured = read(IN_DISTRIBUTION)
-        if measured:
-            drawn["mode_strength"] = mode_strength(measured)
-            drawn["learning_times"] = learning_times(measured)
-        if run.outer_steps() and stored.get(HELDOUT):
-            (bayes,) = read(HELDOUT).values()
-            drawn["excess_loss"] = excess_loss(run.trajectories(HELDOUT), bayes)
-        shifted = {name: read(name) for name in stored}
-        shifted = {
-            name: data
-            for name, data in shifted.items()
-            if data and "shift" in next(iter(data.values())).attrs
-        }
-        if len(shifted) > 1:
-            drawn["learned_spectrum"] = learned_spectrum(shifted)
+        if IN_DISTRIBUTION in stored:
+            drawn["mode_strength"] = mode_strength(stored[IN_DISTRIBUTION])
+            drawn["learning_times"] = learning_times(stored[IN_DISTRIBUTION])
+        for name, measured in marked("compared").items():
+            drawn[f"mode_strength_{name}"] = mode_strength(measured)
+        heldout = [name for name in run.trajectory_sets() if name.startswith(HELDOUT)]
+        pairs = [
+            (run.trajectories(name), next(iter(stored[name].values())))
+            for name in heldout
+            if name in stored
+        ]
+        if pairs:
+            drawn["excess_loss"] = excess_loss(pairs)
+        if len(marked("shift")) > 1:
+            drawn["learned_spectrum"] = learned_spectrum(marked("shift"))
+        for name, measured in marked("curves").items():
+            drawn[name] = curves(measured)
+        if marked("targets"):
+            drawn["band_gain"] = band_gain(marked("targets"))
         paths = []
         run.figures.mkdir(exist_ok=True)
         for name, figure in drawn.items():
@@ -68,9 +84,9 @@ def draw(run: RunFolder) -> list[Path]:
 def mode_strength(measured: Measured) -> Figure:
     """Mode strength against inner step, one panel a learner, with its staggering slope."""
     panels = _panels(measured)
-    figure, axes = _subplots(1, len(panels), width=4.1, height=3.7, sharey=True)
+    figure, axes = _row(len(panels), width=4.1, height=3.7, sharey=True)
     for axis, data in zip(axes, panels, strict=True):
-        times, scale, p = data["time"].to_numpy(), _scale(data), data.attrs["p"]
+        times, scale, p = data["time"].to_numpy(), dynamics.scale(data), data.attrs["p"]
         updates = data.attrs["clock"] == "updates"
         start = 1 if updates else 0  # a log axis has no zero
         band = dynamics.estimate(lambda mean: mean, samples(data, "mode_strength"), draws=300)
@@ -98,9 +114,9 @@ def mode_strength(measured: Measured) -> Figure:
 
 def learning_times(measured: Measured) -> Figure:
     """Learning time against the modes' scale on log axes, with the fitted slopes."""
-    figure, (axis,) = _subplots(1, 1, width=6.6, height=4.4)
+    figure, (axis,) = _row(1, width=6.6, height=4.4)
     for data, marker in zip(_panels(measured), MARKERS, strict=False):
-        times, scale, p = data["time"].to_numpy(), _scale(data), data.attrs["p"]
+        times, scale, p = data["time"].to_numpy(), dynamics.scale(data), data.attrs["p"]
         t = _learning_times(data)
         slope = _slope(data)
         for k, colour in enumerate(_colours(scale)):
@@ -125,42 +141,43 @@ def learning_times(measured: Measured) -> Figure:
     return figure
 
 
-def excess_loss(trained: xr.Dataset, bayes: xr.Dataset) -> Figure:
-    """Excess loss over Bayes against outer step, each seed and their mean."""
-    steps = trained["outer_step"].to_numpy()
-    floor = trained.attrs["loss_floor"]
-    reference = samples(bayes, "loss")[:, :, 1:].mean(-1)
-    excess = lambda loss, best: dynamics.excess_loss(loss, best, floor)  # noqa: E731
-    each = [samples(trained.sel(outer_step=s), "loss")[:, :, 1:].mean(-1) for s in steps]
-    mean = [dynamics.estimate(excess, loss, reference, draws=300) for loss in each]
-    value, low, high = (np.array([e[i] for e in mean]) for i in range(3))
-    figure, (axis,) = _subplots(1, 1, width=6.6, height=3.9)
-    x = np.maximum(steps, 0.5)  # step 0 at the left edge of a log axis
-    for seed in range(each[0].shape[0]):
-        axis.plot(x, [excess(e[seed].mean(), reference.mean()) for e in each], color="grey", lw=0.8)
-    axis.fill_between(x, low, high, color="#0072b2", alpha=0.25)
-    axis.plot(
-        x, value, "o-", color="#0072b2", ms=4, label=f"{trained.attrs['label']}, mean of seeds"
-    )
+def excess_loss(pairs: Sequence[tuple[xr.Dataset, xr.Dataset]]) -> Figure:
+    """Excess loss over Bayes against outer step, each seed and their mean.
+
+    Of each pair the first is a meta-learner over outer training, the second Bayes on its tasks.
+    """
+    figure, (axis,) = _row(1, width=6.6, height=3.9)
+    lowest, highest = np.inf, 0.0
+    for (trained, bayes), colour, marker in zip(pairs, COLOURS, MARKERS, strict=False):
+        steps = trained["outer_step"].to_numpy()
+        floor = trained.attrs["loss_floor"]
+        reference = samples(bayes, "loss")[:, :, 1:].mean(-1)
+        excess = partial(dynamics.excess_loss, floor=floor)
+        each = [samples(trained.sel(outer_step=s), "loss")[:, :, 1:].mean(-1) for s in steps]
+        mean = [dynamics.estimate(excess, loss, reference, draws=300) for loss in each]
+        value, low, high = (np.array([e[i] for e in mean]) for i in range(3))
+        x = np.maximum(steps, 0.5)  # step 0 at the left edge of a log axis
+        for seed in range(each[0].shape[0]):
+            by_seed = [excess(e[seed].mean(), reference.mean()) for e in each]
+            axis.plot(x, by_seed, color=colour, lw=0.8, alpha=0.6)
+        axis.fill_between(x, low, high, color=colour, alpha=0.25)
+        label = f"{trained.attrs['label']}, mean of seeds"
+        axis.plot(x, value, marker + "-", color=colour, ms=4, label=label)
+        axis.annotate(
+            f"{value[-1]:.2f}",
+            (x[-1], value[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+        )
+        lowest, highest = min(lowest, low.min()), max(highest, high.max())
     axis.plot([], [], color="grey", lw=0.8, label="each seed")
     axis.set(xscale="log", yscale="log", xlabel="outer step (leftmost: 0)")
     axis.set_ylabel(r"excess loss over Bayes" "\n" r"$(L - L_B)\,/\,(L_B - \sigma^2)$")
-    axis.annotate(
-        f"{value[-1]:.2f}",
-        (x[-1], value[-1]),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-    )
     for side in (axis.yaxis, axis.xaxis):
         side.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.set_yticks(
-        [
-            t
-            for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
-            if low.min() / 1.5 < t < high.max() * 1.5
-        ]
-    )
+    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+    axis.set_yticks([t for t in ticks if lowest / 1.5 < t < highest * 1.5])
     axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.legend()
     return figure
@@ -178,7 +195,7 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
     by_shift = sorted(
         shifted.values(), key=lambda measured: next(iter(measured.values())).attrs["shift"]
     )
-    figure, (left, right) = _subplots(1, 2, width=5.4, height=4.2)
+    figure, (left, right) = _row(2, width=5.4, height=4.2)
     for learner, marker, line in zip(
         (data.attrs["learner"] for data in drawn), MARKERS, LINES, strict=False
     ):
@@ -187,7 +204,7 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
             data = measured[learner]
             end = samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
             strength = dynamics.estimate(lambda mean: mean, end, draws=300)
-            scale = _scale(data)
+            scale = dynamics.scale(data)
             for k, colour in enumerate(_colours(scale)):
                 at = (scale[k], scale[k] * strength.value[k])
                 face = colour if line == "-" else "none"
@@ -216,34 +233,84 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
     return figure
 
 
+def curves(measured: Measured) -> Figure:
+    """Example functions (rows) and the answers of each learner (columns) at a few inner steps."""
+    panels = _panels(measured)
+    rows = panels[0].sizes["task"]
+    figure, axes = _subplots(
+        rows, len(panels), width=4.1, height=2.6, sharex=True, sharey="row"
+    )
+    for column, data in enumerate(panels):
+        x, times = data["x"].to_numpy(), data["time"].to_numpy()[1:]
+        answer, target = (samples(data, name)[0] for name in ("answer", "target"))
+        unit = "update" if data.attrs["clock"] == "updates" else "observation"
+        for row in range(rows):
+            axis = axes[row, column]
+            for i, colour in enumerate(_colours(times)[::-1]):
+                label = f"after {times[i]} {unit}{'s' if times[i] > 1 else ''}"
+                axis.plot(x, answer[row, i + 1], color=colour, label=label)
+            axis.plot(x, target[row, 0], color="black", ls="--", lw=1.5, label="target $f(x)$")
+        axes[0, column].set_title(data.attrs["label"])
+        axes[0, column].legend(fontsize=8, loc="upper right", ncols=1)
+        axes[-1, column].set_xlabel("input $x$")
+    for row in range(rows):
+        axes[row, 0].set_ylabel("answer")
+    return figure
+
+
+def band_gain(measured_by_set: Mapping[str, Measured]) -> Figure:
+    """Gain at the end of the episode of each frequency that the targets contain.
+
+    One panel a set of targets, named by the attribute `targets`; `band` gives the frequencies
+    of the training distribution, shaded.
+    """
+    sets = sorted(measured_by_set.values(), key=lambda measured: _attrs(measured)["order"])
+    figure, axes = _row(len(sets), width=4.1, height=3.7, sharey=True, sharex=True)
+    for axis, measured in zip(axes, sets, strict=True):
+        learners = sorted(measured.values(), key=lambda data: data.attrs["learner"], reverse=True)
+        band = _attrs(measured)["band"]
+        for k in band:
+            axis.axvspan(k - 0.5, k + 0.5, color="#0072b2", alpha=0.12, lw=0)
+        axis.axhline(1, color="grey", lw=0.8, zorder=0)
+        axis.axhline(0, color="grey", lw=0.8, zorder=0)
+        width = 0.8 / len(learners)
+        for i, (data, colour) in enumerate(zip(learners, COLOURS, strict=False)):
+            gain = samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
+            value, low, high = dynamics.estimate(lambda mean: mean, gain, draws=300)
+            at = dynamics.scale(data) + (i - (len(learners) - 1) / 2) * width
+            bars = np.maximum([value - low, high - value], 0)
+            axis.bar(at, value, width, color=colour, label=data.attrs["label"])
+            axis.errorbar(at, value, bars, fmt="none", color="black", capsize=3, lw=1.2)
+        axis.set_title(_attrs(measured)["targets"])
+        axis.set_xlabel(_attrs(measured)["mode_label"])
+    axes[0].bar([], [], color="#0072b2", alpha=0.12, label="training band")
+    axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes[0].set_ylabel("gain $a_k$ at the last step\n(0 suppressed, 1 learned)")
+    axes[0].legend(fontsize=9)
+    return figure
+
+
+def _attrs(measured: Measured) -> Mapping[str, Any]:
+    return next(iter(measured.values())).attrs
+
+
 def _place(k: int, modes: int) -> str:
     note = ", the greatest" if k == 0 else ", the least" if k == modes - 1 else ""
     return f"mode {k + 1}{note}"
 
 
 def _learning_times(data: xr.Dataset) -> dynamics.Estimate:
-    times, p = data["time"].to_numpy(), data.attrs["p"]
-    return dynamics.estimate(
-        lambda mean: dynamics.learning_times(times, mean, p), samples(data, "mode_strength")
-    )
+    return dynamics.estimate(dynamics.times_of(data), samples(data, "mode_strength"))
 
 
 def _slope(data: xr.Dataset) -> dynamics.Estimate:
-    times, scale, p = data["time"].to_numpy(), _scale(data), data.attrs["p"]
-    return dynamics.estimate(
-        lambda mean: dynamics.staggering_slope(scale, dynamics.learning_times(times, mean, p)),
-        samples(data, "mode_strength"),
-    )
+    return dynamics.estimate(dynamics.slope_of(data), samples(data, "mode_strength"))
 
 
 def _panels(measured: Measured) -> list[xr.Dataset]:
     """The measurements that have a place in the figures, in its order."""
     shown = [data for data in measured.values() if data.attrs["panel"] is not None]
     return sorted(shown, key=lambda data: data.attrs["panel"])
-
-
-def _scale(data: xr.Dataset) -> np.ndarray:
-    return data[data.attrs["mode_coordinate"]].to_numpy()
 
 
 def _colours(scale: np.ndarray) -> list:
@@ -255,6 +322,11 @@ def _interval(estimate: dynamics.Estimate) -> str:
 
 
 def _subplots(rows: int, columns: int, *, width: float, height: float, **options):
+    """A figure and its axes [rows, columns]."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    return figure, list(axes.flat)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _row(columns: int, **options):
+    figure, axes = _subplots(1, columns, **options)
+    return figure, list(axes[0])

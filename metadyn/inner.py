@@ -21,6 +21,7 @@ from metadyn.base import (
     Domain,
     Feedback,
     Key,
+    Keys,
     Learner,
     Params,
     Probe,
@@ -77,12 +78,11 @@ def run(
 
     def step(t, carry):
         state, total = carry
-        key = jax.random.fold_in(key_steps, t)
         if learner.batch is None:
-            query, answer, feedback = pose(state, key)
+            query, answer, feedback = pose(state, jax.random.fold_in(key_steps, t))
             loss = domain.loss(answer, feedback)
         else:
-            keys = indexed_keys(key, jnp.arange(learner.batch))
+            keys = _batch_keys(learner.batch, learner.points, key_steps, t)
             query, answer, feedback = jax.vmap(pose, (None, 0))(state, keys)
             loss = jnp.mean(jax.vmap(domain.loss)(answer, feedback))
         return learner.update(state, query, feedback), total + loss
@@ -103,6 +103,16 @@ def run(
     first = look(state) | {"loss": jnp.array(jnp.nan)}
     _, rest = jax.lax.scan(segment, state, (times[:-1], times[1:]))
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+
+def _batch_keys(batch: int, points: int | None, key: Key, t: Int[Array, ""]) -> Keys:
+    """The keys of the pairs in batch t: fresh ones, or some of those of a fixed set of pairs."""
+    key_t = jax.random.fold_in(key, t)
+    if points is None:
+        return indexed_keys(key_t, jnp.arange(batch))
+    if points == batch:
+        return indexed_keys(key, jnp.arange(batch))
+    return indexed_keys(key, jax.random.permutation(key_t, points)[:batch])
 
 
 @partial(

@@ -6,7 +6,7 @@ Many outer steps run in one dispatch of one compiled program; tasks are sampled 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -93,8 +93,16 @@ class TrainState(NamedTuple):
     """All that training goes on from. Leaves of params and moments have a leading seed axis."""
 
     step: Int[Array, ""]
-    params: Params
-    moments: Any
+    params: dict[str, Params]
+    """By the name of the meta-learner."""
+    moments: dict[str, Any]
+
+
+class Trainee(NamedTuple):
+    """A meta-learner and what it is trained on."""
+
+    meta: MetaLearner
+    objective: Objective
 
 
 def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
@@ -112,20 +120,28 @@ def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
 
 
 class Trainer:
-    """The compiled outer loop for one objective."""
+    """The compiled outer loop: meta-learners, by name, that are trained side by side.
 
-    def __init__(self, objective: Objective, meta: MetaLearner, config: OuterConfig, key: Key):
+    All take their initial weights and their episodes from the same keys, so that differences
+    between them are differences of what they are and what they are trained on.
+    """
+
+    def __init__(self, trainees: Mapping[str, Trainee], config: OuterConfig, key: Key):
         self.config = config
         optimizer = config.transformation()
         key_init, key_episodes = jax.random.split(key)
         seeds = jnp.arange(config.seeds)
 
         def init() -> TrainState:
-            params = jax.vmap(meta.init)(indexed_keys(key_init, seeds))
-            return TrainState(jnp.zeros((), jnp.int32), params, jax.vmap(optimizer.init)(params))
+            keys = indexed_keys(key_init, seeds)
+            params = {name: jax.vmap(t.meta.init)(keys) for name, t in trainees.items()}
+            moments = {name: jax.vmap(optimizer.init)(p) for name, p in params.items()}
+            return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
-        def advance(state: TrainState, count: Int[Array, ""]) -> tuple[TrainState, Array]:
-            def one_seed(key, params, moments):
+        def advance(
+            state: TrainState, count: Int[Array, ""]
+        ) -> tuple[TrainState, dict[str, Array]]:
+            def one_seed(objective, key, params, moments):
                 def step(i, carry):
                     params, moments, total = carry
                     key_step = jax.random.fold_in(key, state.step + i)
@@ -139,7 +155,14 @@ class Trainer:
                 return params, moments, total / count
 
             keys = indexed_keys(key_episodes, seeds)
-            params, moments, loss = mesh.over_seeds(one_seed, keys, state.params, state.moments)
+            params, moments, loss = {}, {}, {}
+            for name, trainee in trainees.items():
+                params[name], moments[name], loss[name] = mesh.over_seeds(
+                    partial(one_seed, trainee.objective),
+                    keys,
+                    state.params[name],
+                    state.moments[name],
+                )
             return TrainState(state.step + count, params, moments), loss
 
         # Computed on one device: batched decompositions on several CPU devices at once, as in
@@ -149,11 +172,13 @@ class Trainer:
         self.advance = jax.jit(
             mesh.on_every_device(advance), donate_argnums=0, out_shardings=mesh.replicated()
         )
-        """`advance(state, count)`: `count` outer steps on; (state, mean loss of each seed). The
-        state passed in is consumed. Compiled once for all counts."""
+        """`advance(state, count)`: `count` outer steps on; (state, mean loss of each seed by name).
+        The state passed in is consumed. Compiled once for all counts."""
 
-    def run(self, state: TrainState, targets: Sequence[int]) -> Iterator[tuple[TrainState, Array]]:
-        """Yields (state, mean loss of each seed) after each dispatch, stopping at every target.
+    def run(
+        self, state: TrainState, targets: Sequence[int]
+    ) -> Iterator[tuple[TrainState, dict[str, Array]]]:
+        """Yields (state, mean loss of each seed by name) after each dispatch and at every target.
 
         `targets` are outer steps in increasing order; those already passed are skipped. Raises
         `ConfigError` when a loss is not finite.
@@ -164,7 +189,7 @@ class Trainer:
                 count = min(self.config.dispatch, target - step)
                 state, loss = self.advance(state, jnp.int32(count))
                 step += count
-                if not bool(jnp.isfinite(loss).all()):
+                if not all(bool(jnp.isfinite(each).all()) for each in loss.values()):
                     raise ConfigError(
                         f"learning_rate = {self.config.learning_rate!r}: the loss is no longer "
                         f"finite at outer step {step}; lower it"

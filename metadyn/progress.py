@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,15 +27,19 @@ class Progress:
 
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
-        """Yields show(step, loss, excess, episodes), where episodes counts those trained on."""
+        """Yields show(step, loss, excess, episodes): loss and excess over Bayes by meta-learner,
+        and the episodes trained on so far."""
         began, first = time.monotonic(), done
 
-        def facts(step: int, loss: float, excess: float, episodes: int) -> str:
+        def facts(
+            step: int, loss: Mapping[str, float], excess: Mapping[str, float], episodes: int
+        ) -> str:
             seconds = max(time.monotonic() - began, 1e-9)
             rate = episodes * (step - first) / max(step, 1) / seconds
             left = seconds * (total - step) / max(step - first, 1)
+            each = (f"{n}: loss {loss[n]:.4f}, excess over Bayes {excess[n]:.3f}" for n in loss)
             return (
-                f"loss {loss:.4f}  excess over Bayes {excess:.3f}  "
+                f"{'; '.join(each)}  "
                 f"{rate:,.0f} episodes/s  {left:,.0f} s left"
             )
 

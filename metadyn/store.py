@@ -29,7 +29,9 @@ from metadyn.base import ConfigError
 
 Arrays = Mapping[str, Any]
 _Number = (int, float, type(None))
-TRACKED, HELDOUT = "tracked", "heldout"  # the two sets of tasks measured at every checkpoint
+TRACKED, HELDOUT = "tracked", "heldout"
+"""The two sets of tasks on which a study's main meta-learner is measured at every checkpoint; those
+of others have names that begin with these."""
 
 
 def describe(
@@ -186,6 +188,15 @@ class RunFolder:
         names = (folder.parent.parent.name for folder in folders)
         return sorted(int(name) for name in names if name.isdigit())
 
+    def trajectory_sets(self) -> list[str]:
+        """The sets of tasks measured at every checkpoint."""
+        items = ocp.args.Composite(about=ocp.args.JsonRestore())
+        with _composite() as checkpointer:
+            for step in self.outer_steps()[:1]:
+                stored = checkpointer.restore(self.path / "checkpoints" / str(step), args=items)
+                return list(stored["about"])
+        return []
+
     def trajectories(self, task_set: str = TRACKED) -> xr.Dataset:
         """The meta-learner over outer training on one set: outer_step, seed, task, step, …
 
@@ -255,11 +266,11 @@ def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
     run = RunFolder(path)
     names = run.measurements().get(task_set, [])
     parts = {name: run.measurement(task_set, name) for name in names}
-    if task_set in (TRACKED, HELDOUT):
+    if task_set in (TRACKED, *run.trajectory_sets()):
         trained = run.trajectories(task_set)
         parts[trained.attrs["learner"]] = trained
     if not parts:
-        known = sorted({*run.measurements(), TRACKED, HELDOUT})
+        known = sorted({*run.measurements(), *run.trajectory_sets()})
         raise ConfigError(f"task_set = {task_set!r}: {path} holds {', '.join(known)}")
     whole: dict[str, int] = {}
     for part in parts.values():

@@ -21,11 +21,13 @@ from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xarray as xr
 
 from metadyn import dynamics, figures, inner, mesh
 from metadyn.base import (
@@ -39,9 +41,9 @@ from metadyn.base import (
     Task,
     check_positive,
 )
-from metadyn.outer import Objective, OuterConfig, Trainer
+from metadyn.outer import Objective, OuterConfig, Trainee, Trainer, TrainState
 from metadyn.progress import Progress
-from metadyn.store import RunFolder, describe
+from metadyn.store import RunFolder, describe, samples
 
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
 
@@ -74,6 +76,7 @@ class TaskSet:
     """Tasks that learners are measured on: `sample(key_i, argument)` for i below `size`."""
 
     name: str
+    domain: Domain
     sample: Callable[[Key, Any], Task]
     size: int
     argument: Any = None
@@ -94,7 +97,7 @@ class Contender:
     """`make(params)`; a learner without outer parameters is given an empty tuple."""
     times: tuple[int, ...]
     trained: bool = False
-    """Whether it is the meta-learner, whose params have a leading seed axis."""
+    """Whether its params come from training, with a leading seed axis."""
     panel: int | None = None
     """Its place in the figures, from the left. None: measured, not drawn."""
 
@@ -107,21 +110,28 @@ def plain(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that one configuration of a study asks for."""
+class Training:
+    """A meta-learner, how it is trained, and what is measured of it at every checkpoint."""
 
-    domain: Domain
-    meta: MetaLearner
-    outer: OuterConfig
-    objective: Objective
     learner: Contender
     """The meta-learner as a contender."""
+    meta: MetaLearner
+    objective: Objective
     bayes: Contender
     """What excess loss is over."""
     tracked: TaskSet
-    """Fixed evaluation tasks, probed at every checkpoint."""
+    """Fixed evaluation tasks: mode trajectories."""
     heldout: TaskSet
-    """Tasks of the training distribution: loss at every checkpoint."""
+    """Tasks of the training distribution: excess loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that one configuration of a study asks for."""
+
+    outer: OuterConfig
+    trainings: Sequence[Training]
+    """The meta-learners trained side by side; the first is the one the study is about."""
     measurements: Sequence[tuple[TaskSet, Contender]]
     """What is measured once training is done."""
     curves: Mapping[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
@@ -157,6 +167,14 @@ def criterion(
     return Criterion(name, value, low, high, expected, passed)
 
 
+def censored(name: str, data: xr.Dataset) -> Criterion:
+    """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
+    t = dynamics.times_of(data)(samples(data, "mode_strength").mean((0, 1)))
+    count = np.float64(np.isnan(t).sum())
+    said = f"modes that never reach {data.attrs['p']:g}, left out of the slope"
+    return criterion(f"{name}_censored_modes", dynamics.Estimate(count, count, count), said)
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """A study, as the module-level name `study` of a file in experiments/ defines it."""
@@ -176,7 +194,7 @@ class Study:
 
         def plan(config: Any) -> Plan:
             base = self.plan(config)
-            sets = [tasks for tasks, other in base.measurements if other is base.bayes]
+            sets = [tasks for tasks, other in base.measurements if other is base.trainings[0].bayes]
             more = [(tasks, contender(config)) for tasks in sets]
             return dataclasses.replace(base, measurements=[*base.measurements, *more])
 
@@ -215,13 +233,16 @@ class _Runner:
     def __init__(self, plan: Plan, run: RunFolder, seed: int, progress: Progress):
         self.plan, self.store, self.progress = plan, run, progress
         self.key = jax.random.key(seed)
+        self.trainings = {t.learner.name: t for t in plan.trainings}
 
-    def arrays(self, tasks: TaskSet, contender: Contender, params: Params) -> dict[str, jax.Array]:
+    def arrays(
+        self, tasks: TaskSet, contender: Contender, params: Mapping[str, Params]
+    ) -> dict[str, jax.Array]:
         """[seed,] task, time, ..."""
         return inner.measure(
-            self.plan.domain,
+            tasks.domain,
             contender.make,
-            params,
+            params[contender.name] if contender.trained else (),
             contender.trained,
             tasks.sample,
             tasks.argument,
@@ -234,9 +255,13 @@ class _Runner:
 
     def about(self, tasks: TaskSet, contender: Contender) -> dict[str, Any]:
         """The description of those arrays."""
-        shape = jax.eval_shape(self.plan.meta.init, self.key) if contender.trained else ()
-        learner = _abstract_learner(contender, shape)
-        lead = ("seed",) if contender.trained else ()
+        lead: tuple[str, ...] = ()
+        params: Params = ()
+        if contender.trained:
+            lead = ("seed",)
+            shapes = jax.eval_shape(self.trainings[contender.name].meta.init, self.key)
+            params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        learner = contender.make(params)
         axes = inner.reading_axes(learner, tasks.probe)
         return describe(
             {name: (*lead, "task", "step", *rest) for name, rest in axes.items()},
@@ -246,23 +271,25 @@ class _Runner:
                 "label": contender.label,
                 "clock": learner.clock,
                 "panel": contender.panel,
-                "loss_floor": self.plan.domain.loss_floor,
+                "loss_floor": tasks.domain.loss_floor,
                 **tasks.attrs,
             },
         )
 
-    def train(self) -> Params:
+    def train(self) -> Mapping[str, Params]:
         """Trains from the newest checkpoint, or from the start; stores as it goes."""
         plan, store = self.plan, self.store
-        trainer = Trainer(plan.objective, plan.meta, plan.outer, stream(self.key, "training"))
-        about = {s.name: self.about(s, plan.learner) for s in (plan.tracked, plan.heldout)}
+        trainees = {name: Trainee(t.meta, t.objective) for name, t in self.trainings.items()}
+        trainer = Trainer(trainees, plan.outer, stream(self.key, "training"))
+        watched = [(s, t.learner) for t in plan.trainings for s in (t.tracked, t.heldout)]
+        about = {tasks.name: self.about(tasks, learner) for tasks, learner in watched}
 
-        def save(state, scheduled: bool = True) -> None:
+        def save(state: TrainState, scheduled: bool = True) -> None:
             trajectories = None
             if scheduled:
                 trajectories = {
-                    s.name: self.arrays(s, plan.learner, state.params)
-                    for s in (plan.tracked, plan.heldout)
+                    tasks.name: self.arrays(tasks, learner, state.params)
+                    for tasks, learner in watched
                 }
             store.save_checkpoint(int(state.step), state, trajectories, about)
 
@@ -276,17 +303,15 @@ class _Runner:
             start = store.restore_state(
                 latest, jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), abstract)
             )
-        self.measure(plan.heldout, plan.bayes)
-        losses = store.measurement(plan.heldout.name, plan.bayes.name)["loss"]
-        best = float(losses.isel(step=slice(1, None)).mean())
+        excess_over = {name: self.excess(t) for name, t in self.trainings.items()}
         schedule = set(plan.outer.checkpoint_steps)
-        episodes = plan.outer.batch * plan.outer.seeds
+        episodes = plan.outer.batch * plan.outer.seeds * len(trainees)
         state = start
         with self.progress.training(plan.outer.steps, int(start.step)) as show, _held() as held:
             for state, loss in trainer.run(start, plan.outer.checkpoint_steps):
                 step = int(state.step)
-                mean = float(loss.mean())
-                excess = float(dynamics.excess_loss(mean, best, plan.domain.loss_floor))
+                mean = {name: float(each.mean()) for name, each in loss.items()}
+                excess = {name: excess_over[name](value) for name, value in mean.items()}
                 show(step, loss=mean, excess=excess, episodes=step * episodes)
                 if step in schedule:
                     save(state)
@@ -296,7 +321,20 @@ class _Runner:
                     raise KeyboardInterrupt
         return state.params
 
-    def measure(self, tasks: TaskSet, contender: Contender, params: Params = ()) -> None:
+    def excess(self, training: Training) -> Callable[[float], float]:
+        """What turns a loss on the training distribution into the excess over Bayes."""
+        tasks, bayes = training.heldout, training.bayes
+        self.measure(tasks, bayes)
+        losses = self.store.measurement(tasks.name, bayes.name)["loss"]
+        best, floor = float(losses.isel(step=slice(1, None)).mean()), tasks.domain.loss_floor
+        return lambda loss: float(dynamics.excess_loss(loss, best, floor))
+
+    def measure(
+        self,
+        tasks: TaskSet,
+        contender: Contender,
+        params: Mapping[str, Params] = MappingProxyType({}),
+    ) -> None:
         """Makes and stores a measurement, unless it is stored already."""
         if self.store.has_measurement(tasks.name, contender.name):
             return
@@ -308,20 +346,14 @@ class _Runner:
             about["axes"]["closed_form"] = ["step", "mode"]
         self.store.save_measurement(tasks.name, contender.name, arrays, about)
 
-    def measure_all(self, params: Params) -> None:
+    def measure_all(self, params: Mapping[str, Params]) -> None:
         """Every measurement of the plan that is not stored yet."""
-        plan = self.plan
-        wanted = [(plan.tracked, plan.bayes), *plan.measurements]
+        wanted = [(t.tracked, t.bayes) for t in self.plan.trainings]
+        wanted += self.plan.measurements
         with self.progress.counting("measuring", len(wanted)) as show:
             for tasks, contender in wanted:
                 show(f"{contender.label} on {tasks.name}")
                 self.measure(tasks, contender, params)
-
-
-def _abstract_learner(contender: Contender, params: Any) -> Learner:
-    """The learner made from shapes alone, for its clock and the names of its readings."""
-    concrete = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
-    return contender.make(concrete)
 
 
 def run_study(

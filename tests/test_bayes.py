@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import Kernel, StationaryKernelMixin
 
 from metadyn import inner
 from metadyn.base import ConfigError
+from metadyn.domains.fourier import FourierRegression, band, value
 from metadyn.domains.linear import LinearRegression
-from metadyn.learners.bayes import bayes_linear, least_squares, ridge
+from metadyn.learners.bayes import bayes_fourier, bayes_linear, least_squares, ridge
 
 
 def positive_definite(rng, n):
@@ -58,6 +61,80 @@ def test_posterior_stays_exact_over_a_long_episode():
     gram = x.T @ x + 0.01**2 * 4 * np.eye(4)
     expected = np.linalg.solve(gram, x.T @ y).T
     np.testing.assert_allclose(learned(bayes_linear(domain), x, y)[-1], expected, atol=1e-4)
+
+
+SPECTRA = {"low_pass": band(1, 4), "band_pass": band(3, 5), "with_a_constant": (0.5, 0.25, 0, 1.0)}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
+def test_fourier_bayes_is_scikit_learns_gaussian_process(spectrum, sigma):
+    """The GP with the stationary kernel of the same spectrum, in float64."""
+    v = np.array(SPECTRA[spectrum])
+
+    class Stationary(StationaryKernelMixin, Kernel):
+        def __init__(self):
+            """Without parameters to fit."""
+
+        def __call__(self, X, Y=None, eval_gradient=False):
+            lag = X - (X if Y is None else Y).T
+            return sum(v_k * np.cos(2 * np.pi * k * lag) for k, v_k in enumerate(v))
+
+        def diag(self, X):
+            return np.full(len(X), v.sum())
+
+    rng = np.random.default_rng(0)
+    domain = FourierRegression(SPECTRA[spectrum], sigma)
+    x = rng.uniform(-0.5, 0.5, size=(30, 1))
+    y = np.sin(7 * x) + sigma * rng.normal(size=x.shape)
+    grid = np.linspace(-0.5, 0.5, 40)[:, None]
+    learner = bayes_fourier(domain)
+    state = learner.init(jax.random.key(0))
+    read = jax.jit(lambda state: jax.vmap(learner.predict, (None, 0))(state, jnp.float32(grid)))
+    np.testing.assert_array_equal(read(state), 0)
+    for t in range(len(x)):
+        state = learner.update(state, jnp.float32(x[t]), jnp.float32(y[t]))
+        if t in (0, 4, 14, 29):
+            process = GaussianProcessRegressor(Stationary(), alpha=sigma**2, optimizer=None)
+            expected = process.fit(x[: t + 1], y[: t + 1]).predict(grid)
+            np.testing.assert_allclose(read(state)[:, 0], expected, atol=2e-3)
+
+
+def test_fourier_bayes_without_noise_finds_the_function():
+    domain = FourierRegression(band(1, 4), sigma=0.0)
+    task = domain.sample_task(jax.random.key(0))
+    learner = bayes_fourier(domain)
+    state = learner.init(jax.random.key(0))
+    for key in jax.random.split(jax.random.key(1), 40):
+        x = domain.query(task, key)
+        state = learner.update(state, x, value(task, x))
+    grid = jnp.linspace(-0.5, 0.5, 50)[:, None]
+    found = jax.vmap(learner.predict, (None, 0))(state, grid)
+    np.testing.assert_allclose(found, jax.vmap(value, (None, 0))(task, grid), atol=2e-3)
+
+
+def test_fourier_bayes_learns_every_frequency_by_the_known_share_from_one_pair():
+    """f̂(x) = Σ_k v_k cos 2πk(x − x₁) y₁ / (Σ v + σ²), so that E a_k = ½ v_k / (Σ v + σ²)."""
+    domain = FourierRegression((0.0, 0.1, 0.6, 0.3), sigma=0.5, steps=20)
+    learner = bayes_fourier(domain)
+    strength = np.asarray(
+        inner.measure(
+            domain,
+            lambda params: learner,
+            (),
+            False,
+            domain.evaluation_task,
+            jnp.float32(domain.amplitudes()),
+            jax.random.key(0),
+            jnp.arange(4096),
+            (0, 1, 20),
+            domain.probe(domain.amplitudes(), 16),
+        )["mode_strength"]
+    )
+    mean, error = strength.mean(0), strength.std(0) / 64
+    expected = 0.5 * np.array([0.1, 0.6, 0.3]) / 1.25
+    assert np.all(np.abs(mean[1] - expected) < 4 * error[1])
+    assert np.all(mean[2] > 0.4)
 
 
 def test_ridge_and_least_squares_match_numpy():

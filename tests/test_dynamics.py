@@ -34,6 +34,17 @@ def test_slope_of_a_power_law_and_of_what_is_left_when_modes_are_censored():
     np.testing.assert_allclose(both, [expected, -0.8])
 
 
+def test_rank_correlation_is_spearmans_and_censored_modes_come_last():
+    rng = np.random.default_rng(0)
+    scale, t = np.arange(1, 8), rng.normal(size=(3, 7))
+    t[1, 2] = t[1, 3]
+    expected = [scipy.stats.spearmanr(scale, row).statistic for row in t]
+    np.testing.assert_allclose(dynamics.rank_correlation(scale, t), expected)
+    late = np.array([1.0, 2.0, 3.0, np.nan])
+    np.testing.assert_allclose(dynamics.rank_correlation(np.arange(4), late), 1.0)
+    assert np.isnan(dynamics.rank_correlation(np.arange(3), np.ones(3)))
+
+
 def test_excess_loss():
     loss, bayes = np.array([0.3, 0.2]), np.array([0.2, 0.2])
     np.testing.assert_allclose(dynamics.excess_loss(loss, bayes, 0.1), [1.0, 0.0], atol=1e-12)

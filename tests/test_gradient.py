@@ -1,19 +1,23 @@
 """Ordinary learners: gradients against finite differences, learning curves against Saxe."""
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy.integrate
+import scipy.stats
 
 from metadyn import dynamics, inner
-from metadyn.base import ConfigError
+from metadyn.base import ConfigError, Learner
+from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.gradient import (
     balanced_deep_linear,
     deep_linear,
     gradient,
+    mlp,
     named_optimizer,
     random_start,
     saxe_strength,
@@ -116,7 +120,101 @@ def test_learners_at_once_equal_each_alone():
         np.testing.assert_allclose(together[i], alone, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adamw"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_an_mlp_update_is_a_step_along_the_float64_finite_difference_gradient(depth):
+    rng = np.random.default_rng(depth)
+    learner = gradient(mlp(2, 1, depth, width=5), optax.sgd(0.1), batch=6)
+    weights, moments = learner.init(jax.random.key(depth))
+    x, y = rng.normal(size=(6, 2)), rng.normal(size=(6, 1))
+    flat, unravel = jax.flatten_util.ravel_pytree(weights)
+    after = jax.flatten_util.ravel_pytree(
+        learner.update((weights, moments), jnp.float32(x), jnp.float32(y))[0]
+    )[0]
+
+    def loss(layers):
+        h = x
+        for index, (W, b) in enumerate(layers):
+            h = h @ W.T + b
+            h = np.maximum(h, 0) if index < depth else h
+        return 0.5 * np.sum((h - y) ** 2) / len(x)
+
+    shapes = [(np.shape(W), np.shape(b)) for W, b in weights]
+    assert shapes == [((5, 2), (5,)), *[((5, 5), (5,))] * (depth - 1), ((1, 5), (1,))]
+
+    def layers(flat):
+        rows, at = [], 0
+        for W, b in shapes:
+            w_end = at + W[0] * W[1]
+            rows.append((flat[at:w_end].reshape(W), flat[w_end : w_end + b[0]]))
+            at = w_end + b[0]
+        return rows
+
+    start = np.asarray(flat, np.float64)
+    bumps = 1e-6 * np.eye(len(start))
+    slope = [(loss(layers(start + b)) - loss(layers(start - b))) / 2e-6 for b in bumps]
+    np.testing.assert_allclose(after, start - 0.1 * np.array(slope), atol=1e-5)
+
+
+def test_an_mlp_starts_as_pytorch_would():
+    (W, b), (V, _) = mlp(4, 1, depth=1, width=20_000).init(jax.random.key(0))
+    for drawn, bound in ((W, 0.5), (b, 0.5), (V, 20_000**-0.5)):
+        drawn = np.asarray(drawn).ravel() / bound
+        assert np.abs(drawn).max() <= 1
+        assert scipy.stats.kstest(drawn, scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("points", [None, 12, 30])
+def test_mlps_at_once_equal_each_alone(points):
+    domain = FourierRegression(band(1, 2))
+    learner = gradient(mlp(1, 1, 3, 16), optax.adam(1e-2), 12, points=points)
+    probe = domain.probe(domain.amplitudes(), 8)
+    make, argument = (lambda params: learner), jnp.float32(domain.amplitudes())
+    measured = lambda indices: inner.measure(  # noqa: E731
+        domain, make, (), False, domain.evaluation_task, argument, jax.random.key(1), indices,
+        (0, 3, 40), probe,
+    )  # fmt: skip
+    together = measured(jnp.arange(8))
+    assert np.ptp(together["mode_strength"][:, -1]) > 0.1
+    for i in range(8):
+        alone = measured(jnp.array([i]))
+        for name in together:
+            np.testing.assert_allclose(together[name][i], alone[name][0], rtol=1e-3, atol=1e-4)
+
+
+def seen(batch, points, updates):
+    """The inputs of each update [updates, batch]."""
+    domain = FourierRegression(band(1, 2))
+    learner = Learner(
+        lambda key: (jnp.zeros((updates, batch)), 0),
+        lambda state, x: jnp.zeros(1),
+        lambda state, x, y: (state[0].at[state[1]].set(x[:, 0]), state[1] + 1),
+        batch=batch,
+        points=points,
+        diagnose=lambda state: {"seen": state[0]},
+    )
+    task = domain.sample_task(jax.random.key(0))
+    return np.asarray(
+        inner.run(domain, learner, task, jax.random.key(1), (0, updates))["seen"][-1]
+    )
+
+
+def test_full_batch_shows_the_same_pairs_and_fresh_minibatches_never_do():
+    full = seen(6, 6, 5)
+    np.testing.assert_array_equal(full, np.broadcast_to(full[0], full.shape))
+    assert len(np.unique(full)) == 6
+    assert len(np.unique(seen(6, None, 5))) == 30
+
+
+def test_minibatches_are_drawn_from_the_points_without_repetition():
+    drawn = seen(6, 10, 200)
+    points, counts = np.unique(drawn, return_counts=True)
+    assert len(points) == 10
+    assert all(len(np.unique(batch)) == 6 for batch in drawn)
+    assert counts.min() > 120 - 5 * np.sqrt(200 * 0.6 * 0.4)
+    np.testing.assert_array_equal(np.isin(seen(10, 10, 1)[0], points), True)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "rmsprop", "adamw"])
 def test_optimisers_by_name(name):
     assert isinstance(named_optimizer(name, 0.1), optax.GradientTransformation)
 
@@ -133,3 +231,5 @@ def test_bad_networks_are_named():
             deep_linear(2, 2, **fields)
     with pytest.raises(ConfigError, match="batch"):
         gradient(deep_linear(2, 2), optax.sgd(0.1), 0)
+    with pytest.raises(ConfigError, match="points = 5: must be no fewer than the batch of 6"):
+        gradient(deep_linear(2, 2), optax.sgd(0.1), 6, points=5)

@@ -13,7 +13,7 @@ import pytest
 from metadyn.base import ConfigError, indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainer, prediction_loss
+from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
 
 DOMAIN = LinearRegression(2, 2, steps=5)
 META = LSTMMetaLearner(DOMAIN, LSTMConfig(hidden=8))
@@ -22,7 +22,7 @@ OBJECTIVE = prediction_loss(DOMAIN, META)
 
 
 def trainer(config=CONFIG, seed=0):
-    return Trainer(OBJECTIVE, META, config, jax.random.key(seed))
+    return Trainer({"lstm": Trainee(META, OBJECTIVE)}, config, jax.random.key(seed))
 
 
 def last(trainer, state, targets):
@@ -55,7 +55,7 @@ def test_gradient_through_the_episode_matches_finite_differences():
 
 def test_training_lowers_the_loss_of_every_seed():
     long = trainer(dataclasses.replace(CONFIG, steps=1200, batch=32, dispatch=200))
-    losses = [loss for _, loss in long.run(long.init(), [1200])]
+    losses = [loss["lstm"] for _, loss in long.run(long.init(), [1200])]
     assert losses[0].shape == (2,)
     assert np.all(losses[-1] < 0.85 * losses[0])
 
@@ -72,8 +72,26 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(shared):
     one, again = (last(t, t.init(), [10]) for t in (shared, trainer()))
     other = last(trainer(seed=1), trainer(seed=1).init(), [10])
     jax.tree.map(np.testing.assert_array_equal, one, again)
-    assert not np.array_equal(one.params["input"], other.params["input"])
-    assert not np.array_equal(one.params["input"][0], one.params["input"][1])
+    assert not np.array_equal(one.params["lstm"]["input"], other.params["lstm"]["input"])
+    assert not np.array_equal(one.params["lstm"]["input"][0], one.params["lstm"]["input"][1])
+
+
+def test_meta_learners_side_by_side_equal_each_alone(shared):
+    """Another width, another noise: neither changes what the first one learns."""
+    noisy = dataclasses.replace(DOMAIN, sigma=1.0)
+    meta = LSTMMetaLearner(noisy, LSTMConfig(hidden=6))
+    trainees = {
+        "lstm": Trainee(META, OBJECTIVE),
+        "noisy": Trainee(meta, prediction_loss(noisy, meta)),
+    }
+    both = Trainer(trainees, CONFIG, jax.random.key(0))
+    together, alone = last(both, both.init(), [10]), last(shared, shared.init(), [10])
+    assert together.params["noisy"]["recurrent"].shape == (2, 24, 6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        together.params["lstm"],
+        alone.params["lstm"],
+    )
 
 
 def test_nothing_is_compiled_or_transferred_after_the_first_dispatch():
@@ -84,7 +102,7 @@ def test_nothing_is_compiled_or_transferred_after_the_first_dispatch():
     with jax.transfer_guard("disallow"):
         for count in counts[1:]:
             state, loss = fresh.advance(state, count)
-            loss.block_until_ready()
+            loss["lstm"].block_until_ready()
     assert fresh.advance._cache_size() == 1
 
 
@@ -122,19 +140,19 @@ from metadyn.base import indexed_keys
 from metadyn import inner
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainer, prediction_loss
+from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
 domain = LinearRegression(2, 2, steps=5)
 meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
 config = OuterConfig(steps=50, batch=8, seeds=2, warmup=4, dispatch=50)
-trainer = Trainer(prediction_loss(domain, meta), meta, config, jax.random.key(0))
+trainer = Trainer({"lstm": Trainee(meta, prediction_loss(domain, meta))}, config, jax.random.key(0))
 state, loss = next(trainer.run(trainer.init(), [50]))
 sample = lambda key, s: domain.evaluation_task(key, s)
 readings = inner.measure(
-    domain, meta.learner, state.params, True, sample, np.float32([1, 0.5]), jax.random.key(1),
+    domain, meta.learner, state.params["lstm"], True, sample, np.float32([1, 0.5]), jax.random.key(1),
     np.arange(5), tuple(range(6)),
 )
 losses = np.asarray(readings["loss"])[0, :, 1:].tolist()
-print(json.dumps([jax.device_count(), np.asarray(loss).tolist(), losses]))
+print(json.dumps([jax.device_count(), np.asarray(loss["lstm"]).tolist(), losses]))
 """
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from metadyn.base import Key, Learner, check
+from metadyn.domains.fourier import FourierRegression, fourier_features
 from metadyn.domains.linear import LinearRegression
 
 
@@ -61,6 +62,29 @@ def bayes_linear(domain: LinearRegression) -> Learner:
         return condition(state, x, Q.T @ y, domain.sigma**2)
 
     return Learner(init, predict, update)
+
+
+def bayes_fourier(domain: FourierRegression) -> Learner:
+    """The posterior mean of f: Bayesian linear regression on the Fourier features of the prior.
+
+    It is the Gaussian process with kernel Σ_k v_k cos 2πk(x − x'). Without noise the update has
+    σ² = 1e-6 Σ_k v_k: in float32, its limit.
+    """
+    support, v = domain.support, np.asarray(domain.spectrum)
+    variances = [*v[list(support)], *(v[k] for k in support if k > 0)]
+    noise = max(domain.sigma**2, 1e-6 * float(v.sum()))
+    prior = Posterior(
+        jnp.zeros((1, len(variances))),
+        jnp.asarray(np.diag(np.sqrt(variances))[None], jnp.float32),
+    )
+
+    def predict(state: Posterior, x: Float[Array, "1"]) -> Float[Array, "1"]:
+        return state.mean @ fourier_features(x, support)
+
+    def update(state: Posterior, x: Float[Array, "1"], y: Float[Array, "1"]) -> Posterior:
+        return condition(state, fourier_features(x, support), y, noise)
+
+    return Learner(lambda key: prior, predict, update)
 
 
 def ridge(n_x: int, n_y: int, penalty: float) -> Learner:

@@ -66,6 +66,37 @@ def _sizes(n_x: int, n_y: int, depth: int, width: int, scale: float) -> list[int
     return [n_x, *[width] * (depth - 1), n_y]
 
 
+def mlp(n_x: int, n_y: int, depth: int = 6, width: int = 256) -> Network:
+    """ReLU multilayer perceptron with `depth` hidden layers.
+
+    Weights and biases start uniform on ±1/√fan-in, PyTorch's default, as in Rahaman et al. (2018).
+    """
+    sizes = _sizes(n_x, n_y, depth + 1, width, 1.0)
+
+    def init(key: Key) -> list[Layer]:
+        def layer(key: Key, rows: int, columns: int) -> Layer:
+            drawn = jax.random.uniform(key, (rows, columns + 1), minval=-1.0) / columns**0.5
+            return Layer(drawn[:, :-1], drawn[:, -1])
+
+        keys = jax.random.split(key, depth + 1)
+        return [layer(*each) for each in zip(keys, sizes[1:], sizes[:-1], strict=True)]
+
+    def apply(weights: list[Layer], x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
+        *hidden, last = weights
+        for W, b in hidden:
+            x = jax.nn.relu(W @ x + b)
+        return last.weight @ x + last.bias
+
+    return Network(init, apply)
+
+
+class Layer(NamedTuple):
+    """x ↦ W x + b."""
+
+    weight: Float[Array, "rows columns"]
+    bias: Float[Array, " rows"]
+
+
 def _product(weights: list[Array], x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
     for W in weights:
         x = W @ x
@@ -82,12 +113,17 @@ def gradient(
     optimizer: optax.GradientTransformation,
     batch: int,
     loss: Callable[[Answer, Feedback], Array] = half_squared_error,
+    points: int | None = None,
 ) -> Learner:
-    """A network that takes one optimiser step on the mean loss over each fresh minibatch.
+    """A network that takes one optimiser step on the mean loss over each minibatch.
 
-    Its state is (weights, optimiser state); its time t counts optimiser updates.
+    Minibatches are fresh, or drawn from `points` pairs that stay the same: all of them at every
+    update (full batch) if there are no more than `batch`. Its state is (weights, optimiser state);
+    its time t counts optimiser updates. Raises `ConfigError` for fewer points than the batch has.
     """
     check(batch >= 1, "batch", batch, "must be at least 1")
+    if points is not None:
+        check(points >= batch, "points", points, f"must be no fewer than the batch of {batch}")
 
     def init(key: Key):
         weights = network.init(key)
@@ -106,16 +142,19 @@ def gradient(
         steps, moments = optimizer.update(jax.grad(objective)(weights), moments, weights)
         return optax.apply_updates(weights, steps), moments
 
-    return Learner(init, predict, update, batch=batch, clock="updates")
+    return Learner(init, predict, update, batch=batch, points=points, clock="updates")
 
 
 def named_optimizer(
     name: str, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """Any optimiser of optax that a learning rate suffices to make, by its name there.
+    """Any optimiser of optax that a learning rate suffices to make, by its name there; or
+    "momentum", which is sgd with a momentum of 0.9.
 
     Raises `ConfigError` for other names.
     """
+    if name == "momentum":
+        return optax.sgd(learning_rate, momentum=0.9)
     make = getattr(optax, name, None) if name.isidentifier() else None
     try:
         made = make(learning_rate) if callable(make) else None

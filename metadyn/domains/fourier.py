@@ -1,0 +1,237 @@
+"""Domain 2, nonlinear regression: random functions of one variable with a given Fourier spectrum.
+
+After Rahaman et al. (2018), arXiv:1806.08734, Xu et al. (2018), arXiv:1807.01251, and Rabinowitz
+(2019), arXiv:1905.01320. The modes of a task are the frequencies that its target contains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+from metadyn.base import Key, Probe, check, check_positive
+
+Spectrum = tuple[float, ...]
+"""A number for each frequency 0, 1, 2, …, in cycles over the unit interval."""
+
+Embedding = Literal["raw", "standard", "circle", "fourier"]
+
+
+def band(low: int, high: int, total: float = 1.0) -> Spectrum:
+    """Equal variances at the frequencies low … high that add up to `total`: a band-pass prior.
+
+    From low = 1 it is a low-pass prior. The functions have variance `total` at every input.
+    """
+    check(0 <= low <= high, "band", (low, high), "must be 0 <= low <= high")
+    check(0 < total < np.inf, "total", total, "must be positive and finite")
+    return (0.0,) * low + (total / (high - low + 1),) * (high - low + 1)
+
+
+def band_stop(low: int, high: int, highest: int, total: float = 1.0) -> Spectrum:
+    """Equal variances at 1 … highest but for the frequencies low … high, adding up to `total`."""
+    check(1 <= low <= high <= highest, "band_stop", (low, high, highest), "must be in this order")
+    passed = [not low <= k <= high and k > 0 for k in range(highest + 1)]
+    check(any(passed), "band_stop", (low, high, highest), "leave a frequency that passes")
+    check(0 < total < np.inf, "total", total, "must be positive and finite")
+    return tuple(total / sum(passed) if here else 0.0 for here in passed)
+
+
+def power_law(highest: int, exponent: float = 2.0, total: float = 1.0) -> Spectrum:
+    """Variances proportional to k^−exponent at 1 … highest, adding up to `total`."""
+    check(highest >= 1, "highest", highest, "must be at least 1")
+    check(bool(np.isfinite(exponent)), "exponent", exponent, "must be finite")
+    check(0 < total < np.inf, "total", total, "must be positive and finite")
+    raw = np.arange(1.0, highest + 1) ** -exponent
+    return (0.0, *(float(v) for v in total * raw / raw.sum()))
+
+
+class FourierTask(NamedTuple):
+    """f(x) = Σ_k (α_k cos 2πkx + β_k sin 2πkx) over the frequencies k = 0 … F."""
+
+    cosine: Float[Array, " frequencies"]
+    sine: Float[Array, " frequencies"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FourierRegression:
+    """Tasks y = f(x) + ε with x uniform on [−½, ½), ε ~ N(0, σ²) and Gaussian coefficients.
+
+    α_k and β_k are N(0, v_k) with v the prior spectrum, so that f(x) has variance Σ_k v_k at every
+    x. Raises `ConfigError` for an empty, negative or zero spectrum, σ < 0 and steps < 1.
+    """
+
+    spectrum: Spectrum = band(1, 5)
+    """v_k, prior variances of the coefficients of frequencies k = 0, 1, 2, … (0: only a cosine)."""
+    sigma: float = 0.1
+    """Standard deviation σ ≥ 0 of the noise."""
+    steps: int = 40
+    """T, the observations in one episode."""
+    embedding: Embedding = "standard"
+    """How a meta-learner reads x: raw, as it is; standard, as √12 x, of unit variance; circle, as
+    (cos 2πx, sin 2πx); fourier, as these at every frequency of the prior."""
+
+    def __post_init__(self) -> None:
+        v = self.spectrum
+        check(len(v) > 0, "spectrum", v, "give a variance for each frequency 0, 1, 2, …")
+        right = all(0 <= value < float("inf") for value in v)
+        check(right, "spectrum", v, "every variance must be 0 or more, and finite")
+        check(sum(v) > 0, "spectrum", v, "a frequency must have variance above 0")
+        check(0 <= self.sigma < float("inf"), "sigma", self.sigma, "must be 0 or more, and finite")
+        check_positive(self, "steps")
+        known = get_args(Embedding)
+        check(self.embedding in known, "embedding", self.embedding, f"choose from {known}")
+
+    @property
+    def support(self) -> tuple[int, ...]:
+        """The frequencies that the prior gives variance to."""
+        return tuple(k for k, v in enumerate(self.spectrum) if v > 0)
+
+    # The contract of `base.Domain`.
+
+    @property
+    def loss_floor(self) -> float:
+        """σ²."""
+        return self.sigma**2
+
+    @property
+    def answer_size(self) -> int:
+        """1."""
+        return 1
+
+    def sample_task(self, key: Key) -> FourierTask:
+        """α_k, β_k ~ N(0, v_k)."""
+        roots = jnp.sqrt(jnp.asarray(self.spectrum, jnp.float32))
+        return FourierTask(*(roots * jax.random.normal(key, (2, len(self.spectrum)))))
+
+    def evaluation_task(self, key: Key, amplitudes: Float[Array, " frequencies"]) -> FourierTask:
+        """f(x) = Σ_k A_k cos(2πkx − φ_k) with the given amplitudes and phases uniform."""
+        phase = jax.random.uniform(key, amplitudes.shape, maxval=2 * np.pi)
+        return FourierTask(amplitudes * jnp.cos(phase), amplitudes * jnp.sin(phase))
+
+    def query(self, task: FourierTask, key: Key) -> Float[Array, "1"]:
+        """x uniform on [−½, ½)."""
+        del task
+        return jax.random.uniform(key, (1,), minval=-0.5, maxval=0.5)
+
+    def feedback(
+        self, task: FourierTask, query: Float[Array, "1"], answer: object, key: Key
+    ) -> Float[Array, "1"]:
+        """y = f(x) + ε, whatever was answered."""
+        del answer
+        return value(task, query) + self.sigma * jax.random.normal(key, (1,))
+
+    def loss(self, answer: Float[Array, "1"], feedback: Float[Array, "1"]) -> Float[Array, ""]:
+        """Squared error."""
+        return jnp.mean((answer - feedback) ** 2)
+
+    def encode_query(self, query: Float[Array, "1"]) -> Float[Array, " n"]:
+        """x under the chosen embedding."""
+        match self.embedding:
+            case "raw":
+                return query
+            case "standard":
+                return math.sqrt(12) * query
+            case "circle":
+                return fourier_features(query, (1,))
+            case "fourier":
+                return fourier_features(query, self.support)
+
+    def encode_feedback(self, feedback: Float[Array, "1"]) -> Float[Array, "1"]:
+        """y as it is."""
+        return feedback
+
+    # The probe.
+
+    def amplitudes(self, frequencies: Sequence[int] | None = None) -> Spectrum:
+        """A_k of evaluation tasks that contain these frequencies; None: those of the prior.
+
+        Frequencies of the prior stand in the ratio of their root-mean-square amplitudes there, each
+        other one counts as the prior's strongest, and all are scaled so that the function has the
+        variance of the prior's, Σ_k v_k: A_k = √(2 v_k) for those of the prior. (The constant, k =
+        0, has a mean square of A_0² cos²φ, on average half of that.)
+        """
+        v = np.asarray(self.spectrum)
+        here = list(self.support if frequencies is None else frequencies)
+        check(len(here) > 0, "frequencies", here, "name at least one")
+        check(all(k >= 0 for k in here), "frequencies", here, "must be 0 or more")
+        variances = np.zeros(max(*here, 0) + 1)
+        variances[here] = [v[k] if k in self.support else v.max() for k in here]
+        return tuple(float(A) for A in np.sqrt(2 * variances * v.sum() / variances.sum()))
+
+    def probe(self, amplitudes: Spectrum, points: int = 32, curves: bool = False) -> Probe:
+        """Strength of each frequency that evaluation tasks of these amplitudes contain.
+
+        The answers on a uniform grid of `points` inputs are Fourier-transformed, on the device.
+
+        Readings: `mode_strength`, a_k = Re(conj(F_k) F̂_k) / |F_k|², of those frequencies k in
+        order; `outside`, the power of the answers at all other frequencies that the grid resolves,
+        relative to the target's whole power. With `curves` also the `answer` and the `target` on
+        the grid. Raises `ConfigError` for a grid too coarse for the highest frequency.
+        """
+        highest = max(len(amplitudes), len(self.spectrum)) - 1
+        least = 2 * highest + 1
+        fix = f"must be at least {least} to resolve frequency {highest}"
+        check(points >= least, "probe points", points, fix)
+        grid = jnp.asarray(uniform_grid(points), jnp.float32)[:, None]
+        contained = np.flatnonzero(amplitudes)
+
+        def read(task: FourierTask, answers: Float[Array, "P 1"]) -> dict[str, Array]:
+            target = jax.vmap(value, (None, 0))(task, grid)
+            F, F_hat = coefficients(target[:, 0]), coefficients(answers[:, 0])
+            projection = jnp.real(jnp.conj(F) * F_hat)[contained]
+            power = power_spectrum(F_hat, points)
+            readings = {
+                "mode_strength": projection / jnp.abs(F[contained]) ** 2,
+                "outside": jnp.sum(jnp.delete(power, contained)) / jnp.sum(power_spectrum(F, points)),
+            }
+            return readings | ({"answer": answers[:, 0], "target": target[:, 0]} if curves else {})
+
+        axes: dict[str, tuple[str, ...]] = {"mode_strength": ("mode",), "outside": ()}
+        return Probe(grid, read, axes | ({"answer": ("x",), "target": ("x",)} if curves else {}))
+
+
+def uniform_grid(points: int) -> Float[np.ndarray, " P"]:
+    """−½, −½ + 1/P, …, float64."""
+    return np.arange(points) / points - 0.5
+
+
+def coefficients(answers: Float[Array, " P"]) -> Complex[Array, " half"]:
+    """F_k for k = 0 … ⌊P/2⌋ of values on `uniform_grid`: Re F_k e^{2πikx} summed over k gives them.
+
+    So F_k = α_k − iβ_k at every frequency, 0 and Nyquist's (where the sine vanishes) included.
+    """
+    (points,) = answers.shape
+    shift = (-1.0) ** np.arange(points // 2 + 1)  # as the grid starts at −½
+    scale = np.where(_alone(points), 1.0, 2.0) * shift / points
+    return jnp.fft.rfft(answers) * jnp.asarray(scale, jnp.float32)
+
+
+def power_spectrum(F: Complex[Array, " half"], points: int) -> Float[Array, " half"]:
+    """Mean square over the grid of each frequency of `coefficients`: they add up to the whole."""
+    return jnp.abs(F) ** 2 * np.where(_alone(points), 1.0, 0.5).astype(np.float32)
+
+
+def _alone(points: int) -> np.ndarray:
+    """Which of the frequencies 0 … ⌊P/2⌋ are not one of a conjugate pair."""
+    k = np.arange(points // 2 + 1)
+    return (k == 0) | (2 * k == points)
+
+
+def fourier_features(x: Float[Array, "1"], frequencies: tuple[int, ...]) -> Float[Array, " n"]:
+    """cos 2πkx for each frequency, then sin 2πkx for each but 0."""
+    k = jnp.asarray(frequencies, jnp.float32)
+    turns = 2 * np.pi * k * x
+    return jnp.concatenate([jnp.cos(turns), jnp.sin(turns)[np.asarray(frequencies) > 0]])
+
+
+def value(task: FourierTask, x: Float[Array, "1"]) -> Float[Array, "1"]:
+    """f(x)."""
+    turns = 2 * np.pi * jnp.arange(task.cosine.shape[0]) * x
+    return jnp.sum(task.cosine * jnp.cos(turns) + task.sine * jnp.sin(turns), keepdims=True)
