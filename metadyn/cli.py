@@ -68,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from rich.console import Console
 
+    from metadyn import mesh
     from metadyn.progress import Progress
     from metadyn.study import load_study, run_study
 
+    mesh.use_every_core()
     study = load_study(arguments.study)
     if arguments.preset not in study.presets:
         known = ", ".join(study.presets)
@@ -148,6 +150,7 @@ def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn import mesh
 
+    mesh.use_every_core()
     for name, value in mesh.describe().items():
         print(f"{name}: {value}")
     return DONE

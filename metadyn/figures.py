@@ -136,6 +136,8 @@ def learning_times(measured: Measured) -> Figure:
                 scale, line, color="grey", lw=1.2, marker=marker, mfc="none", label=label, zorder=0
             )
     axis.set(xscale="log", yscale="log", xlabel=data.attrs["mode_label"])
+    axis.set_xticks(scale, [f"{value:.3g}" for value in scale])
+    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_ylabel(f"learning time $t_k({p:g})$, own steps")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=10)
     return figure
@@ -240,21 +242,26 @@ def curves(measured: Measured) -> Figure:
     figure, axes = _subplots(
         rows, len(panels), width=4.1, height=2.6, sharex=True, sharey="row"
     )
-    for column, data in enumerate(panels):
+    for column, data in zip(axes.T, panels, strict=True):
         x, times = data["x"].to_numpy(), data["time"].to_numpy()[1:]
         answer, target = (samples(data, name)[0] for name in ("answer", "target"))
-        unit = "update" if data.attrs["clock"] == "updates" else "observation"
-        for row in range(rows):
-            axis = axes[row, column]
-            for i, colour in enumerate(_colours(times)[::-1]):
-                label = f"after {times[i]} {unit}{'s' if times[i] > 1 else ''}"
-                axis.plot(x, answer[row, i + 1], color=colour, label=label)
-            axis.plot(x, target[row, 0], color="black", ls="--", lw=1.5, label="target $f(x)$")
-        axes[0, column].set_title(data.attrs["label"])
-        axes[0, column].legend(fontsize=8, loc="upper right", ncols=1)
-        axes[-1, column].set_xlabel("input $x$")
-    for row in range(rows):
-        axes[row, 0].set_ylabel("answer")
+        for axis, answers, f in zip(column, answer, target, strict=True):
+            for t, colour, now in zip(times, _colours(times)[::-1], answers[1:], strict=True):
+                axis.plot(x, now, color=colour, label=f"{t:g}")
+            axis.plot(x, f[0], color="black", ls="--", lw=1.5, label="target $f(x)$")
+        column[0].set_title(data.attrs["label"])
+        column[-1].set_xlabel("input $x$")
+        unit = "updates" if data.attrs["clock"] == "updates" else "observations"
+        column[-1].legend(
+            title=f"answer after … {unit}",
+            fontsize=9,
+            title_fontsize=9,
+            ncols=3,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.25),
+        )
+    for axis in axes[:, 0]:
+        axis.set_ylabel("answer")
     return figure
 
 
@@ -270,7 +277,8 @@ def band_gain(measured_by_set: Mapping[str, Measured]) -> Figure:
         learners = sorted(measured.values(), key=lambda data: data.attrs["learner"], reverse=True)
         band = _attrs(measured)["band"]
         for k in band:
-            axis.axvspan(k - 0.5, k + 0.5, color="#0072b2", alpha=0.12, lw=0)
+            label = "training band" if k == band[0] else None
+            axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0, label=label)
         axis.axhline(1, color="grey", lw=0.8, zorder=0)
         axis.axhline(0, color="grey", lw=0.8, zorder=0)
         width = 0.8 / len(learners)
@@ -283,10 +291,9 @@ def band_gain(measured_by_set: Mapping[str, Measured]) -> Figure:
             axis.errorbar(at, value, bars, fmt="none", color="black", capsize=3, lw=1.2)
         axis.set_title(_attrs(measured)["targets"])
         axis.set_xlabel(_attrs(measured)["mode_label"])
-    axes[0].bar([], [], color="#0072b2", alpha=0.12, label="training band")
     axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[0].set_ylabel("gain $a_k$ at the last step\n(0 suppressed, 1 learned)")
-    axes[0].legend(fontsize=9)
+    axes[1].legend(loc="upper center", fontsize=9)
     return figure
 
 

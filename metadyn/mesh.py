@@ -1,27 +1,45 @@
 """Devices: the one module that knows how many there are.
 
-Episodes and tasks are split over all devices along one axis; parameters are replicated.
+Tasks are split over all of them; in training seeds are, and the episodes of a seed over what
+devices are left. Parameters are replicated.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from metadyn.base import check
 
-AXIS = "devices"
+TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
+
+
+def use_every_core() -> None:
+    """Makes each CPU core a device of its own, if it is CPUs that JAX will run on.
+
+    One outer step is too small for several cores to share well; two halves of its episodes, or two
+    seeds, are not. The number is a power of two, as batches are. Nothing is changed if JAX has
+    started, or if the environment says how many devices there are to be.
+    """
+    said = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
+    if not said:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))
 
 
 def mesh() -> Mesh:
     """All devices of all processes along one axis."""
-    return jax.make_mesh((jax.device_count(),), (AXIS,), (jax.sharding.AxisType.Auto,))
+    return jax.make_mesh((jax.device_count(),), (TASKS,), (AxisType.Auto,))
 
 
 def replicated() -> NamedSharding:
@@ -29,30 +47,48 @@ def replicated() -> NamedSharding:
     return NamedSharding(mesh(), PartitionSpec())
 
 
-def on_every_device(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f run whole on every device, on replicated arguments and with replicated results.
+def here() -> SingleDeviceSharding:
+    """On one device of this process: where what is read goes if those that wrote it are not there."""
+    return SingleDeviceSharding(jax.local_devices()[0])
 
-    Inside it `my_share` and `mean` divide the work and bring it together again.
+
+def train_seeds(
+    f: Callable[[Any, Any], Any], everywhere: Any, stacked: Any, seeds: int, batch: int
+) -> Any:
+    """f(everywhere, one) for each index of the leading (seed) axis of `stacked`.
+
+    Devices are split into as many groups as divide both them and the seeds, each with its share of
+    the seeds: seeds need not communicate. Within a group f runs whole on every device, and
+    divides the `batch` episodes by `my_share` and `mean`. Raises `ConfigError` unless the devices
+    of a group can share them equally; CPU cores that cannot repeat each other's work.
     """
-    everywhere = PartitionSpec()
-    return jax.shard_map(f, mesh=mesh(), in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    groups = math.gcd(seeds, jax.device_count())
+    group = jax.device_count() // groups
+    sharing = math.gcd(batch, group)
+    equal = sharing == group or jax.default_backend() == "cpu"
+    check(equal, "batch", batch, f"must be a multiple of the {group} devices that share it")
+    shape, axes = (groups, sharing, group // sharing), (SEEDS, EPISODES, "spare")
+    by_seed = PartitionSpec(SEEDS)
+    sharded = jax.shard_map(
+        lambda everywhere, stacked: over_seeds(lambda one: f(everywhere, one), stacked),
+        mesh=jax.make_mesh(shape, axes, (AxisType.Auto,) * 3),
+        in_specs=(PartitionSpec(), by_seed),
+        out_specs=by_seed,
+        check_vma=False,
+    )
+    return sharded(everywhere, stacked)
 
 
 def my_share(total: int) -> Int[Array, " share"]:
-    """This device's part of 0 … total − 1, inside `on_every_device`.
-
-    Raises `ConfigError` unless the devices' parts are equal.
-    """
-    devices = jax.device_count()
-    check(total % devices == 0, "batch", total, f"must be a multiple of the {devices} devices")
-    share = total // devices
-    return jax.lax.axis_index(AXIS) * share + jnp.arange(share)
+    """This device's part of 0 … total − 1, inside `train_seeds`."""
+    share = total // jax.lax.axis_size(EPISODES)
+    return jax.lax.axis_index(EPISODES) * share + jnp.arange(share)
 
 
 def mean(tree: Any) -> Any:
-    """The mean over devices of every leaf, by one all-reduce, inside `on_every_device`."""
+    """The mean over the group's devices of every leaf, by one all-reduce, in `train_seeds`."""
     flat, unravel = ravel_pytree(tree)
-    return unravel(jax.lax.pmean(flat, AXIS))
+    return unravel(jax.lax.pmean(flat, EPISODES))
 
 
 def over_tasks(
@@ -61,21 +97,21 @@ def over_tasks(
     """f(everywhere, indices) with the indices, and the result's leading axis, split by device."""
     padding = -len(indices) % jax.device_count()
     padded = jnp.pad(indices, (0, padding), mode="edge")
-    split = PartitionSpec(AXIS)
+    split = PartitionSpec(TASKS)
     sharded = jax.shard_map(
         f, mesh=mesh(), in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
     )
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 
 
-def over_seeds(f: Callable[..., Any], *stacked: Any) -> Any:
-    """f for each index of the leading (seed) axis: at once, or in turn on a CPU.
+def over_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
+    """f(one) for each index of the leading (seed) axis: at once, or in turn on a CPU.
 
     A CPU gains little from batching matrix products that already fill its cores.
     """
     if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda each: f(*each), stacked)
-    return jax.vmap(f)(*stacked)
+        return jax.lax.map(f, stacked)
+    return jax.vmap(f)(stacked)
 
 
 def describe() -> dict[str, Any]:

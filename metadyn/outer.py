@@ -44,7 +44,7 @@ class OuterConfig:
     """Outer steps."""
     batch: int = 32
     """Episodes in one outer step."""
-    seeds: int = 3
+    seeds: int = 4
     """Meta-learners trained side by side, each from its own initial weights on its own episodes."""
     optimizer: str = "adam"
     """An optimiser of optax, by name."""
@@ -141,27 +141,31 @@ class Trainer:
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Array]]:
-            def one_seed(objective, key, params, moments):
-                def step(i, carry):
+            def one_seed(objective, now, one):
+                key, params, moments = one
+                step, count = now
+
+                def outer_step(i, carry):
                     params, moments, total = carry
-                    key_step = jax.random.fold_in(key, state.step + i)
+                    key_step = jax.random.fold_in(key, step + i)
                     keys = indexed_keys(key_step, mesh.my_share(config.batch))
                     loss, gradient = mesh.mean(jax.value_and_grad(objective)(params, keys))
                     updates, moments = optimizer.update(gradient, moments, params)
                     return optax.apply_updates(params, updates), moments, total + loss
 
                 start = (params, moments, jnp.zeros(()))
-                params, moments, total = jax.lax.fori_loop(0, count, step, start)
+                params, moments, total = jax.lax.fori_loop(0, count, outer_step, start)
                 return params, moments, total / count
 
             keys = indexed_keys(key_episodes, seeds)
             params, moments, loss = {}, {}, {}
             for name, trainee in trainees.items():
-                params[name], moments[name], loss[name] = mesh.over_seeds(
+                params[name], moments[name], loss[name] = mesh.train_seeds(
                     partial(one_seed, trainee.objective),
-                    keys,
-                    state.params[name],
-                    state.moments[name],
+                    (state.step, count),
+                    (keys, state.params[name], state.moments[name]),
+                    config.seeds,
+                    config.batch,
                 )
             return TrainState(state.step + count, params, moments), loss
 
@@ -169,9 +173,7 @@ class Trainer:
         # orthogonal initialisation, can wait for each other's threads for ever (jaxlib 0.10.2).
         self.init = lambda: jax.device_put(jax.jit(init)(), mesh.replicated())
         """The state at outer step 0."""
-        self.advance = jax.jit(
-            mesh.on_every_device(advance), donate_argnums=0, out_shardings=mesh.replicated()
-        )
+        self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())
         """`advance(state, count)`: `count` outer steps on; (state, mean loss of each seed by name).
         The state passed in is consumed. Compiled once for all counts."""
 

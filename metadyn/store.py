@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import xarray as xr
 
+from metadyn import mesh
 from metadyn.base import ConfigError
 
 Arrays = Mapping[str, Any]
@@ -167,7 +168,7 @@ class RunFolder:
 
     def measurement(self, task_set: str, learner: str) -> xr.Dataset:
         """One learner on one set of tasks: [seed,] task, step, and the reading's own axes."""
-        items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), about=ocp.args.JsonRestore())
+        items = ocp.args.Composite(arrays=_arrays(), about=ocp.args.JsonRestore())
         with _composite() as checkpointer:
             stored = checkpointer.restore(self._measurement(task_set, learner), args=items)
         return labelled(stored["arrays"], stored["about"])
@@ -205,9 +206,7 @@ class RunFolder:
         steps = self.outer_steps()
         if not steps:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
-        items = ocp.args.Composite(
-            trajectories=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(trajectories=_arrays(), about=ocp.args.JsonRestore())
         datasets = []
         with _composite() as checkpointer:
             for step in steps:
@@ -306,6 +305,11 @@ def samples(data: xr.Dataset, name: str) -> np.ndarray:
 
 def _composite() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _arrays() -> ocp.args.StandardRestore:
+    """Reads arrays whatever devices they were written from."""
+    return ocp.args.StandardRestore(fallback_sharding=mesh.here())
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> list[tuple[str, Any, Any]]:

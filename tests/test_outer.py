@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metadyn import mesh
 from metadyn.base import ConfigError, indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
@@ -64,7 +65,7 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bits(shared):
     whole = last(shared, shared.init(), [40])
     assert int(whole.step) == 40
     part = last(shared, shared.init(), [13])
-    resumed = last(trainer(), jax.device_put(part), [1, 13, 29, 40])
+    resumed = last(trainer(), jax.device_put(part, mesh.replicated()), [1, 13, 29, 40])
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
@@ -97,7 +98,7 @@ def test_meta_learners_side_by_side_equal_each_alone(shared):
 def test_nothing_is_compiled_or_transferred_after_the_first_dispatch():
     fresh = trainer()
     state = fresh.init()
-    counts = [jnp.int32(n) for n in (7, 7, 3)]
+    counts = [jax.device_put(np.int32(n), mesh.replicated()) for n in (7, 7, 3)]
     state, _ = fresh.advance(state, counts[0])
     with jax.transfer_guard("disallow"):
         for count in counts[1:]:
@@ -143,7 +144,7 @@ from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
 domain = LinearRegression(2, 2, steps=5)
 meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
-config = OuterConfig(steps=50, batch=8, seeds=2, warmup=4, dispatch=50)
+config = OuterConfig(steps=50, batch=12, seeds=2, warmup=4, dispatch=50)
 trainer = Trainer({"lstm": Trainee(meta, prediction_loss(domain, meta))}, config, jax.random.key(0))
 state, loss = next(trainer.run(trainer.init(), [50]))
 sample = lambda key, s: domain.evaluation_task(key, s)
@@ -157,9 +158,10 @@ print(json.dumps([jax.device_count(), np.asarray(loss["lstm"]).tolist(), losses]
 
 
 def test_the_answer_does_not_depend_on_the_number_of_devices():
-    """50 outer steps and a measurement on 1 and 2 virtual devices."""
+    """50 outer steps and a measurement on 1, 2 (a seed on each), 4 (half of its episodes on each)
+    and 8 virtual devices (12 episodes cannot be shared by 8: some do the same ones)."""
     found = []
-    for devices in (1, 2):
+    for devices in (1, 2, 4, 8):
         run = subprocess.run(
             [sys.executable, "-c", TRAIN],
             env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PATH": ""},
@@ -169,6 +171,7 @@ def test_the_answer_does_not_depend_on_the_number_of_devices():
             check=True,
         )
         found.append(json.loads(run.stdout.splitlines()[-1]))
-    assert [f[0] for f in found] == [1, 2]
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
-    np.testing.assert_allclose(found[0][2], found[1][2], rtol=1e-4)
+    assert [f[0] for f in found] == [1, 2, 4, 8]
+    for _, loss, losses in found[1:]:
+        np.testing.assert_allclose(found[0][1], loss, rtol=1e-5)
+        np.testing.assert_allclose(found[0][2], losses, rtol=1e-4)

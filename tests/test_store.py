@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -79,6 +81,48 @@ def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
         np.testing.assert_array_equal(
             found["mode_strength"].sel(outer_step=step), both[TRACKED]["mode_strength"]
         )
+
+
+WRITE = """
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from metadyn import mesh
+from metadyn.store import RunFolder, describe
+
+run = RunFolder.create(sys.argv[1], {"study": "s", "preset": "quick", "seed": 0, "config": {}})
+spread = NamedSharding(mesh.mesh(), PartitionSpec(mesh.TASKS))
+values = jax.device_put(np.arange(8, dtype=np.float32).reshape(8, 1, 1), spread)
+assert len(values.sharding.device_set) == 4
+about = describe(
+    {"mode_strength": ("task", "step", "mode")},
+    {"time": ("step", [0])},
+    {"learner": "bayes", "label": "Bayes", "clock": "observations"},
+)
+run.save_measurement("in_distribution", "bayes", {"mode_strength": values}, about)
+"""
+READ = """
+import json, sys, jax, metadyn
+data = metadyn.load(sys.argv[1], "in_distribution")
+print(json.dumps([jax.device_count(), data["mode_strength"].fillna(0).values.tolist()]))
+"""
+
+
+def test_a_run_is_read_on_other_devices_than_wrote_it(tmp_path):
+    """Written from four devices, read by a process that has one."""
+    for code, devices in ((WRITE, 4), (READ, 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "r"],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=True,
+        )
+    assert json.loads(done.stdout) == [1, np.arange(8.0).reshape(1, 8, 1, 1).tolist()]
 
 
 def test_load_gives_one_labelled_dataset(written_run):
