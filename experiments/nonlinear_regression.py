@@ -1,4 +1,4 @@
-"""Nonlinear regression: an MLP learns low frequencies first, a meta-trained LSTM and Bayes all at once.
+"""Nonlinear regression: an MLP learns low frequencies first, an LSTM and Bayes all at once.
 
     metadyn run experiments/nonlinear_regression.py [--preset quick|paper] [--out DIR] [overrides]
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from metadyn import dynamics
 from metadyn.base import check, check_positive
-from metadyn.domains.fourier import FourierRegression, Spectrum, band, uniform_grid
+from metadyn.domains.fourier import FourierRegression, Spectrum, band, check_spectrum, uniform_grid
 from metadyn.inner import log_spaced
 from metadyn.learners.bayes import bayes_fourier
 from metadyn.learners.gradient import gradient, mlp, named_optimizer
@@ -94,6 +94,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_positive(self, "examples")
+        check_spectrum("pass_band", self.pass_band)
         check(len(self.stop_band) > 0, "stop_band", self.stop_band, "name at least one frequency")
         passed = {k for k, v in enumerate(self.pass_band) if v > 0}
         apart = all(k > 0 and k not in passed for k in self.stop_band)
@@ -109,8 +110,8 @@ def plan(config: Config) -> Plan:
         amplitudes = domain.amplitudes(frequencies)
         points = 128 if curves else sizes.probe_points
         probe = domain.probe(amplitudes, points, curves)
-        coords = {"frequency": ("mode", np.flatnonzero(amplitudes))}
-        coords |= {"x": ("x", uniform_grid(points))} if curves else {}
+        coords = {"frequency": ("mode", np.flatnonzero(amplitudes).tolist())}
+        coords |= {"x": ("x", uniform_grid(points).tolist())} if curves else {}
         attrs |= {"mode_coordinate": "frequency", "mode_label": "frequency $k$", "p": LEARNED}
         attrs |= {"curves": True} if curves else {}
         arguments = (name, domain, domain.evaluation_task, size, np.float32(amplitudes))
@@ -120,20 +121,17 @@ def plan(config: Config) -> Plan:
 
     def trained(suffix, label, domain):
         """An LSTM, Bayes on the same prior, and how the LSTM is trained."""
-        meta = LSTMMetaLearner(domain, config.lstm)
-        lstm = Contender(f"lstm{suffix}", f"meta-trained LSTM{label}", meta.learner, observed, True)
-        bayes = plain(f"bayes{suffix}", f"Bayes-optimal{label}", bayes_fourier(domain), observed)
-        training = Training(
-            learner=dataclasses.replace(lstm, panel=1),
+        meta, sample = LSTMMetaLearner(domain, config.lstm), lambda key, _: domain.sample_task(key)
+        names = (f"lstm{suffix}", f"meta-trained LSTM{label}")
+        bayes = (f"bayes{suffix}", f"Bayes-optimal{label}")
+        return Training(
+            learner=Contender(*names, meta.learner, observed, trained=True, panel=1),
             meta=meta,
             objective=prediction_loss(domain, meta),
-            bayes=dataclasses.replace(bayes, panel=2),
+            bayes=plain(*bayes, bayes_fourier(domain), observed, panel=2),
             tracked=tasks(TRACKED + suffix, sizes.tracked_tasks, domain),
-            heldout=TaskSet(
-                HELDOUT + suffix, domain, lambda key, _: domain.sample_task(key), sizes.heldout_tasks
-            ),
+            heldout=TaskSet(HELDOUT + suffix, domain, sample, sizes.heldout_tasks),
         )
-        return training
 
     def network(name, config, panel):
         """An MLP under gradient descent."""
@@ -153,13 +151,22 @@ def plan(config: Config) -> Plan:
     by_optimizer = tasks("by_optimizer", sizes.updating_tasks, compared=True)
     passed, stopped = band_domain.support, config.stop_band
     in_bands = [
-        tasks(name, sizes.shifted_tasks, band_domain, frequencies, **attrs)
-        for name, frequencies, attrs in (
-            ("pass_band", passed, {"targets": "pass-band targets", "order": 0}),
-            ("stop_band", stopped, {"targets": "stop-band targets", "order": 1}),
-            ("mixture", (*passed, *stopped), {"targets": "mixtures of the two", "order": 2}),
+        tasks(
+            name,
+            sizes.shifted_tasks,
+            band_domain,
+            frequencies,
+            targets=targets,
+            order=order,
+            band=list(passed),
         )
-        for attrs in ({**attrs, "band": list(passed)},)
+        for order, (name, targets, frequencies) in enumerate(
+            (
+                ("pass_band", "pass-band targets", passed),
+                ("stop_band", "stop-band targets", stopped),
+                ("mixture", "mixtures of the two", (*passed, *stopped)),
+            )
+        )
     ]
     examples = tasks("examples", config.examples, curves=True)
 
@@ -228,11 +235,10 @@ def criteria(config: Config, run: RunFolder):
     for name, data in (("lstm", lstm), ("bayes", bayes)):
         yield criterion(f"{name}_slope", slope(data), "its own slope, for the record")
         yield censored(name, data)
-    outside = {name: samples(data, "outside")[:, :, -1] for name, data in (("lstm", lstm), ("mlp", mlp))}
-    for name, share in outside.items():
+    for name, data in (("mlp", mlp), ("lstm", lstm)):
         yield criterion(
             f"{name}_power_outside",
-            dynamics.estimate(lambda mean: mean, share),
+            dynamics.estimate(lambda mean: mean, samples(data, "outside")[:, :, -1]),
             "power at frequencies that the target does not contain, over the target's, at the end",
         )
     yield criterion(
@@ -252,10 +258,10 @@ def criteria(config: Config, run: RunFolder):
                 dynamics.estimate(lambda mean: mean.mean(-1), end(task_set, learner)),
                 f"mean gain of the {task_set.replace('_', '-')} targets' frequencies at the end",
             )
-    passed = np.isin(dynamics.scale(run.measurement("mixture", "lstm_band")), config.stop_band)
+    stopped = np.isin(dynamics.scale(run.measurement("mixture", "lstm_band")), config.stop_band)
     for learner in ("lstm_band", "bayes_band"):
         gain = end("mixture", learner)
-        for name, here in (("pass", ~passed), ("stop", passed)):
+        for name, here in (("pass", ~stopped), ("stop", stopped)):
             yield criterion(
                 f"{learner}_mixture_{name}_gain",
                 dynamics.estimate(lambda mean: mean.mean(-1), gain[..., here]),
@@ -270,19 +276,16 @@ def criteria(config: Config, run: RunFolder):
             at_least=0.5,
         )
         yield censored(field.name, data)
-    bound = config.excess_at_most
-    for suffix, what, bound in (("", "", bound), ("_band", " on its band", np.inf)):
+    for suffix, what, bound in (("", "", config.excess_at_most), ("_band", " of its band", np.inf)):
+        data = (
+            run.trajectories(HELDOUT + suffix).isel(outer_step=-1),
+            run.measurement(HELDOUT + suffix, "bayes" + suffix),
+        )
         yield criterion(
             f"excess_loss{suffix}",
             dynamics.estimate(
                 lambda a, b: dynamics.excess_loss(a, b, config.domain.loss_floor),
-                *(
-                    samples(data, "loss")[:, :, 1:].mean(-1)
-                    for data in (
-                        run.trajectories(HELDOUT + suffix).isel(outer_step=-1),
-                        run.measurement(HELDOUT + suffix, "bayes" + suffix),
-                    )
-                ),
+                *(samples(each, "loss")[:, :, 1:].mean(-1) for each in data),
             ),
             f"the LSTM comes near Bayes on held-out tasks{what}: excess loss"
             + (f" at most {bound:g}" if np.isfinite(bound) else ", for the record"),
@@ -292,7 +295,7 @@ def criteria(config: Config, run: RunFolder):
 
 QUICK = Config(
     domain=FourierRegression(steps=40),
-    outer=OuterConfig(steps=12_000, batch=32, learning_rate=2e-2),
+    outer=OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
     measure=MeasureConfig(
         tasks=4096,
         updating_tasks=16,

@@ -55,7 +55,7 @@ class Learner(NamedTuple):
     batch: int | None = None
     """Pairs per update. None: one, unbatched. Otherwise `update` is given a leading batch axis."""
     points: int | None = None
-    """Pairs in all, from which every batch is drawn without repetition. None: always fresh pairs."""
+    """Pairs in all, from which each batch is drawn without repetition. None: always fresh ones."""
     clock: str = "observations"
     """What the learner's time t counts."""
     diagnose: Callable[[State], Mapping[str, Array]] | None = None

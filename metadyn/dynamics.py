@@ -85,15 +85,15 @@ def staggering_slope(
 ) -> Float[np.ndarray, "*batch"] | np.floating:
     """Least-squares slope of log t_k against log scale_k, unit-free.
 
-    Over the modes that are not censored (report the others beside it) and crossed after t = 0;
-    NaN where fewer than two are left.
+    Over the modes that are not censored (report the others beside it) and crossed after t = 0, and
+    whose scale is above 0; NaN where fewer than two are left.
     """
     with np.errstate(all="ignore"):
-        y = np.log(np.where(t > 0, t, np.nan))
-    there = np.isfinite(y)
+        x, y = np.log(scale), np.log(np.where(t > 0, t, np.nan))
+    there = np.isfinite(x) & np.isfinite(y)
     n = there.sum(-1)
     with np.errstate(all="ignore"):
-        x = np.where(there, np.log(scale), 0.0)
+        x = np.where(there, x, 0.0)
         y = np.where(there, y, 0.0)
         x = np.where(there, x - x.sum(-1, keepdims=True) / n[..., None], 0.0)
         return np.where(n >= 2, (x * y).sum(-1) / (x**2).sum(-1), np.nan)

@@ -239,9 +239,7 @@ def curves(measured: Measured) -> Figure:
     """Example functions (rows) and the answers of each learner (columns) at a few inner steps."""
     panels = _panels(measured)
     rows = panels[0].sizes["task"]
-    figure, axes = _subplots(
-        rows, len(panels), width=4.1, height=2.6, sharex=True, sharey="row"
-    )
+    figure, axes = _subplots(rows, len(panels), width=4.1, height=2.6, sharex=True, sharey="row")
     for column, data in zip(axes.T, panels, strict=True):
         x, times = data["x"].to_numpy(), data["time"].to_numpy()[1:]
         answer, target = (samples(data, name)[0] for name in ("answer", "target"))

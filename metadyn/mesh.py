@@ -48,7 +48,7 @@ def replicated() -> NamedSharding:
 
 
 def here() -> SingleDeviceSharding:
-    """On one device of this process: where what is read goes if those that wrote it are not there."""
+    """One device of this process: for arrays that are read where what wrote them is not there."""
     return SingleDeviceSharding(jax.local_devices()[0])
 
 

@@ -38,10 +38,7 @@ class Progress:
             rate = episodes * (step - first) / max(step, 1) / seconds
             left = seconds * (total - step) / max(step - first, 1)
             each = (f"{n}: loss {loss[n]:.4f}, excess over Bayes {excess[n]:.3f}" for n in loss)
-            return (
-                f"{'; '.join(each)}  "
-                f"{rate:,.0f} episodes/s  {left:,.0f} s left"
-            )
+            return f"{'; '.join(each)}  {rate:,.0f} episodes/s  {left:,.0f} s left"
 
         with self._steps("training", total, done) as advance:
             yield lambda step, **numbers: advance(step, facts(step, **numbers))

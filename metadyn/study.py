@@ -170,7 +170,7 @@ def criterion(
 def censored(name: str, data: xr.Dataset) -> Criterion:
     """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
     t = dynamics.times_of(data)(samples(data, "mode_strength").mean((0, 1)))
-    count = np.float64(np.isnan(t).sum())
+    count = np.asarray(np.isnan(t).sum(), np.float64)
     said = f"modes that never reach {data.attrs['p']:g}, left out of the slope"
     return criterion(f"{name}_censored_modes", dynamics.Estimate(count, count, count), said)
 

@@ -1,4 +1,4 @@
-"""Shape annotations are enforced in every test, and tests use the devices that the command would."""
+"""Shape annotations are enforced in every test; tests run on the devices the command would use."""
 
 from jaxtyping import install_import_hook
 

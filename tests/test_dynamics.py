@@ -30,6 +30,8 @@ def test_slope_of_a_power_law_and_of_what_is_left_when_modes_are_censored():
     expected = scipy.stats.linregress(np.log(scale), np.log(noisy)).slope
     np.testing.assert_allclose(dynamics.staggering_slope(scale, noisy), expected)
     assert np.isnan(dynamics.staggering_slope(scale, np.array([1, np.nan, np.nan, np.nan])))
+    constant = dynamics.staggering_slope(np.array([0.0, 2, 1, 0.3, 0.1]), np.append(5.0, noisy))
+    np.testing.assert_allclose(constant, expected)
     both = dynamics.staggering_slope(scale, np.stack([noisy, 7 * scale**-0.8]))
     np.testing.assert_allclose(both, [expected, -0.8])
 

@@ -126,7 +126,7 @@ def test_an_mlp_update_is_a_step_along_the_float64_finite_difference_gradient(de
     learner = gradient(mlp(2, 1, depth, width=5), optax.sgd(0.1), batch=6)
     weights, moments = learner.init(jax.random.key(depth))
     x, y = rng.normal(size=(6, 2)), rng.normal(size=(6, 1))
-    flat, unravel = jax.flatten_util.ravel_pytree(weights)
+    flat, _ = jax.flatten_util.ravel_pytree(weights)
     after = jax.flatten_util.ravel_pytree(
         learner.update((weights, moments), jnp.float32(x), jnp.float32(y))[0]
     )[0]
@@ -193,9 +193,7 @@ def seen(batch, points, updates):
         diagnose=lambda state: {"seen": state[0]},
     )
     task = domain.sample_task(jax.random.key(0))
-    return np.asarray(
-        inner.run(domain, learner, task, jax.random.key(1), (0, updates))["seen"][-1]
-    )
+    return np.asarray(inner.run(domain, learner, task, jax.random.key(1), (0, updates))["seen"][-1])
 
 
 def test_full_batch_shows_the_same_pairs_and_fresh_minibatches_never_do():

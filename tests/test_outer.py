@@ -149,8 +149,8 @@ trainer = Trainer({"lstm": Trainee(meta, prediction_loss(domain, meta))}, config
 state, loss = next(trainer.run(trainer.init(), [50]))
 sample = lambda key, s: domain.evaluation_task(key, s)
 readings = inner.measure(
-    domain, meta.learner, state.params["lstm"], True, sample, np.float32([1, 0.5]), jax.random.key(1),
-    np.arange(5), tuple(range(6)),
+    domain, meta.learner, state.params["lstm"], True, sample, np.float32([1, 0.5]),
+    jax.random.key(1), np.arange(5), tuple(range(6)),
 )
 losses = np.asarray(readings["loss"])[0, :, 1:].tolist()
 print(json.dumps([jax.device_count(), np.asarray(loss["lstm"]).tolist(), losses]))

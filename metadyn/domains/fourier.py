@@ -21,6 +21,8 @@ from metadyn.base import Key, Probe, check, check_positive
 Spectrum = tuple[float, ...]
 """A number for each frequency 0, 1, 2, …, in cycles over the unit interval."""
 
+Number = Float[Array, "1"]
+"""An input x, an output y: one number, as a vector."""
 Embedding = Literal["raw", "standard", "circle", "fourier"]
 
 
@@ -52,6 +54,14 @@ def power_law(highest: int, exponent: float = 2.0, total: float = 1.0) -> Spectr
     return (0.0, *(float(v) for v in total * raw / raw.sum()))
 
 
+def check_spectrum(field: str, v: Spectrum) -> None:
+    """Raises `ConfigError` naming the field unless `v` is a prior spectrum."""
+    check(len(v) > 0, field, v, "give a variance for each frequency 0, 1, 2, …")
+    right = all(0 <= value < float("inf") for value in v)
+    check(right, field, v, "every variance must be 0 or more, and finite")
+    check(sum(v) > 0, field, v, "a frequency must have variance above 0")
+
+
 class FourierTask(NamedTuple):
     """f(x) = Σ_k (α_k cos 2πkx + β_k sin 2πkx) over the frequencies k = 0 … F."""
 
@@ -78,11 +88,7 @@ class FourierRegression:
     (cos 2πx, sin 2πx); fourier, as these at every frequency of the prior."""
 
     def __post_init__(self) -> None:
-        v = self.spectrum
-        check(len(v) > 0, "spectrum", v, "give a variance for each frequency 0, 1, 2, …")
-        right = all(0 <= value < float("inf") for value in v)
-        check(right, "spectrum", v, "every variance must be 0 or more, and finite")
-        check(sum(v) > 0, "spectrum", v, "a frequency must have variance above 0")
+        check_spectrum("spectrum", self.spectrum)
         check(0 <= self.sigma < float("inf"), "sigma", self.sigma, "must be 0 or more, and finite")
         check_positive(self, "steps")
         known = get_args(Embedding)
@@ -115,23 +121,21 @@ class FourierRegression:
         phase = jax.random.uniform(key, amplitudes.shape, maxval=2 * np.pi)
         return FourierTask(amplitudes * jnp.cos(phase), amplitudes * jnp.sin(phase))
 
-    def query(self, task: FourierTask, key: Key) -> Float[Array, "1"]:
+    def query(self, task: FourierTask, key: Key) -> Number:
         """x uniform on [−½, ½)."""
         del task
         return jax.random.uniform(key, (1,), minval=-0.5, maxval=0.5)
 
-    def feedback(
-        self, task: FourierTask, query: Float[Array, "1"], answer: object, key: Key
-    ) -> Float[Array, "1"]:
+    def feedback(self, task: FourierTask, query: Number, answer: object, key: Key) -> Number:
         """y = f(x) + ε, whatever was answered."""
         del answer
         return value(task, query) + self.sigma * jax.random.normal(key, (1,))
 
-    def loss(self, answer: Float[Array, "1"], feedback: Float[Array, "1"]) -> Float[Array, ""]:
+    def loss(self, answer: Number, feedback: Number) -> Float[Array, ""]:
         """Squared error."""
         return jnp.mean((answer - feedback) ** 2)
 
-    def encode_query(self, query: Float[Array, "1"]) -> Float[Array, " n"]:
+    def encode_query(self, query: Number) -> Float[Array, " n"]:
         """x under the chosen embedding."""
         match self.embedding:
             case "raw":
@@ -143,7 +147,7 @@ class FourierRegression:
             case "fourier":
                 return fourier_features(query, self.support)
 
-    def encode_feedback(self, feedback: Float[Array, "1"]) -> Float[Array, "1"]:
+    def encode_feedback(self, feedback: Number) -> Number:
         """y as it is."""
         return feedback
 
@@ -189,7 +193,8 @@ class FourierRegression:
             power = power_spectrum(F_hat, points)
             readings = {
                 "mode_strength": projection / jnp.abs(F[contained]) ** 2,
-                "outside": jnp.sum(jnp.delete(power, contained)) / jnp.sum(power_spectrum(F, points)),
+                "outside": jnp.sum(jnp.delete(power, contained))
+                / jnp.sum(power_spectrum(F, points)),
             }
             return readings | ({"answer": answers[:, 0], "target": target[:, 0]} if curves else {})
 
@@ -224,14 +229,14 @@ def _alone(points: int) -> np.ndarray:
     return (k == 0) | (2 * k == points)
 
 
-def fourier_features(x: Float[Array, "1"], frequencies: tuple[int, ...]) -> Float[Array, " n"]:
+def fourier_features(x: Number, frequencies: tuple[int, ...]) -> Float[Array, " n"]:
     """cos 2πkx for each frequency, then sin 2πkx for each but 0."""
     k = jnp.asarray(frequencies, jnp.float32)
     turns = 2 * np.pi * k * x
     return jnp.concatenate([jnp.cos(turns), jnp.sin(turns)[np.asarray(frequencies) > 0]])
 
 
-def value(task: FourierTask, x: Float[Array, "1"]) -> Float[Array, "1"]:
+def value(task: FourierTask, x: Number) -> Number:
     """f(x)."""
     turns = 2 * np.pi * jnp.arange(task.cosine.shape[0]) * x
     return jnp.sum(task.cosine * jnp.cos(turns) + task.sine * jnp.sin(turns), keepdims=True)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from metadyn.base import Key, Learner, check
-from metadyn.domains.fourier import FourierRegression, fourier_features
+from metadyn.domains.fourier import FourierRegression, Number, fourier_features
 from metadyn.domains.linear import LinearRegression
 
 
@@ -78,10 +78,10 @@ def bayes_fourier(domain: FourierRegression) -> Learner:
         jnp.asarray(np.diag(np.sqrt(variances))[None], jnp.float32),
     )
 
-    def predict(state: Posterior, x: Float[Array, "1"]) -> Float[Array, "1"]:
+    def predict(state: Posterior, x: Number) -> Number:
         return state.mean @ fourier_features(x, support)
 
-    def update(state: Posterior, x: Float[Array, "1"], y: Float[Array, "1"]) -> Posterior:
+    def update(state: Posterior, x: Number, y: Number) -> Posterior:
         return condition(state, fourier_features(x, support), y, noise)
 
     return Learner(lambda key: prior, predict, update)

@@ -1,0 +1,97 @@
+"""The nonlinear-regression study: a whole small one, and bad input to it."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+import metadyn
+from metadyn.cli import main
+
+STUDY = str(Path(__file__).parent.parent / "experiments" / "nonlinear_regression.py")
+SMALL = [
+    *("--domain.steps", "5", "--lstm.hidden", "4", "--outer.steps", "30", "--outer.batch", "4"),
+    *("--outer.seeds", "2", "--outer.warmup", "1", "--outer.checkpoints", "3", "--examples", "2"),
+    *("--mlp.width", "8", "--mlp.depth", "2", "--mlp.updates", "12", "--mlp.records", "4"),
+    *("--measure.tasks", "32", "--measure.updating-tasks", "4", "--measure.shifted-tasks", "8"),
+    *("--measure.tracked-tasks", "4", "--measure.heldout-tasks", "16"),
+    *("--measure.probe-points", "11"),
+]
+for name in ("sgd", "momentum", "rmsprop", "adam"):
+    SMALL += [f"--optimizers.{name}.updates", "8", f"--optimizers.{name}.width", "8"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "nonlinear"
+    assert main(["run", STUDY, "--out", str(out), *SMALL]) == 1  # so small a study fails
+    return out
+
+
+def test_a_whole_small_study(finished):
+    figures = {p.stem: matplotlib.image.imread(p) for p in (finished / "figures").glob("*.png")}
+    assert set(figures) == {
+        "mode_strength", "learning_times", "mode_strength_by_optimizer", "examples", "band_gain",
+        "excess_loss",
+    }  # fmt: skip
+    assert all(image.std() > 0.02 for image in figures.values())
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {c["name"] for c in summary["criteria"]} == {
+        "mlp_slope", "mlp_rank_correlation", "lstm_minus_bayes_slope", "stop_band_gain",
+        "excess_loss", "sgd_slope", "momentum_slope", "rmsprop_slope", "adam_slope",
+    }  # fmt: skip
+    reported = {c["name"]: c for c in summary["reported"]}
+    assert abs(reported["bayes_band_stop_band_gain"]["value"]) < 1e-5
+    assert 0.1 < reported["bayes_band_pass_band_gain"]["value"] < 1
+
+
+def test_both_outer_loops_and_every_set_load(finished):
+    for task_set, learners, frequencies in (
+        ("tracked", {"lstm", "bayes"}, [1, 2, 3, 4, 5]),
+        ("tracked_band", {"lstm_band", "bayes_band"}, [2, 3, 4]),
+        ("mixture", {"lstm_band", "bayes_band"}, [1, 2, 3, 4, 5]),
+        ("stop_band", {"lstm_band", "bayes_band"}, [1, 5]),
+        ("in_distribution", {"mlp", "lstm", "bayes"}, [1, 2, 3, 4, 5]),
+    ):
+        data = metadyn.load(finished, task_set)
+        assert set(data["learner"].values) == learners
+        assert data["frequency"].values.tolist() == frequencies
+        assert ("outer_step" in data.dims) == task_set.startswith("tracked")
+    assert metadyn.load(finished, "heldout_band")["outer_step"].values[-1] == 30
+
+
+def test_learners_answer_the_same_example_functions(finished):
+    data = metadyn.load(finished, "examples")
+    target = data["target"].isel(seed=0, step=0)
+    assert data["x"].size == 128
+    np.testing.assert_array_equal(target.sel(learner="mlp"), target.sel(learner="bayes"))
+    assert np.abs(target.sel(learner="mlp")).max() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--measure.probe-points", "10"], "must be at least 11 to resolve frequency 5"),
+        (["--domain.spectrum", "0", "-1"], "spectrum = (0.0, -1.0): every variance"),
+        (["--domain.spectrum", "0", "0"], "a frequency must have variance above 0"),
+        (["--domain.sigma", "-0.1"], "sigma = -0.1"),
+        (["--domain.embedding", "polar"], "polar"),
+        (["--mlp.points", "8", "--mlp.batch", "9"], "points = 8: must be no fewer than the batch"),
+        (["--mlp.optimizer", "magic"], "optimizer = 'magic'"),
+        (["--optimizers.sgd.updates", "0"], "updates = 0"),
+        (["--stop-band", "2"], "outside pass_band"),
+        (["--stop-band"], "stop_band = ()"),
+        (["--stop-band", "0"], "above 0"),
+        (["--pass-band", "0", "inf"], "pass_band"),
+        (["--examples", "0"], "examples = 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["run", STUDY, "--out", str(out), *SMALL, *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1, errors
+    assert says in errors
+    assert not out.exists()
