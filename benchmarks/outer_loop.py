@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import time
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
@@ -84,7 +83,7 @@ def main():
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     rows = []
-    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, {platform.processor()}")
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
     for name, settings in variants(arguments.steps).items():
         if arguments.only and name not in arguments.only:
             continue

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from metadyn.base import Key, Learner, check
+from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.fourier import FourierRegression, Number, fourier_features
 from metadyn.domains.linear import LinearRegression
+
+
+MOST_PERMUTATIONS = 5040  # 7 contexts of 7 actions: our choice
+TIE = 1e-4  # log-posteriors this close are equal: in float32, over an episode
 
 
 class Posterior(NamedTuple):
@@ -83,6 +90,58 @@ def bayes_fourier(domain: FourierRegression) -> Learner:
 
     def update(state: Posterior, x: Number, y: Number) -> Posterior:
         return condition(state, fourier_features(x, support), y, noise)
+
+    return Learner(lambda key: prior, predict, update)
+
+
+def bayes_bandit(
+    domain: ContextualBandit, policy: Literal["greedy", "thompson"] = "greedy"
+) -> Learner:
+    """The exact posterior over a*, and a policy on it.
+
+    greedy     the most probable actions, evenly. With deterministic pay it is Bayes-optimal: it
+               tries what is not ruled out, the likeliest first, then exploits. (For independent
+               contexts no try is worth more than another. For permutations it equals the optimum by
+               enumeration in every case that the tests try; we know no proof.) With Bernoulli pay
+               it is an approximation, which never pays to explore.
+    thompson   each action with the probability that it is the correct one: Thompson sampling
+               (1933). The same as greedy for independent contexts with deterministic pay, an
+               approximation otherwise.
+
+    The state is the logarithm of the posterior: of each action in each context [K, n], or, for
+    permutations, of each of the n! / (n − K)! assignments.
+    """
+    check(policy in ("greedy", "thompson"), "policy", policy, "choose greedy or thompson")
+    K, n = domain.contexts, domain.actions
+    if domain.permutation:
+        count = math.perm(n, K)
+        fix = f"{count} permutations are too many to enumerate: at most {MOST_PERMUTATIONS}"
+        check(count <= MOST_PERMUTATIONS, "actions", n, fix)
+        assignments = jnp.asarray(list(itertools.permutations(range(n), K)), jnp.int32)
+        prior = jnp.zeros(len(assignments))
+    else:
+        prior = jnp.zeros((K, n))
+
+    def marginal(state: Array, c: Int[Array, ""]) -> Float[Array, " n"]:
+        """log P(a*_c = a), up to a constant."""
+        if not domain.permutation:
+            return state[c]
+        given = assignments[:, c, None] == jnp.arange(n)
+        return jax.nn.logsumexp(jnp.where(given, state[:, None], -jnp.inf), axis=0)
+
+    def predict(state: Array, c: Int[Array, ""]) -> Float[Array, " n"]:
+        log_posterior = jax.nn.log_softmax(marginal(state, c))
+        if policy == "thompson":
+            return log_posterior
+        likeliest = log_posterior > log_posterior.max() - TIE
+        return jnp.where(likeliest, 0.0, -jnp.inf)
+
+    def update(state: Array, c: Int[Array, ""], seen: Outcome) -> Array:
+        paid = seen.reward > 0
+        hit, miss = (jnp.log(jnp.where(paid, p, 1 - p)) for p in (domain.p_high, domain.p_low))
+        if domain.permutation:
+            return state + jnp.where(assignments[:, c] == seen.action, hit, miss)
+        return state.at[c].add(jnp.where(jnp.arange(n) == seen.action, hit, miss))
 
     return Learner(lambda key: prior, predict, update)
 

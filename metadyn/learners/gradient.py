@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, Int, Real
 
 from metadyn.base import Answer, Feedback, Key, Learner, Query, check
+from metadyn.domains.bandit import Outcome
 
 Weights = Any
 
@@ -139,10 +140,108 @@ def gradient(
             answers = jax.vmap(network.apply, (None, 0))(weights, query)
             return jnp.mean(jax.vmap(loss)(answers, feedback))
 
-        steps, moments = optimizer.update(jax.grad(objective)(weights), moments, weights)
-        return optax.apply_updates(weights, steps), moments
+        return _step(optimizer, objective, weights, moments)
 
     return Learner(init, predict, update, batch=batch, points=points, clock="updates")
+
+
+def _step(optimizer, objective, weights, moments):
+    steps, moments = optimizer.update(jax.grad(objective)(weights), moments, weights)
+    return optax.apply_updates(weights, steps), moments
+
+
+def softmax_policy(
+    contexts: int, actions: int, coupled: bool = True, scale: float = 1.0
+) -> Network:
+    """Logits W onehot(c) + b with N(0, scale²) entries (Schaul et al. 2019).
+
+    The shared bias b couples the contexts: what is learned in one moves the policy in all. Without
+    it they are decoupled.
+    """
+    check(contexts >= 1, "contexts", contexts, "must be at least 1")
+    check(actions >= 1, "actions", actions, "must be at least 1")
+    check(scale >= 0, "scale", scale, "must be 0 or more")
+
+    def init(key: Key) -> Policy:
+        drawn = scale * jax.random.normal(key, (actions, contexts + 1))
+        return Policy(drawn[:, :contexts], drawn[:, contexts] if coupled else None)
+
+    def apply(weights: Policy, c: Int[Array, ""]) -> Float[Array, " n"]:
+        logits = weights.W[:, c]
+        return logits if weights.b is None else logits + weights.b
+
+    return Network(init, apply)
+
+
+class Policy(NamedTuple):
+    """Logits W onehot(c) + b."""
+
+    W: Float[Array, "n K"]
+    b: Float[Array, " n"] | None
+
+
+def expected_policy_gradient(
+    network: Network, optimizer: optax.GradientTransformation, contexts: int
+) -> Learner:
+    """Gradient ascent on the expected reward itself, over all contexts and actions.
+
+    It knows what every action pays (`Outcome.pay`), so that nothing is sampled: the mean of
+    `reinforce`, exactly. Its time t counts updates.
+    """
+
+    def init(key: Key):
+        weights = network.init(key)
+        return weights, optimizer.init(weights)
+
+    def update(state, query: Query, feedback: Outcome):
+        def objective(weights):
+            logits = jax.vmap(network.apply, (None, 0))(weights, jnp.arange(contexts))
+            return -jnp.mean(jnp.sum(jax.nn.softmax(logits) * feedback.pay, axis=1))
+
+        return _step(optimizer, objective, *state)
+
+    predict = lambda state, query: network.apply(state[0], query)  # noqa: E731
+    return Learner(init, predict, update, clock="updates")
+
+
+def reinforce(
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    batch: int,
+    baseline: bool = True,
+    memory: float = 0.99,
+) -> Learner:
+    """REINFORCE (Williams 1992) on `batch` fresh choices an update, drawn from the policy itself.
+
+    The gradient of −(r − r̄) log π(a | c), with r̄ the running mean of past rewards, from 0 and with
+    `memory` of what it was an update ago; or with r̄ = 0, without `baseline`. Its time t counts
+    updates.
+    """
+    check(batch >= 1, "batch", batch, "must be at least 1")
+    check(0 <= memory < 1, "memory", memory, "must be from 0 to below 1")
+
+    def init(key: Key):
+        weights = network.init(key)
+        return weights, optimizer.init(weights), jnp.zeros(())
+
+    def predict(state, query: Query) -> Answer:
+        return network.apply(state[0], query)
+
+    def update(state, query: Query, feedback: Outcome):
+        weights, moments, mean = state
+        advantage = feedback.reward - mean
+
+        def objective(weights):
+            logits = jax.vmap(network.apply, (None, 0))(weights, query)
+            chosen = jnp.take_along_axis(logits, feedback.action[:, None], 1)[:, 0]
+            return -jnp.mean(advantage * (chosen - jax.nn.logsumexp(logits, axis=1)))
+
+        weights, moments = _step(optimizer, objective, weights, moments)
+        if baseline:
+            mean = memory * mean + (1 - memory) * jnp.mean(feedback.reward)
+        return weights, moments, mean
+
+    return Learner(init, predict, update, batch=batch, clock="updates")
 
 
 def named_optimizer(

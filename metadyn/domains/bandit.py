@@ -1,0 +1,135 @@
+"""Domain 3, contextual bandits: in each context one action pays.
+
+After Schaul et al. (2019), arXiv:1904.11455, and Rabinowitz (2019), arXiv:1905.01320. The modes of a
+task are its contexts; they are exchangeable, so order them within each run before averaging.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from metadyn.base import Key, Probe, check, check_positive
+
+
+class BanditTask(NamedTuple):
+    """a*_c, the correct action of each context."""
+
+    best: Int[Array, " K"]
+
+
+class Outcome(NamedTuple):
+    """What one choice led to. `pay` is there for simulators and referees: a learner that looks at
+    more of it than the reward knows the answer."""
+
+    context: Int[Array, ""]
+    action: Int[Array, ""]
+    reward: Float[Array, ""]
+    pay: Float[Array, "K n"]
+    """Expected reward of every action in every context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextualBandit:
+    """K contexts × n actions; in context c the action a*_c pays 1 with p_high, any other with p_low.
+
+    Contexts are drawn uniformly at each step. A learner's answer is the logits of a policy, of
+    which an action is drawn. Raises `ConfigError` for K, n or T below 1, for p_low ≥ p_high, and
+    for permutations with K > n.
+    """
+
+    contexts: int = 5
+    """K."""
+    actions: int = 5
+    """n."""
+    steps: int = 50
+    """T, the choices in one episode."""
+    p_high: float = 1.0
+    """Probability that the correct action pays. 1, with p_low = 0: deterministic pay."""
+    p_low: float = 0.0
+    """Probability that any other action pays."""
+    permutation: bool = False
+    """Whether no two contexts share their correct action. Otherwise they are drawn independently."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "contexts", "actions", "steps")
+        check(0 <= self.p_low <= 1, "p_low", self.p_low, "must be from 0 to 1")
+        check(0 <= self.p_high <= 1, "p_high", self.p_high, "must be from 0 to 1")
+        check(self.p_low < self.p_high, "p_low", self.p_low, f"must be below {self.p_high = :g}")
+        fits = not self.permutation or self.contexts <= self.actions
+        fix = f"with permutation there must be no more than actions = {self.actions}"
+        check(fits, "contexts", self.contexts, fix)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether one try shows if an action is correct."""
+        return self.p_high == 1 and self.p_low == 0
+
+    # The contract of `base.Domain`.
+
+    @property
+    def loss_floor(self) -> float:
+        """0."""
+        return 0.0
+
+    @property
+    def answer_size(self) -> int:
+        """n logits."""
+        return self.actions
+
+    def sample_task(self, key: Key) -> BanditTask:
+        """Correct actions drawn independently, or those of a random permutation."""
+        K, n = self.contexts, self.actions
+        if self.permutation:
+            return BanditTask(jax.random.permutation(key, n)[:K])
+        return BanditTask(jax.random.randint(key, (K,), 0, n))
+
+    def query(self, task: BanditTask, key: Key) -> Int[Array, ""]:
+        """A context, uniform."""
+        del task
+        return jax.random.randint(key, (), 0, self.contexts)
+
+    def pay(self, task: BanditTask) -> Float[Array, "K n"]:
+        """Expected reward of every action in every context."""
+        correct = jax.nn.one_hot(task.best, self.actions)
+        return self.p_low + (self.p_high - self.p_low) * correct
+
+    def feedback(
+        self, task: BanditTask, query: Int[Array, ""], answer: Float[Array, " n"], key: Key
+    ) -> Outcome:
+        """An action drawn of the policy softmax(answer), and whether it paid."""
+        key_action, key_reward = jax.random.split(key)
+        action, pay = jax.random.categorical(key_action, answer), self.pay(task)
+        paid = jax.random.uniform(key_reward) < pay[query, action]
+        return Outcome(query, action, paid.astype(jnp.float32), pay)
+
+    def loss(self, answer: Float[Array, " n"], feedback: Outcome) -> Float[Array, ""]:
+        """Regret: what the correct action pays in expectation beyond what the policy does."""
+        return self.p_high - jax.nn.softmax(answer) @ feedback.pay[feedback.context]
+
+    def encode_query(self, query: Int[Array, ""]) -> Float[Array, " K"]:
+        """The context, one-hot."""
+        return jax.nn.one_hot(query, self.contexts)
+
+    def encode_feedback(self, feedback: Outcome) -> Float[Array, " m"]:
+        """The action, one-hot, and the reward."""
+        action = jax.nn.one_hot(feedback.action, self.actions)
+        return jnp.append(action, feedback.reward)
+
+    # The probe.
+
+    def probe(self) -> Probe:
+        """The policy in every context, from a copy of the state.
+
+        Reading: `mode_strength` [K], J_c = π(a*_c | c), the probability of the correct action.
+        """
+
+        def read(task: BanditTask, answers: Float[Array, "K n"]) -> dict[str, Array]:
+            policy = jax.nn.softmax(answers)
+            return {"mode_strength": jnp.take_along_axis(policy, task.best[:, None], 1)[:, 0]}
+
+        return Probe(jnp.arange(self.contexts), read, {"mode_strength": ("mode",)})
