@@ -26,8 +26,8 @@ from metadyn.learners.gradient import (
     updates_to_learn,
 )
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, prediction_loss
-from metadyn.store import HELDOUT, TRACKED, RunFolder, samples
+from metadyn.outer import OuterConfig, Trainee, prediction_loss
+from metadyn.store import HELDOUT, TRACKED, RunFolder
 from metadyn.study import (
     Contender,
     MeasureConfig,
@@ -158,8 +158,7 @@ def plan(config: Config) -> Plan:
         trainings=[
             Training(
                 learner=lstm,
-                meta=meta,
-                objective=prediction_loss(domain, meta),
+                trainee=Trainee(meta, prediction_loss(domain, meta)),
                 bayes=bayes,
                 tracked=tasks(TRACKED, sizes.tracked_tasks),
                 heldout=heldout,
@@ -185,11 +184,8 @@ def criteria(config: Config, run: RunFolder):
     """What the science says of the stored measurements."""
     floor = config.domain.loss_floor
 
-    def strength(data):
-        return samples(data, "mode_strength")
-
     def loss(data):
-        return samples(data, "loss")[:, :, 1:].mean(-1)
+        return dynamics.samples(data, "loss")[:, :, 1:].mean(-1)
 
     def excess(lstm, bayes):
         return dynamics.excess_loss(lstm, bayes, floor)
@@ -197,14 +193,14 @@ def criteria(config: Config, run: RunFolder):
     def shifted(name):
         """Losses of the LSTM and Bayes on one set of tasks, and the share of saturated gates."""
         lstm, bayes = run.measurement(name, "lstm"), run.measurement(name, "bayes")
-        return loss(lstm), loss(bayes), samples(lstm, "saturated_gates")[:, :, 1:].mean(-1)
+        return loss(lstm), loss(bayes), dynamics.samples(lstm, "saturated_gates")[:, :, 1:].mean(-1)
 
     sgd, lstm, bayes = (
         run.measurement("in_distribution", name) for name in ("sgd", "lstm", "bayes")
     )
     yield criterion(
         "sgd_slope",
-        dynamics.estimate(dynamics.slope_of(sgd), strength(sgd)),
+        dynamics.estimate(dynamics.slope_of(sgd), dynamics.strength(sgd)),
         "SGD learns mode after mode: slope of log t_k on log s_k near -1, at most -0.7",
         at_most=-0.7,
     )
@@ -212,20 +208,22 @@ def criteria(config: Config, run: RunFolder):
     slope = dynamics.slope_of(lstm)
     yield criterion(
         "lstm_minus_bayes_slope",
-        dynamics.estimate(lambda a, b: slope(a) - slope(b), strength(lstm), strength(bayes)),
+        dynamics.estimate(
+            lambda a, b: slope(a) - slope(b), dynamics.strength(lstm), dynamics.strength(bayes)
+        ),
         "the LSTM staggers no more than Bayes: slopes differ by at most 0.2",
         at_most=0.2,
         at_least=-0.2,
     )
     yield criterion(
         "lstm_slope",
-        dynamics.estimate(slope, strength(lstm)),
+        dynamics.estimate(slope, dynamics.strength(lstm)),
         "the LSTM's own slope, for the record",
     )
     yield censored("lstm", lstm)
     yield criterion(
         "bayes_slope",
-        dynamics.estimate(slope, strength(bayes)),
+        dynamics.estimate(slope, dynamics.strength(bayes)),
         "Bayes learns all modes at one rate: slope 0, at most 0.05 either way",
         at_most=0.05,
         at_least=-0.05,
@@ -260,7 +258,9 @@ def criteria(config: Config, run: RunFolder):
         def worst(mean, learned=learned, theory=theory):
             return np.abs(learned(mean) / theory - 1).max(-1)
 
-        yield criterion(name, dynamics.estimate(worst, strength(data)), expected, at_most=bound)
+        yield criterion(
+            name, dynamics.estimate(worst, dynamics.strength(data)), expected, at_most=bound
+        )
     bound = config.excess_at_most
     yield criterion(
         "excess_loss",

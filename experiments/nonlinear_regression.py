@@ -17,8 +17,8 @@ from metadyn.inner import log_spaced
 from metadyn.learners.bayes import bayes_fourier
 from metadyn.learners.gradient import gradient, mlp, named_optimizer
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, prediction_loss
-from metadyn.store import HELDOUT, TRACKED, RunFolder, samples
+from metadyn.outer import OuterConfig, Trainee, prediction_loss
+from metadyn.store import HELDOUT, TRACKED, RunFolder
 from metadyn.study import (
     Contender,
     MeasureConfig,
@@ -126,8 +126,7 @@ def plan(config: Config) -> Plan:
         bayes = (f"bayes{suffix}", f"Bayes-optimal{label}")
         return Training(
             learner=Contender(*names, meta.learner, observed, trained=True, panel=1),
-            meta=meta,
-            objective=prediction_loss(domain, meta),
+            trainee=Trainee(meta, prediction_loss(domain, meta)),
             bayes=plain(*bayes, bayes_fourier(domain), observed, panel=2),
             tracked=tasks(TRACKED + suffix, sizes.tracked_tasks, domain),
             heldout=TaskSet(HELDOUT + suffix, domain, sample, sizes.heldout_tasks),
@@ -197,15 +196,12 @@ def plan(config: Config) -> Plan:
 def criteria(config: Config, run: RunFolder):
     """What the science says of the stored measurements."""
 
-    def strength(data):
-        return samples(data, "mode_strength")
-
     def end(task_set, learner):
         """Gain at the end of the episode [seed, task, mode]."""
-        return strength(run.measurement(task_set, learner).isel(step=[-1]))[:, :, 0]
+        return dynamics.strength(run.measurement(task_set, learner).isel(step=[-1]))[:, :, 0]
 
     def slope(data):
-        return dynamics.estimate(dynamics.slope_of(data), strength(data))
+        return dynamics.estimate(dynamics.slope_of(data), dynamics.strength(data))
 
     mlp, lstm, bayes = (
         run.measurement("in_distribution", name) for name in ("mlp", "lstm", "bayes")
@@ -219,7 +215,9 @@ def criteria(config: Config, run: RunFolder):
     times, by = dynamics.times_of(mlp), dynamics.scale(mlp)
     yield criterion(
         "mlp_rank_correlation",
-        dynamics.estimate(lambda a: dynamics.rank_correlation(by, times(a)), strength(mlp)),
+        dynamics.estimate(
+            lambda a: dynamics.rank_correlation(by, times(a)), dynamics.strength(mlp)
+        ),
         "the MLP learns in order of frequency: Spearman's rank correlation at least 0.9",
         at_least=0.9,
     )
@@ -227,7 +225,9 @@ def criteria(config: Config, run: RunFolder):
     of = dynamics.slope_of(lstm)
     yield criterion(
         "lstm_minus_bayes_slope",
-        dynamics.estimate(lambda a, b: of(a) - of(b), strength(lstm), strength(bayes)),
+        dynamics.estimate(
+            lambda a, b: of(a) - of(b), dynamics.strength(lstm), dynamics.strength(bayes)
+        ),
         "the LSTM staggers no more than Bayes: slopes differ by at most 0.3",
         at_most=0.3,
         at_least=-0.3,
@@ -238,7 +238,7 @@ def criteria(config: Config, run: RunFolder):
     for name, data in (("mlp", mlp), ("lstm", lstm)):
         yield criterion(
             f"{name}_power_outside",
-            dynamics.estimate(lambda mean: mean, samples(data, "outside")[:, :, -1]),
+            dynamics.estimate(lambda mean: mean, dynamics.samples(data, "outside")[:, :, -1]),
             "power at frequencies that the target does not contain, over the target's, at the end",
         )
     yield criterion(
@@ -285,7 +285,7 @@ def criteria(config: Config, run: RunFolder):
             f"excess_loss{suffix}",
             dynamics.estimate(
                 lambda a, b: dynamics.excess_loss(a, b, config.domain.loss_floor),
-                *(samples(each, "loss")[:, :, 1:].mean(-1) for each in data),
+                *(dynamics.samples(each, "loss")[:, :, 1:].mean(-1) for each in data),
             ),
             f"the LSTM comes near Bayes on held-out tasks{what}: excess loss"
             + (f" at most {bound:g}" if np.isfinite(bound) else ", for the record"),

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.showwarning = _warn
     try:
         arguments, overrides = _parser().parse_known_args(argv)
         if overrides and arguments.command != "run":
@@ -67,6 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """One line, of our own warnings; those of libraries are for developers."""
+    if category is UserWarning:
+        print(f"metadyn: warning: {message}".replace("\n", " "), file=sys.stderr)
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -110,6 +110,31 @@ def rank_correlation(
         return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
 
 
+def samples(data: xr.Dataset, name: str) -> np.ndarray:
+    """A stored reading [seed, task, step, ...], one seed if it has none."""
+    array = data[name]
+    return (array if "seed" in array.dims else array.expand_dims("seed")).to_numpy()
+
+
+def strength(data: xr.Dataset) -> np.ndarray:
+    """Mode strengths [seed, task, step, mode], in order of learning if the modes are exchangeable.
+
+    They are where the attribute `ordered` says so: averages over runs would hide staggering.
+    """
+    values = samples(data, "mode_strength")
+    if not data.attrs.get("ordered"):
+        return values
+    return by_learning_time(data["time"].to_numpy(), values, data.attrs["p"])
+
+
+def by_learning_time(
+    times: Real[np.ndarray, " time"], strength: Float[np.ndarray, "*batch time mode"], p: float
+) -> Float[np.ndarray, "*batch time mode"]:
+    """The modes of each run sorted by their own learning time, censored ones last."""
+    order = np.argsort(learning_times(times, strength, p), axis=-1, kind="stable")
+    return np.take_along_axis(strength, order[..., None, :], -1)
+
+
 def scale(data: xr.Dataset) -> Real[np.ndarray, " mode"]:
     """What the modes of a measurement are ordered by: singular values, frequencies."""
     return data[data.attrs["mode_coordinate"]].to_numpy()
@@ -125,6 +150,64 @@ def slope_of(data: xr.Dataset) -> Callable[[np.ndarray], Numbers]:
     """The statistic that turns mean mode strengths [..., step, mode] into a staggering slope."""
     times, by = times_of(data), scale(data)
     return lambda strength: staggering_slope(by, times(strength))
+
+
+def staggering(t: Float[np.ndarray, "*batch mode"]) -> Float[np.ndarray, "*batch"] | np.floating:
+    """(t_(K) − t_(1)) / t_(K) of modes in order of learning: 0 if all are learned at once.
+
+    NaN if the last is censored.
+    """
+    return (t[..., -1] - t[..., 0]) / t[..., -1]
+
+
+def staggering_of(data: xr.Dataset) -> Callable[[np.ndarray], Numbers]:
+    """The statistic that turns mean ordered strengths [..., step, mode] into `staggering`."""
+    times = times_of(data)
+    return lambda strength: staggering(times(strength))
+
+
+def last_times(data: xr.Dataset) -> Float[np.ndarray, " run"]:
+    """The learning time of the last mode of each run; infinite where it is censored."""
+    t = times_of(data)(samples(data, "mode_strength"))
+    return np.nan_to_num(t, nan=np.inf).max(-1).ravel()
+
+
+class Growth(NamedTuple):
+    """How a time grows with a number, and which law describes it better."""
+
+    factor: float
+    """By which it is multiplied for each one more: e^b of the fit log t = a + b k."""
+    linear_over_exponential: float
+    """Root-mean-square relative error of the best t = a + b k, over that of the best exponential:
+    below 1 if growth is rather linear, above 1 if it is rather exponential."""
+
+
+def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Growth:
+    """Fits both laws by least squares, of relative errors; NaN if a time is not finite."""
+    if not np.isfinite(t).all():
+        return Growth(np.nan, np.nan)
+    b, a = np.polyfit(k, np.log(t), 1)
+    by_linear = np.polyval(np.polyfit(k, t, 1, w=1 / t), k)
+    exponential, linear = (
+        np.sqrt(np.mean((fit / t - 1) ** 2)) for fit in (np.exp(a + b * k), by_linear)
+    )
+    return Growth(float(np.exp(b)), float(linear / exponential))
+
+
+def estimate_over_runs(
+    statistic: Callable[..., float], *samples: np.ndarray, draws: int = 1000, seed: int = 0
+) -> Estimate:
+    """statistic(*samples) with its percentile bootstrap interval, for what is no function of means.
+
+    Samples are [run, ...]; the runs of each are resampled independently. NaN draws are left out.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [
+        statistic(*(rng.choice(sample, len(sample)) for sample in samples)) for _ in range(draws)
+    ]
+    value, finite = statistic(*samples), np.asarray(drawn)[np.isfinite(drawn)]
+    low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
+    return Estimate(np.asarray(value), np.asarray(low), np.asarray(high))
 
 
 def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:

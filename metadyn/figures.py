@@ -18,11 +18,11 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from metadyn import dynamics
-from metadyn.store import HELDOUT, RunFolder, samples
+from metadyn.store import HELDOUT, RunFolder
 
 IN_DISTRIBUTION = "in_distribution"
 MARKERS = "osD^vP"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 LINES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -34,6 +34,8 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "lines.linewidth": 2,
 }
+
+STRENGTH = "mode strength $a_k$\n(0 nothing, 1 learned)"
 
 Measured = Mapping[str, xr.Dataset]
 
@@ -56,7 +58,10 @@ def draw(run: RunFolder) -> list[Path]:
         drawn: dict[str, Figure] = {}
         if IN_DISTRIBUTION in stored:
             drawn["mode_strength"] = mode_strength(stored[IN_DISTRIBUTION])
-            drawn["learning_times"] = learning_times(stored[IN_DISTRIBUTION])
+            if _attrs(stored[IN_DISTRIBUTION]).get("ordered"):
+                drawn["single_runs"] = single_runs(stored[IN_DISTRIBUTION])
+            else:
+                drawn["learning_times"] = learning_times(stored[IN_DISTRIBUTION])
         for name, measured in marked("compared").items():
             drawn[f"mode_strength_{name}"] = mode_strength(measured)
         heldout = [name for name in run.trajectory_sets() if name.startswith(HELDOUT)]
@@ -71,6 +76,8 @@ def draw(run: RunFolder) -> list[Path]:
             drawn["learned_spectrum"] = learned_spectrum(marked("shift"))
         for name, measured in marked("curves").items():
             drawn[name] = curves(measured)
+        if len(marked("grown")) > 1:
+            drawn["growth"] = growth(marked("grown"))
         if marked("targets"):
             drawn["band_gain"] = band_gain(marked("targets"))
         paths = []
@@ -82,14 +89,14 @@ def draw(run: RunFolder) -> list[Path]:
 
 
 def mode_strength(measured: Measured) -> Figure:
-    """Mode strength against inner step, one panel a learner, with its staggering slope."""
+    """Mode strength against inner step, one panel a learner, with its staggering."""
     panels = _panels(measured)
     figure, axes = _row(len(panels), width=4.1, height=3.7, sharey=True)
     for axis, data in zip(axes, panels, strict=True):
         times, scale, p = data["time"].to_numpy(), dynamics.scale(data), data.attrs["p"]
         updates = data.attrs["clock"] == "updates"
         start = 1 if updates else 0  # a log axis has no zero
-        band = dynamics.estimate(lambda mean: mean, samples(data, "mode_strength"), draws=300)
+        band = dynamics.estimate(lambda mean: mean, dynamics.strength(data), draws=300)
         for k, colour in enumerate(_colours(scale)):
             axis.fill_between(
                 times[start:], band.low[start:, k], band.high[start:, k], color=colour, alpha=0.25
@@ -99,13 +106,12 @@ def mode_strength(measured: Measured) -> Figure:
                 curve = data["closed_form"].to_numpy()[start:, k]
                 label = "closed form" if k == len(scale) - 1 else None
                 axis.plot(times[start:], curve, color="black", ls=":", lw=1.4, label=label)
-        slope = _slope(data)
         axis.axhline(p, color="grey", lw=0.8, zorder=0)
-        axis.set_title(f"{data.attrs['label']}\nslope {_interval(slope)}")
-        axis.set_xlabel("optimiser updates" if updates else "observations in the episode")
+        axis.set_title(f"{data.attrs['label']}\n{_staggering(data)}")
+        axis.set_xlabel(_clock(data))
         axis.set_xscale("log" if updates else "linear")
         axis.set_ylim(-0.1, 1.15)
-    axes[0].set_ylabel("mode strength $a_k$\n(0 nothing, 1 learned)")
+    axes[0].set_ylabel(panels[0].attrs.get("strength_label", STRENGTH))
     handles, labels = axes[0].get_legend_handles_labels()
     title = panels[0].attrs["mode_label"]
     axes[0].legend(handles, labels, title=title, fontsize=9, title_fontsize=9, loc="upper left")
@@ -153,9 +159,11 @@ def excess_loss(pairs: Sequence[tuple[xr.Dataset, xr.Dataset]]) -> Figure:
     for (trained, bayes), colour, marker in zip(pairs, COLOURS, MARKERS, strict=False):
         steps = trained["outer_step"].to_numpy()
         floor = trained.attrs["loss_floor"]
-        reference = samples(bayes, "loss")[:, :, 1:].mean(-1)
+        reference = dynamics.samples(bayes, "loss")[:, :, 1:].mean(-1)
         excess = partial(dynamics.excess_loss, floor=floor)
-        each = [samples(trained.sel(outer_step=s), "loss")[:, :, 1:].mean(-1) for s in steps]
+        each = [
+            dynamics.samples(trained.sel(outer_step=s), "loss")[:, :, 1:].mean(-1) for s in steps
+        ]
         mean = [dynamics.estimate(excess, loss, reference, draws=300) for loss in each]
         value, low, high = (np.array([e[i] for e in mean]) for i in range(3))
         x = np.maximum(steps, 0.5)  # step 0 at the left edge of a log axis
@@ -175,7 +183,7 @@ def excess_loss(pairs: Sequence[tuple[xr.Dataset, xr.Dataset]]) -> Figure:
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
     axis.plot([], [], color="grey", lw=0.8, label="each seed")
     axis.set(xscale="log", yscale="log", xlabel="outer step (leftmost: 0)")
-    axis.set_ylabel(r"excess loss over Bayes" "\n" r"$(L - L_B)\,/\,(L_B - \sigma^2)$")
+    axis.set_ylabel(r"excess loss over Bayes" "\n" r"$(L - L_B)\,/\,(L_B - L_{\min})$")
     for side in (axis.yaxis, axis.xaxis):
         side.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
@@ -204,7 +212,7 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
         points = []
         for measured in by_shift:
             data = measured[learner]
-            end = samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
+            end = dynamics.samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
             strength = dynamics.estimate(lambda mean: mean, end, draws=300)
             scale = dynamics.scale(data)
             for k, colour in enumerate(_colours(scale)):
@@ -242,7 +250,7 @@ def curves(measured: Measured) -> Figure:
     figure, axes = _subplots(rows, len(panels), width=4.1, height=2.6, sharex=True, sharey="row")
     for column, data in zip(axes.T, panels, strict=True):
         x, times = data["x"].to_numpy(), data["time"].to_numpy()[1:]
-        answer, target = (samples(data, name)[0] for name in ("answer", "target"))
+        answer, target = (dynamics.samples(data, name)[0] for name in ("answer", "target"))
         for axis, answers, f in zip(column, answer, target, strict=True):
             for t, colour, now in zip(times, _colours(times)[::-1], answers[1:], strict=True):
                 axis.plot(x, now, color=colour, label=f"{t:g}")
@@ -260,6 +268,54 @@ def curves(measured: Measured) -> Figure:
         )
     for axis in axes[:, 0]:
         axis.set_ylabel("answer")
+    return figure
+
+
+def single_runs(measured: Measured) -> Figure:
+    """One run of each learner, that of median learning time of the last mode: averages hide it."""
+    panels = _panels(measured)
+    figure, axes = _row(len(panels), width=4.1, height=3.4, sharey=True)
+    for axis, data in zip(axes, panels, strict=True):
+        times, strength = data["time"].to_numpy(), dynamics.strength(data)[0]
+        start = 1 if data.attrs["clock"] == "updates" else 0
+        last = dynamics.times_of(data)(strength)[:, -1]
+        run = np.argsort(np.nan_to_num(last, nan=np.inf), kind="stable")[len(last) // 2]
+        for k, colour in enumerate(_colours(dynamics.scale(data))):
+            axis.plot(times[start:], strength[run, start:, k], color=colour)
+        axis.axhline(data.attrs["p"], color="grey", lw=0.8, zorder=0)
+        axis.set_title(data.attrs["label"])
+        axis.set_xlabel(_clock(data))
+        axis.set_xscale("log" if start else "linear")
+        axis.set_ylim(-0.05, 1.05)
+    axes[0].set_ylabel(panels[0].attrs.get("strength_label", STRENGTH))
+    return figure
+
+
+def growth(measured_by_set: Mapping[str, Measured]) -> Figure:
+    """Median time until the last mode is learned, against the number of modes, on a log axis.
+
+    Sets carry that number in the attribute `grown`. A triangle: the median run was not done.
+    """
+    sets = sorted(measured_by_set.values(), key=lambda measured: _attrs(measured)["grown"])
+    figure, (axis,) = _row(1, width=6.6, height=4.4)
+    numbers = np.array([_attrs(measured)["grown"] for measured in sets])
+    for name, colour, marker in zip(sorted(sets[0]), COLOURS, MARKERS, strict=False):
+        runs = [dynamics.last_times(measured[name]) for measured in sets]
+        found = [dynamics.estimate_over_runs(np.median, each, draws=300) for each in runs]
+        value, low, high = (np.array([e[i] for e in found]) for i in range(3))
+        done = np.isfinite(value)
+        bars = np.maximum([(value - low)[done], (high - value)[done]], 0)
+        factor = dynamics.growth(numbers[done], value[done]).factor
+        label = f"{sets[0][name].attrs['label']}: × {factor:.2f} for each context"
+        axis.errorbar(
+            numbers[done], value[done], bars, marker=marker, color=colour, capsize=3, label=label
+        )
+        end = [measured[name]["time"].to_numpy()[-1] for measured in sets]
+        axis.plot(numbers[~done], np.array(end)[~done], "^", mfc="none", color=colour, ms=10)
+    axis.set(yscale="log", xlabel=_attrs(sets[0])["grown_label"])
+    axis.set_ylabel("updates until the last is learned\n(median run)")
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=10)
     return figure
 
 
@@ -281,7 +337,7 @@ def band_gain(measured_by_set: Mapping[str, Measured]) -> Figure:
         axis.axhline(0, color="grey", lw=0.8, zorder=0)
         width = 0.8 / len(learners)
         for i, (data, colour) in enumerate(zip(learners, COLOURS, strict=False)):
-            gain = samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
+            gain = dynamics.samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
             value, low, high = dynamics.estimate(lambda mean: mean, gain, draws=300)
             at = dynamics.scale(data) + (i - (len(learners) - 1) / 2) * width
             bars = np.maximum([value - low, high - value], 0)
@@ -305,11 +361,24 @@ def _place(k: int, modes: int) -> str:
 
 
 def _learning_times(data: xr.Dataset) -> dynamics.Estimate:
-    return dynamics.estimate(dynamics.times_of(data), samples(data, "mode_strength"))
+    return dynamics.estimate(dynamics.times_of(data), dynamics.strength(data))
 
 
 def _slope(data: xr.Dataset) -> dynamics.Estimate:
-    return dynamics.estimate(dynamics.slope_of(data), samples(data, "mode_strength"))
+    return dynamics.estimate(dynamics.slope_of(data), dynamics.strength(data))
+
+
+def _staggering(data: xr.Dataset) -> str:
+    """The figure of merit of a panel, with its interval."""
+    if not data.attrs.get("ordered"):
+        return f"slope {_interval(_slope(data))}"
+    found = dynamics.estimate(dynamics.staggering_of(data), dynamics.strength(data))
+    return f"staggering {_interval(found)}"
+
+
+def _clock(data: xr.Dataset) -> str:
+    updates = data.attrs["clock"] == "updates"
+    return "optimiser updates" if updates else "observations in the episode"
 
 
 def _panels(measured: Measured) -> list[xr.Dataset]:

@@ -56,6 +56,24 @@ def observe(domain: Domain, key: Key) -> tuple[Query, Feedback]:
     return query, feedback
 
 
+def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:
+    """The T queries and what followed [T, ...] of an episode in which the learner's answers count.
+
+    `measure` poses the same task under the same key, and the same learner does the same in it.
+    """
+    key_task, key_episode = jax.random.split(key)
+    task = domain.sample_task(key_task)
+    key_init, key_steps = jax.random.split(key_episode)
+
+    def step(state, t):
+        key = jax.random.fold_in(key_steps, t)
+        answer = lambda query: learner.predict(state, query)  # noqa: E731
+        query, _, feedback = interact(domain, task, answer, key)
+        return learner.update(state, query, feedback), (query, feedback)
+
+    return jax.lax.scan(step, learner.init(key_init), jnp.arange(domain.steps))[1]
+
+
 def run(
     domain: Domain,
     learner: Learner,

@@ -53,20 +53,26 @@ def here() -> SingleDeviceSharding:
 
 
 def train_seeds(
-    f: Callable[[Any, Any], Any], everywhere: Any, stacked: Any, seeds: int, batch: int
+    f: Callable[[Any, Any], Any], everywhere: Any, stacked: Any, seeds: int, parts: int
 ) -> Any:
     """f(everywhere, one) for each index of the leading (seed) axis of `stacked`.
 
     Devices are split into as many groups as divide both them and the seeds, each with its share of
     the seeds: seeds need not communicate. Within a group f runs whole on every device, and
-    divides the `batch` episodes by `my_share` and `mean`. Raises `ConfigError` unless the devices
-    of a group can share them equally; CPU cores that cannot repeat each other's work.
+    divides the episodes, which fall into `parts` equal parts, by `my_share` and `mean`. Raises
+    `ConfigError` unless the devices of a group can share them equally; CPU cores that cannot repeat
+    each other's work.
     """
     groups = math.gcd(seeds, jax.device_count())
     group = jax.device_count() // groups
-    sharing = math.gcd(batch, group)
+    sharing = math.gcd(parts, group)
     equal = sharing == group or jax.default_backend() == "cpu"
-    check(equal, "batch", batch, f"must be a multiple of the {group} devices that share it")
+    check(
+        equal,
+        "parts of the batch",
+        parts,
+        f"must be a multiple of the {group} devices that share it",
+    )
     shape, axes = (groups, sharing, group // sharing), (SEEDS, EPISODES, "spare")
     by_seed = PartitionSpec(SEEDS)
     sharded = jax.shard_map(

@@ -27,10 +27,12 @@ from metadyn.base import (
     check_positive,
     indexed_keys,
 )
+from metadyn.domains.bandit import ContextualBandit
 from metadyn.learners.gradient import named_optimizer
+from metadyn.learners.lstm import LSTMMetaLearner
 
-Objective = Callable[[Params, Keys], Float[Array, ""]]
-"""The mean loss of a batch of episodes, one for each key."""
+Objective = Callable[[Params, Keys], tuple[Float[Array, ""], Float[Array, ""]]]
+"""Of a batch of episodes, one for each key: what is minimised, and the domain's own mean loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Trainee(NamedTuple):
 
     meta: MetaLearner
     objective: Objective
+    together: int = 1
+    """Episodes that the objective needs on one device, in a row."""
 
 
 def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
@@ -111,12 +115,96 @@ def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
     For domains whose feedback does not depend on the answers.
     """
 
-    def objective(params: Params, keys: Keys) -> Float[Array, ""]:
+    def objective(params: Params, keys: Keys) -> tuple[Array, Array]:
         queries, feedback = jax.vmap(partial(inner.observe, domain), out_axes=-1)(keys)
         answers = meta.unroll(params, queries, feedback)
-        return jnp.mean(jax.vmap(jax.vmap(domain.loss, -1), 0)(answers, feedback))
+        loss = jnp.mean(jax.vmap(jax.vmap(domain.loss, -1))(answers, feedback))
+        return loss, loss
 
     return objective
+
+
+@dataclasses.dataclass(frozen=True)
+class ActorCriticConfig:
+    """How a policy that learns within the episode is trained.
+
+    All of it is our choice; `benchmarks/actor_critic.py` compares.
+    """
+
+    discount: float = 0.7
+    """γ, of rewards one step later."""
+    entropy: float = 0.2
+    """Weight of the policy's entropy: it keeps the policy from settling before the network has
+    learned to remember."""
+    immediate: Literal["expected", "sampled"] = "expected"
+    """The reward of a choice: in expectation over actions, which the simulator knows and which
+    has a gradient of its own; or as it was drawn."""
+    baseline: Literal["leave_one_out", "value", "none"] = "leave_one_out"
+    """What returns are compared with: the mean return of the group's other episodes at that step,
+    corrected by the critic; the critic alone; or nothing."""
+    group: int = 16
+    """Episodes in a group."""
+    value_weight: float = 0.5
+    """Weight of the critic's squared error."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.discount <= 1, "discount", self.discount, "must be from 0 to 1")
+        for field in ("entropy", "value_weight"):
+            value = getattr(self, field)
+            check(0 <= value < float("inf"), field, value, "must be 0 or more, and finite")
+        check(self.group >= 2, "group", self.group, "must be at least 2")
+
+
+def actor_critic(
+    domain: ContextualBandit, meta: LSTMMetaLearner, config: ActorCriticConfig
+) -> Trainee:
+    """Advantage actor-critic through the whole episode, with entropy regularisation.
+
+    Episodes are acted out first, by the learner that the parameters are; then the outputs of the
+    same episodes are differentiated. With J_t the expected reward of the policy at step t and
+    F_t = Σ_{s>t} γ^{s−t} J_s, the gradient ascended is that of
+
+        mean_t [J_t + log π_t(a_t) · (F_t − b_t) + entropy · H(π_t)],
+
+    F and b held fixed: what a choice pays at once needs no sampling, and what it teaches is
+    credited by the score function. With "sampled", rewards r_t stand for J_t and the score function
+    credits r_t + F_t. `meta` must have a critic, which learns F_t minus the group's mean.
+    """
+    n = domain.answer_size
+
+    def objective(params: Params, keys: Keys) -> tuple[Array, Array]:
+        fixed = jax.lax.stop_gradient
+        learner = meta.learner(fixed(params))
+        queries, seen = fixed(jax.vmap(partial(inner.act, domain, learner), out_axes=-1)(keys))
+        outputs = meta.outputs(params, queries, seen)
+        logits, values = outputs[:, :n], outputs[:, n]
+        loss = jax.vmap(jax.vmap(domain.loss, -1))(logits, seen)  # [T, B], as all below
+        log_policy = jax.nn.log_softmax(logits, axis=1)
+        chosen = jnp.take_along_axis(log_policy, seen.action[:, None], axis=1)[:, 0]
+        entropy = -jnp.sum(jnp.exp(log_policy) * log_policy, axis=1)
+        expected = config.immediate == "expected"
+        rewards = -fixed(loss) if expected else seen.reward
+        _, returns = jax.lax.scan(
+            lambda after, r: (r + config.discount * after,) * 2,
+            jnp.zeros_like(rewards[0]),
+            rewards,
+            reverse=True,
+        )
+        credit = returns - rewards if expected else returns
+        others = jnp.zeros_like(credit)
+        if config.baseline == "leave_one_out":
+            grouped = credit.reshape(len(credit), -1, config.group)
+            total = grouped.sum(-1, keepdims=True)
+            others = ((total - grouped) / (config.group - 1)).reshape(credit.shape)
+        advantage = credit - others
+        critic = jnp.mean((values - advantage) ** 2)
+        if config.baseline != "none":
+            advantage = advantage - fixed(values)
+        gain = chosen * advantage + config.entropy * entropy - (loss if expected else 0.0)
+        return config.value_weight * critic - jnp.mean(gain), jnp.mean(loss)
+
+    together = config.group if config.baseline == "leave_one_out" else 1
+    return Trainee(meta, objective, together)
 
 
 class Trainer:
@@ -128,6 +216,9 @@ class Trainer:
 
     def __init__(self, trainees: Mapping[str, Trainee], config: OuterConfig, key: Key):
         self.config = config
+        for trainee in trainees.values():
+            fix = f"must be a multiple of {trainee.together}, which the objective takes together"
+            check(config.batch % trainee.together == 0, "batch", config.batch, fix)
         optimizer = config.transformation()
         key_init, key_episodes = jax.random.split(key)
         seeds = jnp.arange(config.seeds)
@@ -149,7 +240,7 @@ class Trainer:
                     params, moments, total = carry
                     key_step = jax.random.fold_in(key, step + i)
                     keys = indexed_keys(key_step, mesh.my_share(config.batch))
-                    loss, gradient = mesh.mean(jax.value_and_grad(objective)(params, keys))
+                    gradient, loss = mesh.mean(jax.grad(objective, has_aux=True)(params, keys))
                     updates, moments = optimizer.update(gradient, moments, params)
                     return optax.apply_updates(params, updates), moments, total + loss
 
@@ -165,7 +256,7 @@ class Trainer:
                     (state.step, count),
                     (keys, state.params[name], state.moments[name]),
                     config.seeds,
-                    config.batch,
+                    config.batch // trainee.together,
                 )
             return TrainState(state.step + count, params, moments), loss
 

@@ -297,12 +297,6 @@ def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
     return merged.set_coords("time").transpose(*order, ...)
 
 
-def samples(data: xr.Dataset, name: str) -> np.ndarray:
-    """A stored reading as `dynamics` takes it: [seed, task, step, ...], one seed if it has none."""
-    array = data[name]
-    return (array if "seed" in array.dims else array.expand_dims("seed")).to_numpy()
-
-
 def _composite() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 

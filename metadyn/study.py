@@ -35,15 +35,14 @@ from metadyn.base import (
     Domain,
     Key,
     Learner,
-    MetaLearner,
     Params,
     Probe,
     Task,
     check_positive,
 )
-from metadyn.outer import Objective, OuterConfig, Trainee, Trainer, TrainState
+from metadyn.outer import OuterConfig, Trainee, Trainer, TrainState
 from metadyn.progress import Progress
-from metadyn.store import RunFolder, describe, samples
+from metadyn.store import RunFolder, describe
 
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
 
@@ -115,8 +114,8 @@ class Training:
 
     learner: Contender
     """The meta-learner as a contender."""
-    meta: MetaLearner
-    objective: Objective
+    trainee: Trainee
+    """The meta-learner, and the objective that it is trained on."""
     bayes: Contender
     """What excess loss is over."""
     tracked: TaskSet
@@ -169,7 +168,7 @@ def criterion(
 
 def censored(name: str, data: xr.Dataset) -> Criterion:
     """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
-    t = dynamics.times_of(data)(samples(data, "mode_strength").mean((0, 1)))
+    t = dynamics.times_of(data)(dynamics.strength(data).mean((0, 1)))
     count = np.asarray(np.isnan(t).sum(), np.float64)
     said = f"modes that never reach {data.attrs['p']:g}, left out of the slope"
     return criterion(f"{name}_censored_modes", dynamics.Estimate(count, count, count), said)
@@ -259,7 +258,7 @@ class _Runner:
         params: Params = ()
         if contender.trained:
             lead = ("seed",)
-            shapes = jax.eval_shape(self.trainings[contender.name].meta.init, self.key)
+            shapes = jax.eval_shape(self.trainings[contender.name].trainee.meta.init, self.key)
             params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         learner = contender.make(params)
         axes = inner.reading_axes(learner, tasks.probe)
@@ -279,7 +278,7 @@ class _Runner:
     def train(self) -> Mapping[str, Params]:
         """Trains from the newest checkpoint, or from the start; stores as it goes."""
         plan, store = self.plan, self.store
-        trainees = {name: Trainee(t.meta, t.objective) for name, t in self.trainings.items()}
+        trainees = {name: t.trainee for name, t in self.trainings.items()}
         trainer = Trainer(trainees, plan.outer, stream(self.key, "training"))
         watched = [(s, t.learner) for t in plan.trainings for s in (t.tracked, t.heldout)]
         about = {tasks.name: self.about(tasks, learner) for tasks, learner in watched}

@@ -41,7 +41,7 @@ def test_gradient_through_the_episode_matches_finite_differences():
     params = META.init(jax.random.key(0))
     key = jax.random.key(2)
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(key, a.shape), params)
-    objective = jax.jit(lambda p: OBJECTIVE(p, keys))
+    objective = jax.jit(lambda p: OBJECTIVE(p, keys)[0])
     gradient = jax.grad(objective)(params)
     for name in params:
         direction = jax.random.normal(jax.random.key(3), params[name].shape)

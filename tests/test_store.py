@@ -11,8 +11,9 @@ import pytest
 import xarray as xr
 
 import metadyn
+from metadyn import dynamics
 from metadyn.base import ConfigError
-from metadyn.store import HELDOUT, TRACKED, RunFolder, describe, labelled, samples
+from metadyn.store import HELDOUT, TRACKED, RunFolder, describe, labelled
 
 IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 4}, "a": 1}}
 RNG = np.random.default_rng(0)
@@ -66,7 +67,7 @@ def test_a_measurement_comes_back_labelled(tmp_path):
     xr.testing.assert_identical(found, labelled(arrays, about))
     assert found["mode_strength"].dims == ("task", "step", "mode")
     assert run.measurements() == {"in_distribution": ["lstm"]}
-    assert samples(found, "loss").shape == (1, 5, 3)
+    assert dynamics.samples(found, "loss").shape == (1, 5, 3)
 
 
 def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):

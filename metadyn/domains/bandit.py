@@ -1,12 +1,13 @@
 """Domain 3, contextual bandits: in each context one action pays.
 
-After Schaul et al. (2019), arXiv:1904.11455, and Rabinowitz (2019), arXiv:1905.01320. The modes of a
-task are its contexts; they are exchangeable, so order them within each run before averaging.
+After Schaul et al. (2019), arXiv:1904.11455, and Rabinowitz (2019), arXiv:1905.01320. The modes of
+a task are its contexts; they are exchangeable, so order them within each run before averaging.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ContextualBandit:
-    """K contexts × n actions; in context c the action a*_c pays 1 with p_high, any other with p_low.
+    """K contexts × n actions: in context c the action a*_c pays with p_high, any other with p_low.
 
     Contexts are drawn uniformly at each step. A learner's answer is the logits of a policy, of
     which an action is drawn. Raises `ConfigError` for K, n or T below 1, for p_low ≥ p_high, and
@@ -53,7 +54,7 @@ class ContextualBandit:
     p_low: float = 0.0
     """Probability that any other action pays."""
     permutation: bool = False
-    """Whether no two contexts share their correct action. Otherwise they are drawn independently."""
+    """Whether no two contexts share their correct action; otherwise each is drawn on its own."""
 
     def __post_init__(self) -> None:
         check_positive(self, "contexts", "actions", "steps")
@@ -63,6 +64,11 @@ class ContextualBandit:
         fits = not self.permutation or self.contexts <= self.actions
         fix = f"with permutation there must be no more than actions = {self.actions}"
         check(fits, "contexts", self.contexts, fix)
+        if self.steps < self.contexts:
+            warnings.warn(
+                f"steps = {self.steps}: too few to see each of the {self.contexts} contexts once",
+                stacklevel=2,
+            )
 
     @property
     def deterministic(self) -> bool:

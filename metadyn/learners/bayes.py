@@ -16,7 +16,6 @@ from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.fourier import FourierRegression, Number, fourier_features
 from metadyn.domains.linear import LinearRegression
 
-
 MOST_PERMUTATIONS = 5040  # 7 contexts of 7 actions: our choice
 TIE = 1e-4  # log-posteriors this close are equal: in float32, over an episode
 

@@ -71,17 +71,21 @@ class LSTMState(NamedTuple):
 
 
 class LSTMMetaLearner:
-    """The `base.MetaLearner` of LSTMs for one domain."""
+    """The `base.MetaLearner` of LSTMs for one domain.
 
-    def __init__(self, domain: Domain, config: LSTMConfig):
+    With `critic` it has one output more than an answer needs: a value head (`outputs`).
+    """
+
+    def __init__(self, domain: Domain, config: LSTMConfig, critic: bool = False):
         self.domain = domain
+        n_out = domain.answer_size + critic
         task = jax.eval_shape(domain.sample_task, jax.random.key(0))
         query = jax.eval_shape(domain.query, task, jax.random.key(0))
         answer = jax.ShapeDtypeStruct((domain.answer_size,), jnp.float32)
         feedback = jax.eval_shape(domain.feedback, task, query, answer, jax.random.key(0))
         (n,) = jax.eval_shape(domain.encode_query, query).shape
         (self._m,) = jax.eval_shape(domain.encode_feedback, feedback).shape
-        self._build = lambda rngs: LSTMNetwork(n + self._m, domain.answer_size, config, rngs=rngs)
+        self._build = lambda rngs: LSTMNetwork(n + self._m, n_out, config, rngs=rngs)
         self._graph = nnx.graphdef(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))))
         self._hidden = config.hidden
 
@@ -107,7 +111,7 @@ class LSTMMetaLearner:
             return cell(network.weights, column(x), column(state.h), column(state.c))
 
         def predict(state: LSTMState, query: Query) -> Answer:
-            return network.answer(advance(state, query)[0])[:, 0]
+            return network.answer(advance(state, query)[0])[: self.domain.answer_size, 0]
 
         def update(state: LSTMState, query: Query, feedback: Feedback) -> LSTMState:
             h, c, gates = advance(state, query)
@@ -121,7 +125,13 @@ class LSTMMetaLearner:
         )
 
     def unroll(self, params: Params, queries: Query, feedback: Feedback) -> Answer:
-        """The whole-episode form. Leaves [T, ..., B] in, answers [T, n_out, B] out."""
+        """The whole-episode form. Leaves [T, ..., B] in, answers [T, answer_size, B] out."""
+        return self.outputs(params, queries, feedback)[:, : self.domain.answer_size]
+
+    def outputs(
+        self, params: Params, queries: Query, feedback: Feedback
+    ) -> Float[Array, "T n_out B"]:
+        """Answers over whole episodes, and below them the values of the critic if there is one."""
         network = self._network(params)
         over_batch_and_time = lambda f: jax.vmap(jax.vmap(f, -1, -1))  # noqa: E731
         x = over_batch_and_time(self.domain.encode_query)(queries)

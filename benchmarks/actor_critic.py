@@ -1,0 +1,119 @@
+"""Reward that each actor-critic estimator reaches in so many outer steps.
+
+    python benchmarks/actor_critic.py [--steps N] [--only NAME ...] [--json FILE]
+
+Contextual bandit, K = n = 5, T = 50, deterministic pay, one outer seed and one CPU core a run: what
+the defaults of `ActorCriticConfig` are chosen from. Each row changes the setting it names. Beside
+the reward it gives the standard deviation of the gradient over batches, relative to the norm of its
+mean, at the same weights for all rows: those that the first row reached half-way.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from metadyn import inner
+from metadyn.base import indexed_keys
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.learners.bayes import bayes_bandit
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+from metadyn.outer import ActorCriticConfig, OuterConfig, Trainer, actor_critic
+
+HELDOUT, BATCHES = 4096, 256
+DOMAIN = ContextualBandit()
+META = LSTMMetaLearner(DOMAIN, LSTMConfig(hidden=64), critic=True)
+OUTER = OuterConfig(
+    steps=3000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100, seeds=1
+)
+BASE = ActorCriticConfig()
+VARIANTS = {
+    "base": {},
+    "baseline value": {"baseline": "value"},
+    "baseline none": {"baseline": "none"},
+    "immediate sampled": {"immediate": "sampled"},
+    "immediate sampled, baseline value": {"immediate": "sampled", "baseline": "value"},
+    "discount 0.9": {"discount": 0.9},
+    "discount 0.5": {"discount": 0.5},
+    "entropy 0.05": {"entropy": 0.05},
+    "entropy 0.01": {"entropy": 0.01},
+    "entropy 0.5": {"entropy": 0.5},
+}
+
+
+def reward(learner_of, params):
+    """Mean reward a step on held-out tasks."""
+    found = inner.measure(
+        DOMAIN, learner_of, params, False, lambda key, _: DOMAIN.sample_task(key), None,
+        jax.random.key(1), jnp.arange(HELDOUT), (0, DOMAIN.steps),
+    )  # fmt: skip
+    return float(1 - found["loss"][:, 1].mean())
+
+
+def noise(config, params):
+    """Standard deviation of the gradient over batches, over the norm of its mean."""
+    objective = actor_critic(DOMAIN, META, dataclasses.replace(config, entropy=0.0)).objective
+
+    def gradient(index):
+        keys = indexed_keys(jax.random.fold_in(jax.random.key(2), index), jnp.arange(OUTER.batch))
+        policy_alone = lambda p: objective(p, keys)[0]  # noqa: E731
+        return ravel_pytree(jax.grad(policy_alone)(params))[0]
+
+    gradients = jax.jit(lambda: jax.lax.map(gradient, jnp.arange(BATCHES)))()
+    mean = gradients.mean(0)
+    return float(jnp.sqrt(gradients.var(0).sum()) / jnp.linalg.norm(mean))
+
+
+def main():
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=OUTER.steps)
+    parser.add_argument("--only", nargs="*", metavar="NAME")
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args()
+    outer = dataclasses.replace(OUTER, steps=arguments.steps)
+    bayes, chance = reward(lambda params: bayes_bandit(DOMAIN), ()), 1 / DOMAIN.actions
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; Bayes earns {bayes:.3f}")
+    rows, half_way = [], None
+    for name, fields in VARIANTS.items():
+        if arguments.only and name not in arguments.only and half_way is not None:
+            continue
+        config = dataclasses.replace(BASE, **fields)
+        trainer = Trainer({"lstm": actor_critic(DOMAIN, META, config)}, outer, jax.random.key(0))
+        state, _ = trainer.advance(trainer.init(), jnp.int32(1))
+        start = time.perf_counter()
+        for now, _ in trainer.run(state, [outer.steps // 2, outer.steps]):
+            state = now
+            if half_way is None and int(state.step) == outer.steps // 2:
+                half_way = jax.tree.map(lambda leaf: leaf[0].copy(), state.params["lstm"])
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - start
+        earned = reward(META.learner, jax.tree.map(lambda leaf: leaf[0], state.params["lstm"]))
+        relative = (earned - chance) / (bayes - chance)
+        rows.append(
+            {
+                "name": name,
+                "seconds": seconds,
+                "relative_reward": relative,
+                "gradient_noise": noise(config, half_way),
+            }
+        )
+        print(
+            f"{name:36} {seconds:5.0f} s   reward, chance 0 to Bayes 1: {relative:.3f}   "
+            f"gradient noise {rows[-1]['gradient_noise']:.2f}",
+            flush=True,
+        )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
