@@ -4,8 +4,9 @@
 
 Contextual bandit, K = n = 5, T = 50, deterministic pay, one outer seed and one CPU core a run: what
 the defaults of `ActorCriticConfig` are chosen from. Each row changes the setting it names. Beside
-the reward it gives the standard deviation of the gradient over batches, relative to the norm of its
-mean, at the same weights for all rows: those that the first row reached half-way.
+the reward it gives the standard deviation of the policy's gradient over batches, relative to the
+norm of its mean, at the same weights for all rows: those that the first row reached half-way. (It
+has no meaning for a critic alone as baseline: there the critic has learned what the group left.)
 """
 
 import argparse
@@ -58,13 +59,13 @@ def reward(learner_of, params):
 
 
 def noise(config, params):
-    """Standard deviation of the gradient over batches, over the norm of its mean."""
-    objective = actor_critic(DOMAIN, META, dataclasses.replace(config, entropy=0.0)).objective
+    """Standard deviation of the policy's gradient over batches, over the norm of its mean."""
+    config = dataclasses.replace(config, entropy=0.0, value_weight=0.0)
+    objective = actor_critic(DOMAIN, META, config).objective
 
     def gradient(index):
         keys = indexed_keys(jax.random.fold_in(jax.random.key(2), index), jnp.arange(OUTER.batch))
-        policy_alone = lambda p: objective(p, keys)[0]  # noqa: E731
-        return ravel_pytree(jax.grad(policy_alone)(params))[0]
+        return ravel_pytree(jax.grad(objective, has_aux=True)(params, keys)[0])[0]
 
     gradients = jax.jit(lambda: jax.lax.map(gradient, jnp.arange(BATCHES)))()
     mean = gradients.mean(0)
@@ -102,12 +103,12 @@ def main():
                 "name": name,
                 "seconds": seconds,
                 "relative_reward": relative,
-                "gradient_noise": noise(config, half_way),
+                "gradient_noise": "-" if config.baseline == "value" else noise(config, half_way),
             }
         )
         print(
             f"{name:36} {seconds:5.0f} s   reward, chance 0 to Bayes 1: {relative:.3f}   "
-            f"gradient noise {rows[-1]['gradient_noise']:.2f}",
+            f"gradient noise {rows[-1]['gradient_noise']}",
             flush=True,
         )
     if arguments.json:

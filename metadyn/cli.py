@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from metadyn.base import ConfigError
 
@@ -71,7 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
 
 
-def _warn(message: Warning | str, category: type[Warning], *where: Any) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """One line, of our own warnings; those of libraries are for developers."""
     if category is UserWarning:
         print(f"metadyn: warning: {message}".replace("\n", " "), file=sys.stderr)

@@ -6,7 +6,7 @@ Many outer steps run in one dispatch of one compiled program; tasks are sampled 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -76,6 +76,12 @@ class OuterConfig:
     def checkpoint_steps(self) -> tuple[int, ...]:
         """The outer steps at which state and mode trajectories are stored, from 0 to `steps`."""
         return inner.log_spaced(self.steps, self.checkpoints)
+
+    def check_batch(self, trainees: Iterable[Trainee]) -> None:
+        """Raises `ConfigError` unless the batch is of as many episodes as each takes together."""
+        for each in trainees:
+            fix = f"must be a multiple of {each.together}, which the objective takes together"
+            check(self.batch % each.together == 0, "batch", self.batch, fix)
 
     def transformation(self) -> optax.GradientTransformation:
         """Clipping, then the optimiser under its schedule."""
@@ -216,9 +222,7 @@ class Trainer:
 
     def __init__(self, trainees: Mapping[str, Trainee], config: OuterConfig, key: Key):
         self.config = config
-        for trainee in trainees.values():
-            fix = f"must be a multiple of {trainee.together}, which the objective takes together"
-            check(config.batch % trainee.together == 0, "batch", config.batch, fix)
+        config.check_batch(trainees.values())
         optimizer = config.transformation()
         key_init, key_episodes = jax.random.split(key)
         seeds = jnp.arange(config.seeds)

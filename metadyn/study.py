@@ -137,6 +137,9 @@ class Plan:
     """Closed forms [step, mode] to store beside a measurement, by (task set, contender)."""
     chunk: int = 4096
 
+    def __post_init__(self) -> None:
+        self.outer.check_batch(training.trainee for training in self.trainings)
+
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:

@@ -47,6 +47,42 @@ def test_rank_correlation_is_spearmans_and_censored_modes_come_last():
     assert np.isnan(dynamics.rank_correlation(np.arange(3), np.ones(3)))
 
 
+def test_modes_are_ordered_within_each_run_with_censored_ones_last():
+    times = np.arange(4)
+    late, early, never = [0, 0, 0, 1.0], [0, 1.0, 1, 1], [0, 0.1, 0.2, 0.3]
+    runs = np.array([[late, never, early], [never, early, late]]).swapaxes(1, 2)
+    ordered = dynamics.by_learning_time(times, runs, 0.8)
+    for run in ordered:
+        np.testing.assert_array_equal(run.T, [early, late, never])
+    assert dynamics.staggering(np.array([2.0, 5.0, 8.0])) == 0.75
+    assert np.isnan(dynamics.staggering(np.array([2.0, np.nan])))
+
+
+def test_growth_tells_a_line_from_an_exponential():
+    k = np.arange(1, 7)
+    exponential = dynamics.growth(k, 5 * 2.5**k)
+    np.testing.assert_allclose(exponential.factor, 2.5)
+    assert exponential.linear_over_exponential > 100
+    assert dynamics.growth(k, 3 + 10.0 * k).linear_over_exponential < 1e-6
+    rng = np.random.default_rng(0)
+    noisy = 2.0**k * rng.lognormal(sigma=0.1, size=6)
+    assert dynamics.growth(k, noisy).linear_over_exponential > 1
+    assert np.isnan(dynamics.growth(k, np.where(k < 6, 1.0 * k, np.inf)).factor)
+
+
+def test_interval_over_runs_matches_scipys_bootstrap_of_a_median():
+    values = np.random.default_rng(3).lognormal(size=150)
+    found = dynamics.estimate_over_runs(np.median, values, draws=8000)
+    peer = scipy.stats.bootstrap(
+        (values,), np.median, n_resamples=8000, method="percentile", rng=1, vectorized=False
+    ).confidence_interval
+    np.testing.assert_allclose(found.value, np.median(values))
+    np.testing.assert_allclose([found.low, found.high], peer, atol=0.03)
+    never = dynamics.estimate_over_runs(np.median, np.full(5, np.inf))
+    assert np.isinf(never.value)
+    assert np.isnan(never.low)
+
+
 def test_excess_loss():
     loss, bayes = np.array([0.3, 0.2]), np.array([0.2, 0.2])
     np.testing.assert_allclose(dynamics.excess_loss(loss, bayes, 0.1), [1.0, 0.0], atol=1e-12)

@@ -1,0 +1,511 @@
+"""Contextual bandits: the domain, exact Bayes against enumeration, policy gradients by hand."""
+
+import functools
+import itertools
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+import metadyn
+from metadyn import inner
+from metadyn.base import ConfigError, Domain, indexed_keys
+from metadyn.cli import main
+from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
+from metadyn.learners.bayes import bayes_bandit
+from metadyn.learners.gradient import Policy, expected_policy_gradient, reinforce, softmax_policy
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+from metadyn.outer import ActorCriticConfig, OuterConfig, Trainer, actor_critic
+
+# The domain.
+
+
+def test_the_domain_keeps_the_contract():
+    assert isinstance(ContextualBandit(), Domain)
+
+
+@pytest.mark.parametrize("permutation", [False, True])
+def test_correct_actions_are_uniform_and_distinct_in_a_permutation(permutation):
+    domain = ContextualBandit(2, 3, permutation=permutation)
+    best = jax.vmap(domain.sample_task)(jax.random.split(jax.random.key(0), 9000)).best
+    counts = np.bincount(np.asarray(best[:, 0] * 3 + best[:, 1]), minlength=9).reshape(3, 3)
+    allowed = 1 - np.eye(3) if permutation else np.ones((3, 3))
+    expected = 9000 * allowed / allowed.sum()
+    assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))
+
+
+def test_actions_follow_the_policy_and_pay_as_stated():
+    domain = ContextualBandit(2, 3, p_high=0.8, p_low=0.3)
+    task = BanditTask(jnp.array([2, 0]))
+    logits = jnp.array([0.0, 1.0, -1.0])
+    answer = lambda key: domain.feedback(task, jnp.int32(0), logits, key)  # noqa: E731
+    seen = jax.vmap(answer)(jax.random.split(jax.random.key(1), 20_000))
+    policy = np.exp(logits) / np.exp(logits).sum()
+    chosen = np.bincount(seen.action, minlength=3) / 20_000
+    np.testing.assert_allclose(chosen, policy, atol=5 * 0.5 / np.sqrt(20_000))
+    for action, pay in enumerate((0.3, 0.3, 0.8)):
+        rewards = np.asarray(seen.reward)[np.asarray(seen.action) == action]
+        assert abs(rewards.mean() - pay) < 5 * np.sqrt(0.25 / len(rewards))
+    np.testing.assert_allclose(seen.pay[0], [[0.3, 0.3, 0.8], [0.8, 0.3, 0.3]], rtol=1e-6)
+    regret = domain.loss(logits, jax.tree.map(lambda leaf: leaf[0], seen))
+    np.testing.assert_allclose(regret, 0.8 - policy @ [0.3, 0.3, 0.8], rtol=1e-5)
+
+
+def test_probe_reads_the_probability_of_the_correct_action():
+    domain = ContextualBandit(3, 2)
+    probe = domain.probe()
+    np.testing.assert_array_equal(probe.queries, [0, 1, 2])
+    answers = jnp.log(jnp.array([[0.1, 0.9], [0.6, 0.4], [0.5, 0.5]]))
+    readings = probe.read(BanditTask(jnp.array([1, 1, 0])), answers)
+    np.testing.assert_allclose(readings["mode_strength"], [0.9, 0.4, 0.5], rtol=1e-6)
+
+
+def test_networks_read_context_action_and_reward():
+    domain = ContextualBandit(3, 2)
+    np.testing.assert_array_equal(domain.encode_query(jnp.int32(1)), [0, 1, 0])
+    seen = Outcome(jnp.int32(1), jnp.int32(0), jnp.float32(1), jnp.zeros((3, 2)))
+    np.testing.assert_array_equal(domain.encode_feedback(seen), [1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ContextualBandit(contexts=0), "contexts = 0"),
+        (lambda: ContextualBandit(actions=0), "actions = 0"),
+        (lambda: ContextualBandit(steps=0), "steps = 0"),
+        (lambda: ContextualBandit(p_low=0.5, p_high=0.5), "p_low = 0.5: must be below"),
+        (lambda: ContextualBandit(p_low=-0.1), "p_low = -0.1"),
+        (lambda: ContextualBandit(p_high=1.5), "p_high = 1.5"),
+        (lambda: ContextualBandit(6, 5, permutation=True), "contexts = 6: with permutation"),
+        (lambda: bayes_bandit(ContextualBandit(8, 9, permutation=True)), "too many to enumerate"),
+        (lambda: ActorCriticConfig(discount=1.1), "discount = 1.1"),
+        (lambda: ActorCriticConfig(entropy=-1.0), "entropy = -1.0"),
+        (lambda: ActorCriticConfig(group=1), "group = 1"),
+        (lambda: reinforce(softmax_policy(2, 2), optax.sgd(1.0), 0), "batch = 0"),
+        (lambda: softmax_policy(2, 2, scale=-1.0), "scale = -1.0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:steps")
+def test_bad_input_names_field_value_and_fix(make, says):
+    with pytest.raises(ConfigError, match=says):
+        make()
+
+
+def test_an_episode_too_short_to_see_each_context_is_warned_of():
+    with pytest.warns(UserWarning, match="steps = 4: too few to see each of the 5 contexts once"):
+        ContextualBandit(5, 5, steps=4)
+
+
+# Exact Bayes.
+
+
+def enumerated(K, n, T, permutation):
+    """The most that any policy can earn in expectation, by enumeration of all beliefs."""
+    assignments = itertools.product(range(n), repeat=K)
+    everything = frozenset(h for h in assignments if not permutation or len(set(h)) == K)
+
+    @functools.cache
+    def best(t, belief):
+        if t == T:
+            return Fraction(0)
+        total = Fraction(0)
+        for c in range(K):
+            values = []
+            for a in range(n):
+                pays = frozenset(h for h in belief if h[c] == a)
+                value = Fraction(0)
+                for outcome, reward in ((pays, 1), (belief - pays, 0)):
+                    if outcome:
+                        after = reward + best(t + 1, outcome)
+                        value += Fraction(len(outcome), len(belief)) * after
+                values.append(value)
+            total += max(values)
+        return total / K
+
+    return float(best(0, everything))
+
+
+CASES = [(2, 2, 4, False), (2, 3, 5, False), (2, 3, 5, True), (3, 3, 6, True), (2, 4, 6, True)]
+CASES += [(3, 4, 4, True)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:steps")
+def test_bayes_earns_what_enumeration_says_is_the_most(case):
+    """Its value is exact: every context, action and outcome is followed, with the learner's own
+    functions; nothing is sampled."""
+    K, n, T, permutation = case
+    learner = bayes_bandit(ContextualBandit(K, n, steps=T, permutation=permutation))
+    assignments = itertools.product(range(n), repeat=K)
+    everything = tuple(h for h in assignments if not permutation or len(set(h)) == K)
+    predict, update = jax.jit(learner.predict), jax.jit(learner.update)
+
+    @functools.cache
+    def after(history):
+        """The state, and the policy in every context, after choices (context, action, reward)."""
+        if not history:
+            state = learner.init(jax.random.key(0))
+        else:
+            c, a, r = history[-1]
+            seen = Outcome(jnp.int32(c), jnp.int32(a), jnp.float32(r), jnp.zeros((K, n)))
+            state = update(after(history[:-1])[0], jnp.int32(c), seen)
+        policy = [np.asarray(jax.nn.softmax(predict(state, jnp.int32(c)))) for c in range(K)]
+        return state, policy
+
+    @functools.cache
+    def earned(history, belief):
+        if len(history) == T:
+            return 0.0
+        total = 0.0
+        for c in range(K):
+            for a, chosen in enumerate(after(history)[1][c]):
+                for r in (0, 1):
+                    left = tuple(h for h in belief if (h[c] == a) == r)
+                    if chosen > 0 and left:
+                        # The order of what was seen does not matter to Bayes.
+                        seen = tuple(sorted({*history, (c, a, r)}))
+                        longer = seen + ((c, a, r),) * (len(history) + 1 - len(seen))
+                        later = earned(longer, left)
+                        total += chosen * len(left) / len(belief) * (r + later)
+        return total / K
+
+    assert earned((), everything) == pytest.approx(enumerated(K, n, T, permutation), rel=1e-5)
+
+
+@pytest.mark.parametrize("permutation", [False, True])
+@pytest.mark.parametrize("pay", [(1.0, 0.0), (0.9, 0.2)])
+def test_posterior_is_that_of_enumeration_and_sums_to_one(permutation, pay):
+    high, low = pay
+    K, n, rng = 3, 4, np.random.default_rng(0)
+    domain = ContextualBandit(K, n, p_high=high, p_low=low, permutation=permutation)
+    learner = bayes_bandit(domain, "thompson")
+    state, best = learner.init(jax.random.key(0)), rng.permutation(n)[:K]
+    assignments = list(itertools.product(range(n), repeat=K))
+    weights = np.array([not permutation or len(set(h)) == K for h in assignments], np.float64)
+    for _ in range(12):
+        c, a = rng.integers(K), rng.integers(n)
+        r = float(rng.random() < (high if best[c] == a else low))
+        seen = Outcome(jnp.int32(c), jnp.int32(a), jnp.float32(r), jnp.zeros((K, n)))
+        state = learner.update(state, jnp.int32(c), seen)
+        for i, h in enumerate(assignments):
+            p = high if h[c] == a else low
+            weights[i] *= p if r else 1 - p
+        posterior = weights / weights.sum()
+        for c in range(K):
+            expected = [
+                sum(posterior[i] for i, h in enumerate(assignments) if h[c] == a) for a in range(n)
+            ]
+            found = np.exp(learner.predict(state, jnp.int32(c)))
+            np.testing.assert_allclose(found.sum(), 1, rtol=1e-5)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_greedy_takes_the_likeliest_actions_evenly():
+    learner = bayes_bandit(ContextualBandit(1, 3, p_high=0.8, p_low=0.1))
+    state = learner.init(jax.random.key(0))
+    policy = lambda: np.asarray(jax.nn.softmax(learner.predict(state, jnp.int32(0))))  # noqa: E731
+    np.testing.assert_allclose(policy(), 1 / 3)
+    seen = Outcome(jnp.int32(0), jnp.int32(1), jnp.float32(0), jnp.zeros((1, 3)))
+    state = learner.update(state, jnp.int32(0), seen)
+    np.testing.assert_allclose(policy(), [0.5, 0, 0.5])
+
+
+def test_bayes_earns_point_eight_a_step_in_the_papers_size():
+    domain = ContextualBandit(5, 5, steps=50)
+    learner = bayes_bandit(domain)
+    found = inner.measure(
+        domain, lambda params: learner, (), False, lambda key, _: domain.sample_task(key), None,
+        jax.random.key(0), jnp.arange(8192), (0, 50),
+    )  # fmt: skip
+    assert float(1 - found["loss"][:, 1].mean()) == pytest.approx(0.800, abs=0.003)
+
+
+# Policy gradient.
+
+
+def outcome(c, a, r, pay):
+    return Outcome(jnp.int32(c), jnp.int32(a), jnp.float32(r), jnp.asarray(pay, jnp.float32))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_expected_gradient_by_hand(same):
+    """Two contexts, two actions, from even policies: J rises by π_a (pay_a − J) = ±¼ for each
+    logit, half of it for each context; a shared bias feels both contexts at once."""
+    pay = [[1, 0], [1, 0]] if same else [[1, 0], [0, 1]]
+    learner = expected_policy_gradient(softmax_policy(2, 2, True, 0.0), optax.sgd(1.0), 2)
+    (policy, _) = learner.update(learner.init(jax.random.key(0)), None, outcome(0, 0, 0, pay))
+    W = [[1 / 8, 1 / 8], [-1 / 8, -1 / 8]] if same else [[1 / 8, -1 / 8], [-1 / 8, 1 / 8]]
+    np.testing.assert_allclose(policy.W, W, rtol=1e-6)
+    np.testing.assert_allclose(policy.b, [1 / 4, -1 / 4] if same else [0, 0], atol=1e-7)
+
+
+def test_reinforce_by_hand():
+    """One choice: (r − r̄)(onehot(a) − π) on the context's column, and on the shared bias."""
+    learner = reinforce(softmax_policy(2, 2, True, 0.0), optax.sgd(1.0), 1, memory=0.75)
+    batch = lambda r: jax.tree.map(lambda leaf: leaf[None], outcome(1, 0, r, np.zeros((2, 2))))  # noqa: E731
+    state = learner.update(learner.init(jax.random.key(0)), jnp.array([1]), batch(1))
+    policy, _, mean = state
+    np.testing.assert_allclose(policy.W, [[0, 0.5], [0, -0.5]], rtol=1e-6)
+    np.testing.assert_allclose(policy.b, [0.5, -0.5], rtol=1e-6)
+    assert float(mean) == 0.25
+    after, _, mean = learner.update(state, jnp.array([1]), batch(0))
+    p = 1 / (1 + np.exp(-2.0))
+    np.testing.assert_allclose(after.b - policy.b, np.array([-0.25, 0.25]) * (1 - p), rtol=1e-5)
+    assert float(mean) == pytest.approx(0.75 * 0.25)
+
+
+def start(coupled, K=3, n=4):
+    rng = np.random.default_rng(7)
+    return rng.normal(size=(n, K)), rng.normal(size=n) if coupled else None
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_expected_gradient_matches_float64_finite_differences(coupled):
+    W, b = start(coupled)
+    pay = np.random.default_rng(8).random((3, 4))
+
+    def reward(flat):
+        logits = flat[:12].reshape(4, 3) + (flat[12:, None] if coupled else 0)
+        policy = np.exp(logits) / np.exp(logits).sum(0)
+        return np.mean(np.sum(policy.T * pay, 1))
+
+    flat = np.concatenate([W.ravel(), b if coupled else []])
+    bumps = 1e-6 * np.eye(len(flat))
+    slope = np.array([(reward(flat + d) - reward(flat - d)) / 2e-6 for d in bumps])
+    learner = expected_policy_gradient(softmax_policy(3, 4, coupled), optax.sgd(1.0), 3)
+    weights = jax.tree.map(jnp.float32, Policy(W, b))
+    after, _ = learner.update((weights, optax.sgd(1.0).init(weights)), None, outcome(0, 0, 0, pay))
+    moved = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(after)]) - flat
+    np.testing.assert_allclose(moved, slope, atol=2e-6)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("baseline", [True, False])
+def test_expected_gradient_is_the_mean_of_sampled_reinforce(coupled, baseline):
+    W, b = start(coupled)
+    domain, batch = ContextualBandit(3, 4, p_high=0.9, p_low=0.2), 200_000
+    task = BanditTask(jnp.array([3, 0, 0]))
+    weights = jax.tree.map(jnp.float32, Policy(W, b))
+    network, sgd = softmax_policy(3, 4, coupled), optax.sgd(1.0)
+    sampled = reinforce(network, sgd, batch, baseline)
+    state = (weights, sgd.init(weights), jnp.float32(0.4 if baseline else 0.0))
+    pose = lambda key: inner.interact(domain, task, lambda c: sampled.predict(state, c), key)  # noqa: E731
+    query, _, seen = jax.vmap(pose)(jax.random.split(jax.random.key(0), batch))
+    expected = expected_policy_gradient(network, sgd, 3)
+    one = jax.tree.map(lambda leaf: leaf[0], seen)
+    moved = [
+        after[0]
+        for after in (
+            sampled.update(state, query, seen),
+            expected.update(state[:2], query[0], one),
+        )
+    ]
+    for found, exact, before in zip(*map(jax.tree.leaves, (*moved, weights)), strict=True):
+        np.testing.assert_allclose(found - before, exact - before, atol=5 / np.sqrt(batch))
+        assert np.abs(exact - before).max() > 0.01
+
+
+def test_policies_at_once_equal_each_alone():
+    domain = ContextualBandit(3, 3, steps=3)
+    learner = reinforce(softmax_policy(3, 3), optax.sgd(0.3), 2)
+    make, sample = (lambda params: learner), (lambda key, _: domain.sample_task(key))
+    probe = domain.probe()
+    measured = lambda indices: np.asarray(  # noqa: E731
+        inner.measure(
+            domain, make, (), False, sample, None, jax.random.key(1), indices, (0, 5, 200),
+            probe,
+        )["mode_strength"]
+    )  # fmt: skip
+    together = measured(jnp.arange(16))
+    assert together[:, 2].mean() > together[:, 0].mean() + 0.2
+    for i in range(16):
+        np.testing.assert_allclose(together[i], measured(jnp.array([i]))[0], rtol=1e-3, atol=1e-4)
+
+
+# Actor-critic.
+
+TINY = ContextualBandit(1, 2, steps=2)
+META = LSTMMetaLearner(TINY, LSTMConfig(hidden=3), critic=True)
+
+
+def scattered(meta):
+    """Parameters away from the symmetric start."""
+    params = meta.init(jax.random.key(0))
+    key = jax.random.key(5)
+    return {
+        name: leaf + 0.7 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+        for i, (name, leaf) in enumerate(params.items())
+    }
+
+
+def exact_return(params):
+    """Mean reward a step, expected over all tasks and choices, by enumeration."""
+    learner, c, total = META.learner(params), jnp.int32(0), 0.0
+    for best in (0, 1):
+        task = BanditTask(jnp.array([best]))
+        state = learner.init(jax.random.key(0))
+        first = jax.nn.softmax(learner.predict(state, c))
+        total += 0.5 * first[best]
+        for a in (0, 1):
+            seen = Outcome(c, jnp.int32(a), jnp.float32(a == best), TINY.pay(task))
+            second = jax.nn.softmax(learner.predict(learner.update(state, c, seen), c))
+            total += 0.5 * first[a] * second[best]
+    return total / 2
+
+
+@functools.cache
+def half_learned():
+    """Parameters on the way up the exact return, where its gradient is not small."""
+    params, slope = scattered(META), jax.jit(jax.grad(exact_return))
+    for _ in range(35):
+        gradient = slope(params)
+        size = 0.1 / jnp.linalg.norm(jax.flatten_util.ravel_pytree(gradient)[0])
+        params = jax.tree.map(lambda leaf, g, size=size: leaf + size * g, params, gradient)
+    return params
+
+
+@pytest.mark.parametrize("immediate", ["expected", "sampled"])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "value", "none"])
+def test_actor_critic_gradient_is_that_of_the_expected_return(immediate, baseline):
+    """Undiscounted and without entropy, whatever is sampled and whatever the baseline."""
+    config = ActorCriticConfig(
+        discount=1.0, entropy=0.0, immediate=immediate, baseline=baseline, group=8, value_weight=0.0
+    )
+    objective, params = actor_critic(TINY, META, config).objective, half_learned()
+    exact = jax.grad(exact_return)(params)
+
+    @jax.jit
+    def batch(index):
+        keys = indexed_keys(jax.random.fold_in(jax.random.key(1), index), jnp.arange(400))
+        gradient, loss = jax.grad(objective, has_aux=True)(params, keys)
+        return jax.flatten_util.ravel_pytree(gradient)[0], loss
+
+    gradients, losses = jax.lax.map(batch, jnp.arange(100))
+    mean, error = -np.mean(gradients, 0), np.std(gradients, 0) / 10
+    expected = jax.flatten_util.ravel_pytree(exact)[0]
+    assert np.abs(expected).max() > 8 * error[np.abs(expected).argmax()]
+    assert np.all(np.abs(mean - expected) <= 5 * error + 1e-6)
+    assert 1 - np.mean(losses) == pytest.approx(float(exact_return(params)), abs=0.01)
+
+
+def test_the_leave_one_out_baseline_and_the_known_pay_lower_the_variance():
+    domain, variance = ContextualBandit(2, 2, steps=8), {}
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=3), critic=True)
+    params = scattered(meta)
+    for name, fields in {
+        "loo": {},
+        "none": {"baseline": "none"},
+        "sampled": {"immediate": "sampled", "baseline": "none"},
+    }.items():
+        config = ActorCriticConfig(discount=1.0, entropy=0.0, value_weight=0.0, **fields)
+        objective = actor_critic(domain, meta, config).objective
+
+        def batch(index, objective=objective):
+            keys = indexed_keys(jax.random.fold_in(jax.random.key(1), index), jnp.arange(32))
+            return jax.flatten_util.ravel_pytree(
+                jax.grad(objective, has_aux=True)(params, keys)[0]
+            )[0]
+
+        variance[name] = float(jax.lax.map(batch, jnp.arange(200)).var(0).sum())
+    assert variance["loo"] < variance["none"] < variance["sampled"]
+
+
+def test_acting_is_what_measuring_sees():
+    domain = ContextualBandit(2, 3, steps=6)
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=4), critic=True)
+    params = jax.tree.map(lambda leaf: leaf + 0.3, meta.init(jax.random.key(0)))
+    key = jax.random.key(3)
+    queries, seen = jax.vmap(lambda i: inner.act(domain, meta.learner(params), i))(
+        indexed_keys(key, jnp.arange(5))
+    )
+    assert seen.action.shape == (5, 6)
+    queries, seen = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), (queries, seen))
+    answers = meta.unroll(params, queries, seen)
+    losses = jax.vmap(jax.vmap(domain.loss, -1))(answers, seen).mean(0)
+    measured = inner.measure(
+        domain, meta.learner, params, False, lambda k, _: domain.sample_task(k), None, key,
+        jnp.arange(5), (0, 6),
+    )["loss"][:, 1]  # fmt: skip
+    np.testing.assert_allclose(losses, measured, rtol=1e-4)
+
+
+def test_training_learns_to_exploit():
+    domain = ContextualBandit(2, 2, steps=8)
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=12), critic=True)
+    config = OuterConfig(
+        steps=400, batch=32, seeds=2, warmup=10, learning_rate=3e-2, schedule="linear"
+    )
+    trainees = {"lstm": actor_critic(domain, meta, ActorCriticConfig())}
+    trainer = Trainer(trainees, config, jax.random.key(0))
+    *_, (_, loss) = trainer.run(trainer.init(), [400])
+    chance, bayes = 0.5, 1 - enumerated(2, 2, 8, False) / 8
+    assert np.all((chance - loss["lstm"]) / (chance - bayes) > 0.7)
+
+
+def test_groups_must_divide_the_batch():
+    trainees = {"lstm": actor_critic(TINY, META, ActorCriticConfig(group=16))}
+    with pytest.raises(ConfigError, match="batch = 24: must be a multiple of 16"):
+        Trainer(trainees, OuterConfig(batch=24), jax.random.key(0))
+
+
+# The study.
+
+STUDY = str(Path(__file__).parent.parent / "experiments" / "contextual_bandit.py")
+SMALL = [
+    *("--domain.contexts", "2", "--domain.actions", "3", "--domain.steps", "4"),
+    *("--lstm.hidden", "4", "--outer.steps", "30", "--outer.batch", "16", "--outer.seeds", "2"),
+    *("--outer.warmup", "1", "--outer.checkpoints", "3", "--actor-critic.group", "8"),
+    *("--policy.updates", "40", "--policy.expected-updates", "10", "--policy.records", "8"),
+    *("--policy.most-contexts", "2", "--policy.scale-contexts", "2", "--policy.scales"),
+    *("--measure.tasks", "32", "--measure.updating-tasks", "16", "--measure.tracked-tasks", "4"),
+    *("--measure.heldout-tasks", "16"),
+]
+
+
+def test_a_whole_small_study(tmp_path):
+    out = tmp_path / "out"
+    assert main(["run", STUDY, "--out", str(out), *SMALL]) == 1  # so small a study fails
+    figures = {p.stem: matplotlib.image.imread(p) for p in (out / "figures").glob("*.png")}
+    assert set(figures) == {"mode_strength", "single_runs", "growth", "excess_loss"}
+    assert all(image.std() > 0.02 for image in figures.values())
+    summary = json.loads((out / "summary.json").read_text())
+    assert {c["name"] for c in summary["criteria"]} == {
+        "coupled_growth", "coupled_over_decoupled_growth", "decoupled_is_linear",
+        "lstm_minus_bayes_staggering", "relative_reward",
+    }  # fmt: skip
+    data = metadyn.load(out, "in_distribution")
+    assert set(data["learner"].values) == {
+        "reinforce_coupled", "reinforce_decoupled", "lstm", "bayes"
+    }  # fmt: skip
+    start = data["mode_strength"].sel(learner="bayes").isel(step=0, seed=0)
+    np.testing.assert_allclose(start.dropna("task"), 1 / 3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--domain.contexts", "0"], "contexts = 0"),
+        (["--domain.actions", "-2"], "actions = -2"),
+        (["--domain.p-low", "1"], "p_low = 1.0: must be below"),
+        (["--domain.permutation", "True", "--domain.contexts", "4"], "with permutation"),
+        (["--outer.batch", "12"], "batch = 12: must be a multiple of 8"),
+        (["--policy.scale-contexts", "3"], "scale_contexts = 3"),
+        (["--policy.scales", "0"], "scales = (0.0,)"),
+        (["--policy.most-contexts", "1"], "most_contexts = 1"),
+        (["--actor-critic.baseline", "magic"], "magic"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["run", STUDY, "--out", str(out), *SMALL, *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1, errors
+    assert says in errors
+    assert not out.exists()
