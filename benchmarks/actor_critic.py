@@ -98,17 +98,18 @@ def main():
         seconds = time.perf_counter() - start
         earned = reward(META.learner, jax.tree.map(lambda leaf: leaf[0], state.params["lstm"]))
         relative = (earned - chance) / (bayes - chance)
+        spread = None if config.baseline == "value" else noise(config, half_way)
         rows.append(
             {
                 "name": name,
                 "seconds": seconds,
                 "relative_reward": relative,
-                "gradient_noise": "-" if config.baseline == "value" else noise(config, half_way),
+                "gradient_noise": spread,
             }
         )
         print(
             f"{name:36} {seconds:5.0f} s   reward, chance 0 to Bayes 1: {relative:.3f}   "
-            f"gradient noise {rows[-1]['gradient_noise']}",
+            + ("" if spread is None else f"gradient noise {spread:.2f}"),
             flush=True,
         )
     if arguments.json:

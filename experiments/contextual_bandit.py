@@ -151,10 +151,16 @@ def plan(config: Config) -> Plan:
 
     observed = tuple(range(domain.steps + 1))
     lstm = Contender("lstm", "meta-trained LSTM", meta.learner, observed, trained=True, panel=2)
-    rule, label = ("greedy", "Bayes-optimal") if domain.deterministic else (
-        "thompson", "Thompson sampling\nfrom the posterior"
-    )  # fmt: skip
-    bayes = plain("bayes", label, bayes_bandit(domain, rule), observed, panel=3)
+    greedy, thompson = (bayes_bandit(domain, rule) for rule in ("greedy", "thompson"))
+    posteriors = [plain("bayes", "Bayes-optimal", greedy, observed, panel=3)]
+    if not domain.deterministic:  # what is optimal is not known in closed form
+        posteriors = [
+            plain("bayes", "exact posterior,\nThompson sampling", thompson, observed, panel=3),
+            plain(
+                "bayes_greedy", "exact posterior,\nmost probable action", greedy, observed, panel=4
+            ),
+        ]
+    bayes = posteriors[0]
     main = tasks("in_distribution", sizes.tasks)
     few = dataclasses.replace(main, size=sizes.updating_tasks)
 
@@ -184,7 +190,7 @@ def plan(config: Config) -> Plan:
                 if each.panel is not None
             ),
             (main, lstm),
-            (main, bayes),
+            *((main, each) for each in posteriors),
             *(
                 pair
                 for contexts in range(1, policy.most_contexts + 1)

@@ -488,6 +488,17 @@ def test_a_whole_small_study(tmp_path):
     np.testing.assert_allclose(start.dropna("task"), 1 / 3, rtol=1e-5)
 
 
+def test_a_bernoulli_study_names_its_approximations(tmp_path):
+    out = tmp_path / "out"
+    more = ["--domain.p-high", "0.8", "--domain.p-low", "0.1", "--domain.permutation", "True"]
+    more += ["--outer.steps", "2", "--outer.checkpoints", "1", "--policy.updates", "4"]
+    assert main(["run", STUDY, "--out", str(out), *SMALL, *more]) == 1
+    data = metadyn.load(out, "in_distribution")
+    assert {"bayes", "bayes_greedy"} < set(data["learner"].values)
+    labels = [metadyn.RunFolder(out).measurement("in_distribution", "bayes").attrs["label"]]
+    assert "Thompson sampling" in labels[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
