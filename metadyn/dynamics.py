@@ -183,15 +183,17 @@ class Growth(NamedTuple):
 
 
 def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Growth:
-    """Fits both laws by least squares, of relative errors; NaN if a time is not finite."""
-    if not np.isfinite(t).all():
+    """Fits both laws by least squares, of log t and of relative errors.
+
+    NaN if a time is not finite, and where there are too few points to tell.
+    """
+    if len(t) < 2 or not np.isfinite(t).all():
         return Growth(np.nan, np.nan)
     b, a = np.polyfit(k, np.log(t), 1)
-    by_linear = np.polyval(np.polyfit(k, t, 1, w=1 / t), k)
-    exponential, linear = (
-        np.sqrt(np.mean((fit / t - 1) ** 2)) for fit in (np.exp(a + b * k), by_linear)
-    )
-    return Growth(float(np.exp(b)), float(linear / exponential))
+    fits = np.exp(a + b * k), np.polyval(np.polyfit(k, t, 1, w=1 / t), k)
+    exponential, linear = (np.sqrt(np.mean((fit / t - 1) ** 2)) for fit in fits)
+    ratio = linear / exponential if len(t) > 2 and exponential > 0 else np.nan
+    return Growth(float(np.exp(b)), float(ratio))
 
 
 def estimate_over_runs(

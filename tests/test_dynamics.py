@@ -68,6 +68,9 @@ def test_growth_tells_a_line_from_an_exponential():
     noisy = 2.0**k * rng.lognormal(sigma=0.1, size=6)
     assert dynamics.growth(k, noisy).linear_over_exponential > 1
     assert np.isnan(dynamics.growth(k, np.where(k < 6, 1.0 * k, np.inf)).factor)
+    assert np.isnan(dynamics.growth(k[:0], np.array([])).factor)
+    two = dynamics.growth(k[:2], np.array([1.0, 3.0]))
+    np.testing.assert_allclose(two, [3.0, np.nan])
 
 
 def test_interval_over_runs_matches_scipys_bootstrap_of_a_median():
