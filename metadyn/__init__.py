@@ -5,7 +5,14 @@ The public interface, whole. Domains and learners are in `metadyn.domains` and `
 
 from metadyn.base import ConfigError, Domain, Learner, MetaLearner, Probe
 from metadyn.inner import measure, run
-from metadyn.outer import OuterConfig, Trainer, prediction_loss
+from metadyn.outer import (
+    ActorCriticConfig,
+    OuterConfig,
+    Trainee,
+    Trainer,
+    actor_critic,
+    prediction_loss,
+)
 from metadyn.store import RunFolder, load
 from metadyn.study import (
     Contender,
@@ -14,12 +21,16 @@ from metadyn.study import (
     Plan,
     Study,
     TaskSet,
+    Training,
+    censored,
+    criterion,
     load_study,
     plain,
     run_study,
 )
 
 __all__ = [
+    "ActorCriticConfig",
     "ConfigError",
     "Contender",
     "Criterion",
@@ -33,7 +44,12 @@ __all__ = [
     "RunFolder",
     "Study",
     "TaskSet",
+    "Trainee",
     "Trainer",
+    "Training",
+    "actor_critic",
+    "censored",
+    "criterion",
     "load",
     "load_study",
     "measure",

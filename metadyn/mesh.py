@@ -26,15 +26,16 @@ TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 def use_every_core() -> None:
     """Makes each CPU core a device of its own, if it is CPUs that JAX will run on.
 
-    One outer step is too small for several cores to share well; two halves of its episodes, or two
-    seeds, are not. The number is a power of two, as batches are. Nothing is changed if JAX has
-    started, or if the environment says how many devices there are to be.
+    The products of one outer step are too small for several cores to share well; two halves of its
+    episodes, or two seeds, are not. The number is a power of two, as batches are, and 8 at the most.
+    Nothing is changed if JAX has started, or if the environment says how many there are to be.
     """
     said = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
     if not said:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         with contextlib.suppress(RuntimeError):  # JAX has started
-            jax.config.update("jax_num_cpu_devices", 1 << (cores.bit_length() - 1))
+            jax.config.update("jax_num_cpu_devices", min(8, 1 << (cores.bit_length() - 1)))
 
 
 def mesh() -> Mesh:
