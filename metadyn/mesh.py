@@ -27,7 +27,7 @@ def use_every_core() -> None:
     """Makes each CPU core a device of its own, if it is CPUs that JAX will run on.
 
     The products of one outer step are too small for several cores to share well; two halves of its
-    episodes, or two seeds, are not. The number is a power of two, as batches are, and 8 at the most.
+    episodes, or two seeds, are not. The number is a power of two, as batches are, and at most 8.
     Nothing is changed if JAX has started, or if the environment says how many there are to be.
     """
     said = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
