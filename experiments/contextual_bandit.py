@@ -7,6 +7,7 @@ shared by all contexts couples them; without it they are decoupled.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -214,6 +215,7 @@ def criteria(config: Config, run: RunFolder):
     numbers = np.arange(1, policy.most_contexts + 1)
     samplings = ("reinforce", "reinforce_no_baseline", "expected")
 
+    @functools.cache
     def last_times(name):
         """Time to learn all contexts [run] for each number of contexts."""
         return [dynamics.last_times(run.measurement(f"{k}_contexts", name)) for k in numbers]
@@ -262,10 +264,9 @@ def criteria(config: Config, run: RunFolder):
                     growth(name, "linear_over_exponential"),
                     "error of the linear fit over that of the exponential: above 1 is exponential",
                 )
-            last = dynamics.last_times(run.measurement(f"{numbers[-1]}_contexts", name))
             yield criterion(
                 f"{name}_censored_runs",
-                dynamics.estimate_over_runs(np.mean, np.isinf(last)),
+                dynamics.estimate_over_runs(np.mean, np.isinf(last_times(name)[-1])),
                 f"share of runs that had not learned all {numbers[-1]} contexts by the last update",
             )
     for scale in sorted((policy.scale, *policy.scales)):
@@ -284,24 +285,17 @@ def criteria(config: Config, run: RunFolder):
                 f"time to learn all, coupled over decoupled, from initial weights of {scale:g}; "
                 "none if the median run had not by the last update",
             )
-    lstm, bayes = read("lstm"), read("bayes")
-    staggering = dynamics.staggering_of(lstm)
     yield criterion(
         "lstm_minus_bayes_staggering",
-        dynamics.estimate(
-            lambda a, b: staggering(a) - staggering(b),
-            dynamics.strength(lstm),
-            dynamics.strength(bayes),
-        ),
+        dynamics.difference(dynamics.staggering_of, read("lstm"), read("bayes")),
         "the LSTM has no plateau: its staggering (t_K - t_1) / t_K is within 0.15 of Bayes'",
         at_most=0.15,
         at_least=-0.15,
     )
     for name in ("reinforce_coupled", "reinforce_decoupled", "lstm", "bayes"):
-        data = read(name)
         yield criterion(
             f"{name}_staggering",
-            dynamics.estimate(dynamics.staggering_of(data), dynamics.strength(data)),
+            dynamics.measured(dynamics.staggering_of, read(name)),
             "(t_K - t_1) / t_K over the contexts in order of learning",
         )
     d = config.domain

@@ -200,30 +200,27 @@ def criteria(config: Config, run: RunFolder):
     )
     yield criterion(
         "sgd_slope",
-        dynamics.estimate(dynamics.slope_of(sgd), dynamics.strength(sgd)),
+        dynamics.measured(dynamics.slope_of, sgd),
         "SGD learns mode after mode: slope of log t_k on log s_k near -1, at most -0.7",
         at_most=-0.7,
     )
     yield censored("sgd", sgd)
-    slope = dynamics.slope_of(lstm)
     yield criterion(
         "lstm_minus_bayes_slope",
-        dynamics.estimate(
-            lambda a, b: slope(a) - slope(b), dynamics.strength(lstm), dynamics.strength(bayes)
-        ),
+        dynamics.difference(dynamics.slope_of, lstm, bayes),
         "the LSTM staggers no more than Bayes: slopes differ by at most 0.2",
         at_most=0.2,
         at_least=-0.2,
     )
     yield criterion(
         "lstm_slope",
-        dynamics.estimate(slope, dynamics.strength(lstm)),
+        dynamics.measured(dynamics.slope_of, lstm),
         "the LSTM's own slope, for the record",
     )
     yield censored("lstm", lstm)
     yield criterion(
         "bayes_slope",
-        dynamics.estimate(slope, dynamics.strength(bayes)),
+        dynamics.measured(dynamics.slope_of, bayes),
         "Bayes learns all modes at one rate: slope 0, at most 0.05 either way",
         at_most=0.05,
         at_least=-0.05,

@@ -200,15 +200,12 @@ def criteria(config: Config, run: RunFolder):
         """Gain at the end of the episode [seed, task, mode]."""
         return dynamics.strength(run.measurement(task_set, learner).isel(step=[-1]))[:, :, 0]
 
-    def slope(data):
-        return dynamics.estimate(dynamics.slope_of(data), dynamics.strength(data))
-
     mlp, lstm, bayes = (
         run.measurement("in_distribution", name) for name in ("mlp", "lstm", "bayes")
     )
     yield criterion(
         "mlp_slope",
-        slope(mlp),
+        dynamics.measured(dynamics.slope_of, mlp),
         "the MLP learns low frequencies first: slope of log t_k on log k at least 0.5",
         at_least=0.5,
     )
@@ -222,18 +219,19 @@ def criteria(config: Config, run: RunFolder):
         at_least=0.9,
     )
     yield censored("mlp", mlp)
-    of = dynamics.slope_of(lstm)
     yield criterion(
         "lstm_minus_bayes_slope",
-        dynamics.estimate(
-            lambda a, b: of(a) - of(b), dynamics.strength(lstm), dynamics.strength(bayes)
-        ),
+        dynamics.difference(dynamics.slope_of, lstm, bayes),
         "the LSTM staggers no more than Bayes: slopes differ by at most 0.3",
         at_most=0.3,
         at_least=-0.3,
     )
     for name, data in (("lstm", lstm), ("bayes", bayes)):
-        yield criterion(f"{name}_slope", slope(data), "its own slope, for the record")
+        yield criterion(
+            f"{name}_slope",
+            dynamics.measured(dynamics.slope_of, data),
+            "its own slope, for the record",
+        )
         yield censored(name, data)
     for name, data in (("mlp", mlp), ("lstm", lstm)):
         yield criterion(
@@ -271,7 +269,7 @@ def criteria(config: Config, run: RunFolder):
         data = run.measurement("by_optimizer", field.name)
         yield criterion(
             f"{field.name}_slope",
-            slope(data),
+            dynamics.measured(dynamics.slope_of, data),
             "the smaller MLP learns low frequencies first under this optimiser too",
             at_least=0.5,
         )

@@ -29,6 +29,10 @@ class ConfigError(Exception):
     """Bad input. The message is one line that names the field, the value and the fix."""
 
 
+class ConfigWarning(UserWarning):
+    """Input that can be run, but hardly as meant. One line that names the field and the value."""
+
+
 def check(holds: bool | np.bool, field: str, value: Any, fix: str) -> None:
     """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
     if not holds:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from metadyn.base import ConfigError
+from metadyn.base import ConfigError, ConfigWarning
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -80,7 +80,7 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """One line, of our own warnings; those of libraries are for developers."""
-    if category is UserWarning:
+    if category is ConfigWarning:
         print(f"metadyn: warning: {message}".replace("\n", " "), file=sys.stderr)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Real
 from scipy.stats import rankdata
 
 Numbers = np.ndarray | np.floating | float
+StatisticOf = Callable[[xr.Dataset], Callable[[np.ndarray], Numbers]]
 
 
 class Estimate(NamedTuple):
@@ -194,6 +195,17 @@ def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Growth:
     exponential, linear = (np.sqrt(np.mean((fit / t - 1) ** 2)) for fit in fits)
     ratio = linear / exponential if len(t) > 2 and exponential > 0 else np.nan
     return Growth(float(np.exp(b)), float(ratio))
+
+
+def measured(statistic_of: StatisticOf, data: xr.Dataset) -> Estimate:
+    """A statistic of a measurement's mean mode strengths, such as `slope_of`, with its interval."""
+    return estimate(statistic_of(data), strength(data))
+
+
+def difference(statistic_of: StatisticOf, data: xr.Dataset, other: xr.Dataset) -> Estimate:
+    """That of one measurement minus that of another on the same tasks, with a paired interval."""
+    one, two = statistic_of(data), statistic_of(other)
+    return estimate(lambda a, b: one(a) - two(b), strength(data), strength(other))
 
 
 def estimate_over_runs(

@@ -123,8 +123,8 @@ def learning_times(measured: Measured) -> Figure:
     figure, (axis,) = _row(1, width=6.6, height=4.4)
     for data, marker in zip(_panels(measured), MARKERS, strict=False):
         times, scale, p = data["time"].to_numpy(), dynamics.scale(data), data.attrs["p"]
-        t = _learning_times(data)
-        slope = _slope(data)
+        t = dynamics.measured(dynamics.times_of, data)
+        slope = dynamics.measured(dynamics.slope_of, data)
         for k, colour in enumerate(_colours(scale)):
             if np.isfinite(t.value[k]):
                 bars = [[t.value[k] - t.low[k]], [t.high[k] - t.value[k]]]
@@ -360,20 +360,11 @@ def _place(k: int, modes: int) -> str:
     return f"mode {k + 1}{note}"
 
 
-def _learning_times(data: xr.Dataset) -> dynamics.Estimate:
-    return dynamics.estimate(dynamics.times_of(data), dynamics.strength(data))
-
-
-def _slope(data: xr.Dataset) -> dynamics.Estimate:
-    return dynamics.estimate(dynamics.slope_of(data), dynamics.strength(data))
-
-
 def _staggering(data: xr.Dataset) -> str:
     """The figure of merit of a panel, with its interval."""
     if not data.attrs.get("ordered"):
-        return f"slope {_interval(_slope(data))}"
-    found = dynamics.estimate(dynamics.staggering_of(data), dynamics.strength(data))
-    return f"staggering {_interval(found)}"
+        return f"slope {_interval(dynamics.measured(dynamics.slope_of, data))}"
+    return f"staggering {_interval(dynamics.measured(dynamics.staggering_of, data))}"
 
 
 def _clock(data: xr.Dataset) -> str:

@@ -190,18 +190,11 @@ def actor_critic(
         entropy = -jnp.sum(jnp.exp(log_policy) * log_policy, axis=1)
         expected = config.immediate == "expected"
         rewards = -fixed(loss) if expected else seen.reward
-        _, returns = jax.lax.scan(
-            lambda after, r: (r + config.discount * after,) * 2,
-            jnp.zeros_like(rewards[0]),
-            rewards,
-            reverse=True,
-        )
+        returns = discounted(rewards, config.discount)
         credit = returns - rewards if expected else returns
         others = jnp.zeros_like(credit)
         if config.baseline == "leave_one_out":
-            grouped = credit.reshape(len(credit), -1, config.group)
-            total = grouped.sum(-1, keepdims=True)
-            others = ((total - grouped) / (config.group - 1)).reshape(credit.shape)
+            others = mean_of_others(credit, config.group)
         advantage = credit - others
         critic = jnp.mean((values - advantage) ** 2)
         if config.baseline != "none":
@@ -211,6 +204,20 @@ def actor_critic(
 
     together = config.group if config.baseline == "leave_one_out" else 1
     return Trainee(meta, objective, together)
+
+
+def discounted(rewards: Float[Array, "T B"], discount: float) -> Float[Array, "T B"]:
+    """Returns Σ_{s≥t} γ^{s−t} r_s."""
+    nothing = jnp.zeros_like(rewards[0])
+    add = lambda after, r: (r + discount * after,) * 2  # noqa: E731
+    return jax.lax.scan(add, nothing, rewards, reverse=True)[1]
+
+
+def mean_of_others(values: Float[Array, "T B"], group: int) -> Float[Array, "T B"]:
+    """For each episode the mean over the others of its group; groups are episodes in a row."""
+    grouped = values.reshape(len(values), -1, group)
+    rest = grouped.sum(-1, keepdims=True) - grouped
+    return (rest / (group - 1)).reshape(values.shape)
 
 
 class Trainer:

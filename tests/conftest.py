@@ -1,9 +1,26 @@
 """Shape annotations are enforced in every test; tests run on the devices the command would use."""
 
+import pytest
 from jaxtyping import install_import_hook
 
 _hook = install_import_hook("metadyn", "shapes.check")
 
 from metadyn import mesh  # noqa: E402
+from metadyn.cli import main  # noqa: E402
 
 mesh.use_every_core()
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """`refused(arguments, says)`: `metadyn run` leaves with one line, exit code 2 and no folder."""
+
+    def check(arguments, says):
+        out = tmp_path / "out"
+        assert main(["run", *arguments, "--out", str(out)]) == 2
+        errors = capsys.readouterr().err
+        assert len(errors.splitlines()) == 1, errors
+        assert says in errors
+        assert not out.exists()
+
+    return check

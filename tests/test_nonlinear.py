@@ -88,10 +88,5 @@ def test_learners_answer_the_same_example_functions(finished):
         (["--examples", "0"], "examples = 0"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["run", STUDY, "--out", str(out), *SMALL, *arguments]) == 2
-    errors = capsys.readouterr().err
-    assert len(errors.splitlines()) == 1, errors
-    assert says in errors
-    assert not out.exists()
+def test_bad_input_is_one_line_and_exit_code_2(arguments, says, refused):
+    refused([STUDY, *SMALL, *arguments], says)

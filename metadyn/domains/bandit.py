@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import Key, Probe, check, check_positive
+from metadyn.base import ConfigWarning, Key, Probe, check, check_positive
 
 
 class BanditTask(NamedTuple):
@@ -60,13 +60,16 @@ class ContextualBandit:
         check_positive(self, "contexts", "actions", "steps")
         check(0 <= self.p_low <= 1, "p_low", self.p_low, "must be from 0 to 1")
         check(0 <= self.p_high <= 1, "p_high", self.p_high, "must be from 0 to 1")
-        check(self.p_low < self.p_high, "p_low", self.p_low, f"must be below {self.p_high = :g}")
+        check(
+            self.p_low < self.p_high, "p_low", self.p_low, f"must be below p_high = {self.p_high:g}"
+        )
         fits = not self.permutation or self.contexts <= self.actions
         fix = f"with permutation there must be no more than actions = {self.actions}"
         check(fits, "contexts", self.contexts, fix)
         if self.steps < self.contexts:
             warnings.warn(
                 f"steps = {self.steps}: too few to see each of the {self.contexts} contexts once",
+                ConfigWarning,
                 stacklevel=2,
             )
 

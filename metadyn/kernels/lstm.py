@@ -26,18 +26,18 @@ class LSTMWeights(NamedTuple):
 class Gates(NamedTuple):
     """Activations i, f, o in (0, 1) and candidate g in (−1, 1), each [H, ...]."""
 
-    i: Float[Array, H * B]
-    f: Float[Array, H * B]
-    o: Float[Array, H * B]
-    g: Float[Array, H * B]
+    i: Float[Array, " H *B"]
+    f: Float[Array, " H *B"]
+    o: Float[Array, " H *B"]
+    g: Float[Array, " H *B"]
 
 
 def cell(
     weights: LSTMWeights,
-    x: Float[Array, n * B],
-    h: Float[Array, H * B],
-    c: Float[Array, H * B],
-) -> tuple[Float[Array, H * B], Float[Array, H * B], Gates]:
+    x: Float[Array, " n *B"],
+    h: Float[Array, " H *B"],
+    c: Float[Array, " H *B"],
+) -> tuple[Float[Array, " H *B"], Float[Array, " H *B"], Gates]:
     """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', gates)."""
     bias = weights.bias.reshape(-1, *[1] * (x.ndim - 1))
     z = weights.input @ x + weights.recurrent @ h + bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -119,19 +120,14 @@ def gradient(
     """A network that takes one optimiser step on the mean loss over each minibatch.
 
     Minibatches are fresh, or drawn from `points` pairs that stay the same: all of them at every
-    update (full batch) if there are no more than `batch`. Its state is (weights, optimiser state);
+    update (full batch) if there are as many as `batch`. Its state is (weights, optimiser state);
     its time t counts optimiser updates. Raises `ConfigError` for fewer points than the batch has.
     """
     check(batch >= 1, "batch", batch, "must be at least 1")
     if points is not None:
         check(points >= batch, "points", points, f"must be no fewer than the batch of {batch}")
 
-    def init(key: Key):
-        weights = network.init(key)
-        return weights, optimizer.init(weights)
-
-    def predict(state, query: Query) -> Answer:
-        return network.apply(state[0], query)
+    predict = lambda state, query: network.apply(state[0], query)  # noqa: E731
 
     def update(state, query: Query, feedback: Feedback):
         weights, moments = state
@@ -142,7 +138,13 @@ def gradient(
 
         return _step(optimizer, objective, weights, moments)
 
+    init = partial(_start, network, optimizer)
     return Learner(init, predict, update, batch=batch, points=points, clock="updates")
+
+
+def _start(network, optimizer, key):
+    weights = network.init(key)
+    return weights, optimizer.init(weights)
 
 
 def _step(optimizer, objective, weights, moments):
@@ -189,10 +191,6 @@ def expected_policy_gradient(
     `reinforce`, exactly. Its time t counts updates.
     """
 
-    def init(key: Key):
-        weights = network.init(key)
-        return weights, optimizer.init(weights)
-
     def update(state, query: Query, feedback: Outcome):
         def objective(weights):
             logits = jax.vmap(network.apply, (None, 0))(weights, jnp.arange(contexts))
@@ -201,7 +199,7 @@ def expected_policy_gradient(
         return _step(optimizer, objective, *state)
 
     predict = lambda state, query: network.apply(state[0], query)  # noqa: E731
-    return Learner(init, predict, update, clock="updates")
+    return Learner(partial(_start, network, optimizer), predict, update, clock="updates")
 
 
 def reinforce(
@@ -220,12 +218,8 @@ def reinforce(
     check(batch >= 1, "batch", batch, "must be at least 1")
     check(0 <= memory < 1, "memory", memory, "must be from 0 to below 1")
 
-    def init(key: Key):
-        weights = network.init(key)
-        return weights, optimizer.init(weights), jnp.zeros(())
-
-    def predict(state, query: Query) -> Answer:
-        return network.apply(state[0], query)
+    init = lambda key: (*_start(network, optimizer, key), jnp.zeros(()))  # noqa: E731
+    predict = lambda state, query: network.apply(state[0], query)  # noqa: E731
 
     def update(state, query: Query, feedback: Outcome):
         weights, moments, mean = state
