@@ -113,6 +113,8 @@ class Trainee(NamedTuple):
     objective: Objective
     together: int = 1
     """Episodes that the objective needs on one device, in a row."""
+    optimizer: optax.GradientTransformation | None = None
+    """Its own optimiser. None: that of the `OuterConfig`."""
 
 
 def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
@@ -230,20 +232,20 @@ class Trainer:
     def __init__(self, trainees: Mapping[str, Trainee], config: OuterConfig, key: Key):
         self.config = config
         config.check_batch(trainees.values())
-        optimizer = config.transformation()
+        optimizers = {n: t.optimizer or config.transformation() for n, t in trainees.items()}
         key_init, key_episodes = jax.random.split(key)
         seeds = jnp.arange(config.seeds)
 
         def init() -> TrainState:
             keys = indexed_keys(key_init, seeds)
             params = {name: jax.vmap(t.meta.init)(keys) for name, t in trainees.items()}
-            moments = {name: jax.vmap(optimizer.init)(p) for name, p in params.items()}
+            moments = {name: jax.vmap(optimizers[name].init)(p) for name, p in params.items()}
             return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Array]]:
-            def one_seed(objective, now, one):
+            def one_seed(objective, optimizer, now, one):
                 key, params, moments = one
                 step, count = now
 
@@ -263,7 +265,7 @@ class Trainer:
             params, moments, loss = {}, {}, {}
             for name, trainee in trainees.items():
                 params[name], moments[name], loss[name] = mesh.train_seeds(
-                    partial(one_seed, trainee.objective),
+                    partial(one_seed, trainee.objective, optimizers[name]),
                     (state.step, count),
                     (keys, state.params[name], state.moments[name]),
                     config.seeds,

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import xarray as xr
@@ -206,13 +207,16 @@ class RunFolder:
         steps = self.outer_steps()
         if not steps:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
-        items = ocp.args.Composite(trajectories=_arrays(), about=ocp.args.JsonRestore())
-        datasets = []
+        folders = [self.path / "checkpoints" / str(step) for step in steps]
+        items = ocp.args.Composite(about=ocp.args.JsonRestore())
         with _composite() as checkpointer:
-            for step in steps:
-                stored = checkpointer.restore(self.path / "checkpoints" / str(step), args=items)
-                arrays, about = stored["trajectories"], stored["about"]
-                datasets.append(labelled(arrays[task_set], about[task_set]))
+            about = checkpointer.restore(folders[0], args=items)["about"][task_set]
+            part = {task_set: dict.fromkeys(about["axes"], 0)}
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+            only = ocp.args.PyTreeRestore(part, restore_args=as_numpy, partial_restore=True)
+            items = ocp.args.Composite(trajectories=only)
+            read = [checkpointer.restore(folder, args=items)["trajectories"] for folder in folders]
+        datasets = [labelled(arrays[task_set], about) for arrays in read]
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
 
     # Results.
