@@ -20,6 +20,7 @@ from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 from metadyn.outer import OuterConfig, Trainee, prediction_loss
 from metadyn.store import HELDOUT, TRACKED, RunFolder
 from metadyn.study import (
+    Claim,
     Contender,
     MeasureConfig,
     Plan,
@@ -298,7 +299,7 @@ QUICK = Config(
         tasks=4096,
         updating_tasks=16,
         shifted_tasks=1024,
-        heldout_tasks=1024,
+        heldout_tasks=512,
         tracked_tasks=64,
         probe_points=32,
     ),
@@ -312,4 +313,32 @@ PAPER = Config(
     excess_at_most=0.1,
 )
 
-study = Study("nonlinear_regression", {"quick": QUICK, "paper": PAPER}, plan, criteria)
+study = Study(
+    "nonlinear_regression",
+    {"quick": QUICK, "paper": PAPER},
+    plan,
+    criteria,
+    section="§3",
+    claims=(
+        Claim(
+            "An MLP learns low frequencies first",
+            "mlp_slope",
+            "mode_strength",
+        ),
+        Claim(
+            "A meta-trained LSTM learns nearly all frequencies at once, as Bayes does",
+            "lstm_minus_bayes_slope",
+            "learning_times",
+        ),
+        Claim(
+            "Its losses are near those of Bayes-optimal inference",
+            "excess_loss",
+            "distance_to_bayes",
+        ),
+        Claim(
+            "Trained on a band, it suppresses what lies outside it",
+            "stop_band_gain",
+            "band_gain",
+        ),
+    ),
+)

@@ -15,15 +15,18 @@ from metadyn.outer import (
 )
 from metadyn.store import RunFolder, load
 from metadyn.study import (
+    Claim,
     Contender,
     Criterion,
     MeasureConfig,
     Plan,
     Study,
+    Table,
     TaskSet,
     Training,
     censored,
     criterion,
+    load_studies,
     load_study,
     plain,
     run_study,
@@ -31,6 +34,7 @@ from metadyn.study import (
 
 __all__ = [
     "ActorCriticConfig",
+    "Claim",
     "ConfigError",
     "Contender",
     "Criterion",
@@ -43,6 +47,7 @@ __all__ = [
     "Probe",
     "RunFolder",
     "Study",
+    "Table",
     "TaskSet",
     "Trainee",
     "Trainer",
@@ -51,6 +56,7 @@ __all__ = [
     "censored",
     "criterion",
     "load",
+    "load_studies",
     "load_study",
     "measure",
     "plain",

@@ -1,4 +1,4 @@
-"""The command line: metadyn run | figures | report | devices.
+"""The command line: metadyn run | figures | report | claims | devices.
 
 Exit codes: 0 done, 1 a criterion failed, 2 bad input (one line on stderr), 130 interrupted.
 """
@@ -15,9 +15,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from metadyn.base import ConfigError, ConfigWarning
+
+if TYPE_CHECKING:  # imported when needed: they start JAX
+    from metadyn.progress import Progress
+    from metadyn.study import Study
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -36,17 +40,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Does a study. The same command on the same DIR goes on where it was left. "
         "Options that are not listed here override the preset: see `metadyn run STUDY --options`.",
     )
-    run.add_argument("study", help="a Python file that defines a study")
+    run.add_argument("study", help="a Python file that defines a study, or a folder of them")
     run.add_argument("--preset", default="quick", help="quick (default), paper, ...")
-    run.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED")
+    run.add_argument(
+        "--out",
+        metavar="DIR",
+        help="default runs/STUDY-PRESET-SEED; of a folder of studies, what stands for runs",
+    )
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--options", action="store_true", help="list what can be overridden")
+    run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
     for name, what in (
         ("figures", "draw the figures again from what DIR holds"),
         ("report", "print the verdict, or how far a run has come"),
     ):
         command = commands.add_parser(name, help=what)
         command.add_argument("dir", metavar="DIR")
+    claims = commands.add_parser(
+        "claims",
+        help="judge the paper's claims from what runs came to",
+        description="Copies what the given runs came to beside the studies, and writes the tables "
+        "in the folder's README.md anew.",
+    )
+    claims.add_argument("folder", help="a folder of studies")
+    claims.add_argument("dir", metavar="DIR", nargs="*", help="runs that are done")
     commands.add_parser("devices", help="say what a run would use")
     return parser
 
@@ -89,28 +106,61 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     from metadyn import mesh
     from metadyn.progress import Progress
-    from metadyn.study import load_study, run_study
+    from metadyn.scalars import check_installed
+    from metadyn.study import load_studies, load_study
 
     mesh.use_every_core()
-    study = load_study(arguments.study)
-    if arguments.preset not in study.presets:
-        known = ", ".join(study.presets)
-        raise ConfigError(f"--preset {arguments.preset}: choose from {known}")
     if arguments.seed < 0:
         raise ConfigError(f"--seed {arguments.seed}: must be 0 or more")
-    default = study.presets[arguments.preset]
-    if arguments.options:
-        overrides = ["--help"]
-    config = configured(default, overrides)
+    if arguments.tensorboard:
+        check_installed()
+    progress = Progress(Console())
+    if not Path(arguments.study).is_dir():
+        study = load_study(arguments.study)
+        name = f"{study.name}-{arguments.preset}-{arguments.seed}"
+        return _run_one(study, arguments, overrides, arguments.out or f"runs/{name}", progress)
+    if overrides or arguments.options:
+        raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
+    studies = load_studies(arguments.study)
+    for study in studies:
+        _preset(study, arguments.preset)
+    codes = []
+    with progress.studies([study.name for study in studies]) as begin:
+        for i, study in enumerate(studies):
+            begin(i)
+            name = f"{study.name}-{arguments.preset}-{arguments.seed}"
+            out = Path(arguments.out or "runs") / name
+            codes.append(_run_one(study, arguments, [], str(out), progress))
+    return max(codes)
+
+
+def _run_one(
+    study: Study,
+    arguments: argparse.Namespace,
+    overrides: list[str],
+    out: str,
+    progress: Progress,
+) -> int:
+    from metadyn import report
+    from metadyn.study import run_study
+
+    default = _preset(study, arguments.preset)
+    config = configured(default, ["--help"] if arguments.options else overrides)
     if config is None:
         return DONE
-    out = arguments.out or f"runs/{study.name}-{arguments.preset}-{arguments.seed}"
-    progress = Progress(Console())
     progress.say(f"metadyn: {study.name}, preset {arguments.preset}, into {out}")
-    summary = run_study(study, arguments.preset, arguments.seed, config, out, progress)
-    _show(summary)
+    identity = (study, arguments.preset, arguments.seed, config, out)
+    summary = run_study(*identity, progress, arguments.tensorboard)
+    progress.say("\n".join(report.verdict(summary)))
     progress.say(f"figures: {Path(out) / 'figures'}")
     return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
+
+
+def _preset(study: Study, preset: str) -> Any:
+    if preset not in study.presets:
+        known = ", ".join(study.presets)
+        raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}")
+    return study.presets[preset]
 
 
 def configured(default: Any, overrides: Sequence[str]) -> Any:
@@ -150,20 +200,23 @@ def _figures(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from metadyn import report
     from metadyn.store import RunFolder
 
     run = RunFolder(arguments.dir)
     summary = run.summary()
-    if summary is None:
-        steps = run.outer_steps()
-        measured = sum(len(names) for names in run.measurements().values())
-        print(
-            f"not done: outer step {steps[-1] if steps else 0} stored, "
-            f"{measured} measurements stored"
-        )
-        return DONE
-    _show(summary)
-    return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
+    for line in report.so_far(run) if summary is None else report.verdict(summary):
+        print(line)
+    return DONE if summary is None or all(c["passed"] for c in summary["criteria"]) else FAILED
+
+
+def _claims(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from metadyn import claims
+
+    folder = Path(arguments.folder)
+    claims.collect(folder, arguments.dir)
+    print(claims.write(folder))
+    return DONE
 
 
 def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -175,16 +228,13 @@ def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE
 
 
-def _show(summary: dict[str, Any]) -> None:
-    print(f"{summary['study']}, preset {summary['preset']}, seed {summary['seed']}")
-    number = lambda v: "-" if v is None else f"{v:.3g}"  # noqa: E731
-    for row in (*summary["criteria"], *summary["reported"]):
-        verdict = {True: "passed", False: "FAILED", None: ""}[row.get("passed")]
-        interval = f"{number(row['value'])} [{number(row['low'])}, {number(row['high'])}]"
-        print(f"{verdict:7} {row['name']:28} {interval}\n        {row['expected']}")
-
-
-_COMMANDS = {"run": _run, "figures": _figures, "report": _report, "devices": _devices}
+_COMMANDS = {
+    "run": _run,
+    "figures": _figures,
+    "report": _report,
+    "claims": _claims,
+    "devices": _devices,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -101,24 +101,24 @@ def staggering_slope(
 
 
 def rank_correlation(
-    scale: Real[np.ndarray, " mode"], t: Float[np.ndarray, "*batch mode"]
+    x: Real[np.ndarray, "*#batch mode"], t: Float[np.ndarray, "*batch mode"]
 ) -> Float[np.ndarray, "*batch"] | np.floating:
-    """Spearman's rank correlation of t_k with scale_k; censored modes rank as learned last."""
-    by_scale = rankdata(scale)
-    by_time = rankdata(np.where(np.isnan(t), np.inf, t), axis=-1)
-    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (by_scale, by_time))
+    """Spearman's rank correlation of t_k with x_k; censored modes (NaN) rank as learned last."""
+    ranks = [rankdata(np.where(np.isnan(each), np.inf, each), axis=-1) for each in (x, t)]
+    x, t = (each - each.mean(-1, keepdims=True) for each in ranks)
     with np.errstate(all="ignore"):  # NaN where all are learned at the same time
-        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+        return (x * t).sum(-1) / np.sqrt((x**2).sum(-1) * (t**2).sum(-1))
 
 
 def samples(data: xr.Dataset, name: str) -> np.ndarray:
-    """A stored reading [seed, task, step, ...], one seed if it has none."""
+    """A stored reading [seed, task, (outer_step,) step, ...], one seed if it has none."""
     array = data[name]
-    return (array if "seed" in array.dims else array.expand_dims("seed")).to_numpy()
+    array = array if "seed" in array.dims else array.expand_dims("seed")
+    return array.transpose("seed", "task", ...).to_numpy()
 
 
 def strength(data: xr.Dataset) -> np.ndarray:
-    """Mode strengths [seed, task, step, mode], in order of learning if the modes are exchangeable.
+    """Mode strengths [seed, task, (outer_step,) step, mode], in order of learning if exchangeable.
 
     They are where the attribute `ordered` says so: averages over runs would hide staggering.
     """
@@ -222,6 +222,35 @@ def estimate_over_runs(
     value, finite = statistic(*samples), np.asarray(drawn)[np.isfinite(drawn)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
     return Estimate(np.asarray(value), np.asarray(low), np.asarray(high))
+
+
+def share_of_bayes(
+    trained: Float[np.ndarray, "*batch outer_step step mode"],
+    bayes: Float[np.ndarray, "*batch step mode"],
+) -> Float[np.ndarray, "*batch outer_step mode"]:
+    """How far outer training has brought each mode: 0 as untrained (outer step 0), 1 as Bayes.
+
+    Of the mean strength over the episode, t = 0 left out.
+    """
+    learned, best = trained[..., 1:, :].mean(-2), bayes[..., None, 1:, :].mean(-2)
+    untrained = learned[..., :1, :]
+    return (learned - untrained) / (best - untrained)
+
+
+def distance_to_bayes(
+    trained: Float[np.ndarray, "*batch outer_step step mode"],
+    bayes: Float[np.ndarray, "*batch step mode"],
+) -> Float[np.ndarray, "*batch outer_step mode"]:
+    """Root-mean-square distance between two inner learning curves, mode by mode: 1 untrained."""
+    distance = np.sqrt(((trained - bayes[..., None, :, :]) ** 2).mean(-2))
+    return distance / distance[..., :1, :]
+
+
+def outer_times_of(trained: xr.Dataset) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The statistic that turns mean strengths over outer training, and Bayes', into outer steps:
+    those at which the outer loop comes to learn each mode, half-way to Bayes (`share_of_bayes`)."""
+    steps = trained["outer_step"].to_numpy()
+    return lambda mean, bayes: learning_times(steps, share_of_bayes(mean, bayes))
 
 
 def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:

@@ -7,18 +7,18 @@ bars are 95 % bootstrap intervals.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.ticker
 import numpy as np
 import xarray as xr
+from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 
 from metadyn import dynamics
-from metadyn.store import HELDOUT, RunFolder
+from metadyn.store import TRACKED, RunFolder
 
 IN_DISTRIBUTION = "in_distribution"
 MARKERS = "osD^vP"
@@ -64,14 +64,16 @@ def draw(run: RunFolder) -> list[Path]:
                 drawn["learning_times"] = learning_times(stored[IN_DISTRIBUTION])
         for name, measured in marked("compared").items():
             drawn[f"mode_strength_{name}"] = mode_strength(measured)
-        heldout = [name for name in run.trajectory_sets() if name.startswith(HELDOUT)]
-        pairs = [
-            (run.trajectories(name), next(iter(stored[name].values())))
-            for name in heldout
-            if name in stored
-        ]
-        if pairs:
-            drawn["excess_loss"] = excess_loss(pairs)
+        trained = _over_outer_training(run, stored)
+        for name, training in trained.items():
+            drawn[f"inner_curves{name}"] = inner_curves(training)
+            drawn[f"outer_learning{name}"] = outer_learning(training)
+            drawn[f"distance_to_bayes{name}"] = distance_to_bayes(training)
+        if trained:
+            drawn["orders"] = orders(list(trained.values()))
+        varied = {**marked("varied"), **_varied(run, stored)}
+        if varied:
+            drawn["robustness"] = robustness(varied)
         if len(marked("shift")) > 1:
             drawn["learned_spectrum"] = learned_spectrum(marked("shift"))
         for name, measured in marked("curves").items():
@@ -85,6 +87,9 @@ def draw(run: RunFolder) -> list[Path]:
         for name, figure in drawn.items():
             paths.append(run.figures / f"{name}.png")
             figure.savefig(paths[-1], bbox_inches="tight")
+        for name, training in trained.items():
+            paths.append(run.figures / f"inner_curves{name}.gif")
+            animation(training, paths[-1])
     return paths
 
 
@@ -149,48 +154,267 @@ def learning_times(measured: Measured) -> Figure:
     return figure
 
 
-def excess_loss(pairs: Sequence[tuple[xr.Dataset, xr.Dataset]]) -> Figure:
-    """Excess loss over Bayes against outer step, each seed and their mean.
+class OuterTraining(NamedTuple):
+    """A meta-learner at every checkpoint, and Bayes on the same tasks."""
 
-    Of each pair the first is a meta-learner over outer training, the second Bayes on its tasks.
-    """
-    figure, (axis,) = _row(1, width=6.6, height=3.9)
-    lowest, highest = np.inf, 0.0
-    for (trained, bayes), colour, marker in zip(pairs, COLOURS, MARKERS, strict=False):
-        steps = trained["outer_step"].to_numpy()
-        floor = trained.attrs["loss_floor"]
-        reference = dynamics.samples(bayes, "loss")[:, :, 1:].mean(-1)
-        excess = partial(dynamics.excess_loss, floor=floor)
-        each = [
-            dynamics.samples(trained.sel(outer_step=s), "loss")[:, :, 1:].mean(-1) for s in steps
-        ]
-        mean = [dynamics.estimate(excess, loss, reference, draws=300) for loss in each]
-        value, low, high = (np.array([e[i] for e in mean]) for i in range(3))
-        x = np.maximum(steps, 0.5)  # step 0 at the left edge of a log axis
-        for seed in range(each[0].shape[0]):
-            by_seed = [excess(e[seed].mean(), reference.mean()) for e in each]
-            axis.plot(x, by_seed, color=colour, lw=0.8, alpha=0.6)
-        axis.fill_between(x, low, high, color=colour, alpha=0.25)
-        label = f"{trained.attrs['label']}, mean of seeds"
-        axis.plot(x, value, marker + "-", color=colour, ms=4, label=label)
-        axis.annotate(
-            f"{value[-1]:.2f}",
-            (x[-1], value[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
+    trained: xr.Dataset
+    """Mode trajectories over outer training."""
+    bayes: xr.Dataset
+    losses: tuple[xr.Dataset, xr.Dataset]
+    """The two of them on held-out tasks of the training distribution."""
+
+    @property
+    def strengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mode strengths [seed, task, outer_step, step, mode] and [1, task, step, mode]."""
+        return dynamics.strength(self.trained), dynamics.strength(self.bayes)
+
+    def title(self, what: str) -> str:
+        """`what`, of which domain."""
+        domain = self.trained.attrs.get("title")
+        return f"{domain}: {what}" if domain else what[0].upper() + what[1:]
+
+
+def _over_outer_training(
+    run: RunFolder, stored: Mapping[str, Measured]
+) -> dict[str, OuterTraining]:
+    """By suffix of its sets: each training whose dynamics are what the study is about."""
+    return {
+        tracked.removeprefix(TRACKED): OuterTraining(
+            run.trajectories(tracked),
+            next(iter(stored[tracked].values())),
+            (run.trajectories(heldout), next(iter(stored[heldout].values()))),
         )
-        lowest, highest = min(lowest, low.min()), max(highest, high.max())
-    axis.plot([], [], color="grey", lw=0.8, label="each seed")
-    axis.set(xscale="log", yscale="log", xlabel="outer step (leftmost: 0)")
-    axis.set_ylabel(r"excess loss over Bayes" "\n" r"$(L - L_B)\,/\,(L_B - L_{\min})$")
-    for side in (axis.yaxis, axis.xaxis):
-        side.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
-    axis.set_yticks([t for t in ticks if lowest / 1.5 < t < highest * 1.5])
-    axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axis.legend()
+        for tracked, heldout in run.trainings()
+        if {tracked, heldout} <= set(stored) and "varied" not in _attrs(stored[tracked])
+    }
+
+
+def inner_curves(training: OuterTraining) -> Figure:
+    """Inner learning curve of each mode (panels) at successive outer steps, and Bayes'."""
+    trained = training.trained
+    times, scale, steps = trained["time"].to_numpy(), dynamics.scale(trained), trained["outer_step"]
+    shown = np.unique(np.linspace(0, len(steps) - 1, 9).round().astype(int))
+    strength, best = training.strengths
+    band = dynamics.estimate(lambda mean: mean, strength[:, :, shown], draws=300)
+    colours = matplotlib.colormaps["plasma"](np.linspace(0.0, 0.9, len(shown)))
+    columns = min(len(scale), 5)
+    rows = -(-len(scale) // columns)
+    figure, axes = _subplots(rows, columns, width=2.6, height=2.9, sharex=True, sharey=True)
+    for axis in axes.flat[len(scale) :]:
+        axis.set_visible(False)
+    label = trained.attrs["mode_label"].replace("\n", " ")
+    for k, axis in enumerate(axes.flat[: len(scale)]):
+        for i, colour in enumerate(colours):
+            axis.fill_between(
+                times, band.low[i, :, k], band.high[i, :, k], color=colour, alpha=0.2, lw=0
+            )
+            at = f"{int(steps[shown[i]]):,}"
+            axis.plot(times, band.value[i, :, k], color=colour, lw=1.6, label=at)
+        axis.plot(times, best.mean((0, 1))[:, k], "k--", lw=1.5, label="Bayes")
+        axis.axhline(trained.attrs["p"], color="grey", lw=0.8, zorder=0)
+        axis.set_title(f"{label}: {scale[k]:.3g}", fontsize=10)
+        axis.set_ylim(-0.1, 1.15)
+    for axis in axes[-1]:
+        axis.set_xlabel("observations")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(trained.attrs.get("strength_label", STRENGTH))
+    figure.suptitle(training.title("inner learning curves over outer training"))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="outer step", loc="outside right center", fontsize=9)
     return figure
+
+
+def outer_learning(training: OuterTraining) -> Figure:
+    """Inner learning time of each mode, and how near to Bayes it is, against outer step."""
+    trained, (strength, best) = training.trained, training.strengths
+    inner, scale, steps = dynamics.times_of(trained), dynamics.scale(trained), _outer_steps(trained)
+    figure, (left, right) = _row(2, width=5.2, height=4.0)
+    t = dynamics.estimate(inner, strength, draws=300)
+    share = dynamics.estimate(dynamics.share_of_bayes, strength, best, draws=300)
+    reached = dynamics.outer_times_of(trained)(strength.mean((0, 1)), best.mean((0, 1)))
+    for k, colour in enumerate(_colours(scale)):
+        for axis, (value, low, high) in ((left, t), (right, share)):
+            axis.fill_between(steps, low[:, k], high[:, k], color=colour, alpha=0.2, lw=0)
+            label = f"{scale[k]:.3g}" if axis is left else f"{reached[k]:,.0f}"
+            axis.plot(steps, value[:, k], "o-", color=colour, ms=3, label=label)
+        left.axhline(inner(best.mean((0, 1)))[k], color=colour, ls="--", lw=1.2)
+        right.plot(reached[k], 0.5, "s", color=colour, ms=7, mec="black", zorder=5)
+    left.plot([], [], "--", color="grey", label="Bayes")
+    left.set_ylabel(f"inner learning time $t_k$ (to {trained.attrs['p']:g})\nin observations")
+    left.set_ylim(0)
+    right.axhline(1, color="grey", ls="--", lw=1.2, zorder=0)
+    right.axhline(0.5, color="grey", lw=0.8, zorder=0)
+    right.set_ylabel("mean strength over the episode\n(0 untrained, 1 as Bayes)")
+    left.legend(title=trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
+    right.legend(title="half-way at outer step $n_k$", fontsize=9, title_fontsize=9)
+    for axis in (left, right):
+        _outer_axis(axis)
+    figure.suptitle(training.title("learning of each mode over outer training"))
+    return figure
+
+
+def distance_to_bayes(training: OuterTraining) -> Figure:
+    """Excess loss over Bayes, each seed and their mean, and mode by mode, against outer step."""
+    figure, (left, right) = _row(2, width=5.2, height=4.0)
+    trained, bayes = training.losses
+    steps, floor = _outer_steps(trained), trained.attrs["loss_floor"]
+    loss = dynamics.samples(trained, "loss")[..., 1:].mean(-1)
+    best = dynamics.samples(bayes, "loss")[..., 1:].mean(-1)
+    statistic = lambda mean, best: dynamics.excess_loss(mean, best[..., None], floor)  # noqa: E731
+    value, low, high = dynamics.estimate(statistic, loss, best, draws=300)
+    for each in loss.mean(1):
+        left.plot(steps, statistic(each, best.mean((0, 1))), color=COLOURS[0], lw=0.8, alpha=0.6)
+    left.fill_between(steps, low, high, color=COLOURS[0], alpha=0.25, lw=0)
+    left.plot(steps, value, "o-", color=COLOURS[0], ms=4, label="mean of seeds")
+    left.plot([], [], color=COLOURS[0], lw=0.8, alpha=0.6, label="each seed")
+    beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+    left.annotate(f"{value[-1]:.2f}", (steps[-1], value[-1]), **beside)
+    left.set_yscale("log")
+    left.set_ylabel(r"excess loss over Bayes" "\n" r"$(L - L_B)\,/\,(L_B - L_{\min})$")
+    left.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    ticks = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+    left.set_yticks([y for y in ticks if low.min() / 1.5 < y < high.max() * 1.5])
+    left.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    scale, steps = dynamics.scale(training.trained), _outer_steps(training.trained)
+    apart = dynamics.estimate(dynamics.distance_to_bayes, *training.strengths, draws=300)
+    for k, colour in enumerate(_colours(scale)):
+        right.fill_between(steps, apart.low[:, k], apart.high[:, k], color=colour, alpha=0.2, lw=0)
+        right.plot(steps, apart.value[:, k], "o-", color=colour, ms=3, label=f"{scale[k]:.3g}")
+    right.set_ylabel("distance of the mean inner curve\nto Bayes' (1 untrained)")
+    right.set_ylim(0)
+    right.legend(title=training.trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
+    left.legend(fontsize=9)
+    for axis in (left, right):
+        _outer_axis(axis)
+    figure.suptitle(training.title("distance to Bayes over outer training"))
+    return figure
+
+
+def animation(training: OuterTraining, path: Path) -> None:
+    """Writes a GIF of all inner learning curves, one frame a checkpoint, Bayes' beside them."""
+    trained, (strength, best) = training.trained, training.strengths
+    times, scale, steps = trained["time"].to_numpy(), dynamics.scale(trained), trained["outer_step"]
+    mean, bayes = strength.mean((0, 1)), best.mean((0, 1))
+    figure = Figure(figsize=(5.6, 4.2), dpi=80, layout="constrained")
+    axis = figure.subplots()
+    lines = []
+    for k, colour in enumerate(_colours(scale)):
+        lines += axis.plot([], [], color=colour, label=f"{scale[k]:.3g}")
+        axis.plot(times, bayes[:, k], "--", color=colour, lw=1.2)
+    axis.plot([], [], "--", color="grey", lw=1.2, label="Bayes")
+    axis.set(xlim=(0, times[-1]), ylim=(-0.1, 1.15), xlabel="observations in the episode")
+    axis.set_ylabel(trained.attrs.get("strength_label", STRENGTH))
+    place = {"title": trained.attrs["mode_label"], "title_fontsize": 9, "fontsize": 9}
+    axis.legend(**place, loc="upper left", bbox_to_anchor=(1, 1))
+    writer = PillowWriter(fps=4)
+    with writer.saving(figure, str(path), dpi=80):
+        frames = [*range(len(steps)), *[len(steps) - 1] * 6]  # the last stays for a while
+        for i in frames:
+            for k, line in enumerate(lines):
+                line.set_data(times, mean[i, :, k])
+            axis.set_title(training.title(f"outer step {int(steps[i]):,}"))
+            writer.grab_frame()
+
+
+def orders(trainings: Sequence[OuterTraining]) -> Figure:
+    """When the outer loop comes to learn each mode, against when the trained learner learns it."""
+    figure, axes = _row(len(trainings), width=4.4, height=4.3)
+    for axis, training in zip(axes, trainings, strict=True):
+        _order(axis, training)
+    axes[0].set_ylabel("outer learning time $n_k$\n(outer step half-way to Bayes)")
+    return figure
+
+
+def _order(axis: Any, training: OuterTraining) -> None:
+    trained, strengths = training.trained, training.strengths
+    inner, outer = dynamics.times_of(trained), dynamics.outer_times_of(trained)
+
+    def both(mean, bayes):
+        """Inner learning times of the trained learner, and outer ones."""
+        return np.stack([inner(mean[..., -1, :, :]), outer(mean, bayes)], -2)
+
+    value, low, high = dynamics.estimate(both, *strengths, draws=300)
+    correlation = dynamics.estimate(
+        lambda mean, bayes: dynamics.rank_correlation(*np.moveaxis(both(mean, bayes), -2, 0)),
+        *strengths,
+        draws=300,
+    )
+    bars = np.maximum([value - low, high - value], 0)  # [side, inner or outer, mode]
+    scale = dynamics.scale(trained)
+    for k, (colour, marker) in enumerate(zip(_colours(scale), MARKERS * 9, strict=False)):
+        (x, y), label = value[:, k], f"{scale[k]:.3g}"
+        style = {"color": colour, "ms": 8, "capsize": 3, "lw": 1.2, "label": label}
+        axis.errorbar(x, y, bars[:, 1, [k]], bars[:, 0, [k]], marker, **style)
+    axis.set_yscale("log")
+    number = matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:,.0f}")
+    axis.yaxis.set_major_formatter(number)
+    axis.yaxis.set_minor_formatter(number)
+    axis.tick_params(axis="y", which="both", labelsize=9)
+    axis.set_xlabel("inner learning time $t_k$\n(observations; trained LSTM)")
+    domain = trained.attrs.get("title", "")
+    axis.set_title(f"{domain}\nrank correlation {_interval(correlation)}".strip(), fontsize=10)
+    axis.legend(title=trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
+
+
+def _varied(run: RunFolder, stored: Mapping[str, Measured]) -> dict[str, Measured]:
+    """Tracked sets that stand for one value of what is varied, at the last outer step."""
+    return {
+        name: {
+            **stored[name],
+            "trained": run.trajectories(name, run.outer_steps()[-1:]).isel(outer_step=0),
+        }
+        for name, _ in run.trainings()
+        if name in stored and "varied" in _attrs(stored[name])
+    }
+
+
+def robustness(varied: Mapping[str, Measured]) -> Figure:
+    """How far each learner staggers, as one thing at a time is varied: a row each.
+
+    Sets carry `title` (the domain, a panel each) and `varied` (what it is and its value). A trained
+    learner is compared with Bayes on the same tasks.
+    """
+    titles = list(dict.fromkeys(_attrs(each)["title"] for each in varied.values()))
+    rows = [sum(_attrs(each)["title"] == t for each in varied.values()) for t in titles]
+    figure, axes = _row(len(titles), width=5.4, height=1.2 + 0.32 * max(rows))
+    for axis, title in zip(axes, titles, strict=True):
+        labels: list[str] = []
+        for measured in varied.values():
+            if _attrs(measured)["title"] != title:
+                continue
+            found = _attrs(measured)
+            ordered = found.get("ordered")
+            of = dynamics.staggering_of if ordered else dynamics.slope_of
+            trained = measured.get("trained")
+            if trained is not None:
+                bayes = next(data for name, data in measured.items() if name != "trained")
+                value, low, high = dynamics.difference(of, trained, bayes)
+            else:
+                value, low, high = dynamics.measured(of, next(iter(measured.values())))
+            bars = [[max(value - low, 0)], [max(high - value, 0)]]
+            colour = COLOURS[trained is None]
+            marker = "D" if trained is None else "o"
+            axis.errorbar(value, len(labels), xerr=bars, fmt=marker, color=colour, capsize=3)
+            labels.append(found["varied"])
+        axis.axvline(0, color="grey", lw=0.8, zorder=0)
+        axis.set_yticks(range(len(labels)), labels, fontsize=9)
+        axis.invert_yaxis()
+        what = "bandit staggering" if ordered else "staggering slope"
+        axis.set(title=title, xlabel=what)
+    axes[0].plot([], [], "D", color=COLOURS[1], label="ordinary learner")
+    axes[0].plot([], [], "o", color=COLOURS[0], label="meta-trained LSTM, minus Bayes")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _outer_steps(trained: xr.Dataset) -> np.ndarray:
+    """Outer steps for a log axis, step 0 at its left edge."""
+    return np.maximum(trained["outer_step"].to_numpy(), 0.5)
+
+
+def _outer_axis(axis: Any) -> None:
+    axis.set(xscale="log", xlabel="outer step (leftmost: 0)")
+    axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
 
 
 def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -131,3 +132,13 @@ def describe() -> dict[str, Any]:
         "memory": memory,
         "processes": jax.process_count(),
     }
+
+
+def processor() -> str:
+    """What a reader would call the hardware: "2 × AMD EPYC 7B13" or "8 × NVIDIA H100"."""
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() == "cpu":
+        with contextlib.suppress(OSError, StopIteration):  # on Linux
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            kind = next(x for x in lines if x.startswith("model name")).partition(":")[2].strip()
+    return f"{jax.device_count()} × {kind}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
 LINE_EVERY = 10.0  # seconds, away from a terminal
@@ -19,11 +19,28 @@ class Progress:
 
     def __init__(self, console: Console | None):
         self.console = console
+        self._bars: Bars | None = None
+        self._place = ""
 
     def say(self, line: str) -> None:
         """One line."""
         if self.console is not None:
+            line = self._place + line
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def studies(self, names: Sequence[str]) -> Iterator[Callable[[int], None]]:
+        """One display over several studies. Yields begin(i), to be called before each."""
+
+        def begin(i: int) -> None:
+            self._place = f"[{i + 1}/{len(names)} {names[i]}] "
+            advance(i, names[i])
+
+        with self._bar("studies", len(names), 0) as advance:
+            try:
+                yield begin
+            finally:
+                self._place = ""
 
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
@@ -59,14 +76,6 @@ class Progress:
 
     @contextmanager
     def _steps(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-        if self.console is not None and self.console.is_terminal:
-            columns: list[Any] = [TextColumn("{task.description}"), BarColumn()]
-            columns += [MofNCompleteColumn(), TextColumn("{task.fields[facts]}")]
-            columns += [TimeRemainingColumn()] if what != "training" else []
-            with Bars(*columns, console=self.console) as bars:
-                task = bars.add_task(what, total=total, completed=done, facts="")
-                yield lambda step, facts: bars.update(task, completed=step, facts=facts)
-            return
         last = -LINE_EVERY
 
         def line(step: int, facts: str) -> None:
@@ -75,4 +84,27 @@ class Progress:
                 last = time.monotonic()
                 self.say(f"{what} {step}/{total}  {facts}")
 
-        yield line
+        with self._bar(what, total, done) as advance:
+            yield advance if self._bars is not None else line
+
+    @contextmanager
+    def _bar(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        """A bar on a terminal, below those that are there; elsewhere nothing."""
+        if self.console is None or not self.console.is_terminal:
+            yield lambda step, facts: None
+            return
+        bars, outermost = self._bars, self._bars is None
+        if bars is None:
+            columns: list[Any] = [TextColumn("{task.description}"), BarColumn()]
+            columns += [MofNCompleteColumn(), TextColumn("{task.fields[facts]}")]
+            bars = self._bars = Bars(*columns, console=self.console)
+            bars.start()
+        task = bars.add_task(what, total=total, completed=done, facts="")
+        try:
+            yield lambda step, facts: bars.update(task, completed=step, facts=facts)
+        finally:
+            if outermost:
+                bars.stop()
+                self._bars = None
+            else:
+                bars.remove_task(task)

@@ -190,6 +190,18 @@ class RunFolder:
         names = (folder.parent.parent.name for folder in folders)
         return sorted(int(name) for name in names if name.isdigit())
 
+    def written(self, step: int) -> float:
+        """When the trajectories of an outer step were stored, in seconds since the epoch."""
+        return (self.path / "checkpoints" / str(step)).stat().st_mtime
+
+    def trainings(self) -> list[tuple[str, str]]:
+        """Of each meta-learner, the sets on which it is tracked and on which its loss is held out.
+
+        Their names are `TRACKED` and `HELDOUT` with the same ending.
+        """
+        sets = [name for name in self.trajectory_sets() if name.startswith(TRACKED)]
+        return [(name, HELDOUT + name.removeprefix(TRACKED)) for name in sets]
+
     def trajectory_sets(self) -> list[str]:
         """The sets of tasks measured at every checkpoint."""
         items = ocp.args.Composite(about=ocp.args.JsonRestore())
@@ -199,12 +211,15 @@ class RunFolder:
                 return list(stored["about"])
         return []
 
-    def trajectories(self, task_set: str = TRACKED) -> xr.Dataset:
+    def trajectories(
+        self, task_set: str = TRACKED, steps: Sequence[int] | None = None
+    ) -> xr.Dataset:
         """The meta-learner over outer training on one set: outer_step, seed, task, step, …
 
-        Readable while a run is writing. Raises `ConfigError` if nothing is stored yet.
+        At all outer steps that are stored, or some of them. Readable while a run is writing.
+        Raises `ConfigError` if nothing is stored yet.
         """
-        steps = self.outer_steps()
+        steps = self.outer_steps() if steps is None else list(steps)
         if not steps:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
         folders = [self.path / "checkpoints" / str(step) for step in steps]
@@ -222,6 +237,11 @@ class RunFolder:
     # Results.
 
     @property
+    def tensorboard(self) -> Path:
+        """Where scalars for TensorBoard are, if they were asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def figures(self) -> Path:
         """Where the figures are."""
         return self.path / "figures"
@@ -231,27 +251,32 @@ class RunFolder:
         path = self.path / "summary.json"
         if not path.exists():
             return None
-        summary = _read_json(path, f"{path} cannot be read")
-        row: dict[str, Any] = {
-            "name": str,
-            "expected": str,
-            "value": _Number,
-            "low": _Number,
-            "high": _Number,
-        }
-        for name in ("criteria", "reported"):
-            rows = summary.get(name, [])
-            kinds = row | ({"passed": bool} if name == "criteria" else {})
-            if not isinstance(rows, list) or not all(
-                isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in kinds.items())
-                for r in rows
-            ):
-                raise ConfigError(f"{path}: {name} is not as metadyn writes it; remove the file")
-        return {"study": "?", "preset": "?", "seed": "?", "criteria": [], "reported": [], **summary}
+        return read_summary(path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json in one step."""
         write_json(self.path / "summary.json", summary)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A summary.json. Raises `ConfigError` if it is damaged."""
+    summary = _read_json(path, f"{path} cannot be read")
+    row: dict[str, Any] = {
+        "name": str,
+        "expected": str,
+        "value": _Number,
+        "low": _Number,
+        "high": _Number,
+    }
+    for name in ("criteria", "reported"):
+        rows = summary.get(name, [])
+        kinds = row | ({"passed": bool} if name == "criteria" else {})
+        if not isinstance(rows, list) or not all(
+            isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in kinds.items())
+            for r in rows
+        ):
+            raise ConfigError(f"{path}: {name} is not as metadyn writes it; remove the file")
+    return {"study": "?", "preset": "?", "seed": "?", "criteria": [], "reported": [], **summary}
 
 
 def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:

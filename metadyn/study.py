@@ -42,6 +42,7 @@ from metadyn.base import (
 )
 from metadyn.outer import OuterConfig, Trainee, Trainer, TrainState
 from metadyn.progress import Progress
+from metadyn.scalars import scalars
 from metadyn.store import RunFolder, describe
 
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
@@ -123,6 +124,20 @@ class Training:
     heldout: TaskSet
     """Tasks of the training distribution: excess loss."""
 
+    def named(self, name: str, **attrs: Any) -> Training:
+        """This as one of several in a plan: its learner and its sets are called ..._name.
+
+        `attrs` are added to those of the tracked set.
+        """
+        rename = lambda each: dataclasses.replace(each, name=f"{each.name}_{name}")  # noqa: E731
+        tracked = rename(self.tracked)
+        return dataclasses.replace(
+            self,
+            learner=rename(self.learner),
+            tracked=dataclasses.replace(tracked, attrs={**tracked.attrs, **attrs}),
+            heldout=rename(self.heldout),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -161,11 +176,13 @@ def criterion(
     expected: str,
     at_most: float = math.inf,
     at_least: float = -math.inf,
+    surely: bool = False,
 ) -> Criterion:
-    """Passed when the value lies within the bounds; the interval says how surely it does."""
+    """Passed when the value lies within the bounds, or `surely` when its whole interval does."""
     value, low, high = (float(np.asarray(part)) for part in estimate)
     bounded = math.isfinite(at_most) or math.isfinite(at_least)
-    passed = bool(at_least <= value <= at_most) if bounded else None
+    ends = (low, high) if surely else (value, value)
+    passed = bool(at_least <= ends[0] and ends[1] <= at_most) if bounded else None
     return Criterion(name, value, low, high, expected, passed)
 
 
@@ -178,6 +195,27 @@ def censored(name: str, data: xr.Dataset) -> Criterion:
 
 
 @dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim of the paper that a study tests."""
+
+    says: str
+    criterion: str
+    """The criterion that judges it, by name."""
+    figure: str
+    """The figure that shows it, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Figures of merit to be set side by side: criteria called ROW_COLUMN."""
+
+    title: str
+    rows: Mapping[str, str]
+    """Name: what the table calls it."""
+    columns: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """A study, as the module-level name `study` of a file in experiments/ defines it."""
 
@@ -187,6 +225,11 @@ class Study:
     plan: Callable[[Any], Plan]
     criteria: Callable[[Any, RunFolder], Iterable[Criterion]]
     """`criteria(config, run)` from what is stored."""
+    section: str = ""
+    """Where the paper has it: the order in which a folder of studies is run and reported."""
+    claims: Sequence[Claim] = ()
+    """Of the paper, for `metadyn claims`."""
+    tables: Sequence[Table] = ()
 
     def beside(self, name: str, contender: Callable[[Any], Contender]) -> Study:
         """This study, called `name`, with one more learner, `contender(config)`, in every figure.
@@ -224,6 +267,17 @@ def load_study(path: str) -> Study:
     return found
 
 
+def load_studies(folder: str) -> list[Study]:
+    """The studies that the Python files of a folder define, in the paper's order.
+
+    Raises `ConfigError` if one of them defines none, or there is none.
+    """
+    studies = [load_study(str(path)) for path in sorted(Path(folder).glob("*.py"))]
+    if not studies:
+        raise ConfigError(f"study = {folder!r}: the folder holds no studies")
+    return sorted(studies, key=lambda study: (study.section or "~", study.name))
+
+
 def stream(key: Key, name: str) -> Key:
     """An independent key for each named purpose."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -232,8 +286,11 @@ def stream(key: Key, name: str) -> Key:
 class _Runner:
     """One study being run into one folder."""
 
-    def __init__(self, plan: Plan, run: RunFolder, seed: int, progress: Progress):
+    def __init__(
+        self, plan: Plan, run: RunFolder, seed: int, progress: Progress, tensorboard: bool
+    ):
         self.plan, self.store, self.progress = plan, run, progress
+        self.tensorboard = run.tensorboard if tensorboard else None
         self.key = jax.random.key(seed)
         self.trainings = {t.learner.name: t for t in plan.trainings}
 
@@ -305,16 +362,24 @@ class _Runner:
             start = store.restore_state(
                 latest, jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), abstract)
             )
+        for each in plan.trainings:  # first, so that a live run can be compared with it
+            self.measure(each.tracked, each.bayes)
         excess_over = {name: self.excess(t) for name, t in self.trainings.items()}
         schedule = set(plan.outer.checkpoint_steps)
         episodes = plan.outer.batch * plan.outer.seeds * len(trainees)
         state = start
-        with self.progress.training(plan.outer.steps, int(start.step)) as show, _held() as held:
+        with (
+            self.progress.training(plan.outer.steps, int(start.step)) as show,
+            scalars(self.tensorboard, int(start.step)) as log,
+            _held() as held,
+        ):
             for state, loss in trainer.run(start, plan.outer.checkpoint_steps):
                 step = int(state.step)
                 mean = {name: float(each.mean()) for name, each in loss.items()}
                 excess = {name: excess_over[name](value) for name, value in mean.items()}
                 show(step, loss=mean, excess=excess, episodes=step * episodes)
+                log(step, {f"loss/{name}": value for name, value in mean.items()})
+                log(step, {f"excess_loss/{name}": value for name, value in excess.items()})
                 if step in schedule:
                     save(state)
                 if held():
@@ -350,8 +415,7 @@ class _Runner:
 
     def measure_all(self, params: Mapping[str, Params]) -> None:
         """Every measurement of the plan that is not stored yet."""
-        wanted = [(t.tracked, t.bayes) for t in self.plan.trainings]
-        wanted += self.plan.measurements
+        wanted = self.plan.measurements
         with self.progress.counting("measuring", len(wanted)) as show:
             for tasks, contender in wanted:
                 show(f"{contender.label} on {tasks.name}")
@@ -359,7 +423,13 @@ class _Runner:
 
 
 def run_study(
-    study: Study, preset: str, seed: int, config: Any, out: str | Path, progress: Progress
+    study: Study,
+    preset: str,
+    seed: int,
+    config: Any,
+    out: str | Path,
+    progress: Progress,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Does the whole study into `out`, or what is left of it, and returns its summary.
 
@@ -379,7 +449,7 @@ def run_study(
         if done is not None:
             return done
         start = time.monotonic()
-        runner = _Runner(plan, run, seed, progress)
+        runner = _Runner(plan, run, seed, progress, tensorboard)
         try:
             runner.measure_all(runner.train())
         finally:
@@ -403,6 +473,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": mesh.processor(),
         **{name: version(name) for name in PACKAGES},
         **mesh.describe(),
     }

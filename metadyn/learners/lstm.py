@@ -54,9 +54,9 @@ class LSTMNetwork(nnx.Module):
         """The recurrent part, as the kernels take it."""
         return LSTMWeights(self.input[...], self.recurrent[...], self.bias[...])
 
-    def answer(self, h: Float[Array, "*T H B"]) -> Float[Array, "*T n_out B"]:
+    def answer(self, h: Float[Array, " H *B"]) -> Float[Array, " n_out *B"]:
         """The readout of hidden states."""
-        return jnp.matmul(self.readout[...], h) + self.offset[...][:, None]
+        return self.readout[...] @ h + self.offset[...].reshape(-1, *[1] * (h.ndim - 1))
 
 
 class LSTMState(NamedTuple):
@@ -99,7 +99,6 @@ class LSTMMetaLearner:
     def learner(self, params: Params) -> Learner:
         """The step-by-step form."""
         network = self._network(params)
-        column = lambda vector: vector[:, None]  # noqa: E731
 
         def init(key: Key) -> LSTMState:
             del key
@@ -108,17 +107,17 @@ class LSTMMetaLearner:
 
         def advance(state: LSTMState, query: Query) -> tuple[Array, Array, Gates]:
             x = jnp.concatenate([self.domain.encode_query(query), state.feedback])
-            return cell(network.weights, column(x), column(state.h), column(state.c))
+            return cell(network.weights, x, state.h, state.c)
 
         def predict(state: LSTMState, query: Query) -> Answer:
-            return network.answer(advance(state, query)[0])[: self.domain.answer_size, 0]
+            return network.answer(advance(state, query)[0])[: self.domain.answer_size]
 
         def update(state: LSTMState, query: Query, feedback: Feedback) -> LSTMState:
             h, c, gates = advance(state, query)
             sigmoids = jnp.stack(gates[:3])
             saturated = jnp.mean(jnp.abs(sigmoids - 0.5) > 0.5 - SATURATED)
             encoded = self.domain.encode_feedback(feedback)
-            return LSTMState(h[:, 0], c[:, 0], encoded, saturated)
+            return LSTMState(h, c, encoded, saturated)
 
         return Learner(
             init, predict, update, diagnose=lambda state: {"saturated_gates": state.saturated}
@@ -138,4 +137,4 @@ class LSTMMetaLearner:
         y = over_batch_and_time(self.domain.encode_feedback)(feedback)
         y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
         inputs = jnp.concatenate([x, y_before], axis=1)
-        return network.answer(lstm(network.weights, inputs, network.backend))
+        return jax.vmap(network.answer)(lstm(network.weights, inputs, network.backend))

@@ -1,0 +1,211 @@
+"""Outer-loop dynamics: how the inner learning curve of each mode changes over outer training.
+
+    metadyn run experiments/outer_loop_dynamics.py [--preset quick|paper] [--out DIR] [overrides]
+
+After Rabinowitz (2019), arXiv:1905.01320, §5. One LSTM is trained on each domain, side by side,
+with the networks and the objectives of the other three studies.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from metadyn import dynamics
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.fourier import FourierRegression
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.outer import ActorCriticConfig, OuterConfig
+from metadyn.store import HELDOUT, TRACKED, RunFolder
+from metadyn.study import Claim, MeasureConfig, Plan, Study, Table, criterion, load_study
+
+DOMAINS = {
+    "linear": ("linear_regression", "linear regression"),
+    "nonlinear": ("nonlinear_regression", "nonlinear regression"),
+    "bandit": ("contextual_bandit", "contextual bandit"),
+}
+"""Name here: study that trains on it, what figures call it."""
+STUDIES = {
+    name: load_study(str(Path(__file__).with_name(f"{study}.py")))
+    for name, (study, _) in DOMAINS.items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything the study depends on, beside its seed. Values are our choice."""
+
+    linear: LinearRegression = LinearRegression()
+    nonlinear: FourierRegression = FourierRegression()
+    bandit: ContextualBandit = ContextualBandit()
+    lstm: LSTMConfig = LSTMConfig()
+    actor_critic: ActorCriticConfig = ActorCriticConfig()
+    outer: OuterConfig = OuterConfig()
+    measure: MeasureConfig = MeasureConfig()
+
+
+def plan(config: Config) -> Plan:
+    """One training of each domain, as the domain's own study does it."""
+    trainings = []
+    for name, study in STUDIES.items():
+        own = {"actor_critic": config.actor_critic} if name == "bandit" else {}
+        theirs = dataclasses.replace(
+            study.presets["quick"],
+            domain=getattr(config, name),
+            lstm=config.lstm,
+            outer=config.outer,
+            measure=config.measure,
+            **own,
+        )
+        (training, *_) = study.plan(theirs).trainings
+        trainings.append(training.named(name, title=DOMAINS[name][1]))
+    return Plan(config.outer, trainings, measurements=[], chunk=config.measure.chunk)
+
+
+def staggering_of_contexts(trained, bayes):
+    """(n_(K) − n_(1)) / n_(K) of the outer steps n at which the outer loop comes to learn contexts.
+
+    Which context comes first is chance, and differs between seeds: each seed's contexts are ordered
+    on one half of the tasks and their times are taken from the other half, so that noise alone
+    would give 0.
+    """
+    steps = trained["outer_step"].to_numpy()
+    strength, best = (dynamics.samples(each, "mode_strength") for each in (trained, bayes))
+    best = np.broadcast_to(best.mean(-1, keepdims=True), best.shape)  # contexts are alike to Bayes
+
+    def times(strength, best):
+        return dynamics.learning_times(steps, dynamics.share_of_bayes(strength, best))
+
+    one, other = slice(0, None, 2), slice(1, None, 2)
+    found = times(strength[:, one].mean(1), best[:, one].mean(1))  # [seed, context]
+    order = np.argsort(found, axis=-1, kind="stable")[:, None, None, None]
+    ordered = np.take_along_axis(strength[:, other], order, -1)
+    return dynamics.estimate(lambda a, b: dynamics.staggering(times(a, b)), ordered, best[:, other])
+
+
+SAYS = {
+    "linear": "lesser singular modes are learned before the greater ones",
+    "nonlinear": "low frequencies are learned before high ones",
+}
+
+
+def of_domain(name: str, run: RunFolder):
+    """The order of the outer loop, the order within an episode, and how the two compare."""
+    trained = run.trajectories(f"{TRACKED}_{name}")
+    bayes = run.measurement(f"{TRACKED}_{name}", "bayes")
+    strengths = dynamics.strength(trained), dynamics.strength(bayes)
+    outer, inner = dynamics.outer_times_of(trained), dynamics.times_of(trained)
+    scale = dynamics.scale(trained)
+
+    def last(mean):
+        """Inner learning times of the trained learner."""
+        return inner(mean[..., -1, :, :])
+
+    if name == "bandit":
+        order, what = dynamics.staggering, "(t_K - t_1) / t_K, contexts in order of learning"
+        yield criterion(
+            "bandit_outer",
+            staggering_of_contexts(trained, bayes),
+            "the outer loop learns one context after another: (n_K - n_1) / n_K above 0, each "
+            "seed's contexts in its own order",
+            at_least=0.0,
+            surely=True,
+        )
+    else:
+        order, what = partial(dynamics.staggering_slope, scale), "slope of log t_k on log scale"
+        yield criterion(
+            f"{name}_outer",
+            dynamics.estimate(lambda a, b: order(outer(a, b)), *strengths),
+            f"over outer training {SAYS[name]}: slope of log n_k on log scale above 0",
+            at_least=0.0,
+            surely=True,
+        )
+    for who, estimate in (
+        ("inner", dynamics.estimate(lambda a: order(last(a)), strengths[0])),
+        ("bayes", dynamics.estimate(lambda b: order(inner(b)), strengths[1])),
+    ):
+        yield criterion(f"{name}_{who}", estimate, f"within an episode: {what}")
+    yield criterion(
+        f"{name}_correlation",
+        dynamics.estimate(lambda a, b: dynamics.rank_correlation(last(a), outer(a, b)), *strengths),
+        "Spearman's rank correlation of inner with outer learning times of the modes",
+    )
+    losses = (
+        run.trajectories(f"{HELDOUT}_{name}").isel(outer_step=-1),
+        run.measurement(f"{HELDOUT}_{name}", "bayes"),
+    )
+    yield criterion(
+        f"{name}_excess",
+        dynamics.estimate(
+            partial(dynamics.excess_loss, floor=trained.attrs["loss_floor"]),
+            *(dynamics.samples(each, "loss")[:, :, 1:].mean(-1) for each in losses),
+        ),
+        "excess loss of the LSTM over Bayes at the last outer step",
+    )
+    n = dynamics.estimate(outer, *strengths)
+    for k, at in enumerate(scale):
+        yield criterion(
+            f"{name}_n_{k + 1}",
+            dynamics.Estimate(*(part[k] for part in n)),
+            f"outer step at which mode {at:.3g} is half-way to Bayes",
+        )
+
+
+def criteria(config: Config, run: RunFolder):
+    """What the science says of the stored measurements."""
+    for name in DOMAINS:
+        yield from of_domain(name, run)
+
+
+QUICK = Config(
+    linear=LinearRegression(n_x=3, n_y=3),
+    nonlinear=FourierRegression(steps=40),
+    outer=OuterConfig(steps=8000, batch=32, learning_rate=3e-2, schedule="linear"),
+    measure=MeasureConfig(tracked_tasks=64, heldout_tasks=512, probe_points=16),
+)
+PAPER = Config(
+    lstm=LSTMConfig(hidden=256),
+    outer=OuterConfig(steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=60),
+    measure=MeasureConfig(tracked_tasks=1024, heldout_tasks=8192, probe_points=64),
+)
+
+study = Study(
+    "outer_loop_dynamics",
+    {"quick": QUICK, "paper": PAPER},
+    plan,
+    criteria,
+    section="§5",
+    claims=(
+        Claim(
+            "Over outer training, linear regression: lesser singular modes before greater ones",
+            "linear_outer",
+            "outer_learning_linear",
+        ),
+        Claim(
+            "Over outer training, nonlinear regression: low frequencies before high ones",
+            "nonlinear_outer",
+            "outer_learning_nonlinear",
+        ),
+        Claim(
+            "Over outer training, contextual bandit: one context after another",
+            "bandit_outer",
+            "outer_learning_bandit",
+        ),
+    ),
+    tables=(
+        Table(
+            "Inner and outer order: slope of log learning time on log scale; in the bandit "
+            "(t_K − t_1) / t_K",
+            {name: title for name, (_, title) in DOMAINS.items()},
+            {
+                "inner": "within an episode: LSTM",
+                "bayes": "within an episode: Bayes",
+                "outer": "over outer training",
+                "correlation": "rank correlation, inner with outer",
+                "excess": "excess loss at the end",
+            },
+        ),
+    ),
+)

@@ -1,0 +1,303 @@
+"""Robustness: the order of learning by inner and outer optimiser, by hidden width and by noise.
+
+    metadyn run experiments/robustness.py [--preset quick|paper] [--out DIR] [overrides]
+
+Rabinowitz (2019), arXiv:1905.01320, says that what is found does not depend on the optimiser. One
+thing at a time is changed in the three studies of a domain; the networks, objectives and sets of
+tasks are theirs. A learner that is too slow to have learned anything has no slope.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metadyn import dynamics
+from metadyn.base import check_positive
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.fourier import FourierRegression
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.outer import OuterConfig
+from metadyn.store import HELDOUT, TRACKED, RunFolder
+from metadyn.study import (
+    Claim,
+    Contender,
+    MeasureConfig,
+    Plan,
+    Study,
+    Table,
+    TaskSet,
+    Training,
+    criterion,
+    load_study,
+)
+
+TITLES = {
+    "linear": "linear regression",
+    "nonlinear": "nonlinear regression",
+    "bandit": "contextual bandit",
+}
+STUDIES = {
+    name: load_study(str(Path(__file__).with_name(f"{title.replace(' ', '_')}.py")))
+    for name, title in TITLES.items()
+}
+OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """A learning rate for each optimiser. All of them are our choice."""
+
+    sgd: float
+    momentum: float
+    rmsprop: float
+    adam: float
+
+    def __post_init__(self) -> None:
+        check_positive(self, *OPTIMIZERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything the study depends on, beside its seed. Values are our choice."""
+
+    linear: LinearRegression = LinearRegression()
+    nonlinear: FourierRegression = FourierRegression()
+    bandit: ContextualBandit = ContextualBandit()
+    lstm: LSTMConfig = LSTMConfig()
+    outer: OuterConfig = OuterConfig()
+    outer_rates: Rates = Rates(sgd=1.0, momentum=0.1, rmsprop=3e-3, adam=3e-2)
+    """Of the outer loop."""
+    linear_rates: Rates = Rates(sgd=0.05, momentum=0.005, rmsprop=1e-3, adam=1e-3)
+    """Of the deep linear network."""
+    linear_updates: int = 3000
+    """Its updates."""
+    bandit_rates: Rates = Rates(sgd=0.3, momentum=0.03, rmsprop=0.01, adam=0.03)
+    """Of REINFORCE. The MLPs in nonlinear regression have those of their own study."""
+    widths: tuple[int, ...] = (32, 128)
+    """Other numbers of hidden units, in the regressions."""
+    sigmas: tuple[float, ...] = (0.5,)
+    """Other noise, in the regressions."""
+    measure: MeasureConfig = MeasureConfig()
+
+
+def parts(config: Config, name: str, **changes: Any) -> Plan:
+    """What a domain's own study plans, with some of its configuration changed."""
+    study = STUDIES[name]
+    same = {f: getattr(config, f) for f in ("lstm", "outer", "measure")}
+    changes = {"domain": getattr(config, name), **same, **changes}
+    return study.plan(dataclasses.replace(study.presets["quick"], **changes))
+
+
+def inner_variants(config: Config, name: str) -> Iterator[tuple[str, TaskSet, Contender]]:
+    """Ordinary learners by optimiser: (optimiser, tasks, learner)."""
+    own = STUDIES[name].presets["quick"]
+    for optimizer in OPTIMIZERS:
+        if name == "nonlinear":
+            wanted, changes = ("by_optimizer", optimizer), {}
+        elif name == "linear":
+            rate, wanted = getattr(config.linear_rates, optimizer), ("in_distribution", "sgd")
+            fields = {"updates": config.linear_updates, "learning_rate": rate}
+            changes = {"sgd": dataclasses.replace(own.sgd, optimizer=optimizer, **fields)}
+        else:
+            rate = getattr(config.bandit_rates, optimizer)
+            wanted = ("in_distribution", "reinforce_coupled")
+            fields = {"optimizer": optimizer, "learning_rate": rate}
+            changes = {"policy": dataclasses.replace(own.policy, **fields)}
+        planned = parts(config, name, **changes).measurements
+        yield (
+            optimizer,
+            *next((s, who) for s, who in planned if (s.name, who.name) == wanted),
+        )
+
+
+def outer_variants(config: Config, name: str) -> Iterator[tuple[str, str, Training]]:
+    """Meta-learners by what is changed: (name, what figures call it, training)."""
+    (training, *_) = parts(config, name).trainings
+    for optimizer in OPTIMIZERS:
+        rate = getattr(config.outer_rates, optimizer)
+        outer = dataclasses.replace(config.outer, optimizer=optimizer, learning_rate=rate)
+        trainee = training.trainee._replace(optimizer=outer.transformation())
+        changed = dataclasses.replace(training, trainee=trainee)
+        yield f"outer_{optimizer}", f"outer optimiser {optimizer}", changed
+    if name != "bandit":
+        for hidden in config.widths:
+            lstm = dataclasses.replace(config.lstm, hidden=hidden)
+            (changed, *_) = parts(config, name, lstm=lstm).trainings
+            yield f"hidden_{hidden}", f"{hidden} hidden units", changed
+        for sigma in config.sigmas:
+            domain = dataclasses.replace(getattr(config, name), sigma=sigma)
+            (changed, *_) = parts(config, name, domain=domain).trainings
+            yield f"sigma_{sigma:g}", f"noise σ = {sigma:g}", changed
+
+
+def plan(config: Config) -> Plan:
+    """Every variant of every domain."""
+    trainings, measurements = [], []
+    for name, title in TITLES.items():
+        for optimizer, tasks, contender in inner_variants(config, name):
+            attrs = {"title": title, "varied": f"inner optimiser {optimizer}"}
+            tasks = dataclasses.replace(
+                tasks, name=f"{name}_inner_{optimizer}", attrs={**tasks.attrs, **attrs}
+            )
+            measurements.append((tasks, dataclasses.replace(contender, name="ordinary")))
+        for variant, label, training in outer_variants(config, name):
+            trainings.append(training.named(f"{name}_{variant}", title=title, varied=label))
+    return Plan(config.outer, trainings, measurements, chunk=config.measure.chunk)
+
+
+WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
+"""How far the LSTM may stagger beyond Bayes: the bounds of the domains' own studies."""
+SIGN = {"linear": -1, "nonlinear": 1}
+"""Of the ordinary learner's slope: greatest modes first, low frequencies first."""
+VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "sigma": "noise"}
+
+
+def of_domain(config: Config, run: RunFolder, name: str):
+    """How far each variant staggers; the meta-learners beside Bayes, and their excess loss."""
+    last = run.outer_steps()[-1:]
+    bandit = name == "bandit"
+    of = dynamics.staggering_of if bandit else dynamics.slope_of
+    merit = "(t_K - t_1) / t_K" if bandit else "slope of log t_k on log scale"
+
+    ordinary = {o: run.measurement(f"{name}_inner_{o}", "ordinary") for o in OPTIMIZERS}
+    for optimizer, data in ordinary.items():
+        yield criterion(
+            f"{name}_inner_{optimizer}_staggering",
+            dynamics.measured(of, data),
+            f"ordinary learner under {optimizer}: {merit}",
+        )
+    if name in SIGN:
+        slopes = [of(data) for data in ordinary.values()]
+        yield criterion(
+            f"{name}_inner_optimizers",
+            dynamics.estimate(
+                lambda *means: np.min(
+                    [SIGN[name] * slope(mean) for slope, mean in zip(slopes, means, strict=True)], 0
+                ),
+                *map(dynamics.strength, ordinary.values()),
+            ),
+            "the ordinary learner staggers the same way under every optimiser: least slope, times "
+            f"{SIGN[name]}, above 0",
+            at_least=0.0,
+            surely=True,
+        )
+
+    beside_bayes: dict[str, list] = {}
+    for variant, label, _ in outer_variants(config, name):
+        (lstm, bayes), losses = (
+            (
+                run.trajectories(f"{s}_{name}_{variant}", last).isel(outer_step=0),
+                run.measurement(f"{s}_{name}_{variant}", "bayes"),
+            )
+            for s in (TRACKED, HELDOUT)
+        )
+        beside_bayes.setdefault(variant.partition("_")[0], []).append((lstm, bayes))
+        yield criterion(
+            f"{name}_{variant}_staggering",
+            dynamics.difference(of, lstm, bayes),
+            f"LSTM minus Bayes, {label}: {merit}",
+        )
+        yield criterion(
+            f"{name}_{variant}_excess",
+            dynamics.estimate(
+                partial(dynamics.excess_loss, floor=losses[0].attrs["loss_floor"]),
+                *(dynamics.samples(each, "loss")[:, :, 1:].mean(-1) for each in losses),
+            ),
+            f"excess loss of the LSTM over Bayes, {label}",
+        )
+    for varied, pairs in beside_bayes.items():
+        merits = [(of(lstm), of(bayes)) for lstm, bayes in pairs]
+        yield criterion(
+            f"{name}_{varied}_worst",
+            dynamics.estimate(
+                lambda *means, merits=merits: np.max(
+                    [
+                        np.abs(one(a) - other(b))
+                        for (one, other), a, b in zip(merits, means[::2], means[1::2], strict=True)
+                    ],
+                    axis=0,
+                ),
+                *(dynamics.strength(data) for pair in pairs for data in pair),
+            ),
+            f"the LSTM staggers no more than Bayes, whatever the {VARIED[varied]}: greatest "
+            f"difference at most {WITHIN[name]:g}",
+            at_most=WITHIN[name],
+        )
+
+
+def criteria(config: Config, run: RunFolder):
+    """What the science says of every variant of every domain."""
+    for name in TITLES:
+        yield from of_domain(config, run, name)
+
+
+QUICK = Config(
+    linear=LinearRegression(n_x=3, n_y=3),
+    nonlinear=FourierRegression(steps=40),
+    outer=OuterConfig(
+        steps=3000, batch=32, learning_rate=3e-2, schedule="linear", seeds=2, checkpoints=4
+    ),
+    measure=MeasureConfig(updating_tasks=16, tracked_tasks=512, heldout_tasks=512, probe_points=16),
+)
+PAPER = Config(
+    lstm=LSTMConfig(hidden=256),
+    outer=OuterConfig(steps=50_000, batch=512, learning_rate=4e-3, warmup=1000, checkpoints=4),
+    outer_rates=Rates(sgd=1.0, momentum=0.1, rmsprop=1e-3, adam=4e-3),
+    widths=(64, 128),
+    measure=MeasureConfig(
+        updating_tasks=256, tracked_tasks=8192, heldout_tasks=8192, probe_points=64
+    ),
+)
+
+
+def rows(config: Config) -> dict[str, str]:
+    """Every variant, by the name that its figures of merit begin with."""
+    found = {}
+    for name, title in TITLES.items():
+        found |= {f"{name}_inner_{o}": f"{title}, inner optimiser {o}" for o in OPTIMIZERS}
+        found |= {
+            f"{name}_{v}": f"{title}, {label}" for v, label, _ in outer_variants(config, name)
+        }
+    return found
+
+
+study = Study(
+    "robustness",
+    {"quick": QUICK, "paper": PAPER},
+    plan,
+    criteria,
+    section="§2-4",
+    claims=(
+        *(
+            Claim(
+                f"Ordinary learners stagger whatever their optimiser: {TITLES[name]}",
+                f"{name}_inner_optimizers",
+                "robustness",
+            )
+            for name in SIGN
+        ),
+        *(
+            Claim(
+                f"The LSTM staggers no more than Bayes, whatever the {what}: {TITLES[name]}",
+                f"{name}_{varied}_worst",
+                "robustness",
+            )
+            for varied, what in VARIED.items()
+            for name in TITLES
+            if varied == "outer" or name != "bandit"
+        ),
+    ),
+    tables=(
+        Table(
+            "Staggering by optimiser, width and noise: slope of log learning time on log scale, "
+            "in the bandit (t_K − t_1) / t_K; the ordinary learner's own, the LSTM's minus Bayes'",
+            rows(QUICK),
+            {"staggering": "staggering", "excess": "excess loss of the LSTM"},
+        ),
+    ),
+)

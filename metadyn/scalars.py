@@ -1,0 +1,44 @@
+"""Training curves for TensorBoard: an optional extra, `pip install 'metadyn[tensorboard]'`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from metadyn.base import ConfigError
+
+Log = Callable[[int, Mapping[str, float]], None]
+"""`log(outer step, {name: value})`."""
+
+
+def check_installed() -> None:
+    """Raises `ConfigError` unless the extra is there."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "--tensorboard: tensorboardX is not installed; pip install 'metadyn[tensorboard]'"
+        ) from None
+
+
+@contextmanager
+def scalars(folder: Path | None, step: int) -> Iterator[Log]:
+    """Yields what writes scalars into `folder`; None writes nothing.
+
+    What an earlier run logged after `step`, from which this one goes on, is no longer shown.
+    """
+    if folder is None:
+        yield lambda step, values: None
+        return
+    check_installed()
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=step + 1) as writer:
+
+        def log(step: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        yield log
