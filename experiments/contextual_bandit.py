@@ -325,7 +325,7 @@ def criteria(config: Config, run: RunFolder):
 
 QUICK = Config(
     outer=OuterConfig(steps=4000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100),
-    measure=MeasureConfig(tasks=4096, updating_tasks=256, tracked_tasks=64, heldout_tasks=512),
+    measure=MeasureConfig(tasks=4096, updating_tasks=256, tracked_tasks=128, heldout_tasks=512),
 )
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),

@@ -163,7 +163,7 @@ QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     nonlinear=FourierRegression(steps=40),
     outer=OuterConfig(steps=8000, batch=32, learning_rate=3e-2, schedule="linear"),
-    measure=MeasureConfig(tracked_tasks=64, heldout_tasks=512, probe_points=16),
+    measure=MeasureConfig(tracked_tasks=256, heldout_tasks=256, probe_points=16),
 )
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),

@@ -246,9 +246,10 @@ def outer_learning(training: OuterTraining) -> Figure:
     right.axhline(0.5, color="grey", lw=0.8, zorder=0)
     right.set_ylabel("mean strength over the episode\n(0 untrained, 1 as Bayes)")
     left.legend(title=trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
-    right.legend(title="half-way at outer step $n_k$", fontsize=9, title_fontsize=9)
+    place = {"loc": "center left", "bbox_to_anchor": (0, 0.4)}
+    right.legend(title="half-way at outer step $n_k$", fontsize=9, title_fontsize=9, **place)
     for axis in (left, right):
-        _outer_axis(axis)
+        _outer_axis(axis, steps)
     figure.suptitle(training.title("learning of each mode over outer training"))
     return figure
 
@@ -285,7 +286,7 @@ def distance_to_bayes(training: OuterTraining) -> Figure:
     right.legend(title=training.trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
     left.legend(fontsize=9)
     for axis in (left, right):
-        _outer_axis(axis)
+        _outer_axis(axis, steps)
     figure.suptitle(training.title("distance to Bayes over outer training"))
     return figure
 
@@ -412,9 +413,10 @@ def _outer_steps(trained: xr.Dataset) -> np.ndarray:
     return np.maximum(trained["outer_step"].to_numpy(), 0.5)
 
 
-def _outer_axis(axis: Any) -> None:
-    axis.set(xscale="log", xlabel="outer step (leftmost: 0)")
+def _outer_axis(axis: Any, steps: np.ndarray) -> None:
+    axis.set(xscale="log", xlabel="outer step (leftmost: 0)", xlim=(0.4, 1.4 * steps[-1]))
     axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn.base import Answer, Domain, Feedback, Key, Learner, Params, Query, check_positive
-from metadyn.kernels.lstm import Backend, Gates, LSTMWeights, cell, lstm
+from metadyn.kernels.lstm import Backend, Gates, LSTMWeights, apply, cell, lstm
 
 SATURATED = 0.05  # our choice: a gate this close to 0 or 1 has at most a fifth of its full slope
 
@@ -56,7 +56,7 @@ class LSTMNetwork(nnx.Module):
 
     def answer(self, h: Float[Array, " H *B"]) -> Float[Array, " n_out *B"]:
         """The readout of hidden states."""
-        return self.readout[...] @ h + self.offset[...].reshape(-1, *[1] * (h.ndim - 1))
+        return apply(self.readout[...], h) + self.offset[...].reshape(-1, *[1] * (h.ndim - 1))
 
 
 class LSTMState(NamedTuple):
