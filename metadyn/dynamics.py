@@ -225,8 +225,8 @@ def estimate_over_runs(
 
 
 def share_of_bayes(
-    trained: Float[np.ndarray, "*batch outer_step step mode"],
-    bayes: Float[np.ndarray, "*batch step mode"],
+    trained: Float[np.ndarray, "*#batch outer_step step mode"],
+    bayes: Float[np.ndarray, "*#batch step mode"],
 ) -> Float[np.ndarray, "*batch outer_step mode"]:
     """How far outer training has brought each mode: 0 as untrained (outer step 0), 1 as Bayes.
 
@@ -238,8 +238,8 @@ def share_of_bayes(
 
 
 def distance_to_bayes(
-    trained: Float[np.ndarray, "*batch outer_step step mode"],
-    bayes: Float[np.ndarray, "*batch step mode"],
+    trained: Float[np.ndarray, "*#batch outer_step step mode"],
+    bayes: Float[np.ndarray, "*#batch step mode"],
 ) -> Float[np.ndarray, "*batch outer_step mode"]:
     """Root-mean-square distance between two inner learning curves, mode by mode: 1 untrained."""
     distance = np.sqrt(((trained - bayes[..., None, :, :]) ** 2).mean(-2))

@@ -169,9 +169,8 @@ class OuterTraining(NamedTuple):
         return dynamics.strength(self.trained), dynamics.strength(self.bayes)
 
     def title(self, what: str) -> str:
-        """`what`, of which domain."""
-        domain = self.trained.attrs.get("title")
-        return f"{domain}: {what}" if domain else what[0].upper() + what[1:]
+        """`what`, of which domain or learner."""
+        return f"{_called(self.trained)}: {what}"
 
 
 def _over_outer_training(
@@ -241,13 +240,14 @@ def outer_learning(training: OuterTraining) -> Figure:
         right.plot(reached[k], 0.5, "s", color=colour, ms=7, mec="black", zorder=5)
     left.plot([], [], "--", color="grey", label="Bayes")
     left.set_ylabel(f"inner learning time $t_k$ (to {trained.attrs['p']:g})\nin observations")
-    left.set_ylim(0)
+    left.set_ylim(0, trained["time"].to_numpy()[-1])
     right.axhline(1, color="grey", ls="--", lw=1.2, zorder=0)
     right.axhline(0.5, color="grey", lw=0.8, zorder=0)
     right.set_ylabel("mean strength over the episode\n(0 untrained, 1 as Bayes)")
     left.legend(title=trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
-    place = {"loc": "center left", "bbox_to_anchor": (0, 0.4)}
-    right.legend(title="half-way at outer step $n_k$", fontsize=9, title_fontsize=9, **place)
+    right.set_ylim(-0.2, 1.9)
+    about = {"title": "half-way at outer step $n_k$", "loc": "upper left", "ncols": 2}
+    right.legend(**about, fontsize=9, title_fontsize=9)
     for axis in (left, right):
         _outer_axis(axis, steps)
     figure.suptitle(training.title("learning of each mode over outer training"))
@@ -352,8 +352,8 @@ def _order(axis: Any, training: OuterTraining) -> None:
     axis.yaxis.set_minor_formatter(number)
     axis.tick_params(axis="y", which="both", labelsize=9)
     axis.set_xlabel("inner learning time $t_k$\n(observations; trained LSTM)")
-    domain = trained.attrs.get("title", "")
-    axis.set_title(f"{domain}\nrank correlation {_interval(correlation)}".strip(), fontsize=10)
+    title = f"{_called(trained)}\nrank correlation {_interval(correlation)}"
+    axis.set_title(title, fontsize=10)
     axis.legend(title=trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
 
 
@@ -406,6 +406,10 @@ def robustness(varied: Mapping[str, Measured]) -> Figure:
     axes[0].plot([], [], "o", color=COLOURS[0], label="meta-trained LSTM, minus Bayes")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _called(trained: xr.Dataset) -> str:
+    return trained.attrs.get("title", trained.attrs["label"])
 
 
 def _outer_steps(trained: xr.Dataset) -> np.ndarray:

@@ -511,7 +511,10 @@ def test_a_whole_small_study(tmp_path):
     out = tmp_path / "out"
     assert main(["run", STUDY, "--out", str(out), *SMALL]) == 1  # so small a study fails
     figures = {p.stem: matplotlib.image.imread(p) for p in (out / "figures").glob("*.png")}
-    assert set(figures) == {"mode_strength", "single_runs", "growth", "excess_loss"}
+    assert set(figures) == {
+        "mode_strength", "single_runs", "growth",
+        "inner_curves", "outer_learning", "distance_to_bayes", "orders",
+    }  # fmt: skip
     assert all(image.std() > 0.02 for image in figures.values())
     summary = json.loads((out / "summary.json").read_text())
     assert {c["name"] for c in summary["criteria"]} == {

@@ -59,16 +59,20 @@ def test_the_run_folder_is_as_the_contract_says(finished):
 
 
 def test_every_figure_is_drawn_and_drawn_again_from_what_is_stored(finished, capsys):
-    names = {"mode_strength", "learning_times", "excess_loss", "learned_spectrum"}
+    names = {
+        "mode_strength", "learning_times", "learned_spectrum",
+        "inner_curves", "outer_learning", "distance_to_bayes", "orders",
+    }  # fmt: skip
     assert {p.stem for p in (finished / "figures").glob("*.png")} == names
     shutil.rmtree(finished / "figures")
     assert main(["figures", str(finished)]) == 0
     printed = capsys.readouterr().out.split()
     assert {Path(p).stem for p in printed} == names
     for path in printed:
-        image = matplotlib.image.imread(path)
-        assert image.shape[0] > 300
-        assert image.std() > 0.02
+        if path.endswith(".png"):
+            image = matplotlib.image.imread(path)
+            assert image.shape[0] > 300
+            assert image.std() > 0.02
 
 
 def test_report_prints_the_verdict(finished, capsys):

@@ -19,6 +19,7 @@ SMALL = [
     *("--measure.tracked-tasks", "4", "--measure.heldout-tasks", "16"),
     *("--measure.probe-points", "11"),
 ]
+OUTER = ("inner_curves", "outer_learning", "distance_to_bayes")
 for name in ("sgd", "momentum", "rmsprop", "adam"):
     SMALL += [f"--optimizers.{name}.updates", "8", f"--optimizers.{name}.width", "8"]
 
@@ -34,7 +35,7 @@ def test_a_whole_small_study(finished):
     figures = {p.stem: matplotlib.image.imread(p) for p in (finished / "figures").glob("*.png")}
     assert set(figures) == {
         "mode_strength", "learning_times", "mode_strength_by_optimizer", "examples", "band_gain",
-        "excess_loss",
+        *(f"{name}{suffix}" for name in OUTER for suffix in ("", "_band")), "orders",
     }  # fmt: skip
     assert all(image.std() > 0.02 for image in figures.values())
     summary = json.loads((finished / "summary.json").read_text())

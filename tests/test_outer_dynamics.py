@@ -1,0 +1,285 @@
+"""Outer-loop dynamics: the figures of merit, the study, and what follows a run from outside."""
+
+import dataclasses
+import json
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import PIL.Image
+import pytest
+import scipy.stats
+import xarray as xr
+
+import metadyn
+from metadyn import dynamics
+from metadyn.cli import main
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+from metadyn.store import RunFolder, describe
+from metadyn.study import criterion, load_study
+
+ROOT = Path(__file__).parent.parent
+STUDY = str(ROOT / "experiments" / "outer_loop_dynamics.py")
+SMALL = [
+    *("--linear.n-x", "2", "--linear.n-y", "2", "--linear.steps", "4"),
+    *("--nonlinear.steps", "4", "--bandit.steps", "6", "--lstm.hidden", "4"),
+    *("--outer.steps", "40", "--outer.batch", "16", "--outer.seeds", "2", "--outer.warmup", "1"),
+    *("--outer.checkpoints", "6", "--measure.tracked-tasks", "6", "--measure.heldout-tasks", "8"),
+]
+IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 200}}}
+DOMAINS = ("linear", "nonlinear", "bandit")
+
+
+# Figures of merit, against curves whose answers are known.
+
+
+def bayes_curve():
+    """Two modes [task, step, mode] with other courses, from 0 at the start."""
+    t = np.arange(6)[:, None]
+    return np.broadcast_to(1 - np.array([0.5, 0.8]) ** t, (3, 6, 2))
+
+
+def test_share_of_bayes_is_the_share_by_which_the_curves_were_made():
+    share = np.array([[0.0, 0.0], [0.2, 0.6], [1.0, 0.9]])  # [outer step, mode]
+    untrained = 0.2  # such as chance in a bandit
+    best = untrained + bayes_curve()
+    trained = untrained + share[:, None] * bayes_curve()[:, None]
+    np.testing.assert_allclose(dynamics.share_of_bayes(trained, best)[1], share, atol=1e-12)
+    # Half-way lies between outer steps 1 and 3 of the first mode, before 1 of the second.
+    data = xr.Dataset(coords={"outer_step": [0, 1, 3]})
+    found = dynamics.outer_times_of(data)(trained.mean(0), best.mean(0))
+    np.testing.assert_allclose(found, [1 + 2 * 0.3 / 0.8, 0.5 / 0.6])
+
+
+def test_distance_to_bayes_is_one_untrained_and_falls_with_the_share_left():
+    share = np.array([[0.0, 0.0], [0.25, 1.0], [1.5, 0.5]])
+    trained = share[:, None] * bayes_curve()[:, None]
+    found = dynamics.distance_to_bayes(trained, bayes_curve())[0]
+    np.testing.assert_allclose(found, np.abs(1 - share), atol=1e-12)
+
+
+def test_rank_correlation_of_two_batches_is_scipys():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 20, 5))
+    each = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(dynamics.rank_correlation(x, y), each)
+    never = dynamics.rank_correlation(np.array([1.0, np.nan, 2.0]), np.array([1.0, 3.0, 2.0]))
+    np.testing.assert_allclose(never, 1)
+
+
+def test_surely_asks_the_whole_interval():
+    straddling = dynamics.Estimate(np.array(0.2), np.array(-0.1), np.array(0.5))
+    assert criterion("c", straddling, "above 0", at_least=0).passed
+    assert criterion("c", straddling, "above 0", at_least=0, surely=True).passed is False
+    unknown = dynamics.Estimate(*[np.array(np.nan)] * 3)
+    assert criterion("c", unknown, "above 0", at_least=0, surely=True).passed is False
+
+
+def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
+    """Trajectories of contexts that jump from 0.2 to 1 at an outer step of their own [seed, c]."""
+    rng, steps = np.random.default_rng(1), np.arange(0, 101, 5)
+    J = np.where(steps[:, None] >= learned_at[:, None], 1.0, 0.2)[:, None, :, None]
+    seeds, _, n, _, contexts = J.shape
+    J = J + noise * rng.normal(size=(seeds, tasks, n, 3, contexts))
+    axes = ("seed", "task", "outer_step", "step", "mode")
+    trained = xr.Dataset({"mode_strength": (axes, J)}, {"outer_step": steps})
+    best = xr.Dataset({"mode_strength": (axes[1:2] + axes[3:], np.ones((tasks, 3, contexts)))})
+    return trained, best
+
+
+def test_staggering_of_contexts_finds_each_seeds_own_order_and_nothing_in_noise():
+    of = sys.modules[f"metadyn_study_{Path(STUDY).stem}"] if load_study(STUDY) else None
+    apart = np.array([[20, 40, 80], [80, 20, 40]])  # jumps half-way between records
+    value, low, high = of.staggering_of_contexts(*bandit_over_outer_training(apart))
+    np.testing.assert_allclose(value, (77.5 - 17.5) / 77.5, rtol=0.02)
+    assert low > 0.7
+    assert high < 0.85
+    alike = np.full((4, 5), 40)
+    value, low, high = of.staggering_of_contexts(*bandit_over_outer_training(alike, noise=2.0))
+    assert low < 0 < high
+
+
+# Training.
+
+
+def test_a_training_may_have_an_optimiser_of_its_own():
+    domain = LinearRegression(2, 2, steps=5)
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
+    config = OuterConfig(steps=20, batch=8, seeds=2, warmup=2)
+    plain = Trainee(meta, prediction_loss(domain, meta))
+    sgd = dataclasses.replace(config, optimizer="sgd", learning_rate=0.1).transformation()
+    trainer = Trainer({"a": plain, "b": plain._replace(optimizer=sgd)}, config, jax.random.key(0))
+    state, _ = trainer.advance(trainer.init(), jnp.int32(10))
+    alone = Trainer({"a": plain}, config, jax.random.key(0))
+    other, _ = alone.advance(alone.init(), jnp.int32(10))
+    jax.tree.map(np.testing.assert_array_equal, state.params["a"], other.params["a"])
+    assert not np.allclose(state.params["a"]["input"], state.params["b"]["input"])
+    moments = [len(jax.tree.leaves(each)) for each in (state.moments["a"], state.moments["b"])]
+    assert moments[0] > moments[1]  # plain gradient descent has none
+
+
+# The study, and following it.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "outer"
+    assert main(["run", STUDY, "--out", str(out), *SMALL, "--tensorboard"]) == 1
+    return out
+
+
+def test_every_domain_has_its_figures_and_its_criteria(finished):
+    drawn = {p.name for p in (finished / "figures").iterdir()}
+    kinds = ("inner_curves_{}.png", "outer_learning_{}.png", "distance_to_bayes_{}.png")
+    kinds = (*kinds, "inner_curves_{}.gif")
+    assert drawn == {kind.format(name) for kind in kinds for name in DOMAINS} | {"orders.png"}
+    for path in (finished / "figures").glob("*.png"):
+        assert matplotlib.image.imread(path).std() > 0.02
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {c["name"] for c in summary["criteria"]} == {f"{name}_outer" for name in DOMAINS}
+    reported = {c["name"] for c in summary["reported"]}
+    parts = ("inner", "bayes", "correlation", "excess", "n_1")
+    assert {f"{name}_{part}" for name in DOMAINS for part in parts} <= reported
+
+
+def test_the_animation_has_a_frame_for_each_checkpoint(finished):
+    checkpoints = len(RunFolder(finished).outer_steps())
+    with PIL.Image.open(finished / "figures" / "inner_curves_linear.gif") as gif:
+        shown = sum(_length(gif, i) for i in range(gif.n_frames)) / 250
+    assert shown == checkpoints + 6  # the last stays; equal frames are stored as one, for longer
+
+
+def _length(gif, i):
+    gif.seek(i)
+    return gif.info["duration"]
+
+
+def test_trajectories_of_every_domain_load(finished):
+    for name in DOMAINS:
+        data = metadyn.load(finished, f"tracked_{name}")
+        assert {"learner", "outer_step", "seed", "task", "mode", "step"} <= set(data.dims)
+        assert set(data["learner"].values) == {f"lstm_{name}", "bayes"}
+        assert data["outer_step"].values[[0, -1]].tolist() == [0, 40]
+        assert data["mode_strength"].dtype == np.float32
+
+
+def events(folder):
+    """TFRecords (length, checksum, bytes, checksum) of TensorBoard: step, name and value."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(folder.iterdir()):
+        raw, at = path.read_bytes(), 0
+        while at < len(raw):
+            (length,) = struct.unpack_from("<Q", raw, at)
+            event = Event.FromString(raw[at + 12 : at + 12 + length])
+            yield from ((event.step, v.tag, v.simple_value) for v in event.summary.value)
+            at += 16 + length
+
+
+def test_scalars_for_tensorboard(finished):
+    logged = list(events(finished / "tensorboard"))
+    names = {f"{what}/lstm_{name}" for what in ("loss", "excess_loss") for name in DOMAINS}
+    assert {tag for _, tag, _ in logged} == names
+    assert max(step for step, _, _ in logged) == 40
+    assert all(np.isfinite(value) for _, _, value in logged)
+
+
+def test_tensorboard_must_be_installed(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    refused([STUDY, "--tensorboard"], "pip install 'metadyn[tensorboard]'")
+
+
+def readings(value, tasks=4):
+    """A small set of readings, all equal to `value`, and its description."""
+    arrays = {
+        "mode_strength": np.full((1, tasks, 3, 2), value, np.float32),
+        "loss": np.full((1, tasks, 3), value, np.float32),
+    }
+    axes = ("seed", "task", "step")
+    attrs = {"learner": "lstm", "label": "LSTM", "clock": "observations", "loss_floor": 0.5}
+    attrs |= {"p": 0.5, "mode_coordinate": "s", "mode_label": "s", "panel": 1}
+    about = describe(
+        {"mode_strength": (*axes, "mode"), "loss": axes},
+        {"time": ("step", range(3)), "s": ("mode", [2.0, 1.0])},
+        attrs,
+    )
+    return arrays, about
+
+
+def save(run, step, value):
+    arrays, about = readings(value)
+    sets = ("tracked", "heldout")
+    run.save_checkpoint(
+        step, {"w": np.float32(step)}, dict.fromkeys(sets, arrays), dict.fromkeys(sets, about)
+    )
+
+
+def test_a_live_run_is_reported(tmp_path, capsys):
+    """Excess over Bayes at the newest checkpoint is (2 - 1) / (1 - 0.5)."""
+    run = RunFolder.create(tmp_path / "r", IDENTITY)
+    for task_set in ("tracked", "heldout"):
+        run.save_measurement(task_set, "bayes", *readings(1.0))
+    save(run, 0, 3.0)
+    save(run, 50, 2.0)
+    run.close()
+    assert main(["report", str(run.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "outer step 50 of 200 (25%); 2 checkpoints" in printed
+    assert "lstm: excess loss over Bayes 2.000 [2.000, 2.000]" in printed
+    assert "2 measurements stored" in printed
+
+
+def test_a_hundred_checkpoints_are_read_in_five_seconds(tmp_path):
+    run = RunFolder.create(tmp_path / "r", IDENTITY)
+    for step in range(100):
+        save(run, step, step)
+    run.close()
+    start = time.monotonic()
+    data = metadyn.load(run.path)
+    assert time.monotonic() - start < 5
+    np.testing.assert_array_equal(
+        data["mode_strength"].isel(mode=0, task=0, step=0).squeeze(), range(100)
+    )
+
+
+WRITE = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_outer_dynamics import IDENTITY, RunFolder, save
+run = RunFolder.create(sys.argv[1], IDENTITY)
+for step in range(30):
+    save(run, step, step)
+run.close()
+"""
+
+
+def test_what_is_read_while_a_run_writes_is_whole(tmp_path):
+    """Every look at it is a beginning of the run, with the right numbers, and the looks grow."""
+    path = tmp_path / "r"
+    command = [sys.executable, "-c", WRITE, str(path), str(Path(__file__).parent)]
+    looks = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as writer:
+        while writer.poll() is None or not looks or looks[-1] < 30:
+            assert writer.returncode in (None, 0), writer.stderr.read()
+            if not (path / "config.json").exists() or not RunFolder(path).outer_steps():
+                time.sleep(0.02)
+                continue
+            data = RunFolder(path).trajectories()
+            steps = data["outer_step"].values
+            np.testing.assert_array_equal(steps, range(len(steps)))
+            value = data["mode_strength"].transpose("outer_step", ...).values
+            np.testing.assert_array_equal(
+                value, np.broadcast_to(steps[:, None, None, None, None], value.shape)
+            )
+            looks.append(len(steps))
+    assert looks == sorted(looks)
+    assert len(set(looks)) > 3
+    assert looks[-1] == 30
