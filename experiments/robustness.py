@@ -70,7 +70,7 @@ class Config:
     bandit: ContextualBandit = ContextualBandit()
     lstm: LSTMConfig = LSTMConfig()
     outer: OuterConfig = OuterConfig()
-    outer_rates: Rates = Rates(sgd=1.0, momentum=0.1, rmsprop=3e-3, adam=3e-2)
+    outer_rates: Rates = Rates(sgd=3.0, momentum=1.0, rmsprop=1e-2, adam=3e-2)
     """Of the outer loop."""
     linear_rates: Rates = Rates(sgd=0.05, momentum=0.005, rmsprop=1e-3, adam=1e-3)
     """Of the deep linear network."""

@@ -307,9 +307,12 @@ def animation(training: OuterTraining, path: Path) -> None:
     axis.set_ylabel(trained.attrs.get("strength_label", STRENGTH))
     place = {"title": trained.attrs["mode_label"], "title_fontsize": 9, "fontsize": 9}
     axis.legend(**place, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_title(training.title(f"outer step {int(steps[-1]):,}"))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, for the longest title
     writer = PillowWriter(fps=4)
     with writer.saving(figure, str(path), dpi=80):
-        frames = [*range(len(steps)), *[len(steps) - 1] * 6]  # the last stays for a while
+        frames = [*range(len(steps)), *[len(steps) - 1] * 4]  # the last stays for a while
         for i in frames:
             for k, line in enumerate(lines):
                 line.set_data(times, mean[i, :, k])

@@ -1,0 +1,146 @@
+"""The claims table, and folders of studies."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from metadyn import claims
+from metadyn.base import ConfigError
+from metadyn.cli import main
+from metadyn.study import load_studies
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def between(text):
+    return text.partition(claims.BEGIN)[2].partition(claims.END)[0].strip()
+
+
+def test_the_table_in_the_repository_is_that_of_the_stored_summaries():
+    assert between((EXPERIMENTS / "README.md").read_text()) == claims.tables(EXPERIMENTS)
+
+
+def test_every_claim_has_a_measured_verdict_and_its_figure():
+    for study in load_studies(str(EXPERIMENTS)):
+        summary = json.loads((EXPERIMENTS / "results" / f"{study.name}-quick.json").read_text())
+        rows = {row["name"]: row for row in summary["criteria"]}
+        assert study.claims
+        for claim in study.claims:
+            assert isinstance(rows[claim.criterion]["passed"], bool)
+            assert (EXPERIMENTS / "figures" / f"{study.name}_{claim.figure}.png").is_file()
+
+
+STUDY = """
+import dataclasses
+import numpy as np
+from metadyn import Claim, criterion, load_study
+from metadyn.dynamics import Estimate
+linear = load_study({linear!r})
+small = linear.presets["quick"]
+small = dataclasses.replace(
+    small,
+    domain=dataclasses.replace(small.domain, n_x=2, n_y=2, steps=4),
+    lstm=dataclasses.replace(small.lstm, hidden=4),
+    outer=dataclasses.replace(
+        small.outer, steps=6, batch=4, seeds=1, warmup=1, checkpoints=2, dispatch=2
+    ),
+    measure=dataclasses.replace(
+        small.measure, tracked_tasks=4, heldout_tasks=4, probe_points=6
+    ),
+)
+def plan(config):
+    return dataclasses.replace(linear.plan(config), measurements=[], curves={{}})
+def criteria(config, run):
+    steps = Estimate(*(np.array(float(run.outer_steps()[-1] * by)) for by in (1, 0.5, 2)))
+    yield criterion("steps", steps, "fewer than 3", at_most=3.0)
+study = dataclasses.replace(
+    linear, name={name!r}, section={section!r}, presets={{"quick": small}}, plan=plan,
+    criteria=criteria, claims=(Claim("It takes few steps", "steps", "orders"),),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two small studies, whose order in the paper is not that of the alphabet, both run."""
+    folder = tmp_path_factory.mktemp("studies")
+    linear = str(EXPERIMENTS / "linear_regression.py")
+    for name, section in (("first", "§2"), ("a_second", "§3")):
+        text = STUDY.format(linear=linear, name=name, section=section)
+        (folder / f"{name}.py").write_text(text)
+    (folder / "README.md").write_text(f"before\n{claims.BEGIN}\n{claims.END}\nafter\n")
+    assert main(["run", str(folder), "--out", str(folder / "runs")]) == 1  # too small to pass
+    return folder
+
+
+def test_a_folder_of_studies_is_run_in_order_and_once(folder, capsys):
+    runs = sorted((folder / "runs").iterdir())
+    assert [run.name for run in runs] == ["a_second-quick-0", "first-quick-0"]
+    before = [(run / "summary.json").stat().st_mtime_ns for run in runs]
+    assert main(["run", str(folder), "--out", str(folder / "runs")]) == 1
+    assert before == [(run / "summary.json").stat().st_mtime_ns for run in runs]
+    lines = capsys.readouterr().out.splitlines()
+    begun = [line for line in lines if "metadyn: " in line]
+    assert begun[0].startswith("[1/2 first] metadyn: first, preset quick")
+    assert begun[1].startswith("[2/2 a_second] metadyn: a_second, preset quick")
+
+
+def test_a_folder_takes_no_overrides_and_must_hold_studies(folder, tmp_path, refused):
+    refused([str(folder), "--domain.sigma", "0.2"], "overrides are for one study")
+    refused([str(folder), "--preset", "paper"], "choose from quick")
+    (tmp_path / "none").mkdir()
+    refused([str(tmp_path / "none")], "holds no studies")
+    (tmp_path / "none" / "x.py").write_text("y = 1\n")
+    refused([str(tmp_path / "none")], "defines no `study")
+
+
+def test_claims_are_collected_judged_and_written(folder, capsys):
+    assert main(["claims", str(folder)]) == 0
+    table = between((folder / "README.md").read_text())
+    assert table.count("not measured | ") == 2
+    runs = [str(folder / "runs" / f"{name}-quick-0") for name in ("first", "a_second")]
+    assert main(["claims", str(folder), *runs]) == 0
+    text = (folder / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    lines = between(text).splitlines()[2:]
+    assert ["first" in lines[0], "a_second" in lines[1]] == [True, True]
+    assert "| **does not hold**: 6 [3, 12] | [orders](figures/first_orders.png) |" in lines[0]
+    assert (folder / "figures" / "first_orders.png").is_file()
+    assert "not measured" not in lines[0]
+
+
+def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(folder / "runs" / "first-quick-0", unfinished)
+    (unfinished / "summary.json").unlink()
+    for run, says in ((unfinished, "is not done"), (tmp_path, "holds no run")):
+        assert main(["claims", str(folder), str(run)]) == 2
+        assert says in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(folder / "first.py", bare)
+    with pytest.raises(ConfigError, match="needs the lines"):
+        claims.write(bare)
+
+
+def test_tables_set_figures_of_merit_side_by_side():
+    row = {"expected": "", "passed": True}
+    numbers = {"value": -0.25, "low": -0.5, "high": None}
+    summary = {
+        "criteria": [row | numbers | {"name": "sgd_slope"}],
+        "reported": [row | {"value": 2, "low": 2, "high": 2, "name": "adam_excess"}],
+    }
+    table = claims.Table(
+        "t", {"sgd": "SGD", "adam": "Adam"}, {"slope": "slope", "excess": "excess"}
+    )
+    assert list(claims._table(table, summary)) == [
+        "| | slope | excess |",
+        "| --- | --- | --- |",
+        "| SGD | −0.25 [−0.5, –] |  |",
+        "| Adam |  | 2 |",
+    ]
+    assert dataclasses.is_dataclass(table)
