@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
 LINE_EVERY = 10.0  # seconds, away from a terminal
+MANY = 3  # meta-learners, beyond which a line does not name each
 
 
 class Progress:
@@ -54,8 +55,13 @@ class Progress:
             seconds = max(time.monotonic() - began, 1e-9)
             rate = episodes * (step - first) / max(step, 1) / seconds
             left = seconds * (total - step) / max(step - first, 1)
-            each = (f"{n}: loss {loss[n]:.4f}, excess over Bayes {excess[n]:.3f}" for n in loss)
-            return f"{'; '.join(each)}  {rate:,.0f} episodes/s  {left:,.0f} s left"
+            if len(loss) <= MANY:
+                each = (f"{n}: loss {loss[n]:.4f}, excess over Bayes {excess[n]:.3f}" for n in loss)
+                said = "; ".join(each)
+            else:
+                ends = f"{min(excess.values()):.3f} to {max(excess.values()):.3f}"
+                said = f"{len(loss)} meta-learners: excess over Bayes {ends}"
+            return f"{said}  {rate:,.0f} episodes/s  {left:,.0f} s left"
 
         with self._steps("training", total, done) as advance:
             yield lambda step, **numbers: advance(step, facts(step, **numbers))
