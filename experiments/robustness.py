@@ -18,7 +18,7 @@ import numpy as np
 from metadyn import dynamics
 from metadyn.base import check_positive
 from metadyn.domains.bandit import ContextualBandit
-from metadyn.domains.fourier import FourierRegression
+from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.outer import OuterConfig
@@ -238,7 +238,8 @@ def criteria(config: Config, run: RunFolder):
 
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
-    nonlinear=FourierRegression(steps=40),
+    nonlinear=FourierRegression(band(1, 3), steps=20),
+    bandit=ContextualBandit(contexts=3, actions=3, steps=20),
     outer=OuterConfig(
         steps=3000, batch=32, learning_rate=3e-2, schedule="linear", seeds=2, checkpoints=4
     ),
