@@ -1,6 +1,7 @@
 """The command line: metadyn run | figures | report | devices.
 
-Exit codes: 0 done, 1 a criterion failed, 2 bad input (one line on stderr), 130 interrupted.
+Exit codes: 0 done, 1 a criterion failed, 2 bad input or a DIR that cannot be written (one line on
+stderr), 130 interrupted, or another process of the run was lost: the same command goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,13 +43,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--options", action="store_true", help="list what can be overridden")
+    devices = commands.add_parser("devices", help="say what a run would use")
+    for command in (run, devices):
+        several = command.add_argument_group(
+            "several processes",
+            "What Slurm, Open MPI and TPU pods say by themselves. Process 0 listens at HOST:PORT.",
+        )
+        several.add_argument("--coordinator", metavar="HOST:PORT")
+        several.add_argument("--processes", type=int, metavar="N")
+        several.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
     for name, what in (
         ("figures", "draw the figures again from what DIR holds"),
         ("report", "print the verdict, or how far a run has come"),
     ):
         command = commands.add_parser(name, help=what)
         command.add_argument("dir", metavar="DIR")
-    commands.add_parser("devices", help="say what a run would use")
     return parser
 
 
@@ -61,14 +71,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
         return _COMMANDS[arguments.command](arguments, overrides)
     except ConfigError as error:
-        print(f"metadyn: {error}", file=sys.stderr)
-        return BAD_INPUT
+        if str(error):
+            print(f"metadyn: {error}".replace("\n", " "), file=sys.stderr)
+        return _left(BAD_INPUT)
     except KeyboardInterrupt:
         print("metadyn: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+        return _left(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return _left(DONE)
+    except Exception as error:
+        from metadyn import mesh
+
+        if not mesh.joined():
+            raise
+        if mesh.lost(error):
+            print(
+                "metadyn: another process of this run was lost; start all of them again to go on "
+                f"from the last checkpoint ({' '.join(str(error).split())[:120]})",
+                file=sys.stderr,
+            )
+            return _left(INTERRUPTED)
+        traceback.print_exc()
+        return _left(FAILED)
+
+
+def _left(code: int) -> int:
+    """The exit code. Other processes still at work notice at once, not when JAX's own exit has
+    waited for them."""
+    if "jax" in sys.modules:
+        from metadyn import mesh
+
+        if mesh.joined():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return code
 
 
 def _warn(
@@ -92,6 +130,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn.study import load_study, run_study
 
     mesh.use_every_core()
+    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     study = load_study(arguments.study)
     if arguments.preset not in study.presets:
         known = ", ".join(study.presets)
@@ -105,10 +144,11 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if config is None:
         return DONE
     out = arguments.out or f"runs/{study.name}-{arguments.preset}-{arguments.seed}"
-    progress = Progress(Console())
+    progress = Progress(Console() if mesh.first() else None)
     progress.say(f"metadyn: {study.name}, preset {arguments.preset}, into {out}")
     summary = run_study(study, arguments.preset, arguments.seed, config, out, progress)
-    _show(summary)
+    if mesh.first():
+        _show(summary)
     progress.say(f"figures: {Path(out) / 'figures'}")
     return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
 
@@ -170,8 +210,10 @@ def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn import mesh
 
     mesh.use_every_core()
+    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     for name, value in mesh.describe().items():
-        print(f"{name}: {value}")
+        if mesh.first():
+            print(f"{name}: {value}")
     return DONE
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import version
@@ -295,33 +295,41 @@ class _Runner:
                 }
             store.save_checkpoint(int(state.step), state, trajectories, about)
 
-        latest = store.latest_step()
-        if latest is None:
-            start = trainer.init()
-            save(start)
-        else:
+        sound = mesh.by_first(store.sound_steps)
+
+        def last_before(target: int) -> TrainState:
+            """The state at the last sound checkpoint before an outer step."""
             abstract = jax.eval_shape(trainer.init)
             place = partial(jax.ShapeDtypeStruct, sharding=mesh.replicated())
-            start = store.restore_state(
-                latest, jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), abstract)
-            )
+            like = jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), abstract)
+            return store.restore_state(max(s for s in sound if s < target), like)
+
+        first, *schedule = plan.outer.checkpoint_steps
+        if first not in sound:
+            save(trainer.init())
+            sound.append(first)
         excess_over = {name: self.excess(t) for name, t in self.trainings.items()}
-        schedule = set(plan.outer.checkpoint_steps)
         episodes = plan.outer.batch * plan.outer.seeds * len(trainees)
-        state = start
-        with self.progress.training(plan.outer.steps, int(start.step)) as show, _held() as held:
-            for state, loss in trainer.run(start, plan.outer.checkpoint_steps):
-                step = int(state.step)
-                mean = {name: float(each.mean()) for name, each in loss.items()}
-                excess = {name: excess_over[name](value) for name, value in mean.items()}
-                show(step, loss=mean, excess=excess, episodes=step * episodes)
-                if step in schedule:
-                    save(state)
-                if held():
-                    if step not in schedule:
-                        save(state, scheduled=False)
-                    raise KeyboardInterrupt
-        return state.params
+        state: TrainState | None = None
+        reached = max(sound)
+        with self.progress.training(plan.outer.steps, reached) as show, _held() as held:
+            for target in schedule:
+                if target in sound:  # an earlier one may be missing: damaged, it was not sound
+                    state = None
+                    continue
+                start = state or last_before(target)
+                for state, loss in trainer.run(start, [target]):
+                    step = int(state.step)
+                    mean = {name: float(np.mean(each)) for name, each in loss.items()}
+                    excess = {name: excess_over[name](value) for name, value in mean.items()}
+                    show(step, loss=mean, excess=excess, episodes=step * episodes)
+                    stop = mesh.anywhere(held())
+                    if step == target or stop:
+                        save(state, scheduled=step == target)
+                    if stop:
+                        mesh.leave()
+                        raise KeyboardInterrupt
+        return (state or last_before(plan.outer.steps + 1)).params
 
     def excess(self, training: Training) -> Callable[[float], float]:
         """What turns a loss on the training distribution into the excess over Bayes."""
@@ -338,7 +346,7 @@ class _Runner:
         params: Mapping[str, Params] = MappingProxyType({}),
     ) -> None:
         """Makes and stores a measurement, unless it is stored already."""
-        if self.store.has_measurement(tasks.name, contender.name):
+        if mesh.by_first(lambda: self.store.has_measurement(tasks.name, contender.name)):
             return
         arrays: dict[str, Any] = dict(self.arrays(tasks, contender, params))
         about = self.about(tasks, contender)
@@ -363,8 +371,9 @@ def run_study(
 ) -> dict[str, Any]:
     """Does the whole study into `out`, or what is left of it, and returns its summary.
 
-    Raises `ConfigError` for a folder that is in use, foreign or of another configuration, and
-    KeyboardInterrupt once what was interrupted is stored.
+    What is damaged in a folder is made anew. Raises `ConfigError` for a folder that is in use,
+    foreign, of another configuration or cannot be written, and KeyboardInterrupt once what was
+    interrupted is stored.
     """
     plan = study.plan(config)
     asked = {
@@ -373,29 +382,35 @@ def run_study(
         "seed": seed,
         "config": dataclasses.asdict(config),
     }
-    run = RunFolder.create(out, asked)
-    with run.locked():
-        done = run.summary()
-        if done is not None:
-            return done
-        start = time.monotonic()
-        runner = _Runner(plan, run, seed, progress)
-        try:
+    try:
+        mesh.by_first(lambda: RunFolder.create(out, asked).config)
+        run = RunFolder(out)
+        with ExitStack() as stack:
+            mesh.by_first(lambda: stack.enter_context(run.locked()))
+            if done := mesh.by_first(lambda: run.summary() if run.is_sound() else None):
+                return done
+            begun = time.monotonic()
+            runner = _Runner(plan, run, seed, progress)
             runner.measure_all(runner.train())
-        finally:
-            run.close()
-        criteria = list(study.criteria(config, run))
-        figures.draw(run)
-        summary = {
-            "study": study.name,
-            "preset": preset,
-            "seed": seed,
-            "environment": environment() | {"seconds": round(time.monotonic() - start, 1)},
-            "criteria": [_as_json(c) for c in criteria if c.passed is not None],
-            "reported": [_as_json(c) for c in criteria if c.passed is None],
-        }
-        run.write_summary(summary)
-        return summary
+
+            def conclude() -> dict[str, Any]:
+                criteria = list(study.criteria(config, run))
+                figures.draw(run)
+                seconds = round(time.monotonic() - begun, 1)
+                summary = {
+                    "study": study.name,
+                    "preset": preset,
+                    "seed": seed,
+                    "environment": environment() | {"seconds": seconds},
+                    "criteria": [_as_json(c) for c in criteria if c.passed is not None],
+                    "reported": [_as_json(c) for c in criteria if c.passed is None],
+                }
+                run.write_summary(summary)
+                return summary
+
+            return mesh.by_first(conclude)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
 def environment() -> dict[str, Any]:

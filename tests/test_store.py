@@ -49,7 +49,6 @@ def write_run(path):
         run.save_measurement(task_set, "bayes", *readings(5, learner="bayes"))
     run.save_measurement("in_distribution", "lstm", *readings(2, 7, trained=True))
     run.save_measurement("in_distribution", "sgd", *readings(4, time=6, learner="sgd"))
-    run.close()
     return run, written
 
 
@@ -73,7 +72,7 @@ def test_a_measurement_comes_back_labelled(tmp_path):
 def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
     run, written = written_run
     assert run.outer_steps() == [0, 1, 4]
-    assert run.latest_step() == 5
+    assert run.sound_steps() == [0, 1, 4, 5]
     found = run.trajectories()
     assert dict(found["mode_strength"].sizes) == {
         "outer_step": 3, "seed": 2, "task": 5, "step": 3, "mode": 2
