@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from metadyn.base import ConfigError, check
@@ -155,9 +155,9 @@ def replicated() -> NamedSharding:
     return NamedSharding(mesh(), PartitionSpec())
 
 
-def here() -> SingleDeviceSharding:
-    """One device of this process: for arrays that are read where what wrote them is not there."""
-    return SingleDeviceSharding(jax.local_devices()[0])
+def replicate(tree: Any) -> Any:
+    """A copy on every device of what every process has computed for itself."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated())
 
 
 def train_seeds(

@@ -276,8 +276,13 @@ class Trainer:
 
         # Computed on one device: batched decompositions on several CPU devices at once, as in
         # orthogonal initialisation, can wait for each other's threads for ever (jaxlib 0.10.2).
-        self.init = lambda: jax.device_put(jax.jit(init)(), mesh.replicated())
+        self.init = lambda: mesh.replicate(jax.jit(init)())
         """The state at outer step 0."""
+        self.abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh.replicated()),
+            jax.eval_shape(init),
+        )
+        """The shapes, types and placement of a state."""
         self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())
         """`advance(state, count)`: `count` outer steps on; (state, mean loss of each seed by name).
         The state passed in is consumed. Compiled once for all counts."""

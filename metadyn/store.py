@@ -150,6 +150,15 @@ class RunFolder:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))
 
+    def _read(self, folder: Path, name: str) -> tuple[Arrays, dict[str, Any]]:
+        """Arrays as NumPy's, whatever devices they were written from, and their description."""
+        self._check(folder)
+        tree = ocp.StandardCheckpointHandler().metadata(folder / name).tree
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        items = {name: ocp.args.PyTreeRestore(restore_args=numpy), "about": ocp.args.JsonRestore()}
+        stored = self._restore(folder, **items)
+        return stored[name], stored["about"]
+
     def _check(self, folder: Path) -> None:
         """Raises `ConfigError` unless a folder is as it was written; looks once."""
         if folder in self._sound:
@@ -235,9 +244,7 @@ class RunFolder:
 
         Raises `ConfigError` if it is damaged.
         """
-        folder = self._measurement(task_set, learner)
-        stored = self._restore(folder, arrays=_arrays(), about=ocp.args.JsonRestore())
-        return labelled(stored["arrays"], stored["about"])
+        return labelled(*self._read(self._measurement(task_set, learner), "arrays"))
 
     def measurements(self) -> dict[str, list[str]]:
         """Names of the learners measured so far, by set of tasks."""
@@ -274,9 +281,8 @@ class RunFolder:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
         datasets = []
         for step in steps:
-            items = {"trajectories": _arrays(), "about": ocp.args.JsonRestore()}
-            stored = self._restore(self._checkpoint(step), **items)
-            datasets.append(labelled(stored["trajectories"][task_set], stored["about"][task_set]))
+            arrays, about = self._read(self._checkpoint(step), "trajectories")
+            datasets.append(labelled(arrays[task_set], about[task_set]))
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
 
     # Results.
@@ -369,11 +375,6 @@ def _sums(folder: Path) -> bytes:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{digest}  {path.relative_to(folder)}\n")
     return "".join(lines).encode()
-
-
-def _arrays() -> ocp.args.StandardRestore:
-    """Reads arrays whatever devices they were written from."""
-    return ocp.args.StandardRestore(fallback_sharding=mesh.here())
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> list[tuple[str, Any, Any]]:

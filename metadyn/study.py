@@ -17,7 +17,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import version
 from pathlib import Path
@@ -299,10 +298,7 @@ class _Runner:
 
         def last_before(target: int) -> TrainState:
             """The state at the last sound checkpoint before an outer step."""
-            abstract = jax.eval_shape(trainer.init)
-            place = partial(jax.ShapeDtypeStruct, sharding=mesh.replicated())
-            like = jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), abstract)
-            return store.restore_state(max(s for s in sound if s < target), like)
+            return store.restore_state(max(s for s in sound if s < target), trainer.abstract)
 
         first, *schedule = plan.outer.checkpoint_steps
         if first not in sound:
