@@ -70,6 +70,7 @@ class RunFolder:
         """Raises `ConfigError` unless `path` holds a run."""
         self.path = Path(path).absolute()
         self._sound: set[Path] = set()
+        self._named: set[Path] = set()  # damaged, and warned of
         self.config = _read_json(self.path / "config.json", f"{path} holds no run of metadyn")
         missing = {"study", "preset", "seed", "config"} - set(self.config)
         if missing:
@@ -167,7 +168,7 @@ class RunFolder:
             written, found = (folder / SUMS).read_bytes(), _sums(folder)
             lines = {*written.splitlines()} ^ {*found.splitlines()}
             names = {line.split(b"  ")[-1].decode(errors="replace") for line in lines}
-            what = f"{min(names, default=SUMS)} is not as it was written"
+            what = f"{min(names, default=SUMS)} is not as {SUMS} says"
         except OSError as error:
             written, found, what = b"", b"damaged", f"{error.strerror}: {error.filename}"
         if written != found:
@@ -183,7 +184,9 @@ class RunFolder:
                 self._check(folder)
                 return True
         except ConfigError as damage:
-            warnings.warn(str(damage), ConfigWarning, stacklevel=2)
+            if folder not in self._named:
+                warnings.warn(str(damage), ConfigWarning, stacklevel=2)
+            self._named.add(folder)
         return False
 
     def is_sound(self) -> bool:

@@ -296,9 +296,9 @@ class _Runner:
 
         sound = mesh.by_first(store.sound_steps)
 
-        def last_before(target: int) -> TrainState:
-            """The state at the last sound checkpoint before an outer step."""
-            return store.restore_state(max(s for s in sound if s < target), trainer.abstract)
+        def before(target: int) -> int:
+            """The last sound checkpoint before an outer step."""
+            return max(step for step in sound if step < target)
 
         first, *schedule = plan.outer.checkpoint_steps
         if first not in sound:
@@ -306,14 +306,15 @@ class _Runner:
             sound.append(first)
         excess_over = {name: self.excess(t) for name, t in self.trainings.items()}
         episodes = plan.outer.batch * plan.outer.seeds * len(trainees)
+        end = plan.outer.steps
+        reached = before(next((step for step in schedule if step not in sound), end + 1))
         state: TrainState | None = None
-        reached = max(sound)
-        with self.progress.training(plan.outer.steps, reached) as show, _held() as held:
+        with self.progress.training(end, reached) as show, _held() as held:
             for target in schedule:
-                if target in sound:  # an earlier one may be missing: damaged, it was not sound
+                if target in sound:  # while an earlier one, damaged, was not
                     state = None
                     continue
-                start = state or last_before(target)
+                start = state or store.restore_state(before(target), trainer.abstract)
                 for state, loss in trainer.run(start, [target]):
                     step = int(state.step)
                     mean = {name: float(np.mean(each)) for name, each in loss.items()}
@@ -325,7 +326,7 @@ class _Runner:
                     if stop:
                         mesh.leave()
                         raise KeyboardInterrupt
-        return (state or last_before(plan.outer.steps + 1)).params
+        return (state or store.restore_state(end, trainer.abstract)).params
 
     def excess(self, training: Training) -> Callable[[float], float]:
         """What turns a loss on the training distribution into the excess over Bayes."""
@@ -383,7 +384,8 @@ def run_study(
         run = RunFolder(out)
         with ExitStack() as stack:
             mesh.by_first(lambda: stack.enter_context(run.locked()))
-            if done := mesh.by_first(lambda: run.summary() if run.is_sound() else None):
+            done = mesh.by_first(run.summary)
+            if done and mesh.by_first(run.is_sound):
                 return done
             begun = time.monotonic()
             runner = _Runner(plan, run, seed, progress)
