@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import os
 import re
 import signal
@@ -129,6 +130,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn.progress import Progress
     from metadyn.study import load_study, run_study
 
+    # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     study = load_study(arguments.study)

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,8 +128,13 @@ class RunFolder:
 
     def _save(self, folder: Path, **items: ocp.args.CheckpointArgs) -> None:
         part = folder.with_name(folder.name + PART)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(part, args=ocp.args.Composite(**items))
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                checkpointer.save(part, args=ocp.args.Composite(**items))
+        except ValueError as error:  # TensorStore's way to say that a file cannot be written
+            if code := re.search(r"os_error_code='(\d+)'", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+            raise
 
         def complete() -> None:
             (part / SUMS).write_bytes(_sums(part))
