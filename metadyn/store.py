@@ -86,7 +86,7 @@ class RunFolder:
         """
         folder = Path(path).absolute()
         config = json.loads(json.dumps(config))
-        if (folder / "config.json").exists():
+        if os.path.exists(folder / "config.json"):  # False too for what cannot be a path
             run = cls(path)
             for name, theirs, ours in _differences(run.config, config):
                 raise ConfigError(
@@ -102,9 +102,10 @@ class RunFolder:
                     f"--out {path} is not empty and holds no run of metadyn: choose another DIR"
                 )
             write_json(folder / "config.json", config)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"--out {path} cannot be written ({error.strerror}): choose another DIR"
+                f"--out {path} cannot be written ({said}): choose another DIR"
             ) from error
         return cls(path)
 
@@ -157,14 +158,16 @@ class RunFolder:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))
 
-    def _read(self, folder: Path, name: str) -> tuple[Arrays, dict[str, Any]]:
-        """Arrays as NumPy's, whatever devices they were written from, and their description."""
+    def _arrays(self, folder: Path, name: str) -> Any:
+        """Arrays as NumPy's, whatever devices they were written from."""
         self._check(folder)
         tree = ocp.StandardCheckpointHandler().metadata(folder / name).tree
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        items = {name: ocp.args.PyTreeRestore(restore_args=numpy), "about": ocp.args.JsonRestore()}
-        stored = self._restore(folder, **items)
-        return stored[name], stored["about"]
+        return self._restore(folder, **{name: ocp.args.PyTreeRestore(restore_args=numpy)})[name]
+
+    def _about(self, folder: Path) -> dict[str, Any]:
+        """Their description."""
+        return self._restore(folder, about=ocp.args.JsonRestore())["about"]
 
     def _check(self, folder: Path) -> None:
         """Raises `ConfigError` unless a folder is as it was written; looks once."""
@@ -227,6 +230,10 @@ class RunFolder:
         """The outer steps of checkpoints that are undamaged, in order; warns of the others."""
         return [step for step in self.steps() if self._is_sound(self._checkpoint(step))]
 
+    def state(self, step: int) -> Any:
+        """The training state at an outer step, as NumPy arrays in dictionaries and lists."""
+        return self._arrays(self._checkpoint(step), "state")
+
     def restore_state(self, step: int, abstract: Any) -> Any:
         """The training state at an outer step, placed as `abstract` (shapes and shardings) says."""
         state = ocp.args.StandardRestore(abstract)
@@ -253,7 +260,8 @@ class RunFolder:
 
         Raises `ConfigError` if it is damaged.
         """
-        return labelled(*self._read(self._measurement(task_set, learner), "arrays"))
+        folder = self._measurement(task_set, learner)
+        return labelled(self._arrays(folder, "arrays"), self._about(folder))
 
     def measurements(self) -> dict[str, list[str]]:
         """Names of the learners measured so far, by set of tasks."""
@@ -275,8 +283,7 @@ class RunFolder:
     def trajectory_sets(self) -> list[str]:
         """The sets of tasks measured at every checkpoint."""
         for step in self.outer_steps()[:1]:
-            stored = self._restore(self._checkpoint(step), about=ocp.args.JsonRestore())
-            return list(stored["about"])
+            return list(self._about(self._checkpoint(step)))
         return []
 
     def trajectories(self, task_set: str = TRACKED) -> xr.Dataset:
@@ -290,7 +297,8 @@ class RunFolder:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
         datasets = []
         for step in steps:
-            arrays, about = self._read(self._checkpoint(step), "trajectories")
+            folder = self._checkpoint(step)
+            arrays, about = self._arrays(folder, "trajectories"), self._about(folder)
             datasets.append(labelled(arrays[task_set], about[task_set]))
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 import platform
 import signal
 import sys
@@ -204,7 +205,7 @@ class Study:
 
 def load_study(path: str) -> Study:
     """The study a Python file defines. Raises `ConfigError` if there is none."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False too for what cannot be a path
         raise ConfigError(f"study = {path!r}: there is no such file")
     name = f"metadyn_study_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
