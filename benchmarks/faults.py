@@ -120,7 +120,7 @@ def same(one, other):
 
 
 def kills(folder, count, rng):
-    """`kill -9` at random moments, every other one in the middle of a save."""
+    """`kill -9` at random moments of one run, every third aimed at a save."""
     whole, out = finish(folder / "whole", *LONG), folder / "killed"
     saves = done = 0
     while done < count:
