@@ -115,6 +115,14 @@ def test_bad_process_options_are_one_line(options, says, refused):
     refused([STUDY, *options], says)
 
 
+def test_accelerators_that_cannot_share_the_batch_are_refused_before_dir_exists(
+    refused, monkeypatch
+):
+    monkeypatch.setattr(mesh.jax, "device_count", lambda: 4)
+    monkeypatch.setattr(mesh.jax, "default_backend", lambda: "gpu")
+    refused([STUDY, "--outer.batch", "6"], "parts of the batch = 6: must be a multiple of the 4")
+
+
 def test_a_bad_process_variable_is_named(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "many")
     with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES = 'many'"):
