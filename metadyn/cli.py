@@ -1,6 +1,7 @@
 """The command line: metadyn run | figures | report | claims | devices.
 
-Exit codes: 0 done, 1 a criterion failed, 2 bad input (one line on stderr), 130 interrupted.
+Exit codes: 0 done, 1 a criterion failed, 2 bad input or a DIR that cannot be written (one line on
+stderr), 130 interrupted, or another process of the run was lost: the same command goes on.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--options", action="store_true", help="list what can be overridden")
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
+    devices = commands.add_parser("devices", help="say what a run would use")
+    for command in (run, devices):
+        several = command.add_argument_group(
+            "several processes",
+            "What Slurm, Open MPI and TPU pods say by themselves. Process 0 listens at HOST:PORT.",
+        )
+        several.add_argument("--coordinator", metavar="HOST:PORT")
+        several.add_argument("--processes", type=int, metavar="N")
+        several.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
     for name, what in (
         ("figures", "draw the figures again from what DIR holds"),
         ("report", "print the verdict, or how far a run has come"),
@@ -64,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     claims.add_argument("folder", help="a folder of studies")
     claims.add_argument("dir", metavar="DIR", nargs="*", help="runs that are done")
-    commands.add_parser("devices", help="say what a run would use")
     return parser
 
 
@@ -78,14 +89,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
         return _COMMANDS[arguments.command](arguments, overrides)
     except ConfigError as error:
-        print(f"metadyn: {error}", file=sys.stderr)
-        return BAD_INPUT
+        if str(error):
+            print(f"metadyn: {error}".replace("\n", " "), file=sys.stderr)
+        return _left(BAD_INPUT)
     except KeyboardInterrupt:
         print("metadyn: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
+        return _left(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return _left(DONE)
+    except Exception as error:
+        from metadyn import mesh
+
+        if not mesh.joined():
+            raise
+        if mesh.lost(error):
+            print(
+                "metadyn: another process of this run was lost; start all of them again to go on "
+                f"from the last checkpoint ({' '.join(str(error).split())[:120]})",
+                file=sys.stderr,
+            )
+            return _left(INTERRUPTED)
+        traceback.print_exc()
+        return _left(FAILED)
+
+
+def _left(code: int) -> int:
+    """The exit code. Other processes still at work notice at once, not when JAX's own exit has
+    waited for them."""
+    if "jax" in sys.modules:
+        from metadyn import mesh
+
+        if mesh.joined():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return code
 
 
 def _warn(
@@ -109,12 +148,16 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn.scalars import check_installed
     from metadyn.study import load_studies, load_study
 
+    # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
+    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     if arguments.seed < 0:
         raise ConfigError(f"--seed {arguments.seed}: must be 0 or more")
     if arguments.tensorboard:
         check_installed()
-    progress = Progress(Console())
+    progress = Progress(Console() if mesh.first() else None)
     if not Path(arguments.study).is_dir():
         study = load_study(arguments.study)
         name = f"{study.name}-{arguments.preset}-{arguments.seed}"
@@ -223,8 +266,10 @@ def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn import mesh
 
     mesh.use_every_core()
+    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     for name, value in mesh.describe().items():
-        print(f"{name}: {value}")
+        if mesh.first():
+            print(f"{name}: {value}")
     return DONE
 
 

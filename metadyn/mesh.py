@@ -1,27 +1,134 @@
-"""Devices: the one module that knows how many there are.
+"""Devices and processes: the one module that knows how many there are.
 
-Tasks are split over all of them; in training seeds are, and the episodes of a seed over what
-devices are left. Parameters are replicated.
+Tasks are split over all devices; in training seeds are, and the episodes of a seed over what
+devices are left. Parameters are replicated. All processes run the same program; what is to be done
+once, such as making a folder or drawing, is done by process 0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from metadyn.base import check
+from metadyn.base import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
+HEARTBEAT = 30  # seconds of silence after which a process counts as dead
+
+
+def start(
+    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other processes of a run by JAX's distributed runtime, if there are to be others.
+
+    They are named by the arguments, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID where arguments are None, or by what Slurm, Open MPI or a TPU pod says, which JAX
+    reads itself. Raises `ConfigError` if they are named in part, or cannot be joined.
+    """
+    told: dict[str, Any] = {
+        "coordinator_address": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _whole(processes, "JAX_NUM_PROCESSES"),
+        "process_id": _whole(process_id, "JAX_PROCESS_ID"),
+    }
+    lacking = [name for name, value in told.items() if value is None]
+    if len(lacking) == len(told) and not _launched():
+        return
+    if 0 < len(lacking) < len(told):
+        raise ConfigError(
+            f"{lacking[0]} = None: give all of --coordinator HOST:PORT, --processes and "
+            "--process-id, or none"
+        )
+    # Its handler of SIGTERM would take the place of ours, which saves.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**told, heartbeat_timeout_seconds=HEARTBEAT)
+    except (RuntimeError, ValueError, IndexError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"{told}: the processes of the run cannot be joined ({said})") from error
+
+
+def _whole(value: int | None, variable: str) -> int | None:
+    if value is None and variable in os.environ:
+        text = os.environ[variable]
+        check(text.isdecimal(), variable, text, "must be a whole number")
+        value = int(text)
+    return value
+
+
+def _launched() -> bool:
+    """Whether a launcher that JAX knows started several processes."""
+    counts = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    several = any(count.isdecimal() and int(count) > 1 for count in counts)
+    tpu = "TPU_ML_PLATFORM" in os.environ  # set by JAX itself where it finds TPUs
+    alone = "TPU_SKIP_MDS_QUERY" in os.environ and "," not in os.environ.get(
+        "TPU_WORKER_HOSTNAMES", ""
+    )
+    return several or (tpu and not alone)
+
+
+def first() -> bool:
+    """Whether this is process 0: the one that prints, and writes what is no array."""
+    return jax.process_index() == 0
+
+
+def joined() -> bool:
+    """Whether this process has others to wait for."""
+    return jax.distributed.is_initialized()
+
+
+def leave() -> None:
+    """Parts from the other processes, once all have come here; nothing if there are none."""
+    if joined():
+        jax.distributed.shutdown()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
+    said = "gloo|nccl|peer|socket closed|coordination|barrier|deadline"
+    return joined() and re.search(said, str(error), re.IGNORECASE) is not None
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def by_first(f: Callable[[], Any]) -> Any:
+    """f(), which gives JSON, called by process 0 alone: all get its value, once it is there.
+
+    If bad input or a full disk stops it all part, and raise: process 0 says why, others nothing.
+    """
+    if jax.process_count() == 1:
+        return f()
+    said: bytes = b""
+    error: Exception = ConfigError()
+    if first():
+        try:
+            said = json.dumps(f()).encode()
+        except (ConfigError, OSError) as raised:
+            error = raised
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+    if not length:
+        leave()
+        raise error
+    padded = np.zeros(length, np.uint8) if not said else np.frombuffer(said, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
 
 def use_every_core() -> None:
@@ -49,9 +156,9 @@ def replicated() -> NamedSharding:
     return NamedSharding(mesh(), PartitionSpec())
 
 
-def here() -> SingleDeviceSharding:
-    """One device of this process: for arrays that are read where what wrote them is not there."""
-    return SingleDeviceSharding(jax.local_devices()[0])
+def replicate(tree: Any) -> Any:
+    """A copy on every device of what every process has computed for itself."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated())
 
 
 def train_seeds(
@@ -59,23 +166,11 @@ def train_seeds(
 ) -> Any:
     """f(everywhere, one) for each index of the leading (seed) axis of `stacked`.
 
-    Devices are split into as many groups as divide both them and the seeds, each with its share of
-    the seeds: seeds need not communicate. Within a group f runs whole on every device, and
-    divides the episodes, which fall into `parts` equal parts, by `my_share` and `mean`. Raises
-    `ConfigError` unless the devices of a group can share them equally; CPU cores that cannot repeat
-    each other's work.
+    Devices are split into the groups that `shares` gives, each with its share of the seeds: seeds
+    need not communicate. Within a group f runs whole on every device, and divides the episodes,
+    which fall into `parts` equal parts, by `my_share` and `mean`.
     """
-    groups = math.gcd(seeds, jax.device_count())
-    group = jax.device_count() // groups
-    sharing = math.gcd(parts, group)
-    equal = sharing == group or jax.default_backend() == "cpu"
-    check(
-        equal,
-        "parts of the batch",
-        parts,
-        f"must be a multiple of the {group} devices that share it",
-    )
-    shape, axes = (groups, sharing, group // sharing), (SEEDS, EPISODES, "spare")
+    shape, axes = shares(seeds, parts), (SEEDS, EPISODES, "spare")
     by_seed = PartitionSpec(SEEDS)
     sharded = jax.shard_map(
         lambda everywhere, stacked: over_seeds(lambda one: f(everywhere, one), stacked),
@@ -85,6 +180,22 @@ def train_seeds(
         check_vma=False,
     )
     return sharded(everywhere, stacked)
+
+
+def shares(seeds: int, parts: int) -> tuple[int, int, int]:
+    """Groups of devices, devices of a group that share its episodes, and those that repeat them.
+
+    There are as many groups as divide both the devices and the seeds. Raises `ConfigError` unless
+    the devices of a group can share `parts` of a batch equally; CPU cores that cannot repeat each
+    other's work.
+    """
+    groups = math.gcd(seeds, jax.device_count())
+    group = jax.device_count() // groups
+    sharing = math.gcd(parts, group)
+    equal = sharing == group or jax.default_backend() == "cpu"
+    fix = f"must be a multiple of the {group} devices that share it"
+    check(equal, "parts of the batch", parts, fix)
+    return groups, sharing, group // sharing
 
 
 def my_share(total: int) -> Int[Array, " share"]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -78,10 +79,12 @@ class OuterConfig:
         return inner.log_spaced(self.steps, self.checkpoints)
 
     def check_batch(self, trainees: Iterable[Trainee]) -> None:
-        """Raises `ConfigError` unless the batch is of as many episodes as each takes together."""
+        """Raises `ConfigError` unless the batch is of as many episodes as each takes together, and
+        the devices can share them."""
         for each in trainees:
             fix = f"must be a multiple of {each.together}, which the objective takes together"
             check(self.batch % each.together == 0, "batch", self.batch, fix)
+            mesh.shares(self.seeds, self.batch // each.together)
 
     def transformation(self) -> optax.GradientTransformation:
         """Clipping, then the optimiser under its schedule."""
@@ -275,8 +278,13 @@ class Trainer:
 
         # Computed on one device: batched decompositions on several CPU devices at once, as in
         # orthogonal initialisation, can wait for each other's threads for ever (jaxlib 0.10.2).
-        self.init = lambda: jax.device_put(jax.jit(init)(), mesh.replicated())
+        self.init = lambda: mesh.replicate(jax.jit(init)())
         """The state at outer step 0."""
+        self.abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh.replicated()),
+            jax.eval_shape(init),
+        )
+        """The shapes, types and placement of a state."""
         self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())
         """`advance(state, count)`: `count` outer steps on; (state, mean loss of each seed by name).
         The state passed in is consumed. Compiled once for all counts."""
@@ -295,7 +303,7 @@ class Trainer:
                 count = min(self.config.dispatch, target - step)
                 state, loss = self.advance(state, jnp.int32(count))
                 step += count
-                if not all(bool(jnp.isfinite(each).all()) for each in loss.values()):
+                if not all(np.isfinite(each).all() for each in loss.values()):
                     raise ConfigError(
                         f"learning_rate = {self.config.learning_rate!r}: the loss is no longer "
                         f"finite at outer step {step}; lower it"

@@ -7,17 +7,23 @@
     DIR/summary.json            criteria with intervals, and the environment
 
 Arrays are stored by Orbax with a JSON description of their axes beside them; nothing is pickled
-and nothing in a folder is ever executed.
+and nothing in a folder is ever executed. What Orbax writes is named STEP or NAME only once all of
+it is there, with the SHA256SUMS of its files (as `sha256sum -c` reads them), which are compared
+before it is read. What is damaged is made again, and kept as STEP.damaged or NAME.damaged.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import itertools
 import json
 import os
+import re
+import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +33,11 @@ import orbax.checkpoint as ocp
 import xarray as xr
 
 from metadyn import mesh
-from metadyn.base import ConfigError
+from metadyn.base import ConfigError, ConfigWarning
 
 Arrays = Mapping[str, Any]
 _Number = (int, float, type(None))
+SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
 TRACKED, HELDOUT = "tracked", "heldout"
 """The two sets of tasks on which a study's main meta-learner is measured at every checkpoint; those
 of others have names that begin with these."""
@@ -63,6 +70,8 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]):
         """Raises `ConfigError` unless `path` holds a run."""
         self.path = Path(path).absolute()
+        self._sound: set[Path] = set()
+        self._named: set[Path] = set()  # damaged, and warned of
         self.config = _read_json(self.path / "config.json", f"{path} holds no run of metadyn")
         missing = {"study", "preset", "seed", "config"} - set(self.config)
         if missing:
@@ -77,7 +86,7 @@ class RunFolder:
         """
         folder = Path(path).absolute()
         config = json.loads(json.dumps(config))
-        if (folder / "config.json").exists():
+        if os.path.exists(folder / "config.json"):  # False too for what cannot be a path
             run = cls(path)
             for name, theirs, ours in _differences(run.config, config):
                 raise ConfigError(
@@ -93,9 +102,10 @@ class RunFolder:
                     f"--out {path} is not empty and holds no run of metadyn: choose another DIR"
                 )
             write_json(folder / "config.json", config)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"--out {path} cannot be written ({error.strerror}): choose another DIR"
+                f"--out {path} cannot be written ({said}): choose another DIR"
             ) from error
         return cls(path)
 
@@ -110,43 +120,125 @@ class RunFolder:
                     f"--out {self.path} is in use by another run: "
                     "wait for it, or choose another DIR"
                 ) from None
+            for folder in ("checkpoints", "measurements/*"):
+                for part in self.path.glob(f"{folder}/*{PART}*"):  # a killed run's
+                    shutil.rmtree(part)
             yield
+
+    # Folders of arrays: all processes save together, each reads alone.
+
+    def _save(self, folder: Path, **items: ocp.args.CheckpointArgs) -> None:
+        part = folder.with_name(folder.name + PART)
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                checkpointer.save(part, args=ocp.args.Composite(**items))
+        except ValueError as error:  # TensorStore's way to say that a file cannot be written
+            if code := re.search(r"os_error_code='(\d+)'", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+            raise
+
+        def complete() -> None:
+            (part / SUMS).write_bytes(_sums(part))
+            if folder.exists():
+                names = itertools.chain([""], map("-{}".format, itertools.count(2)))
+                aside = (folder.with_name(folder.name + DAMAGED + name) for name in names)
+                folder.rename(next(path for path in aside if not path.exists()))
+            part.rename(folder)
+            self._sound.add(folder)
+
+        mesh.by_first(complete)
+
+    def _restore(self, folder: Path, **items: ocp.args.CheckpointArgs) -> Any:
+        self._check(folder)
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            return checkpointer.restore(folder, args=ocp.args.Composite(**items))
+
+    def _arrays(self, folder: Path, name: str, part: Any = None) -> Any:
+        """Arrays as NumPy's, whatever devices they were written from; or those of a tree alone."""
+        self._check(folder)
+        tree = part or ocp.StandardCheckpointHandler().metadata(folder / name).tree
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        wanted = ocp.args.PyTreeRestore(part, restore_args=numpy, partial_restore=part is not None)
+        return self._restore(folder, **{name: wanted})[name]
+
+    def _about(self, folder: Path) -> dict[str, Any]:
+        """Their description."""
+        return self._restore(folder, about=ocp.args.JsonRestore())["about"]
+
+    def _check(self, folder: Path) -> None:
+        """Raises `ConfigError` unless a folder is as it was written; looks once."""
+        if folder in self._sound:
+            return
+        try:
+            written, found = (folder / SUMS).read_bytes(), _sums(folder)
+            lines = {*written.splitlines()} ^ {*found.splitlines()}
+            names = {line.split(b"  ")[-1].decode(errors="replace") for line in lines}
+            what = f"{min(names, default=SUMS)} is not as {SUMS} says"
+        except OSError as error:
+            written, found, what = b"", b"damaged", f"{error.strerror}: {error.filename}"
+        if written != found:
+            raise ConfigError(
+                f"{folder} is damaged ({what}): metadyn run, with the same arguments, makes it anew"
+            )
+        self._sound.add(folder)
+
+    def _is_sound(self, folder: Path) -> bool:
+        """Whether it is there and undamaged; warns if it is damaged."""
+        try:
+            if folder.exists():
+                self._check(folder)
+                return True
+        except ConfigError as damage:
+            if folder not in self._named:
+                warnings.warn(str(damage), ConfigWarning, stacklevel=2)
+            self._named.add(folder)
+        return False
+
+    def is_sound(self) -> bool:
+        """Whether all checkpoints and measurements are undamaged; warns of each that is not."""
+        found = [self._checkpoint(step) for step in self.steps()]
+        found += [
+            self._measurement(s, name) for s, ns in self.measurements().items() for name in ns
+        ]
+        return all([self._is_sound(folder) for folder in found])
 
     # Training: state and trajectories at outer steps.
 
-    @cached_property
-    def _checkpoints(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            self.path / "checkpoints",
-            item_names=("state", "trajectories", "about"),
-            options=ocp.CheckpointManagerOptions(create=True, max_to_keep=None),
-        )
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / str(step)
 
     def save_checkpoint(
         self, step: int, state: Any, trajectories: Arrays | None, about: Mapping[str, Any]
     ) -> None:
-        """Stores training state, and trajectories if given, in the background."""
+        """Stores training state, and trajectories if given."""
         items: dict[str, Any] = {"state": ocp.args.StandardSave(state)}
         if trajectories is not None:
             items["trajectories"] = ocp.args.StandardSave(trajectories)
             items["about"] = ocp.args.JsonSave(about)
-        self._checkpoints.save(step, args=ocp.args.Composite(**items), force=True)
+        self._save(self._checkpoint(step), **items)
 
-    def latest_step(self) -> int | None:
-        """The outer step of the newest complete checkpoint."""
-        return self._checkpoints.latest_step()
+    def steps(self) -> list[int]:
+        """The outer steps of all checkpoints, damaged ones too, in order."""
+        names = (folder.name for folder in (self.path / "checkpoints").glob("*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def sound_steps(self) -> list[int]:
+        """The outer steps of checkpoints that are undamaged, in order; warns of the others."""
+        return [step for step in self.steps() if self._is_sound(self._checkpoint(step))]
+
+    def state(self, step: int) -> Any:
+        """The training state at an outer step, as NumPy arrays in dictionaries and lists."""
+        return self._arrays(self._checkpoint(step), "state")
 
     def restore_state(self, step: int, abstract: Any) -> Any:
         """The training state at an outer step, placed as `abstract` (shapes and shardings) says."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._checkpoints.restore(step, args=items)["state"]
-
-    def close(self) -> None:
-        """Waits for background saves."""
-        if "_checkpoints" in self.__dict__:
-            self._checkpoints.wait_until_finished()
-            self._checkpoints.close()
-            del self.__dict__["_checkpoints"]
+        state = ocp.args.StandardRestore(abstract)
+        return self._restore(self._checkpoint(step), state=state)["state"]
 
     # Measurements: one learner on one set of tasks.
 
@@ -154,41 +246,40 @@ class RunFolder:
         return self.path / "measurements" / task_set / learner
 
     def has_measurement(self, task_set: str, learner: str) -> bool:
-        """Whether it is stored, whole."""
-        return self._measurement(task_set, learner).exists()
+        """Whether it is stored and undamaged; warns if it is damaged."""
+        return self._is_sound(self._measurement(task_set, learner))
 
     def save_measurement(
         self, task_set: str, learner: str, arrays: Arrays, about: Mapping[str, Any]
     ) -> None:
         """Stores one measurement, appearing only when whole."""
-        items = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-        )
-        with _composite() as checkpointer:
-            checkpointer.save(self._measurement(task_set, learner), args=items)
+        folder = self._measurement(task_set, learner)
+        self._save(folder, arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
 
     def measurement(self, task_set: str, learner: str) -> xr.Dataset:
-        """One learner on one set of tasks: [seed,] task, step, and the reading's own axes."""
-        items = ocp.args.Composite(arrays=_arrays(), about=ocp.args.JsonRestore())
-        with _composite() as checkpointer:
-            stored = checkpointer.restore(self._measurement(task_set, learner), args=items)
-        return labelled(stored["arrays"], stored["about"])
+        """One learner on one set of tasks: [seed,] task, step, and the reading's own axes.
+
+        Raises `ConfigError` if it is damaged.
+        """
+        folder = self._measurement(task_set, learner)
+        return labelled(self._arrays(folder, "arrays"), self._about(folder))
 
     def measurements(self) -> dict[str, list[str]]:
         """Names of the learners measured so far, by set of tasks."""
-        folders = sorted((self.path / "measurements").glob("*/*"))
         found: dict[str, list[str]] = {}
-        for folder in folders:
-            whole = ".orbax-checkpoint-tmp" not in folder.name
-            if whole and (folder / "_CHECKPOINT_METADATA").exists():
+        for folder in sorted((self.path / "measurements").glob("*/*")):
+            if PART not in folder.name and DAMAGED not in folder.name:
                 found.setdefault(folder.parent.name, []).append(folder.name)
         return found
 
     def outer_steps(self) -> list[int]:
-        """The outer steps whose mode trajectories are stored, in order."""
-        folders = (self.path / "checkpoints").glob("*/trajectories/_METADATA")
-        names = (folder.parent.parent.name for folder in folders)
-        return sorted(int(name) for name in names if name.isdigit())
+        """The outer steps whose mode trajectories are stored, in order.
+
+        Raises `ConfigError` if one is damaged.
+        """
+        for step in (steps := self.steps()):
+            self._check(self._checkpoint(step))
+        return [step for step in steps if (self._checkpoint(step) / "trajectories").exists()]
 
     def written(self, step: int) -> float:
         """When the trajectories of an outer step were stored, in seconds since the epoch."""
@@ -204,11 +295,8 @@ class RunFolder:
 
     def trajectory_sets(self) -> list[str]:
         """The sets of tasks measured at every checkpoint."""
-        items = ocp.args.Composite(about=ocp.args.JsonRestore())
-        with _composite() as checkpointer:
-            for step in self.outer_steps()[:1]:
-                stored = checkpointer.restore(self.path / "checkpoints" / str(step), args=items)
-                return list(stored["about"])
+        for step in self.outer_steps()[:1]:
+            return list(self._about(self._checkpoint(step)))
         return []
 
     def trajectories(
@@ -217,21 +305,16 @@ class RunFolder:
         """The meta-learner over outer training on one set: outer_step, seed, task, step, …
 
         At all outer steps that are stored, or some of them. Readable while a run is writing.
-        Raises `ConfigError` if nothing is stored yet.
+        Raises `ConfigError` if nothing is stored yet, or a checkpoint is damaged.
         """
         steps = self.outer_steps() if steps is None else list(steps)
         if not steps:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
-        folders = [self.path / "checkpoints" / str(step) for step in steps]
-        items = ocp.args.Composite(about=ocp.args.JsonRestore())
-        with _composite() as checkpointer:
-            about = checkpointer.restore(folders[0], args=items)["about"][task_set]
-            part = {task_set: dict.fromkeys(about["axes"], 0)}
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
-            only = ocp.args.PyTreeRestore(part, restore_args=as_numpy, partial_restore=True)
-            items = ocp.args.Composite(trajectories=only)
-            read = [checkpointer.restore(folder, args=items)["trajectories"] for folder in folders]
-        datasets = [labelled(arrays[task_set], about) for arrays in read]
+        folders = [self._checkpoint(step) for step in steps]
+        about = self._about(folders[0])[task_set]
+        part = {task_set: dict.fromkeys(about["axes"], 0)}
+        read = [self._arrays(folder, "trajectories", part)[task_set] for folder in folders]
+        datasets = [labelled(arrays, about) for arrays in read]
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
 
     # Results.
@@ -326,13 +409,14 @@ def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
     return merged.set_coords("time").transpose(*order, ...)
 
 
-def _composite() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-
-
-def _arrays() -> ocp.args.StandardRestore:
-    """Reads arrays whatever devices they were written from."""
-    return ocp.args.StandardRestore(fallback_sharding=mesh.here())
+def _sums(folder: Path) -> bytes:
+    """The names and SHA-256 of the files in a folder, as the sha256sum command writes them."""
+    lines = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    return "".join(lines).encode()
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 import platform
 import signal
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import version
 from pathlib import Path
@@ -248,7 +248,7 @@ class Study:
 
 def load_study(path: str) -> Study:
     """The study a Python file defines. Raises `ConfigError` if there is none."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False too for what cannot be a path
         raise ConfigError(f"study = {path!r}: there is no such file")
     name = f"metadyn_study_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
@@ -352,41 +352,47 @@ class _Runner:
                 }
             store.save_checkpoint(int(state.step), state, trajectories, about)
 
-        latest = store.latest_step()
-        if latest is None:
-            start = trainer.init()
-            save(start)
-        else:
-            abstract = jax.eval_shape(trainer.init)
-            place = partial(jax.ShapeDtypeStruct, sharding=mesh.replicated())
-            start = store.restore_state(
-                latest, jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), abstract)
-            )
+        sound = mesh.by_first(store.sound_steps)
+
+        def before(target: int) -> int:
+            """The last sound checkpoint before an outer step."""
+            return max(step for step in sound if step < target)
+
+        first, *schedule = plan.outer.checkpoint_steps
+        if first not in sound:
+            save(trainer.init())
+            sound.append(first)
         for each in plan.trainings:  # first, so that a live run can be compared with it
             self.measure(each.tracked, each.bayes)
         excess_over = {name: self.excess(t) for name, t in self.trainings.items()}
-        schedule = set(plan.outer.checkpoint_steps)
         episodes = plan.outer.batch * plan.outer.seeds * len(trainees)
-        state = start
+        end = plan.outer.steps
+        reached = before(next((step for step in schedule if step not in sound), end + 1))
+        state: TrainState | None = None
         with (
-            self.progress.training(plan.outer.steps, int(start.step)) as show,
-            scalars(self.tensorboard, int(start.step)) as log,
+            self.progress.training(end, reached) as show,
+            scalars(self.tensorboard, reached) as log,
             _held() as held,
         ):
-            for state, loss in trainer.run(start, plan.outer.checkpoint_steps):
-                step = int(state.step)
-                mean = {name: float(each.mean()) for name, each in loss.items()}
-                excess = {name: excess_over[name](value) for name, value in mean.items()}
-                show(step, loss=mean, excess=excess, episodes=step * episodes)
-                log(step, {f"loss/{name}": value for name, value in mean.items()})
-                log(step, {f"excess_loss/{name}": value for name, value in excess.items()})
-                if step in schedule:
-                    save(state)
-                if held():
-                    if step not in schedule:
-                        save(state, scheduled=False)
-                    raise KeyboardInterrupt
-        return state.params
+            for target in schedule:
+                if target in sound:  # while an earlier one, damaged, was not
+                    state = None
+                    continue
+                start = state or store.restore_state(before(target), trainer.abstract)
+                for state, loss in trainer.run(start, [target]):
+                    step = int(state.step)
+                    mean = {name: float(np.mean(each)) for name, each in loss.items()}
+                    excess = {name: excess_over[name](value) for name, value in mean.items()}
+                    show(step, loss=mean, excess=excess, episodes=step * episodes)
+                    log(step, {f"loss/{name}": value for name, value in mean.items()})
+                    log(step, {f"excess_loss/{name}": value for name, value in excess.items()})
+                    stop = mesh.anywhere(held())
+                    if step == target or stop:
+                        save(state, scheduled=step == target)
+                    if stop:
+                        mesh.leave()
+                        raise KeyboardInterrupt
+        return (state or store.restore_state(end, trainer.abstract)).params
 
     def excess(self, training: Training) -> Callable[[float], float]:
         """What turns a loss on the training distribution into the excess over Bayes."""
@@ -403,7 +409,7 @@ class _Runner:
         params: Mapping[str, Params] = MappingProxyType({}),
     ) -> None:
         """Makes and stores a measurement, unless it is stored already."""
-        if self.store.has_measurement(tasks.name, contender.name):
+        if mesh.by_first(lambda: self.store.has_measurement(tasks.name, contender.name)):
             return
         arrays: dict[str, Any] = dict(self.arrays(tasks, contender, params))
         about = self.about(tasks, contender)
@@ -433,8 +439,9 @@ def run_study(
 ) -> dict[str, Any]:
     """Does the whole study into `out`, or what is left of it, and returns its summary.
 
-    Raises `ConfigError` for a folder that is in use, foreign or of another configuration, and
-    KeyboardInterrupt once what was interrupted is stored.
+    What is damaged in a folder is made anew. Raises `ConfigError` for a folder that is in use,
+    foreign, of another configuration or cannot be written, and KeyboardInterrupt once what was
+    interrupted is stored.
     """
     plan = study.plan(config)
     asked = {
@@ -443,29 +450,36 @@ def run_study(
         "seed": seed,
         "config": dataclasses.asdict(config),
     }
-    run = RunFolder.create(out, asked)
-    with run.locked():
-        done = run.summary()
-        if done is not None:
-            return done
-        start = time.monotonic()
-        runner = _Runner(plan, run, seed, progress, tensorboard)
-        try:
+    try:
+        mesh.by_first(lambda: RunFolder.create(out, asked).config)
+        run = RunFolder(out)
+        with ExitStack() as stack:
+            mesh.by_first(lambda: stack.enter_context(run.locked()))
+            done = mesh.by_first(run.summary)
+            if done and mesh.by_first(run.is_sound):
+                return done
+            begun = time.monotonic()
+            runner = _Runner(plan, run, seed, progress, tensorboard and mesh.first())
             runner.measure_all(runner.train())
-        finally:
-            run.close()
-        criteria = list(study.criteria(config, run))
-        figures.draw(run)
-        summary = {
-            "study": study.name,
-            "preset": preset,
-            "seed": seed,
-            "environment": environment() | {"seconds": round(time.monotonic() - start, 1)},
-            "criteria": [_as_json(c) for c in criteria if c.passed is not None],
-            "reported": [_as_json(c) for c in criteria if c.passed is None],
-        }
-        run.write_summary(summary)
-        return summary
+
+            def conclude() -> dict[str, Any]:
+                criteria = list(study.criteria(config, run))
+                figures.draw(run)
+                seconds = round(time.monotonic() - begun, 1)
+                summary = {
+                    "study": study.name,
+                    "preset": preset,
+                    "seed": seed,
+                    "environment": environment() | {"seconds": seconds},
+                    "criteria": [_as_json(c) for c in criteria if c.passed is not None],
+                    "reported": [_as_json(c) for c in criteria if c.passed is None],
+                }
+                run.write_summary(summary)
+                return summary
+
+            return mesh.by_first(conclude)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
 def environment() -> dict[str, Any]:

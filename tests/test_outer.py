@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import together
 
 from metadyn import mesh
 from metadyn.base import ConfigError, indexed_keys
@@ -136,9 +136,10 @@ def test_checkpoints_are_log_spaced_from_nought_to_the_end():
 
 
 TRAIN = """
-import json, jax, numpy as np
-from metadyn.base import indexed_keys
-from metadyn import inner
+import hashlib, json, jax, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from metadyn import inner, mesh
+mesh.start()
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
@@ -146,32 +147,38 @@ domain = LinearRegression(2, 2, steps=5)
 meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
 config = OuterConfig(steps=50, batch=12, seeds=2, warmup=4, dispatch=50)
 trainer = Trainer({"lstm": Trainee(meta, prediction_loss(domain, meta))}, config, jax.random.key(0))
+program = trainer.advance.lower(trainer.abstract, np.int32(1)).compile().as_text()
 state, loss = next(trainer.run(trainer.init(), [50]))
 sample = lambda key, s: domain.evaluation_task(key, s)
 readings = inner.measure(
     domain, meta.learner, state.params["lstm"], True, sample, np.float32([1, 0.5]),
     jax.random.key(1), np.arange(5), tuple(range(6)),
 )
-losses = np.asarray(readings["loss"])[0, :, 1:].tolist()
-print(json.dumps([jax.device_count(), np.asarray(loss["lstm"]).tolist(), losses]))
+losses = process_allgather(readings["loss"], tiled=True)[0, :, 1:].tolist()
+draw = lambda key, index: jax.vmap(lambda i: domain.sample_task(jax.random.fold_in(key, i)))(index)
+tasks = jax.jit(lambda: mesh.over_tasks(draw, jax.random.key(2), np.arange(64)))()
+tasks = [np.asarray(leaf) for leaf in jax.tree.leaves(process_allgather(tasks, tiled=True))]
+print(json.dumps({
+    "devices": [jax.device_count(), jax.process_count()],
+    "reductions": program.count(" all-reduce(") + program.count(" all-reduce-start("),
+    "loss": np.asarray(loss["lstm"]).tolist(), "losses": losses,
+    "tasks": [hashlib.sha256(leaf).hexdigest() for leaf in tasks],
+}))
 """
 
 
-def test_the_answer_does_not_depend_on_the_number_of_devices():
+def test_the_answer_does_not_depend_on_the_number_of_devices_or_processes():
     """50 outer steps and a measurement on 1, 2 (a seed on each), 4 (half of its episodes on each)
-    and 8 virtual devices (12 episodes cannot be shared by 8: some do the same ones)."""
+    and 8 virtual devices (12 episodes shared by 4 for each seed), and on two processes of two
+    devices: the same tasks, bit for bit, and one all-reduce an outer step."""
     found = []
     for devices in (1, 2, 4, 8):
-        run = subprocess.run(
-            [sys.executable, "-c", TRAIN],
-            env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PATH": ""},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=True,
-        )
-        found.append(json.loads(run.stdout.splitlines()[-1]))
-    assert [f[0] for f in found] == [1, 2, 4, 8]
-    for _, loss, losses in found[1:]:
-        np.testing.assert_allclose(found[0][1], loss, rtol=1e-5)
-        np.testing.assert_allclose(found[0][2], losses, rtol=1e-4)
+        found += together([sys.executable, "-c", TRAIN], 1, devices)
+    found += together([sys.executable, "-c", TRAIN], 2, 2)
+    one, *others = (json.loads(done.out.splitlines()[-1]) for done in found)
+    assert [each["devices"] for each in others] == [[2, 1], [4, 1], [8, 1], [4, 2], [4, 2]]
+    assert [each["reductions"] for each in others[1:]] == [1, 1, 1, 1]
+    for each in others:
+        assert each["tasks"] == one["tasks"]
+        np.testing.assert_allclose(one["loss"], each["loss"], rtol=1e-5)
+        np.testing.assert_allclose(one["losses"], each["losses"], rtol=1e-4)

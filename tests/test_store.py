@@ -12,8 +12,8 @@ import xarray as xr
 
 import metadyn
 from metadyn import dynamics
-from metadyn.base import ConfigError
-from metadyn.store import HELDOUT, TRACKED, RunFolder, describe, labelled
+from metadyn.base import ConfigError, ConfigWarning
+from metadyn.store import HELDOUT, SUMS, TRACKED, RunFolder, describe, labelled
 
 IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 4}, "a": 1}}
 RNG = np.random.default_rng(0)
@@ -49,7 +49,6 @@ def write_run(path):
         run.save_measurement(task_set, "bayes", *readings(5, learner="bayes"))
     run.save_measurement("in_distribution", "lstm", *readings(2, 7, trained=True))
     run.save_measurement("in_distribution", "sgd", *readings(4, time=6, learner="sgd"))
-    run.close()
     return run, written
 
 
@@ -73,7 +72,7 @@ def test_a_measurement_comes_back_labelled(tmp_path):
 def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
     run, written = written_run
     assert run.outer_steps() == [0, 1, 4]
-    assert run.latest_step() == 5
+    assert run.sound_steps() == [0, 1, 4, 5]
     found = run.trajectories()
     assert dict(found["mode_strength"].sizes) == {
         "outer_step": 3, "seed": 2, "task": 5, "step": 3, "mode": 2
@@ -170,6 +169,67 @@ def test_nothing_stored_is_a_pickle(written_run):
         if path.is_file():
             assert path.suffix not in {".pkl", ".pickle", ".npy"}
             assert not path.read_bytes().startswith(b"\x80\x04")
+
+
+def damages(path):
+    """Ways to damage a file: name, what does it."""
+    content = path.read_bytes()
+
+    def flip(at):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x2A]) + content[at + 1 :])
+
+    yield "missing", path.unlink
+    if content:
+        yield "truncated", lambda: path.write_bytes(content[:-1])
+        for at in {0, len(content) // 2, len(content) - 1}:
+            yield f"byte {at}", lambda at=at: flip(at)
+
+
+def test_any_damage_to_what_is_stored_is_found_named_and_never_read(written_run):
+    run, _ = written_run
+    checkpoint, measured = run._checkpoint(4), run._measurement("in_distribution", "sgd")
+    tried = 0
+    for folder in (checkpoint, measured):
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            content = path.read_bytes()
+            for what, damage in damages(path):
+                damage()
+                fresh = RunFolder(run.path)
+                with pytest.warns(ConfigWarning, match=f"{folder} is damaged"):
+                    assert not fresh.is_sound(), (path, what)
+                set_ = TRACKED if folder == checkpoint else "in_distribution"
+                with pytest.raises(ConfigError, match=f"{folder} is damaged"):
+                    metadyn.load(run.path, set_)
+                path.write_bytes(content)
+                tried += 1
+    assert tried > 100
+    assert RunFolder(run.path).is_sound()
+
+
+def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
+    run, written = write_run(tmp_path / "r")
+    folder = run._checkpoint(4)
+    for aside in ("4.damaged", "4.damaged-2"):
+        (folder / SUMS).write_text("nonsense")
+        fresh = RunFolder(run.path)
+        with pytest.warns(ConfigWarning, match="SHA256SUMS says"):
+            assert fresh.sound_steps() == [0, 1, 5]
+        about = {name: readings(2, 5, trained=True)[1] for name in (TRACKED, HELDOUT)}
+        fresh.save_checkpoint(4, {"w": np.float32(4)}, written[4], about)
+        assert fresh.sound_steps() == [0, 1, 4, 5]
+        assert (folder.with_name(aside) / SUMS).read_text() == "nonsense"
+    assert RunFolder(run.path).outer_steps() == [0, 1, 4]
+
+
+def test_what_a_killed_run_left_unfinished_is_swept_up(tmp_path):
+    run, _ = write_run(tmp_path / "r")
+    for part in ("checkpoints/6.part.orbax-checkpoint-tmp", "measurements/x4/lstm.part"):
+        (run.path / part).mkdir(parents=True)
+        (run.path / part / "zarr").write_text("half")
+    assert run.outer_steps() == [0, 1, 4]
+    assert "x4" not in run.measurements()
+    with run.locked():
+        assert not list(run.path.rglob("*.part*"))
 
 
 def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path):

@@ -1,0 +1,430 @@
+"""What becomes of runs that are killed, damaged, out of disk space, or badly asked for.
+
+    python -m benchmarks.faults [--only NAME ...] [--seed N]
+
+Runs `tiny_study.py` under each kind of fault, compares what comes out with an undisturbed run bit
+for bit, and prints what was tried, how often, and what was lost.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+import metadyn
+from metadyn.cli import main as metadyn_main
+from metadyn.store import RunFolder
+
+ROOT = Path(__file__).parent.parent
+STUDY = str(Path(__file__).parent / "tiny_study.py")
+STUDIES = [STUDY, *(str(path) for path in sorted((ROOT / "experiments").glob("*.py")))]
+LONG = ("--outer.steps", "100000", "--outer.checkpoints", "150", "--outer.dispatch", "50")
+NASTY = ["-1", "0", "nan", "-inf", "1e999", "x", "None", "[]", "[[1]]", "{}", "--", "1,2", "true"]
+NASTY += [
+    "0x10",
+    "1e-400",
+    "\N{BOMB}",
+    "../..",
+    "$(id)",
+    "",
+    " ",
+    "1 2",
+    "\n",
+    "9" * 40,
+    "a" * 5000,
+]
+
+
+class Lost(AssertionError):
+    """A fault that did harm."""
+
+
+def expect(holds, said):
+    """Raises `Lost` unless `holds`."""
+    if not holds:
+        raise Lost(said)
+
+
+def ask(arguments, seconds=120):
+    """The exit code and the lines on stderr of a command run in this process."""
+
+    def late(number, frame):
+        raise Lost(f"{arguments}: no answer within {seconds} s")
+
+    out, err = io.StringIO(), io.StringIO()
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = metadyn_main([str(a) for a in arguments])
+    except (Exception, SystemExit) as error:
+        raise Lost(f"{arguments}: {type(error).__name__}: {error}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return code, err.getvalue().splitlines()
+
+
+def refused(arguments):
+    """Raises `Lost` unless a command gives exit code 2 and one line."""
+    code, lines = ask(arguments)
+    expect(code == 2 and len(lines) == 1, f"{arguments}: {code}, {lines}")
+
+
+def command(out, *more):
+    """A run of the tiny study, in a process of its own."""
+    return [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *more]
+
+
+def begin(out, *more, **options):
+    """Starts it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "JAX_NUM_CPU_DEVICES": "1"}
+    return subprocess.Popen(command(out, *more), env=environment, **pipes, **options)
+
+
+def finish(out, *more):
+    """Runs it to its end."""
+    run = begin(out, *more)
+    _, errors = run.communicate()
+    expect(run.returncode == 0, f"exit code {run.returncode}: {errors}")
+    return out
+
+
+def same(one, other):
+    """Raises `Lost` unless two runs hold the same bits: parameters, trajectories, measurements."""
+    runs = RunFolder(one), RunFolder(other)
+    steps, again = (run.outer_steps() for run in runs)
+    expect(steps == again, f"outer steps {again}, not {steps}")
+    arrays = [{} for _ in runs]
+    for run, held in zip(runs, arrays, strict=True):
+        held["state"] = jax.tree.leaves(run.state(steps[-1]))
+        for task_set in ("tracked", "heldout", "in_distribution"):
+            data = metadyn.load(run.path, task_set)
+            held[task_set] = [data[name].to_numpy() for name in sorted(data)]
+    for name in arrays[0]:
+        for a, b in zip(arrays[0][name], arrays[1][name], strict=True):
+            expect(a.tobytes() == b.tobytes(), f"{name} differs")
+
+
+def kills(folder, count, rng):
+    """`kill -9` at random moments of one run, every third aimed at a save."""
+    whole, out = finish(folder / "whole", *LONG), folder / "killed"
+    saves = done = 0
+    while done < count:
+        run = begin(out, *LONG)
+        if done % 3 == 2:  # anywhere, start-up included
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(rng.uniform(0, 12))
+        else:
+            seen = _await_training(run)
+            if done % 3 == 0 and seen:
+                while run.poll() is None and not list(out.glob("checkpoints/*.part*")):
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.05))
+                saves += bool(list(out.glob("checkpoints/*.part*")))
+            elif seen:
+                time.sleep(rng.uniform(0, 2))
+        expect(run.poll() is None, f"done after {done} kills, too soon: {run.returncode}")
+        run.kill()
+        run.communicate()
+        done += 1
+    finish(out, *LONG)
+    same(whole, out)
+    return done, f"{saves} of them while a folder was being written"
+
+
+def _await_training(run):
+    return any(line.startswith("training") for line in run.stdout)
+
+
+def signals(folder, count, rng):
+    """SIGTERM and Ctrl-C, at random moments of training."""
+    whole, out, slowest = finish(folder / "whole", *LONG), folder / "stopped", 0.0
+    for turn in range(count):
+        run = begin(out, *LONG)
+        _await_training(run)
+        time.sleep(rng.uniform(0, 1))
+        run.send_signal((signal.SIGTERM, signal.SIGINT)[turn % 2])
+        began = time.monotonic()
+        _, errors = run.communicate()
+        slowest = max(slowest, time.monotonic() - began)
+        expect(run.returncode == 130 and "the same command" in errors, (run.returncode, errors))
+        expect(slowest < 10, f"{slowest:.1f} s")
+    finish(out, *LONG)
+    same(whole, out)
+    return count, f"slowest to leave: {slowest:.1f} s"
+
+
+def damage(folder, count, rng):
+    """Every file of the newest checkpoint and of one before it: missing, cut short, a byte changed.
+
+    The file is found, named and not read; then a run over damage in both comes to the same bits.
+    """
+    whole = finish(folder / "whole")
+    run, tried = RunFolder(whole), 0
+    steps = run.outer_steps()
+    folders = [whole / "checkpoints" / str(step) for step in (steps[-1], steps[2])]
+    folders.append(whole / "measurements" / "in_distribution" / "lstm")
+    for stored in folders:
+        for path in sorted(p for p in stored.rglob("*") if p.is_file()):
+            content = path.read_bytes()
+            changes = [None, content[: len(content) // 2], content[:-1]]
+            for _ in range(count):
+                at, by = rng.randrange(len(content)), rng.randrange(1, 256)
+                changes.append(content[:at] + bytes([content[at] ^ by]) + content[at + 1 :])
+            for changed in changes:
+                path.unlink() if changed is None else path.write_bytes(changed)
+                code, lines = ask(["figures", whole])
+                named = len(lines) == 1 and f"{stored} is damaged" in lines[0]
+                expect(code == 2 and named, (path, lines))
+                path.write_bytes(content)
+                tried += 1
+    for turn, path in enumerate((folders[0] / "state", folders[1] / "trajectories", folders[2])):
+        out = folder / f"damaged{turn}"
+        shutil.copytree(whole, out)
+        victim = rng.choice([p for p in (out / path.relative_to(whole)).rglob("*") if p.is_file()])
+        victim.unlink()
+        finish(out)
+        expect(len(list(out.rglob("*.damaged"))) == 1, "nothing was kept aside")
+        same(whole, out)
+    return tried, "each found and named; 3 runs over damage made it anew, bit for bit"
+
+
+def full_disk(folder, count, rng):
+    """Writing fails from the n-th byte of a file on, or at a limit of the disk."""
+    whole = finish(folder / "whole")
+    for turn in range(count):
+        out, limit = folder / f"full{turn}", (200, 1500, 4000)[turn % 3]
+        shutil.copytree(whole, out)
+        for step in RunFolder(whole).outer_steps()[turn + 1 :]:
+            shutil.rmtree(out / "checkpoints" / str(step))
+        shutil.rmtree(out / "measurements")
+        (out / "summary.json").unlink()
+        limited = lambda limit=limit: resource.setrlimit(  # noqa: E731
+            resource.RLIMIT_FSIZE, (limit, limit)
+        )
+        run = begin(out, preexec_fn=limited)
+        _, errors = run.communicate()
+        expect(run.returncode == 2 and len(errors.splitlines()) == 1, (run.returncode, errors))
+        expect("cannot be written" in errors, errors)
+        finish(out)
+        same(whole, out)
+    return count, "one line and exit code 2 each; gone on with once there was space"
+
+
+def read_only(folder, count, rng):
+    """A DIR that may not be written."""
+    out = finish(folder / "whole")
+    (out / "summary.json").unlink()
+    for path in (out, *(p for p in out.rglob("*") if p.is_dir())):
+        path.chmod(0o555)
+    folder.chmod(0o755)
+    other = {"user": 65534} if os.geteuid() == 0 else {}  # root writes anywhere
+    for _ in range(count):
+        run = begin(out, **other)
+        _, errors = run.communicate()
+        expect(run.returncode == 2 and len(errors.splitlines()) == 1, (run.returncode, errors))
+        expect("cannot be written" in errors, errors)
+    for path in (out, *(p for p in out.rglob("*") if p.is_dir())):
+        path.chmod(0o755)
+    return count, "one line, exit code 2"
+
+
+def in_use(folder, count, rng):
+    """A second run on a DIR in use."""
+    out = folder / "held"
+    run = begin(out, *LONG)
+    _await_training(run)
+    for _ in range(count):
+        other = begin(out, *LONG)
+        _, errors = other.communicate()
+        expect(other.returncode == 2 and "in use by another run" in errors, errors)
+    run.terminate()
+    run.communicate()
+    expect(RunFolder(out).is_sound(), "the first run was harmed")
+    return count, "one line, exit code 2; the first run unharmed"
+
+
+def not_finite(folder, count, rng):
+    """A loss that overflows."""
+    wild = ("--outer.optimizer", "sgd", "--outer.learning-rate", "1e30", "--outer.clip", "1e30")
+    for turn in range(count):
+        out = folder / f"wild{turn}"
+        run = begin(out, *wild, "--outer.seeds", str(1 + turn))
+        _, errors = run.communicate()
+        expect(run.returncode == 2 and "no longer finite" in errors, (run.returncode, errors))
+        expect(RunFolder(out).is_sound() and RunFolder(out).outer_steps(), "no checkpoint is left")
+    return count, "one line, exit code 2, the checkpoints before it sound"
+
+
+def bad_inputs(folder, count, rng):
+    """Generated bad options, studies, DIRs, config.json and summary.json files, a fifth each."""
+    if not (folder / "whole").exists():
+        finish(folder / "whole")
+    kinds = [_bad_option, _bad_study, _bad_folder, _bad_config, _bad_summary]
+    makers = [kind(folder, rng) for kind in kinds]
+    for turn in range(count):
+        next(makers[turn % len(makers)])
+    return count, "no traceback, no hang, nothing overwritten"
+
+
+def _bad_option(folder, rng):
+    """Overrides with odd values, and options cut short, into a DIR that must stay as it is."""
+    foreign = folder / "thesis.tex"
+    foreign.write_text("dear")
+    names = {study: _options(study) for study in STUDIES}
+    while True:
+        study = rng.choice(STUDIES)
+        name, value = rng.choice(names[study]), rng.choice(NASTY)
+        given = rng.choice(
+            [[name, value], [name], [name + "x", value], [name, value, name], [value]]
+        )
+        refused(["run", study, "--out", foreign, *given])
+        expect(foreign.read_text() == "dear", given)
+        yield
+
+
+def _options(study):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        metadyn_main(["run", study, "--options"])
+    return sorted({word for word in out.getvalue().split() if word.startswith("--")} - {"--help"})
+
+
+def _bad_study(folder, rng):
+    """Paths that are no study."""
+    place = folder / "studies"
+    place.mkdir(exist_ok=True)
+    source = Path(STUDY).read_bytes()
+    out = folder / "never"
+    while True:
+        path = place / f"study_{rng.randrange(10**9)}.py"
+        at = rng.randrange(len(source))
+        content = rng.choice([
+            source[:at],
+            source[:at] + bytes([rng.randrange(256)]) * 3 + source[at:],
+            rng.randbytes(rng.randrange(1, 2000)),
+            b"study = " + repr(rng.choice(NASTY)).encode(),
+            b"raise " + rng.choice([b"ValueError('a\\nb')", b"SystemExit(0)", b"RecursionError"]),
+            b"def f(): f()\nf()",
+        ])  # fmt: skip
+        path.write_bytes(content + b"\nstudy = None\n")
+        named = rng.choice(
+            [path, path, path, place, f"{path}\n", "\0", "a" * 5000, "/dev/zero", ""]
+        )
+        refused(["run", named, "--out", out])
+        expect(not out.exists(), named)
+        yield
+
+
+def _bad_folder(folder, rng):
+    """Paths that are no DIR, or not one of metadyn."""
+    foreign = folder / "thesis"
+    foreign.mkdir(exist_ok=True)
+    text = foreign / "chapter.tex"
+    text.write_text("dear")
+    while True:
+        path = rng.choice([foreign, text, text / "x", "/dev/null", "/proc/self", "\0", "a" * 5000])
+        refused(rng.choice([["report", path], ["figures", path], ["run", STUDY, "--out", path]]))
+        expect([p.read_text() for p in foreign.iterdir()] == ["dear"], path)
+        yield
+
+
+def _mutated(content, rng):
+    """A JSON text, broken or with other values."""
+    value = json.loads(content)
+    how = rng.randrange(4)
+    if how == 0:
+        return content[: rng.randrange(len(content))]
+    if how == 1:
+        at = rng.randrange(len(content))
+        return content[:at] + rng.choice('{}[]":,\0\udcffx9') + content[at + 1 :]
+    odd = rng.choice([None, [], {}, -1, 1e308, "x", True, [[]], {"name": []}, "\u2028", 10**400])
+    if how == 2:
+        value = odd
+    else:
+        target = value
+        while True:
+            key = rng.choice(list(target) if isinstance(target, dict) else range(len(target)))
+            deeper = isinstance(target[key], (dict, list)) and target[key]
+            if not deeper or rng.random() < 0.3:
+                target[key] = odd
+                break
+            target = target[key]
+    return json.dumps(value)
+
+
+def _bad_file(name, folder, rng):
+    """A run's JSON file, changed; all commands on it."""
+    out = folder / f"bad_{name}"
+    shutil.copytree(folder / "whole", out, dirs_exist_ok=True)
+    path = out / name
+    content = path.read_text()
+    while True:
+        changed = _mutated(content, rng).encode(errors="surrogateescape")
+        path.write_bytes(changed)
+        given = rng.choice([["report", out], ["figures", out], ["run", STUDY, "--out", out]])
+        before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix != ".png"}
+        code, lines = ask(given)
+        expect(code in (0, 1, 2) and len(lines) == (code == 2), (given, changed, code, lines))
+        after = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix != ".png"}
+        for each in before.keys() - {out / ".lock"}:
+            expect(after.get(each) == before[each], f"{each} was overwritten")
+        yield
+
+
+def _bad_config(folder, rng):
+    return _bad_file("config.json", folder, rng)
+
+
+def _bad_summary(folder, rng):
+    return _bad_file("summary.json", folder, rng)
+
+
+FAULTS = {
+    "kills": (kills, 30),
+    "signals": (signals, 10),
+    "damage": (damage, 2),
+    "full disk": (full_disk, 6),
+    "read-only": (read_only, 2),
+    "in use": (in_use, 2),
+    "not finite": (not_finite, 2),
+    "bad input": (bad_inputs, 600),
+}
+
+
+def main():
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", metavar="NAME", choices=FAULTS)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print("| fault | tried | lost | |\n| --- | --- | --- | --- |", flush=True)
+    for name, (fault, count) in FAULTS.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                tried, said = fault(Path(folder), count, random.Random(arguments.seed))
+                lost = "nothing"
+            except Lost as error:
+                tried, said, lost = "", str(error), "YES"
+        what = " ".join(fault.__doc__.split("\n\n")[0].split())
+        print(f"| {what} | {tried} | {lost} | {said} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

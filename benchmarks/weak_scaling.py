@@ -1,0 +1,116 @@
+"""Weak scaling of the outer loop over virtual CPU devices, and what it says of many GPUs.
+
+    python -m benchmarks.weak_scaling [--devices N ...] [--steps N] [--batch N] [--hidden N]
+
+Every device has the same number of episodes, one outer seed. Each row is a process of its own. The
+bytes that an outer step reduces over the devices are read off the compiled program.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+
+WIDTH = {"f32": 4, "bf16": 2, "f64": 8, "s32": 4}
+# Assumed, not measured: GB/s that one GPU sends, and the latency of one message in seconds.
+LINKS = {"8 GPUs, NVLink": (8, 450e9, 3e-6), "256 GPUs, 400 Gb/s InfiniBand": (256, 50e9, 10e-6)}
+
+
+def reduced_bytes(program: str) -> list[int]:
+    """Bytes of each all-reduce in a compiled program."""
+    sizes = []
+    for shapes in re.findall(r"= (.*?) all-reduce(?:-start)?\(", program):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        sizes.append(
+            sum(
+                WIDTH[kind] * math.prod(int(n) for n in dims.split(",") if n)
+                for kind, dims in arrays
+            )
+        )
+    return sizes
+
+
+def measure(steps: int, batch: int, hidden: int) -> dict:
+    """Seconds and reduced bytes of an outer step on the devices there are."""
+    domain = LinearRegression(5, 5, steps=20)
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=hidden))
+    total = batch * jax.device_count()
+    config = OuterConfig(steps=10 * steps, batch=total, seeds=1, warmup=1, dispatch=steps)
+    trainees = {"lstm": Trainee(meta, prediction_loss(domain, meta))}
+    trainer = Trainer(trainees, config, jax.random.key(0))
+    program = trainer.advance.lower(trainer.abstract, jnp.int32(1)).compile().as_text()
+    state, times = trainer.init(), []
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    for _ in range(4):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(trainer.advance(state, jnp.int32(steps)))
+        times.append((time.perf_counter() - began) / steps)
+    return {
+        "devices": jax.device_count(),
+        "parameters": parameters,
+        "seconds": min(times[1:]),
+        "reduced": reduced_bytes(program),
+    }
+
+
+def all_reduce(devices: int, size: float, speed: float, latency: float) -> float:
+    """Seconds: each device sends 2 (n − 1) / n of the bytes, in 2 log2 n messages one by one."""
+    return 2 * (devices - 1) / devices * size / speed + 2 * math.log2(devices) * latency
+
+
+def main():
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=32, help="episodes of each device")
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.steps, arguments.batch, arguments.hidden)))
+        return
+    print(f"JAX {jax.__version__}, {len(os.sched_getaffinity(0))} CPU cores\n")
+    print("| devices | seconds a step | episodes/s | all-reduces a step | bytes reduced |")
+    print("| --- | --- | --- | --- | --- |")
+    alone = math.nan
+    for devices in arguments.devices:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.weak_scaling", "--one", *sys.argv[1:]],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        row = json.loads(done.stdout)
+        alone = row["seconds"] if devices == 1 else alone
+        cells = (
+            devices,
+            f"{row['seconds']:.4f}",
+            f"{arguments.batch * devices / row['seconds']:,.0f}",
+        )
+        cells += len(row["reduced"]), f"{sum(row['reduced']):,}"
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
+    size = 4 * (row["parameters"] + 1)
+    print(f"\n{row['parameters']:,} parameters: {size:,} bytes with the loss\n")
+    print(f"| | all-reduce | efficiency at {alone:.4f} s a step | step of 90 % efficiency |")
+    print("| --- | --- | --- | --- |")
+    for name, (devices, speed, latency) in LINKS.items():
+        seconds = all_reduce(devices, size, speed, latency)
+        cells = name, f"{1e6 * seconds:.0f} µs", f"{alone / (alone + seconds):.1%}"
+        print("|", " | ".join(cells), f"| {1e3 * 9 * seconds:.2f} ms |")
+
+
+if __name__ == "__main__":
+    main()

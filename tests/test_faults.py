@@ -1,0 +1,125 @@
+"""Runs damaged, out of disk space or badly asked for: the fast part of benchmarks/faults.py."""
+
+import contextlib
+import json
+import pickle
+import random
+import resource
+import shutil
+
+import pytest
+import yaml
+
+import metadyn
+from benchmarks import faults
+from metadyn.store import RunFolder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of the tiny study."""
+    out = tmp_path_factory.mktemp("faults") / "whole"
+    assert faults.ask(["run", faults.STUDY, "--out", out]) == (0, [])
+    return out
+
+
+def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path):
+    """In the newest checkpoint, in one before it, and in a measurement, at once."""
+    out = tmp_path / "damaged"
+    shutil.copytree(whole, out)
+    newest, before = (RunFolder(out).steps()[i] for i in (-1, 2))
+    victims = [
+        out / "checkpoints" / str(newest) / "state" / "manifest.ocdbt",
+        out / "checkpoints" / str(before) / "trajectories" / "manifest.ocdbt",
+        out / "measurements" / "in_distribution" / "bayes" / "about" / "metadata",
+    ]
+    content = victims[0].read_bytes()
+    victims[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    victims[1].unlink()
+    victims[2].write_bytes(victims[2].read_bytes()[:20])
+    for command in ("figures", "report"):
+        code, lines = faults.ask([command, out])
+        assert (code, len(lines)) == ((2, 1) if command == "figures" else (0, 0)), lines
+    code, lines = faults.ask(["run", faults.STUDY, "--out", out])
+    assert code == 0
+    assert sum("is damaged" in line for line in lines) == len(lines) == 3, lines
+    assert len(list(out.rglob("*.damaged"))) == 3
+    faults.same(whole, out)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoints_before_it_are_gone_on_with(whole, tmp_path):
+    out = tmp_path / "full"
+    shutil.copytree(whole, out)
+    for step in RunFolder(out).steps()[3:]:
+        shutil.rmtree(out / "checkpoints" / str(step))
+    (out / "summary.json").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        code, lines = faults.ask(["run", faults.STUDY, "--out", out])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert len(lines) == 1
+    assert "cannot be written (File too large)" in lines[0]
+    assert RunFolder(out).is_sound()
+    assert faults.ask(["run", faults.STUDY, "--out", out]) == (0, [])
+    faults.same(whole, out)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoints_before_it(tmp_path):
+    wild = ("--outer.optimizer", "sgd", "--outer.learning-rate", "1e30", "--outer.clip", "1e30")
+    code, lines = faults.ask(["run", faults.STUDY, "--out", tmp_path / "wild", *wild])
+    assert (code, len(lines)) == (2, 1)
+    assert "the loss is no longer finite" in lines[0]
+    run = RunFolder(tmp_path / "wild")
+    assert run.is_sound()
+    assert 0 in run.outer_steps()
+
+
+def test_bad_inputs_are_one_line(whole):
+    faults.bad_inputs(whole.parent, 60, random.Random(1))
+
+
+def test_reading_a_run_unpickles_and_executes_nothing(whole, tmp_path, monkeypatch):
+    """Not even where a folder was made to be read, checksums and all."""
+    touched = tmp_path / "touched"
+
+    class Payload:
+        def __reduce__(self):
+            return (touched.touch, ())
+
+    bomb, unpickled = pickle.dumps(Payload()), []
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, lambda *args, name=name: unpickled.append(name))
+    faults.same(whole, whole)
+    folder = tmp_path / "bomb" / "checkpoints" / "0"
+    shutil.copytree(whole, tmp_path / "bomb")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        content = path.read_bytes()
+        path.write_bytes(bomb)
+        (folder / "SHA256SUMS").write_bytes(metadyn.store._sums(folder))
+        with contextlib.suppress(Exception):  # whatever Orbax makes of it
+            metadyn.load(tmp_path / "bomb")
+        assert not touched.exists()
+        path.write_bytes(content)
+    assert not unpickled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", faults.FAULTS)
+def test_nothing_is_lost(name, tmp_path):
+    fault, count = faults.FAULTS[name]
+    fault(tmp_path, count, random.Random(2))
+
+
+def test_launch_files_are_well_formed():
+    (job,) = yaml.safe_load_all((faults.ROOT / "experiments/launch/jobset.yaml").read_text())
+    (replicated,) = job["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    told = {each["name"]: each.get("value") for each in container["env"]}
+    assert told["JAX_NUM_PROCESSES"] == str(spec["parallelism"]) == str(spec["completions"])
+    host = f"{job['metadata']['name']}-{replicated['name']}-0-0.{job['metadata']['name']}"
+    assert told["JAX_COORDINATOR_ADDRESS"] == f"{host}:{container['ports'][0]['containerPort']}"
+    assert json.dumps(container["args"]).startswith('["run", "experiments/linear_regression.py"')

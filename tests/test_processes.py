@@ -1,0 +1,129 @@
+"""Two processes of one run, over loopback: interrupted, bereft of one, gone on with elsewhere."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import xarray as xr
+from processes import begin, end, together
+
+import metadyn
+from metadyn import mesh
+from metadyn.base import ConfigError
+
+STUDY = str(Path(__file__).parent.parent / "benchmarks" / "tiny_study.py")
+
+
+def command(out, *more):
+    return [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *more]
+
+
+def training(processes):
+    """Waits until process 0 says that it trains."""
+    for line in processes[0].stdout:
+        if line.startswith("training"):
+            return
+    raise AssertionError(processes[0].stderr.read())
+
+
+def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_path):
+    """Only process 0 prints, and the end is that of one process undisturbed."""
+    long = ("--outer.steps", "40000", "--outer.schedule", "constant", "--outer.learning-rate")
+    long += ("0.001", "--outer.checkpoints", "12")
+    out = tmp_path / "two"
+
+    run = begin(command(out, *long), 2)
+    training(run)
+    run[1].send_signal(signal.SIGTERM)  # one alone is told: both stop at the same step
+    began = time.monotonic()
+    done = end(run)
+    assert time.monotonic() - began < 10
+    assert [each.code for each in done] == [130, 130], done
+    assert all("the same command goes on" in each.err for each in done)
+    assert "metadyn" not in done[1].out
+
+    for victim in (1, 0):
+        run = begin(command(out, *long), 2)
+        training(run)
+        run[victim].kill()
+        began = time.monotonic()
+        left = end(run)[1 - victim]
+        assert time.monotonic() - began < 60
+        assert left.code != 0
+        said = "another process of this run was lost", "another task died"  # ours, or JAX's own
+        assert any(each in left.err for each in said), left.err
+
+    run = begin(command(out, *long), 1, 2)
+    training(run)
+    run[0].send_signal(signal.SIGINT)
+    assert end(run)[0].code == 130
+    assert not (out / "summary.json").exists()
+
+    done = together(command(out, *long), 2)
+    assert "passed" in done[0].out
+    assert "passed" not in done[1].out
+    together(command(tmp_path / "one", *long), 1, 1)
+    for task_set in ("tracked", "in_distribution"):
+        one, two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
+        xr.testing.assert_allclose(one, two, rtol=1e-3)  # 40 000 outer steps
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"TPU_ML_PLATFORM": "JAX"}, True),
+        ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, False),
+        (
+            {
+                "TPU_ML_PLATFORM": "JAX",
+                "TPU_SKIP_MDS_QUERY": "true",
+                "TPU_WORKER_HOSTNAMES": "a,b",
+            },
+            True,
+        ),
+    ],
+)
+def test_launchers_are_recognised(environment, joins, monkeypatch):
+    asked = []
+    monkeypatch.setattr(mesh.jax.distributed, "initialize", lambda **told: asked.append(told))
+    for name in list(mesh.os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "TPU_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    mesh.start()
+    assert bool(asked) == joins
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--processes", "2"], "coordinator_address = None: give all of --coordinator"),
+        (["--coordinator", "localhost:1"], "num_processes = None"),
+        (["--coordinator", "x", "--processes", "2", "--process-id", "7"], "cannot be joined"),
+        (["--coordinator", "x", "--processes", "2", "--process-id", "0"], "cannot be joined"),
+        (["--processes", "two"], "invalid int value"),
+    ],
+)
+def test_bad_process_options_are_one_line(options, says, refused):
+    refused([STUDY, *options], says)
+
+
+def test_accelerators_that_cannot_share_the_batch_are_refused_before_dir_exists(
+    refused, monkeypatch
+):
+    monkeypatch.setattr(mesh.jax, "device_count", lambda: 4)
+    monkeypatch.setattr(mesh.jax, "default_backend", lambda: "gpu")
+    refused([STUDY, "--outer.batch", "6"], "parts of the batch = 6: must be a multiple of the 4")
+
+
+def test_a_bad_process_variable_is_named(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "many")
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES = 'many'"):
+        mesh.start()
