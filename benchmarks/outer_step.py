@@ -122,7 +122,8 @@ def flax_side(hidden: int, batch: int, steps: int) -> Run:
             self.readout = nnx.Linear(hidden, N, rngs=rngs)
 
         def __call__(self, inputs: Any) -> Any:
-            return self.readout(self.rnn(inputs))
+            zeros = jnp.zeros((inputs.shape[1], hidden))
+            return self.readout(self.rnn(inputs, initial_carry=(zeros, zeros)))
 
     graph, params, rest = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(RATE))

@@ -112,7 +112,9 @@ def alternate(
                 workers[name] = Worker(side, seconds)
             except Unavailable as why:
                 print(f"{name}: not measured ({why})", flush=True)
-        taken = [{name: worker.repeat() for name, worker in workers.items()} for _ in range(repeats)]
+        taken = [
+            {name: worker.repeat() for name, worker in workers.items()} for _ in range(repeats)
+        ]
     finally:
         for worker in workers.values():
             worker.close()
@@ -190,9 +192,7 @@ def limits() -> Limits:
     """Those of this machine, on all of its devices."""
     taken = alternate({name: Side(__name__, name) for name in ("products", "copies")})
     best = {name: float(seconds.min()) for name, seconds in taken.items()}
-    return Limits(
-        2 * PARTS * SIZE**3 / best["products"], 2 * 4 * PARTS * ENTRIES / best["copies"]
-    )
+    return Limits(2 * PARTS * SIZE**3 / best["products"], 2 * 4 * PARTS * ENTRIES / best["copies"])
 
 
 def products() -> Run:

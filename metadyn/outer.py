@@ -122,7 +122,7 @@ def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
     """
 
     def objective(params: Params, keys: Keys) -> tuple[Array, Array]:
-        queries, feedback = jax.vmap(partial(inner.observe, domain), out_axes=-1)(keys)
+        queries, feedback = inner.observe(domain, keys)
         answers = meta.unroll(params, queries, feedback)
         loss = jnp.mean(jax.vmap(jax.vmap(domain.loss, -1))(answers, feedback))
         return loss, loss
@@ -220,6 +220,23 @@ def mean_of_others(values: Float[Array, "T B"], group: int) -> Float[Array, "T B
     return (rest / (group - 1)).reshape(values.shape)
 
 
+def _gradient(
+    objective: Objective, params: Params, keys: Keys, together: int
+) -> tuple[Params, Float[Array, ""]]:
+    """Of the objective over all episodes, and the mean loss, some episodes at a time."""
+    some = mesh.at_a_time(len(keys), together)
+    gradient = jax.grad(objective, has_aux=True)
+    if some == len(keys):
+        return gradient(params, keys)
+
+    def add(total, keys):
+        return jax.tree.map(jnp.add, total, gradient(params, keys)), None
+
+    nothing = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+    total, _ = jax.lax.scan(add, nothing, keys.reshape(-1, some))
+    return jax.tree.map(lambda leaf: leaf * (some / len(keys)), total)
+
+
 class Trainer:
     """The compiled outer loop: meta-learners, by name, that are trained side by side.
 
@@ -243,7 +260,7 @@ class Trainer:
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Array]]:
-            def one_seed(objective, now, one):
+            def one_seed(objective, together, now, one):
                 key, params, moments = one
                 step, count = now
 
@@ -251,7 +268,7 @@ class Trainer:
                     params, moments, total = carry
                     key_step = jax.random.fold_in(key, step + i)
                     keys = indexed_keys(key_step, mesh.my_share(config.batch))
-                    gradient, loss = mesh.mean(jax.grad(objective, has_aux=True)(params, keys))
+                    gradient, loss = mesh.mean(_gradient(objective, params, keys, together))
                     updates, moments = optimizer.update(gradient, moments, params)
                     return optax.apply_updates(params, updates), moments, total + loss
 
@@ -263,7 +280,7 @@ class Trainer:
             params, moments, loss = {}, {}, {}
             for name, trainee in trainees.items():
                 params[name], moments[name], loss[name] = mesh.train_seeds(
-                    partial(one_seed, trainee.objective),
+                    partial(one_seed, trainee.objective, trainee.together),
                     (state.step, count),
                     (keys, state.params[name], state.moments[name]),
                     config.seeds,
