@@ -42,18 +42,29 @@ def interact(
     return query, answered, domain.feedback(task, query, answered, key_feedback)
 
 
-def observe(domain: Domain, key: Key) -> tuple[Query, Feedback]:
-    """The T pairs [T, ...] of an episode on a task of the training distribution.
+def observe(domain: Domain, keys: Keys) -> tuple[Query, Feedback]:
+    """The T pairs of an episode for each key, on tasks of the training distribution: [T, ..., B].
 
     For domains whose feedback ignores the answers. `measure` poses the same task and pairs under
     the same key.
     """
-    key_task, key_episode = jax.random.split(key)
-    task = domain.sample_task(key_task)
-    _, key_steps = jax.random.split(key_episode)
-    keys = indexed_keys(key_steps, jnp.arange(domain.steps))
-    query, _, feedback = jax.vmap(lambda k: interact(domain, task, lambda query: None, k))(keys)
-    return query, feedback
+    T, B = domain.steps, len(keys)
+    key_task, key_episode = _halves(keys)
+    _, key_steps = _halves(key_episode)
+
+    # All pairs along one axis: XLA draws along two short ones at a third of the speed on a CPU.
+    repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])  # noqa: E731
+    tasks = jax.tree.map(repeated, jax.vmap(domain.sample_task)(key_task))
+    keys = jax.vmap(jax.random.fold_in)(repeated(key_steps), jnp.repeat(jnp.arange(T), B))
+    pose = lambda task, key: interact(domain, task, lambda query: None, key)  # noqa: E731
+    query, _, feedback = jax.vmap(pose)(tasks, keys)
+    apart = lambda leaf: jnp.moveaxis(leaf.reshape(T, B, *leaf.shape[1:]), 1, -1)  # noqa: E731
+    return jax.tree.map(apart, (query, feedback))
+
+
+def _halves(keys: Keys) -> tuple[Keys, Keys]:
+    pairs = jax.vmap(jax.random.split)(keys)
+    return pairs[:, 0], pairs[:, 1]
 
 
 def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:

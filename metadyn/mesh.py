@@ -28,6 +28,7 @@ from metadyn.base import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
+CACHED_EPISODES = 128  # of 64 hidden units, that a CPU core differentiates best at a time
 
 
 def start(
@@ -202,6 +203,19 @@ def my_share(total: int) -> Int[Array, " share"]:
     """This device's part of 0 … total − 1, inside `train_seeds`."""
     share = total // jax.lax.axis_size(EPISODES)
     return jax.lax.axis_index(EPISODES) * share + jnp.arange(share)
+
+
+def at_a_time(episodes: int, together: int = 1) -> int:
+    """How many of a device's episodes to differentiate at a time, in equal parts of whole groups.
+
+    On a CPU core so many that what the backward pass needs stays in its cache
+    (`benchmarks/growth.py` compares); elsewhere all.
+    """
+    if jax.default_backend() != "cpu":
+        return episodes
+    parts = range(together, CACHED_EPISODES + 1, together)
+    whole = [n for n in parts if episodes % n == 0 and 2 * n > CACHED_EPISODES]
+    return max(whole, default=episodes)
 
 
 def mean(tree: Any) -> Any:

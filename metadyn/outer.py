@@ -127,7 +127,7 @@ def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
     """
 
     def objective(params: Params, keys: Keys) -> tuple[Array, Array]:
-        queries, feedback = jax.vmap(partial(inner.observe, domain), out_axes=-1)(keys)
+        queries, feedback = inner.observe(domain, keys)
         answers = meta.unroll(params, queries, feedback)
         loss = jnp.mean(jax.vmap(jax.vmap(domain.loss, -1))(answers, feedback))
         return loss, loss
@@ -225,6 +225,21 @@ def mean_of_others(values: Float[Array, "T B"], group: int) -> Float[Array, "T B
     return (rest / (group - 1)).reshape(values.shape)
 
 
+def _gradient(trainee: Trainee, params: Params, keys: Keys) -> tuple[Params, Float[Array, ""]]:
+    """Of the objective over all episodes, and the mean loss, some episodes at a time."""
+    some = mesh.at_a_time(len(keys), trainee.together)
+    gradient = jax.grad(trainee.objective, has_aux=True)
+    if some == len(keys):
+        return gradient(params, keys)
+
+    def add(total, keys):
+        return jax.tree.map(jnp.add, total, gradient(params, keys)), None
+
+    nothing = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+    total, _ = jax.lax.scan(add, nothing, keys.reshape(-1, some))
+    return jax.tree.map(lambda leaf: leaf * (some / len(keys)), total)
+
+
 class Trainer:
     """The compiled outer loop: meta-learners, by name, that are trained side by side.
 
@@ -248,7 +263,7 @@ class Trainer:
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Array]]:
-            def one_seed(objective, optimizer, now, one):
+            def one_seed(trainee, optimizer, now, one):
                 key, params, moments = one
                 step, count = now
 
@@ -256,7 +271,7 @@ class Trainer:
                     params, moments, total = carry
                     key_step = jax.random.fold_in(key, step + i)
                     keys = indexed_keys(key_step, mesh.my_share(config.batch))
-                    gradient, loss = mesh.mean(jax.grad(objective, has_aux=True)(params, keys))
+                    gradient, loss = mesh.mean(_gradient(trainee, params, keys))
                     updates, moments = optimizer.update(gradient, moments, params)
                     return optax.apply_updates(params, updates), moments, total + loss
 
@@ -268,7 +283,7 @@ class Trainer:
             params, moments, loss = {}, {}, {}
             for name, trainee in trainees.items():
                 params[name], moments[name], loss[name] = mesh.train_seeds(
-                    partial(one_seed, trainee.objective, optimizers[name]),
+                    partial(one_seed, trainee, optimizers[name]),
                     (state.step, count),
                     (keys, state.params[name], state.moments[name]),
                     config.seeds,

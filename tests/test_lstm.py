@@ -86,9 +86,7 @@ def trained_like():
 
 def test_step_by_step_and_whole_episode_give_the_same_numbers(trained_like):
     domain, meta, params = trained_like
-    queries, feedback = jax.vmap(lambda k: inner.observe(domain, k), out_axes=-1)(
-        jax.random.split(jax.random.key(2), 5)
-    )
+    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 5))
     whole = meta.unroll(params, queries, feedback)
     assert whole.shape == (6, 2, 5)
     learner = meta.learner(params)
@@ -118,7 +116,7 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
         tuple(range(7)),
     )["loss"]
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(indices)
-    queries, feedback = jax.vmap(lambda k: inner.observe(domain, k), out_axes=-1)(keys)
+    queries, feedback = inner.observe(domain, keys)
     answers = meta.unroll(params, queries, feedback)
     whole = np.mean((answers - feedback) ** 2, axis=1).T
     np.testing.assert_allclose(stepped[:, 1:], whole, rtol=1e-5)

@@ -229,7 +229,6 @@ def test_a_live_run_is_reported(tmp_path, capsys):
         run.save_measurement(task_set, "bayes", *readings(1.0))
     save(run, 0, 3.0)
     save(run, 50, 2.0)
-    run.close()
     assert main(["report", str(run.path)]) == 0
     printed = capsys.readouterr().out
     assert "outer step 50 of 200 (25%); 2 checkpoints" in printed
@@ -241,7 +240,6 @@ def test_a_hundred_checkpoints_are_read_in_five_seconds(tmp_path):
     run = RunFolder.create(tmp_path / "r", IDENTITY)
     for step in range(100):
         save(run, step, step)
-    run.close()
     start = time.monotonic()
     data = metadyn.load(run.path)
     assert time.monotonic() - start < 5
@@ -257,7 +255,6 @@ from test_outer_dynamics import IDENTITY, RunFolder, save
 run = RunFolder.create(sys.argv[1], IDENTITY)
 for step in range(30):
     save(run, step, step)
-run.close()
 """
 
 

@@ -28,7 +28,7 @@ class LSTMConfig:
     """H, hidden units."""
     forget_bias: float = 1.0
     """Initial bias of the forget gate (Jozefowicz et al. 2015)."""
-    backend: Backend = "scan"
+    backend: Backend = "backward"
     """Kernel of the whole-episode form."""
 
     def __post_init__(self) -> None:

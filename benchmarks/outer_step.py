@@ -1,0 +1,199 @@
+"""One outer step of metadyn against PyTorch and flax.
+
+    python -m benchmarks.outer_step [--full] [--json FILE]
+
+Each side does the same work: it samples tasks of linear regression, 5 × 5, with their episodes,
+runs an LSTM over them, back-propagates, clips the gradient by its global norm and takes a step of
+Adam. Sides: metadyn; PyTorch's nn.LSTM, eager and under torch.compile; flax's nnx.RNN of an
+OptimizedLSTMCell under jit, many steps a dispatch, as metadyn does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import Result, Run, Side, alternate, cores, limits, main, result
+
+N, SIGMA, RATE, CLIP = 5, 0.1, 1e-3, 1.0
+SIZES = ((64, 256, 20), (64, 2048, 20))
+FULL = tuple(
+    (hidden, batch, steps)
+    for steps in (20, 100)
+    for hidden in (64, 128, 256)
+    for batch in (256, 2048, 16_384, 65_536)
+    if hidden * batch * steps <= 64 * 65_536 * 20
+)
+"""Hidden units, batch, T; up to what 16 GiB of memory hold of the other sides' activations."""
+
+
+def metadyn_side(hidden: int, batch: int, steps: int) -> Run:
+    """The `Trainer` that studies use."""
+    from metadyn import mesh
+
+    mesh.use_every_core()
+    import jax
+    import jax.numpy as jnp
+
+    from metadyn.domains.linear import LinearRegression
+    from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+    from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+
+    domain = LinearRegression(N, N, sigma=SIGMA, steps=steps)
+    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=hidden))
+    outer = OuterConfig(
+        steps=1_000_000, batch=batch, seeds=1, learning_rate=RATE, schedule="constant", clip=CLIP
+    )
+    trainees = {"lstm": Trainee(meta, prediction_loss(domain, meta))}
+    trainer = Trainer(trainees, outer, jax.random.key(0))
+    state = [trainer.init()]
+
+    def run(count: int) -> None:
+        state[0], loss = trainer.advance(state[0], jnp.int32(count))
+        jax.block_until_ready((state[0], loss))
+
+    return run
+
+
+def torch_network(hidden: int) -> Any:
+    """nn.LSTM with a linear readout, and its loss over whole episodes."""
+    import torch
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = torch.nn.LSTM(2 * N, hidden)
+            self.readout = torch.nn.Linear(hidden, N)
+
+        def forward(self, x: Any, y: Any) -> Any:
+            """Mean squared error; x and y are [T, B, N]."""
+            before = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
+            answers = self.readout(self.lstm(torch.cat([x, before], -1))[0])
+            return torch.nn.functional.mse_loss(answers, y)
+
+    return Network()
+
+
+def torch_side(
+    hidden: int, batch: int, steps: int, compiled: bool = False, chunk: int | None = None
+) -> Run:
+    """PyTorch, on a GPU if it finds one. With `chunk`, that many episodes at a time."""
+    import torch
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(cores())
+    network = torch_network(hidden).to(place)
+    optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
+    loss_of = torch.compile(network) if compiled else network
+    chunk = chunk or batch
+
+    def sample() -> tuple[Any, Any]:
+        W = torch.randn(chunk, N, N, device=place) / N**0.5
+        x = torch.randn(steps, chunk, N, device=place)
+        noise = torch.randn(steps, chunk, N, device=place)
+        return x, torch.einsum("bij,tbj->tbi", W, x) + SIGMA * noise
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(batch // chunk):
+                (loss_of(*sample()) * (chunk / batch)).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+            optimizer.step()
+        if place == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def flax_side(hidden: int, batch: int, steps: int) -> Run:
+    """nnx.RNN, batch-major as flax has it, on all cores as one device."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(2 * N, hidden, rngs=rngs), time_major=True)
+            self.readout = nnx.Linear(hidden, N, rngs=rngs)
+
+        def __call__(self, inputs: Any) -> Any:
+            zeros = jnp.zeros((inputs.shape[1], hidden))
+            return self.readout(self.rnn(inputs, initial_carry=(zeros, zeros)))
+
+    graph, params, rest = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(RATE))
+
+    def sample(key: Any) -> tuple[Any, Any]:
+        key_task, key_x, key_noise = jax.random.split(key, 3)
+        W = jax.random.normal(key_task, (batch, N, N)) / N**0.5
+        x = jax.random.normal(key_x, (steps, batch, N))
+        noise = jax.random.normal(key_noise, (steps, batch, N))
+        return x, jnp.einsum("bij,tbj->tbi", W, x) + SIGMA * noise
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
+        answers = nnx.merge(graph, params, rest)(jnp.concatenate([x, before], -1))
+        return jnp.mean((answers - y) ** 2)
+
+    def step(_: Any, carry: Any) -> Any:
+        key, params, moments = carry
+        key, now = jax.random.split(key)
+        gradient = jax.grad(loss)(params, *sample(now))
+        updates, moments = optimizer.update(gradient, moments)
+        return key, optax.apply_updates(params, updates), moments
+
+    @partial(jax.jit, donate_argnums=0)
+    def train(carry: Any, count: Any) -> Any:
+        return jax.lax.fori_loop(0, count, step, carry)
+
+    state = [(jax.random.key(0), params, optimizer.init(params))]
+
+    def run(count: int) -> None:
+        state[0] = jax.block_until_ready(train(state[0], count))
+
+    return run
+
+
+def operations(hidden: int, batch: int, steps: int) -> float:
+    """Of the products in one outer step: forwards once, backwards twice as many."""
+    return 3 * 2.0 * steps * batch * (4 * hidden * (2 * N + hidden) + hidden * N)
+
+
+def benchmark(full: bool = False) -> Iterator[Result]:
+    """The comparisons, and the share of the machine's limit."""
+    for hidden, batch, steps in FULL if full else SIZES:
+        case = {"hidden": hidden, "batch": batch, "steps": steps}
+        side = lambda name, case=case, **more: Side(__name__, name, case | more)  # noqa: E731
+        sides = {
+            "metadyn": side("metadyn_side"),
+            "PyTorch eager": side("torch_side"),
+            "PyTorch compiled": side("torch_side", compiled=True),
+            "flax": side("flax_side"),
+        }
+        if full and batch > 256:
+            sides["PyTorch eager, 128 episodes at a time"] = side("torch_side", chunk=128)
+        taken = alternate(sides)
+        where = f"outer step, hidden {hidden}, batch {batch}, T {steps}"
+        for name, seconds in taken.items():
+            yield result(f"{where}: {name}, ms", 1e3 * seconds)
+        ours, targeted = taken["metadyn"], (hidden, batch, steps) in SIZES
+        done = operations(hidden, batch, steps)
+        share = limits().share(ours, done)
+        yield result(f"{where}: metadyn, share of the product rate", share)
+        pytorch = [taken[name] for name in ("PyTorch eager", "PyTorch compiled") if name in taken]
+        if pytorch:
+            best = np.min(pytorch, axis=0)
+            least = 1.0 if targeted else None
+            yield result(f"{where}: × better of PyTorch", best / ours, at_least=least)
+        if "flax" in taken:
+            least = 1.5 if targeted else None
+            yield result(f"{where}: × flax", taken["flax"] / ours, at_least=least)
+
+
+if __name__ == "__main__":
+    main({"outer_step": benchmark}, __doc__ or "")
