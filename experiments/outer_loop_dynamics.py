@@ -186,7 +186,7 @@ study = Study(
         Claim(
             "Over outer training, nonlinear regression: low frequencies before high ones",
             "nonlinear_outer",
-            "outer_learning_nonlinear",
+            "inner_curves_nonlinear",
         ),
         Claim(
             "Over outer training, contextual bandit: one context after another",
@@ -206,6 +206,7 @@ study = Study(
                 "correlation": "rank correlation, inner with outer",
                 "excess": "excess loss at the end",
             },
+            "orders",
         ),
     ),
 )

@@ -299,6 +299,7 @@ study = Study(
             "in the bandit (t_K − t_1) / t_K; the ordinary learner's own, the LSTM's minus Bayes'",
             rows(QUICK),
             {"staggering": "staggering", "excess": "excess loss of the LSTM"},
+            "robustness",
         ),
     ),
 )

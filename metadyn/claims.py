@@ -20,7 +20,8 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def collect(folder: Path, runs: Sequence[str]) -> None:
-    """Copies the summaries of runs that are done, and the figures that claims name, to `folder`.
+    """Copies the summaries of runs that are done to `folder`, and those of their figures that claims
+    and tables name or that are there already.
 
     Raises `ConfigError` for a run that is not done or of none of the folder's studies.
     """
@@ -35,9 +36,12 @@ def collect(folder: Path, runs: Sequence[str]) -> None:
         for part in ("results", "figures"):
             (folder / part).mkdir(exist_ok=True)
         shutil.copyfile(run.path / "summary.json", folder / "results" / f"{name}-{preset}.json")
-        for claim in studies[name].claims:
-            for source in run.figures.glob(f"{claim.figure}.*"):
-                shutil.copyfile(source, folder / _figure(name, preset, source.name))
+        study = studies[name]
+        wanted = {claim.figure for claim in study.claims} | {t.figure for t in study.tables}
+        for source in run.figures.iterdir():
+            copy = folder / _figure(name, preset, source.name)
+            if source.stem in wanted or copy.exists():
+                shutil.copyfile(source, copy)
 
 
 def _figure(study: str, preset: str, file: str) -> str:
@@ -58,7 +62,9 @@ def tables(folder: Path) -> str:
             claims += [_claim(study, preset, claim, summary) for claim in study.claims]
             if summary is not None:
                 for table in study.tables:
-                    beside += ["", f"**{table.title}** ({preset})", "", *_table(table, summary)]
+                    figure = _figure(study.name, preset, f"{table.figure}.png")
+                    title = f"**{table.title}** ({preset}; [figure]({figure}))"
+                    beside += ["", title, "", *_table(table, summary)]
     return "\n".join([*claims, *beside])
 
 

@@ -213,6 +213,8 @@ class Table:
     rows: Mapping[str, str]
     """Name: what the table calls it."""
     columns: Mapping[str, str]
+    figure: str
+    """The figure that shows it, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
