@@ -135,7 +135,7 @@ def test_tables_set_figures_of_merit_side_by_side():
         "reported": [row | {"value": 2, "low": 2, "high": 2, "name": "adam_excess"}],
     }
     table = claims.Table(
-        "t", {"sgd": "SGD", "adam": "Adam"}, {"slope": "slope", "excess": "excess"}
+        "t", {"sgd": "SGD", "adam": "Adam"}, {"slope": "slope", "excess": "excess"}, "f"
     )
     assert list(claims._table(table, summary)) == [
         "| | slope | excess |",
