@@ -20,8 +20,8 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def collect(folder: Path, runs: Sequence[str]) -> None:
-    """Copies the summaries of runs that are done to `folder`, and those of their figures that claims
-    and tables name or that are there already.
+    """Copies the summaries of runs that are done to `folder`, and those of their figures that are
+    there already or that a claim or a table names.
 
     Raises `ConfigError` for a run that is not done or of none of the folder's studies.
     """
