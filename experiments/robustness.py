@@ -243,7 +243,7 @@ QUICK = Config(
     outer=OuterConfig(
         steps=3000, batch=32, learning_rate=3e-2, schedule="linear", seeds=2, checkpoints=4
     ),
-    measure=MeasureConfig(updating_tasks=16, tracked_tasks=512, heldout_tasks=512, probe_points=16),
+    measure=MeasureConfig(updating_tasks=32, tracked_tasks=512, heldout_tasks=512, probe_points=16),
 )
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),

@@ -399,10 +399,13 @@ def robustness(varied: Mapping[str, Measured]) -> Figure:
             colour = COLOURS[trained is None]
             marker = "D" if trained is None else "o"
             axis.errorbar(value, len(labels), xerr=bars, fmt=marker, color=colour, capsize=3)
+            if np.isnan(value):
+                note = {"va": "center", "fontsize": 9, "color": colour}
+                axis.text(0, len(labels), " a mode is never learned", **note)
             labels.append(found["varied"])
         axis.axvline(0, color="grey", lw=0.8, zorder=0)
         axis.set_yticks(range(len(labels)), labels, fontsize=9)
-        axis.invert_yaxis()
+        axis.set_ylim(len(labels) - 0.5, -0.5)
         what = "bandit staggering" if ordered else "staggering slope"
         axis.set(title=title, xlabel=what)
     axes[0].plot([], [], "D", color=COLOURS[1], label="ordinary learner")
