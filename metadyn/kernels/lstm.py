@@ -38,17 +38,20 @@ def cell(
     h: Float[Array, " H *B"],
     c: Float[Array, " H *B"],
 ) -> tuple[Float[Array, " H *B"], Float[Array, " H *B"], Gates]:
-    """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', gates)."""
-    H = len(h)
-    column = lambda vector: vector.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
-    both = jnp.concatenate([weights.input, weights.recurrent], axis=1)
-    z = both @ jnp.concatenate([x, h]) + column(weights.bias)
-    # σ(z) = ½ + ½ tanh(½z): all gates are one tanh, which vectorises better than an exponential
-    # and a division, and leave the product in one pass.
-    halved = jnp.repeat(
-        jnp.array([0.5, 1.0], z.dtype), jnp.array([3 * H, H]), total_repeat_length=4 * H
-    )
-    t = jnp.tanh(column(halved) * z)
+    """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', gates).
+
+    The products with x and h are apart: many queries to one state share the latter.
+    """
+    bias = weights.bias.reshape(-1, *[1] * (x.ndim - 1))
+    return _activate(weights.input @ x + weights.recurrent @ h + bias, c)
+
+
+def _activate(z: Float[Array, " Z *B"], c: Float[Array, " H *B"]):
+    # σ(z) = ½ + ½ tanh(½z): so all gates are one tanh, which vectorises better than an exponential
+    # and a division.
+    H = len(c)
+    slope = jnp.where(jnp.arange(4 * H) < 3 * H, 0.5, 1.0).astype(z.dtype)
+    t = jnp.tanh(slope.reshape(-1, *[1] * (z.ndim - 1)) * z)
     i, f, o = (0.5 + 0.5 * t[k * H : (k + 1) * H] for k in range(3))
     gates = Gates(i, f, o, t[3 * H :])
     c = gates.f * c + gates.i * gates.g
@@ -75,10 +78,16 @@ def lstm(
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
     def step(carry, x):
-        h, c, _ = cell(weights, x, *carry)
+        h, c, _ = _step(weights, x, *carry)
         return (h, c), h
 
     return jax.lax.scan(step, _start(weights, inputs), inputs)[1]
+
+
+def _step(weights, x, h, c):
+    """`cell` with one product."""
+    both = jnp.concatenate([weights.input, weights.recurrent], axis=1)
+    return _activate(both @ jnp.concatenate([x, h]) + weights.bias[:, None], c)
 
 
 def _start(weights, inputs):
@@ -104,7 +113,7 @@ class _Local(NamedTuple):
 def _lstm_forward(weights, inputs):
     def step(carry, x):
         c_before = carry[1]
-        h, c, (i, f, o, g) = cell(weights, x, *carry)
+        h, c, (i, f, o, g) = _step(weights, x, *carry)
         tanh_c = jnp.tanh(c)
         local = _Local(
             g * i * (1 - i),

@@ -99,7 +99,6 @@ class LSTMMetaLearner:
     def learner(self, params: Params) -> Learner:
         """The step-by-step form."""
         network = self._network(params)
-        column = lambda vector: vector[:, None]  # noqa: E731
 
         def init(key: Key) -> LSTMState:
             del key
@@ -108,17 +107,17 @@ class LSTMMetaLearner:
 
         def advance(state: LSTMState, query: Query) -> tuple[Array, Array, Gates]:
             x = jnp.concatenate([self.domain.encode_query(query), state.feedback])
-            return cell(network.weights, column(x), column(state.h), column(state.c))
+            return cell(network.weights, x, state.h, state.c)
 
         def predict(state: LSTMState, query: Query) -> Answer:
-            return network.answer(advance(state, query)[0])[: self.domain.answer_size, 0]
+            return network.answer(advance(state, query)[0][:, None])[: self.domain.answer_size, 0]
 
         def update(state: LSTMState, query: Query, feedback: Feedback) -> LSTMState:
             h, c, gates = advance(state, query)
             sigmoids = jnp.stack(gates[:3])
             saturated = jnp.mean(jnp.abs(sigmoids - 0.5) > 0.5 - SATURATED)
             encoded = self.domain.encode_feedback(feedback)
-            return LSTMState(h[:, 0], c[:, 0], encoded, saturated)
+            return LSTMState(h, c, encoded, saturated)
 
         return Learner(
             init, predict, update, diagnose=lambda state: {"saturated_gates": state.saturated}
