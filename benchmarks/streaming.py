@@ -43,9 +43,7 @@ def training_side(stored: str, steps: int) -> Run:
     spectrum, times = np.float32(domain.spectrum()), tuple(range(domain.steps + 1))
     state = [trainer.init()]
     folder = Path(tempfile.mkdtemp())
-    store = RunFolder.create(
-        folder / "run", {"study": "-", "preset": "-", "seed": 0, "config": {}}
-    )
+    store = RunFolder.create(folder / "run", {"study": "-", "preset": "-", "seed": 0, "config": {}})
 
     def measured() -> dict[str, dict[str, jax.Array]]:
         params, key = state[0].params["lstm"], jax.random.key(1)

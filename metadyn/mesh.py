@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 from metadyn.base import check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
-CACHED_EPISODES, CACHED_TASKS = 128, 32  # our choice
+CACHED_EPISODES, CACHED_TASKS = 128, 16  # our choice
 
 
 def use_every_core() -> None:

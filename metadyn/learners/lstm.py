@@ -110,7 +110,11 @@ class LSTMMetaLearner:
             return cell(network.weights, x, state.h, state.c)
 
         def predict(state: LSTMState, query: Query) -> Answer:
-            return network.answer(advance(state, query)[0][:, None])[: self.domain.answer_size, 0]
+            # As a sum: XLA reshapes h for a product over many queries, fuses that with the step
+            # and then no longer vectorises it, four times slower on a CPU.
+            h, readout = advance(state, query)[0], network.readout[...]
+            answer = jnp.sum(readout * h, axis=1) + network.offset[...]
+            return answer[: self.domain.answer_size]
 
         def update(state: LSTMState, query: Query, feedback: Feedback) -> LSTMState:
             h, c, gates = advance(state, query)
