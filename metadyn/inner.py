@@ -180,7 +180,7 @@ def measure(
             key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
             return run(domain, learner, sample_task(key_task, argument), key_episode, times, probe)
 
-        return jax.lax.map(one, indices, batch_size=min(chunk, len(indices)))
+        return jax.lax.map(one, indices, batch_size=min(mesh.tasks_at_a_time(chunk), len(indices)))
 
     def one_seed(params):
         return mesh.over_tasks(some, (params, argument, key), indices)

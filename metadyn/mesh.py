@@ -28,7 +28,7 @@ from metadyn.base import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES = 128  # of 64 hidden units, that a CPU core differentiates best at a time
+CACHED_EPISODES, CACHED_TASKS = 128, 16  # our choice
 
 
 def start(
@@ -208,8 +208,7 @@ def my_share(total: int) -> Int[Array, " share"]:
 def at_a_time(episodes: int, together: int = 1) -> int:
     """How many of a device's episodes to differentiate at a time, in equal parts of whole groups.
 
-    On a CPU core so many that what the backward pass needs stays in its cache
-    (`benchmarks/growth.py` compares); elsewhere all.
+    On a CPU core so many that what the backward pass needs stays in its cache; elsewhere all.
     """
     if jax.default_backend() != "cpu":
         return episodes
@@ -235,6 +234,14 @@ def over_tasks(
         f, mesh=mesh(), in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
     )
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
+
+
+def tasks_at_a_time(most: int) -> int:
+    """How many tasks each device should measure at a time, up to `most`.
+
+    On a CPU core so few that the networks of as many ordinary learners stay in its cache.
+    """
+    return min(most, CACHED_TASKS) if jax.default_backend() == "cpu" else most
 
 
 def over_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:

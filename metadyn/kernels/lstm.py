@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Backend = Literal["scan", "backward"]
+from metadyn.kernels import fused
+
+Backend = Literal["scan", "backward", "pallas"]
 
 
 class LSTMWeights(NamedTuple):
@@ -47,21 +49,20 @@ def cell(
     h: Float[Array, " H *B"],
     c: Float[Array, " H *B"],
 ) -> tuple[Float[Array, " H *B"], Float[Array, " H *B"], Gates]:
-    """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', gates)."""
-    H = len(h)
-    column = lambda vector: vector.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
-    if x.ndim == 1:  # many queries may be asked of one state: its product is then formed once
-        z = apply(weights.input, x) + apply(weights.recurrent, h)
-    else:
-        both = jnp.concatenate([weights.input, weights.recurrent], axis=1)
-        z = both @ jnp.concatenate([x, h])
-    z = z + column(weights.bias)
-    # σ(z) = ½ + ½ tanh(½z): all gates are one tanh, which vectorises better than an exponential
-    # and a division, and leave the product in one pass.
-    halved = jnp.repeat(
-        jnp.array([0.5, 1.0], z.dtype), jnp.array([3 * H, H]), total_repeat_length=4 * H
-    )
-    t = jnp.tanh(column(halved) * z)
+    """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', gates).
+
+    The products with x and h are apart: many queries to one state share the latter.
+    """
+    bias = weights.bias.reshape(-1, *[1] * (x.ndim - 1))
+    return _activate(apply(weights.input, x) + apply(weights.recurrent, h) + bias, c)
+
+
+def _activate(z: Float[Array, " Z *B"], c: Float[Array, " H *B"]):
+    # σ(z) = ½ + ½ tanh(½z): so all gates are one tanh, which vectorises better than an exponential
+    # and a division.
+    H = len(c)
+    slope = jnp.where(jnp.arange(4 * H) < 3 * H, 0.5, 1.0).astype(z.dtype)
+    t = jnp.tanh(slope.reshape(-1, *[1] * (z.ndim - 1)) * z)
     i, f, o = (0.5 + 0.5 * t[k * H : (k + 1) * H] for k in range(3))
     gates = Gates(i, f, o, t[3 * H :])
     c = gates.f * c + gates.i * gates.g
@@ -78,20 +79,32 @@ def lstm(
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
                 so that the reverse recurrence is two products and a few multiplications; the
                 weight gradients are summed in it, while what they are products of is in the cache.
+                The default: faster than scan at every size that `benchmarks/kernels.py` tries.
+      pallas    the same passes as kernels that keep weights and state on the chip (`fused.py`), and
+                the weight gradients as one product at the end. For GPUs, on which it has not been
+                measured; on a CPU it is interpreted, for tests.
     """
     if backend == "scan":
         return _scan(weights, inputs)
     if backend == "backward":
         return _lstm(weights, inputs)
-    raise ValueError(f"backend = {backend!r}: choose scan or backward")
+    if backend == "pallas":
+        return _fused(weights, inputs)
+    raise ValueError(f"backend = {backend!r}: choose scan, backward or pallas")
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
     def step(carry, x):
-        h, c, _ = cell(weights, x, *carry)
+        h, c, _ = _step(weights, x, *carry)
         return (h, c), h
 
     return jax.lax.scan(step, _start(weights, inputs), inputs)[1]
+
+
+def _step(weights, x, h, c):
+    """`cell` with one product."""
+    both = jnp.concatenate([weights.input, weights.recurrent], axis=1)
+    return _activate(both @ jnp.concatenate([x, h]) + weights.bias[:, None], c)
 
 
 def _start(weights, inputs):
@@ -102,7 +115,7 @@ def _start(weights, inputs):
 _lstm = jax.custom_vjp(_scan)
 
 
-class _Local(NamedTuple):
+class Local(NamedTuple):
     """Derivatives within one step, each [H, B]: of c by the arguments of i, f and g, of h by that
     of o and by c, and of c by the c before."""
 
@@ -117,9 +130,9 @@ class _Local(NamedTuple):
 def _lstm_forward(weights, inputs):
     def step(carry, x):
         c_before = carry[1]
-        h, c, (i, f, o, g) = cell(weights, x, *carry)
+        h, c, (i, f, o, g) = _step(weights, x, *carry)
         tanh_c = jnp.tanh(c)
-        local = _Local(
+        local = Local(
             g * i * (1 - i),
             c_before * f * (1 - f),
             tanh_c * o * (1 - o),
@@ -165,3 +178,34 @@ def _lstm_backward(residuals, dh_out):
 
 
 _lstm.defvjp(_lstm_forward, _lstm_backward)
+
+
+@jax.custom_vjp
+def _fused(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
+    return _fused_forward(weights, inputs)[0]
+
+
+def _fused_forward(weights, inputs):
+    by_gate = lambda a: a.reshape(4, -1, a.shape[-1])  # noqa: E731
+    n = inputs.shape[1]
+    padding = max(16, 1 << (n - 1).bit_length()) - n  # products on a GPU are of powers of two
+    input = jnp.pad(weights.input, [(0, 0), (0, padding)])
+    padded = jnp.pad(inputs, [(0, 0), (0, padding), (0, 0)])
+    bias = weights.bias[:, None]
+    h, local = fused.forward(*map(by_gate, (input, weights.recurrent, bias)), padded)
+    return h, (weights, inputs, h, local)
+
+
+def _fused_backward(residuals, dh_out):
+    weights, inputs, h, local = residuals
+    (T, H, B), n = h.shape, inputs.shape[1]
+    transposed = weights.recurrent.reshape(4, H, H).swapaxes(1, 2)
+    dz = fused.backward(transposed, local, dh_out).reshape(T, 4 * H, B)
+    before = jnp.concatenate([jnp.zeros_like(h[:1]), h[:-1]])
+    seen = jnp.concatenate([inputs, before, jnp.ones((T, 1, B), h.dtype)], axis=1)
+    total = jnp.einsum("tzb,tkb->zk", dz, seen)
+    dx = jnp.einsum("zn,tzb->tnb", weights.input, dz)
+    return LSTMWeights(total[:, :n], total[:, n : n + H], total[:, n + H]), dx
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
