@@ -13,16 +13,20 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from metadyn.base import ConfigError, ConfigWarning
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+STOPPED = "interrupted; the same command goes on from here"
+PATIENCE = 6.0  # seconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"metadyn: {error}".replace("\n", " "), file=sys.stderr)
         return _left(BAD_INPUT)
     except KeyboardInterrupt:
-        print("metadyn: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"metadyn: {STOPPED}", file=sys.stderr)
         return _left(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,6 +99,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _left(INTERRUPTED)
         traceback.print_exc()
         return _left(FAILED)
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """Leaves `PATIENCE` seconds after Ctrl-C or SIGTERM, from the last complete checkpoint.
+
+    Python hears of signals only between calls, and compiling a program is one long call.
+    """
+    try:
+        read, write = socket.socketpair()
+        write.setblocking(False)
+        before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    except ValueError:  # not in the main thread, where signals never arrive
+        yield
+        return
+    left = threading.Event()
+
+    def watch() -> None:
+        while came := read.recv(1):
+            if came[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(PATIENCE):
+                print(f"metadyn: {STOPPED}", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(before)
+        write.close()
 
 
 def _left(code: int) -> int:
@@ -124,17 +158,24 @@ def _warn(
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from rich.console import Console
-
     from metadyn import mesh
-    from metadyn.progress import Progress
-    from metadyn.study import load_study, run_study
 
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
+    with _in_time():
+        return _study(arguments, overrides)
+
+
+def _study(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from rich.console import Console
+
+    from metadyn import mesh
+    from metadyn.progress import Progress
+    from metadyn.study import load_study, run_study
+
     study = load_study(arguments.study)
     if arguments.preset not in study.presets:
         known = ", ".join(study.presets)

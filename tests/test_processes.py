@@ -30,7 +30,7 @@ def training(processes):
 
 def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_path):
     """Only process 0 prints, and the end is that of one process undisturbed."""
-    long = ("--outer.steps", "40000", "--outer.schedule", "constant", "--outer.learning-rate")
+    long = ("--outer.steps", "8000", "--outer.schedule", "constant", "--outer.learning-rate")
     long += ("0.001", "--outer.checkpoints", "12")
     out = tmp_path / "two"
 
@@ -67,7 +67,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     together(command(tmp_path / "one", *long), 1, 1)
     for task_set in ("tracked", "in_distribution"):
         one, two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
-        xr.testing.assert_allclose(one, two, rtol=1e-3)  # 40 000 outer steps
+        xr.testing.assert_allclose(one, two, rtol=1e-3)  # 8 000 outer steps
 
 
 @pytest.mark.parametrize(
