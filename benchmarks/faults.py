@@ -12,7 +12,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -204,7 +203,7 @@ def damage(folder, count, rng):
 
 
 def full_disk(folder, count, rng):
-    """Writing fails from the n-th byte of a file on, or at a limit of the disk."""
+    """Writing fails from the 200th, the 1 500th or the 4 000th byte of a file on."""
     whole = finish(folder / "whole")
     for turn in range(count):
         out, limit = folder / f"full{turn}", (200, 1500, 4000)[turn % 3]
@@ -213,10 +212,7 @@ def full_disk(folder, count, rng):
             shutil.rmtree(out / "checkpoints" / str(step))
         shutil.rmtree(out / "measurements")
         (out / "summary.json").unlink()
-        limited = lambda limit=limit: resource.setrlimit(  # noqa: E731
-            resource.RLIMIT_FSIZE, (limit, limit)
-        )
-        run = begin(out, preexec_fn=limited)
+        run = begin(out, before=("prlimit", f"--fsize={limit}"))
         _, errors = run.communicate()
         expect(run.returncode == 2 and len(errors.splitlines()) == 1, (run.returncode, errors))
         expect("cannot be written" in errors, errors)
