@@ -13,10 +13,12 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:  # imported when needed: they start JAX
     from metadyn.study import Study
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+STOPPED = "interrupted; the same command goes on from here"
+PATIENCE = 6.0  # seconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"metadyn: {error}".replace("\n", " "), file=sys.stderr)
         return _left(BAD_INPUT)
     except KeyboardInterrupt:
-        print("metadyn: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"metadyn: {STOPPED}", file=sys.stderr)
         return _left(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,6 +116,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _left(INTERRUPTED)
         traceback.print_exc()
         return _left(FAILED)
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """Leaves `PATIENCE` seconds after Ctrl-C or SIGTERM, from the last complete checkpoint.
+
+    Python hears of signals only between calls, and compiling a program is one long call.
+    """
+    try:
+        read, write = socket.socketpair()
+        write.setblocking(False)
+        before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    except ValueError:  # not in the main thread, where signals never arrive
+        yield
+        return
+    left = threading.Event()
+
+    def watch() -> None:
+        while came := read.recv(1):
+            if came[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(PATIENCE):
+                print(f"metadyn: {STOPPED}", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(before)
+        write.close()
 
 
 def _left(code: int) -> int:
@@ -141,6 +175,18 @@ def _warn(
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from metadyn import mesh
+
+    # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    mesh.use_every_core()
+    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
+    with _in_time():
+        return _studies(arguments, overrides)
+
+
+def _studies(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from rich.console import Console
 
     from metadyn import mesh
@@ -148,11 +194,6 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn.scalars import check_installed
     from metadyn.study import load_studies, load_study
 
-    # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None
-    mesh.use_every_core()
-    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     if arguments.seed < 0:
         raise ConfigError(f"--seed {arguments.seed}: must be 0 or more")
     if arguments.tensorboard:
