@@ -272,7 +272,7 @@ study = Study(
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
-    section="§2-4",
+    section="§§2–4",
     claims=(
         *(
             Claim(
