@@ -183,7 +183,7 @@ def _fused_forward(weights, inputs):
     input = jnp.pad(weights.input, [(0, 0), (0, padding)])
     padded = jnp.pad(inputs, [(0, 0), (0, padding), (0, 0)])
     bias = weights.bias[:, None]
-    h, local = fused.forward(*map(by_gate, (input, weights.recurrent, bias)), padded)
+    h, local = fused.forward(by_gate(input), by_gate(weights.recurrent), by_gate(bias), padded)
     return h, (weights, inputs, h, local)
 
 
