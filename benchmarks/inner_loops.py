@@ -12,6 +12,7 @@ many learners there are, so it is measured on one and the rest is arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.timing import Result, Run, Side, alternate, cores, limits, main, result
@@ -82,7 +83,7 @@ def _torch_kind(kind: str, learners: int) -> tuple[Any, Any, Any]:
     elif kind == "mlp":
         sizes = [1, *[WIDTH] * 4, 1]
         weights = []
-        for n, m in itertools.pairwise(sizes):
+        for n, m in pairwise(sizes):
             weights += [2 * uniform(*lead, m, n) / n**0.5, 2 * uniform(*lead, m) / n**0.5]
         turns = 2 * torch.pi * torch.arange(1, 6)
         cosine, sine = torch.randn(2, *lead, 1, 5) / 5**0.5

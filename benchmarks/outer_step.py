@@ -30,13 +30,12 @@ FULL = tuple(
 """Hidden units, batch, T; up to what 16 GiB of memory hold of the other sides' activations."""
 
 
-def metadyn_side(hidden: int, batch: int, steps: int) -> Run:
+def trainer(hidden: int, batch: int, steps: int) -> Any:
     """The `Trainer` that studies use."""
     from metadyn import mesh
 
     mesh.use_every_core()
     import jax
-    import jax.numpy as jnp
 
     from metadyn.domains.linear import LinearRegression
     from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
@@ -48,11 +47,19 @@ def metadyn_side(hidden: int, batch: int, steps: int) -> Run:
         steps=1_000_000, batch=batch, seeds=1, learning_rate=RATE, schedule="constant", clip=CLIP
     )
     trainees = {"lstm": Trainee(meta, prediction_loss(domain, meta))}
-    trainer = Trainer(trainees, outer, jax.random.key(0))
-    state = [trainer.init()]
+    return Trainer(trainees, outer, jax.random.key(0))
+
+
+def metadyn_side(hidden: int, batch: int, steps: int) -> Run:
+    """metadyn, on every core."""
+    ours = trainer(hidden, batch, steps)
+    import jax
+    import jax.numpy as jnp
+
+    state = [ours.init()]
 
     def run(count: int) -> None:
-        state[0], loss = trainer.advance(state[0], jnp.int32(count))
+        state[0], loss = ours.advance(state[0], jnp.int32(count))
         jax.block_until_ready((state[0], loss))
 
     return run

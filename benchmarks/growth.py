@@ -1,0 +1,66 @@
+"""Time and memory of an outer step and of a measurement, against every size.
+
+    python -m benchmarks.growth [--full] [--json FILE]
+
+Each row changes one size of: 64 units, batch 256, T = 20, 2 devices; time for one episode in one
+outer step, and bytes for it that the compiled step holds beside its arguments. Measurements: SGD
+on a two-layer linear network, 20 updates, by the number of tasks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from benchmarks.inner_loops import UPDATES
+from benchmarks.outer_step import metadyn_side, operations, trainer
+from benchmarks.timing import Result, Run, Side, alternate, ask, limits, main, result
+
+BASE = {"hidden": 64, "batch": 256, "steps": 20, "devices": 2}
+SHORT = {"batch": (32, 4096), "steps": (100,), "hidden": (128,), "devices": (1, 4)}
+FULL = {
+    "batch": (32, 1024, 4096, 16_384, 65_536),
+    "steps": (10, 50, 100, 200),
+    "hidden": (32, 128, 256, 512),
+    "devices": (1, 4, 8),
+}
+TASKS = {False: (16, 4096), True: (1, 16, 256, 4096, 65_536)}
+
+
+def step_side(hidden: int, batch: int, steps: int, devices: int) -> Run:
+    """An outer step on so many virtual devices of a CPU."""
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+    return metadyn_side(hidden, batch, steps)
+
+
+def memory(hidden: int, batch: int, steps: int, devices: int) -> int:
+    """Bytes that the compiled outer step holds on each device beside its arguments and results."""
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+    ours = trainer(hidden, batch, steps)
+    import jax.numpy as jnp
+
+    compiled = ours.advance.lower(ours.init(), jnp.int32(1)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def benchmark(full: bool = False) -> Iterator[Result]:
+    """Microseconds and bytes for one episode."""
+    sizes = [BASE]
+    for field, values in (FULL if full else SHORT).items():
+        sizes += [BASE | {field: value} for value in values]
+    for case in sizes:
+        seconds = alternate({"": Side(__name__, "step_side", case)}, repeats=5)[""]
+        held = ask(Side(__name__, "memory", case)) * case["devices"]
+        where = "outer step, " + ", ".join(f"{k} {v}" for k, v in case.items())
+        yield result(f"{where}: µs an episode", 1e6 * seconds / case["batch"])
+        yield result(f"{where}: KiB an episode", held / case["batch"] / 1024)
+        done = operations(case["hidden"], case["batch"], case["steps"])
+        yield result(f"{where}: share of the product rate", limits().share(seconds, done))
+    for tasks in TASKS[full]:
+        side = Side("benchmarks.inner_loops", "metadyn_side", {"kind": "linear", "learners": tasks})
+        seconds = alternate({"": side}, repeats=5)[""]
+        yield result(f"SGD on {tasks} tasks: µs an update", 1e6 * seconds / (tasks * UPDATES))
+
+
+if __name__ == "__main__":
+    main({"growth": benchmark}, __doc__ or "")

@@ -1,0 +1,58 @@
+"""The backends of the LSTM kernel: value and gradient over a whole episode.
+
+    python -m benchmarks.kernels [--full] [--json FILE]
+
+T = 20, 10 inputs; `scan` is the reference. Pallas kernels run on a GPU alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.timing import Result, Run, Side, alternate, limits, main, result
+
+STEPS, INPUTS = 20, 10
+SIZES = ((64, 32), (64, 128))
+FULL = tuple((hidden, batch) for hidden in (64, 128, 256) for batch in (16, 32, 128, 512, 2048))
+
+
+def kernel_side(backend: str, hidden: int, batch: int) -> Run:
+    """Descends the sum of squared hidden states, many steps a dispatch, on one device."""
+    import jax
+    import jax.numpy as jnp
+
+    from metadyn.kernels.lstm import LSTMWeights, lstm
+
+    if backend == "pallas" and jax.default_backend() == "cpu":
+        raise NotImplementedError("on a CPU Pallas is interpreted")
+    shapes = ((4 * hidden, INPUTS), (4 * hidden, hidden), (4 * hidden,))
+    keys = jax.random.split(jax.random.key(0), 4)
+    weights = LSTMWeights(
+        *(0.1 * jax.random.normal(k, s) for k, s in zip(keys[1:], shapes, strict=True))
+    )
+    inputs = jax.random.normal(keys[0], (STEPS, INPUTS, batch))
+    gradient = jax.grad(lambda weights: jnp.mean(lstm(weights, inputs, backend) ** 2))
+    descend = lambda _, w: jax.tree.map(lambda a, g: a - 1e-3 * g, w, gradient(w))  # noqa: E731
+    many = jax.jit(lambda weights, count: jax.lax.fori_loop(0, count, descend, weights))
+    return lambda count: jax.block_until_ready(many(weights, count))
+
+
+def benchmark(full: bool = False) -> Iterator[Result]:
+    """Milliseconds, and how many times as fast as the reference."""
+    for hidden, batch in FULL if full else SIZES:
+        case = {"hidden": hidden, "batch": batch}
+        backends = ("scan", "backward", *(["pallas"] if full else []))
+        sides = {b: Side(__name__, "kernel_side", case | {"backend": b}) for b in backends}
+        taken = alternate(sides)
+        where = f"kernel, hidden {hidden}, batch {batch}"
+        done = 6.0 * STEPS * batch * 4 * hidden * (INPUTS + hidden)
+        for name, seconds in taken.items():
+            yield result(f"{where}: {name}, ms", 1e3 * seconds)
+            share = limits().share(seconds, done)
+            yield result(f"{where}: {name}, share of the product rate", share)
+            if name != "scan":
+                yield result(f"{where}: {name} × scan", taken["scan"] / seconds)
+
+
+if __name__ == "__main__":
+    main({"kernels": benchmark}, __doc__ or "")
