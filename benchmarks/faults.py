@@ -168,7 +168,7 @@ def signals(folder, count, rng):
 
 
 def damage(folder, count, rng):
-    """Every file of the newest checkpoint and of one before it: missing, cut short, a byte changed.
+    """Every file of two checkpoints and a measurement: missing, cut short, a byte changed.
 
     The file is found, named and not read; then a run over damage in both comes to the same bits.
     """

@@ -15,6 +15,8 @@ from metadyn.base import ConfigError
 from metadyn.cli import main
 
 STUDY = str(Path(__file__).parent.parent / "benchmarks" / "tiny_study.py")
+LONG = ("--outer.steps", "8000", "--outer.schedule", "constant", "--outer.learning-rate", "0.001")
+LONG += ("--outer.checkpoints", "12")
 
 
 def command(out, *more):
@@ -29,9 +31,9 @@ def training(processes):
     raise AssertionError(processes[0].stderr.read())
 
 
-def loses(out, options, victim):
+def loses(out, victim):
     """Of two processes that train one is killed: the other leaves within a minute, and says why."""
-    run = begin(command(out, *options), 2)
+    run = begin(command(out, *LONG), 2)
     training(run)
     run[victim].kill()
     began = time.monotonic()
@@ -44,11 +46,9 @@ def loses(out, options, victim):
 
 def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_path):
     """Only process 0 prints, and the end is that of one process undisturbed."""
-    long = ("--outer.steps", "8000", "--outer.schedule", "constant", "--outer.learning-rate")
-    long += ("0.001", "--outer.checkpoints", "12")
     out = tmp_path / "two"
 
-    run = begin(command(out, *long), 2)
+    run = begin(command(out, *LONG), 2)
     training(run)
     run[1].send_signal(signal.SIGTERM)  # one alone is told: both stop at the same step
     began = time.monotonic()
@@ -58,17 +58,17 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     assert all("the same command goes on" in each.err for each in done)
     assert "metadyn" not in done[1].out
 
-    run = begin(command(out, *long), 1, 2)
+    run = begin(command(out, *LONG), 1, 2)
     training(run)
     run[0].send_signal(signal.SIGINT)
     assert end(run)[0].code == 130
 
-    loses(out, long, victim=1)
+    loses(out, victim=1)
     assert not (out / "summary.json").exists()
-    done = together(command(out, *long), 2)
+    done = together(command(out, *LONG), 2)
     assert "passed" in done[0].out
     assert "passed" not in done[1].out
-    assert main(["run", STUDY, "--out", str(tmp_path / "one"), *long]) == 0
+    assert main(["run", STUDY, "--out", str(tmp_path / "one"), *LONG]) == 0
     for task_set in ("tracked", "in_distribution"):
         one, two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
         xr.testing.assert_allclose(one, two, rtol=1e-3)  # 8 000 outer steps
@@ -76,8 +76,8 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
 
 @pytest.mark.slow
 def test_process_0_is_lost_too(tmp_path):
-    loses(tmp_path / "two", ("--outer.steps", "100000"), victim=0)
-    together(command(tmp_path / "two", "--outer.steps", "100000"), 2)
+    loses(tmp_path / "two", victim=0)
+    together(command(tmp_path / "two", *LONG), 2)
 
 
 @pytest.mark.parametrize(
