@@ -1,4 +1,4 @@
-"""The benchmarks: rivals compute the same thing, timing alternates, results say what they should."""
+"""The benchmarks: rivals compute the same, timing alternates, results say what they should."""
 
 import json
 import sys
