@@ -40,6 +40,7 @@ def training_side(stored: str, steps: int) -> Run:
     outer = OuterConfig(steps=10**7, batch=256, seeds=1, schedule="constant", learning_rate=1e-3)
     trainer = Trainer(trainees, outer, jax.random.key(0))
     spectrum, times = np.float32(domain.spectrum()), tuple(range(domain.steps + 1))
+    sample = lambda key, _: domain.sample_task(key)  # noqa: E731
     state = [trainer.init()]
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -52,7 +53,7 @@ def training_side(stored: str, steps: int) -> Run:
             jnp.arange(128), times, probe,
         )  # fmt: skip
         heldout = inner.measure(
-            domain, meta.learner, params, True, _sample(domain), None, key, jnp.arange(2048), times
+            domain, meta.learner, params, True, sample, None, key, jnp.arange(2048), times
         )
         return {"tracked": tracked, "heldout": heldout}
 
@@ -67,10 +68,6 @@ def training_side(stored: str, steps: int) -> Run:
             jax.block_until_ready((state[0], loss))
 
     return run
-
-
-def _sample(domain):
-    return lambda key, _: domain.sample_task(key)
 
 
 def benchmark(full: bool = False) -> Iterator[Result]:

@@ -14,7 +14,7 @@ from metadyn import mesh
 from metadyn.base import ConfigError, indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+from metadyn.outer import OuterConfig, Trainee, Trainer, _gradient, prediction_loss
 
 DOMAIN = LinearRegression(2, 2, steps=5)
 META = LSTMMetaLearner(DOMAIN, LSTMConfig(hidden=8))
@@ -182,3 +182,24 @@ def test_the_answer_does_not_depend_on_the_number_of_devices_or_processes():
         assert each["tasks"] == one["tasks"]
         np.testing.assert_allclose(one["loss"], each["loss"], rtol=1e-5)
         np.testing.assert_allclose(one["losses"], each["losses"], rtol=1e-4)
+
+
+def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once():
+    """320 of them, 80 at a time, each with the loss of its own."""
+    keys = indexed_keys(jax.random.key(1), jnp.arange(320))
+    params = META.init(jax.random.key(0))
+    params = jax.tree.map(lambda a: a + 0.1, params)
+    assert mesh.at_a_time(320) == 80
+    found = _gradient(Trainee(META, OBJECTIVE), params, keys)
+    expected = jax.grad(OBJECTIVE, has_aux=True)(params, keys)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("episodes", "together", "some"),
+    [(32, 1, 32), (128, 1, 128), (2048, 16, 128), (192, 1, 96), (257, 1, 257), (480, 48, 96)],
+)
+def test_parts_are_equal_whole_groups_that_the_cache_holds(episodes, together, some):
+    assert mesh.at_a_time(episodes, together) == some

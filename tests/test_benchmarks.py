@@ -1,0 +1,131 @@
+"""The benchmarks: rivals compute the same, timing alternates, results say what they should."""
+
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import outer_step, timing
+from benchmarks.timing import Side
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+
+T, B, H = 7, 6, 16
+
+
+def test_loss_and_gradient_equal_those_of_pytorch():
+    """On the same weights and episodes, to 1e-5 of the greatest entry of each gradient."""
+    torch = pytest.importorskip("torch")
+    meta = LSTMMetaLearner(LinearRegression(steps=T), LSTMConfig(hidden=H))
+    params = meta.init(jax.random.key(0))
+    noise = jax.random.split(jax.random.key(1), len(params))
+    params = {
+        name: leaf + 0.3 * jax.random.normal(key, leaf.shape)
+        for key, (name, leaf) in zip(noise, params.items(), strict=True)
+    }
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((2, T, B, outer_step.N)).astype(np.float32)
+
+    def objective(params):
+        answers = meta.unroll(params, x.swapaxes(1, 2), y.swapaxes(1, 2))
+        return jnp.mean((answers - y.swapaxes(1, 2)) ** 2)
+
+    loss, gradient = jax.value_and_grad(objective)(params)
+
+    network = outer_step.torch_network(H)
+    theirs = {
+        "input": network.lstm.weight_ih_l0,
+        "recurrent": network.lstm.weight_hh_l0,
+        "bias": network.lstm.bias_ih_l0,
+        "readout": network.readout.weight,
+        "offset": network.readout.bias,
+    }
+
+    def by_gate(name, value):
+        """Gates in the order of the other: i f o g here, i f g o there."""
+        value = np.asarray(value)
+        if name in ("readout", "offset"):
+            return value
+        i, f, third, fourth = np.split(value, 4)
+        return np.concatenate([i, f, fourth, third])
+
+    with torch.no_grad():
+        network.lstm.bias_hh_l0.zero_()
+        for name, leaf in theirs.items():
+            leaf.copy_(torch.tensor(by_gate(name, params[name])))
+    found = network(torch.tensor(x), torch.tensor(y))
+    found.backward()
+    np.testing.assert_allclose(loss, found.item(), rtol=1e-6)
+    for name, leaf in theirs.items():
+        expected = by_gate(name, leaf.grad)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(gradient[name], expected, rtol=0, atol=1e-5 * scale)
+
+
+def sleeping_side(seconds, log):
+    """A side that sleeps, and notes when."""
+
+    def run(count):
+        with open(log, "a") as file:
+            file.write(f"{seconds} ")
+        time.sleep(count * seconds)
+
+    return run
+
+
+def missing_side():
+    raise ModuleNotFoundError("No module named 'rival'")
+
+
+def test_sides_alternate_and_one_that_cannot_run_is_left_out(tmp_path, capsys):
+    log = tmp_path / "log"
+    slow, fast = (
+        Side(__name__, "sleeping_side", {"seconds": s, "log": str(log)}) for s in (0.04, 0.02)
+    )
+    sides = {"slow": slow, "fast": fast, "missing": Side(__name__, "missing_side")}
+    taken = timing.alternate(sides, repeats=3, seconds=0.1)
+    assert list(taken) == ["slow", "fast"]
+    assert np.all(taken["slow"] >= 0.04)
+    assert np.median(taken["slow"] / taken["fast"]) == pytest.approx(2, rel=0.3)
+    assert log.read_text().split()[-6:] == ["0.04", "0.02"] * 3
+    assert "missing: not measured (ModuleNotFoundError: No module named 'rival')" in (
+        capsys.readouterr().out
+    )
+
+
+def test_results_are_medians_with_intervals_and_verdicts():
+    samples = [1.0, 2.0, 3.0, 4.0, 50.0]
+    plain = timing.result("x", samples)
+    assert (plain.value, plain.target, plain.met) == (3.0, None, None)
+    assert 1.0 <= plain.low <= 3.0 <= plain.high <= 50.0
+    assert timing.result("x", samples, at_least=3.0).met is True
+    assert timing.result("x", samples, at_most=2.9).met is False
+
+
+def test_the_limit_is_of_what_takes_longer():
+    limits = timing.Limits(products=100.0, copies=10.0)
+    assert limits.share(np.array([2.0]), operations=50.0)[0] == 0.25
+    assert limits.share(np.array([2.0]), operations=50.0, moved=10.0)[0] == 0.5
+
+
+def test_the_command_writes_a_list_of_results(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--json", str(path), "--only", "one"])
+    two = {
+        "one": lambda full: iter([timing.result("ratio", [2.0], at_least=1.0)]),
+        "two": lambda full: iter([timing.result("other", [1.0])]),
+    }
+    timing.main(two, "Two benchmarks.")
+    (row,) = json.loads(path.read_text())
+    assert set(row) == {"name", "value", "low", "high", "target", "met", "device"}
+    assert (row["name"], row["value"], row["target"], row["met"]) == (
+        "ratio",
+        2.0,
+        "at least 1",
+        True,
+    )
+    assert "ratio" in capsys.readouterr().out
