@@ -2,15 +2,17 @@
 
     python -m benchmarks.streaming [--full] [--json FILE]
 
-Linear regression, 5 × 5, T = 20, 64 units, batch 256: 800 outer steps with one checkpoint, about as
-many seconds apart as in the quick preset, against 800 without. At a checkpoint the mode
-trajectories of 128 tasks and the losses of 2 048 are measured and stored with the training state.
-A third side measures and does not store, which tells the two apart.
+Linear regression as its study plans it: as many outer steps as lie between two checkpoints on
+average, with one checkpoint among them, against as many without. At a checkpoint the mode
+trajectories of the tracked tasks and the losses of the held-out ones are measured and stored with
+the training state. A third side measures and does not store, which tells the two apart. `quick` is
+the quick preset (3 × 3, batch 32, four seeds); `large` has 5 × 5 tasks and a batch of 256, one seed.
 """
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,44 +20,47 @@ from pathlib import Path
 
 from benchmarks.timing import Result, Run, Side, alternate, main, result
 
+STUDY = Path(__file__).parent.parent / "experiments" / "linear_regression.py"
+CASES = {"quick": {"at_most": 5.0}, "large": {"at_most": 2.0}}
 
-def training_side(stored: str, steps: int) -> Run:
-    """`steps` outer steps; `stored` says what: nothing, measured (and not stored), all."""
+
+def training_side(case: str, stored: str) -> Run:
+    """The steps between two checkpoints; `stored` says what: nothing, measured (only), all."""
     from metadyn import mesh
 
     mesh.use_every_core()
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    from metadyn import inner
+    from metadyn import inner, load_study
     from metadyn.domains.linear import LinearRegression
-    from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-    from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+    from metadyn.outer import OuterConfig, Trainer
     from metadyn.store import RunFolder
 
-    domain = LinearRegression()
-    meta, probe = LSTMMetaLearner(domain, LSTMConfig()), domain.probe()
-    trainees = {"lstm": Trainee(meta, prediction_loss(domain, meta))}
-    outer = OuterConfig(steps=10**7, batch=256, seeds=1, schedule="constant", learning_rate=1e-3)
-    trainer = Trainer(trainees, outer, jax.random.key(0))
-    spectrum, times = np.float32(domain.spectrum()), tuple(range(domain.steps + 1))
-    sample = lambda key, _: domain.sample_task(key)  # noqa: E731
+    study = load_study(str(STUDY))
+    config = study.presets["quick"]
+    if case == "large":
+        outer = OuterConfig(steps=20_000, batch=256, seeds=1)
+        config = dataclasses.replace(config, domain=LinearRegression(), outer=outer)
+    plan = study.plan(config)
+    (training,) = plan.trainings
+    forever = dataclasses.replace(plan.outer, schedule="constant")
+    trainer = Trainer({"lstm": training.trainee}, forever, jax.random.key(0))
     state = [trainer.init()]
+    steps = plan.outer.steps // len(plan.outer.checkpoint_steps)
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     store = RunFolder.create(folder / "run", {"study": "-", "preset": "-", "seed": 0, "config": {}})
 
     def measured() -> dict[str, dict[str, jax.Array]]:
-        params, key = state[0].params["lstm"], jax.random.key(1)
-        tracked = inner.measure(
-            domain, meta.learner, params, True, domain.evaluation_task, spectrum, key,
-            jnp.arange(128), times, probe,
-        )  # fmt: skip
-        heldout = inner.measure(
-            domain, meta.learner, params, True, sample, None, key, jnp.arange(2048), times
-        )
-        return {"tracked": tracked, "heldout": heldout}
+        return {
+            tasks.name: inner.measure(
+                tasks.domain, training.learner.make, state[0].params["lstm"], True, tasks.sample,
+                tasks.argument, jax.random.key(1), jnp.arange(tasks.size), training.learner.times,
+                tasks.probe,
+            )
+            for tasks in (training.tracked, training.heldout)
+        }  # fmt: skip
 
     def run(count: int) -> None:
         for _ in range(count):
@@ -72,17 +77,19 @@ def training_side(stored: str, steps: int) -> Run:
 
 def benchmark(full: bool = False) -> Iterator[Result]:
     """Seconds of training, and the percentage that storing adds."""
-    steps = 8000 if full else 800
-    sides = {
-        stored: Side(__name__, "training_side", {"stored": stored, "steps": steps})
-        for stored in ("nothing", "measured", "all")
-    }
-    taken = alternate(sides, repeats=5, seconds=0.0)
-    where, plain = f"{steps} outer steps", taken["nothing"]
-    yield result(f"{where}: nothing stored, s", plain)
-    extra = {name: 100 * (taken[name] - plain) / plain for name in ("measured", "all")}
-    yield result(f"{where}: a checkpoint with trajectories, %", extra["all"], at_most=2.0)
-    yield result(f"{where}: of that, measuring them, %", extra["measured"])
+    for case, target in CASES.items():
+        sides = {
+            stored: Side(__name__, "training_side", {"case": case, "stored": stored})
+            for stored in ("nothing", "measured", "all")
+        }
+        taken = alternate(sides, repeats=15 if full else 5, seconds=0.0)
+        plain = taken["nothing"]
+        yield result(f"{case}: outer steps between two checkpoints, s", plain)
+        extra = {name: 100 * (taken[name] - plain) / plain for name in ("measured", "all")}
+        yield result(
+            f"{case}: a checkpoint with trajectories, % of training", extra["all"], **target
+        )
+        yield result(f"{case}: of that, measuring them, %", extra["measured"])
 
 
 if __name__ == "__main__":
