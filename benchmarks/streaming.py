@@ -6,7 +6,8 @@ Linear regression as its study plans it: as many outer steps as lie between two 
 average, with one checkpoint among them, against as many without. At a checkpoint the mode
 trajectories of the tracked tasks and the losses of the held-out ones are measured and stored with
 the training state. A third side measures and does not store, which tells the two apart. `quick` is
-the quick preset (3 × 3, batch 32, four seeds); `large` has 5 × 5 tasks and a batch of 256, one seed.
+the quick preset (3 × 3, batch 32, four seeds); `large` has tasks of 5 × 5, a batch of 256 and one
+seed.
 """
 
 from __future__ import annotations
