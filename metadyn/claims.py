@@ -55,16 +55,21 @@ def tables(folder: Path) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     beside: list[str] = []
+    lacking: list[str] = []
     for study in load_studies(str(folder)):
         for preset in study.presets:
             path = folder / "results" / f"{study.name}-{preset}.json"
-            summary = read_summary(path) if path.exists() else None
+            if not path.exists():
+                lacking.append(f"{study.name} {preset}")
+                continue
+            summary = read_summary(path)
             claims += [_claim(study, preset, claim, summary) for claim in study.claims]
-            if summary is not None:
-                for table in study.tables:
-                    figure = _figure(study.name, preset, f"{table.figure}.png")
-                    title = f"**{table.title}** ({preset}; [figure]({figure}))"
-                    beside += ["", title, "", *_table(table, summary)]
+            for table in study.tables:
+                figure = _figure(study.name, preset, f"{table.figure}.png")
+                title = f"**{table.title}** ({preset}; [figure]({figure}))"
+                beside += ["", title, "", *_table(table, summary)]
+    if lacking:
+        claims += ["", f"Not measured: {', '.join(lacking)}."]
     return "\n".join([*claims, *beside])
 
 
@@ -83,20 +88,17 @@ def write(folder: Path) -> Path:
     return path
 
 
-def _claim(study: Study, preset: str, claim: Claim, summary: Mapping[str, Any] | None) -> str:
-    command = f"`metadyn run experiments/{study.name}.py`"
-    command = command if preset == "quick" else f"{command[:-1]} --preset {preset}`"
-    verdict, figure, device = "not measured", "", "not measured"
-    if summary is not None:
-        row = _rows(summary).get(claim.criterion)
-        if row is None:
-            raise ConfigError(f"{study.name}-{preset}: its summary lacks {claim.criterion!r}")
-        verdict = "holds" if row.get("passed") else "**does not hold**"
-        verdict += f": {_number(row)}"
-        figure = f"[{claim.figure}]({_figure(study.name, preset, f'{claim.figure}.png')})"
-        device = f"{summary['environment']['processor']}, {preset}"
+def _claim(study: Study, preset: str, claim: Claim, summary: Mapping[str, Any]) -> str:
+    command = f"metadyn run experiments/{study.name}.py"
+    command += "" if preset == "quick" else f" --preset {preset}"
+    row = _rows(summary).get(claim.criterion)
+    if row is None:
+        raise ConfigError(f"{study.name}-{preset}: its summary lacks {claim.criterion!r}")
+    verdict = "holds" if row.get("passed") else "**not shown**"
+    figure = f"[{claim.figure}]({_figure(study.name, preset, f'{claim.figure}.png')})"
+    device = f"{summary['environment']['processor']}, {preset}"
     where = f"{study.name}, {study.section}"
-    return f"| {claim.says} | {where} | {command} | {verdict} | {figure} | {device} |"
+    return f"| {claim.says} | {where} | `{command}` | {verdict}: {_number(row)} | {figure} | {device} |"
 
 
 def _table(table: Table, summary: Mapping[str, Any]) -> Iterator[str]:
