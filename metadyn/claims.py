@@ -94,11 +94,11 @@ def _claim(study: Study, preset: str, claim: Claim, summary: Mapping[str, Any]) 
     row = _rows(summary).get(claim.criterion)
     if row is None:
         raise ConfigError(f"{study.name}-{preset}: its summary lacks {claim.criterion!r}")
-    verdict = "holds" if row.get("passed") else "**not shown**"
+    verdict = f"{'holds' if row.get('passed') else '**not shown**'}: {_number(row)}"
     figure = f"[{claim.figure}]({_figure(study.name, preset, f'{claim.figure}.png')})"
     device = f"{summary['environment']['processor']}, {preset}"
-    where = f"{study.name}, {study.section}"
-    return f"| {claim.says} | {where} | `{command}` | {verdict}: {_number(row)} | {figure} | {device} |"
+    cells = (claim.says, f"{study.name}, {study.section}", f"`{command}`", verdict, figure, device)
+    return f"| {' | '.join(cells)} |"
 
 
 def _table(table: Table, summary: Mapping[str, Any]) -> Iterator[str]:
