@@ -77,7 +77,7 @@ def benchmark(full: bool = False) -> Iterator[Result]:
         stored: Side(__name__, "training_side", {"stored": stored, "steps": steps})
         for stored in ("nothing", "measured", "all")
     }
-    taken = alternate(sides, repeats=5, seconds=0.0)
+    taken = alternate(sides, repeats=4, seconds=0.0)
     where, plain = f"{steps} outer steps", taken["nothing"]
     yield result(f"{where}: nothing stored, s", plain)
     extra = {name: 100 * (taken[name] - plain) / plain for name in ("measured", "all")}

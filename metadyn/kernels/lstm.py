@@ -72,8 +72,8 @@ def lstm(
                 weight gradients are summed in it, while what they are products of is in the cache.
                 The default: faster than scan at every size that `benchmarks/kernels.py` tries.
       pallas    the same passes as kernels that keep weights and state on the chip (`fused.py`), and
-                the weight gradients as one product at the end. For GPUs, on which it has not been
-                measured, and where H must be a power of two from 16; on a CPU it is interpreted, for tests.
+                the weight gradients as one product at the end. For GPUs, where H must be a power of
+                two from 16; not measured there yet. On a CPU it is interpreted, for tests.
     """
     if backend == "scan":
         return _scan(weights, inputs)
