@@ -49,7 +49,7 @@ def benchmark(full: bool = False) -> Iterator[Result]:
     for field, values in (FULL if full else SHORT).items():
         sizes += [BASE | {field: value} for value in values]
     for case in sizes:
-        seconds = alternate({"": Side(__name__, "step_side", case)}, repeats=5)[""]
+        seconds = alternate({"": Side(__name__, "step_side", case)}, repeats=3)[""]
         held = ask(Side(__name__, "memory", case)) * case["devices"]
         where = "outer step, " + ", ".join(f"{k} {v}" for k, v in case.items())
         yield result(f"{where}: µs an episode", 1e6 * seconds / case["batch"])
@@ -58,7 +58,7 @@ def benchmark(full: bool = False) -> Iterator[Result]:
         yield result(f"{where}: share of the product rate", limits().share(seconds, done))
     for tasks in TASKS[full]:
         side = Side("benchmarks.inner_loops", "metadyn_side", {"kind": "linear", "learners": tasks})
-        seconds = alternate({"": side}, repeats=5)[""]
+        seconds = alternate({"": side}, repeats=3)[""]
         yield result(f"SGD on {tasks} tasks: µs an update", 1e6 * seconds / (tasks * UPDATES))
 
 
