@@ -38,7 +38,7 @@ def apply(matrix: Float[Array, "m n"], columns: Float[Array, " n *B"]) -> Float[
     """matrix @ columns.
 
     A lone column is the left factor, so that mapped over episodes the product has its features
-    last, as all else then has, and nothing is transposed: probing is five times faster for it.
+    last, as all else then has, and nothing is transposed when a probe asks many queries.
     """
     return columns @ matrix.T if columns.ndim == 1 else matrix @ columns
 
