@@ -165,7 +165,7 @@ WRONG = "study = 'linear regression'\n"
         (["fly"], "fly"),
         (["run"], "study"),
         (["run", "nowhere.py"], "no such file"),
-        (["run", "."], "no such file"),
+        (["run", "."], "the folder holds no studies"),
         (["run", "EMPTY"], "defines no `study"),
         (["run", "WRONG"], "defines no `study"),
         (["run", "BROKEN"], "nonsense_that_is_not_there"),
