@@ -111,7 +111,7 @@ class LSTMMetaLearner:
 
         def predict(state: LSTMState, query: Query) -> Answer:
             # As a sum: XLA reshapes h for a product over many queries, fuses that with the step
-            # and then no longer vectorises it, four times slower on a CPU.
+            # and then no longer vectorises it on a CPU.
             h, readout = advance(state, query)[0], network.readout[...]
             answer = jnp.sum(readout * h, axis=1) + network.offset[...]
             return answer[: self.domain.answer_size]
