@@ -52,7 +52,7 @@ def observe(domain: Domain, keys: Keys) -> tuple[Query, Feedback]:
     key_task, key_episode = _halves(keys)
     _, key_steps = _halves(key_episode)
 
-    # All pairs along one axis: XLA draws along two short ones at a third of the speed on a CPU.
+    # All pairs along one axis: on a CPU XLA draws more slowly along two short ones.
     repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])  # noqa: E731
     tasks = jax.tree.map(repeated, jax.vmap(domain.sample_task)(key_task))
     keys = jax.vmap(jax.random.fold_in)(repeated(key_steps), jnp.repeat(jnp.arange(T), B))

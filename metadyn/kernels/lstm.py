@@ -79,7 +79,7 @@ def lstm(
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
                 so that the reverse recurrence is two products and a few multiplications; the
                 weight gradients are summed in it, while what they are products of is in the cache.
-                The default: faster than scan at every size that `benchmarks/kernels.py` tries.
+                The default; `benchmarks/kernels.py` compares.
       pallas    the same passes as kernels that keep weights and state on the chip (`fused.py`), and
                 the weight gradients as one product at the end. For GPUs, on which it has not been
                 measured, and where H must be a power of two from 16; on a CPU it is interpreted,
