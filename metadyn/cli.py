@@ -199,7 +199,7 @@ def _studies(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.tensorboard:
         check_installed()
     progress = Progress(Console() if mesh.first() else None)
-    if not Path(arguments.study).is_dir():
+    if not os.path.isdir(arguments.study):  # False too for what cannot be a path
         study = load_study(arguments.study)
         name = f"{study.name}-{arguments.preset}-{arguments.seed}"
         return _run_one(study, arguments, overrides, arguments.out or f"runs/{name}", progress)
