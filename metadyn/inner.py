@@ -180,12 +180,20 @@ def measure(
             key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
             return run(domain, learner, sample_task(key_task, argument), key_episode, times, probe)
 
-        return jax.lax.map(one, indices, batch_size=min(mesh.tasks_at_a_time(chunk), len(indices)))
+        at_a_time = mesh.tasks_at_a_time(chunk, _held(learner, probe))
+        return jax.lax.map(one, indices, batch_size=min(at_a_time, len(indices)))
 
     def one_seed(params):
         return mesh.over_tasks(some, (params, argument, key), indices)
 
     return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)
+
+
+def _held(learner: Learner, probe: Probe | None) -> int:
+    """Bytes of a learner's state, and as many again for each query of the probe but one."""
+    state = jax.tree.leaves(jax.eval_shape(learner.init, jax.random.key(0)))
+    queries = 1 if probe is None else len(jax.tree.leaves(probe.queries)[0])
+    return max(queries * sum(leaf.size * leaf.dtype.itemsize for leaf in state), 1)
 
 
 def reading_axes(learner: Learner, probe: Probe | None) -> Mapping[str, tuple[str, ...]]:

@@ -28,7 +28,7 @@ from metadyn.base import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES, CACHED_TASKS = 128, 16  # our choice
+CACHED_EPISODES, LEAST_TASKS, CACHE = 128, 16, 1 << 19  # our choice; the last in bytes
 
 
 def start(
@@ -236,12 +236,14 @@ def over_tasks(
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 
 
-def tasks_at_a_time(most: int) -> int:
-    """How many tasks each device should measure at a time, up to `most`.
+def tasks_at_a_time(most: int, held: int) -> int:
+    """How many of a device's tasks to measure at a time, each of which holds so many bytes.
 
-    On a CPU core so few that the networks of as many ordinary learners stay in its cache.
+    On a CPU core about as many as its cache holds, but enough to fill its products.
     """
-    return min(most, CACHED_TASKS) if jax.default_backend() == "cpu" else most
+    if jax.default_backend() != "cpu":
+        return most
+    return min(most, max(LEAST_TASKS, CACHE // held))
 
 
 def over_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
