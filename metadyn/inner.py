@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 from jaxtyping import Array, Int
 
-from metadyn import mesh
+from metadyn import mesh, prng
 from metadyn.base import (
     Answer,
     Domain,
@@ -33,13 +34,12 @@ from metadyn.base import (
 
 
 def interact(
-    domain: Domain, task: Task, answer: Callable[[Query], Answer], key: Key
+    domain: Domain, task: Task, answer: Callable[[Query], Answer], keys: Keys
 ) -> tuple[Query, Answer, Feedback]:
-    """One query, answer and feedback."""
-    key_query, key_feedback = jax.random.split(key)
-    query = domain.query(task, key_query)
+    """One query, answer and feedback, from the keys of the query and of the feedback."""
+    query = domain.query(task, keys[0])
     answered = answer(query)
-    return query, answered, domain.feedback(task, query, answered, key_feedback)
+    return query, answered, domain.feedback(task, query, answered, keys[1])
 
 
 def observe(domain: Domain, keys: Keys) -> tuple[Query, Feedback]:
@@ -56,7 +56,8 @@ def observe(domain: Domain, keys: Keys) -> tuple[Query, Feedback]:
     repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])  # noqa: E731
     tasks = jax.tree.map(repeated, jax.vmap(domain.sample_task)(key_task))
     keys = jax.vmap(jax.random.fold_in)(repeated(key_steps), jnp.repeat(jnp.arange(T), B))
-    pose = lambda task, key: interact(domain, task, lambda query: None, key)  # noqa: E731
+    split = jax.random.split
+    pose = lambda task, key: interact(domain, task, lambda query: None, split(key))  # noqa: E731
     query, _, feedback = jax.vmap(pose)(tasks, keys)
     apart = lambda leaf: jnp.moveaxis(leaf.reshape(T, B, *leaf.shape[1:]), 1, -1)  # noqa: E731
     return jax.tree.map(apart, (query, feedback))
@@ -79,7 +80,7 @@ def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:
     def step(state, t):
         key = jax.random.fold_in(key_steps, t)
         answer = lambda query: learner.predict(state, query)  # noqa: E731
-        query, _, feedback = interact(domain, task, answer, key)
+        query, _, feedback = interact(domain, task, answer, jax.random.split(key))
         return learner.update(state, query, feedback), (query, feedback)
 
     return jax.lax.scan(step, learner.init(key_init), jnp.arange(domain.steps))[1]
@@ -101,14 +102,15 @@ def run(
     """
     times = _checked(times)
     key_init, key_steps = jax.random.split(key)
-    pose = lambda state, key: interact(  # noqa: E731
-        domain, task, lambda query: learner.predict(state, query), key
+    pose = lambda state, keys: interact(  # noqa: E731
+        domain, task, lambda query: learner.predict(state, query), keys
     )
 
     def step(t, carry):
         state, total = carry
         if learner.batch is None:
-            query, answer, feedback = pose(state, jax.random.fold_in(key_steps, t))
+            keys = jax.random.split(jax.random.fold_in(key_steps, t))
+            query, answer, feedback = pose(state, keys)
             loss = domain.loss(answer, feedback)
         else:
             keys = _batch_keys(learner.batch, learner.points, key_steps, t)
@@ -134,14 +136,15 @@ def run(
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
 
-def _batch_keys(batch: int, points: int | None, key: Key, t: Int[Array, ""]) -> Keys:
-    """The keys of the pairs in batch t: fresh ones, or some of those of a fixed set of pairs."""
+def _batch_keys(
+    batch: int, points: int | None, key: Key, t: Int[Array, ""]
+) -> jaxtyping.Key[Array, "batch 2"]:
+    """Two keys for each pair in batch t: fresh ones, or those of some of a fixed set of pairs."""
     key_t = jax.random.fold_in(key, t)
     if points is None:
-        return indexed_keys(key_t, jnp.arange(batch))
-    if points == batch:
-        return indexed_keys(key, jnp.arange(batch))
-    return indexed_keys(key, jax.random.permutation(key_t, points)[:batch])
+        return jax.random.split(key_t, (batch, 2))
+    chosen = jnp.arange(batch) if points == batch else jax.random.permutation(key_t, points)[:batch]
+    return jax.vmap(jax.random.split)(indexed_keys(key, chosen))
 
 
 @partial(
@@ -168,8 +171,8 @@ def measure(
     If `seeded`, params have a leading seed axis and so do the results: [seed, task, time, ...].
 
     Task i, `sample_task(key_i, argument)`, and all that happens in it come from `key` folded with
-    its global index i. Tasks are spread over the devices and taken `chunk` at a time on each, which
-    bounds the memory.
+    its global index i. Tasks are spread over the devices and taken at most `chunk` at a time on
+    each, which bounds the memory.
     """
 
     def some(everywhere, indices):
@@ -180,11 +183,13 @@ def measure(
             key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
             return run(domain, learner, sample_task(key_task, argument), key_episode, times, probe)
 
-        at_a_time = mesh.tasks_at_a_time(chunk, _held(learner, probe))
-        return jax.lax.map(one, indices, batch_size=min(at_a_time, len(indices)))
+        return jax.vmap(one)(indices)
+
+    key = prng.fast(key)
 
     def one_seed(params):
-        return mesh.over_tasks(some, (params, argument, key), indices)
+        at_a_time = mesh.tasks_at_a_time(chunk, _held(make_learner(params), probe))
+        return mesh.over_tasks(some, (params, argument, key), indices, at_a_time)
 
     return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)
 

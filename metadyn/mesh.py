@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from metadyn.base import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES, LEAST_TASKS, CACHE = 128, 16, 1 << 19  # our choice; the last in bytes
+CACHED_EPISODES, LEAST_TASKS, CACHE = 128, 16, 1 << 20  # our choice; the last in bytes
 
 
 def start(
@@ -224,14 +225,30 @@ def mean(tree: Any) -> Any:
 
 
 def over_tasks(
-    f: Callable[[Any, Array], Any], everywhere: Any, indices: Int[Array, " tasks"]
+    f: Callable[[Any, Array], Any],
+    everywhere: Any,
+    indices: Int[Array, " tasks"],
+    at_a_time: int,
 ) -> Any:
-    """f(everywhere, indices) with the indices, and the result's leading axis, split by device."""
-    padding = -len(indices) % jax.device_count()
-    padded = jnp.pad(indices, (0, padding), mode="edge")
+    """f(everywhere, indices) with the indices, and the result's leading axis, split by device.
+
+    Each device takes its own in equal parts of at most `at_a_time`.
+    """
+    devices = jax.device_count()
+    parts = -(-len(indices) // (devices * at_a_time))
+    padded = jnp.pad(indices, (0, -len(indices) % (devices * parts)), mode="edge")
+
+    def part_by_part(everywhere, indices):
+        found = jax.lax.map(partial(f, everywhere), indices.reshape(parts, -1))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+
     split = PartitionSpec(TASKS)
     sharded = jax.shard_map(
-        f, mesh=mesh(), in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False
+        part_by_part,
+        mesh=mesh(),
+        in_specs=(PartitionSpec(), split),
+        out_specs=split,
+        check_vma=False,
     )
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 

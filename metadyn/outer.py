@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from metadyn import inner, mesh
+from metadyn import inner, mesh, prng
 from metadyn.base import (
     ConfigError,
     Domain,
@@ -251,7 +251,7 @@ class Trainer:
         self.config = config
         config.check_batch(trainees.values())
         optimizers = {n: t.optimizer or config.transformation() for n, t in trainees.items()}
-        key_init, key_episodes = jax.random.split(key)
+        key_init, key_episodes = jax.random.split(prng.fast(key))
         seeds = jnp.arange(config.seeds)
 
         def init() -> TrainState:

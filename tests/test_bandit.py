@@ -308,8 +308,9 @@ def test_expected_gradient_is_the_mean_of_sampled_reinforce(coupled, baseline):
     network, sgd = softmax_policy(3, 4, coupled), optax.sgd(1.0)
     sampled = reinforce(network, sgd, batch, baseline)
     state = (weights, sgd.init(weights), jnp.float32(0.4 if baseline else 0.0))
-    pose = lambda key: inner.interact(domain, task, lambda c: sampled.predict(state, c), key)  # noqa: E731
-    query, _, seen = jax.vmap(pose)(jax.random.split(jax.random.key(0), batch))
+    answer = lambda context: sampled.predict(state, context)  # noqa: E731
+    pose = lambda keys: inner.interact(domain, task, answer, keys)  # noqa: E731
+    query, _, seen = jax.vmap(pose)(jax.random.split(jax.random.key(0), (batch, 2)))
     expected = expected_policy_gradient(network, sgd, 3)
     one = jax.tree.map(lambda leaf: leaf[0], seen)
     moved = [
@@ -478,11 +479,11 @@ def test_training_learns_to_exploit():
     domain = ContextualBandit(2, 2, steps=8)
     meta = LSTMMetaLearner(domain, LSTMConfig(hidden=12), critic=True)
     config = OuterConfig(
-        steps=400, batch=32, seeds=2, warmup=10, learning_rate=3e-2, schedule="linear"
+        steps=800, batch=32, seeds=2, warmup=10, learning_rate=3e-2, schedule="linear"
     )
     trainees = {"lstm": actor_critic(domain, meta, ActorCriticConfig())}
     trainer = Trainer(trainees, config, jax.random.key(0))
-    *_, (_, loss) = trainer.run(trainer.init(), [400])
+    *_, (_, loss) = trainer.run(trainer.init(), [800])
     chance, bayes = 0.5, 1 - enumerated(2, 2, 8, False) / 8
     assert np.all((chance - loss["lstm"]) / (chance - bayes) > 0.7)
 

@@ -70,7 +70,9 @@ def test_pairs_are_those_of_the_target_with_noise(sigma):
     domain = FourierRegression(band(1, 3), sigma=sigma)
     task = domain.sample_task(jax.random.key(1))
     keys = jax.random.split(jax.random.key(2), 8192)
-    x, _, y = jax.vmap(lambda k: inner.interact(domain, task, lambda query: None, k))(keys)
+    x, _, y = jax.vmap(
+        lambda k: inner.interact(domain, task, lambda query: None, jax.random.split(k))
+    )(keys)
     x, y = np.asarray(x, np.float64)[:, 0], np.asarray(y, np.float64)[:, 0]
     assert x.min() >= -0.5
     assert x.max() < 0.5

@@ -156,7 +156,7 @@ readings = inner.measure(
 )
 losses = process_allgather(readings["loss"], tiled=True)[0, :, 1:].tolist()
 draw = lambda key, index: jax.vmap(lambda i: domain.sample_task(jax.random.fold_in(key, i)))(index)
-tasks = jax.jit(lambda: mesh.over_tasks(draw, jax.random.key(2), np.arange(64)))()
+tasks = jax.jit(lambda: mesh.over_tasks(draw, jax.random.key(2), np.arange(64), 16))()
 tasks = [np.asarray(leaf) for leaf in jax.tree.leaves(process_allgather(tasks, tiled=True))]
 print(json.dumps({
     "devices": [jax.device_count(), jax.process_count()],

@@ -112,7 +112,9 @@ class ContextualBandit:
     ) -> Outcome:
         """An action drawn of the policy softmax(answer), and whether it paid."""
         key_action, key_reward = jax.random.split(key)
-        action, pay = jax.random.categorical(key_action, answer), self.pay(task)
+        # By the inverse of the cumulative distribution: one draw, where Gumbel's trick takes n.
+        below = jnp.cumsum(jax.nn.softmax(answer))[:-1] <= jax.random.uniform(key_action)
+        action, pay = jnp.sum(below, dtype=jnp.int32), self.pay(task)
         paid = jax.random.uniform(key_reward) < pay[query, action]
         return Outcome(query, action, paid.astype(jnp.float32), pay)
 

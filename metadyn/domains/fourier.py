@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
+from metadyn import prng
 from metadyn.base import Key, Probe, check, check_positive
 
 Spectrum = tuple[float, ...]
@@ -114,7 +115,7 @@ class FourierRegression:
     def sample_task(self, key: Key) -> FourierTask:
         """α_k, β_k ~ N(0, v_k)."""
         roots = jnp.sqrt(jnp.asarray(self.spectrum, jnp.float32))
-        return FourierTask(*(roots * jax.random.normal(key, (2, len(self.spectrum)))))
+        return FourierTask(*(roots * prng.normal(key, (2, len(self.spectrum)))))
 
     def evaluation_task(self, key: Key, amplitudes: Float[Array, " frequencies"]) -> FourierTask:
         """f(x) = Σ_k A_k cos(2πkx − φ_k) with the given amplitudes and phases uniform."""
@@ -129,7 +130,7 @@ class FourierRegression:
     def feedback(self, task: FourierTask, query: Number, answer: object, key: Key) -> Number:
         """y = f(x) + ε, whatever was answered."""
         del answer
-        return value(task, query) + self.sigma * jax.random.normal(key, (1,))
+        return value(task, query) + self.sigma * prng.normal(key, (1,))
 
     def loss(self, answer: Number, feedback: Number) -> Float[Array, ""]:
         """Squared error."""

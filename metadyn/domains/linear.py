@@ -17,7 +17,9 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float
 
+from metadyn import prng
 from metadyn.base import Key, Probe, check, check_positive
+from metadyn.kernels import dense
 
 Matrix = Annotated[
     tuple[tuple[float, ...], ...] | None,
@@ -145,7 +147,7 @@ class LinearRegression:
         """W ~ MN(M, R, C)."""
         left = jnp.asarray(np.linalg.cholesky(self.R), jnp.float32)
         right = jnp.asarray(np.linalg.cholesky(self.C), jnp.float32)
-        Z = jax.random.normal(key, (self.n_y, self.n_x))
+        Z = prng.normal(key, (self.n_y, self.n_x))
         return LinearTask(jnp.asarray(self.M, jnp.float32) + left @ Z @ right.T)
 
     def evaluation_task(
@@ -169,14 +171,14 @@ class LinearRegression:
     def query(self, task: LinearTask, key: Key) -> Float[Array, " n_x"]:
         """x ~ N(0, I)."""
         del task
-        return jax.random.normal(key, (self.n_x,))
+        return prng.normal(key, (self.n_x,))
 
     def feedback(
         self, task: LinearTask, query: Float[Array, " n_x"], answer: object, key: Key
     ) -> Float[Array, " n_y"]:
         """y = W x + ε, whatever was answered."""
         del answer
-        return task.W @ query + self.sigma * jax.random.normal(key, (self.n_y,))
+        return dense.apply(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
 
     def loss(
         self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]
@@ -243,7 +245,7 @@ def haar(key: Key, n: int) -> Float[Array, "n n"]:
     Under `jax.vmap` this is a few fused matrix products, where a QR decomposition is one library
     call a matrix on a GPU.
     """
-    columns = jax.random.normal(key, (n, n))
+    columns = prng.normal(key, (n, n))
 
     def orthogonalise(k: Array, Q: Array) -> Array:
         v = columns[k]

@@ -1,0 +1,50 @@
+"""NumPy's products and JAX's derivative of the plain product are the judges."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metadyn.kernels import dense
+
+RNG = np.random.default_rng(0)
+W, V = RNG.standard_normal((2, 7, 4, 6), np.float32)  # [learner, m, n]
+X = RNG.standard_normal((7, 9, 6), np.float32)  # [learner, query, n]
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        (((None, None), (None, 0)), "mn,qn->qm"),
+        (((0, 0), (None, 0)), "lmn,lqn->lqm"),
+        (((0, None), (None, 0)), "lmn,qn->lqm"),
+        (((None, 0), (None, 0)), "mn,lqn->lqm"),
+        (((0, 0), (0, 0)), "lqmn,lqn->lqm"),
+    ],
+)
+def test_apply_is_the_product_however_it_is_mapped(axes, shape):
+    outer, inner = axes
+    apply = jax.vmap(dense.apply, inner)
+    apply = jax.vmap(apply, outer) if any(axis is not None for axis in outer) else apply
+    W_shape, x_shape = shape.split("->")[0].split(",")
+    sizes = {"l": 7, "q": 9, "m": 4, "n": 6}
+    A, x = (RNG.standard_normal([sizes[d] for d in each]) for each in (W_shape, x_shape))
+    found = apply(jnp.float32(A), jnp.float32(x))
+    np.testing.assert_allclose(found, np.einsum(shape, A, x), rtol=1e-4, atol=1e-5)
+    one = dense.apply(jnp.array(W[0]), jnp.array(X[0, 0]))
+    np.testing.assert_allclose(one, W[0] @ X[0, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_derivatives_are_those_of_plain_products():
+    def loss(apply, times, W, V, X):
+        product = times(W.T, V)
+        answers = jax.vmap(apply, (None, 0))(product, X)
+        return jnp.sum(jnp.sin(answers))
+
+    def gradient(apply, times):
+        each = jax.grad(lambda *parts: loss(apply, times, *parts), argnums=(0, 1, 2))
+        return jax.vmap(each)(W, V, X)
+
+    plain = gradient(lambda W, x: W @ x, lambda A, B: A @ B)
+    for ours, theirs in zip(gradient(dense.apply, dense.times), plain, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
