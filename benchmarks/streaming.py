@@ -72,6 +72,7 @@ def training_side(case: str, stored: str) -> Run:
             elif stored == "all":
                 store.save_checkpoint(int(state[0].step), state[0], measured(), {})
             jax.block_until_ready((state[0], loss))
+        store.finish()
 
     return run
 

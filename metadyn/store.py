@@ -23,6 +23,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]):
         """Raises `ConfigError` unless `path` holds a run."""
         self.path = Path(path).absolute()
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self._sound: set[Path] = set()
         self._named: set[Path] = set()  # damaged, and warned of
         self.config = _read_json(self.path / "config.json", f"{path} holds no run of metadyn")
@@ -123,11 +126,27 @@ class RunFolder:
             for folder in ("checkpoints", "measurements/*"):
                 for part in self.path.glob(f"{folder}/*{PART}*"):  # a killed run's
                     shutil.rmtree(part)
-            yield
+            try:
+                yield
+            finally:  # whatever ended the run, what it was writing is whole before another begins
+                self._writer.shutdown()
 
     # Folders of arrays: all processes save together, each reads alone.
 
-    def _save(self, folder: Path, **items: ocp.args.CheckpointArgs) -> None:
+    def _save(self, folder: Path, background: bool, **items: ocp.args.CheckpointArgs) -> None:
+        self.finish()
+        if background and jax.process_count() == 1:
+            self._writing = self._writer.submit(self._write, folder, items)
+        else:
+            self._write(folder, items)
+
+    def finish(self) -> None:
+        """Waits for what is still being written. Raises `OSError` if it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, folder: Path, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
         part = folder.with_name(folder.name + PART)
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -215,12 +234,15 @@ class RunFolder:
     def save_checkpoint(
         self, step: int, state: Any, trajectories: Arrays | None, about: Mapping[str, Any]
     ) -> None:
-        """Stores training state, and trajectories if given."""
+        """Stores training state, and trajectories if given; in the background, as copies.
+
+        Before it is read `finish` must be called, which also raises what went wrong.
+        """
         items: dict[str, Any] = {"state": ocp.args.StandardSave(_fetched(state))}
         if trajectories is not None:
             items["trajectories"] = ocp.args.StandardSave(_fetched(trajectories))
             items["about"] = ocp.args.JsonSave(about)
-        self._save(self._checkpoint(step), **items)
+        self._save(self._checkpoint(step), background=True, **items)
 
     def steps(self) -> list[int]:
         """The outer steps of all checkpoints, damaged ones too, in order."""
@@ -255,7 +277,7 @@ class RunFolder:
         """Stores one measurement, appearing only when whole."""
         folder = self._measurement(task_set, learner)
         stored = ocp.args.StandardSave(_fetched(arrays))
-        self._save(folder, arrays=stored, about=ocp.args.JsonSave(about))
+        self._save(folder, background=False, arrays=stored, about=ocp.args.JsonSave(about))
 
     def measurement(self, task_set: str, learner: str) -> xr.Dataset:
         """One learner on one set of tasks: [seed,] task, step, and the reading's own axes.
@@ -411,8 +433,9 @@ def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
 
 
 def _fetched(tree: Any) -> Any:
-    """As NumPy arrays, which Orbax stores in half the time; of several processes none has all."""
-    return jax.device_get(tree) if jax.process_count() == 1 else tree
+    """Copies as NumPy arrays, which Orbax stores in half the time; of several processes none has
+    all of them."""
+    return jax.tree.map(np.array, tree) if jax.process_count() == 1 else tree
 
 
 def _sums(folder: Path) -> bytes:

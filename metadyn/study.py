@@ -363,6 +363,7 @@ class _Runner:
         first, *schedule = plan.outer.checkpoint_steps
         if first not in sound:
             save(trainer.init())
+            store.finish()
             sound.append(first)
         for each in plan.trainings:  # first, so that a live run can be compared with it
             self.measure(each.tracked, each.bayes)
@@ -378,6 +379,7 @@ class _Runner:
         ):
             for target in schedule:
                 if target in sound:  # while an earlier one, damaged, was not
+                    store.finish()
                     state = None
                     continue
                 start = state or store.restore_state(before(target), trainer.abstract)
@@ -392,8 +394,10 @@ class _Runner:
                     if step == target or stop:
                         save(state, scheduled=step == target)
                     if stop:
+                        store.finish()
                         mesh.leave()
                         raise KeyboardInterrupt
+        store.finish()
         return (state or store.restore_state(end, trainer.abstract)).params
 
     def excess(self, training: Training) -> Callable[[float], float]:

@@ -220,6 +220,7 @@ def save(run, step, value):
     run.save_checkpoint(
         step, {"w": np.float32(step)}, dict.fromkeys(sets, arrays), dict.fromkeys(sets, about)
     )
+    run.finish()
 
 
 def test_a_live_run_is_reported(tmp_path, capsys):

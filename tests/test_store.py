@@ -5,8 +5,11 @@ import os
 import stat
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import xarray as xr
 
@@ -85,9 +88,12 @@ def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
 
 WRITE = """
 import sys
+import time
 
 import jax
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metadyn import mesh
@@ -216,9 +222,51 @@ def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
             assert fresh.sound_steps() == [0, 1, 5]
         about = {name: readings(2, 5, trained=True)[1] for name in (TRACKED, HELDOUT)}
         fresh.save_checkpoint(4, {"w": np.float32(4)}, written[4], about)
+        fresh.finish()
         assert fresh.sound_steps() == [0, 1, 4, 5]
         assert (folder.with_name(aside) / SUMS).read_text() == "nonsense"
     assert RunFolder(run.path).outer_steps() == [0, 1, 4]
+
+
+def test_a_checkpoint_is_of_what_was_given_whatever_becomes_of_it(tmp_path):
+    run = RunFolder.create(tmp_path / "r", IDENTITY)
+    state = {"w": jax.device_put(np.arange(4.0, dtype=np.float32))}
+    forward = jax.jit(lambda state: jax.tree.map(lambda w: w + 1, state), donate_argnums=0)
+    for step in range(5):
+        run.save_checkpoint(step, state, None, {})
+        state = forward(state)  # which may use the memory that the state was in
+    run.finish()
+    for step in range(5):
+        np.testing.assert_array_equal(run.state(step)["w"], np.arange(4) + step)
+
+
+def test_what_could_not_be_written_is_said_at_the_next_save_and_at_the_end(tmp_path, monkeypatch):
+    run = RunFolder.create(tmp_path / "r", IDENTITY)
+
+    def full(*args, **kwargs):
+        raise ValueError("Error writing [os_error_code='28']")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    for next_step in (lambda: run.save_checkpoint(1, {"w": np.ones(2)}, None, {}), run.finish):
+        run.save_checkpoint(0, {"w": np.zeros(2)}, None, {})
+        with pytest.raises(OSError, match="No space left"):
+            next_step()
+        run.finish()  # said once
+    assert run.steps() == []
+
+
+def test_a_run_that_is_left_has_written_what_it_was_writing(tmp_path, monkeypatch):
+    run, write = RunFolder.create(tmp_path / "r", IDENTITY), ocp.Checkpointer.save
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", slow)
+    with run.locked():
+        run.save_checkpoint(0, {"w": np.zeros(2)}, None, {})
+        assert run.steps() == []  # so this shows something
+    assert RunFolder(run.path).sound_steps() == [0]
 
 
 def test_what_a_killed_run_left_unfinished_is_swept_up(tmp_path):
