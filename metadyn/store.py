@@ -433,8 +433,7 @@ def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
 
 
 def _fetched(tree: Any) -> Any:
-    """Copies as NumPy arrays, which Orbax stores in half the time; of several processes none has
-    all of them."""
+    """Copies as NumPy arrays, which Orbax stores sooner; of several processes none has them all."""
     return jax.tree.map(np.array, tree) if jax.process_count() == 1 else tree
 
 

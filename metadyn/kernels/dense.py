@@ -1,7 +1,7 @@
 """W x, for weights of many learners at once on a CPU.
 
-Mapped over learners, XLA's products for CPUs are two to six times slower if they read their left
-factor transposed, and a product's derivative always does. Here what is to be read transposed is
+Mapped over learners, XLA's products for CPUs are slow if they read their left factor transposed,
+and a product's derivative always does. Here what is to be read transposed is
 written down transposed first. Elsewhere these are plain products.
 """
 
