@@ -303,7 +303,7 @@ def criteria(config: Config, run: RunFolder):
     chance = (d.p_high - d.p_low) * (1 - 1 / d.actions)  # regret of the uniform policy
     bound = config.reward_at_least
     losses = [
-        dynamics.samples(data, "loss")[:, :, 1:].mean(-1)
+        dynamics.episode_loss(data)
         for data in (
             run.trajectories(HELDOUT).isel(outer_step=-1),
             run.measurement(HELDOUT, "bayes"),

@@ -183,18 +183,13 @@ def plan(config: Config) -> Plan:
 
 def criteria(config: Config, run: RunFolder):
     """What the science says of the stored measurements."""
-    floor = config.domain.loss_floor
-
-    def loss(data):
-        return dynamics.samples(data, "loss")[:, :, 1:].mean(-1)
-
-    def excess(lstm, bayes):
-        return dynamics.excess_loss(lstm, bayes, floor)
+    excess = partial(dynamics.excess_loss, floor=config.domain.loss_floor)
 
     def shifted(name):
         """Losses of the LSTM and Bayes on one set of tasks, and the share of saturated gates."""
         lstm, bayes = run.measurement(name, "lstm"), run.measurement(name, "bayes")
-        return loss(lstm), loss(bayes), dynamics.samples(lstm, "saturated_gates")[:, :, 1:].mean(-1)
+        gates = dynamics.samples(lstm, "saturated_gates")[:, :, 1:].mean(-1)
+        return dynamics.episode_loss(lstm), dynamics.episode_loss(bayes), gates
 
     sgd, lstm, bayes = (
         run.measurement("in_distribution", name) for name in ("sgd", "lstm", "bayes")
@@ -262,10 +257,8 @@ def criteria(config: Config, run: RunFolder):
     bound = config.excess_at_most
     yield criterion(
         "excess_loss",
-        dynamics.estimate(
-            excess,
-            loss(run.trajectories(HELDOUT).isel(outer_step=-1)),
-            loss(run.measurement(HELDOUT, "bayes")),
+        dynamics.measured_excess(
+            run.trajectories(HELDOUT).isel(outer_step=-1), run.measurement(HELDOUT, "bayes")
         ),
         f"the LSTM comes near Bayes on held-out tasks: excess loss at most {bound:g}",
         at_most=bound,

@@ -282,10 +282,7 @@ def criteria(config: Config, run: RunFolder):
         )
         yield criterion(
             f"excess_loss{suffix}",
-            dynamics.estimate(
-                lambda a, b: dynamics.excess_loss(a, b, config.domain.loss_floor),
-                *(dynamics.samples(each, "loss")[:, :, 1:].mean(-1) for each in data),
-            ),
+            dynamics.measured_excess(*data),
             f"the LSTM comes near Bayes on held-out tasks{what}: excess loss"
             + (f" at most {bound:g}" if np.isfinite(bound) else ", for the record"),
             at_most=bound,

@@ -51,15 +51,8 @@ def plan(config: Config) -> Plan:
     trainings = []
     for name, study in STUDIES.items():
         own = {"actor_critic": config.actor_critic} if name == "bandit" else {}
-        theirs = dataclasses.replace(
-            study.presets["quick"],
-            domain=getattr(config, name),
-            lstm=config.lstm,
-            outer=config.outer,
-            measure=config.measure,
-            **own,
-        )
-        (training, *_) = study.plan(theirs).trainings
+        same = {f: getattr(config, f) for f in ("lstm", "outer", "measure")}
+        (training, *_) = study.changed(domain=getattr(config, name), **same, **own).trainings
         trainings.append(training.named(name, title=DOMAINS[name][1]))
     return Plan(config.outer, trainings, measurements=[], chunk=config.measure.chunk)
 
@@ -132,15 +125,11 @@ def of_domain(name: str, run: RunFolder):
         dynamics.estimate(lambda a, b: dynamics.rank_correlation(last(a), outer(a, b)), *strengths),
         "Spearman's rank correlation of inner with outer learning times of the modes",
     )
-    losses = (
-        run.trajectories(f"{HELDOUT}_{name}").isel(outer_step=-1),
-        run.measurement(f"{HELDOUT}_{name}", "bayes"),
-    )
     yield criterion(
         f"{name}_excess",
-        dynamics.estimate(
-            partial(dynamics.excess_loss, floor=trained.attrs["loss_floor"]),
-            *(dynamics.samples(each, "loss")[:, :, 1:].mean(-1) for each in losses),
+        dynamics.measured_excess(
+            run.trajectories(f"{HELDOUT}_{name}").isel(outer_step=-1),
+            run.measurement(f"{HELDOUT}_{name}", "bayes"),
         ),
         "excess loss of the LSTM over Bayes at the last outer step",
     )

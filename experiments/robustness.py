@@ -3,13 +3,12 @@
     metadyn run experiments/robustness.py [--preset quick|paper] [--out DIR] [overrides]
 
 Rabinowitz (2019), arXiv:1905.01320, says that what is found does not depend on the optimiser. One
-thing at a time is changed in the three studies of a domain; the networks, objectives and sets of
+thing at a time is changed in the studies of the three domains; the networks, objectives and sets of
 tasks are theirs. A learner that is too slow to have learned anything has no slope.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +86,8 @@ class Config:
 
 def parts(config: Config, name: str, **changes: Any) -> Plan:
     """What a domain's own study plans, with some of its configuration changed."""
-    study = STUDIES[name]
     same = {f: getattr(config, f) for f in ("lstm", "outer", "measure")}
-    changes = {"domain": getattr(config, name), **same, **changes}
-    return study.plan(dataclasses.replace(study.presets["quick"], **changes))
+    return STUDIES[name].changed(**{"domain": getattr(config, name), **same, **changes})
 
 
 def inner_variants(config: Config, name: str) -> Iterator[tuple[str, TaskSet, Contender]]:
@@ -204,10 +201,7 @@ def of_domain(config: Config, run: RunFolder, name: str):
         )
         yield criterion(
             f"{name}_{variant}_excess",
-            dynamics.estimate(
-                partial(dynamics.excess_loss, floor=losses[0].attrs["loss_floor"]),
-                *(dynamics.samples(each, "loss")[:, :, 1:].mean(-1) for each in losses),
-            ),
+            dynamics.measured_excess(*losses),
             f"excess loss of the LSTM over Bayes, {label}",
         )
     for varied, pairs in beside_bayes.items():

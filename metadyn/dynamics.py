@@ -7,6 +7,7 @@ outer parameters has one seed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -256,3 +257,14 @@ def outer_times_of(trained: xr.Dataset) -> Callable[[np.ndarray, np.ndarray], np
 def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:
     """(L − L_Bayes) / (L_Bayes − floor) on the same episodes; floor is the loss of knowing all."""
     return (loss - bayes_loss) / (bayes_loss - floor)
+
+
+def episode_loss(data: xr.Dataset) -> np.ndarray:
+    """Mean loss over the answers of an episode [seed, task(, outer_step)]."""
+    return samples(data, "loss")[..., 1:].mean(-1)
+
+
+def measured_excess(trained: xr.Dataset, bayes: xr.Dataset, draws: int = 1000) -> Estimate:
+    """`excess_loss` of a meta-learner on the tasks that Bayes was measured on, with interval."""
+    excess = partial(excess_loss, floor=trained.attrs["loss_floor"])
+    return estimate(excess, episode_loss(trained), episode_loss(bayes), draws=draws)

@@ -6,9 +6,11 @@ bars are 95 % bootstrap intervals.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import matplotlib.ticker
@@ -154,7 +156,8 @@ def learning_times(measured: Measured) -> Figure:
     return figure
 
 
-class OuterTraining(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class OuterTraining:
     """A meta-learner at every checkpoint, and Bayes on the same tasks."""
 
     trained: xr.Dataset
@@ -163,7 +166,7 @@ class OuterTraining(NamedTuple):
     losses: tuple[xr.Dataset, xr.Dataset]
     """The two of them on held-out tasks of the training distribution."""
 
-    @property
+    @cached_property
     def strengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Mode strengths [seed, task, outer_step, step, mode] and [1, task, step, mode]."""
         return dynamics.strength(self.trained), dynamics.strength(self.bayes)
@@ -259,8 +262,7 @@ def distance_to_bayes(training: OuterTraining) -> Figure:
     figure, (left, right) = _row(2, width=5.2, height=4.0)
     trained, bayes = training.losses
     steps, floor = _outer_steps(trained), trained.attrs["loss_floor"]
-    loss = dynamics.samples(trained, "loss")[..., 1:].mean(-1)
-    best = dynamics.samples(bayes, "loss")[..., 1:].mean(-1)
+    loss, best = dynamics.episode_loss(trained), dynamics.episode_loss(bayes)
     statistic = lambda mean, best: dynamics.excess_loss(mean, best[..., None], floor)  # noqa: E731
     value, low, high = dynamics.estimate(statistic, loss, best, draws=300)
     for each in loss.mean(1):

@@ -47,11 +47,7 @@ def _now(
         (run.trajectories(name, [step]).isel(outer_step=0), run.measurement(name, stored[name][0]))
         for name in (tracked, heldout)
     )
-    losses = (dynamics.samples(each, "loss")[:, :, 1:].mean(-1) for each in bayes)
-    floor = bayes[0].attrs["loss_floor"]
-    excess = dynamics.estimate(
-        lambda one, other: dynamics.excess_loss(one, other, floor), *losses, draws=300
-    )
+    excess = dynamics.measured_excess(*bayes, draws=300)
     times = (
         " ".join("-" if np.isnan(t) else f"{t:.1f}" for t in dynamics.times_of(each)(mean))
         for each in learner

@@ -233,6 +233,10 @@ class Study:
     """Of the paper, for `metadyn claims`."""
     tables: Sequence[Table] = ()
 
+    def changed(self, **fields: Any) -> Plan:
+        """What the quick preset plans with some fields of its configuration changed."""
+        return self.plan(dataclasses.replace(self.presets["quick"], **fields))
+
     def beside(self, name: str, contender: Callable[[Any], Contender]) -> Study:
         """This study, called `name`, with one more learner, `contender(config)`, in every figure.
 

@@ -93,6 +93,10 @@ def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
 def test_bad_configurations_are_named():
     with pytest.raises(ConfigError, match="hidden = 0"):
         LSTMConfig(hidden=0)
+    for hidden in (8, 48):
+        with pytest.raises(ConfigError, match=f"hidden = {hidden}: must be a power of two"):
+            LSTMConfig(hidden=hidden, backend="pallas")
+    assert LSTMConfig(hidden=64, backend="pallas").hidden == 64
 
 
 @pytest.fixture(scope="module")

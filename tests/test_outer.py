@@ -203,3 +203,15 @@ def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once():
 )
 def test_parts_are_equal_whole_groups_that_the_cache_holds(episodes, together, some):
     assert mesh.at_a_time(episodes, together) == some
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 64, 1000])
+def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(at_a_time):
+    found = mesh.over_tasks(lambda scale, i: {"twice": scale * i}, 2, jnp.arange(101), at_a_time)
+    np.testing.assert_array_equal(found["twice"], 2 * np.arange(101))
+
+
+def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds():
+    assert mesh.tasks_at_a_time(4096, mesh.CACHE // 100) == 100
+    assert mesh.tasks_at_a_time(4096, mesh.CACHE) == mesh.LEAST_TASKS
+    assert mesh.tasks_at_a_time(64, 1) == 64

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metadyn.base import Answer, Domain, Feedback, Key, Learner, Params, Query, check_positive
+from metadyn.base import (
+    Answer,
+    Domain,
+    Feedback,
+    Key,
+    Learner,
+    Params,
+    Query,
+    check,
+    check_positive,
+)
 from metadyn.kernels.lstm import Backend, Gates, LSTMWeights, apply, cell, lstm
 
 SATURATED = 0.05  # our choice: a gate this close to 0 or 1 has at most a fifth of its full slope
@@ -33,6 +43,9 @@ class LSTMConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden")
+        fits = self.hidden >= 16 and self.hidden.bit_count() == 1
+        fix = "must be a power of two, 16 or more, with backend = 'pallas'"
+        check(self.backend != "pallas" or fits, "hidden", self.hidden, fix)
 
 
 class LSTMNetwork(nnx.Module):

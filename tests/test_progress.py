@@ -1,0 +1,69 @@
+"""On a terminal bars, elsewhere lines; on both all that a run says of itself."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from metadyn.progress import Progress
+
+
+def said(terminal: bool) -> str:
+    """What two studies of two measurements and one training say."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=160, color_system=None)
+    progress = Progress(console)
+
+    def drawn():  # now, and not when a tenth of a second is over
+        if terminal:
+            progress._bars.refresh()
+
+    with progress.studies(["first", "second"]) as begin:
+        for i in range(2):
+            begin(i)
+            with progress.training(total=10, done=0) as show:
+                show(10, loss={"lstm": 0.25}, excess={"lstm": 0.5}, episodes=320)
+                drawn()
+            with progress.counting("measuring", 2) as show:
+                show("SGD on tracked")
+                show("Bayes on tracked")
+                drawn()
+            progress.say("figures are in DIR")
+    progress.say("all done")
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_every_study_says_where_it_stands(terminal):
+    text = said(terminal)
+    for study in ("[1/2 first] ", "[2/2 second] "):
+        assert f"{study}figures are in DIR" in text
+    assert "loss 0.2500, excess over Bayes 0.500" in text
+    assert text.rstrip().splitlines()[-1].strip().endswith("all done")
+
+
+def test_a_terminal_shows_one_bar_for_all_studies_and_one_for_what_goes_on():
+    text = said(terminal=True)
+    last = [line for line in text.splitlines() if "studies" in line][-1]
+    assert "1/2" in last  # the second of two is going on
+    assert "second" in last
+    assert re.search("training .*10/10", text)
+    assert re.search("measuring .*1/2 .*Bayes on tracked", text)
+    assert "training 10/10  lstm" not in text  # a line, which only files get
+
+
+def test_a_file_gets_lines():
+    text = said(terminal=False)
+    assert "[2/2 second] training 10/10  lstm: loss 0.2500" in text
+    assert "[2/2 second] measuring 2/2  done" in text
+    assert "studies" not in text
+
+
+def test_nothing_is_said_to_no_console(capsys):
+    progress = Progress(None)
+    with progress.studies(["one"]) as begin, progress.counting("measuring", 1) as show:
+        begin(0)
+        show("it")
+        progress.say("done")
+    assert capsys.readouterr() == ("", "")
