@@ -12,7 +12,7 @@ from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 
 T, N, H, B = 7, 3, 5, 4
-BACKENDS = ("scan", "backward", "pallas")
+BACKENDS = ("scan", "backward", "pallas", "cudnn")
 
 
 def random_case(seed=0):

@@ -1,1 +1,1 @@
-"""Kernels: an LSTM over a whole episode, several backends behind one function."""
+"""Kernels: an LSTM over a whole episode, several backends behind one function; dense products."""
