@@ -7,10 +7,13 @@ the rounds up in a loop, which XLA can neither fuse nor vectorise; here they are
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.random import define_prng_impl, threefry_prng_impl
 from jaxtyping import Array, Float, UInt32
 
@@ -95,28 +98,41 @@ def _blocks(key: UInt32[Array, " 2"], shape: tuple[int, ...]) -> tuple[Array, Ar
     return threefry((key[0], key[1]), (jnp.zeros_like(index), index))
 
 
-def _split(key: UInt32[Array, " 2"], shape: tuple[int, ...]) -> UInt32[Array, "*shape 2"]:
-    return jnp.stack(_blocks(key, shape), axis=-1)
+def _block(key: UInt32[Array, " 2"], index: UInt32[Array, ""]) -> tuple[Array, Array]:
+    return threefry((key[0], key[1]), (jnp.uint32(0), index))
 
 
-def _fold_in(key: UInt32[Array, " 2"], number: int | Array) -> UInt32[Array, " 2"]:
-    counter = (jnp.uint32(0), jnp.asarray(number, jnp.uint32))
-    return jnp.stack(threefry((key[0], key[1]), counter))
-
-
-def _bits(key: UInt32[Array, " 2"], width: int, shape: tuple[int, ...]) -> Array:
+def _words(key: UInt32[Array, " 2"], width: int, shape: tuple[int, ...]) -> Array:
     a, b = _blocks(key, shape)
     if width == 64:
         return a.astype(jnp.uint64) << jnp.uint64(32) | b.astype(jnp.uint64)
     return (a ^ b).astype(f"uint{width}")
 
 
+def _by_itself(hashed: Callable[..., Any], **jit: Any) -> Callable[..., Any]:
+    """Compiled apart from what uses it: XLA neither inlines the call nor fuses it with anything.
+
+    For LLVM follows every path through the rounds, some 3.4²⁰, to see whether the hash is the same
+    in every turn of a loop; which it is where XLA makes it part of a loop over something else.
+    """
+    called = jax.jit(hashed, **jit)
+
+    def call(*args: Any) -> Any:
+        with set_xla_metadata(inlineable="false"):
+            return called(*args)
+
+    return call
+
+
+_blocks_of = _by_itself(_blocks, static_argnums=1)
+_block_of = _by_itself(_block)
+_words_of = _by_itself(_words, static_argnums=(1, 2))
 _WRITTEN_OUT = define_prng_impl(
     key_shape=(2,),
     seed=threefry_prng_impl.seed,
-    split=_split,
-    random_bits=_bits,
-    fold_in=_fold_in,
+    split=lambda key, shape: jnp.stack(_blocks_of(key, shape), axis=-1),
+    random_bits=_words_of,
+    fold_in=lambda key, number: jnp.stack(_block_of(key, jnp.asarray(number, jnp.uint32))),
     name="threefry2x32_written_out",
     tag="fry",
 )

@@ -8,6 +8,7 @@ from scipy.special import ndtri
 from scipy.stats import kstest
 
 from metadyn import prng
+from metadyn.kernels import dense
 
 KEY = jax.random.key(3)
 
@@ -47,6 +48,21 @@ def test_a_fast_key_draws_the_bits_of_jax_s_own(draw):
     keys = jax.random.split(KEY, (2, 3))
     many = jax.vmap(jax.vmap(lambda key: draw(prng.fast(key))))(keys)
     np.testing.assert_array_equal(many, jax.vmap(jax.vmap(draw))(keys))
+
+
+@pytest.mark.timeout(60)
+def test_a_draw_that_a_product_uses_is_compiled_at_all():
+    """Made part of the loop of the product, it was never done being compiled."""
+
+    def answer(key, given, weights):
+        key, _ = jax.random.split(prng.fast(key))
+        drawn = jax.random.uniform(prng.fast(key), (1,))
+        return dense.apply(weights, jnp.concatenate([drawn, given]))
+
+    keys, given, weights = jax.random.split(KEY, 1), jnp.ones((1, 1)), jnp.ones((16, 2))
+    answers = jax.jit(jax.vmap(answer, (0, 0, None)))(keys, given, weights)
+    drawn = jax.random.uniform(jax.random.split(keys[0])[0], (1,))
+    np.testing.assert_allclose(answers, jnp.broadcast_to(1 + drawn, (1, 16)), rtol=1e-6)
 
 
 def test_other_keys_are_left_as_they_are():
