@@ -107,6 +107,7 @@ def test_reading_a_run_unpickles_and_executes_nothing(whole, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("name", faults.FAULTS)
 def test_nothing_is_lost(name, tmp_path):
     fault, count = faults.FAULTS[name]

@@ -75,6 +75,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_process_0_is_lost_too(tmp_path):
     loses(tmp_path / "two", victim=0)
     together(command(tmp_path / "two", *LONG), 2)
