@@ -1,8 +1,8 @@
 """W x, for weights of many learners at once on a CPU.
 
 Mapped over learners, XLA's products for CPUs are slow if they read their left factor transposed,
-and a product's derivative always does. Here what is to be read transposed is
-written down transposed first. Elsewhere these are plain products.
+and a product's derivative always does. Here what is to be read transposed is written down
+transposed first. Elsewhere these are plain products.
 """
 
 from __future__ import annotations
