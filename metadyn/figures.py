@@ -343,7 +343,6 @@ def _order(axis: Any, training: OuterTraining) -> None:
     correlation = dynamics.estimate(
         lambda mean, bayes: dynamics.rank_correlation(*np.moveaxis(both(mean, bayes), -2, 0)),
         *strengths,
-        draws=300,
     )
     bars = np.maximum([value - low, high - value], 0)  # [side, inner or outer, mode]
     scale = dynamics.scale(trained)
