@@ -138,14 +138,19 @@ def use_every_core() -> None:
 
     The products of one outer step are too small for several cores to share well; two halves of its
     episodes, or two seeds, are not. The number is a power of two, as batches are, and at most 8.
+    If that is as many as there are cores, XLA is told not to share out one device's work any more.
     Nothing is changed if JAX has started, or if the environment says how many there are to be.
     """
-    said = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
-    if not said:
-        affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        with contextlib.suppress(RuntimeError):  # JAX has started
-            jax.config.update("jax_num_cpu_devices", min(8, 1 << (cores.bit_length() - 1)))
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in flags:
+        return
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    devices = min(8, 1 << (cores.bit_length() - 1))
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", devices)
+        if devices == cores and "xla_cpu_multi_thread_eigen" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
 
 
 def mesh() -> Mesh:

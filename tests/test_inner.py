@@ -1,4 +1,8 @@
-"""The inner loop: keys, probing, chunks."""
+"""The inner loop: keys, probing, chunks, devices."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +159,30 @@ def test_log_spaced_times():
 def test_bad_times_are_named(times):
     with pytest.raises(ConfigError, match="increase strictly from 0"):
         measure(jnp.arange(2), times=times)
+
+
+ONE_THREAD, MANY_THREADS = (f"--xla_cpu_multi_thread_eigen={on}" for on in ("false", "true"))
+MATH = "--xla_cpu_enable_fast_math=false"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="keeps to one core of Linux")
+@pytest.mark.parametrize(
+    ("given", "devices", "flags"),
+    [
+        ({}, 1, ONE_THREAD),
+        ({"XLA_FLAGS": MATH}, 1, f"{MATH} {ONE_THREAD}"),
+        ({"XLA_FLAGS": MANY_THREADS}, 1, MANY_THREADS),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3, None),
+    ],
+)
+def test_each_core_is_a_device_of_one_thread_unless_told_otherwise(given, devices, flags):
+    asked = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from metadyn import mesh; mesh.use_every_core()\n"
+        "import jax; print(jax.device_count(), os.environ.get('XLA_FLAGS'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | given
+    found = subprocess.run(
+        [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == f"{devices} {flags}"
