@@ -29,7 +29,7 @@ from metadyn.store import RunFolder
 ROOT = Path(__file__).parent.parent
 STUDY = str(Path(__file__).parent / "tiny_study.py")
 STUDIES = [STUDY, *(str(path) for path in sorted((ROOT / "experiments").glob("*.py")))]
-LONG = ("--outer.steps", "100000", "--outer.checkpoints", "150", "--outer.dispatch", "50")
+LONG = ("--outer.steps", "300000", "--outer.checkpoints", "450", "--outer.dispatch", "50")
 NASTY = ["-1", "0", "nan", "-inf", "1e999", "x", "None", "[]", "[[1]]", "{}", "--", "1,2", "true"]
 NASTY += [
     "0x10",

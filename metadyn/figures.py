@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from metadyn import dynamics
 from metadyn.store import TRACKED, RunFolder
 
-IN_DISTRIBUTION = "in_distribution"
+IN_DISTRIBUTION, BAYES = "in_distribution", "bayes"
 MARKERS = "osD^vP"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 LINES = ("-", "--", ":", "-.")
@@ -43,56 +43,65 @@ Measured = Mapping[str, xr.Dataset]
 
 
 def draw(run: RunFolder) -> list[Path]:
-    """Draws every figure that the stored measurements allow; returns their paths.
+    """Draws every figure that the stored measurements allow; returns their paths."""
+    run.figures.mkdir(exist_ok=True)
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name, figure in of_run(run).items():
+            paths.append(run.figures / f"{name}.png")
+            figure.savefig(paths[-1], bbox_inches="tight")
+        for name, training in _over_outer_training(run, _stored(run)).items():
+            paths.append(run.figures / f"inner_curves{name}.gif")
+            animation(training, paths[-1])
+    return paths
+
+
+def of_run(run: RunFolder) -> dict[str, Figure]:
+    """The figures that the stored measurements allow, by name.
 
     What a set of tasks is good for is said by its attributes (`study.TaskSet.attrs`).
     """
-    stored = {
-        name: {learner: run.measurement(name, learner) for learner in learners}
-        for name, learners in run.measurements().items()
-    }
+    stored = _stored(run)
 
     def marked(attribute: str) -> dict[str, Measured]:
         """The sets that carry an attribute."""
         return {name: each for name, each in stored.items() if attribute in _attrs(each)}
 
-    with matplotlib.rc_context(STYLE):
-        drawn: dict[str, Figure] = {}
-        if IN_DISTRIBUTION in stored:
-            drawn["mode_strength"] = mode_strength(stored[IN_DISTRIBUTION])
-            if _attrs(stored[IN_DISTRIBUTION]).get("ordered"):
-                drawn["single_runs"] = single_runs(stored[IN_DISTRIBUTION])
-            else:
-                drawn["learning_times"] = learning_times(stored[IN_DISTRIBUTION])
-        for name, measured in marked("compared").items():
-            drawn[f"mode_strength_{name}"] = mode_strength(measured)
-        trained = _over_outer_training(run, stored)
-        for name, training in trained.items():
-            drawn[f"inner_curves{name}"] = inner_curves(training)
-            drawn[f"outer_learning{name}"] = outer_learning(training)
-            drawn[f"distance_to_bayes{name}"] = distance_to_bayes(training)
-        if trained:
-            drawn["orders"] = orders(list(trained.values()))
-        varied = {**marked("varied"), **_varied(run, stored)}
-        if varied:
-            drawn["robustness"] = robustness(varied)
-        if len(marked("shift")) > 1:
-            drawn["learned_spectrum"] = learned_spectrum(marked("shift"))
-        for name, measured in marked("curves").items():
-            drawn[name] = curves(measured)
-        if len(marked("grown")) > 1:
-            drawn["growth"] = growth(marked("grown"))
-        if marked("targets"):
-            drawn["band_gain"] = band_gain(marked("targets"))
-        paths = []
-        run.figures.mkdir(exist_ok=True)
-        for name, figure in drawn.items():
-            paths.append(run.figures / f"{name}.png")
-            figure.savefig(paths[-1], bbox_inches="tight")
-        for name, training in trained.items():
-            paths.append(run.figures / f"inner_curves{name}.gif")
-            animation(training, paths[-1])
-    return paths
+    drawn: dict[str, Figure] = {}
+    if IN_DISTRIBUTION in stored:
+        drawn["mode_strength"] = mode_strength(stored[IN_DISTRIBUTION])
+        if _attrs(stored[IN_DISTRIBUTION]).get("ordered"):
+            drawn["single_runs"] = single_runs(stored[IN_DISTRIBUTION])
+        else:
+            drawn["learning_times"] = learning_times(stored[IN_DISTRIBUTION])
+    for name, measured in marked("compared").items():
+        drawn[f"mode_strength_{name}"] = mode_strength(measured)
+    trained = _over_outer_training(run, stored)
+    for name, training in trained.items():
+        drawn[f"inner_curves{name}"] = inner_curves(training)
+        drawn[f"outer_learning{name}"] = outer_learning(training)
+        drawn[f"distance_to_bayes{name}"] = distance_to_bayes(training)
+    if trained:
+        drawn["orders"] = orders(list(trained.values()))
+    varied = {**marked("varied"), **_varied(run, stored)}
+    if varied:
+        drawn["robustness"] = robustness(varied)
+    if len(marked("shift")) > 1:
+        drawn["learned_spectrum"] = learned_spectrum(marked("shift"))
+    for name, measured in marked("curves").items():
+        drawn[name] = curves(measured)
+    if len(marked("grown")) > 1:
+        drawn["growth"] = growth(marked("grown"))
+    if marked("targets"):
+        drawn["band_gain"] = band_gain(marked("targets"))
+    return drawn
+
+
+def _stored(run: RunFolder) -> dict[str, Measured]:
+    return {
+        name: {learner: run.measurement(name, learner) for learner in learners}
+        for name, learners in run.measurements().items()
+    }
 
 
 def mode_strength(measured: Measured) -> Figure:
@@ -171,6 +180,11 @@ class OuterTraining:
         """Mode strengths [seed, task, outer_step, step, mode] and [1, task, step, mode]."""
         return dynamics.strength(self.trained), dynamics.strength(self.bayes)
 
+    @cached_property
+    def over(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same in the order that outer training has, where modes are exchangeable."""
+        return dynamics.over_outer_training(self.trained, self.bayes)
+
     def title(self, what: str) -> str:
         """`what`, of which domain or learner."""
         return f"{_called(self.trained)}: {what}"
@@ -232,12 +246,12 @@ def outer_learning(training: OuterTraining) -> Figure:
     inner, scale, steps = dynamics.times_of(trained), dynamics.scale(trained), _outer_steps(trained)
     figure, (left, right) = _row(2, width=5.2, height=4.0)
     t = dynamics.estimate(inner, strength, draws=300)
-    share = dynamics.estimate(dynamics.share_of_bayes, strength, best, draws=300)
-    reached = dynamics.outer_times_of(trained)(strength.mean((0, 1)), best.mean((0, 1)))
+    share = dynamics.estimate(dynamics.share_of_bayes, *training.over, draws=300)
+    reached = dynamics.outer_times_of(trained)(*(each.mean((0, 1)) for each in training.over))
     for k, colour in enumerate(_colours(scale)):
         for axis, (value, low, high) in ((left, t), (right, share)):
             axis.fill_between(steps, low[:, k], high[:, k], color=colour, alpha=0.2, lw=0)
-            label = f"{scale[k]:.3g}" if axis is left else f"{reached[k]:,.0f}"
+            label = f"{scale[k]:.3g}" + (f": {reached[k]:,.0f}" if axis is right else "")
             axis.plot(steps, value[:, k], "o-", color=colour, ms=3, label=label)
         left.axhline(inner(best.mean((0, 1)))[k], color=colour, ls="--", lw=1.2)
         right.plot(reached[k], 0.5, "s", color=colour, ms=7, mec="black", zorder=5)
@@ -247,10 +261,14 @@ def outer_learning(training: OuterTraining) -> Figure:
     right.axhline(1, color="grey", ls="--", lw=1.2, zorder=0)
     right.axhline(0.5, color="grey", lw=0.8, zorder=0)
     right.set_ylabel("mean strength over the episode\n(0 untrained, 1 as Bayes)")
-    left.legend(title=trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
-    right.set_ylim(-0.2, 1.9)
-    about = {"title": "half-way at outer step $n_k$", "loc": "upper left", "ncols": 2}
-    right.legend(**about, fontsize=9, title_fontsize=9)
+    label = trained.attrs["mode_label"].replace("\n", " ")
+    by = ("", "")
+    if trained.attrs.get("ordered"):
+        by = (" within each episode", " over outer training,\neach seed its own")
+    left.legend(title=label + by[0], fontsize=9, title_fontsize=9)
+    right.set_ylim(-0.2, 2.1)
+    about = {"title": f"{label}{by[1]}: half-way at outer step $n_k$", "loc": "upper left"}
+    right.legend(**about, ncols=2, fontsize=9, title_fontsize=9, alignment="left")
     for axis in (left, right):
         _outer_axis(axis, steps)
     figure.suptitle(training.title("learning of each mode over outer training"))
@@ -332,32 +350,32 @@ def orders(trainings: Sequence[OuterTraining]) -> Figure:
 
 
 def _order(axis: Any, training: OuterTraining) -> None:
-    trained, strengths = training.trained, training.strengths
-    inner, outer = dynamics.times_of(trained), dynamics.outer_times_of(trained)
-
-    def both(mean, bayes):
-        """Inner learning times of the trained learner, and outer ones."""
-        return np.stack([inner(mean[..., -1, :, :]), outer(mean, bayes)], -2)
-
-    value, low, high = dynamics.estimate(both, *strengths, draws=300)
-    correlation = dynamics.estimate(
-        lambda mean, bayes: dynamics.rank_correlation(*np.moveaxis(both(mean, bayes), -2, 0)),
-        *strengths,
+    trained, outer = training.trained, dynamics.outer_times_of(training.trained)
+    inner = lambda mean: dynamics.times_of(trained)(mean[..., -1, :, :])  # noqa: E731
+    found = (
+        dynamics.estimate(inner, training.strengths[0], draws=300),
+        dynamics.estimate(outer, *training.over, draws=300),
     )
-    bars = np.maximum([value - low, high - value], 0)  # [side, inner or outer, mode]
+    value = np.array([each.value for each in found])  # [inner or outer, mode]
+    bars = [np.maximum([v - low, high - v], 0) for v, low, high in found]  # [side, mode] each
+    title = "contexts by their rank in either order"
+    if not trained.attrs.get("ordered"):
+        correlation = dynamics.estimate(
+            lambda a, b: dynamics.rank_correlation(inner(a), outer(a, b)), *training.over
+        )
+        title = f"rank correlation {_interval(correlation)}"
     scale = dynamics.scale(trained)
     for k, (colour, marker) in enumerate(zip(_colours(scale), MARKERS * 9, strict=False)):
         (x, y), label = value[:, k], f"{scale[k]:.3g}"
         style = {"color": colour, "ms": 8, "capsize": 3, "lw": 1.2, "label": label}
-        axis.errorbar(x, y, bars[:, 1, [k]], bars[:, 0, [k]], marker, **style)
+        axis.errorbar(x, y, bars[1][:, [k]], bars[0][:, [k]], marker, **style)
     axis.set_yscale("log")
     number = matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:,.0f}")
     axis.yaxis.set_major_formatter(number)
     axis.yaxis.set_minor_formatter(number)
     axis.tick_params(axis="y", which="both", labelsize=9)
     axis.set_xlabel("inner learning time $t_k$\n(observations; trained LSTM)")
-    title = f"{_called(trained)}\nrank correlation {_interval(correlation)}"
-    axis.set_title(title, fontsize=10)
+    axis.set_title(f"{_called(trained)}\n{title}", fontsize=10)
     axis.legend(title=trained.attrs["mode_label"], fontsize=9, title_fontsize=9)
 
 
@@ -365,7 +383,7 @@ def _varied(run: RunFolder, stored: Mapping[str, Measured]) -> dict[str, Measure
     """Tracked sets that stand for one value of what is varied, at the last outer step."""
     return {
         name: {
-            **stored[name],
+            BAYES: next(iter(stored[name].values())),
             "trained": run.trajectories(name, run.outer_steps()[-1:]).isel(outer_step=0),
         }
         for name, _ in run.trainings()
@@ -376,8 +394,8 @@ def _varied(run: RunFolder, stored: Mapping[str, Measured]) -> dict[str, Measure
 def robustness(varied: Mapping[str, Measured]) -> Figure:
     """How far each learner staggers, as one thing at a time is varied: a row each.
 
-    Sets carry `title` (the domain, a panel each) and `varied` (what it is and its value). A trained
-    learner is compared with Bayes on the same tasks.
+    Sets carry `title` (the domain, a panel each) and `varied` (what it is and its value). Where
+    Bayes was measured on the same tasks, it is how far a learner staggers beyond that.
     """
     titles = list(dict.fromkeys(_attrs(each)["title"] for each in varied.values()))
     rows = [sum(_attrs(each)["title"] == t for each in varied.values()) for t in titles]
@@ -390,27 +408,31 @@ def robustness(varied: Mapping[str, Measured]) -> Figure:
             found = _attrs(measured)
             ordered = found.get("ordered")
             of = dynamics.staggering_of if ordered else dynamics.slope_of
-            trained = measured.get("trained")
-            if trained is not None:
-                bayes = next(data for name, data in measured.items() if name != "trained")
-                value, low, high = dynamics.difference(of, trained, bayes)
+            trained = "trained" in measured
+            data = next(each for name, each in measured.items() if name != BAYES)
+            if BAYES in measured:
+                value, low, high = dynamics.difference(of, data, measured[BAYES])
             else:
-                value, low, high = dynamics.measured(of, next(iter(measured.values())))
+                value, low, high = dynamics.measured(of, data)
             bars = [[max(value - low, 0)], [max(high - value, 0)]]
-            colour = COLOURS[trained is None]
-            marker = "D" if trained is None else "o"
+            colour, marker = (COLOURS[0], "o") if trained else (COLOURS[1], "D")
             axis.errorbar(value, len(labels), xerr=bars, fmt=marker, color=colour, capsize=3)
             if np.isnan(value):
                 note = {"va": "center", "fontsize": 9, "color": colour}
-                axis.text(0, len(labels), " a mode is never learned", **note)
+                few = "not all contexts are" if ordered else "fewer than two modes are"
+                axis.text(0, len(labels), f" {few} ever learned", **note)
             labels.append(found["varied"])
         axis.axvline(0, color="grey", lw=0.8, zorder=0)
         axis.set_yticks(range(len(labels)), labels, fontsize=9)
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        what = "bandit staggering" if ordered else "staggering slope"
+        what = (
+            "bandit staggering, minus Bayes'"
+            if ordered
+            else "staggering slope (LSTM: minus Bayes')"
+        )
         axis.set(title=title, xlabel=what)
     axes[0].plot([], [], "D", color=COLOURS[1], label="ordinary learner")
-    axes[0].plot([], [], "o", color=COLOURS[0], label="meta-trained LSTM, minus Bayes")
+    axes[0].plot([], [], "o", color=COLOURS[0], label="meta-trained LSTM")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -452,11 +474,14 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
             end = dynamics.samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
             strength = dynamics.estimate(lambda mean: mean, end, draws=300)
             scale = dynamics.scale(data)
+            outsize = "outsize" in data.attrs
             for k, colour in enumerate(_colours(scale)):
-                at = (scale[k], scale[k] * strength.value[k])
-                face = colour if line == "-" else "none"
-                left.plot(*at, marker, color=colour, mfc=face, ms=7)
-            if "outsize" not in data.attrs:
+                value, low, high = (scale[k] * each[k] for each in strength)
+                style = {"mfc": colour if line == "-" else "none", "mec": colour, "ms": 7}
+                style |= {"mec": "black", "mew": 1.5} if outsize else {}
+                bars = np.maximum([[value - low], [high - value]], 0)
+                left.errorbar(scale[k], value, bars, fmt=marker, color=colour, capsize=2, **style)
+            if not outsize:
                 points.append((data.attrs["shift"], *strength))
         x, value, low, high = (np.array(column) for column in zip(*points, strict=True))
         for k, colour in enumerate(_colours(scale)):
@@ -471,6 +496,9 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
     left.set(xscale="log", yscale="log", xlabel=f"true {name}", ylabel="learned by the last step")
     ends = (left.get_xlim()[0], left.get_xlim()[1])
     left.plot(ends, ends, color="grey", lw=0.8, zorder=0, label="learned in full")
+    if any("outsize" in _attrs(measured) for measured in by_shift):
+        edged = {"mfc": "none", "mec": "black", "mew": 1.5, "label": "greatest mode alone shifted"}
+        left.plot([], [], "s", **edged)
     left.legend()
     right.set(xscale="log", xlabel="spectrum, as a multiple of in distribution")
     right.set_xticks(x, [f"{factor:g}" for factor in x])
@@ -517,14 +545,16 @@ def single_runs(measured: Measured) -> Figure:
         start = 1 if data.attrs["clock"] == "updates" else 0
         last = dynamics.times_of(data)(strength)[:, -1]
         run = np.argsort(np.nan_to_num(last, nan=np.inf), kind="stable")[len(last) // 2]
-        for k, colour in enumerate(_colours(dynamics.scale(data))):
-            axis.plot(times[start:], strength[run, start:, k], color=colour)
+        scale = dynamics.scale(data)
+        for k, colour in enumerate(_colours(scale)):
+            axis.plot(times[start:], strength[run, start:, k], color=colour, label=f"{scale[k]:g}")
         axis.axhline(data.attrs["p"], color="grey", lw=0.8, zorder=0)
-        axis.set_title(data.attrs["label"])
+        axis.set_title(f"{data.attrs['label']}\nrun of median time to learn all")
         axis.set_xlabel(_clock(data))
         axis.set_xscale("log" if start else "linear")
         axis.set_ylim(-0.05, 1.05)
     axes[0].set_ylabel(panels[0].attrs.get("strength_label", STRENGTH))
+    axes[0].legend(title=panels[0].attrs["mode_label"], fontsize=9, title_fontsize=9)
     return figure
 
 
@@ -544,6 +574,8 @@ def growth(measured_by_set: Mapping[str, Measured]) -> Figure:
         bars = np.maximum([(value - low)[done], (high - value)[done]], 0)
         factor = dynamics.growth(numbers[done], value[done]).factor
         label = f"{sets[0][name].attrs['label']}: × {factor:.2f} for each context"
+        never = np.isinf(runs[-1]).mean()
+        label += f"; {never:.0%} of runs not done at {numbers[-1]}" if never else ""
         axis.errorbar(
             numbers[done], value[done], bars, marker=marker, color=colour, capsize=3, label=label
         )

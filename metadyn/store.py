@@ -378,7 +378,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         rows = summary.get(name, [])
         kinds = row | ({"passed": bool} if name == "criteria" else {})
         if not isinstance(rows, list) or not all(
-            isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in kinds.items())
+            isinstance(r, dict) and all(k in r and isinstance(r[k], t) for k, t in kinds.items())
             for r in rows
         ):
             raise ConfigError(f"{path}: {name} is not as metadyn writes it; remove the file")

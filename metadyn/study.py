@@ -190,7 +190,7 @@ def censored(name: str, data: xr.Dataset) -> Criterion:
     """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
     t = dynamics.times_of(data)(dynamics.strength(data).mean((0, 1)))
     count = np.asarray(np.isnan(t).sum(), np.float64)
-    said = f"modes that never reach {data.attrs['p']:g}, left out of the slope"
+    said = f"modes that never reach {data.attrs['p']:g}: a slope is of the others"
     return criterion(f"{name}_censored_modes", dynamics.Estimate(count, count, count), said)
 
 

@@ -519,7 +519,8 @@ def test_a_whole_small_study(tmp_path):
     assert all(image.std() > 0.02 for image in figures.values())
     summary = json.loads((out / "summary.json").read_text())
     assert {c["name"] for c in summary["criteria"]} == {
-        "coupled_growth", "coupled_over_decoupled_growth", "decoupled_is_linear",
+        "coupled_growth", "coupled_over_decoupled_growth", "coupled_is_exponential",
+        "decoupled_is_linear",
         "lstm_minus_bayes_staggering", "relative_reward",
     }  # fmt: skip
     data = metadyn.load(out, "in_distribution")

@@ -322,8 +322,19 @@ def test_a_read_only_folder_is_refused(tmp_path):
         tmp_path.chmod(stat.S_IRWXU)
 
 
+LACKS_VALUE = '{"reported": [{"name": "a", "expected": "b", "low": 1, "high": 1}]}'
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"criteria": 3}', '{"criteria": [{"name": 1}]}', '{"reported": [[]]}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"criteria": 3}',
+        '{"criteria": [{"name": 1}]}',
+        '{"reported": [[]]}',
+        LACKS_VALUE,
+    ],
 )
 def test_a_damaged_summary_is_named(text, tmp_path):
     run = RunFolder.create(tmp_path / "r", IDENTITY)

@@ -1,0 +1,115 @@
+"""The robustness study, run whole and small: its slopes, its worst cases, its figure."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from metadyn import figures
+from metadyn.cli import main
+from metadyn.store import RunFolder
+from metadyn.study import load_study
+
+STUDY = str(Path(__file__).parent.parent / "experiments" / "robustness.py")
+SMALL = [
+    *("--linear.n-x", "3", "--linear.n-y", "3", "--linear.steps", "4", "--linear-updates", "2000"),
+    *("--nonlinear.spectrum", "1", "1", "--nonlinear.steps", "4"),
+    *("--bandit.contexts", "3", "--bandit.actions", "3", "--bandit.steps", "20"),
+    *("--lstm.hidden", "4", "--widths", "8", "--outer.steps", "20", "--outer.batch", "16"),
+    *("--outer.seeds", "2", "--outer.warmup", "1", "--outer.checkpoints", "3"),
+    *("--measure.updating-tasks", "6", "--measure.tracked-tasks", "6"),
+    *("--measure.heldout-tasks", "8"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "robustness"
+    assert main(["run", STUDY, "--out", str(out), *SMALL]) == 1  # so small a study fails
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(finished):
+    """Every figure of merit by name: value, low, high."""
+    summary = json.loads((finished / "summary.json").read_text())
+    rows = (*summary["criteria"], *summary["reported"])
+    return {row["name"]: (row["value"], row["low"], row["high"]) for row in rows}
+
+
+def crossings(data, p):
+    """Learning times of mean strengths by interpolation; NaN where one never crosses."""
+    strength = data["mode_strength"].mean("task").transpose("step", "mode").to_numpy()
+    time, found = data["time"].to_numpy(), []
+    for column in strength.T:
+        (after,) = np.nonzero(column >= p)
+        near = slice(max(after[0] - 1, 0), after[0] + 1) if len(after) else None
+        found.append(np.nan if near is None else np.interp(p, column[near], time[near]))
+    return np.array(found)
+
+
+def test_the_ordinary_learners_slope_is_that_of_the_stored_curves(finished, found):
+    data = RunFolder(finished).measurement("linear_inner_sgd", "ordinary")
+    t = crossings(data, 0.5)
+    learned = np.isfinite(t)
+    assert found["linear_inner_sgd_censored_modes"][0] == (~learned).sum()
+    s = data["singular_value"].to_numpy()[learned]
+    slope = scipy.stats.linregress(np.log(s), np.log(t[learned])).slope
+    np.testing.assert_allclose(found["linear_inner_sgd_staggering"][0], slope, rtol=1e-4)
+
+
+def test_in_the_bandit_the_staggering_of_bayes_is_taken_off(finished, found):
+    run, beyond = RunFolder(finished), []
+    for who in ("ordinary", "bayes"):
+        data = run.measurement("bandit_inner_sgd", who)
+        times = data["time"].to_numpy()
+        ordered = []
+        for curves in data["mode_strength"].transpose("task", "step", "mode").to_numpy():
+            first = [times[np.argmax(c >= 0.8)] if c.max() >= 0.8 else np.inf for c in curves.T]
+            ordered.append(curves[:, np.argsort(first, kind="stable")])
+        mean = data.copy()
+        mean["mode_strength"] = (("task", "step", "mode"), np.array(ordered))
+        t = crossings(mean, 0.8)
+        beyond.append((t[-1] - t[0]) / t[-1])
+    value = found["bandit_inner_sgd_staggering"][0]
+    np.testing.assert_allclose(value, beyond[0] - beyond[1], rtol=1e-4)
+
+
+def test_the_worst_case_is_the_greatest_of_its_variants(found):
+    optimizers = ("sgd", "momentum", "rmsprop", "adam")
+    each = [found[f"linear_inner_{o}_staggering"][0] for o in optimizers]
+    assert found["linear_inner_optimizers"][0] == pytest.approx(-max(each))
+    each = [found[f"bandit_inner_{o}_staggering"][0] for o in optimizers]
+    assert found["bandit_inner_optimizers"][0] == pytest.approx(min(each))
+    for name in ("linear", "nonlinear"):
+        for varied, variants in (("hidden", ["hidden_8"]), ("sigma", ["sigma_0.5"])):
+            one = found[f"{name}_{variants[0]}_staggering"][0]
+            worst = found[f"{name}_{varied}_worst"][0]
+            assert worst == (None if one is None else pytest.approx(abs(one)))
+
+
+def test_what_is_never_learned_is_counted_and_gives_no_verdict(found):
+    assert found["bandit_outer_sgd_censored_modes"][0] == 3
+    assert found["bandit_outer_sgd_staggering"] == (None, None, None)
+    assert found["bandit_outer_worst"] == (None, None, None)
+
+
+def test_the_figure_shows_each_variant_at_its_value_and_says_what_has_none(finished, found):
+    study = load_study(STUDY)
+    (table,) = study.tables
+    (figure,) = figures.of_run(RunFolder(finished)).values()
+    shown = {}
+    for axis in figure.axes:
+        labels = [text.get_text() for text in axis.get_yticklabels()]
+        at = [container.lines[0].get_xdata()[0] for container in axis.containers]
+        shown |= {f"{axis.get_title()}, {label}": x for label, x in zip(labels, at, strict=True)}
+        never = sum("ever learned" in text.get_text() for text in axis.texts)
+        assert never == np.isnan(at).sum()
+    assert np.isnan(list(shown.values())).any()
+    for name, label in table.rows.items():
+        if label in shown:  # the table is of the quick preset's widths
+            value = found[f"{name}_staggering"][0]
+            np.testing.assert_allclose(shown[label], np.nan if value is None else value, rtol=1e-6)
+    assert len(set(table.rows.values()) & set(shown)) >= len(shown) - 2
