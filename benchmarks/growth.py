@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from benchmarks.inner_loops import UPDATES
+from benchmarks.inner_loops import OPERATIONS, UPDATES
 from benchmarks.outer_step import metadyn_side, operations, trainer
 from benchmarks.timing import Result, Run, Side, alternate, ask, limits, main, result
 
@@ -49,7 +49,7 @@ def benchmark(full: bool = False) -> Iterator[Result]:
     for field, values in (FULL if full else SHORT).items():
         sizes += [BASE | {field: value} for value in values]
     for case in sizes:
-        seconds = alternate({"": Side(__name__, "step_side", case)}, repeats=3)[""]
+        seconds = alternate({"": Side(__name__, "step_side", case)})[""]
         held = ask(Side(__name__, "memory", case)) * case["devices"]
         where = "outer step, " + ", ".join(f"{k} {v}" for k, v in case.items())
         yield result(f"{where}: µs an episode", 1e6 * seconds / case["batch"])
@@ -58,8 +58,10 @@ def benchmark(full: bool = False) -> Iterator[Result]:
         yield result(f"{where}: share of the product rate", limits().share(seconds, done))
     for tasks in TASKS[full]:
         side = Side("benchmarks.inner_loops", "metadyn_side", {"kind": "linear", "learners": tasks})
-        seconds = alternate({"": side}, repeats=3)[""]
-        yield result(f"SGD on {tasks} tasks: µs an update", 1e6 * seconds / (tasks * UPDATES))
+        seconds = alternate({"": side})[""] / (tasks * UPDATES)
+        yield result(f"SGD on {tasks} tasks: µs an update", 1e6 * seconds)
+        share = limits().share(seconds, OPERATIONS["linear"])
+        yield result(f"SGD on {tasks} tasks: share of the product rate", share)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python -m benchmarks.streaming [--full] [--json FILE]
 
-Linear regression as its study plans it, with checkpoints and without, in alternation. At a
-checkpoint the mode trajectories of the tracked tasks and the losses of the held-out ones are
-measured and stored with the training state. One checkpoint costs less than training varies by from
+Training as a study plans it, with checkpoints and without, in alternation. At a checkpoint the mode
+trajectories of the tracked tasks and the losses of the held-out ones are measured and stored with
+the training state. One checkpoint costs less than training varies by from
 repeat to repeat, so they are taken DENSER times as often as in the study, and what they add is
-divided by that. A third side measures and does not store, which tells the two apart. `quick` is the
-quick preset (3 × 3, batch 32, four seeds); `large` has tasks of 5 × 5, a batch of 256 and one seed.
+divided by that. A third side measures and does not store, which tells the two apart. Cases: the
+quick presets of linear regression (3 × 3, batch 32, four seeds) and of outer-loop dynamics (an LSTM
+on each domain, batch 32, four seeds); `large`, linear regression of 5 × 5, batch 256, one seed.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pathlib import Path
 
 from benchmarks.timing import Result, Run, Side, alternate, main, result
 
-STUDY = Path(__file__).parent.parent / "experiments" / "linear_regression.py"
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 DENSER = 10  # checkpoints in the steps that the study has one in
-CASES = {"quick": {"at_most": 5.0}, "large": {"at_most": 2.0}}
+CASES = {"linear_regression quick": 5.0, "outer_loop_dynamics quick": 5.0, "large": 2.0}
+"""And what a checkpoint may cost, in % of training."""
 
 
 def training_side(case: str, stored: str) -> Run:
@@ -39,15 +41,16 @@ def training_side(case: str, stored: str) -> Run:
     from metadyn.outer import OuterConfig, Trainer
     from metadyn.store import RunFolder
 
-    study = load_study(str(STUDY))
+    name = case.removesuffix(" quick") if case != "large" else "linear_regression"
+    study = load_study(str(EXPERIMENTS / f"{name}.py"))
     config = study.presets["quick"]
     if case == "large":
         outer = OuterConfig(steps=20_000, batch=256, seeds=1)
         config = dataclasses.replace(config, domain=LinearRegression(), outer=outer)
     plan = study.plan(config)
-    (training,) = plan.trainings
     forever = dataclasses.replace(plan.outer, schedule="constant")
-    trainer = Trainer({"lstm": training.trainee}, forever, jax.random.key(0))
+    trainees = {training.learner.name: training.trainee for training in plan.trainings}
+    trainer = Trainer(trainees, forever, jax.random.key(0))
     state = [trainer.init()]
     steps = plan.outer.steps // len(plan.outer.checkpoint_steps) // DENSER
     folder = Path(tempfile.mkdtemp())
@@ -57,10 +60,11 @@ def training_side(case: str, stored: str) -> Run:
     def measured() -> dict[str, dict[str, jax.Array]]:
         return {
             tasks.name: inner.measure(
-                tasks.domain, training.learner.make, state[0].params["lstm"], True, tasks.sample,
-                tasks.argument, jax.random.key(1), jnp.arange(tasks.size), training.learner.times,
-                tasks.probe,
+                tasks.domain, training.learner.make, state[0].params[training.learner.name], True,
+                tasks.sample, tasks.argument, jax.random.key(1), jnp.arange(tasks.size),
+                training.learner.times, tasks.probe,
             )
+            for training in plan.trainings
             for tasks in (training.tracked, training.heldout)
         }  # fmt: skip
 
@@ -79,7 +83,7 @@ def training_side(case: str, stored: str) -> Run:
 
 def benchmark(full: bool = False) -> Iterator[Result]:
     """Seconds of training, and the percentage that storing adds."""
-    for case, target in CASES.items():
+    for case, most in CASES.items():
         sides = {
             stored: Side(__name__, "training_side", {"case": case, "stored": stored})
             for stored in ("nothing", "measured", "all")
@@ -88,9 +92,8 @@ def benchmark(full: bool = False) -> Iterator[Result]:
         plain = taken["nothing"]
         yield result(f"{case}: outer steps between two checkpoints, s", DENSER * plain)
         extra = {name: 100 * (taken[name] / plain - 1) / DENSER for name in ("measured", "all")}
-        yield result(
-            f"{case}: a checkpoint with trajectories, % of training", extra["all"], **target
-        )
+        said = f"{case}: a checkpoint with trajectories, % of training"
+        yield result(said, extra["all"], at_most=most)
         yield result(f"{case}: of that, measuring them, %", extra["measured"])
 
 

@@ -139,7 +139,9 @@ def plan(config: Config) -> Plan:
     balanced, balanced_curve = descent(
         "sgd_balanced",
         "SGD, balanced start",
-        balanced_deep_linear(n_x, n_y, strength=sgd.balanced_strength),
+        balanced_deep_linear(
+            n_x, n_y, width=max(sgd.width, domain.modes), strength=sgd.balanced_strength
+        ),
         sgd.balanced_strength,
         sgd.balanced_learning_rate,
     )

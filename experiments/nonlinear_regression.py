@@ -109,7 +109,7 @@ def plan(config: Config) -> Plan:
 
     def tasks(name, size, domain=domain, frequencies=None, curves=False, **attrs):
         amplitudes = domain.amplitudes(frequencies)
-        points = 128 if curves else sizes.probe_points
+        points = max(128, sizes.probe_points) if curves else sizes.probe_points
         probe = domain.probe(amplitudes, points, curves)
         coords = {"frequency": ("mode", np.flatnonzero(amplitudes).tolist())}
         coords |= {"x": ("x", uniform_grid(points).tolist())} if curves else {}

@@ -140,7 +140,7 @@ def criteria(config: Config, run: RunFolder):
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     nonlinear=FourierRegression(steps=40),
-    outer=OuterConfig(steps=8000, batch=32, learning_rate=3e-2, schedule="linear"),
+    outer=OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
     measure=MeasureConfig(tracked_tasks=256, heldout_tasks=256, probe_points=16),
 )
 PAPER = Config(

@@ -79,9 +79,12 @@ class Config:
     bandit_rates: Rates = Rates(sgd=0.3, momentum=0.03, rmsprop=0.01, adam=0.03)
     """Of REINFORCE. The MLPs in nonlinear regression have those of their own study."""
     widths: tuple[int, ...] = (32, 128)
-    """Other numbers of hidden units, in the regressions."""
+    """Other numbers of hidden units."""
     sigmas: tuple[float, ...] = (0.5,)
     """Other noise, in the regressions."""
+    pays: tuple[float, ...] = (0.9,)
+    """Noise, in the bandit: the correct action pays with this probability p, any other with 1 − p.
+    "Bayes" is then Thompson sampling from the exact posterior."""
     measure: MeasureConfig = MeasureConfig()
 
 
@@ -113,24 +116,36 @@ def inner_variants(config: Config, name: str) -> Iterator[tuple[str, TaskSet, Co
         )
 
 
-def outer_variants(config: Config, name: str) -> Iterator[tuple[str, str, Training]]:
-    """Meta-learners by what is changed: (name, what figures call it, training)."""
-    (training, *_) = parts(config, name).trainings
+def labels(config: Config, name: str) -> dict[str, str]:
+    """What each variant of a domain's meta-learner is called."""
+    said = {f"outer_{optimizer}": f"outer optimiser {optimizer}" for optimizer in OPTIMIZERS}
+    said |= {f"hidden_{hidden}": f"{hidden} hidden units" for hidden in config.widths}
+    if name == "bandit":
+        return said | {f"noise_{p:g}": f"pay with {p:.0%} or {1 - p:.0%}" for p in config.pays}
+    return said | {f"noise_{sigma:g}": f"noise σ = {sigma:g}" for sigma in config.sigmas}
+
+
+def outer_variants(config: Config, name: str) -> Iterator[tuple[str, Training]]:
+    """How each of them is trained."""
+    domain = getattr(config, name)
+
+    def changed(**changes: Any) -> Training:
+        return parts(config, name, **changes).trainings[0]
+
     for optimizer in OPTIMIZERS:
-        rate = getattr(config.outer_rates, optimizer)
+        rate, training = getattr(config.outer_rates, optimizer), changed()
         outer = dataclasses.replace(config.outer, optimizer=optimizer, learning_rate=rate)
         trainee = training.trainee._replace(optimizer=outer.transformation())
-        changed = dataclasses.replace(training, trainee=trainee)
-        yield f"outer_{optimizer}", f"outer optimiser {optimizer}", changed
-    if name != "bandit":
-        for hidden in config.widths:
-            lstm = dataclasses.replace(config.lstm, hidden=hidden)
-            (changed, *_) = parts(config, name, lstm=lstm).trainings
-            yield f"hidden_{hidden}", f"{hidden} hidden units", changed
-        for sigma in config.sigmas:
-            domain = dataclasses.replace(getattr(config, name), sigma=sigma)
-            (changed, *_) = parts(config, name, domain=domain).trainings
-            yield f"sigma_{sigma:g}", f"noise σ = {sigma:g}", changed
+        yield f"outer_{optimizer}", dataclasses.replace(training, trainee=trainee)
+    for hidden in config.widths:
+        lstm = dataclasses.replace(config.lstm, hidden=hidden)
+        yield f"hidden_{hidden}", changed(lstm=lstm)
+    for p in config.pays if name == "bandit" else ():
+        noisy = dataclasses.replace(domain, p_high=p, p_low=1 - p)
+        yield f"noise_{p:g}", changed(domain=noisy)
+    for sigma in config.sigmas if name != "bandit" else ():
+        noisy = dataclasses.replace(domain, sigma=sigma)
+        yield f"noise_{sigma:g}", changed(domain=noisy)
 
 
 def plan(config: Config) -> Plan:
@@ -144,8 +159,10 @@ def plan(config: Config) -> Plan:
             measurements.append((tasks, dataclasses.replace(contender, name="ordinary")))
             if name == "bandit":
                 measurements.append((tasks, parts(config, name).trainings[0].bayes))
-        for variant, label, training in outer_variants(config, name):
-            trainings.append(training.named(f"{name}_{variant}", title=title, varied=label))
+        said = labels(config, name)
+        for variant, training in outer_variants(config, name):
+            attrs = {"title": title, "varied": said[variant]}
+            trainings.append(training.named(f"{name}_{variant}", **attrs))
     return Plan(config.outer, trainings, measurements, chunk=config.measure.chunk)
 
 
@@ -153,7 +170,7 @@ WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
 """How far the LSTM may stagger beyond Bayes: the bounds of the domains' own studies."""
 SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
 """Of the ordinary learner's staggering: greatest modes first, low frequencies first."""
-VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "sigma": "noise"}
+VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "noise": "noise"}
 
 
 def of_domain(config: Config, run: RunFolder, name: str):
@@ -193,7 +210,7 @@ def of_domain(config: Config, run: RunFolder, name: str):
     )
 
     beside_bayes: dict[str, list] = {}
-    for variant, label, _ in outer_variants(config, name):
+    for variant, label in labels(config, name).items():
         (lstm, bayes), losses = (
             (
                 run.trajectories(f"{s}_{name}_{variant}", last).isel(outer_step=0),
@@ -258,14 +275,13 @@ PAPER = Config(
 )
 
 
-def rows(config: Config) -> dict[str, str]:
+def rows(*configs: Config) -> dict[str, str]:
     """Every variant, by the name that its figures of merit begin with."""
     found = {}
     for name, title in TITLES.items():
         found |= {f"{name}_inner_{o}": f"{title}, inner optimiser {o}" for o in OPTIMIZERS}
-        found |= {
-            f"{name}_{v}": f"{title}, {label}" for v, label, _ in outer_variants(config, name)
-        }
+        for config in configs:
+            found |= {f"{name}_{v}": f"{title}, {said}" for v, said in labels(config, name).items()}
     return found
 
 
@@ -293,7 +309,6 @@ study = Study(
             )
             for varied, what in VARIED.items()
             for name in TITLES
-            if varied == "outer" or name != "bandit"
         ),
     ),
     tables=(
@@ -301,7 +316,7 @@ study = Study(
             "Staggering by optimiser, width and noise: slope of log learning time on log scale, "
             "in the bandit (t_K − t_1) / t_K; the LSTM's minus Bayes', in the bandit the ordinary "
             "learner's too",
-            rows(QUICK),
+            rows(QUICK, PAPER),
             {
                 "staggering": "staggering",
                 "censored_modes": "modes never learned",

@@ -6,6 +6,8 @@ name, in figures/; the tables in README.md are made from these alone.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +25,8 @@ def collect(folder: Path, runs: Sequence[str]) -> None:
     """Copies the summaries of runs that are done to `folder`, and those of their figures that are
     there already or that a claim or a table names.
 
-    Raises `ConfigError` for a run that is not done or of none of the folder's studies.
+    Raises `ConfigError` for a run that is not done, of none of the folder's studies, or of other
+    settings than the preset's.
     """
     studies = {study.name: study for study in load_studies(str(folder))}
     for path in runs:
@@ -33,6 +36,11 @@ def collect(folder: Path, runs: Sequence[str]) -> None:
             raise ConfigError(f"{path}: the run is not done; run it to its end first")
         if name not in studies:
             raise ConfigError(f"{path}: a run of {name!r}, which {folder} does not hold")
+        asked = json.loads(json.dumps(dataclasses.asdict(studies[name].presets[preset])))
+        if run.config["config"] != asked:
+            raise ConfigError(
+                f"{path}: the run overrides the preset {preset!r}, which claims are of"
+            )
         for part in ("results", "figures"):
             (folder / part).mkdir(exist_ok=True)
         shutil.copyfile(run.path / "summary.json", folder / "results" / f"{name}-{preset}.json")
@@ -91,6 +99,7 @@ def write(folder: Path) -> Path:
 def _claim(study: Study, preset: str, claim: Claim, summary: Mapping[str, Any]) -> str:
     command = f"metadyn run experiments/{study.name}.py"
     command += "" if preset == "quick" else f" --preset {preset}"
+    command += f" --seed {seed}" if (seed := summary["seed"]) else ""
     row = _rows(summary).get(claim.criterion)
     if row is None:
         raise ConfigError(f"{study.name}-{preset}: its summary lacks {claim.criterion!r}")
@@ -106,7 +115,9 @@ def _table(table: Table, summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"| | {' | '.join(table.columns.values())} |"
     yield "| --- " * (1 + len(table.columns)) + "|"
     for name, label in table.rows.items():
-        cells = (rows.get(f"{name}_{column}") for column in table.columns)
+        cells = [rows.get(f"{name}_{column}") for column in table.columns]
+        if not any(cells):  # of another preset
+            continue
         yield f"| {label} | {' | '.join('' if c is None else _number(c) for c in cells)} |"
 
 

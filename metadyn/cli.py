@@ -105,8 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from metadyn import mesh
 
-        if not mesh.joined():
-            raise
         if mesh.lost(error):
             print(
                 "metadyn: another process of this run was lost; start all of them again to go on "
@@ -114,6 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return _left(INTERRUPTED)
+        if isinstance(error, OSError):
+            what = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
+            print(f"metadyn: {what}", file=sys.stderr)
+            return _left(BAD_INPUT)
+        if not mesh.joined():
+            raise
         traceback.print_exc()
         return _left(FAILED)
 
@@ -194,8 +198,8 @@ def _studies(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn.scalars import check_installed
     from metadyn.study import load_studies, load_study
 
-    if arguments.seed < 0:
-        raise ConfigError(f"--seed {arguments.seed}: must be 0 or more")
+    if not 0 <= arguments.seed < 2**32:  # of which JAX makes a key
+        raise ConfigError(f"--seed {arguments.seed}: must be from 0 to {2**32 - 1}")
     if arguments.tensorboard:
         check_installed()
     progress = Progress(Console() if mesh.first() else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,25 @@ def draw(run: RunFolder) -> list[Path]:
     run.figures.mkdir(exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):
-        for name, figure in of_run(run).items():
+        drawn, trained = of_run(run)
+        for name, figure in drawn.items():
             paths.append(run.figures / f"{name}.png")
             figure.savefig(paths[-1], bbox_inches="tight")
-        for name, training in _over_outer_training(run, _stored(run)).items():
+        for name, training in trained.items():
             paths.append(run.figures / f"inner_curves{name}.gif")
             animation(training, paths[-1])
     return paths
 
 
-def of_run(run: RunFolder) -> dict[str, Figure]:
-    """The figures that the stored measurements allow, by name.
+def of_run(run: RunFolder) -> tuple[dict[str, Figure], dict[str, OuterTraining]]:
+    """The figures that the stored measurements allow, by name; and the trainings they show.
 
     What a set of tasks is good for is said by its attributes (`study.TaskSet.attrs`).
     """
-    stored = _stored(run)
+    stored = {
+        name: {learner: run.measurement(name, learner) for learner in learners}
+        for name, learners in run.measurements().items()
+    }
 
     def marked(attribute: str) -> dict[str, Measured]:
         """The sets that carry an attribute."""
@@ -94,14 +99,7 @@ def of_run(run: RunFolder) -> dict[str, Figure]:
         drawn["growth"] = growth(marked("grown"))
     if marked("targets"):
         drawn["band_gain"] = band_gain(marked("targets"))
-    return drawn
-
-
-def _stored(run: RunFolder) -> dict[str, Measured]:
-    return {
-        name: {learner: run.measurement(name, learner) for learner in learners}
-        for name, learners in run.measurements().items()
-    }
+    return drawn, trained
 
 
 def mode_strength(measured: Measured) -> Figure:
@@ -137,7 +135,7 @@ def mode_strength(measured: Measured) -> Figure:
 def learning_times(measured: Measured) -> Figure:
     """Learning time against the modes' scale on log axes, with the fitted slopes."""
     figure, (axis,) = _row(1, width=6.6, height=4.4)
-    for data, marker in zip(_panels(measured), MARKERS, strict=False):
+    for data, marker in zip(_panels(measured), cycle(MARKERS), strict=False):
         times, scale, p = data["time"].to_numpy(), dynamics.scale(data), data.attrs["p"]
         t = dynamics.measured(dynamics.times_of, data)
         slope = dynamics.measured(dynamics.slope_of, data)
@@ -365,7 +363,7 @@ def _order(axis: Any, training: OuterTraining) -> None:
         )
         title = f"rank correlation {_interval(correlation)}"
     scale = dynamics.scale(trained)
-    for k, (colour, marker) in enumerate(zip(_colours(scale), MARKERS * 9, strict=False)):
+    for k, (colour, marker) in enumerate(zip(_colours(scale), cycle(MARKERS), strict=False)):
         (x, y), label = value[:, k], f"{scale[k]:.3g}"
         style = {"color": colour, "ms": 8, "capsize": 3, "lw": 1.2, "label": label}
         axis.errorbar(x, y, bars[1][:, [k]], bars[0][:, [k]], marker, **style)
@@ -466,7 +464,7 @@ def learned_spectrum(shifted: Mapping[str, Measured]) -> Figure:
     )
     figure, (left, right) = _row(2, width=5.4, height=4.2)
     for learner, marker, line in zip(
-        (data.attrs["learner"] for data in drawn), MARKERS, LINES, strict=False
+        (data.attrs["learner"] for data in drawn), cycle(MARKERS), cycle(LINES), strict=False
     ):
         points = []
         for measured in by_shift:
@@ -566,7 +564,8 @@ def growth(measured_by_set: Mapping[str, Measured]) -> Figure:
     sets = sorted(measured_by_set.values(), key=lambda measured: _attrs(measured)["grown"])
     figure, (axis,) = _row(1, width=6.6, height=4.4)
     numbers = np.array([_attrs(measured)["grown"] for measured in sets])
-    for name, colour, marker in zip(sorted(sets[0]), COLOURS, MARKERS, strict=False):
+    names = sorted(set.intersection(*(set(measured) for measured in sets)))
+    for name, colour, marker in zip(names, cycle(COLOURS), cycle(MARKERS), strict=False):
         runs = [dynamics.last_times(measured[name]) for measured in sets]
         found = [dynamics.estimate_over_runs(np.median, each, draws=300) for each in runs]
         value, low, high = (np.array([e[i] for e in found]) for i in range(3))
@@ -605,7 +604,7 @@ def band_gain(measured_by_set: Mapping[str, Measured]) -> Figure:
         axis.axhline(1, color="grey", lw=0.8, zorder=0)
         axis.axhline(0, color="grey", lw=0.8, zorder=0)
         width = 0.8 / len(learners)
-        for i, (data, colour) in enumerate(zip(learners, COLOURS, strict=False)):
+        for i, (data, colour) in enumerate(zip(learners, cycle(COLOURS), strict=False)):
             gain = dynamics.samples(data.isel(step=[-1]), "mode_strength")[:, :, 0]
             value, low, high = dynamics.estimate(lambda mean: mean, gain, draws=300)
             at = dynamics.scale(data) + (i - (len(learners) - 1) / 2) * width
@@ -616,7 +615,7 @@ def band_gain(measured_by_set: Mapping[str, Measured]) -> Figure:
         axis.set_xlabel(_attrs(measured)["mode_label"])
     axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[0].set_ylabel("gain $a_k$ at the last step\n(0 suppressed, 1 learned)")
-    axes[1].legend(loc="upper center", fontsize=9)
+    axes[len(axes) // 2].legend(loc="upper center", fontsize=9)
     return figure
 
 

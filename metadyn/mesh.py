@@ -169,15 +169,20 @@ def replicate(tree: Any) -> Any:
 
 
 def train_seeds(
-    f: Callable[[Any, Any], Any], everywhere: Any, stacked: Any, seeds: int, parts: int
+    f: Callable[[Any, Any], Any],
+    everywhere: Any,
+    stacked: Any,
+    seeds: int,
+    batch: int,
+    together: int,
 ) -> Any:
     """f(everywhere, one) for each index of the leading (seed) axis of `stacked`.
 
     Devices are split into the groups that `shares` gives, each with its share of the seeds: seeds
-    need not communicate. Within a group f runs whole on every device, and divides the episodes,
-    which fall into `parts` equal parts, by `my_share` and `mean`.
+    need not communicate. Within a group f runs whole on every device, and divides the `batch` of
+    episodes, of which `together` must stay on one device, by `my_share` and `mean`.
     """
-    shape, axes = shares(seeds, parts), (SEEDS, EPISODES, "spare")
+    shape, axes = shares(seeds, batch, together), (SEEDS, EPISODES, "spare")
     by_seed = PartitionSpec(SEEDS)
     sharded = jax.shard_map(
         lambda everywhere, stacked: over_seeds(lambda one: f(everywhere, one), stacked),
@@ -189,19 +194,19 @@ def train_seeds(
     return sharded(everywhere, stacked)
 
 
-def shares(seeds: int, parts: int) -> tuple[int, int, int]:
+def shares(seeds: int, batch: int, together: int = 1) -> tuple[int, int, int]:
     """Groups of devices, devices of a group that share its episodes, and those that repeat them.
 
     There are as many groups as divide both the devices and the seeds. Raises `ConfigError` unless
-    the devices of a group can share `parts` of a batch equally; CPU cores that cannot repeat each
-    other's work.
+    the devices of a group can share a batch equally, `together` episodes at a time; CPU cores that
+    cannot repeat each other's work.
     """
     groups = math.gcd(seeds, jax.device_count())
     group = jax.device_count() // groups
-    sharing = math.gcd(parts, group)
+    sharing = math.gcd(batch // together, group)
     equal = sharing == group or jax.default_backend() == "cpu"
-    fix = f"must be a multiple of the {group} devices that share it"
-    check(equal, "parts of the batch", parts, fix)
+    fix = f"must be a multiple of {group * together}, as {group} devices share it"
+    check(equal, "batch", batch, fix)
     return groups, sharing, group // sharing
 
 

@@ -71,7 +71,7 @@ class OuterConfig:
         check(right, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
         schedules = ("cosine", "linear", "constant")
         check(self.schedule in schedules, "schedule", self.schedule, f"choose from {schedules}")
-        named_optimizer(self.optimizer, self.learning_rate)
+        self.transformation()
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ class OuterConfig:
         for each in trainees:
             fix = f"must be a multiple of {each.together}, which the objective takes together"
             check(self.batch % each.together == 0, "batch", self.batch, fix)
-            mesh.shares(self.seeds, self.batch // each.together)
+            mesh.shares(self.seeds, self.batch, each.together)
 
     def transformation(self) -> optax.GradientTransformation:
         """Clipping, then the optimiser under its schedule."""
@@ -287,7 +287,8 @@ class Trainer:
                     (state.step, count),
                     (keys, state.params[name], state.moments[name]),
                     config.seeds,
-                    config.batch // trainee.together,
+                    config.batch,
+                    trainee.together,
                 )
             return TrainState(state.step + count, params, moments), loss
 

@@ -159,9 +159,7 @@ class RunFolder:
         def complete() -> None:
             (part / SUMS).write_bytes(_sums(part))
             if folder.exists():
-                names = itertools.chain([""], map("-{}".format, itertools.count(2)))
-                aside = (folder.with_name(folder.name + DAMAGED + name) for name in names)
-                folder.rename(next(path for path in aside if not path.exists()))
+                _set_aside(folder)
             part.rename(folder)
             self._sound.add(folder)
 
@@ -253,6 +251,11 @@ class RunFolder:
         """The outer steps of checkpoints that are undamaged, in order; warns of the others."""
         return [step for step in self.steps() if self._is_sound(self._checkpoint(step))]
 
+    def set_aside_unscheduled(self, scheduled: Sequence[int]) -> None:
+        """Sets aside the damaged checkpoints of other outer steps, which are not made anew."""
+        for step in {*self.steps()} - {*self.sound_steps(), *scheduled}:
+            _set_aside(self._checkpoint(step))
+
     def state(self, step: int) -> Any:
         """The training state at an outer step, as NumPy arrays in dictionaries and lists."""
         return self._arrays(self._checkpoint(step), "state")
@@ -328,13 +331,17 @@ class RunFolder:
         """The meta-learner over outer training on one set: outer_step, seed, task, step, …
 
         At all outer steps that are stored, or some of them. Readable while a run is writing.
-        Raises `ConfigError` if nothing is stored yet, or a checkpoint is damaged.
+        Raises `ConfigError` if nothing is stored yet, a checkpoint is damaged, or there is no such
+        set.
         """
         steps = self.outer_steps() if steps is None else list(steps)
         if not steps:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
         folders = [self._checkpoint(step) for step in steps]
-        about = self._about(folders[0])[task_set]
+        sets = self._about(folders[0])
+        if task_set not in sets:
+            raise ConfigError(f"task_set = {task_set!r}: {self.path} tracks {', '.join(sets)}")
+        about = sets[task_set]
         part = {task_set: dict.fromkeys(about["axes"], 0)}
         read = [self._arrays(folder, "trajectories", part)[task_set] for folder in folders]
         datasets = [labelled(arrays, about) for arrays in read]
@@ -390,21 +397,23 @@ def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
 
     `task_set` "tracked" (the default) gives the fixed evaluation tasks probed throughout outer
     training, with dimensions (learner, outer_step, seed, task, mode, step); "heldout" the losses on
-    held-out tasks of the training distribution, likewise. Any other set ("in_distribution",
-    "x4", …; `RunFolder(path).measurements()` lists them) gives every learner measured on it once
-    training was done, (learner, seed, task, mode, step). What does not depend on a dimension is
-    repeated along it (Bayes has no outer step); what is shorter is padded with NaN, and `time`
-    [learner, step] says what step means to each learner. Raises `ConfigError` for a folder that
-    holds no run and a set that it does not hold.
+    held-out tasks of the training distribution, likewise. Where a study trains several
+    meta-learners there is one of each, such as "tracked_bandit" and "heldout_bandit". Any other
+    ("in_distribution", "x4", …; `RunFolder(path).measurements()` lists them) gives every learner
+    measured on it once training was done, (learner, seed, task, mode, step). What does not depend
+    on a dimension is repeated along it (Bayes has no outer step); what is shorter is padded with
+    NaN, and `time` [learner, step] says what step means to each learner. Raises `ConfigError` for a
+    folder that holds no run and a set that it does not hold.
     """
     run = RunFolder(path)
     names = run.measurements().get(task_set, [])
     parts = {name: run.measurement(task_set, name) for name in names}
-    if task_set in (TRACKED, *run.trajectory_sets()):
+    tracked = run.trajectory_sets()
+    if task_set in tracked or (task_set == TRACKED and not tracked):
         trained = run.trajectories(task_set)
         parts[trained.attrs["learner"]] = trained
     if not parts:
-        known = sorted({*run.measurements(), *run.trajectory_sets()})
+        known = sorted({*run.measurements(), *tracked})
         raise ConfigError(f"task_set = {task_set!r}: {path} holds {', '.join(known)}")
     whole: dict[str, int] = {}
     for part in parts.values():
@@ -430,6 +439,12 @@ def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
         d for d in ("learner", "outer_step", "seed", "task", "mode", "step") if d in merged.dims
     ]
     return merged.set_coords("time").transpose(*order, ...)
+
+
+def _set_aside(folder: Path) -> None:
+    names = itertools.chain([""], map("-{}".format, itertools.count(2)))
+    aside = (folder.with_name(folder.name + DAMAGED + name) for name in names)
+    folder.rename(next(path for path in aside if not path.exists()))
 
 
 def _fetched(tree: Any) -> Any:

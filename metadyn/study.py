@@ -38,6 +38,7 @@ from metadyn.base import (
     Params,
     Probe,
     Task,
+    check,
     check_positive,
 )
 from metadyn.outer import OuterConfig, Trainee, Trainer, TrainState
@@ -69,6 +70,10 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, *(field.name for field in dataclasses.fields(self)))
+        halves = self.tracked_tasks >= 2
+        check(
+            halves, "tracked_tasks", self.tracked_tasks, "must be at least 2: halves are compared"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +183,14 @@ def criterion(
     at_least: float = -math.inf,
     surely: bool = False,
 ) -> Criterion:
-    """Passed when the value lies within the bounds, or `surely` when its whole interval does."""
+    """Passed when the value lies within the bounds, or `surely` when its whole interval does too.
+
+    A value that does not exist (NaN) passes nothing.
+    """
     value, low, high = (float(np.asarray(part)) for part in estimate)
     bounded = math.isfinite(at_most) or math.isfinite(at_least)
-    ends = (low, high) if surely else (value, value)
-    passed = bool(at_least <= ends[0] and ends[1] <= at_most) if bounded else None
+    judged = (low, value, high) if surely else (value,)
+    passed = all(at_least <= each <= at_most for each in judged) if bounded else None
     return Criterion(name, value, low, high, expected, passed)
 
 
@@ -358,6 +366,7 @@ class _Runner:
                 }
             store.save_checkpoint(int(state.step), state, trajectories, about)
 
+        mesh.by_first(lambda: store.set_aside_unscheduled(plan.outer.checkpoint_steps))
         sound = mesh.by_first(store.sound_steps)
 
         def before(target: int) -> int:

@@ -117,7 +117,16 @@ def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(folder / "runs" / "first-quick-0", unfinished)
     (unfinished / "summary.json").unlink()
-    for run, says in ((unfinished, "is not done"), (tmp_path, "holds no run")):
+    overridden = tmp_path / "overridden"
+    shutil.copytree(folder / "runs" / "first-quick-0", overridden)
+    about = json.loads((overridden / "config.json").read_text())
+    about["config"]["outer"]["steps"] = 10
+    (overridden / "config.json").write_text(json.dumps(about))
+    for run, says in (
+        (unfinished, "is not done"),
+        (tmp_path, "holds no run"),
+        (overridden, "overrides the preset 'quick'"),
+    ):
         assert main(["claims", str(folder), str(run)]) == 2
         assert says in capsys.readouterr().err
     bare = tmp_path / "bare"
@@ -137,6 +146,7 @@ def test_tables_set_figures_of_merit_side_by_side():
     table = claims.Table(
         "t", {"sgd": "SGD", "adam": "Adam"}, {"slope": "slope", "excess": "excess"}, "f"
     )
+    table = dataclasses.replace(table, rows=table.rows | {"lion": "Lion, of another preset"})
     assert list(claims._table(table, summary)) == [
         "| | slope | excess |",
         "| --- | --- | --- |",

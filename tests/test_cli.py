@@ -15,7 +15,9 @@ import pytest
 import xarray as xr
 
 import metadyn
+from metadyn import figures
 from metadyn.cli import main
+from metadyn.store import RunFolder
 
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "linear_regression.py")
@@ -73,6 +75,34 @@ def test_every_figure_is_drawn_and_drawn_again_from_what_is_stored(finished, cap
             image = matplotlib.image.imread(path)
             assert image.shape[0] > 300
             assert image.std() > 0.02
+
+
+def test_panels_show_the_curves_of_the_learner_that_they_name(finished):
+    data = metadyn.load(finished, "in_distribution")
+    drawn, _ = figures.of_run(RunFolder(finished))
+    names = {"SGD": "sgd", "meta-trained LSTM": "lstm", "Bayes": "bayes"}
+    for axis, (title, name) in zip(drawn["mode_strength"].axes, names.items(), strict=True):
+        assert title in axis.get_title()
+        assert "slope" in axis.get_title()
+        mean = data["mode_strength"].sel(learner=name).mean(["seed", "task"])
+        lines = {line.get_label(): line for line in axis.get_lines()}
+        for k, s in enumerate(data["singular_value"].to_numpy()):
+            line = lines[f"{s:.3g}"]
+            shown = mean.isel(mode=k).dropna("step").to_numpy()[-len(line.get_ydata()) :]
+            np.testing.assert_allclose(line.get_ydata(), shown, atol=1e-5)
+        assert axis.get_xlabel() == (
+            "optimiser updates" if name == "sgd" else "observations in the episode"
+        )
+
+
+def test_figures_that_cannot_be_written_are_one_line(finished, tmp_path, capsys):
+    out = tmp_path / "r"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "figures")
+    (out / "figures").write_text("in the way")
+    assert main(["figures", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{out / 'figures'} cannot be read or written" in line
 
 
 def test_report_prints_the_verdict(finished, capsys):
@@ -172,6 +202,8 @@ WRONG = "study = 'linear regression'\n"
         (["run", "LEAVES"], "cannot be imported"),
         (["run", STUDY, "--preset", "huge"], "choose from quick, paper"),
         (["run", STUDY, "--seed", "-1"], "--seed -1"),
+        (["run", STUDY, "--seed", "4294967296"], "--seed 4294967296: must be from 0"),
+        (["run", STUDY, "--measure.tracked-tasks", "1"], "tracked_tasks = 1: must be at least 2"),
         (["run", STUDY, "--seed", "x"], "invalid int value"),
         (["run", STUDY, "--nonsense", "1"], "nonsense"),
         (["run", STUDY, "--domain.sigmoid", "1"], "sigmoid"),

@@ -1,6 +1,7 @@
 """Figures of merit on planted trajectories, and intervals against SciPy's bootstrap."""
 
 import numpy as np
+import pytest
 import scipy.stats
 
 from metadyn import dynamics
@@ -127,7 +128,41 @@ def test_coverage_is_near_95_percent():
     assert 0.89 <= covered / 300 <= 0.98
 
 
+@pytest.mark.parametrize("seeds", [2, 4, 8])
+@pytest.mark.parametrize("noise", [0.0, 2.0])
+def test_coverage_is_near_95_percent_where_few_seeds_vary(seeds, noise):
+    """Alone, or beside tasks."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        values = rng.normal(size=(seeds, 1)) + noise * rng.normal(size=(1, 20))
+        interval = dynamics.estimate(lambda m: m, values, draws=400)
+        covered += bool(interval.low <= 0 <= interval.high)
+    assert 0.9 <= covered / 400 <= 1.0
+
+
+def test_the_interval_of_a_mean_of_four_seeds_is_students():
+    seeds = np.array([[0.1], [0.5], [0.2], [0.9]])
+    found = dynamics.estimate(lambda m: m, seeds, draws=20_000)
+    peer = scipy.stats.ttest_1samp(seeds[:, 0], 0).confidence_interval()
+    np.testing.assert_allclose(found.high - found.low, peer.high - peer.low, rtol=0.12)
+
+
 def test_a_mode_that_no_resample_learns_has_no_interval():
     values = np.zeros((1, 10, 3, 1))
     found = dynamics.estimate(lambda m: dynamics.learning_times(np.arange(3), m), values)
     assert all(np.isnan(part).all() for part in found)
+
+
+def test_there_is_no_interval_where_many_draws_have_no_value():
+    """The mean of these is below 0 in about a third of the draws, which have no logarithm."""
+    values = np.random.default_rng(4).normal(0.05, 1, size=100)
+    with np.errstate(invalid="ignore"):
+        found = dynamics.estimate(np.log, values[None] - values.mean() + 0.05)
+    np.testing.assert_allclose(found.value, np.log(0.05))
+    assert np.isnan([found.low, found.high]).all()
+    # So too of medians that are infinite in many draws.
+    runs = np.where(np.arange(101) < 52, 1.0, np.inf)
+    found = dynamics.estimate_over_runs(np.median, runs)
+    assert found.value == 1
+    assert np.isnan([found.low, found.high]).all()

@@ -23,6 +23,7 @@ from metadyn.learners.gradient import (
     saxe_strength,
     updates_to_learn,
 )
+from metadyn.outer import OuterConfig
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
@@ -217,10 +218,27 @@ def test_optimisers_by_name(name):
     assert isinstance(named_optimizer(name, 0.1), optax.GradientTransformation)
 
 
-@pytest.mark.parametrize("name", ["", "nonsense", "chain", "apply_updates", "__class__", "a.b"])
+# The last two need the loss beside its gradient.
+NO_OPTIMISERS = ["", "nonsense", "chain", "apply_updates", "__class__", "a.b"]
+NO_OPTIMISERS += ["lbfgs", "polyak_sgd"]
+
+
+@pytest.mark.parametrize("name", NO_OPTIMISERS)
 def test_names_that_are_no_optimiser(name):
     with pytest.raises(ConfigError, match="name an optimiser"):
         named_optimizer(name, 0.1)
+
+
+def test_an_optimiser_that_takes_no_schedule_is_refused_before_training():
+    named_optimizer("rprop", 0.1)
+    with pytest.raises(ConfigError, match="name an optimiser"):
+        OuterConfig(optimizer="rprop")
+
+
+def test_a_balanced_start_needs_a_unit_for_each_mode():
+    with pytest.raises(ConfigError, match="width = 3: must be at least 4"):
+        balanced_deep_linear(4, 5, width=3)
+    balanced_deep_linear(4, 5, depth=1, width=3)
 
 
 def test_bad_networks_are_named():

@@ -1,6 +1,7 @@
 """The nonlinear-regression study: a whole small one, and bad input to it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -46,6 +47,15 @@ def test_a_whole_small_study(finished):
     reported = {c["name"]: c for c in summary["reported"]}
     assert abs(reported["bayes_band_stop_band_gain"]["value"]) < 1e-5
     assert 0.1 < reported["bayes_band_pass_band_gain"]["value"] < 1
+
+
+def test_figures_of_a_run_that_was_stopped_while_it_measured(finished, tmp_path, capsys):
+    out = tmp_path / "stopped"
+    shutil.copytree(finished, out)
+    for name in ("stop_band", "mixture"):
+        shutil.rmtree(out / "measurements" / name)
+    assert main(["figures", str(out)]) == 0
+    assert f"{out / 'figures' / 'band_gain.png'}\n" in capsys.readouterr().out
 
 
 def test_both_outer_loops_and_every_set_load(finished):

@@ -19,6 +19,7 @@ import xarray as xr
 
 import metadyn
 from metadyn import dynamics
+from metadyn.base import ConfigError
 from metadyn.cli import main
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
@@ -81,6 +82,9 @@ def test_surely_asks_the_whole_interval():
     assert criterion("c", straddling, "above 0", at_least=0, surely=True).passed is False
     unknown = dynamics.Estimate(*[np.array(np.nan)] * 3)
     assert criterion("c", unknown, "above 0", at_least=0, surely=True).passed is False
+    without_value = dynamics.Estimate(np.array(np.nan), np.array(0.1), np.array(0.5))
+    assert criterion("c", without_value, "above 0", at_least=0, surely=True).passed is False
+    assert criterion("c", without_value, "reported").passed is None
 
 
 def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
@@ -178,6 +182,33 @@ def test_trajectories_of_every_domain_load(finished):
         assert set(data["learner"].values) == {f"lstm_{name}", "bayes"}
         assert data["outer_step"].values[[0, -1]].tolist() == [0, 40]
         assert data["mode_strength"].dtype == np.float32
+    with pytest.raises(ConfigError, match=r"task_set = 'tracked': .* holds .*tracked_bandit"):
+        metadyn.load(finished)
+
+
+def test_the_bandits_outer_times_are_of_contexts_that_stay_the_same(finished):
+    """n_k of both the table and the figure, from the stored curves, in float64."""
+    run = RunFolder(finished)
+    trained = run.trajectories("tracked_bandit")
+    J = trained["mode_strength"].transpose("seed", "task", "outer_step", "step", "mode").to_numpy()
+    best = run.measurement("tracked_bandit", "bayes")["mode_strength"]
+    best = best.transpose("task", "step", "mode").to_numpy()[:, 1:].mean((1, 2))
+    J = J[..., 1:, :].mean(-2, dtype=np.float64)  # [seed, task, outer step, context]
+
+    def times(tasks):
+        mean, bayes = J[:, tasks].mean(1), best[tasks].mean()
+        share = (mean - mean[:, :1]) / (bayes - mean[:, :1])
+        return dynamics.learning_times(trained["outer_step"].to_numpy(), share)
+
+    order = np.argsort(times(slice(0, None, 2)), axis=-1, kind="stable")[:, None, None]
+    J = np.take_along_axis(J[:, 1::2], order, -1).mean((0, 1))
+    share = (J - J[:1]) / (best[1::2].mean() - J[:1])
+    n = dynamics.learning_times(trained["outer_step"].to_numpy(), share)
+    rows = json.loads((finished / "summary.json").read_text())["reported"]
+    found = {row["name"]: row["value"] for row in rows}
+    for k, expected in enumerate(n):
+        value = found[f"bandit_n_{k + 1}"]
+        np.testing.assert_allclose(np.nan if value is None else value, expected, rtol=1e-4)
 
 
 def events(folder):
@@ -206,25 +237,25 @@ def test_tensorboard_must_be_installed(refused, monkeypatch):
     refused([STUDY, "--tensorboard"], "pip install 'metadyn[tensorboard]'")
 
 
-def readings(value, tasks=4):
-    """A small set of readings, all equal to `value`, and its description."""
+def readings(value, tasks=4, seeds=1, steps=3):
+    """A set of readings, all equal to `value`, and its description."""
     arrays = {
-        "mode_strength": np.full((1, tasks, 3, 2), value, np.float32),
-        "loss": np.full((1, tasks, 3), value, np.float32),
+        "mode_strength": np.full((seeds, tasks, steps, 2), value, np.float32),
+        "loss": np.full((seeds, tasks, steps), value, np.float32),
     }
     axes = ("seed", "task", "step")
     attrs = {"learner": "lstm", "label": "LSTM", "clock": "observations", "loss_floor": 0.5}
     attrs |= {"p": 0.5, "mode_coordinate": "s", "mode_label": "s", "panel": 1}
     about = describe(
         {"mode_strength": (*axes, "mode"), "loss": axes},
-        {"time": ("step", range(3)), "s": ("mode", [2.0, 1.0])},
+        {"time": ("step", range(steps)), "s": ("mode", [2.0, 1.0])},
         attrs,
     )
     return arrays, about
 
 
-def save(run, step, value):
-    arrays, about = readings(value)
+def save(run, step, value, **size):
+    arrays, about = readings(value, **size)
     sets = ("tracked", "heldout")
     run.save_checkpoint(
         step, {"w": np.float32(step)}, dict.fromkeys(sets, arrays), dict.fromkeys(sets, about)
@@ -247,14 +278,15 @@ def test_a_live_run_is_reported(tmp_path, capsys):
 
 
 def test_a_hundred_checkpoints_are_read_in_five_seconds(tmp_path):
+    """As large as those of nonlinear regression in outer-loop dynamics: 4 × 256 × 41 × 5."""
     run = RunFolder.create(tmp_path / "r", IDENTITY)
     for step in range(100):
-        save(run, step, step)
+        save(run, step, step, seeds=4, tasks=640, steps=41)
     start = time.monotonic()
     data = metadyn.load(run.path)
     assert time.monotonic() - start < 5
     np.testing.assert_array_equal(
-        data["mode_strength"].isel(mode=0, task=0, step=0).squeeze(), range(100)
+        data["mode_strength"].isel(mode=0, task=0, step=0, seed=0).squeeze(), range(100)
     )
 
 

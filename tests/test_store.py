@@ -228,6 +228,26 @@ def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
     assert RunFolder(run.path).outer_steps() == [0, 1, 4]
 
 
+def test_only_what_will_not_be_made_anew_is_set_aside(tmp_path):
+    """Outer step 5 stands for where a run was interrupted."""
+    run, _ = write_run(tmp_path / "r")
+    for step in (4, 5):
+        (run._checkpoint(step) / SUMS).write_text("nonsense")
+    fresh = RunFolder(run.path)
+    with pytest.warns(ConfigWarning, match="SHA256SUMS says"):
+        fresh.set_aside_unscheduled([0, 1, 4])
+    assert fresh.steps() == [0, 1, 4]
+    assert (run.path / "checkpoints" / "5.damaged").is_dir()
+
+
+def test_a_set_that_is_not_tracked_is_named(tmp_path):
+    run, _ = write_run(tmp_path / "r")
+    with pytest.raises(ConfigError, match=r"task_set = 'trakced': .* tracks .*tracked"):
+        run.trajectories("trakced")
+    with pytest.raises(ConfigError, match="task_set = 'trakced'"):
+        metadyn.load(run.path, "trakced")
+
+
 def test_a_checkpoint_is_of_what_was_given_whatever_becomes_of_it(tmp_path):
     run = RunFolder.create(tmp_path / "r", IDENTITY)
     state = {"w": jax.device_put(np.arange(4.0, dtype=np.float32))}

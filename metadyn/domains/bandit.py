@@ -39,8 +39,8 @@ class ContextualBandit:
     """K contexts × n actions: in context c the action a*_c pays with p_high, any other with p_low.
 
     Contexts are drawn uniformly at each step. A learner's answer is the logits of a policy, of
-    which an action is drawn. Raises `ConfigError` for K, n or T below 1, for p_low ≥ p_high, and
-    for permutations with K > n.
+    which an action is drawn. Raises `ConfigError` for K or T below 1, n below 2, p_low ≥ p_high,
+    and for permutations with K > n.
     """
 
     contexts: int = 5
@@ -57,7 +57,8 @@ class ContextualBandit:
     """Whether no two contexts share their correct action; otherwise each is drawn on its own."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "contexts", "actions", "steps")
+        check_positive(self, "contexts", "steps")
+        check(self.actions >= 2, "actions", self.actions, "must be at least 2, to choose from")
         check(0 <= self.p_low <= 1, "p_low", self.p_low, "must be from 0 to 1")
         check(0 <= self.p_high <= 1, "p_high", self.p_high, "must be from 0 to 1")
         check(

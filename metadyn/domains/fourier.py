@@ -118,9 +118,14 @@ class FourierRegression:
         return FourierTask(*(roots * prng.normal(key, (2, len(self.spectrum)))))
 
     def evaluation_task(self, key: Key, amplitudes: Float[Array, " frequencies"]) -> FourierTask:
-        """f(x) = Σ_k A_k cos(2πkx − φ_k) with the given amplitudes and phases uniform."""
+        """f(x) = Σ_k A_k cos(2πkx − φ_k) with the given amplitudes and phases uniform.
+
+        The constant, k = 0, is A_0 / √2 or −A_0 / √2, of the same mean square as the others.
+        """
         phase = jax.random.uniform(key, amplitudes.shape, maxval=2 * np.pi)
-        return FourierTask(amplitudes * jnp.cos(phase), amplitudes * jnp.sin(phase))
+        cosine, sine = amplitudes * jnp.cos(phase), amplitudes * jnp.sin(phase)
+        constant = amplitudes[0] * math.sqrt(0.5) * jnp.where(phase[0] < np.pi, 1.0, -1.0)
+        return FourierTask(cosine.at[0].set(constant), sine.at[0].set(0.0))
 
     def query(self, task: FourierTask, key: Key) -> Number:
         """x uniform on [−½, ½)."""
@@ -159,8 +164,7 @@ class FourierRegression:
 
         Frequencies of the prior stand in the ratio of their root-mean-square amplitudes there, each
         other one counts as the prior's strongest, and all are scaled so that the function has the
-        variance of the prior's, Σ_k v_k: A_k = √(2 v_k) for those of the prior. (The constant, k =
-        0, has a mean square of A_0² cos²φ, on average half of that.)
+        variance of the prior's, Σ_k v_k: A_k = √(2 v_k) for those of the prior.
         """
         v = np.asarray(self.spectrum)
         here = list(self.support if frequencies is None else frequencies)

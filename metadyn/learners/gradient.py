@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial, reduce
@@ -14,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Real
 
 from metadyn import prng
-from metadyn.base import Answer, Feedback, Key, Learner, Query, check
+from metadyn.base import Answer, ConfigError, Feedback, Key, Learner, Query, check
 from metadyn.domains.bandit import Outcome
 from metadyn.kernels import dense
 
@@ -54,6 +55,8 @@ def balanced_deep_linear(
     coordinate axes never mix.
     """
     sizes = _sizes(n_x, n_y, depth, width, strength)
+    least = min(n_x, n_y) if depth > 1 else 1
+    check(width >= least, "width", width, f"must be at least {least}: each mode needs a unit")
     layer = strength ** (1 / depth)
 
     def init(key: Key) -> list[Array]:
@@ -250,14 +253,15 @@ def named_optimizer(
     if name == "momentum":
         return optax.sgd(learning_rate, momentum=0.9)
     make = getattr(optax, name, None) if name.isidentifier() else None
-    try:
+    made = None
+    with contextlib.suppress(TypeError, AttributeError, ValueError):
         made = make(learning_rate) if callable(make) else None
-    except (TypeError, AttributeError, ValueError):
-        made = None
-    known = isinstance(made, optax.GradientTransformation)
-    check(known, "optimizer", name, "name an optimiser of optax, such as sgd, adam or rmsprop")
-    assert made is not None
-    return made
+        if isinstance(made, optax.GradientTransformation):  # and it needs no more than gradients
+            one = jax.ShapeDtypeStruct((1,), jnp.float32)
+            jax.eval_shape(lambda g, p, made=made: made.update(g, made.init(p), p), one, one)
+            return made
+    fix = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
+    raise ConfigError(f"optimizer = {name!r}: {fix}")
 
 
 def saxe_strength(
