@@ -117,11 +117,9 @@ def torch_side(
     return run
 
 
-def flax_side(hidden: int, batch: int, steps: int) -> Run:
-    """nnx.RNN, batch-major as flax has it, on all cores as one device."""
-    import jax
+def flax_network(hidden: int) -> Any:
+    """nnx.RNN of an LSTM cell and a readout, its loss as the forward pass."""
     import jax.numpy as jnp
-    import optax
     from flax import nnx
 
     class Network(nnx.Module):
@@ -129,11 +127,24 @@ def flax_side(hidden: int, batch: int, steps: int) -> Run:
             self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(2 * N, hidden, rngs=rngs), time_major=True)
             self.readout = nnx.Linear(hidden, N, rngs=rngs)
 
-        def __call__(self, inputs: Any) -> Any:
+        def __call__(self, x: Any, y: Any) -> Any:
+            """Mean squared error; x and y are [T, B, N]."""
+            inputs = jnp.concatenate([x, jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])], -1)
             zeros = jnp.zeros((inputs.shape[1], hidden))
-            return self.readout(self.rnn(inputs, initial_carry=(zeros, zeros)))
+            answers = self.readout(self.rnn(inputs, initial_carry=(zeros, zeros)))
+            return jnp.mean((answers - y) ** 2)
 
-    graph, params, rest = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
+    return Network(nnx.Rngs(0))
+
+
+def flax_side(hidden: int, batch: int, steps: int) -> Run:
+    """nnx.RNN under jit, on all cores as one device."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    graph, params, rest = nnx.split(flax_network(hidden), nnx.Param, ...)
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(RATE))
 
     def sample(key: Any) -> tuple[Any, Any]:
@@ -144,9 +155,7 @@ def flax_side(hidden: int, batch: int, steps: int) -> Run:
         return x, jnp.einsum("bij,tbj->tbi", W, x) + SIGMA * noise
 
     def loss(params: Any, x: Any, y: Any) -> Any:
-        before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
-        answers = nnx.merge(graph, params, rest)(jnp.concatenate([x, before], -1))
-        return jnp.mean((answers - y) ** 2)
+        return nnx.merge(graph, params, rest)(x, y)
 
     def step(_: Any, carry: Any) -> Any:
         key, params, moments = carry

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from benchmarks import outer_step, timing
 from benchmarks.timing import Side
@@ -17,9 +18,9 @@ from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 T, B, H = 7, 6, 16
 
 
-def test_loss_and_gradient_equal_those_of_pytorch():
-    """On the same weights and episodes, to 1e-5 of the greatest entry of each gradient."""
-    torch = pytest.importorskip("torch")
+@pytest.fixture(scope="module")
+def ours():
+    """Weights, episodes x and y [T, B, N], our loss on them and its gradient."""
     meta = LSTMMetaLearner(LinearRegression(steps=T), LSTMConfig(hidden=H))
     params = meta.init(jax.random.key(0))
     noise = jax.random.split(jax.random.key(1), len(params))
@@ -34,8 +35,58 @@ def test_loss_and_gradient_equal_those_of_pytorch():
         answers = meta.unroll(params, x.swapaxes(1, 2), y.swapaxes(1, 2))
         return jnp.mean((answers - y.swapaxes(1, 2)) ** 2)
 
-    loss, gradient = jax.value_and_grad(objective)(params)
+    return params, x, y, *jax.value_and_grad(objective)(params)
 
+
+def by_gate(name, value):
+    """Gates in the order of the rivals, i f g o; ours is i f o g."""
+    value = np.asarray(value)
+    if name in ("readout", "offset"):
+        return value
+    i, f, third, fourth = np.split(value, 4)
+    return np.concatenate([i, f, fourth, third])
+
+
+def check_gradient(gradient, theirs):
+    """To 1e-5 of the greatest entry of each leaf."""
+    for name, leaf in theirs.items():
+        expected = by_gate(name, leaf)
+        scale = np.abs(expected).max()
+        assert scale > 0
+        np.testing.assert_allclose(gradient[name], expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_loss_and_gradient_equal_those_of_flax(ours):
+    """On the same weights and episodes."""
+    params, x, y, loss, gradient = ours
+    network = outer_step.flax_network(H)
+    cell = network.rnn.cell
+    places = {
+        "input": cell.dense_i.kernel,
+        "recurrent": cell.dense_h.kernel,
+        "bias": cell.dense_h.bias,
+        "readout": network.readout.kernel,
+        "offset": network.readout.bias,
+    }
+    for name, place in places.items():
+        place[...] = jnp.asarray(by_gate(name, params[name]).T)
+    found, theirs = nnx.value_and_grad(lambda network: network(x, y))(network)
+    np.testing.assert_allclose(loss, found, rtol=1e-6)
+    cell = theirs["rnn"]["cell"]
+    leaves = {
+        "input": cell["dense_i"]["kernel"],
+        "recurrent": cell["dense_h"]["kernel"],
+        "bias": cell["dense_h"]["bias"],
+        "readout": theirs["readout"]["kernel"],
+        "offset": theirs["readout"]["bias"],
+    }
+    check_gradient(gradient, {name: np.asarray(leaf[...]).T for name, leaf in leaves.items()})
+
+
+def test_loss_and_gradient_equal_those_of_pytorch(ours):
+    """On the same weights and episodes; where PyTorch is installed."""
+    torch = pytest.importorskip("torch")
+    params, x, y, loss, gradient = ours
     network = outer_step.torch_network(H)
     theirs = {
         "input": network.lstm.weight_ih_l0,
@@ -45,14 +96,6 @@ def test_loss_and_gradient_equal_those_of_pytorch():
         "offset": network.readout.bias,
     }
 
-    def by_gate(name, value):
-        """Gates in the order of the other: i f o g here, i f g o there."""
-        value = np.asarray(value)
-        if name in ("readout", "offset"):
-            return value
-        i, f, third, fourth = np.split(value, 4)
-        return np.concatenate([i, f, fourth, third])
-
     with torch.no_grad():
         network.lstm.bias_hh_l0.zero_()
         for name, leaf in theirs.items():
@@ -60,10 +103,7 @@ def test_loss_and_gradient_equal_those_of_pytorch():
     found = network(torch.tensor(x), torch.tensor(y))
     found.backward()
     np.testing.assert_allclose(loss, found.item(), rtol=1e-6)
-    for name, leaf in theirs.items():
-        expected = by_gate(name, leaf.grad)
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(gradient[name], expected, rtol=0, atol=1e-5 * scale)
+    check_gradient(gradient, {name: np.asarray(leaf.grad) for name, leaf in theirs.items()})
 
 
 def sleeping_side(seconds, log):

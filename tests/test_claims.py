@@ -154,3 +154,17 @@ def test_tables_set_figures_of_merit_side_by_side():
         "| Adam |  | 2 |",
     ]
     assert dataclasses.is_dataclass(table)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
+def test_quick_presets_come_to_the_verdicts_in_the_repository(name, tmp_path):
+    """Numbers may differ: another processor's last digits lead trainings elsewhere."""
+    stored = json.loads((EXPERIMENTS / "results" / f"{name}-quick.json").read_text())
+    main(["run", str(EXPERIMENTS / f"{name}.py"), "--out", str(tmp_path / "r")])
+    found = json.loads((tmp_path / "r" / "summary.json").read_text())
+    verdicts, again = (
+        {row["name"]: row["passed"] for row in summary["criteria"]} for summary in (stored, found)
+    )
+    assert verdicts == again
