@@ -88,7 +88,7 @@ def benchmark(full: bool = False) -> Iterator[Result]:
             stored: Side(__name__, "training_side", {"case": case, "stored": stored})
             for stored in ("nothing", "measured", "all")
         }
-        taken = alternate(sides, repeats=27 if full else 9, seconds=1.0)
+        taken = alternate(sides, repeats=27 if full else 9, seconds=0.5)
         plain = taken["nothing"]
         yield result(f"{case}: outer steps between two checkpoints, s", DENSER * plain)
         extra = {name: 100 * (taken[name] / plain - 1) / DENSER for name in ("measured", "all")}

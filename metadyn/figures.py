@@ -263,7 +263,7 @@ def outer_learning(training: OuterTraining) -> Figure:
     by = ("", "")
     if trained.attrs.get("ordered"):
         by = (" within each episode", " over outer training,\neach seed its own")
-    left.legend(title=label + by[0], fontsize=9, title_fontsize=9)
+    left.legend(title=label + by[0], ncols=2, fontsize=9, title_fontsize=9)
     right.set_ylim(-0.2, 2.1)
     about = {"title": f"{label}{by[1]}: half-way at outer step $n_k$", "loc": "upper left"}
     right.legend(**about, ncols=2, fontsize=9, title_fontsize=9, alignment="left")
