@@ -1,8 +1,10 @@
 """The benchmarks: rivals compute the same, timing alternates, results say what they should."""
 
+import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import outer_step, timing
+from benchmarks.table import table
 from benchmarks.timing import Side
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
@@ -144,6 +147,23 @@ def test_results_are_medians_with_intervals_and_verdicts():
     assert 1.0 <= plain.low <= 3.0 <= plain.high <= 50.0
     assert timing.result("x", samples, at_least=3.0).met is True
     assert timing.result("x", samples, at_most=2.9).met is False
+
+
+def test_the_readme_has_the_stored_results():
+    folder = Path(timing.__file__).parent
+    lines = table(json.loads((folder / "results-cpu.json").read_text()))
+    assert "\n".join(lines) in (folder / "README.md").read_text()
+
+
+def test_a_share_stands_beside_its_time():
+    rows = [
+        timing.result("step: ours, ms", [2.0]),
+        timing.result("step: ours, share of the product rate", [0.25]),
+        timing.result("step: × theirs", [3.0], at_least=4.0),
+    ]
+    *_, first, second = table([dataclasses.asdict(row) for row in rows])
+    assert first == "| step: ours, ms | 2 | [2, 2] | 0.25 | | |"
+    assert second == "| step: × theirs | 3 | [3, 3] | | at least 4 | **missed** |"
 
 
 def test_the_limit_is_of_what_takes_longer():
