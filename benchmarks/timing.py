@@ -260,10 +260,10 @@ def main(benchmarks: Mapping[str, Benchmark], description: str) -> None:
         for each in benchmarks[name](arguments.full):
             print(each, flush=True)
             results.append(each)
+            if arguments.json:  # after each, so that what is done is kept
+                rows = [dataclasses.asdict(each) for each in results]
+                Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
         print(f"({name}: {time.perf_counter() - start:.0f} s)", flush=True)
-        if arguments.json:  # after each, so that what is done is kept
-            rows = [dataclasses.asdict(each) for each in results]
-            Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def versions() -> str:
