@@ -2,7 +2,8 @@
 
     python -m benchmarks.kernels [--full] [--json FILE]
 
-T = 20, 10 inputs; `scan` is the reference. Pallas' kernels and cuDNN's run on a GPU alone.
+T = 20, 10 inputs; `scan` is the reference, and `auto` chooses between it and `backward` by what
+came out here. Pallas' kernels and cuDNN's run on a GPU alone.
 """
 
 from __future__ import annotations

@@ -15,6 +15,24 @@ T, N, H, B = 7, 3, 5, 4
 BACKENDS = ("scan", "backward", "pallas", "cudnn")
 
 
+@pytest.mark.parametrize(
+    ("hidden", "batch", "chosen"),
+    [(64, 16, "backward"), (128, 16, "scan"), (128, 32, "backward"), (256, 32, "scan")],
+)
+def test_the_default_is_what_was_measured_to_be_the_faster(hidden, batch, chosen):
+    weights = LSTMWeights(
+        jnp.zeros((4 * hidden, 3)), jnp.zeros((4 * hidden, hidden)), jnp.zeros(4 * hidden)
+    )
+    inputs = jnp.zeros((5, 3, batch))
+
+    def program(*backend):
+        return str(jax.make_jaxpr(lambda w: lstm(w, inputs, *backend))(weights))
+
+    assert program() == program("auto") == program(chosen)
+    other = {"scan": "backward", "backward": "scan"}[chosen]
+    assert program() != program(other)
+
+
 def random_case(seed=0):
     rng = np.random.default_rng(seed)
     weights = LSTMWeights(

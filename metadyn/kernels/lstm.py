@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from metadyn.kernels import fused
 
-Backend = Literal["scan", "backward", "pallas", "cudnn"]
+Backend = Literal["auto", "scan", "backward", "pallas", "cudnn"]
+FEW = 8  # on a CPU, scan is the faster for H >= FEW B: `python -m benchmarks.kernels --full`
 
 
 class LSTMWeights(NamedTuple):
@@ -71,16 +72,16 @@ def _activate(z: Float[Array, " Z *B"], c: Float[Array, " H *B"]):
 
 
 def lstm(
-    weights: LSTMWeights, inputs: Float[Array, "T n B"], backend: Backend = "backward"
+    weights: LSTMWeights, inputs: Float[Array, "T n B"], backend: Backend = "auto"
 ) -> Float[Array, "T H B"]:
     """Hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0.
 
     Backends agree in value and gradient (tested):
+      auto      that of the next two which `benchmarks/kernels.py` found the faster for H and B.
       scan      `lax.scan` under autodiff, the reference.
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
                 so that the reverse recurrence is two products and a few multiplications; the
                 weight gradients are summed in it, while what they are products of is in the cache.
-                The default; `benchmarks/kernels.py` compares.
       pallas    the same passes as kernels that keep weights and state on the chip (`fused.py`), and
                 the weight gradients as one product at the end. For GPUs, on which it has not been
                 measured, and where H must be a power of two from 16; on a CPU it is interpreted,
@@ -88,6 +89,9 @@ def lstm(
       cudnn     NVIDIA's own, through `jax.experimental.rnn`. Not measured here either; on a CPU it
                 is that module's reference.
     """
+    if backend == "auto":
+        few = jax.default_backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
+        backend = "scan" if few else "backward"
     if backend == "scan":
         return _scan(weights, inputs)
     if backend == "backward":
@@ -96,7 +100,7 @@ def lstm(
         return _fused(weights, inputs)
     if backend == "cudnn":
         return _cudnn(weights, inputs)
-    raise ValueError(f"backend = {backend!r}: choose scan, backward, pallas or cudnn")
+    raise ValueError(f"backend = {backend!r}: choose auto, scan, backward, pallas or cudnn")
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:

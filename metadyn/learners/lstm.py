@@ -38,7 +38,7 @@ class LSTMConfig:
     """H, hidden units."""
     forget_bias: float = 1.0
     """Initial bias of the forget gate (Jozefowicz et al. 2015)."""
-    backend: Backend = "backward"
+    backend: Backend = "auto"
     """Kernel of the whole-episode form."""
 
     def __post_init__(self) -> None:
