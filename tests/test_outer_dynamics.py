@@ -25,7 +25,7 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
 from metadyn.store import RunFolder, describe
-from metadyn.study import criterion
+from metadyn.study import criterion, load_study
 
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "outer_loop_dynamics.py")
@@ -100,7 +100,7 @@ def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
 
 
 def staggering_of_contexts(trained, bayes):
-    """As the study has it."""
+    """From outer times in each seed's own order."""
     times = dynamics.outer_times_of(trained)
     return dynamics.estimate(
         lambda a, b: dynamics.staggering(times(a, b)), *dynamics.over_outer_training(trained, bayes)
@@ -186,29 +186,38 @@ def test_trajectories_of_every_domain_load(finished):
         metadyn.load(finished)
 
 
-def test_the_bandits_outer_times_are_of_contexts_that_stay_the_same(finished):
-    """n_k of both the table and the figure, from the stored curves, in float64."""
-    run = RunFolder(finished)
-    trained = run.trajectories("tracked_bandit")
-    J = trained["mode_strength"].transpose("seed", "task", "outer_step", "step", "mode").to_numpy()
-    best = run.measurement("tracked_bandit", "bayes")["mode_strength"]
-    best = best.transpose("task", "step", "mode").to_numpy()[:, 1:].mean((1, 2))
-    J = J[..., 1:, :].mean(-2, dtype=np.float64)  # [seed, task, outer step, context]
+class Stored:
+    """A run that holds these trajectories, and these readings of Bayes, of every set."""
 
-    def times(tasks):
-        mean, bayes = J[:, tasks].mean(1), best[tasks].mean()
-        share = (mean - mean[:, :1]) / (bayes - mean[:, :1])
-        return dynamics.learning_times(trained["outer_step"].to_numpy(), share)
+    def __init__(self, trained, bayes):
+        self.trained, self.bayes = trained, bayes
 
-    order = np.argsort(times(slice(0, None, 2)), axis=-1, kind="stable")[:, None, None]
-    J = np.take_along_axis(J[:, 1::2], order, -1).mean((0, 1))
-    share = (J - J[:1]) / (best[1::2].mean() - J[:1])
-    n = dynamics.learning_times(trained["outer_step"].to_numpy(), share)
-    rows = json.loads((finished / "summary.json").read_text())["reported"]
-    found = {row["name"]: row["value"] for row in rows}
-    for k, expected in enumerate(n):
-        value = found[f"bandit_n_{k + 1}"]
-        np.testing.assert_allclose(np.nan if value is None else value, expected, rtol=1e-4)
+    def trajectories(self, task_set):
+        return self.trained
+
+    def measurement(self, task_set, learner):
+        return self.bayes
+
+
+def test_the_bandits_outer_times_are_of_contexts_that_stay_the_same():
+    """Contexts that are learned at once have one n_k; sorted within episodes, noise parts them."""
+    load_study(STUDY)
+    of_domain = sys.modules[f"metadyn_study_{Path(STUDY).stem}"].of_domain
+    coords = {"time": ("step", [0, 1, 2]), "rank": ("mode", [1.0, 2.0, 3.0, 4.0, 5.0])}
+    attrs = {"ordered": True, "p": 0.8, "mode_coordinate": "rank", "loss_floor": 0.0}
+
+    def found(learned_at):
+        trained, best = (
+            each.assign(loss=each["mode_strength"].mean("mode")).assign_coords(coords)
+            for each in bandit_over_outer_training(learned_at, noise=1.0)
+        )
+        run = Stored(trained.assign_attrs(attrs), best.assign_attrs(attrs))
+        rows = {row.name: row.value for row in of_domain("bandit", run)}
+        return np.array([rows[f"bandit_n_{k + 1}"] for k in range(5)])
+
+    np.testing.assert_allclose(found(np.full((4, 5), 40)), 37.5, rtol=0.05)
+    apart = np.array([[10, 20, 40, 60, 80], [80, 60, 40, 20, 10]])
+    np.testing.assert_allclose(found(apart), [7.5, 17.5, 37.5, 57.5, 77.5], rtol=0.15)
 
 
 def events(folder):

@@ -253,12 +253,11 @@ def named_optimizer(
     if name == "momentum":
         return optax.sgd(learning_rate, momentum=0.9)
     make = getattr(optax, name, None) if name.isidentifier() else None
-    made = None
     with contextlib.suppress(TypeError, AttributeError, ValueError):
         made = make(learning_rate) if callable(make) else None
         if isinstance(made, optax.GradientTransformation):  # and it needs no more than gradients
             one = jax.ShapeDtypeStruct((1,), jnp.float32)
-            jax.eval_shape(lambda g, p, made=made: made.update(g, made.init(p), p), one, one)
+            jax.eval_shape(lambda g, p: made.update(g, made.init(p), p), one, one)
             return made
     fix = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
     raise ConfigError(f"optimizer = {name!r}: {fix}")
