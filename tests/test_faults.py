@@ -47,6 +47,22 @@ def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path):
     faults.same(whole, out)
 
 
+def test_damage_where_a_run_was_interrupted_is_got_over(whole, tmp_path):
+    """Such a checkpoint is on no schedule, so nothing makes it anew."""
+    out = tmp_path / "interrupted"
+    shutil.copytree(whole, out)
+    step = RunFolder(out).steps()[2]
+    stray = out / "checkpoints" / str(step + 1)
+    shutil.copytree(out / "checkpoints" / str(step), stray)
+    shutil.rmtree(stray / "trajectories")  # so that its checksums no longer hold
+    (out / "summary.json").unlink()
+    code, lines = faults.ask(["run", faults.STUDY, "--out", out])
+    assert (code, len(lines)) == (0, 1), lines
+    assert f"{stray} is damaged" in lines[0]
+    assert stray.with_name(f"{step + 1}.damaged").is_dir()
+    faults.same(whole, out)
+
+
 def test_a_full_disk_is_one_line_and_the_checkpoints_before_it_are_gone_on_with(whole, tmp_path):
     out = tmp_path / "full"
     shutil.copytree(whole, out)
