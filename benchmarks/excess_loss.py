@@ -62,7 +62,7 @@ def train(hidden: int, precision: str | None = None, **outer: Any) -> list[tuple
     jax.config.update("jax_default_matmul_precision", precision)
     domain = LinearRegression(3, 3)
     meta, bayes = LSTMMetaLearner(domain, LSTMConfig(hidden=hidden)), bayes_linear(domain)
-    sample = lambda key, _: domain.sample_task(key)  # noqa: E731
+    sample = lambda key, _: domain.sample_task(key)
     losses = inner.measure(
         domain, lambda params: bayes, (), False, sample, None,
         jax.random.key(1), jnp.arange(16_384), (0, domain.steps),

@@ -51,8 +51,8 @@ def metadyn_side(kind: str, learners: int) -> Run:
         "mlp": lambda: (FourierRegression(), g.gradient(g.mlp(1, 1, 4, WIDTH), sgd, BATCH)),
         "policy": lambda: (ContextualBandit(), g.reinforce(g.softmax_policy(5, 5), sgd, BATCH)),
     }[kind]()
-    make = lambda params: learner  # noqa: E731
-    sample = lambda key, _: domain.sample_task(key)  # noqa: E731
+    make = lambda params: learner
+    sample = lambda key, _: domain.sample_task(key)
 
     def run(count: int) -> None:
         for i in range(count):
@@ -73,7 +73,7 @@ def _torch_kind(kind: str, learners: int, multiplied: bool = False) -> tuple[Any
     import torch
 
     lead = (learners,)
-    uniform = lambda *shape: torch.rand(shape) - 0.5  # noqa: E731
+    uniform = lambda *shape: torch.rand(shape) - 0.5
     if kind == "linear":
         W = torch.randn(*lead, 5, 5) / 5**0.5
         weights = [1e-2 * torch.randn(*lead, 32, 5), 1e-2 * torch.randn(*lead, 5, 32)]

@@ -33,7 +33,7 @@ def kernel_side(backend: str, hidden: int, batch: int) -> Run:
     )
     inputs = jax.random.normal(keys[0], (STEPS, INPUTS, batch))
     gradient = jax.grad(lambda weights: jnp.mean(lstm(weights, inputs, backend) ** 2))
-    descend = lambda _, w: jax.tree.map(lambda a, g: a - 1e-3 * g, w, gradient(w))  # noqa: E731
+    descend = lambda _, w: jax.tree.map(lambda a, g: a - 1e-3 * g, w, gradient(w))
     many = jax.jit(lambda weights, count: jax.lax.fori_loop(0, count, descend, weights))
     return lambda count: jax.block_until_ready(many(weights, count))
 

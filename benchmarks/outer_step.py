@@ -185,7 +185,7 @@ def benchmark(full: bool = False) -> Iterator[Result]:
     """The comparisons, and the share of the machine's limit."""
     for hidden, batch, steps in FULL if full else SIZES:
         case = {"hidden": hidden, "batch": batch, "steps": steps}
-        side = lambda name, case=case, **more: Side(__name__, name, case | more)  # noqa: E731
+        side = lambda name, case=case, **more: Side(__name__, name, case | more)
         sides = {
             "metadyn": side("metadyn_side"),
             "PyTorch eager": side("torch_side"),

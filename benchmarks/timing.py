@@ -224,7 +224,7 @@ def _everywhere(shape: tuple[int, ...], change: Callable[[Any], Any]) -> Run:
     from jax.sharding import PartitionSpec
 
     split = PartitionSpec(mesh.TASKS)
-    repeat = lambda a, n: jax.lax.fori_loop(0, n, lambda _, a: change(a), a)  # noqa: E731
+    repeat = lambda a, n: jax.lax.fori_loop(0, n, lambda _, a: change(a), a)
     many = jax.shard_map(
         lambda a, n: jax.lax.map(lambda one: repeat(one, n), a),
         mesh=mesh.mesh(),

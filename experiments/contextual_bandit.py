@@ -147,7 +147,7 @@ def plan(config: Config) -> Plan:
             "ordered": True,
             "p": LEARNED,
         }
-        sample = lambda key, _: domain.sample_task(key)  # noqa: E731
+        sample = lambda key, _: domain.sample_task(key)
         coords = {"rank": ("mode", ranks)}
         return TaskSet(name, domain, sample, size, None, domain.probe(), coords, attrs)
 

@@ -1,6 +1,6 @@
 """Nonlinear regression: an MLP learns low frequencies first, an LSTM and Bayes all at once.
 
-    metadyn run experiments/nonlinear_regression.py [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run nonlinear_regression [--preset quick|paper] [--meta lstm|gru] [--out DIR] [overrides]
 
 After Rahaman et al. (2018), arXiv:1806.08734, and Rabinowitz (2019), arXiv:1905.01320, §3. A second
 LSTM is trained on a band of frequencies and tested in its stop band, beside Bayes with that prior.
@@ -10,58 +10,51 @@ import dataclasses
 
 import numpy as np
 
-from metadyn import dynamics
-from metadyn.base import check, check_positive
-from metadyn.domains.fourier import FourierRegression, Spectrum, band, check_spectrum, uniform_grid
-from metadyn.inner import log_spaced
-from metadyn.learners.bayes import bayes_fourier
-from metadyn.learners.gradient import gradient, mlp, named_optimizer
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainee, prediction_loss
-from metadyn.store import HELDOUT, TRACKED, RunFolder
-from metadyn.study import (
+from metadyn import (
     Claim,
+    Comparison,
     Contender,
     MeasureConfig,
+    OuterConfig,
     Plan,
     Study,
-    TaskSet,
-    Training,
-    censored,
+    StudyConfig,
     criterion,
-    plain,
+    dynamics,
+    figures,
+    labelled,
 )
-
-LEARNED = 0.5  # p of the learning time t_k(p)
+from metadyn.base import check, check_positive
+from metadyn.domains.fourier import FourierRegression, Spectrum, band, check_spectrum
+from metadyn.inner import log_spaced
+from metadyn.learners.bayes import bayes_fourier
+from metadyn.learners.gradient import DescentConfig, gradient, mlp
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.optimizers import named_optimizer
+from metadyn.study import beyond_bayes, excess, staggering
 
 
 @dataclasses.dataclass(frozen=True)
-class MLPConfig:
-    """An ordinary learner. The paper's values are not known to us: these are our choice."""
+class MLPConfig(DescentConfig):
+    """An ordinary learner, on a fixed set of pairs."""
 
     optimizer: str = "adam"
-    """An optimiser of optax, by name; or momentum, sgd with a momentum of 0.9."""
     learning_rate: float = 1e-3
-    """Its learning rate, for the loss ½(y − ŷ)²."""
-    depth: int = 6
-    """Hidden layers."""
-    width: int = 256
-    """Units of each."""
-    points: int = 64
-    """N, pairs that the network is trained on. 0: fresh ones at every update."""
     batch: int = 64
     """Pairs per update: all of them (full batch) where there are no more."""
+    depth: int = 6
+    width: int = 256
     updates: int = 400
-    """Optimiser updates."""
     records: int = 60
-    """Log-spaced updates at which the probe runs."""
+    points: int = 64
+    """N, pairs that the network is trained on. 0: fresh ones at every update."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "learning_rate", "depth", "width", "batch", "updates", "records")
+        super().__post_init__()
+        check_positive(self, "updates")
         enough = self.points == 0 or self.points >= self.batch
         fix = f"must be no fewer than the batch of {self.batch}, or 0 for fresh pairs"
         check(enough, "points", self.points, fix)
-        named_optimizer(self.optimizer, self.learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +68,7 @@ class OptimizersConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(StudyConfig):
     """Everything the study depends on, beside its seed."""
 
     domain: FourierRegression = FourierRegression()
@@ -83,17 +76,15 @@ class Config:
     """Prior spectrum of the second LSTM, from frequency 0 on."""
     stop_band: tuple[int, ...] = (1, 5)
     """Frequencies outside it, in which it is tested."""
-    lstm: LSTMConfig = LSTMConfig()
-    outer: OuterConfig = OuterConfig()
     mlp: MLPConfig = MLPConfig()
     optimizers: OptimizersConfig = OptimizersConfig()
-    measure: MeasureConfig = MeasureConfig()
     examples: int = 3
     """Example functions in the figure of answers."""
     excess_at_most: float = 0.6
     """Greatest excess loss over Bayes with which the criterion on it passes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "examples")
         check_spectrum("pass_band", self.pass_band)
         check(len(self.stop_band) > 0, "stop_band", self.stop_band, "name at least one frequency")
@@ -102,191 +93,165 @@ class Config:
         check(apart, "stop_band", self.stop_band, "frequencies must be above 0, outside pass_band")
 
 
+def network(name: str, config: MLPConfig, drawn: bool) -> Contender:
+    """An MLP under gradient descent."""
+    optimizer = named_optimizer(config.optimizer, config.learning_rate)
+    body, points = mlp(1, 1, config.depth, config.width), config.points or None
+    learner = gradient(body, optimizer, config.batch, points=points)
+    label = f"MLP {config.depth} × {config.width}, {config.optimizer}"
+    times = log_spaced(config.updates, config.records)
+    return Contender(name, label, learner, times=times, drawn=drawn)
+
+
 def plan(config: Config) -> Plan:
     """What is trained and measured."""
     domain, sizes = config.domain, config.measure
-    band_domain = dataclasses.replace(domain, spectrum=config.pass_band)
-
-    def tasks(name, size, domain=domain, frequencies=None, curves=False, **attrs):
-        amplitudes = domain.amplitudes(frequencies)
-        points = max(128, sizes.probe_points) if curves else sizes.probe_points
-        probe = domain.probe(amplitudes, points, curves)
-        coords = {"frequency": ("mode", np.flatnonzero(amplitudes).tolist())}
-        coords |= {"x": ("x", uniform_grid(points).tolist())} if curves else {}
-        attrs |= {"mode_coordinate": "frequency", "mode_label": "frequency $k$", "p": LEARNED}
-        attrs |= {"curves": True} if curves else {}
-        arguments = (name, domain, domain.evaluation_task, size, np.float32(amplitudes))
-        return TaskSet(*arguments, probe, coords, attrs)
-
-    observed = tuple(range(domain.steps + 1))
-
-    def trained(suffix, label, domain):
-        """An LSTM, Bayes on the same prior, and how the LSTM is trained."""
-        meta, sample = LSTMMetaLearner(domain, config.lstm), lambda key, _: domain.sample_task(key)
-        names = (f"lstm{suffix}", f"meta-trained LSTM{label}")
-        bayes = (f"bayes{suffix}", f"Bayes-optimal{label}")
-        return Training(
-            learner=Contender(*names, meta.learner, observed, trained=True, panel=1),
-            trainee=Trainee(meta, prediction_loss(domain, meta)),
-            bayes=plain(*bayes, bayes_fourier(domain), observed, panel=2),
-            tracked=tasks(TRACKED + suffix, sizes.tracked_tasks, domain),
-            heldout=TaskSet(HELDOUT + suffix, domain, sample, sizes.heldout_tasks),
-        )
-
-    def network(name, config, panel):
-        """An MLP under gradient descent."""
-        optimizer = named_optimizer(config.optimizer, config.learning_rate)
-        learner = gradient(
-            mlp(1, 1, config.depth, config.width),
-            optimizer,
-            config.batch,
-            points=config.points or None,
-        )
-        label = f"MLP {config.depth} × {config.width}, {config.optimizer}"
-        return plain(name, label, learner, log_spaced(config.updates, config.records), panel)
-
-    main, banded = trained("", "", domain), trained("_band", ", band-pass", band_domain)
-    ordinary = network("mlp", config.mlp, 0)
-    in_distribution = tasks("in_distribution", sizes.tasks)
-    by_optimizer = tasks("by_optimizer", sizes.updating_tasks, compared=True)
-    passed, stopped = band_domain.support, config.stop_band
-    in_bands = [
-        tasks(
-            name,
-            sizes.shifted_tasks,
-            band_domain,
-            frequencies,
-            targets=targets,
-            order=order,
-            band=list(passed),
-        )
-        for order, (name, targets, frequencies) in enumerate(
-            (
-                ("pass_band", "pass-band targets", passed),
-                ("stop_band", "stop-band targets", stopped),
-                ("mixture", "mixtures of the two", (*passed, *stopped)),
-            )
-        )
+    banded = dataclasses.replace(domain, spectrum=config.pass_band)
+    passed, stopped = banded.support, config.stop_band
+    bayes = [Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in (domain, banded)]
+    main, smaller = network("mlp", config.mlp, drawn=True), config.optimizers
+    by_optimizer = [
+        network(field.name, getattr(smaller, field.name), drawn=False)
+        for field in dataclasses.fields(smaller)
     ]
-    examples = tasks("examples", config.examples, curves=True)
+    lstm = config.meta_learner(domain)
+    answers = domain.evaluation(max(128, sizes.probe_points), curves=True)
+    examples = dataclasses.replace(answers, name="examples", size=config.examples)
 
     def glimpsed(contender):
         """A contender probed at a few times alone."""
-        last = contender.times[-1]
+        last = contender.times_in(domain)[-1]
         few = sorted({0, *(max(1, round(last * part)) for part in (0.05, 0.15, 0.4, 1))})
         return dataclasses.replace(contender, times=tuple(few))
 
     return Plan(
-        outer=config.outer,
-        trainings=[main, banded],
-        measurements=[
-            (dataclasses.replace(in_distribution, size=sizes.updating_tasks), ordinary),
-            (in_distribution, main.learner),
-            (in_distribution, main.bayes),
-            *(
-                (by_optimizer, network(field.name, getattr(config.optimizers, field.name), panel))
-                for panel, field in enumerate(dataclasses.fields(config.optimizers))
+        config.outer,
+        [
+            Comparison(
+                domain,
+                [main, *by_optimizer, lstm, bayes[0]],
+                [sizes.sized(domain.evaluation(sizes.probe_points))],
+                [(examples, glimpsed(who)) for who in (main, lstm, bayes[0])],
+                sizes,
             ),
-            *((each, who) for each in in_bands for who in (banded.learner, banded.bayes)),
-            *((examples, glimpsed(who)) for who in (ordinary, main.learner, main.bayes)),
+            Comparison(
+                banded,
+                [config.meta_learner(banded), bayes[1]],
+                [
+                    sizes.sized(banded.evaluation(sizes.probe_points, of), "shifted_tasks", name)
+                    for name, of in (
+                        ("pass_band", passed),
+                        ("stop_band", stopped),
+                        ("mixture", (*passed, *stopped)),
+                    )
+                ],
+                measure=sizes,
+                name="band",
+                title="band-pass prior",
+            ),
         ],
-        chunk=sizes.chunk,
     )
 
 
-def criteria(config: Config, run: RunFolder):
-    """What the science says of the stored measurements."""
+def criteria(config: Config, results):
+    """What the science says of what was measured."""
 
-    def end(task_set, learner):
-        """Gain at the end of the episode [seed, task, mode]."""
-        return dynamics.strength(run.measurement(task_set, learner).isel(step=[-1]))[:, :, 0]
+    def gain(task_set, learner, kept=slice(None)):
+        """Mean gain of some frequencies at the end of the episode [seed, task, 1]."""
+        strength = dynamics.strength(results[task_set, learner])[:, :, -1]
+        return strength[..., kept].mean(-1)
 
-    mlp, lstm, bayes = (
-        run.measurement("in_distribution", name) for name in ("mlp", "lstm", "bayes")
-    )
-    yield criterion(
-        "mlp_slope",
-        dynamics.measured(dynamics.slope_of, mlp),
-        "the MLP learns low frequencies first: slope of log t_k on log k at least 0.5",
-        at_least=0.5,
-    )
-    times, by = dynamics.times_of(mlp), dynamics.scale(mlp)
-    yield criterion(
-        "mlp_rank_correlation",
-        dynamics.estimate(
-            lambda a: dynamics.rank_correlation(by, times(a)), dynamics.strength(mlp)
-        ),
-        "the MLP learns in order of frequency: Spearman's rank correlation at least 0.9",
-        at_least=0.9,
-    )
-    yield censored("mlp", mlp)
-    yield criterion(
-        "lstm_minus_bayes_slope",
-        dynamics.difference(dynamics.slope_of, lstm, bayes),
-        "the LSTM staggers no more than Bayes: slopes differ by at most 0.3",
-        at_most=0.3,
-        at_least=-0.3,
-    )
-    for name, data in (("lstm", lstm), ("bayes", bayes)):
-        yield criterion(
-            f"{name}_slope",
-            dynamics.measured(dynamics.slope_of, data),
-            "its own slope, for the record",
-        )
-        yield censored(name, data)
-    for name, data in (("mlp", mlp), ("lstm", lstm)):
-        yield criterion(
-            f"{name}_power_outside",
-            dynamics.estimate(lambda mean: mean, dynamics.samples(data, "outside")[:, :, -1]),
-            "power at frequencies that the target does not contain, over the target's, at the end",
-        )
-    yield criterion(
-        "stop_band_gain",
-        dynamics.estimate(
-            lambda stopped, passed: stopped.mean(-1) / passed.mean(-1),
-            end("stop_band", "lstm_band"),
-            end("pass_band", "lstm_band"),
-        ),
-        "trained on a band, the LSTM suppresses the rest: stop-band gain at most 0.3 of pass-band",
-        at_most=0.3,
-    )
-    for task_set in ("pass_band", "stop_band"):
-        for learner in ("lstm_band", "bayes_band"):
+    for name, data in results.learners("in_distribution", "ordinary").items():
+        said = "learns low frequencies first: slope of log t_k on log k at least 0.5"
+        yield from staggering(results, name, f"{name} {said}", at_least=0.5)
+        if name == "mlp":
+            times, by = dynamics.times_of(data), dynamics.scale(data)
+            said = "the MLP learns in order of frequency: Spearman's rank correlation at least 0.9"
+            ranked = dynamics.measured(lambda a: dynamics.rank_correlation(by, times(a)), data)
+            yield criterion("mlp_rank_correlation", ranked, said, at_least=0.9)
+    yield from beyond_bayes(results, within=0.3)
+    yield from staggering(results, "bayes", "its own, for the record")
+    same = lambda mean: mean
+    for name, data in results.learners("in_distribution", "ordinary", "meta", drawn=True).items():
+        said = "power at frequencies that the target does not contain, over the target's, at the end"
+        outside = dynamics.samples(data, "outside")[:, :, -1]
+        yield criterion(f"{name}_power_outside", dynamics.estimate(same, outside), said)
+    stopped = np.isin(dynamics.scale(results["mixture", "bayes"]), config.stop_band)
+    for name, data in results.learners("stop_band", "meta", "bayes").items():
+        about = labelled.about(data)
+        if about.kind == "meta":
             yield criterion(
-                f"{learner}_{task_set}_gain",
-                dynamics.estimate(lambda mean: mean.mean(-1), end(task_set, learner)),
-                f"mean gain of the {task_set.replace('_', '-')} targets' frequencies at the end",
+                f"{name}_stop_band_gain",
+                dynamics.estimate(np.divide, gain("stop_band", name), gain("pass_band", name)),
+                f"trained on a band, the {about.label} suppresses the rest: stop-band gain at most "
+                "0.3 of pass-band",
+                at_most=0.3,
             )
-    stopped = np.isin(dynamics.scale(run.measurement("mixture", "lstm_band")), config.stop_band)
-    for learner in ("lstm_band", "bayes_band"):
-        gain = end("mixture", learner)
-        for name, here in (("pass", ~stopped), ("stop", stopped)):
-            yield criterion(
-                f"{learner}_mixture_{name}_gain",
-                dynamics.estimate(lambda mean: mean.mean(-1), gain[..., here]),
-                f"mean gain of the {name}-band frequencies of mixtures at the end",
-            )
-    for field in dataclasses.fields(config.optimizers):
-        data = run.measurement("by_optimizer", field.name)
-        yield criterion(
-            f"{field.name}_slope",
-            dynamics.measured(dynamics.slope_of, data),
-            "the smaller MLP learns low frequencies first under this optimiser too",
-            at_least=0.5,
-        )
-        yield censored(field.name, data)
-    for suffix, what, bound in (("", "", config.excess_at_most), ("_band", " of its band", np.inf)):
-        data = (
-            run.trajectories(HELDOUT + suffix).isel(outer_step=-1),
-            run.measurement(HELDOUT + suffix, "bayes" + suffix),
-        )
-        yield criterion(
-            f"excess_loss{suffix}",
-            dynamics.measured_excess(*data),
-            f"the LSTM comes near Bayes on held-out tasks{what}: excess loss"
-            + (f" at most {bound:g}" if np.isfinite(bound) else ", for the record"),
-            at_most=bound,
-        )
+        for what, found in (
+            ("pass_band", gain("pass_band", name)),
+            ("stop_band_alone", gain("stop_band", name)),
+            ("mixture_pass", gain("mixture", name, ~stopped)),
+            ("mixture_stop", gain("mixture", name, stopped)),
+        ):
+            said = f"mean gain at the end: {what.replace('_', ' ')}"
+            yield criterion(f"{name}_band_gain_{what}", dynamics.estimate(same, found), said)
+    yield from excess(results, config.excess_at_most)
+    yield from excess(results, suffix="_band")
+
+
+def by_optimizer(results):
+    """Draws mode strength of ordinary learners alone."""
+    return figures.mode_strength(results.learners("in_distribution", "ordinary"))
+
+
+def examples(results):
+    """Draws example functions (rows) and the answers of each learner (columns) at a few steps."""
+    panels = results.learners("examples").values()
+    rows = results["examples", "bayes"].sizes["task"]
+    figure, axes = figures.subplots(
+        rows, len(panels), width=4.1, height=2.6, sharex=True, sharey="row"
+    )
+    for column, data in zip(axes.T, panels, strict=True):
+        x, times = data["x"].to_numpy(), data["time"].to_numpy()[1:]
+        answer, target = (dynamics.samples(data, name)[0] for name in ("answer", "target"))
+        for axis, answers, f in zip(column, answer, target, strict=True):
+            for t, colour, now in zip(times, figures.colours(times)[::-1], answers[1:], strict=True):
+                axis.plot(x, now, color=colour, label=f"{t:g}")
+            axis.plot(x, f[0], color="black", ls="--", lw=1.5, label="target $f(x)$")
+        column[0].set_title(labelled.about(data).label)
+        title = f"input $x$; answer after … {labelled.about(data).clock}"
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3, "fontsize": 9}
+        column[-1].legend(title=title, **place)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("answer")
+    return figure
+
+
+def band_gain(results):
+    """Draws the gain, at the end of the episode, of each frequency that the targets contain."""
+    titles = {"pass_band": "pass-band targets", "stop_band": "stop-band targets",
+              "mixture": "mixtures of the two"}  # fmt: skip
+    sets = [name for name in titles if name in results.sets()]
+    band = dynamics.scale(results["pass_band", "bayes"])
+    figure, axes = figures.grid(len(sets), width=4.1, height=3.7, sharey=True, sharex=True)
+    for axis, name in zip(axes, sets, strict=True):
+        learners = results.learners(name, drawn=True).values()
+        for k in band:
+            axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
+        for level in (0, 1):
+            axis.axhline(level, color="grey", lw=0.8, zorder=0)
+        width = 0.8 / len(learners)
+        for i, (data, colour) in enumerate(zip(learners, figures.COLOURS, strict=False)):
+            gain = dynamics.strength(data)[:, :, -1]
+            found = dynamics.estimate(lambda mean: mean, gain, draws=300)
+            at = dynamics.scale(data) + (i - (len(learners) - 1) / 2) * width
+            axis.bar(at, found.value, width, color=colour, label=labelled.about(data).label)
+            bars = figures.bars(found)
+            axis.errorbar(at, found.value, bars, fmt="none", color="black", capsize=3, lw=1.2)
+        axis.set(title=titles[name], xlabel="frequency $k$ (shaded: training band)")
+    axes[0].set_ylabel("gain $a_k$ at the last step\n(0 suppressed, 1 learned)")
+    axes[len(axes) // 2].legend(loc="upper center", fontsize=9)
+    return figure
 
 
 QUICK = Config(
@@ -309,33 +274,30 @@ PAPER = Config(
     ),
     excess_at_most=0.1,
 )
-
+CLAIMS = (
+    ("An MLP learns low frequencies first", "mlp_slope", "mode_strength"),
+    (
+        "A meta-trained LSTM learns nearly all frequencies at once, as Bayes does",
+        "lstm_minus_bayes_slope",
+        "learning_times",
+    ),
+    (
+        "Its losses are near those of Bayes-optimal inference",
+        "lstm_excess_loss",
+        "distance_to_bayes",
+    ),
+    ("Trained on a band, it suppresses what lies outside it", "lstm_stop_band_gain", "band_gain"),
+)
 study = Study(
     "nonlinear_regression",
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
+    figures={
+        "mode_strength_by_optimizer": by_optimizer,
+        "examples": examples,
+        "band_gain": band_gain,
+    },
     section="§3",
-    claims=(
-        Claim(
-            "An MLP learns low frequencies first",
-            "mlp_slope",
-            "mode_strength",
-        ),
-        Claim(
-            "A meta-trained LSTM learns nearly all frequencies at once, as Bayes does",
-            "lstm_minus_bayes_slope",
-            "learning_times",
-        ),
-        Claim(
-            "Its losses are near those of Bayes-optimal inference",
-            "excess_loss",
-            "distance_to_bayes",
-        ),
-        Claim(
-            "Trained on a band, it suppresses what lies outside it",
-            "stop_band_gain",
-            "band_gain",
-        ),
-    ),
+    claims=[Claim(*each) for each in CLAIMS],
 )

@@ -1,66 +1,66 @@
 """metadyn: in what order does a learner pick up the structure of a task?
 
 The public interface, whole. Domains and learners are in `metadyn.domains` and `metadyn.learners`.
+Each name is imported when it is first used, so that the command line starts at once.
 """
 
-from metadyn.base import ConfigError, Domain, Learner, MetaLearner, Probe
-from metadyn.inner import measure, run
-from metadyn.outer import (
-    ActorCriticConfig,
-    OuterConfig,
-    Trainee,
-    Trainer,
-    actor_critic,
-    prediction_loss,
-)
-from metadyn.store import RunFolder, load
-from metadyn.study import (
-    Claim,
-    Contender,
-    Criterion,
-    MeasureConfig,
-    Plan,
-    Study,
-    Table,
-    TaskSet,
-    Training,
-    censored,
-    criterion,
-    load_studies,
-    load_study,
-    plain,
-    run_study,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ActorCriticConfig",
-    "Claim",
-    "ConfigError",
-    "Contender",
-    "Criterion",
-    "Domain",
-    "Learner",
-    "MeasureConfig",
-    "MetaLearner",
-    "OuterConfig",
-    "Plan",
-    "Probe",
-    "RunFolder",
-    "Study",
-    "Table",
-    "TaskSet",
-    "Trainee",
-    "Trainer",
-    "Training",
-    "actor_critic",
-    "censored",
-    "criterion",
-    "load",
-    "load_studies",
-    "load_study",
-    "measure",
-    "plain",
-    "prediction_loss",
-    "run",
-    "run_study",
-]
+if TYPE_CHECKING:
+    from metadyn.api import Trained, measure, train
+    from metadyn.base import (
+        ConfigError,
+        Domain,
+        Learner,
+        MetaLearner,
+        Modes,
+        Probe,
+        Regression,
+        TaskSet,
+    )
+    from metadyn.inner import run
+    from metadyn.learners.networks import Recurrent, Sequence
+    from metadyn.objectives import ActorCriticConfig, Objective, actor_critic, prediction_loss
+    from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
+    from metadyn.runner import run_study
+    from metadyn.store import Results, RunFolder, load
+    from metadyn.study import (
+        Claim,
+        Comparison,
+        Contender,
+        Criterion,
+        MeasureConfig,
+        Plan,
+        Study,
+        StudyConfig,
+        Table,
+        criterion,
+        load_studies,
+        load_study,
+    )
+
+_PUBLIC = {
+    "api": "Trained measure train",
+    "base": "ConfigError Domain Learner MetaLearner Modes Probe Regression TaskSet",
+    "inner": "run",
+    "learners.networks": "Recurrent Sequence",
+    "objectives": "ActorCriticConfig Objective actor_critic prediction_loss",
+    "outer": "MetaTraining OuterConfig OuterLoop",
+    "runner": "run_study",
+    "store": "Results RunFolder load",
+    "study": "Claim Comparison Contender Criterion MeasureConfig Plan Study StudyConfig Table "
+    "criterion load_studies load_study",
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'metadyn' has no attribute {name!r}")
+    return getattr(import_module(f"metadyn.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

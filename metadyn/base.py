@@ -1,4 +1,4 @@
-"""The contracts everything hangs on: what a domain, a learner, a probe and a meta-learner are.
+"""The contracts everything hangs on: domains, learners, meta-learners, probes and sets of tasks.
 
 Each is a small set of pure functions on pytrees, written for ONE task and ONE episode. Batching is
 `jax.vmap` and happens in `inner.py` and `outer.py`; placement is sharding and happens in `mesh.py`.
@@ -19,14 +19,22 @@ Key = PRNGKeyArray
 Keys = jaxtyping.Key[Array, " n"]
 Task = Any  # the pytree that a domain's `sample_task` returns
 Query = Any  # what a domain asks: an input x_t, a context c_t
-Answer = Any  # what a learner replies: a prediction, a policy
+Answer = Any  # what a learner replies: a prediction, the logits of a policy
 Feedback = Any  # what a domain says then: a target y_t, a reward
 State = Any  # all that a learner knows
 Params = Any  # the outer parameters of a meta-learner
 
 
 class ConfigError(Exception):
-    """Bad input. The message is one line that names the field, the value and the fix."""
+    """Bad input, described in one line that names the field, the value and the fix.
+
+    `field`, `value` and `fix` are kept apart where they are known, so that the command line can
+    name the option as it was typed.
+    """
+
+    def __init__(self, message: str = "", field: str = "", value: Any = None, fix: str = ""):
+        super().__init__(message)
+        self.field, self.value, self.fix = field, value, fix
 
 
 class ConfigWarning(UserWarning):
@@ -36,7 +44,7 @@ class ConfigWarning(UserWarning):
 def check(holds: bool | np.bool, field: str, value: Any, fix: str) -> None:
     """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
     if not holds:
-        raise ConfigError(f"{field} = {value!r}: {fix}")
+        raise ConfigError(f"{field} = {value!r}: {fix}", field, value, fix)
 
 
 def check_positive(config: Any, *fields: str) -> None:
@@ -47,10 +55,10 @@ def check_positive(config: Any, *fields: str) -> None:
 
 
 class Learner(NamedTuple):
-    """Anything that answers queries and learns from feedback.
+    """A learner answers queries and learns from feedback, by three pure functions.
 
-    `init(key) -> state`, `predict(state, query) -> answer` and `update(state, query, feedback) ->
-    state` are pure; a learner that needs randomness later keeps a key in its state.
+    They are `init(key) -> state`, `predict(state, query) -> answer` and `update(state, query,
+    feedback) -> state`. A learner that needs randomness later keeps a key in its state.
     """
 
     init: Callable[[Key], State]
@@ -61,26 +69,101 @@ class Learner(NamedTuple):
     points: int | None = None
     """Pairs in all, from which each batch is drawn without repetition. None: always fresh ones."""
     clock: str = "observations"
-    """What the learner's time t counts."""
+    """What the learner's time t counts: "observations" in the episode, or optimiser "updates"."""
     diagnose: Callable[[State], Mapping[str, Array]] | None = None
-    """Scalars about the state that are recorded beside the probe's readings."""
+    """Scalars about the state, by name, that are recorded beside the probes' readings."""
+
+
+@runtime_checkable
+class MetaLearner(Protocol):
+    """A meta-learner is a family of learners, indexed by outer parameters that are trained."""
+
+    @property
+    def heads(self) -> int:
+        """Outputs beyond the answer, which an objective may train: one for a critic."""
+
+    def init(self, key: Key) -> Params:
+        """Outer parameters at outer step 0."""
+
+    def learner(self, params: Params) -> Learner:
+        """The learner that these parameters are: the step-by-step form, used when probing."""
+
+    def unroll(
+        self, params: Params, queries: Query, feedback: Feedback
+    ) -> Float[Array, "T outputs B"]:
+        """All outputs over whole episodes at once: the answers, and below them the heads.
+
+        Used in training. The answers are those of stepping `learner(params)` through the episodes.
+        Leaves of the queries and the feedback are time-major with the episodes last, [T, ..., B].
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Modes:
+    """The modes of a task are the parts whose strengths are followed, one by one.
+
+    Raises `ConfigError` without values, or for a threshold that is not finite.
+    """
+
+    values: tuple[float, ...]
+    """What orders them: singular values, frequencies; ranks 1, 2, … if they are exchangeable."""
+    label: str
+    """What figures call a value: "singular value $s_k$"."""
+    coordinate: str = "mode_value"
+    """What labelled arrays call the values: "singular_value"."""
+    unit: str = ""
+    """Unit of the values, if they have one."""
+    exchangeable: bool = False
+    """Whether the modes of a task are alike, so that each run has to be put in its own order of
+    learning before runs are averaged."""
+    p: float = 0.5
+    """Strength at which a mode counts as learned: learning times are the t_k(p)."""
+    strength: str = "mode strength $a_k$\n(0 nothing, 1 learned)"
+    """What figures call the strength of a mode."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(float(value) for value in self.values))
+        check(len(self.values) > 0, "modes", self.values, "give a value for each mode")
+        check(bool(np.isfinite(self.p)), "p", self.p, "must be finite")
+
+    @property
+    def axis(self) -> str:
+        """The label of an axis or a legend of the values."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Probe:
-    """Queries shared by all tasks and times, and how mode strengths are read off the answers."""
+    """A probe is a set of queries, and how mode strengths are read off the answers to them."""
 
     queries: Query
-    """Probe queries, stacked along a leading axis [P, ...]."""
+    """The queries, stacked along a leading axis [P, ...], shared by all tasks and times."""
     read: Callable[[Task, Answer], Mapping[str, Array]]
-    """`read(task, answers [P, ...])`: by name, readings with the axes that `axes` gives."""
-    axes: Mapping[str, tuple[str, ...]]
-    """Axis names of each reading, such as {"mode_strength": ("mode",), "unexplained": ()}."""
+    """`read(task, answers [P, ...])` gives "strength" [K], of each mode, and the extras by name."""
+    modes: Modes
+    extras: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Axis names of whatever else is read, such as {"off_diagonal": (), "answer": ("x",)}."""
+    coords: Mapping[str, tuple[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
+    """Labels of the extras' axes, as {name: (axis, values)}."""
+
+    # Probes are equal if they ask and read alike, whatever the modes are called: so sets of tasks
+    # with other spectra share compiled programs.
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Probe) and self.queries is other.queries
+        return same and isinstance(other, Probe) and self.read is other.read
+
+    def __hash__(self) -> int:
+        return hash((id(self.queries), self.read))
+
+
+STRENGTH = "mode_strength"
+"""The probe that figures and figures of merit are of, unless another one is named."""
 
 
 @runtime_checkable
 class Domain(Protocol):
-    """A distribution of tasks, and how one task poses queries and gives feedback."""
+    """A domain is a distribution of tasks, and how one task poses queries and gives feedback."""
 
     @property
     def steps(self) -> int:
@@ -112,20 +195,81 @@ class Domain(Protocol):
     def encode_feedback(self, feedback: Feedback) -> Float[Array, " m"]:
         """The feedback as the flat vector a network reads."""
 
+    def evaluation(self, points: int) -> TaskSet:
+        """Tasks to evaluate learners on, with the probes that read their modes by `points` queries.
 
-@runtime_checkable
-class MetaLearner(Protocol):
-    """A family of learners indexed by outer parameters, which the outer loop trains."""
+        Their number is left open.
+        """
 
-    def init(self, key: Key) -> Params:
-        """Outer parameters at outer step 0."""
 
-    def learner(self, params: Params) -> Learner:
-        """The learner that these parameters are: the step-by-step form, used when probing."""
+class Regression:
+    """What regression domains share: squared errors, and networks that read x and y as they are.
 
-    def unroll(self, params: Params, queries: Query, feedback: Feedback) -> Answer:
-        """All answers of whole episodes at once, used in training; the same numbers as stepping
-        `learner(params)`. Leaves are time-major with the episodes last, [T, ..., B]."""
+    For a domain with a `sigma`, whose targets are vectors and whose answers are predictions.
+    """
+
+    sigma: float
+
+    @property
+    def loss_floor(self) -> float:
+        """σ², the variance of the noise."""
+        return self.sigma**2
+
+    def loss(self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]) -> Array:
+        """Squared error, mean over outputs."""
+        return ((answer - feedback) ** 2).mean()
+
+    def encode_query(self, query: Float[Array, " n_x"]) -> Float[Array, " n_x"]:
+        """x as it is."""
+        return query
+
+    def encode_feedback(self, feedback: Float[Array, " n_y"]) -> Float[Array, " n_y"]:
+        """y as it is."""
+        return feedback
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskSet:
+    """Tasks of one domain that learners are measured on: `sample(key_i, argument)` for i < `size`.
+
+    The keys are the same for every set, so that task i of one set is task i of any other that
+    samples likewise, whatever it is called.
+    """
+
+    name: str
+    domain: Domain
+    sample: Callable[[Key, Any], Task]
+    argument: Any = None
+    """Numbers that `sample` depends on: sets that differ in these alone share compiled programs."""
+    probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
+    """What is read of each learner, by the name under which it is recorded."""
+    size: int = 0
+    updating_size: int | None = None
+    """Of these, those on which learners that count updates are measured. None: all."""
+    kinds: tuple[str, ...] = ("ordinary", "meta", "bayes", "reference")
+    """Kinds of contenders that are measured on it (`study.Contender`)."""
+    option: str = ""
+    """The option that sets the size, for messages."""
+
+    def size_for(self, learner: Learner) -> int:
+        """Tasks that a learner is measured on."""
+        updating = learner.clock == "updates" and self.updating_size is not None
+        return min(self.size, self.updating_size or 0) if updating else self.size
+
+
+def training_tasks(domain: Domain, name: str = "heldout", size: int = 0) -> TaskSet:
+    """Tasks of a domain's meta-training distribution itself, on which losses are measured."""
+    return TaskSet(name, domain, Sampler(domain), size=size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """`domain.sample_task` as the `sample` of a `TaskSet`; equal if the domains are."""
+
+    domain: Domain
+
+    def __call__(self, key: Key, argument: Any) -> Task:
+        return self.domain.sample_task(key)
 
 
 def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:

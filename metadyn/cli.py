@@ -230,7 +230,7 @@ def _run_one(
     progress: Progress,
 ) -> int:
     from metadyn import report
-    from metadyn.study import run_study
+    from metadyn.runner import run_study
 
     default = _preset(study, arguments.preset)
     config = configured(default, ["--help"] if arguments.options else overrides)

@@ -6,7 +6,7 @@ outer parameters has one seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ from jaxtyping import Float, Real
 from scipy.special import ndtri, stdtrit
 from scipy.stats import rankdata
 
+from metadyn import labelled
+from metadyn.base import STRENGTH
+
 Numbers = np.ndarray | np.floating | float
-StatisticOf = Callable[[xr.Dataset], Callable[[np.ndarray], Numbers]]
 
 
 class Estimate(NamedTuple):
@@ -89,7 +91,7 @@ def learning_times(
     reached = strength >= p
     after = reached.argmax(-2)
     before = np.maximum(after - 1, 0)
-    pick = lambda i: np.take_along_axis(strength, i[..., None, :], -2)[..., 0, :]  # noqa: E731
+    pick = lambda i: np.take_along_axis(strength, i[..., None, :], -2)[..., 0, :]
     a, b = pick(before), pick(after)
     times = np.asarray(times, np.float64)
     rise = np.where(after > 0, (p - a) / np.where(b > a, b - a, 1.0), 1.0)
@@ -133,15 +135,15 @@ def samples(data: xr.Dataset, name: str) -> np.ndarray:
     return array.transpose("seed", "task", ...).to_numpy()
 
 
-def strength(data: xr.Dataset) -> np.ndarray:
+def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
     """Mode strengths [seed, task, (outer_step,) step, mode], in order of learning if exchangeable.
 
-    They are where the attribute `ordered` says so: averages over runs would hide staggering.
+    Of exchangeable modes, averages over runs would hide staggering.
     """
-    values = samples(data, "mode_strength")
-    if not data.attrs.get("ordered"):
+    values, modes = samples(data, probe), labelled.modes(data, probe)
+    if not modes.exchangeable:
         return values
-    return by_learning_time(data["time"].to_numpy(), values, data.attrs["p"])
+    return by_learning_time(data["time"].to_numpy(), values, modes.p)
 
 
 def by_learning_time(
@@ -152,21 +154,49 @@ def by_learning_time(
     return np.take_along_axis(strength, order[..., None, :], -1)
 
 
-def scale(data: xr.Dataset) -> Real[np.ndarray, " mode"]:
+def scale(data: xr.Dataset, probe: str = STRENGTH) -> Real[np.ndarray, " mode"]:
     """What the modes of a measurement are ordered by: singular values, frequencies."""
-    return data[data.attrs["mode_coordinate"]].to_numpy()
+    return np.array(labelled.modes(data, probe).values)
 
 
-def times_of(data: xr.Dataset) -> Callable[[np.ndarray], np.ndarray]:
+def times_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], np.ndarray]:
     """The statistic that turns mean mode strengths [..., step, mode] into learning times."""
-    times, p = data["time"].to_numpy(), data.attrs["p"]
+    times, p = data["time"].to_numpy(), labelled.modes(data, probe).p
     return lambda strength: learning_times(times, strength, p)
 
 
-def slope_of(data: xr.Dataset) -> Callable[[np.ndarray], Numbers]:
-    """The statistic that turns mean mode strengths [..., step, mode] into a staggering slope."""
-    times, by = times_of(data), scale(data)
+def merit_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
+    """The statistic that turns mean mode strengths [..., step, mode] into how far they stagger.
+
+    That is the staggering slope; or, of exchangeable modes, `staggering`.
+    """
+    times, by = times_of(data, probe), scale(data, probe)
+    if labelled.modes(data, probe).exchangeable:
+        return lambda strength: staggering(times(strength))
     return lambda strength: staggering_slope(by, times(strength))
+
+
+def merit_name(data: xr.Dataset, probe: str = STRENGTH) -> str:
+    """What figures call that figure of merit."""
+    return "staggering" if labelled.modes(data, probe).exchangeable else "slope"
+
+
+def of_each(
+    data: xr.Dataset | Mapping[str, xr.Dataset], f: Callable[[xr.Dataset], Estimate]
+) -> xr.Dataset:
+    """A figure of merit of each learner, as a dataset of value, low and high [learner]."""
+    found = {name: f(each) for name, each in labelled.split(data).items()}
+    columns = {part: ("learner", [getattr(e, part) for e in found.values()]) for part in Estimate._fields}
+    return xr.Dataset(columns, {"learner": list(found)})
+
+
+def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) -> xr.Dataset:
+    """How far each learner staggers, with its 95 % interval: value, low and high [learner].
+
+    The staggering slope of `metadyn.measure`'s or `metadyn.load`'s data; of exchangeable modes
+    `staggering` in its place.
+    """
+    return of_each(data, lambda each: measured(merit_of(each, probe), each, probe))
 
 
 def staggering(t: Float[np.ndarray, "*batch mode"]) -> Float[np.ndarray, "*batch"] | np.floating:
@@ -177,15 +207,9 @@ def staggering(t: Float[np.ndarray, "*batch mode"]) -> Float[np.ndarray, "*batch
     return (t[..., -1] - t[..., 0]) / t[..., -1]
 
 
-def staggering_of(data: xr.Dataset) -> Callable[[np.ndarray], Numbers]:
-    """The statistic that turns mean ordered strengths [..., step, mode] into `staggering`."""
-    times = times_of(data)
-    return lambda strength: staggering(times(strength))
-
-
 def last_times(data: xr.Dataset) -> Float[np.ndarray, " run"]:
     """The learning time of the last mode of each run; infinite where it is censored."""
-    t = times_of(data)(samples(data, "mode_strength"))
+    t = times_of(data)(samples(data, STRENGTH))
     return np.nan_to_num(t, nan=np.inf).max(-1).ravel()
 
 
@@ -213,14 +237,16 @@ def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Growth:
     return Growth(float(np.exp(b)), float(ratio))
 
 
-def measured(statistic_of: StatisticOf, data: xr.Dataset) -> Estimate:
-    """A statistic of a measurement's mean mode strengths, such as `slope_of`, with its interval."""
-    return estimate(statistic_of(data), strength(data))
+def measured(
+    statistic: Callable[[np.ndarray], Numbers], data: xr.Dataset, probe: str = STRENGTH
+) -> Estimate:
+    """A statistic of a measurement's mean mode strengths, such as `merit_of`, with its interval."""
+    return estimate(statistic, strength(data, probe))
 
 
-def difference(statistic_of: StatisticOf, data: xr.Dataset, other: xr.Dataset) -> Estimate:
-    """That of one measurement minus that of another on the same tasks, with a paired interval."""
-    one, two = statistic_of(data), statistic_of(other)
+def difference(data: xr.Dataset, other: xr.Dataset) -> Estimate:
+    """How far one learner staggers beyond another on the same tasks, with a paired interval."""
+    one, two = merit_of(data), merit_of(other)
     return estimate(lambda a, b: one(a) - two(b), strength(data), strength(other))
 
 
@@ -282,8 +308,8 @@ def over_outer_training(
     between seeds. They are put in each seed's own order, which is found on one half of the tasks;
     strengths are those of the other half, so that noise alone would order nothing.
     """
-    strength, best = (samples(each, "mode_strength") for each in (trained, bayes))
-    if not trained.attrs.get("ordered"):
+    strength, best = (samples(each, STRENGTH) for each in (trained, bayes))
+    if not labelled.modes(trained).exchangeable:
         return strength, best
     best = np.broadcast_to(best.mean(-1, keepdims=True), best.shape)  # to Bayes they are alike
     one, other = slice(0, None, 2), slice(1, None, 2)
@@ -304,5 +330,5 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
 
 def measured_excess(trained: xr.Dataset, bayes: xr.Dataset, draws: int = 1000) -> Estimate:
     """`excess_loss` of a meta-learner on the tasks that Bayes was measured on, with interval."""
-    excess = partial(excess_loss, floor=trained.attrs["loss_floor"])
+    excess = partial(excess_loss, floor=labelled.about(trained).loss_floor)
     return estimate(excess, episode_loss(trained), episode_loss(bayes), draws=draws)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from metadyn import mesh, prng
 from metadyn.base import (
     Answer,
+    STRENGTH,
     Domain,
     Feedback,
     Key,
@@ -32,11 +33,14 @@ from metadyn.base import (
     indexed_keys,
 )
 
+Probes = tuple[tuple[str, Probe], ...]
+"""Probes by the name under which they are recorded, hashable."""
+
 
 def interact(
     domain: Domain, task: Task, answer: Callable[[Query], Answer], keys: Keys
 ) -> tuple[Query, Answer, Feedback]:
-    """One query, answer and feedback, from the keys of the query and of the feedback."""
+    """Poses one query, and returns it with the answer and the feedback, from a key of each."""
     query = domain.query(task, keys[0])
     answered = answer(query)
     return query, answered, domain.feedback(task, query, answered, keys[1])
@@ -53,13 +57,13 @@ def observe(domain: Domain, keys: Keys) -> tuple[Query, Feedback]:
     _, key_steps = _halves(key_episode)
 
     # All pairs along one axis: on a CPU XLA draws more slowly along two short ones.
-    repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])  # noqa: E731
+    repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])
     tasks = jax.tree.map(repeated, jax.vmap(domain.sample_task)(key_task))
     keys = jax.vmap(jax.random.fold_in)(repeated(key_steps), jnp.repeat(jnp.arange(T), B))
     split = jax.random.split
-    pose = lambda task, key: interact(domain, task, lambda query: None, split(key))  # noqa: E731
+    pose = lambda task, key: interact(domain, task, lambda query: None, split(key))
     query, _, feedback = jax.vmap(pose)(tasks, keys)
-    apart = lambda leaf: jnp.moveaxis(leaf.reshape(T, B, *leaf.shape[1:]), 1, -1)  # noqa: E731
+    apart = lambda leaf: jnp.moveaxis(leaf.reshape(T, B, *leaf.shape[1:]), 1, -1)
     return jax.tree.map(apart, (query, feedback))
 
 
@@ -79,7 +83,7 @@ def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:
 
     def step(state, t):
         key = jax.random.fold_in(key_steps, t)
-        answer = lambda query: learner.predict(state, query)  # noqa: E731
+        answer = lambda query: learner.predict(state, query)
         query, _, feedback = interact(domain, task, answer, jax.random.split(key))
         return learner.update(state, query, feedback), (query, feedback)
 
@@ -92,17 +96,17 @@ def run(
     task: Task,
     key: Key,
     times: Sequence[int],
-    probe: Probe | None = None,
+    probes: Probes = (),
 ) -> dict[str, Array]:
-    """One episode of one learner on one task.
+    """Runs one learner through one episode of one task.
 
-    Returns, with a leading axis over `times` (steps done; increasing, from 0), the probe's
-    readings, the learner's own diagnoses, and `loss`: the mean loss of its answers since the time
-    before, each scored before its feedback was seen (NaN at t = 0).
+    Returns, with a leading axis over `times` (steps done; increasing, from 0), the probes' readings
+    (see `recorded`), the learner's own diagnoses, and `loss`: the mean loss of its answers since
+    the time before, each scored before its feedback was seen (NaN at t = 0).
     """
     times = _checked(times)
     key_init, key_steps = jax.random.split(key)
-    pose = lambda state, keys: interact(  # noqa: E731
+    pose = lambda state, keys: interact(
         domain, task, lambda query: learner.predict(state, query), keys
     )
 
@@ -119,11 +123,12 @@ def run(
         return learner.update(state, query, feedback), total + loss
 
     def look(state) -> dict[str, Array]:
-        readings: dict[str, Array] = {}
-        if probe is not None:
+        readings = dict(learner.diagnose(state) if learner.diagnose else {})
+        for name, probe in probes:
             answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
-            readings |= probe.read(task, answers)
-        return readings | dict(learner.diagnose(state) if learner.diagnose else {})
+            found = probe.read(task, answers)
+            readings |= {recorded(name, each): value for each, value in found.items()}
+        return readings
 
     def segment(state, span):
         start, stop = span
@@ -149,7 +154,7 @@ def _batch_keys(
 
 @partial(
     jax.jit,
-    static_argnames=["domain", "make_learner", "seeded", "sample_task", "times", "probe", "chunk"],
+    static_argnames=["domain", "make_learner", "seeded", "sample_task", "times", "probes", "chunk"],
 )
 def measure(
     domain: Domain,
@@ -161,12 +166,10 @@ def measure(
     key: Key,
     indices: Int[Array, " tasks"],
     times: tuple[int, ...],
-    probe: Probe | None = None,
+    probes: Probes = (),
     chunk: int = 4096,
 ) -> dict[str, Array]:
-    """`run` of learner `make_learner(params)` on many tasks: [task, time, ...].
-
-    One compiled call.
+    """Runs learner `make_learner(params)` on many tasks in one compiled call: [task, time, ...].
 
     If `seeded`, params have a leading seed axis and so do the results: [seed, task, time, ...].
 
@@ -181,33 +184,52 @@ def measure(
 
         def one(index):
             key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
-            return run(domain, learner, sample_task(key_task, argument), key_episode, times, probe)
+            return run(domain, learner, sample_task(key_task, argument), key_episode, times, probes)
 
         return jax.vmap(one)(indices)
 
     key = prng.fast(key)
 
     def one_seed(params):
-        at_a_time = mesh.tasks_at_a_time(chunk, _held(make_learner(params), probe))
+        at_a_time = mesh.tasks_at_a_time(chunk, _held(make_learner(params), probes))
         return mesh.over_tasks(some, (params, argument, key), indices, at_a_time)
 
     return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)
 
 
-def _held(learner: Learner, probe: Probe | None) -> int:
-    """Bytes of a learner's state, and as many again for each query of the probe but one."""
+def _held(learner: Learner, probes: Probes) -> int:
+    """Bytes of a learner's state, and as many again for each query of a probe but one."""
     state = jax.tree.leaves(jax.eval_shape(learner.init, jax.random.key(0)))
-    queries = 1 if probe is None else len(jax.tree.leaves(probe.queries)[0])
+    queries = max((len(jax.tree.leaves(probe.queries)[0]) for _, probe in probes), default=1)
     return max(queries * sum(leaf.size * leaf.dtype.itemsize for leaf in state), 1)
 
 
-def reading_axes(learner: Learner, probe: Probe | None) -> Mapping[str, tuple[str, ...]]:
+def recorded(probe: str, reading: str) -> str:
+    """The name under which a reading of a probe is recorded.
+
+    The strengths of a probe have its own name. Its extras have theirs, if it is the main probe
+    ("mode_strength"); otherwise the probe's name goes before it.
+    """
+    if reading == "strength":
+        return probe
+    return reading if probe == STRENGTH else f"{probe}_{reading}"
+
+
+def mode_axis(probe: str) -> str:
+    """The name of the axis along which a probe's modes are: "mode" is the main probe's."""
+    return "mode" if probe == STRENGTH else f"{probe}_mode"
+
+
+def reading_axes(learner: Learner, probes: Probes) -> Mapping[str, tuple[str, ...]]:
     """Axis names, beyond task and time, of each reading that `run` returns."""
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     if learner.diagnose is not None:
         state = jax.eval_shape(learner.init, jax.random.key(0))
         axes |= {name: () for name in jax.eval_shape(learner.diagnose, state)}
-    return axes | dict(probe.axes if probe is not None else {})
+    for name, probe in probes:
+        axes[name] = (mode_axis(name),)
+        axes |= {recorded(name, extra): of for extra, of in probe.extras.items()}
+    return axes
 
 
 def log_spaced(steps: int, count: int) -> tuple[int, ...]:

@@ -303,3 +303,21 @@ def processor() -> str:
             lines = Path("/proc/cpuinfo").read_text().splitlines()
             kind = next(x for x in lines if x.startswith("model name")).partition(":")[2].strip()
     return f"{jax.device_count()} × {kind}"
+
+
+def memory() -> int:
+    """Bytes that a run can have: of one accelerator, or of this machine, whose cores share them."""
+    if jax.default_backend() != "cpu":
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "bytes_limit" in stats:
+            return int(stats["bytes_limit"])
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": none
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
+
+
+def copies() -> int:
+    """Copies of a replicated array that `memory` must hold: one for each CPU device, or one."""
+    return jax.local_device_count() if jax.default_backend() == "cpu" else 1

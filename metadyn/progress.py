@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 
 LINE_EVERY = 10.0  # seconds, away from a terminal
 MANY = 3  # meta-learners, beyond which a line does not name each
+SAYS = {"excess_loss": "excess over Bayes"}  # what a line calls a metric
 
 
 class Progress:
@@ -45,26 +46,28 @@ class Progress:
 
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
-        """Yields show(step, loss, excess, episodes): loss and excess over Bayes by meta-learner,
-        and the episodes trained on so far."""
+        """Yields show(step, metrics, episodes): the metrics of each meta-learner by name, and the
+        episodes that an outer step takes in all."""
         began, first = time.monotonic(), done
 
-        def facts(
-            step: int, loss: Mapping[str, float], excess: Mapping[str, float], episodes: int
-        ) -> str:
+        def facts(step: int, metrics: Mapping[str, Mapping[str, float]], episodes: int) -> str:
             seconds = max(time.monotonic() - began, 1e-9)
-            rate = episodes * (step - first) / max(step, 1) / seconds
+            rate = episodes * (step - first) / seconds
             left = seconds * (total - step) / max(step - first, 1)
-            if len(loss) <= MANY:
-                each = (f"{n}: loss {loss[n]:.4f}, excess over Bayes {excess[n]:.3f}" for n in loss)
-                said = "; ".join(each)
+            if len(metrics) <= MANY:
+                said = "; ".join(
+                    f"{name}: "
+                    + ", ".join(f"{SAYS.get(what, what)} {value:.4g}" for what, value in each.items())
+                    for name, each in metrics.items()
+                )
             else:
-                ends = f"{min(excess.values()):.3f} to {max(excess.values()):.3f}"
-                said = f"{len(loss)} meta-learners: excess over Bayes {ends}"
+                excess = [each["excess_loss"] for each in metrics.values() if "excess_loss" in each]
+                ends = f"{min(excess):.3f} to {max(excess):.3f}" if excess else "none"
+                said = f"{len(metrics)} meta-learners: {SAYS['excess_loss']} {ends}"
             return f"{said}  {rate:,.0f} episodes/s  {left:,.0f} s left"
 
         with self._steps("training", total, done) as advance:
-            yield lambda step, **numbers: advance(step, facts(step, **numbers))
+            yield lambda step, metrics, episodes: advance(step, facts(step, metrics, episodes))
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:

@@ -15,7 +15,7 @@ from metadyn.store import RunFolder
 def verdict(summary: Mapping[str, Any]) -> Iterator[str]:
     """Each criterion with its interval, and what it says."""
     yield f"{summary['study']}, preset {summary['preset']}, seed {summary['seed']}"
-    number = lambda v: "-" if v is None else f"{v:.3g}"  # noqa: E731
+    number = lambda v: "-" if v is None else f"{v:.3g}"
     for row in (*summary["criteria"], *summary["reported"]):
         mark = {True: "passed", False: "FAILED", None: ""}[row.get("passed")]
         interval = f"{number(row['value'])} [{number(row['low'])}, {number(row['high'])}]"

@@ -15,6 +15,7 @@ before it is read. What is damaged is made again, and kept as STEP.damaged or NA
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,34 +36,55 @@ import xarray as xr
 
 from metadyn import mesh
 from metadyn.base import ConfigError, ConfigWarning
+from metadyn.labelled import about, labelled, merge
 
 Arrays = Mapping[str, Any]
 _Number = (int, float, type(None))
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
-TRACKED, HELDOUT = "tracked", "heldout"
-"""The two sets of tasks on which a study's main meta-learner is measured at every checkpoint; those
-of others have names that begin with these."""
+FORMAT = 2
+"""Of the layout. Runs of metadyn 0.1 had none."""
 
 
-def describe(
-    axes: Mapping[str, Sequence[str]],
-    coords: Mapping[str, tuple[str, Sequence[float]]],
-    attrs: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What is needed beside the arrays to label them: axes of each, coordinates (name: (axis,
-    values)), attributes. JSON."""
-    return {
-        "axes": {name: list(names) for name, names in axes.items()},
-        "coords": {name: [axis, [float(v) for v in vs]] for name, (axis, vs) in coords.items()},
-        "attrs": dict(attrs),
-    }
+class NotMeasured(KeyError):
+    """A learner was not measured on a set of tasks: it is not planned, or not done yet."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
-def labelled(arrays: Arrays, about: Mapping[str, Any]) -> xr.Dataset:
-    """The `xarray.Dataset` that arrays and their description make."""
-    data = {name: (about["axes"][name], np.asarray(value)) for name, value in arrays.items()}
-    coords = {name: (axis, values) for name, (axis, values) in about["coords"].items()}
-    return xr.Dataset(data, coords, about["attrs"])
+class Results:
+    """What was measured, as criteria and figures read it: `results[task_set, learner]`.
+
+    What was measured at every checkpoint has a dimension outer_step. Each is read once.
+    """
+
+    def __init__(
+        self, stored: Mapping[str, Sequence[str]], read: Callable[[str, str], xr.Dataset]
+    ):
+        """`stored` names the learners of each set of tasks; `read(task_set, learner)` gets one."""
+        self._stored = stored
+        self._read = functools.cache(read)
+
+    def __getitem__(self, key: tuple[str, str]) -> xr.Dataset:
+        if key not in self:
+            raise NotMeasured(f"{key[1]!r} on {key[0]!r} is not among what is measured")
+        return self._read(*key)
+
+    def __contains__(self, key: object) -> bool:
+        task_set, learner = key  # type: ignore[misc]
+        return learner in self._stored.get(task_set, ())
+
+    def sets(self) -> list[str]:
+        """The names of the sets of tasks."""
+        return list(self._stored)
+
+    def learners(self, task_set: str, *kinds: str, drawn: bool = False) -> dict[str, xr.Dataset]:
+        """Those measured on a set, in their places: of some kinds, or only those that are drawn."""
+        found = {name: self[task_set, name] for name in self._stored.get(task_set, ())}
+        abouts = {name: about(data) for name, data in found.items()}
+        chosen = sorted(found, key=lambda name: abouts[name].place)
+        kept = [n for n in chosen if not kinds or abouts[n].kind in kinds]
+        return {n: found[n] for n in kept if abouts[n].drawn or not drawn}
 
 
 class RunFolder:
@@ -76,6 +98,11 @@ class RunFolder:
         self._sound: set[Path] = set()
         self._named: set[Path] = set()  # damaged, and warned of
         self.config = _read_json(self.path / "config.json", f"{path} holds no run of metadyn")
+        if "format" not in self.config and {"study", "preset"} <= set(self.config):
+            raise ConfigError(
+                f"{path} holds a run of metadyn 0.1, which this version does not read: run it anew "
+                "in another DIR"
+            )
         missing = {"study", "preset", "seed", "config"} - set(self.config)
         if missing:
             raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
@@ -88,7 +115,7 @@ class RunFolder:
         another configuration.
         """
         folder = Path(path).absolute()
-        config = json.loads(json.dumps(config))
+        config = json.loads(json.dumps({"format": FORMAT, **config}))
         if os.path.exists(folder / "config.json"):  # False too for what cannot be a path
             run = cls(path)
             for name, theirs, ours in _differences(run.config, config):
@@ -311,41 +338,45 @@ class RunFolder:
         """When the trajectories of an outer step were stored, in seconds since the epoch."""
         return (self.path / "checkpoints" / str(step)).stat().st_mtime
 
-    def trainings(self) -> list[tuple[str, str]]:
-        """Of each meta-learner, the sets on which it is tracked and on which its loss is held out.
-
-        Their names are `TRACKED` and `HELDOUT` with the same ending.
-        """
-        sets = [name for name in self.trajectory_sets() if name.startswith(TRACKED)]
-        return [(name, HELDOUT + name.removeprefix(TRACKED)) for name in sets]
-
-    def trajectory_sets(self) -> list[str]:
-        """The sets of tasks measured at every checkpoint."""
+    def tracked(self) -> dict[str, list[str]]:
+        """Names of the meta-learners measured at every checkpoint, by set of tasks."""
         for step in self.outer_steps()[:1]:
-            return list(self._about(self._checkpoint(step)))
-        return []
+            return {name: list(of) for name, of in self._about(self._checkpoint(step)).items()}
+        return {}
 
     def trajectories(
-        self, task_set: str = TRACKED, steps: Sequence[int] | None = None
+        self, task_set: str, learner: str, steps: Sequence[int] | None = None
     ) -> xr.Dataset:
-        """The meta-learner over outer training on one set: outer_step, seed, task, step, …
+        """A meta-learner over outer training on one set: outer_step, seed, task, step, …
 
         At all outer steps that are stored, or some of them. Readable while a run is writing.
         Raises `ConfigError` if nothing is stored yet, a checkpoint is damaged, or there is no such
-        set.
+        measurement.
         """
         steps = self.outer_steps() if steps is None else list(steps)
         if not steps:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
         folders = [self._checkpoint(step) for step in steps]
-        sets = self._about(folders[0])
-        if task_set not in sets:
-            raise ConfigError(f"task_set = {task_set!r}: {self.path} tracks {', '.join(sets)}")
-        about = sets[task_set]
-        part = {task_set: dict.fromkeys(about["axes"], 0)}
-        read = [self._arrays(folder, "trajectories", part)[task_set] for folder in folders]
-        datasets = [labelled(arrays, about) for arrays in read]
+        described = self._about(folders[0])
+        if learner not in described.get(task_set, {}):
+            raise ConfigError(f"task_set = {task_set!r}: {self.path} tracks {', '.join(described)}")
+        own = described[task_set][learner]
+        part = {task_set: {learner: dict.fromkeys(own["axes"], 0)}}
+        read = [self._arrays(folder, "trajectories", part)[task_set][learner] for folder in folders]
+        datasets = [labelled(arrays, own) for arrays in read]
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
+
+    def results(self) -> Results:
+        """All that is stored, for criteria and figures."""
+        tracked, stored = self.tracked(), self.measurements()
+        both = {n: [*tracked.get(n, ()), *stored.get(n, ())] for n in {**tracked, **stored}}
+
+        def read(task_set: str, learner: str) -> xr.Dataset:
+            if learner in tracked.get(task_set, ()):
+                return self.trajectories(task_set, learner)
+            return self.measurement(task_set, learner)
+
+        return Results(both, read)
 
     # Results.
 
@@ -392,53 +423,24 @@ def read_summary(path: Path) -> dict[str, Any]:
     return {"study": "?", "preset": "?", "seed": "?", "criteria": [], "reported": [], **summary}
 
 
-def load(path: str | os.PathLike[str], task_set: str = TRACKED) -> xr.Dataset:
+def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
     """Mode trajectories of a run as one labelled dataset.
 
     `task_set` "tracked" (the default) gives the fixed evaluation tasks probed throughout outer
     training, with dimensions (learner, outer_step, seed, task, mode, step); "heldout" the losses on
-    held-out tasks of the training distribution, likewise. Where a study trains several
-    meta-learners there is one of each, such as "tracked_bandit" and "heldout_bandit". Any other
-    ("in_distribution", "x4", …; `RunFolder(path).measurements()` lists them) gives every learner
-    measured on it once training was done, (learner, seed, task, mode, step). What does not depend
-    on a dimension is repeated along it (Bayes has no outer step); what is shorter is padded with
-    NaN, and `time` [learner, step] says what step means to each learner. Raises `ConfigError` for a
-    folder that holds no run and a set that it does not hold.
+    held-out tasks of the training distribution, likewise. Where a study has several comparisons
+    there is one of each, such as "tracked_bandit" and "heldout_bandit". Any other
+    ("in_distribution", "x4", …; `RunFolder(path).results().sets()` lists them) gives every learner
+    measured on it once training was done, (learner, seed, task, mode, step). `labelled.merge` says
+    what is repeated and padded. Raises `ConfigError` for a folder that holds no run and a set that
+    it does not hold.
     """
-    run = RunFolder(path)
-    names = run.measurements().get(task_set, [])
-    parts = {name: run.measurement(task_set, name) for name in names}
-    tracked = run.trajectory_sets()
-    if task_set in tracked or (task_set == TRACKED and not tracked):
-        trained = run.trajectories(task_set)
-        parts[trained.attrs["learner"]] = trained
+    results = RunFolder(path).results()
+    parts = results.learners(task_set)
     if not parts:
-        known = sorted({*run.measurements(), *tracked})
-        raise ConfigError(f"task_set = {task_set!r}: {path} holds {', '.join(known)}")
-    whole: dict[str, int] = {}
-    for part in parts.values():
-        whole |= {d: part.sizes[d] for d in ("outer_step", "seed") if d in part.dims}
-    coords = {d: p[d] for p in parts.values() for d in whole if d in p.coords}
-
-    def complete(part: xr.Dataset) -> xr.Dataset:
-        part = part.expand_dims({d: n for d, n in whole.items() if d not in part.dims})
-        numbered = {d: np.arange(n) for d, n in part.sizes.items() if d not in part.coords}
-        return part.assign_coords(numbered | coords).reset_coords("time")
-
-    labels = xr.Variable("learner", list(parts))
-    merged = xr.concat(
-        [complete(part) for part in parts.values()],
-        labels,
-        data_vars="all",
-        coords="different",
-        compat="equals",
-        join="outer",
-        combine_attrs="drop_conflicts",
-    )
-    order = [
-        d for d in ("learner", "outer_step", "seed", "task", "mode", "step") if d in merged.dims
-    ]
-    return merged.set_coords("time").transpose(*order, ...)
+        held = ", ".join(sorted(results.sets())) or "nothing yet"
+        raise ConfigError(f"task_set = {task_set!r}: {path} holds {held}")
+    return merge(parts)
 
 
 def _set_aside(folder: Path) -> None:

@@ -1,52 +1,50 @@
-"""What a study is, and what `metadyn run` does with one.
+"""What a study is: learners of one or more domains, the tasks they are compared on, and criteria.
 
-A study names a domain, a meta-learner, the learners to compare it with, the tasks to measure them
-on, and the criteria that the science sets. Everything else (training, probing, storing, resuming,
-drawing) is the same for all.
+A study says what is compared and what the science expects. Everything else (training, probing,
+storing, resuming, drawing what every run has) is the same for all, and is in `runner.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
-import platform
-import signal
+import re
 import sys
-import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from importlib.machinery import SourceFileLoader
-from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 
-from metadyn import dynamics, figures, inner, mesh
+from metadyn import dynamics, labelled
 from metadyn.base import (
     ConfigError,
     Domain,
-    Key,
     Learner,
+    MetaLearner,
     Params,
-    Probe,
-    Task,
+    TaskSet,
     check,
     check_positive,
+    training_tasks,
 )
-from metadyn.outer import OuterConfig, Trainee, Trainer, TrainState
-from metadyn.progress import Progress
-from metadyn.scalars import scalars
-from metadyn.store import RunFolder, describe
+from metadyn.labelled import Kind
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.learners.networks import GRUConfig
+from metadyn.objectives import ObjectiveOf, prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig
+from metadyn.store import Results
 
-PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRACKED, HELDOUT = "tracked", "heldout"
+"""The sets of tasks on which meta-learners are measured at every checkpoint: the first of those of
+evaluation, for mode trajectories; and some of the training distribution, for excess loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,78 +68,191 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, *(field.name for field in dataclasses.fields(self)))
-        halves = self.tracked_tasks >= 2
-        check(
-            halves, "tracked_tasks", self.tracked_tasks, "must be at least 2: halves are compared"
-        )
+        tracked = self.tracked_tasks
+        check(tracked >= 2, "tracked_tasks", tracked, "must be at least 2: halves are compared")
+
+    def sized(
+        self, tasks: TaskSet, field: str = "tasks", name: str | None = None, **changes: Any
+    ) -> TaskSet:
+        """A set of tasks, of the size that a field of this configuration gives."""
+        updating = self.updating_tasks if field == "tasks" else None
+        option = f"--measure.{field.replace('_', '-')}"
+        size = {"size": getattr(self, field), "updating_size": updating, "option": option}
+        return dataclasses.replace(tasks, name=name or tasks.name, **size, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskSet:
-    """Tasks that learners are measured on: `sample(key_i, argument)` for i below `size`."""
+class StudyConfig:
+    """What the configuration of every study has: copy a study to see how its own is added."""
 
-    name: str
-    domain: Domain
-    sample: Callable[[Key, Any], Task]
-    size: int
-    argument: Any = None
-    probe: Probe | None = None
-    coords: Mapping[str, tuple[str, Sequence[float]]] = dataclasses.field(default_factory=dict)
-    """Labels of the probe's axes: name: (axis, values)."""
-    attrs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What figures need to know of the set."""
+    meta: Literal["lstm", "gru"] = "lstm"
+    """The meta-learner that is trained."""
+    lstm: LSTMConfig = LSTMConfig()
+    gru: GRUConfig = GRUConfig()
+    outer: OuterConfig = OuterConfig()
+    measure: MeasureConfig = MeasureConfig()
+
+    def __post_init__(self) -> None:
+        known = ("lstm", "gru")
+        check(self.meta in known, "meta", self.meta, f"choose from {', '.join(known)}")
+
+    def meta_learner(self, domain: Domain, heads: int = 0) -> Contender:
+        """The chosen meta-learner for a domain, as a contender."""
+        network = getattr(self, self.meta)
+        label, option = f"meta-trained {network.label}", f"--{self.meta}.hidden"
+        return Contender(self.meta, label, network.make(domain, heads), option=option)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Contender:
-    """A learner to measure, at the given times of its own clock."""
+    """A learner to compare with others, or a meta-learner to train and then compare.
+
+    Raises `ConfigError` for a name that cannot be that of a file, and a kind that does not fit.
+    """
 
     name: str
     label: str
-    make: Callable[[Params], Learner]
-    """`make(params)`; a learner without outer parameters is given an empty tuple."""
-    times: tuple[int, ...]
-    trained: bool = False
-    """Whether its params come from training, with a leading seed axis."""
-    panel: int | None = None
-    """Its place in the figures, from the left. None: measured, not drawn."""
+    """What figures call it."""
+    learner: Learner | MetaLearner
+    kind: Kind | None = None
+    """What it is compared as: "ordinary" learners, "meta" (of meta-learners), "bayes", of which
+    there is one and which excess loss is over, or a "reference". None: by what it is."""
+    times: Sequence[int] | None = None
+    """Steps of its own clock at which it is probed, from 0. None: after every observation."""
+    drawn: bool = True
+    """Whether it has a place in figures, or is measured for the record."""
+    curve: np.ndarray | None = None
+    """Closed form of its mode strengths [time, mode], to be stored beside them."""
+    objective: ObjectiveOf | None = None
+    """What a meta-learner is trained on. None: the objective of the comparison."""
+    own: OuterConfig | None = None
+    """Settings of a meta-learner's own optimiser. None: those of the whole outer loop."""
+    rate: str = "learning_rate"
+    """The field of the study's configuration that sets its learning rate, for messages."""
+    option: str = ""
+    """The option that sets its size, for messages."""
+
+    def __post_init__(self) -> None:
+        fix = "must be letters, digits, '_' and '-'"
+        check(re.fullmatch(r"[\w-]+", self.name) is not None, "name", self.name, fix)
+        kind = self.kind or ("meta" if self.trained else "ordinary")
+        kinds = ("meta",) if self.trained else ("ordinary", "bayes", "reference")
+        fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
+        check(kind in kinds, "kind", kind, fix)
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "_make", lambda params: self.learner)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a meta-learner."""
+        return not isinstance(self.learner, Learner)
+
+    @property
+    def make(self) -> Callable[[Params], Learner]:
+        """The learner that outer parameters make; without any, it is given an empty tuple."""
+        if isinstance(self.learner, Learner):
+            return self._make  # type: ignore[attr-defined, no-any-return]
+        return self.learner.learner
+
+    def times_in(self, domain: Domain) -> Sequence[int]:
+        """When it is probed in an episode of a domain."""
+        return range(domain.steps + 1) if self.times is None else self.times
 
 
-def plain(
-    name: str, label: str, learner: Learner, times: Sequence[int], panel: int | None = None
-) -> Contender:
-    """A contender without outer parameters."""
-    return Contender(name, label, lambda params: learner, tuple(times), panel=panel)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Learners of one domain, how its meta-learners are trained, and the tasks they all get.
 
+    Raises `ConfigError` if names are taken twice, or there are meta-learners and no Bayes.
+    """
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A meta-learner, how it is trained, and what is measured of it at every checkpoint."""
+    domain: Domain
+    contenders: Sequence[Contender]
+    """In the order in which figures show them."""
+    sets: Sequence[TaskSet] = ()
+    """What they are measured on, once training is done: each on the sets that are for its kind."""
+    pairs: Sequence[tuple[TaskSet, Contender]] = ()
+    """Measurements beside these, of one learner on one set."""
+    measure: MeasureConfig = MeasureConfig()
+    objective: ObjectiveOf = prediction_loss
+    """What its meta-learners are trained on."""
+    heads: int = 0
+    """Outputs beyond the answer that the objective needs."""
+    name: str = ""
+    """Ending of the names of its own sets, where a study has several comparisons."""
+    title: str = ""
+    """What figures call it."""
+    followed: bool = True
+    """Whether figures follow its meta-learners over outer training."""
 
-    learner: Contender
-    """The meta-learner as a contender."""
-    trainee: Trainee
-    """The meta-learner, and the objective that it is trained on."""
-    bayes: Contender
-    """What excess loss is over."""
-    tracked: TaskSet
-    """Fixed evaluation tasks: mode trajectories."""
-    heldout: TaskSet
-    """Tasks of the training distribution: excess loss."""
+    def __post_init__(self) -> None:
+        names = [contender.name for contender in self.contenders]
+        for name in names:
+            fix = "two contenders have this name: choose another"
+            check(names.count(name) == 1, "name", name, fix)
+        bayes = sum(contender.kind == "bayes" for contender in self.contenders)
+        lacking = f"comparison {self.name or 'of ' + type(self.domain).__name__}"
+        fix = "meta-learners are compared with one contender of kind 'bayes'"
+        check(bayes == 1 or not self.metas, lacking, f"{bayes} of kind 'bayes'", fix)
 
-    def named(self, name: str, **attrs: Any) -> Training:
-        """This as one of several in a plan: its learner and its sets are called ..._name.
+    @property
+    def metas(self) -> list[Contender]:
+        """The meta-learners."""
+        return [contender for contender in self.contenders if contender.trained]
 
-        `attrs` are added to those of the tracked set.
+    @property
+    def bayes(self) -> Contender:
+        """What excess loss is over."""
+        return next(contender for contender in self.contenders if contender.kind == "bayes")
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its own sets end with."""
+        return f"_{self.name}" if self.name else ""
+
+    @functools.cached_property
+    def tracked(self) -> TaskSet:
+        """Fixed evaluation tasks, probed at every checkpoint."""
+        tasks = self.domain.evaluation(self.measure.probe_points)
+        return self.measure.sized(tasks, "tracked_tasks", TRACKED + self.suffix)
+
+    @functools.cached_property
+    def heldout(self) -> TaskSet:
+        """Tasks of the training distribution, on which the loss is measured at every checkpoint."""
+        tasks = training_tasks(self.domain)
+        return self.measure.sized(tasks, "heldout_tasks", HELDOUT + self.suffix)
+
+    def training(self, contender: Contender) -> MetaTraining:
+        """A meta-learner and what it is trained on."""
+        assert not isinstance(contender.learner, Learner)
+        meta = contender.learner
+        objective = (contender.objective or self.objective)(self.domain, meta)
+        return MetaTraining(meta, objective, contender.own, contender.rate)
+
+    def measurements(self) -> Iterator[tuple[TaskSet, Contender]]:
+        """What is measured once training is done."""
+        for tasks in self.sets:
+            yield from ((tasks, c) for c in self.contenders if c.kind in tasks.kinds)
+        yield from self.pairs
+
+    def joined(self, contender: Contender) -> Comparison:
+        """This comparison with one more contender, before Bayes; or itself, if its kind is absent.
+
+        Meta-learners join where others are trained, and the rest where there are any like it.
         """
-        rename = lambda each: dataclasses.replace(each, name=f"{each.name}_{name}")  # noqa: E731
-        tracked = rename(self.tracked)
-        return dataclasses.replace(
-            self,
-            learner=rename(self.learner),
-            tracked=dataclasses.replace(tracked, attrs={**tracked.attrs, **attrs}),
-            heldout=rename(self.heldout),
-        )
+        like = {"ordinary", "reference"} if contender.kind == "reference" else {contender.kind}
+        if not like & {each.kind for each in self.contenders}:
+            return self
+        at = [each.kind for each in self.contenders]
+        place = max(i for i, kind in enumerate(at) if kind in like) + 1
+        contenders = [*self.contenders[:place], contender, *self.contenders[place:]]
+        return dataclasses.replace(self, contenders=contenders)
+
+    def alone(self, name: str, title: str = "", **changes: Any) -> Comparison:
+        """Its meta-learners and Bayes, measured over outer training alone, under another name."""
+        kept = [each for each in self.contenders if each.kind in ("meta", "bayes")]
+        changes = {"contenders": kept, "sets": (), "pairs": ()} | changes
+        return dataclasses.replace(self, name=name, title=title, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,21 +260,30 @@ class Plan:
     """All that one configuration of a study asks for."""
 
     outer: OuterConfig
-    trainings: Sequence[Training]
-    """The meta-learners trained side by side; the first is the one the study is about."""
-    measurements: Sequence[tuple[TaskSet, Contender]]
-    """What is measured once training is done."""
-    curves: Mapping[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
-    """Closed forms [step, mode] to store beside a measurement, by (task set, contender)."""
-    chunk: int = 4096
+    comparisons: Sequence[Comparison]
+    """All meta-learners of all comparisons are trained side by side."""
 
     def __post_init__(self) -> None:
-        self.outer.check_batch(training.trainee for training in self.trainings)
+        self.outer.check_batch(self.trained().values())
+        seen: dict[tuple[str, str], TaskSet] = {}
+        for tasks, contender in self.measurements():
+            pair = (tasks.name, contender.name)
+            check(pair not in seen, "measurement", pair, "is asked for twice: rename the set")
+            seen[pair] = tasks
+
+    def trained(self) -> dict[str, MetaTraining]:
+        """Every meta-learner of every comparison, by name."""
+        return {c.name + part.suffix: part.training(c) for part in self.comparisons for c in part.metas}
+
+    def measurements(self) -> Iterator[tuple[TaskSet, Contender]]:
+        """What is measured once training is done, or beside it."""
+        for part in self.comparisons:
+            yield from part.measurements()
 
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-    """One claim of the science, measured."""
+    """One statement of the science, measured."""
 
     name: str
     value: float
@@ -183,7 +303,7 @@ def criterion(
     at_least: float = -math.inf,
     surely: bool = False,
 ) -> Criterion:
-    """Passed when the value lies within the bounds, or `surely` when its whole interval does too.
+    """Judges an estimate: passed when it lies within the bounds, or `surely` with its interval.
 
     A value that does not exist (NaN) passes nothing.
     """
@@ -194,12 +314,50 @@ def criterion(
     return Criterion(name, value, low, high, expected, passed)
 
 
-def censored(name: str, data: xr.Dataset) -> Criterion:
+def censored(name: str, data: Any) -> Criterion:
     """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
     t = dynamics.times_of(data)(dynamics.strength(data).mean((0, 1)))
     count = np.asarray(np.isnan(t).sum(), np.float64)
-    said = f"modes that never reach {data.attrs['p']:g}: a slope is of the others"
+    said = f"modes that never reach {labelled.modes(data).p:g}: a slope is of the others"
     return criterion(f"{name}_censored_modes", dynamics.Estimate(count, count, count), said)
+
+
+def staggering(results: Results, name: str, expected: str, **bounds: float) -> Iterator[Criterion]:
+    """How far one learner staggers in distribution, with what it leaves censored."""
+    data = results["in_distribution", name]
+    merit = dynamics.merit_name(data)
+    yield criterion(f"{name}_{merit}", dynamics.measured(dynamics.merit_of(data), data), expected, **bounds)
+    yield censored(name, data)
+
+
+def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
+    """How far each meta-learner staggers beyond Bayes in distribution; then each of them alone."""
+    metas = results.learners("in_distribution", "meta")
+    (bayes,) = results.learners("in_distribution", "bayes").values()
+    merit = dynamics.merit_name(bayes)
+    for name, data in metas.items():
+        yield criterion(
+            f"{name}_minus_bayes_{merit}",
+            dynamics.difference(data, bayes),
+            f"the {labelled.about(data).label} staggers no more than Bayes: {merit}s differ by at "
+            f"most {within:g}",
+            at_most=within,
+            at_least=-within,
+        )
+        yield from staggering(results, name, "its own, for the record")
+
+
+def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Iterator[Criterion]:
+    """Excess loss over Bayes of each meta-learner on held-out tasks, once training is done."""
+    (bayes,) = results.learners(HELDOUT + suffix, "bayes").values()
+    for name, data in results.learners(HELDOUT + suffix, "meta").items():
+        bound = f" at most {at_most:g}" if math.isfinite(at_most) else ", for the record"
+        yield criterion(
+            f"{name}{suffix}_excess_loss",
+            dynamics.measured_excess(data.isel(outer_step=-1), bayes),
+            f"the {labelled.about(data).label} comes near Bayes on held-out tasks: excess loss{bound}",
+            at_most=at_most,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,57 +385,81 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study, as the module-level name `study` of a file in experiments/ defines it."""
+    """A study, as the module-level name `study` of a Python file defines it."""
 
     name: str
     presets: Mapping[str, Any]
     """Configurations by name, "quick" among them: frozen dataclasses of one type."""
     plan: Callable[[Any], Plan]
-    criteria: Callable[[Any, RunFolder], Iterable[Criterion]]
-    """`criteria(config, run)` from what is stored."""
+    criteria: Callable[[Any, Results], Iterable[Criterion]]
+    """`criteria(config, results)`, from what was measured."""
+    figures: Mapping[str, Callable[[Results], Figure]] = dataclasses.field(default_factory=dict)
+    """Figures that only this study has, by name; those that every run has are drawn beside them."""
     section: str = ""
     """Where the paper has it: the order in which a folder of studies is run and reported."""
     claims: Sequence[Claim] = ()
     """Of the paper, for `metadyn claims`."""
     tables: Sequence[Table] = ()
 
-    def changed(self, **fields: Any) -> Plan:
-        """What the quick preset plans with some fields of its configuration changed."""
-        return self.plan(dataclasses.replace(self.presets["quick"], **fields))
+    def comparison(self, preset: str, **fields: Any) -> Comparison:
+        """The study's first comparison, with some fields of a preset changed."""
+        return self.plan(dataclasses.replace(self.presets[preset], **fields)).comparisons[0]
 
-    def beside(self, name: str, contender: Callable[[Any], Contender]) -> Study:
-        """This study, called `name`, with one more learner, `contender(config)`, in every figure.
+    def beside(self, name: str, *more: Callable[[Comparison], Contender]) -> Study:
+        """This study, called `name`, with more contenders beside its own.
 
-        It is measured on each set of tasks that Bayes is measured on.
+        `contender(comparison)` makes one for each comparison of the study, from its `domain` and
+        the `heads` that its objective needs. Ordinary learners are measured on every set that
+        others are; meta-learners are trained on the same episodes and measured on the same tasks as
+        the study's own. So each appears in every figure, table and criterion that is of its kind.
         """
 
         def plan(config: Any) -> Plan:
-            base = self.plan(config)
-            sets = [tasks for tasks, other in base.measurements if other is base.trainings[0].bayes]
-            more = [(tasks, contender(config)) for tasks in sets]
-            return dataclasses.replace(base, measurements=[*base.measurements, *more])
+            base, comparisons = self.plan(config), []
+            for comparison in base.comparisons:
+                for contender in more:
+                    comparison = comparison.joined(contender(comparison))
+                comparisons.append(comparison)
+            return dataclasses.replace(base, comparisons=comparisons)
 
         return dataclasses.replace(self, name=name, plan=plan)
 
 
-def load_study(path: str) -> Study:
-    """The study a Python file defines. Raises `ConfigError` if there is none."""
+def folder() -> Path:
+    """Where the studies are that come with metadyn: installed with it, or beside it in a checkout."""
+    inside = Path(__file__).parent / "experiments"
+    return inside if inside.is_dir() else inside.parent.parent / "experiments"
+
+
+def known() -> list[str]:
+    """The names of the studies that come with metadyn."""
+    return sorted(path.stem for path in folder().glob("*.py"))
+
+
+def load_study(name: str) -> Study:
+    """The study of that name which comes with metadyn, or that a Python file defines.
+
+    Raises `ConfigError` if there is none.
+    """
+    path = str(folder() / f"{name}.py") if name in known() else name
     if not os.path.isfile(path):  # False too for what cannot be a path
-        raise ConfigError(f"study = {path!r}: there is no such file")
-    name = f"metadyn_study_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, path, loader=SourceFileLoader(name, path))
+        fix = f"there is no such file, and no such study: choose from {', '.join(known())}"
+        raise ConfigError(f"study = {name!r}: {fix}", "study", name, fix)
+    module_name = f"metadyn_study_{Path(path).stem}"
+    loader = SourceFileLoader(module_name, path)
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and their docstrings are looked up
+    sys.modules[module_name] = module  # where dataclasses and their docstrings are looked up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         said = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise ConfigError(f"study = {path!r}: cannot be imported ({said})") from error
+        raise ConfigError(f"study = {name!r}: cannot be imported ({said})") from error
     found = getattr(module, "study", None)
     if not isinstance(found, Study):
-        raise ConfigError(f"study = {path!r}: defines no `study = metadyn.Study(...)`")
+        raise ConfigError(f"study = {name!r}: defines no `study = metadyn.Study(...)`")
     return found
 
 
@@ -286,258 +468,8 @@ def load_studies(folder: str) -> list[Study]:
 
     Raises `ConfigError` if one of them defines none, or there is none.
     """
-    studies = [load_study(str(path)) for path in sorted(Path(folder).glob("*.py"))]
-    if not studies:
+    paths = sorted(Path(folder).glob("*.py"))
+    if not paths:
         raise ConfigError(f"study = {folder!r}: the folder holds no studies")
+    studies = [load_study(str(path)) for path in paths]
     return sorted(studies, key=lambda study: (study.section or "~", study.name))
-
-
-def stream(key: Key, name: str) -> Key:
-    """An independent key for each named purpose."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-class _Runner:
-    """One study being run into one folder."""
-
-    def __init__(
-        self, plan: Plan, run: RunFolder, seed: int, progress: Progress, tensorboard: bool
-    ):
-        self.plan, self.store, self.progress = plan, run, progress
-        self.tensorboard = run.tensorboard if tensorboard else None
-        self.key = jax.random.key(seed)
-        self.trainings = {t.learner.name: t for t in plan.trainings}
-
-    def arrays(
-        self, tasks: TaskSet, contender: Contender, params: Mapping[str, Params]
-    ) -> dict[str, jax.Array]:
-        """[seed,] task, time, ..."""
-        return inner.measure(
-            tasks.domain,
-            contender.make,
-            params[contender.name] if contender.trained else (),
-            contender.trained,
-            tasks.sample,
-            tasks.argument,
-            stream(self.key, tasks.name),
-            jnp.arange(tasks.size),
-            contender.times,
-            tasks.probe,
-            self.plan.chunk,
-        )
-
-    def about(self, tasks: TaskSet, contender: Contender) -> dict[str, Any]:
-        """The description of those arrays."""
-        lead: tuple[str, ...] = ()
-        params: Params = ()
-        if contender.trained:
-            lead = ("seed",)
-            shapes = jax.eval_shape(self.trainings[contender.name].trainee.meta.init, self.key)
-            params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        learner = contender.make(params)
-        axes = inner.reading_axes(learner, tasks.probe)
-        return describe(
-            {name: (*lead, "task", "step", *rest) for name, rest in axes.items()},
-            {"time": ("step", contender.times), **tasks.coords},
-            {
-                "learner": contender.name,
-                "label": contender.label,
-                "clock": learner.clock,
-                "panel": contender.panel,
-                "loss_floor": tasks.domain.loss_floor,
-                **tasks.attrs,
-            },
-        )
-
-    def train(self) -> Mapping[str, Params]:
-        """Trains from the newest checkpoint, or from the start; stores as it goes."""
-        plan, store = self.plan, self.store
-        trainees = {name: t.trainee for name, t in self.trainings.items()}
-        trainer = Trainer(trainees, plan.outer, stream(self.key, "training"))
-        watched = [(s, t.learner) for t in plan.trainings for s in (t.tracked, t.heldout)]
-        about = {tasks.name: self.about(tasks, learner) for tasks, learner in watched}
-
-        def save(state: TrainState, scheduled: bool = True) -> None:
-            trajectories = None
-            if scheduled:
-                trajectories = {
-                    tasks.name: self.arrays(tasks, learner, state.params)
-                    for tasks, learner in watched
-                }
-            store.save_checkpoint(int(state.step), state, trajectories, about)
-
-        mesh.by_first(lambda: store.set_aside_unscheduled(plan.outer.checkpoint_steps))
-        sound = mesh.by_first(store.sound_steps)
-
-        def before(target: int) -> int:
-            """The last sound checkpoint before an outer step."""
-            return max(step for step in sound if step < target)
-
-        first, *schedule = plan.outer.checkpoint_steps
-        if first not in sound:
-            save(trainer.init())
-            store.finish()
-            sound.append(first)
-        for each in plan.trainings:  # first, so that a live run can be compared with it
-            self.measure(each.tracked, each.bayes)
-        excess_over = {name: self.excess(t) for name, t in self.trainings.items()}
-        episodes = plan.outer.batch * plan.outer.seeds * len(trainees)
-        end = plan.outer.steps
-        reached = before(next((step for step in schedule if step not in sound), end + 1))
-        state: TrainState | None = None
-        with (
-            self.progress.training(end, reached) as show,
-            scalars(self.tensorboard, reached) as log,
-            _held() as held,
-        ):
-            for target in schedule:
-                if target in sound:  # while an earlier one, damaged, was not
-                    store.finish()
-                    state = None
-                    continue
-                start = state or store.restore_state(before(target), trainer.abstract)
-                for state, loss in trainer.run(start, [target]):
-                    step = int(state.step)
-                    mean = {name: float(np.mean(each)) for name, each in loss.items()}
-                    excess = {name: excess_over[name](value) for name, value in mean.items()}
-                    show(step, loss=mean, excess=excess, episodes=step * episodes)
-                    log(step, {f"loss/{name}": value for name, value in mean.items()})
-                    log(step, {f"excess_loss/{name}": value for name, value in excess.items()})
-                    stop = mesh.anywhere(held())
-                    if step == target or stop:
-                        save(state, scheduled=step == target)
-                    if stop:
-                        store.finish()
-                        mesh.leave()
-                        raise KeyboardInterrupt
-        store.finish()
-        return (state or store.restore_state(end, trainer.abstract)).params
-
-    def excess(self, training: Training) -> Callable[[float], float]:
-        """What turns a loss on the training distribution into the excess over Bayes."""
-        tasks, bayes = training.heldout, training.bayes
-        self.measure(tasks, bayes)
-        losses = self.store.measurement(tasks.name, bayes.name)["loss"]
-        best, floor = float(losses.isel(step=slice(1, None)).mean()), tasks.domain.loss_floor
-        return lambda loss: float(dynamics.excess_loss(loss, best, floor))
-
-    def measure(
-        self,
-        tasks: TaskSet,
-        contender: Contender,
-        params: Mapping[str, Params] = MappingProxyType({}),
-    ) -> None:
-        """Makes and stores a measurement, unless it is stored already."""
-        if mesh.by_first(lambda: self.store.has_measurement(tasks.name, contender.name)):
-            return
-        arrays: dict[str, Any] = dict(self.arrays(tasks, contender, params))
-        about = self.about(tasks, contender)
-        curve = self.plan.curves.get((tasks.name, contender.name))
-        if curve is not None:
-            arrays["closed_form"] = curve
-            about["axes"]["closed_form"] = ["step", "mode"]
-        self.store.save_measurement(tasks.name, contender.name, arrays, about)
-
-    def measure_all(self, params: Mapping[str, Params]) -> None:
-        """Every measurement of the plan that is not stored yet."""
-        wanted = self.plan.measurements
-        with self.progress.counting("measuring", len(wanted)) as show:
-            for tasks, contender in wanted:
-                show(f"{contender.label} on {tasks.name}")
-                self.measure(tasks, contender, params)
-
-
-def run_study(
-    study: Study,
-    preset: str,
-    seed: int,
-    config: Any,
-    out: str | Path,
-    progress: Progress,
-    tensorboard: bool = False,
-) -> dict[str, Any]:
-    """Does the whole study into `out`, or what is left of it, and returns its summary.
-
-    What is damaged in a folder is made anew. Raises `ConfigError` for a folder that is in use,
-    foreign, of another configuration or cannot be written, and KeyboardInterrupt once what was
-    interrupted is stored.
-    """
-    plan = study.plan(config)
-    asked = {
-        "study": study.name,
-        "preset": preset,
-        "seed": seed,
-        "config": dataclasses.asdict(config),
-    }
-    try:
-        mesh.by_first(lambda: RunFolder.create(out, asked).config)
-        run = RunFolder(out)
-        with ExitStack() as stack:
-            mesh.by_first(lambda: stack.enter_context(run.locked()))
-            done = mesh.by_first(run.summary)
-            if done and mesh.by_first(run.is_sound):
-                return done
-            begun = time.monotonic()
-            runner = _Runner(plan, run, seed, progress, tensorboard and mesh.first())
-            runner.measure_all(runner.train())
-
-            def conclude() -> dict[str, Any]:
-                criteria = list(study.criteria(config, run))
-                figures.draw(run)
-                seconds = round(time.monotonic() - begun, 1)
-                summary = {
-                    "study": study.name,
-                    "preset": preset,
-                    "seed": seed,
-                    "environment": environment() | {"seconds": seconds},
-                    "criteria": [_as_json(c) for c in criteria if c.passed is not None],
-                    "reported": [_as_json(c) for c in criteria if c.passed is None],
-                }
-                run.write_summary(summary)
-                return summary
-
-            return mesh.by_first(conclude)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices, for the record."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": mesh.processor(),
-        **{name: version(name) for name in PACKAGES},
-        **mesh.describe(),
-    }
-
-
-def _as_json(criterion: Criterion) -> dict[str, Any]:
-    fields = dataclasses.asdict(criterion)
-    fields = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
-    }
-    if fields["passed"] is None:
-        del fields["passed"]
-    return fields
-
-
-@contextmanager
-def _held() -> Iterator[Callable[[], bool]]:
-    """Holds Ctrl-C back until the caller asks whether it came; a second one gets through."""
-    came: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    try:
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals never arrive
-        before = {}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

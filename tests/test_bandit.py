@@ -55,7 +55,7 @@ def test_actions_follow_the_policy_and_pay_as_stated():
     domain = ContextualBandit(2, 3, p_high=0.8, p_low=0.3)
     task = BanditTask(jnp.array([2, 0]))
     logits = jnp.array([0.0, 1.0, -1.0])
-    answer = lambda key: domain.feedback(task, jnp.int32(0), logits, key)  # noqa: E731
+    answer = lambda key: domain.feedback(task, jnp.int32(0), logits, key)
     seen = jax.vmap(answer)(jax.random.split(jax.random.key(1), 20_000))
     policy = np.exp(logits) / np.exp(logits).sum()
     chosen = np.bincount(seen.action, minlength=3) / 20_000
@@ -223,7 +223,7 @@ def test_posterior_is_that_of_enumeration_and_sums_to_one(permutation, pay):
 def test_greedy_takes_the_likeliest_actions_evenly():
     learner = bayes_bandit(ContextualBandit(1, 3, p_high=0.8, p_low=0.1))
     state = learner.init(jax.random.key(0))
-    policy = lambda: np.asarray(jax.nn.softmax(learner.predict(state, jnp.int32(0))))  # noqa: E731
+    policy = lambda: np.asarray(jax.nn.softmax(learner.predict(state, jnp.int32(0))))
     np.testing.assert_allclose(policy(), 1 / 3)
     seen = Outcome(jnp.int32(0), jnp.int32(1), jnp.float32(0), jnp.zeros((1, 3)))
     state = learner.update(state, jnp.int32(0), seen)
@@ -262,7 +262,7 @@ def test_expected_gradient_by_hand(same):
 def test_reinforce_by_hand():
     """One choice: (r − r̄)(onehot(a) − π) on the context's column, and on the shared bias."""
     learner = reinforce(softmax_policy(2, 2, True, 0.0), optax.sgd(1.0), 1, memory=0.75)
-    batch = lambda r: jax.tree.map(lambda leaf: leaf[None], outcome(1, 0, r, np.zeros((2, 2))))  # noqa: E731
+    batch = lambda r: jax.tree.map(lambda leaf: leaf[None], outcome(1, 0, r, np.zeros((2, 2))))
     state = learner.update(learner.init(jax.random.key(0)), jnp.array([1]), batch(1))
     policy, _, mean = state
     np.testing.assert_allclose(policy.W, [[0, 0.5], [0, -0.5]], rtol=1e-6)
@@ -309,8 +309,8 @@ def test_expected_gradient_is_the_mean_of_sampled_reinforce(coupled, baseline):
     network, sgd = softmax_policy(3, 4, coupled), optax.sgd(1.0)
     sampled = reinforce(network, sgd, batch, baseline)
     state = (weights, sgd.init(weights), jnp.float32(0.4 if baseline else 0.0))
-    answer = lambda context: sampled.predict(state, context)  # noqa: E731
-    pose = lambda keys: inner.interact(domain, task, answer, keys)  # noqa: E731
+    answer = lambda context: sampled.predict(state, context)
+    pose = lambda keys: inner.interact(domain, task, answer, keys)
     query, _, seen = jax.vmap(pose)(jax.random.split(jax.random.key(0), (batch, 2)))
     expected = expected_policy_gradient(network, sgd, 3)
     one = jax.tree.map(lambda leaf: leaf[0], seen)
@@ -331,7 +331,7 @@ def test_policies_at_once_equal_each_alone():
     learner = reinforce(softmax_policy(3, 3), optax.sgd(0.3), 2)
     make, sample = (lambda params: learner), (lambda key, _: domain.sample_task(key))
     probe = domain.probe()
-    measured = lambda indices: np.asarray(  # noqa: E731
+    measured = lambda indices: np.asarray(
         inner.measure(
             domain, make, (), False, sample, None, jax.random.key(1), indices, (0, 5, 200),
             probe,

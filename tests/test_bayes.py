@@ -22,7 +22,7 @@ def positive_definite(rng, n):
 def learned(learner, x, y):
     """The weight matrix after each pair [T + 1, n_y, n_x], read off by basis queries."""
     state = learner.init(jax.random.key(0))
-    read = lambda state: jax.vmap(learner.predict, (None, 0))(state, jnp.eye(x.shape[1])).T  # noqa: E731
+    read = lambda state: jax.vmap(learner.predict, (None, 0))(state, jnp.eye(x.shape[1])).T
     matrices = [read(state)]
     for pair in zip(jnp.float32(x), jnp.float32(y), strict=True):
         state = learner.update(state, *pair)

@@ -111,7 +111,7 @@ def test_seeds_widen_the_interval_and_shared_tasks_are_paired():
     rng = np.random.default_rng(1)
     tasks = rng.normal(size=400)
     seeds = np.array([-1.0, 0.0, 1.0])[:, None] + tasks
-    width = lambda e: e.high - e.low  # noqa: E731
+    width = lambda e: e.high - e.low
     one = dynamics.estimate(lambda m: m, tasks[None])
     three = dynamics.estimate(lambda m: m, seeds)
     assert width(three) > 3 * width(one)

@@ -111,7 +111,7 @@ def test_random_start_grows_from_half_its_squared_norm():
 def test_learners_at_once_equal_each_alone():
     domain = LinearRegression(3, 3)
     learner = gradient(deep_linear(3, 3, scale=0.1), optax.adam(0.01), 5)
-    measured = lambda indices: inner.measure(  # noqa: E731
+    measured = lambda indices: inner.measure(
         domain, make, (), False, sample, None, jax.random.key(1), indices, (0, 3, 20)
     )
     make, sample = (lambda params: learner), (lambda key, _: domain.sample_task(key))
@@ -170,7 +170,7 @@ def test_mlps_at_once_equal_each_alone(points):
     learner = gradient(mlp(1, 1, 3, 16), optax.adam(1e-2), 12, points=points)
     probe = domain.probe(domain.amplitudes(), 8)
     make, argument = (lambda params: learner), jnp.float32(domain.amplitudes())
-    measured = lambda indices: inner.measure(  # noqa: E731
+    measured = lambda indices: inner.measure(
         domain, make, (), False, domain.evaluation_task, argument, jax.random.key(1), indices,
         (0, 3, 40), probe,
     )  # fmt: skip

@@ -43,7 +43,7 @@ def random_case(seed=0):
 
 def numpy_lstm(weights, inputs):
     """Float64, straight from the definition."""
-    sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))
     h = c = np.zeros((H, inputs.shape[2]))
     hidden = []
     for x in inputs:
@@ -55,7 +55,7 @@ def numpy_lstm(weights, inputs):
     return np.array(hidden)
 
 
-single = lambda tree: jax.tree.map(jnp.float32, tree)  # noqa: E731
+single = lambda tree: jax.tree.map(jnp.float32, tree)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,7 +68,7 @@ def test_hidden_states_match_float64_numpy(backend: Backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_match_float64_finite_differences(backend: Backend):
     weights, inputs, direction = random_case(1)
-    objective = lambda w, x: jnp.sum(single(direction) * lstm(w, x, backend))  # noqa: E731
+    objective = lambda w, x: jnp.sum(single(direction) * lstm(w, x, backend))
     found = jax.grad(objective, (0, 1))(single(weights), single(inputs))
     arguments = [*weights, inputs]
 
@@ -97,7 +97,7 @@ def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
     )
 
     def both(backend):
-        objective = lambda w, x: jnp.sum(direction * lstm(w, x, backend))  # noqa: E731
+        objective = lambda w, x: jnp.sum(direction * lstm(w, x, backend))
         gradients = jax.jit(jax.grad(objective, (0, 1)))(LSTMWeights(*parts), 10 * inputs)
         return lstm(LSTMWeights(*parts), 10 * inputs, backend), gradients
 

@@ -22,7 +22,7 @@ KEY = jax.random.key(3)
     ],
 )
 def test_threefry_gives_the_published_answers(key, counter, expected):
-    pair = lambda numbers: tuple(jnp.uint32(n) for n in numbers)  # noqa: E731
+    pair = lambda numbers: tuple(jnp.uint32(n) for n in numbers)
     assert tuple(int(word) for word in prng.threefry(pair(key), pair(counter))) == expected
 
 

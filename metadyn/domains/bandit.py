@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import ConfigWarning, Key, Probe, check, check_positive
+from metadyn.base import (
+    STRENGTH,
+    ConfigWarning,
+    Key,
+    Modes,
+    Probe,
+    Sampler,
+    TaskSet,
+    check,
+    check_positive,
+)
 
 
 class BanditTask(NamedTuple):
@@ -132,16 +142,25 @@ class ContextualBandit:
         action = jax.nn.one_hot(feedback.action, self.actions)
         return jnp.append(action, feedback.reward)
 
+    def evaluation(self, points: int = 0) -> TaskSet:
+        """Tasks of the training distribution; `points` is of no account."""
+        del points
+        return TaskSet("in_distribution", self, Sampler(self), probes={STRENGTH: self.probe()})
+
     # The probe.
 
     def probe(self) -> Probe:
-        """The policy in every context, from a copy of the state.
+        """Reads the policy in every context, from a copy of the state.
 
-        Reading: `mode_strength` [K], J_c = π(a*_c | c), the probability of the correct action.
+        The strengths [K] are J_c = π(a*_c | c), the probability of the correct action.
         """
 
         def read(task: BanditTask, answers: Float[Array, "K n"]) -> dict[str, Array]:
             policy = jax.nn.softmax(answers)
-            return {"mode_strength": jnp.take_along_axis(policy, task.best[:, None], 1)[:, 0]}
+            return {"strength": jnp.take_along_axis(policy, task.best[:, None], 1)[:, 0]}
 
-        return Probe(jnp.arange(self.contexts), read, {"mode_strength": ("mode",)})
+        ranks = tuple(range(1, self.contexts + 1))
+        strength = "$J_c$, probability of the\ncorrect action"
+        label = "context, in order\nof learning"
+        modes = Modes(ranks, label, "rank", exchangeable=True, p=0.8, strength=strength)
+        return Probe(jnp.arange(self.contexts), read, modes)

@@ -17,7 +17,16 @@ import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from metadyn import prng
-from metadyn.base import Key, Probe, check, check_positive
+from metadyn.base import (
+    STRENGTH,
+    Key,
+    Modes,
+    Probe,
+    Regression,
+    TaskSet,
+    check,
+    check_positive,
+)
 
 Spectrum = tuple[float, ...]
 """A number for each frequency 0, 1, 2, …, in cycles over the unit interval."""
@@ -71,7 +80,7 @@ class FourierTask(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FourierRegression:
+class FourierRegression(Regression):
     """Tasks y = f(x) + ε with x uniform on [−½, ½), ε ~ N(0, σ²) and Gaussian coefficients.
 
     α_k and β_k are N(0, v_k) with v the prior spectrum, so that f(x) has variance Σ_k v_k at every
@@ -103,11 +112,6 @@ class FourierRegression:
     # The contract of `base.Domain`.
 
     @property
-    def loss_floor(self) -> float:
-        """σ²."""
-        return self.sigma**2
-
-    @property
     def answer_size(self) -> int:
         """1."""
         return 1
@@ -137,10 +141,6 @@ class FourierRegression:
         del answer
         return value(task, query) + self.sigma * prng.normal(key, (1,))
 
-    def loss(self, answer: Number, feedback: Number) -> Float[Array, ""]:
-        """Squared error."""
-        return jnp.mean((answer - feedback) ** 2)
-
     def encode_query(self, query: Number) -> Float[Array, " n"]:
         """x under the chosen embedding."""
         match self.embedding:
@@ -153,9 +153,14 @@ class FourierRegression:
             case "fourier":
                 return fourier_features(query, self.support)
 
-    def encode_feedback(self, feedback: Number) -> Number:
-        """y as it is."""
-        return feedback
+    def evaluation(
+        self, points: int = 32, frequencies: Sequence[int] | None = None, curves: bool = False
+    ) -> TaskSet:
+        """Functions of fixed `amplitudes` and random phases (`evaluation_task`)."""
+        amplitudes = self.amplitudes(frequencies)
+        probes = {STRENGTH: self.probe(amplitudes, points, curves)}
+        sample = self.evaluation_task
+        return TaskSet("in_distribution", self, sample, np.float32(amplitudes), probes)
 
     # The probe.
 
@@ -175,11 +180,11 @@ class FourierRegression:
         return tuple(float(A) for A in np.sqrt(2 * variances * v.sum() / variances.sum()))
 
     def probe(self, amplitudes: Spectrum, points: int = 32, curves: bool = False) -> Probe:
-        """Strength of each frequency that evaluation tasks of these amplitudes contain.
+        """Reads the strength of each frequency that evaluation tasks of these amplitudes contain.
 
         The answers on a uniform grid of `points` inputs are Fourier-transformed, on the device.
 
-        Readings: `mode_strength`, a_k = Re(conj(F_k) F̂_k) / |F_k|², of those frequencies k in
+        Readings: the strengths, a_k = Re(conj(F_k) F̂_k) / |F_k|², of those frequencies k in
         order; `outside`, the power of the answers at all other frequencies that the grid resolves,
         relative to the target's whole power. With `curves` also the `answer` and the `target` on
         the grid. Raises `ConfigError` for a grid too coarse for the highest frequency.
@@ -187,7 +192,7 @@ class FourierRegression:
         highest = max(len(amplitudes), len(self.spectrum)) - 1
         least = 2 * highest + 1
         fix = f"must be at least {least} to resolve frequency {highest}"
-        check(points >= least, "probe points", points, fix)
+        check(points >= least, "probe_points", points, fix)
         grid = jnp.asarray(uniform_grid(points), jnp.float32)[:, None]
         contained = np.flatnonzero(amplitudes)
 
@@ -197,14 +202,18 @@ class FourierRegression:
             projection = jnp.real(jnp.conj(F) * F_hat)[contained]
             power = power_spectrum(F_hat, points)
             readings = {
-                "mode_strength": projection / jnp.abs(F[contained]) ** 2,
+                "strength": projection / jnp.abs(F[contained]) ** 2,
                 "outside": jnp.sum(jnp.delete(power, contained))
                 / jnp.sum(power_spectrum(F, points)),
             }
             return readings | ({"answer": answers[:, 0], "target": target[:, 0]} if curves else {})
 
-        axes: dict[str, tuple[str, ...]] = {"mode_strength": ("mode",), "outside": ()}
-        return Probe(grid, read, axes | ({"answer": ("x",), "target": ("x",)} if curves else {}))
+        modes = Modes(tuple(contained), "frequency $k$", "frequency", "cycles")
+        extras: dict[str, tuple[str, ...]] = {"outside": ()}
+        if not curves:
+            return Probe(grid, read, modes, extras)
+        extras |= {"answer": ("x",), "target": ("x",)}
+        return Probe(grid, read, modes, extras, {"x": ("x", tuple(uniform_grid(points)))})
 
 
 def uniform_grid(points: int) -> Float[np.ndarray, " P"]:

@@ -7,30 +7,29 @@ task W = U diag(s) Vᵀ are its singular triples.
 from __future__ import annotations
 
 import dataclasses
-import json
-from functools import cached_property
-from typing import Annotated, NamedTuple
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Array, Float
 
 from metadyn import prng
-from metadyn.base import Key, Probe, check, check_positive
+from metadyn.base import (
+    STRENGTH,
+    Key,
+    Modes,
+    Probe,
+    Regression,
+    TaskSet,
+    check,
+    check_positive,
+)
 from metadyn.kernels import dense
 
-Matrix = Annotated[
-    tuple[tuple[float, ...], ...] | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="[[ROW],[ROW],...]",
-        instance_from_str=lambda texts: _matrix(texts[0]),
-        is_instance=lambda value: value is None or isinstance(value, tuple),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
+Matrix = tuple[tuple[float, ...], ...] | None
+"""Rows of numbers."""
 
 _SPECTRUM_DRAWS = 20_000  # our choice
 
@@ -45,7 +44,7 @@ class LinearTask(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearRegression:
+class LinearRegression(Regression):
     """Tasks y = W x + ε with x ~ N(0, I), ε ~ N(0, σ² I) and W ~ MN(M, R, C).
 
     cov(vec W) = C ⊗ R. Raises `ConfigError` for sizes below 1, σ ≤ 0 and matrices that are not of
@@ -134,11 +133,6 @@ class LinearRegression:
     # The contract of `base.Domain`.
 
     @property
-    def loss_floor(self) -> float:
-        """σ²."""
-        return self.sigma**2
-
-    @property
     def answer_size(self) -> int:
         """n_y."""
         return self.n_y
@@ -150,15 +144,19 @@ class LinearRegression:
         Z = prng.normal(key, (self.n_y, self.n_x))
         return LinearTask(jnp.asarray(self.M, jnp.float32) + left @ Z @ right.T)
 
+    def aligned_task(self, key: Key, spectrum: Float[Array, " K"]) -> LinearTask:
+        """W = U diag(s) Vᵀ with U and V the coordinate axes.
+
+        As x and ε are isotropic, to a learner whose initial state is isotropic too this is like any
+        evaluation task; one that starts along the axes starts aligned with it, as Saxe's closed
+        form assumes.
+        """
+        return self.evaluation_task(key, spectrum, rotate=False)
+
     def evaluation_task(
         self, key: Key, spectrum: Float[Array, " K"], rotate: bool = True
     ) -> LinearTask:
-        """W = U diag(s) Vᵀ with the given spectrum and Haar-random U and V.
-
-        With `rotate` off U and V are the coordinate axes. As x and ε are isotropic this changes
-        nothing for a learner whose initial state is isotropic too; it lets one that starts along
-        the axes start aligned with the task, as Saxe's closed form assumes.
-        """
+        """W = U diag(s) Vᵀ with the given spectrum; U and V are Haar-random, or the axes."""
         s = jnp.asarray(spectrum, jnp.float32)
         check(s.shape == (self.modes,), "spectrum", spectrum, f"give {self.modes} values")
         U, V = jnp.eye(self.n_y), jnp.eye(self.n_x)
@@ -180,35 +178,31 @@ class LinearRegression:
         del answer
         return dense.apply(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
 
-    def loss(
-        self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]
-    ) -> Float[Array, ""]:
-        """Squared error, mean over outputs."""
-        return jnp.mean((answer - feedback) ** 2)
-
-    def encode_query(self, query: Float[Array, " n_x"]) -> Float[Array, " n_x"]:
-        """x as it is."""
-        return query
-
-    def encode_feedback(self, feedback: Float[Array, " n_y"]) -> Float[Array, " n_y"]:
-        """y as it is."""
-        return feedback
+    def evaluation(
+        self, points: int = 32, scale: float = 1.0, outsize: float = 1.0, rotate: bool = True
+    ) -> TaskSet:
+        """Tasks of one spectrum (`spectrum`) in random directions (`evaluation_task`)."""
+        s = self.spectrum(scale, outsize)
+        probe = dataclasses.replace(self.probe(points), modes=_modes(s))
+        sample = self.evaluation_task if rotate else self.aligned_task
+        return TaskSet("in_distribution", self, sample, np.float32(s), {STRENGTH: probe})
 
     # The probe.
 
+    @cache  # noqa: B019: domains are few
     def probe(self, points: int = 32, seed: int = 0) -> Probe:
-        """Effective spectrum from input-output pairs alone.
+        """Reads the effective spectrum from input-output pairs alone.
 
         The answers at `points` inputs x' ~ N(0, I), shared by all tasks and times, are fitted by
         ŷ(x') ≈ Ŵ x' + b: one pseudo-inverse, computed here once in float64, and a matrix product.
 
-        Readings: `mode_strength` [K], a_k = (Uᵀ Ŵ V)_kk / s_k; `off_diagonal`, the share of
+        Readings: the strengths [K], a_k = (Uᵀ Ŵ V)_kk / s_k; `off_diagonal`, the share of
         ‖Ŵ‖²_F outside that diagonal; `unexplained`, the share of the answers' variance that the
         fit leaves out. Both shares lie in [0, 1] and are 0 where there is nothing to share out.
         Raises `ConfigError` if `points` cannot tell a linear answer from a nonlinear one.
         """
         least = self.n_x + 2
-        check(points >= least, "probe points", points, f"must be at least n_x + 2 = {least}")
+        check(points >= least, "probe_points", points, f"must be at least n_x + 2 = {least}")
         x = np.random.default_rng(seed).standard_normal((points, self.n_x))
         design = np.concatenate([x, np.ones((points, 1))], axis=1)
         fit = jnp.asarray(np.linalg.pinv(design), jnp.float32)
@@ -221,22 +215,17 @@ class LinearRegression:
             diagonal = jnp.einsum("ik,ij,jk->k", task.U, W_hat, task.V)
             residual = answers - inputs @ coefficients
             return {
-                "mode_strength": diagonal / task.s,
+                "strength": diagonal / task.s,
                 "off_diagonal": _share(jnp.sum(W_hat**2) - jnp.sum(diagonal**2), W_hat),
                 "unexplained": _share(jnp.sum(residual**2), answers - answers.mean(0)),
             }
 
-        axes = {"mode_strength": ("mode",), "off_diagonal": (), "unexplained": ()}
-        return Probe(inputs[:, :-1], read, axes)
+        extras: dict[str, tuple[str, ...]] = {"off_diagonal": (), "unexplained": ()}
+        return Probe(inputs[:, :-1], read, _modes(self.spectrum()), extras)
 
 
-def _matrix(text: str) -> Matrix:
-    """A matrix from the command line, as JSON: [[1, 0], [0, 2]], or null."""
-    try:
-        rows = json.loads(text)
-        return None if rows is None else tuple(tuple(float(v) for v in row) for row in rows)
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"give rows such as [[1, 0], [0, 2]], not {text!r}") from None
+def _modes(spectrum: tuple[float, ...]) -> Modes:
+    return Modes(spectrum, "singular value $s_k$", "singular_value")
 
 
 def haar(key: Key, n: int) -> Float[Array, "n n"]:

@@ -92,7 +92,7 @@ def _call(kernel, whole, split, out):
     """Runs the kernel on each block of episodes: `whole` are there in full, the rest by block."""
     episodes = split[0].shape[-1]
     padding = -episodes % BLOCK
-    widen = lambda array: jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)])  # noqa: E731
+    widen = lambda array: jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)])
 
     def spec(shape, by_block):
         block = (*shape[:-1], BLOCK) if by_block else shape

@@ -196,7 +196,7 @@ def _fused(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, 
 
 
 def _fused_forward(weights, inputs):
-    by_gate = lambda a: a.reshape(4, -1, a.shape[-1])  # noqa: E731
+    by_gate = lambda a: a.reshape(4, -1, a.shape[-1])
     n = inputs.shape[1]
     padding = max(16, 1 << (n - 1).bit_length()) - n  # products on a GPU are of powers of two
     input = jnp.pad(weights.input, [(0, 0), (0, padding)])

@@ -154,7 +154,7 @@ def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
     prior = Posterior(
         jnp.zeros((n_y, n_x)), jnp.broadcast_to(jnp.eye(n_x) / penalty**0.5, (n_y, n_x, n_x))
     )
-    predict = lambda state, x: state.mean @ x  # noqa: E731
+    predict = lambda state, x: state.mean @ x
     return Learner(lambda key: prior, predict, lambda state, x, y: condition(state, x, y, 1.0))
 
 

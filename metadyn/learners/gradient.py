@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial, reduce
@@ -15,11 +15,40 @@ import optax
 from jaxtyping import Array, Float, Int, Real
 
 from metadyn import prng
-from metadyn.base import Answer, ConfigError, Feedback, Key, Learner, Query, check
+from metadyn.base import Answer, Feedback, Key, Learner, Query, check, check_positive
 from metadyn.domains.bandit import Outcome
 from metadyn.kernels import dense
+from metadyn.optimizers import named_optimizer
 
 Weights = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DescentConfig:
+    """How an ordinary learner descends. The paper's values are not known to us: ours are a choice.
+
+    Studies set defaults, and add what only their network has.
+    """
+
+    optimizer: str = "sgd"
+    """An optimiser of optax, by name; or momentum, sgd with a momentum of 0.9."""
+    learning_rate: float = 0.05
+    """Its learning rate, for the loss ½‖y − ŷ‖²."""
+    batch: int = 20
+    """Pairs per update."""
+    depth: int = 2
+    """Layers of the linear network; hidden layers of the MLP."""
+    width: int = 32
+    """Units of each hidden layer."""
+    updates: int = 0
+    """Optimiser updates. 0, for the linear network: a third more than the least mode needs."""
+    records: int = 100
+    """Log-spaced updates at which the probe runs."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "learning_rate", "batch", "depth", "width", "records")
+        check(self.updates >= 0, "updates", self.updates, "must be 0 or more")
+        named_optimizer(self.optimizer, self.learning_rate)
 
 
 class Network(NamedTuple):
@@ -131,7 +160,7 @@ def gradient(
     if points is not None:
         check(points >= batch, "points", points, f"must be no fewer than the batch of {batch}")
 
-    predict = lambda state, query: network.apply(state[0], query)  # noqa: E731
+    predict = lambda state, query: network.apply(state[0], query)
 
     def update(state, query: Query, feedback: Feedback):
         weights, moments = state
@@ -202,7 +231,7 @@ def expected_policy_gradient(
 
         return _step(optimizer, objective, *state)
 
-    predict = lambda state, query: network.apply(state[0], query)  # noqa: E731
+    predict = lambda state, query: network.apply(state[0], query)
     return Learner(partial(_start, network, optimizer), predict, update, clock="updates")
 
 
@@ -222,8 +251,8 @@ def reinforce(
     check(batch >= 1, "batch", batch, "must be at least 1")
     check(0 <= memory < 1, "memory", memory, "must be from 0 to below 1")
 
-    init = lambda key: (*_start(network, optimizer, key), jnp.zeros(()))  # noqa: E731
-    predict = lambda state, query: network.apply(state[0], query)  # noqa: E731
+    init = lambda key: (*_start(network, optimizer, key), jnp.zeros(()))
+    predict = lambda state, query: network.apply(state[0], query)
 
     def update(state, query: Query, feedback: Outcome):
         weights, moments, mean = state
@@ -240,27 +269,6 @@ def reinforce(
         return weights, moments, mean
 
     return Learner(init, predict, update, batch=batch, clock="updates")
-
-
-def named_optimizer(
-    name: str, learning_rate: optax.ScalarOrSchedule
-) -> optax.GradientTransformation:
-    """Any optimiser of optax that a learning rate suffices to make, by its name there; or
-    "momentum", which is sgd with a momentum of 0.9.
-
-    Raises `ConfigError` for other names.
-    """
-    if name == "momentum":
-        return optax.sgd(learning_rate, momentum=0.9)
-    make = getattr(optax, name, None) if name.isidentifier() else None
-    with contextlib.suppress(TypeError, AttributeError, ValueError):
-        made = make(learning_rate) if callable(make) else None
-        if isinstance(made, optax.GradientTransformation):  # and it needs no more than gradients
-            one = jax.ShapeDtypeStruct((1,), jnp.float32)
-            jax.eval_shape(lambda g, p: made.update(g, made.init(p), p), one, one)
-            return made
-    fix = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
-    raise ConfigError(f"optimizer = {name!r}: {fix}")
 
 
 def saxe_strength(

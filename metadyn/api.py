@@ -1,0 +1,101 @@
+"""The two calls of a notebook: train a meta-learner, measure learners. No study, no folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import xarray as xr
+from rich.console import Console
+
+from metadyn import inner, labelled, mesh
+from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet, check
+from metadyn.measuring import described, readings
+from metadyn.objectives import ObjectiveOf, prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
+from metadyn.progress import Progress
+from metadyn.study import Contender
+
+
+class Trained(NamedTuple):
+    """A meta-learner, and the outer parameters that training came to."""
+
+    meta: MetaLearner
+    params: Params
+    """Leaves have a leading axis over the outer seeds."""
+    losses: Mapping[int, np.ndarray]
+    """Mean loss of each seed, by the outer step up to which it is meant."""
+
+
+def train(
+    meta: MetaLearner,
+    domain: Domain,
+    *,
+    steps: int = 3000,
+    seeds: int = 4,
+    objective: ObjectiveOf = prediction_loss,
+    seed: int = 0,
+    progress: bool = True,
+    **outer: Any,
+) -> Trained:
+    """Trains a meta-learner on a domain's tasks, and returns it with its outer parameters.
+
+    `outer` are further fields of `OuterConfig`, such as `batch` and `learning_rate`. Several
+    `seeds` are trained at once, each from its own initial weights on its own episodes. Raises
+    `ConfigError` for settings that do not fit and for a loss that is no longer finite.
+    """
+    config = OuterConfig(steps=steps, seeds=seeds, **{"warmup": min(200, steps // 10), **outer})
+    training = MetaTraining(meta, objective(domain, meta))
+    loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
+    said, losses = Progress(Console() if progress else None), {}
+    state = loop.init()
+    with said.training(steps, 0) as show:
+        for state, metrics in loop.run(state, [steps]):
+            step, now = int(state.step), metrics["meta"]
+            losses[step] = np.asarray(now.get("loss", next(iter(now.values()))))
+            show(step, {"meta": {name: float(v.mean()) for name, v in now.items()}}, config.batch * seeds)
+    return Trained(meta, state.params["meta"], losses)
+
+
+def measure(
+    domain: Domain,
+    learners: Mapping[str, Trained | Learner | Contender],
+    *,
+    tasks: TaskSet | int = 1024,
+    points: int = 32,
+    updating_tasks: int = 256,
+    updates: int = 3000,
+    seed: int = 0,
+    chunk: int = 4096,
+) -> xr.Dataset:
+    """Measures learners on the same tasks, as one labelled dataset.
+
+    Its dimensions are learner, seed, task, mode, step; `labelled.merge` says what is repeated and
+    padded. `learners` are trained meta-learners and plain learners by name ("bayes" is what the
+    others are compared with), or contenders, for labels and times of one's own. Tasks are the
+    domain's evaluation tasks with `points` queries to a probe, or a set given whole. Learners that
+    count updates take `updates` of them, on `updating_tasks` of the tasks.
+    """
+    if not isinstance(tasks, TaskSet):
+        check(tasks >= 1, "tasks", tasks, "must be at least 1")
+        sizes = {"size": tasks, "updating_size": updating_tasks}
+        tasks = dataclasses.replace(domain.evaluation(points), **sizes)
+    parts = {}
+    for place, (name, learner) in enumerate(learners.items()):
+        params: Params = ()
+        if isinstance(learner, Contender):
+            contender = learner
+        elif isinstance(learner, Learner):
+            times = inner.log_spaced(updates, 60) if learner.clock == "updates" else None
+            kind = "bayes" if name == "bayes" else "ordinary"
+            contender = Contender(name, name, learner, kind, times)  # type: ignore[arg-type]
+        else:
+            contender, params = Contender(name, name, learner.meta), learner.params
+        arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
+        about = described(tasks, contender, place)
+        about["axes"].pop("closed_form", None)
+        parts[name] = labelled.labelled(jax.tree.map(np.asarray, arrays), about)
+    return labelled.merge(parts)

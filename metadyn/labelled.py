@@ -1,0 +1,142 @@
+"""Labelled arrays: how what was measured of a learner is described, and read again.
+
+One learner on one set of tasks is an `xarray.Dataset` with dimensions [seed,] task, [outer_step,]
+step and those of each reading. Its attributes are an `About`; those of each array of mode strengths
+are the `Modes` that it is of. Several learners make one dataset with a dimension "learner".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from metadyn.base import STRENGTH, ConfigError, Modes
+
+Kind = Literal["ordinary", "meta", "bayes", "reference"]
+ORDER = ("learner", "outer_step", "seed", "task", "mode", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """Whose measurement it is."""
+
+    learner: str
+    """Its name."""
+    label: str
+    """What figures call it."""
+    kind: Kind
+    """What it is compared as: an ordinary learner, a meta-learner, Bayes, or a reference."""
+    clock: str
+    """What its time counts: "observations" or "updates"."""
+    loss_floor: float
+    """The loss of a learner that knows the task."""
+    drawn: bool = True
+    """Whether it has a place in figures."""
+    place: int = 0
+    """That place, from the left."""
+    title: str = ""
+    """What figures call the comparison that it is part of."""
+    followed: bool = True
+    """Whether figures follow it over outer training."""
+
+
+def describe(
+    about: About,
+    axes: Mapping[str, Sequence[str]],
+    coords: Mapping[str, tuple[str, Sequence[float]]],
+    modes: Mapping[str, Modes],
+) -> dict[str, Any]:
+    """What is needed beside the arrays to label them, as JSON.
+
+    Axes of each array, coordinates as {name: (axis, values)}, and modes by name of their strengths.
+    """
+    return {
+        "about": dataclasses.asdict(about),
+        "axes": {name: list(names) for name, names in axes.items()},
+        "coords": {name: [axis, [float(v) for v in vs]] for name, (axis, vs) in coords.items()},
+        "modes": {name: dataclasses.asdict(each) for name, each in modes.items()},
+    }
+
+
+def labelled(arrays: Mapping[str, Any], described: Mapping[str, Any]) -> xr.Dataset:
+    """The dataset that arrays and their description make."""
+    modes = described["modes"]
+    data = {
+        name: (described["axes"][name], np.asarray(value), modes.get(name, {}))
+        for name, value in arrays.items()
+    }
+    coords = {name: (axis, values) for name, (axis, values) in described["coords"].items()}
+    return xr.Dataset(data, coords, described["about"])
+
+
+def about(data: xr.Dataset) -> About:
+    """Whose measurement a dataset of one learner is."""
+    fields = [field.name for field in dataclasses.fields(About)]
+    return About(**{name: data.attrs[name] for name in fields if name in data.attrs})
+
+
+def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
+    """The modes that a probe read the strengths of. Raises `ConfigError` if there is no such."""
+    if probe not in data or "values" not in data[probe].attrs:
+        known = [name for name in data if "values" in data[name].attrs]
+        raise ConfigError(f"probe = {probe!r}: the data has {', '.join(map(str, known)) or 'none'}")
+    names = [field.name for field in dataclasses.fields(Modes)]
+    return Modes(**{name: data[probe].attrs[name] for name in names})
+
+
+def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    """Several learners as one dataset: learner, outer_step, seed, task, mode, step, ….
+
+    What does not depend on a dimension is repeated along it (Bayes has no outer step); what is
+    shorter is padded with NaN, and `time` [learner, step] says what step means to each learner.
+    """
+    whole: dict[str, int] = {}
+    for part in parts.values():
+        whole |= {d: part.sizes[d] for d in ("outer_step", "seed") if d in part.dims}
+    coords = {d: p[d] for p in parts.values() for d in whole if d in p.coords}
+    own = [field.name for field in dataclasses.fields(About) if field.name != "learner"]
+
+    def complete(part: xr.Dataset) -> xr.Dataset:
+        part = part.expand_dims({d: n for d, n in whole.items() if d not in part.dims})
+        numbered = {d: np.arange(n) for d, n in part.sizes.items() if d not in part.coords}
+        described = {name: part.attrs[name] for name in own if name in part.attrs}
+        return part.assign_coords(numbered | coords | described).reset_coords("time")
+
+    merged = xr.concat(
+        [complete(part) for part in parts.values()],
+        xr.Variable("learner", list(parts)),
+        data_vars="all",
+        coords="different",
+        compat="equals",
+        join="outer",
+        combine_attrs="drop_conflicts",
+    )
+    along = {n: ("learner", np.broadcast_to(merged[n].values, len(parts))) for n in own if n in merged.coords}
+    merged = merged.assign_coords(along)
+    return merged.set_coords("time").transpose(*(d for d in ORDER if d in merged.dims), ...)
+
+
+def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """The learners of a dataset, one by one, by name: what `merge` made of them is undone."""
+    if not isinstance(data, xr.Dataset):
+        return dict(data)
+    if "learner" not in data.dims:
+        return {str(data.attrs["learner"]): data}
+    own = [field.name for field in dataclasses.fields(About)]
+    parts = {}
+    for name in data["learner"].values:
+        part = data.sel(learner=name)
+        part = part.isel(step=np.flatnonzero(np.isfinite(part["time"].to_numpy())))
+        for dim in ("task", "seed"):
+            if dim in part.dims and "loss" in part:
+                there = part["loss"].notnull().any([d for d in part["loss"].dims if d != dim])
+                part = part.isel({dim: np.flatnonzero(there.to_numpy())})
+        empty = [v for v in part if part[v].isnull().all()]
+        attrs = {each: part[each].item() for each in own if each in part.coords}
+        part = part.drop_vars([each for each in own if each in part.coords]).drop_vars(empty)
+        parts[str(name)] = part.assign_attrs(attrs | {"learner": str(name)})
+    return parts

@@ -1,0 +1,254 @@
+"""Meta-learners made of any flax NNX network: a recurrent cell, or a causal model of sequences.
+
+The network reads the query and the last feedback, (x_t, y_{t−1}), and a linear readout of what it
+gives is the answer (Hochreiter et al. 2001; Santoro et al. 2016). Its weights are outer parameters;
+all that it learns within an episode stands in its state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from metadyn.base import (
+    Answer,
+    Domain,
+    Feedback,
+    Key,
+    Learner,
+    Params,
+    Query,
+    check,
+    check_positive,
+)
+from metadyn.kernels.lstm import apply
+
+Carry = Any  # the state of a recurrent cell, the cache of a sequence model
+
+
+class EpisodeCell(nnx.RNNCellBase):
+    """A recurrent cell that knows a faster way through whole episodes, or has more to say."""
+
+    def episodes(self, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
+        """What stepping the cell through each of B episodes gives, all at once."""
+        raise NotImplementedError
+
+    def diagnose(self, carry: Carry, x: Float[Array, " n"]) -> Mapping[str, Array]:
+        """Scalars, by name, about the step that reads x."""
+        return {}
+
+
+class CausalModel(Protocol):
+    """A model of sequences for one episode, whose output at t depends on inputs up to t alone."""
+
+    def __call__(self, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
+        """The outputs of a whole episode."""
+
+    def start(self, steps: int) -> Carry:
+        """An empty cache with room for `steps` inputs."""
+
+    def step(self, cache: Carry, x: Float[Array, " n"]) -> tuple[Carry, Float[Array, " F"]]:
+        """The next output, and the cache with x in it."""
+
+
+class NetworkState(NamedTuple):
+    """What a network knows within an episode."""
+
+    carry: Carry
+    feedback: Float[Array, " m"]
+    """y_{t−1}, encoded; zero before the first."""
+    diagnoses: Mapping[str, Array]
+    """What the last update said of itself; zeros before the first."""
+
+
+class _Readout(nnx.Module):
+    """A network and a linear readout of it, which is zero at first: the prior mean is answered."""
+
+    def __init__(self, body: nnx.Module, features: int, n_out: int):
+        self.body = body
+        self.readout = nnx.Param(jnp.zeros((n_out, features)))
+        self.offset = nnx.Param(jnp.zeros(n_out))
+
+    def outputs(self, hidden: Float[Array, " F *B"]) -> Float[Array, " n_out *B"]:
+        """The readout of what the network gives."""
+        offset = self.offset[...].reshape(-1, *[1] * (hidden.ndim - 1))
+        return apply(self.readout[...], hidden) + offset
+
+
+class _NetworkMetaLearner:
+    """The `base.MetaLearner` of networks for one domain; subclasses know how to run a network."""
+
+    def __init__(
+        self, domain: Domain, make: Callable[[int, nnx.Rngs], nnx.Module], heads: int = 0
+    ):
+        check(heads >= 0, "heads", heads, "must be 0 or more")
+        self.domain, self.heads = domain, heads
+        task = jax.eval_shape(domain.sample_task, jax.random.key(0))
+        query = jax.eval_shape(domain.query, task, jax.random.key(0))
+        answer = jax.ShapeDtypeStruct((domain.answer_size,), jnp.float32)
+        feedback = jax.eval_shape(domain.feedback, task, query, answer, jax.random.key(0))
+        (n,) = jax.eval_shape(domain.encode_query, query).shape
+        (self._m,) = jax.eval_shape(domain.encode_feedback, feedback).shape
+        self._n_in = n + self._m
+
+        def first_output(body: nnx.Module) -> Array:
+            return self._step(body, self._start(body), jnp.zeros(self._n_in))[1]
+
+        def build(rngs: nnx.Rngs) -> _Readout:
+            body = make(self._n_in, rngs)
+            features = jax.eval_shape(lambda: first_output(body)).shape[0]
+            return _Readout(body, features, domain.answer_size + heads)
+
+        self._build = build
+        self._graph, _, rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
+        self._rest = nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if jax.tree.leaves(rest) else rest
+
+    # What subclasses say of a network.
+
+    def _start(self, body: Any) -> Carry:
+        raise NotImplementedError
+
+    def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
+        raise NotImplementedError
+
+    def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
+        raise NotImplementedError
+
+    def _diagnose(self, body: Any, carry: Carry, x: Array) -> Mapping[str, Array]:
+        return {}
+
+    # The contract of `base.MetaLearner`.
+
+    def init(self, key: Key) -> Params:
+        """Outer parameters as plain dictionaries of arrays."""
+        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
+
+    def network(self, params: Params) -> _Readout:
+        """The network that these parameters are of."""
+        return nnx.merge(self._graph, nnx.State(params), self._rest)
+
+    def learner(self, params: Params) -> Learner:
+        """The step-by-step form."""
+        network, domain = self.network(params), self.domain
+        body = network.body
+
+        def read(state: NetworkState, query: Query) -> Array:
+            return jnp.concatenate([domain.encode_query(query), state.feedback])
+
+        def init(key: Key) -> NetworkState:
+            del key
+            carry, x = self._start(body), jnp.zeros(self._n_in)
+            said = jax.eval_shape(lambda: dict(self._diagnose(body, carry, x)))
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), said)
+            return NetworkState(carry, jnp.zeros(self._m), nothing)
+
+        def predict(state: NetworkState, query: Query) -> Answer:
+            hidden = self._step(body, state.carry, read(state, query))[1]
+            return network.outputs(hidden)[: domain.answer_size]
+
+        def update(state: NetworkState, query: Query, feedback: Feedback) -> NetworkState:
+            x = read(state, query)
+            carry, _ = self._step(body, state.carry, x)
+            said = dict(self._diagnose(body, state.carry, x))
+            return NetworkState(carry, domain.encode_feedback(feedback), said)
+
+        diagnose = (lambda state: state.diagnoses) if self._says(body) else None
+        return Learner(init, predict, update, diagnose=diagnose)
+
+    def _says(self, body: Any) -> bool:
+        carry, x = self._start(body), jnp.zeros(self._n_in)
+        return bool(jax.eval_shape(lambda: dict(self._diagnose(body, carry, x))))
+
+    def unroll(
+        self, params: Params, queries: Query, feedback: Feedback
+    ) -> Float[Array, "T outputs B"]:
+        """The whole-episode form: answers [T, answer_size, B], and below them the heads."""
+        network = self.network(params)
+        over_batch_and_time = lambda f: jax.vmap(jax.vmap(f, -1, -1))
+        x = over_batch_and_time(self.domain.encode_query)(queries)
+        y = over_batch_and_time(self.domain.encode_feedback)(feedback)
+        y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
+        inputs = jnp.concatenate([x, y_before], axis=1)
+        return jax.vmap(network.outputs)(self._whole(network.body, inputs))
+
+
+class Recurrent(_NetworkMetaLearner):
+    """Meta-learners with any flax NNX recurrent cell.
+
+    `make_cell(n_in, rngs)` returns an `nnx.RNNCellBase` for inputs of `n_in` numbers, such as
+    `lambda n, rngs: nnx.GRUCell(n, 64, rngs=rngs)`. Whole episodes are a scan of the cell, or what
+    an `EpisodeCell` has in its place. `heads` outputs more than an answer needs are there for
+    objectives: one for the critic of `objectives.actor_critic`.
+    """
+
+    def __init__(
+        self, domain: Domain, make_cell: Callable[[int, nnx.Rngs], Any], heads: int = 0
+    ):
+        super().__init__(domain, make_cell, heads)
+
+    def _start(self, body: Any) -> Carry:
+        return body.initialize_carry((self._n_in,), nnx.Rngs(0))
+
+    def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
+        return body(carry, x)
+
+    def _diagnose(self, body: Any, carry: Carry, x: Array) -> Mapping[str, Array]:
+        return body.diagnose(carry, x) if isinstance(body, EpisodeCell) else {}
+
+    def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
+        if isinstance(body, EpisodeCell):
+            return body.episodes(inputs)
+        return scanned(body, inputs)
+
+
+def scanned(cell: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
+    """Steps any flax cell through B episodes."""
+    carry = cell.initialize_carry(inputs.shape[1:2], nnx.Rngs(0))
+    carries = jax.tree.map(lambda a: jnp.broadcast_to(a, (inputs.shape[2], *a.shape)), carry)
+    step = jax.vmap(lambda carry, x: cell(carry, x))
+    return jax.lax.scan(step, carries, inputs.swapaxes(1, 2))[1].swapaxes(1, 2)
+
+
+class Sequence(_NetworkMetaLearner):
+    """Meta-learners with any causal model of sequences, such as a transformer.
+
+    `make_model(n_in, rngs)` returns an `nnx.Module` that is a `CausalModel` of inputs of `n_in`
+    numbers. Training runs whole episodes through it; probing steps it from a cache, which has room
+    for T + 1 inputs: those of the episode, and the query of a probe after it.
+    """
+
+    def __init__(
+        self, domain: Domain, make_model: Callable[[int, nnx.Rngs], Any], heads: int = 0
+    ):
+        super().__init__(domain, make_model, heads)
+
+    def _start(self, body: Any) -> Carry:
+        return body.start(self.domain.steps + 1)
+
+    def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
+        return body.step(carry, x)
+
+    def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
+        return jax.vmap(lambda one: body(one), -1, -1)(inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRUConfig:
+    """A gated recurrent unit (Cho et al. 2014), as flax has it."""
+
+    label = "GRU"
+    hidden: int = 64
+    """H, hidden units."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden")
+
+    def make(self, domain: Domain, heads: int = 0) -> Recurrent:
+        """The meta-learner for a domain."""
+        return Recurrent(domain, lambda n, rngs: nnx.GRUCell(n, self.hidden, rngs=rngs), heads)

@@ -1,0 +1,143 @@
+"""Objectives: what a meta-learner is trained on, and what is reported of it as it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from metadyn import inner
+from metadyn.base import Domain, Keys, MetaLearner, Params, check
+
+Metrics = Mapping[str, Array]
+"""Scalars by name. "loss", the domain's mean loss, is what excess over Bayes is reported of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised, as a function of outer parameters and of a key for each episode."""
+
+    loss: Callable[[Params, Keys], tuple[Float[Array, ""], Metrics]]
+    """`loss(params, keys)` is the mean over the episodes of what is minimised, and the metrics."""
+    group: int = 1
+    """Episodes that must be together on one device, in a row."""
+
+
+ObjectiveOf = Callable[[Domain, MetaLearner], Objective]
+
+
+def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
+    """The domain's loss of the answers given before each feedback, mean over steps and episodes.
+
+    For domains whose feedback does not depend on the answers.
+    """
+
+    def loss(params: Params, keys: Keys) -> tuple[Array, Metrics]:
+        queries, feedback = inner.observe(domain, keys)
+        answers = meta.unroll(params, queries, feedback)[:, : domain.answer_size]
+        mean = jnp.mean(jax.vmap(jax.vmap(domain.loss, -1))(answers, feedback))
+        return mean, {"loss": mean}
+
+    return Objective(loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActorCriticConfig:
+    """How a policy that learns within the episode is trained.
+
+    All of it is our choice; `benchmarks/actor_critic.py` compares.
+    """
+
+    discount: float = 0.7
+    """γ, of rewards one step later."""
+    entropy: float = 0.2
+    """Weight of the policy's entropy: it keeps the policy from settling before the network has
+    learned to remember."""
+    immediate: Literal["expected", "sampled"] = "expected"
+    """The reward of a choice: in expectation over actions, which the simulator knows and which
+    has a gradient of its own; or as it was drawn."""
+    baseline: Literal["leave_one_out", "value", "none"] = "leave_one_out"
+    """What returns are compared with: the mean return of the group's other episodes at that step,
+    corrected by the critic; the critic alone; or nothing."""
+    group: int = 16
+    """Episodes in a group."""
+    value_weight: float = 0.5
+    """Weight of the critic's squared error."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.discount <= 1, "discount", self.discount, "must be from 0 to 1")
+        for field in ("entropy", "value_weight"):
+            value = getattr(self, field)
+            check(0 <= value < float("inf"), field, value, "must be 0 or more, and finite")
+        check(self.group >= 2, "group", self.group, "must be at least 2")
+
+
+def actor_critic(
+    domain: Domain, meta: MetaLearner, config: ActorCriticConfig = ActorCriticConfig()
+) -> Objective:
+    """Advantage actor-critic through the whole episode, with entropy regularisation.
+
+    For any meta-learner with a head, the critic, and any domain whose answers are logits, whose
+    feedback has an `action` and a `reward`, and whose loss is the policy's expected regret.
+
+    Episodes are acted out first, by the learner that the parameters are; then the outputs of the
+    same episodes are differentiated. With J_t the expected reward of the policy at step t and
+    F_t = Σ_{s>t} γ^{s−t} J_s, the gradient ascended is that of
+
+        mean_t [J_t + log π_t(a_t) · (F_t − b_t) + entropy · H(π_t)],
+
+    F and b held fixed: what a choice pays at once needs no sampling, and what it teaches is
+    credited by the score function. With "sampled", rewards r_t stand for J_t and the score function
+    credits r_t + F_t. The critic learns F_t minus the group's mean. Raises `ConfigError` if there
+    is no head for it.
+    """
+    n = domain.answer_size
+    check(meta.heads >= 1, "heads", meta.heads, "actor_critic needs 1, for the critic")
+
+    def loss(params: Params, keys: Keys) -> tuple[Array, Metrics]:
+        fixed = jax.lax.stop_gradient
+        learner = meta.learner(fixed(params))
+        queries, seen = fixed(jax.vmap(partial(inner.act, domain, learner), out_axes=-1)(keys))
+        outputs = meta.unroll(params, queries, seen)
+        logits, values = outputs[:, :n], outputs[:, n]
+        regret = jax.vmap(jax.vmap(domain.loss, -1))(logits, seen)  # [T, B], as all below
+        log_policy = jax.nn.log_softmax(logits, axis=1)
+        chosen = jnp.take_along_axis(log_policy, seen.action[:, None], axis=1)[:, 0]
+        entropy = -jnp.sum(jnp.exp(log_policy) * log_policy, axis=1)
+        expected = config.immediate == "expected"
+        rewards = -fixed(regret) if expected else seen.reward
+        returns = discounted(rewards, config.discount)
+        credit = returns - rewards if expected else returns
+        others = jnp.zeros_like(credit)
+        if config.baseline == "leave_one_out":
+            others = mean_of_others(credit, config.group)
+        advantage = credit - others
+        critic = jnp.mean((values - advantage) ** 2)
+        if config.baseline != "none":
+            advantage = advantage - fixed(values)
+        gain = chosen * advantage + config.entropy * entropy - (regret if expected else 0.0)
+        metrics = {"loss": jnp.mean(regret), "critic": critic, "entropy": jnp.mean(entropy)}
+        return config.value_weight * critic - jnp.mean(gain), metrics
+
+    return Objective(loss, config.group if config.baseline == "leave_one_out" else 1)
+
+
+def discounted(rewards: Float[Array, "T B"], discount: float) -> Float[Array, "T B"]:
+    """Returns Σ_{s≥t} γ^{s−t} r_s."""
+
+    def add(after: Array, r: Array) -> tuple[Array, Array]:
+        return (r + discount * after,) * 2
+
+    return jax.lax.scan(add, jnp.zeros_like(rewards[0]), rewards, reverse=True)[1]
+
+
+def mean_of_others(values: Float[Array, "T B"], group: int) -> Float[Array, "T B"]:
+    """For each episode the mean over the others of its group; groups are episodes in a row."""
+    grouped = values.reshape(len(values), -1, group)
+    rest = grouped.sum(-1, keepdims=True) - grouped
+    return (rest / (group - 1)).reshape(values.shape)

@@ -1,0 +1,46 @@
+"""Optimisers of optax by name, and learning rates that change over training."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metadyn.base import ConfigError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def named_optimizer(
+    name: str, learning_rate: optax.ScalarOrSchedule, field: str = "optimizer"
+) -> optax.GradientTransformation:
+    """Any optimiser of optax that a learning rate suffices to make, by its name there.
+
+    "momentum" is sgd with a momentum of 0.9. Raises `ConfigError`, which names `field`, for other
+    names.
+    """
+    if name == "momentum":
+        return optax.sgd(learning_rate, momentum=0.9)
+    make = getattr(optax, name, None) if name.isidentifier() else None
+    with contextlib.suppress(TypeError, AttributeError, ValueError):
+        made = make(learning_rate) if callable(make) else None
+        if isinstance(made, optax.GradientTransformation):  # and it needs no more than gradients
+            one = jax.ShapeDtypeStruct((1,), jnp.float32)
+            jax.eval_shape(lambda g, p: made.update(g, made.init(p), p), one, one)
+            return made
+    fix = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
+    raise ConfigError(f"{field} = {name!r}: {fix}", field, name, fix)
+
+
+def scheduled(learning_rate: float, schedule: Schedule, warmup: int, steps: int) -> optax.Schedule:
+    """A rise from zero over `warmup` steps, then the schedule's way to zero at `steps`."""
+    decay = {
+        "cosine": optax.cosine_decay_schedule(learning_rate, steps - warmup),
+        "linear": optax.linear_schedule(learning_rate, 0.0, steps - warmup),
+        "constant": optax.constant_schedule(learning_rate),
+    }[schedule]
+    rise = optax.linear_schedule(0.0, learning_rate, max(warmup, 1))
+    return optax.join_schedules([rise, decay], [warmup])
