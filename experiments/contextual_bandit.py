@@ -1,6 +1,6 @@
 """Contextual bandits: policy gradient stalls on plateaus, a meta-trained LSTM and Bayes do not.
 
-    metadyn run experiments/contextual_bandit.py [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run contextual_bandit [--preset quick|paper] [--meta lstm|gru] [--out DIR] [overrides]
 
 After Schaul et al. (2019), arXiv:1904.11455, and Rabinowitz (2019), arXiv:1905.01320, §4. A bias
 shared by all contexts couples them; without it they are decoupled.
@@ -8,36 +8,21 @@ shared by all contexts couples them; without it they are decoupled.
 
 import dataclasses
 import functools
+from functools import partial
 
+import matplotlib.ticker
 import numpy as np
 
-from metadyn import dynamics
+import metadyn as md
+from metadyn import dynamics, figures, labelled
 from metadyn.base import check, check_positive
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.inner import log_spaced
+from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_bandit
-from metadyn.learners.gradient import (
-    expected_policy_gradient,
-    named_optimizer,
-    reinforce,
-    softmax_policy,
-)
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import ActorCriticConfig, OuterConfig, actor_critic
-from metadyn.store import HELDOUT, TRACKED, RunFolder
-from metadyn.study import (
-    Claim,
-    Contender,
-    MeasureConfig,
-    Plan,
-    Study,
-    TaskSet,
-    Training,
-    criterion,
-    plain,
-)
-
-LEARNED = 0.8  # p of the learning time t_k(p)
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.optimizers import named_optimizer
+from metadyn.study import HELDOUT, beyond_bayes, staggering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,164 +64,98 @@ class PolicyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed."""
 
     domain: ContextualBandit = ContextualBandit()
-    lstm: LSTMConfig = LSTMConfig()
-    actor_critic: ActorCriticConfig = ActorCriticConfig()
-    outer: OuterConfig = OuterConfig()
+    actor_critic: md.ActorCriticConfig = md.ActorCriticConfig()
     policy: PolicyConfig = PolicyConfig()
-    measure: MeasureConfig = MeasureConfig()
     reward_at_least: float = 0.7
     """Least mean reward of the LSTM, from 0 for chance to 1 for Bayes, to pass the criterion."""
 
 
-def policies(config: PolicyConfig, contexts: int, actions: int, scale: float) -> list[Contender]:
+def policies(config: PolicyConfig, domain: ContextualBandit, scale: float) -> list[md.Contender]:
     """Coupled and decoupled policies under REINFORCE and the exact expected gradient."""
-    sampled, expected = (
-        named_optimizer(config.optimizer, rate)
-        for rate in (config.learning_rate, config.expected_learning_rate)
-    )
+    sampled = named_optimizer(config.optimizer, config.learning_rate)
+    expected = named_optimizer(config.optimizer, config.expected_learning_rate)
     made = []
-    for panel, (coupling, coupled) in enumerate((("coupled", True), ("decoupled", False))):
-        network = softmax_policy(contexts, actions, coupled, scale)
+    for coupling, coupled in (("coupled", True), ("decoupled", False)):
+        policy = gd.softmax_policy(domain.contexts, domain.actions, coupled, scale)
         for name, label, learner, updates in (
-            (
-                "reinforce",
-                "REINFORCE",
-                reinforce(network, sampled, config.batch),
-                config.updates,
-            ),
-            (
-                "reinforce_no_baseline",
-                "REINFORCE without baseline",
-                reinforce(network, sampled, config.batch, baseline=False),
-                config.updates,
-            ),
-            (
-                "expected",
-                "expected gradient",
-                expected_policy_gradient(network, expected, contexts),
-                config.expected_updates,
-            ),
-        ):
-            made.append(
-                plain(
-                    f"{name}_{coupling}",
-                    f"{label}, {coupling}",
-                    learner,
-                    log_spaced(updates, config.records),
-                    panel if name == "reinforce" else None,
-                )
-            )
+            ("reinforce", "REINFORCE", gd.reinforce(policy, sampled, config.batch), config.updates),
+            ("reinforce_no_baseline", "REINFORCE without baseline",
+             gd.reinforce(policy, sampled, config.batch, baseline=False), config.updates),
+            ("expected", "expected gradient",
+             gd.expected_policy_gradient(policy, expected, domain.contexts),
+             config.expected_updates),
+        ):  # fmt: skip
+            times, names = log_spaced(updates, config.records), (f"{name}_{coupling}",)
+            made.append(md.Contender(*names, f"{label}, {coupling}", learner, times=times))
     return made
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config) -> md.Plan:
     """What is trained and measured."""
     domain, sizes, policy = config.domain, config.measure, config.policy
-    meta = LSTMMetaLearner(domain, config.lstm, critic=True)
-
-    def tasks(name, size, domain=domain, **attrs):
-        ranks = tuple(range(1, domain.contexts + 1))
-        attrs |= {
-            "mode_coordinate": "rank",
-            "mode_label": "context, in order\nof learning",
-            "strength_label": r"$J_c$, probability of the" "\ncorrect action",
-            "ordered": True,
-            "p": LEARNED,
-        }
-        sample = lambda key, _: domain.sample_task(key)
-        coords = {"rank": ("mode", ranks)}
-        return TaskSet(name, domain, sample, size, None, domain.probe(), coords, attrs)
-
-    observed = tuple(range(domain.steps + 1))
-    lstm = Contender("lstm", "meta-trained LSTM", meta.learner, observed, trained=True, panel=2)
     greedy, thompson = (bayes_bandit(domain, rule) for rule in ("greedy", "thompson"))
-    posteriors = [plain("bayes", "Bayes-optimal", greedy, observed, panel=3)]
+    posteriors = [md.Contender("bayes", "Bayes-optimal", greedy, "bayes")]
     if not domain.deterministic:  # what is optimal is not known in closed form
+        said = "exact posterior,\n"
         posteriors = [
-            plain("bayes", "exact posterior,\nThompson sampling", thompson, observed, panel=3),
-            plain(
-                "bayes_greedy", "exact posterior,\nmost probable action", greedy, observed, panel=4
-            ),
+            md.Contender("bayes", f"{said}Thompson sampling", thompson, "bayes"),
+            md.Contender("bayes_greedy", f"{said}most probable action", greedy, "reference"),
         ]
-    bayes = posteriors[0]
-    main = tasks("in_distribution", sizes.tasks)
-    few = dataclasses.replace(main, size=sizes.updating_tasks)
-
-    def grown(contexts, scale, **attrs):
-        """Policies on as many actions as there can be contexts, all of them distinct."""
-        n = policy.most_contexts
-        few = ContextualBandit(contexts, n, steps=contexts, permutation=True)
-        name = f"{contexts}_contexts" + (f"_scale_{scale:g}" if scale != policy.scale else "")
-        among = tasks(name, sizes.updating_tasks, few, **attrs)
-        return [(among, each) for each in policies(policy, contexts, n, scale)]
-
-    return Plan(
-        outer=config.outer,
-        trainings=[
-            Training(
-                learner=lstm,
-                trainee=actor_critic(domain, meta, config.actor_critic),
-                bayes=bayes,
-                tracked=tasks(TRACKED, sizes.tracked_tasks),
-                heldout=dataclasses.replace(tasks(HELDOUT, sizes.heldout_tasks), probe=None),
-            )
-        ],
-        measurements=[
-            *(
-                (few, each)
-                for each in policies(policy, domain.contexts, domain.actions, policy.scale)
-                if each.panel is not None
-            ),
-            (main, lstm),
-            *((main, each) for each in posteriors),
-            *(
-                pair
-                for contexts in range(1, policy.most_contexts + 1)
-                for pair in grown(
-                    contexts, policy.scale, grown=contexts, grown_label="contexts $K$"
-                )
-            ),
-            *(pair for scale in policy.scales for pair in grown(policy.scale_contexts, scale)),
-        ],
-        chunk=sizes.chunk,
+    ordinary = [p for p in policies(policy, domain, policy.scale) if "reinforce_c" in p.name
+                or "reinforce_d" in p.name]  # fmt: skip
+    main = md.Comparison(
+        domain,
+        [*ordinary, config.meta_learner(domain, heads=1), *posteriors],
+        [sizes.sized(domain.evaluation())],
+        measure=sizes,
+        objective=partial(md.actor_critic, config=config.actor_critic),
+        heads=1,
     )
+    wanted = [(k, policy.scale) for k in range(1, policy.most_contexts + 1)]
+    comparisons = [main]
+    for k, scale in [*wanted, *((policy.scale_contexts, scale) for scale in policy.scales)]:
+        # As many actions as there can be contexts, all of them distinct.
+        few = ContextualBandit(k, policy.most_contexts, steps=k, permutation=True)
+        tasks = sizes.sized(few.evaluation(), "updating_tasks", named(policy, k, scale))
+        made = policies(policy, few, scale)
+        comparisons.append(md.Comparison(few, made, [tasks], measure=sizes))
+    return md.Plan(config.outer, comparisons)
 
 
-def criteria(config: Config, run: RunFolder):
-    """What the science says of the stored measurements."""
-    policy = config.policy
+def named(policy: PolicyConfig, contexts: int, scale: float) -> str:
+    """What the tasks of so many contexts are called, on which weights of a scale start."""
+    return f"{contexts}_contexts" + (f"_scale_{scale:g}" if scale != policy.scale else "")
 
-    def read(name):
-        return run.measurement("in_distribution", name)
 
-    numbers = np.arange(1, policy.most_contexts + 1)
-    samplings = ("reinforce", "reinforce_no_baseline", "expected")
+def criteria(config: Config, results):
+    """What the science says of what was measured."""
+    policy, numbers = config.policy, np.arange(1, config.policy.most_contexts + 1)
+    learners = list(results.learners("1_contexts"))
 
     @functools.cache
     def last_times(name):
         """Time to learn all contexts [run] for each number of contexts."""
-        return [dynamics.last_times(run.measurement(f"{k}_contexts", name)) for k in numbers]
+        return [dynamics.last_times(results[f"{k}_contexts", name]) for k in numbers]
 
     def fitted(runs):
         return dynamics.growth(numbers, np.array([np.median(each) for each in runs]))
 
-    def growth(name, field):
+    def growth(name, field, **bounds):
         """A figure of the growth of the median time to learn all contexts."""
-        return dynamics.estimate_over_runs(
-            lambda *runs: getattr(fitted(runs), field), *last_times(name)
-        )
+        found = dynamics.estimate_over_runs(lambda *r: getattr(fitted(r), field), *last_times(name))
+        says = {
+            "factor": "factor by which each context more multiplies the time to learn all",
+            "linear_over_exponential": "error of the best linear fit of that time over that of the "
+            "best exponential: above 1 it grows exponentially, below 1 linearly",
+        }
+        return md.criterion(f"{name}_growth_{field}", found, says[field], **bounds)
 
-    yield criterion(
-        "coupled_growth",
-        growth("reinforce_coupled", "factor"),
-        "coupled, each context more multiplies the time to learn all by 1.5 or more",
-        at_least=1.5,
-    )
-    yield criterion(
+    yield growth("reinforce_coupled", "factor", at_least=1.5)
+    yield md.criterion(
         "coupled_over_decoupled_growth",
         dynamics.estimate_over_runs(
             lambda *runs: fitted(runs[: len(numbers)]).factor / fitted(runs[len(numbers) :]).factor,
@@ -246,130 +165,116 @@ def criteria(config: Config, run: RunFolder):
         "that factor is 1.5 times, or more, what an exponential fit makes of the decoupled growth",
         at_least=1.5,
     )
-    said = "error of the best linear fit over that of the best exponential"
-    yield criterion(
-        "coupled_is_exponential",
-        growth("reinforce_coupled", "linear_over_exponential"),
-        f"coupled, it grows exponentially rather than linearly: {said} surely above 1",
-        at_least=1.0,
-        surely=True,
-    )
-    yield criterion(
-        "decoupled_is_linear",
-        growth("reinforce_decoupled", "linear_over_exponential"),
-        f"decoupled, it grows linearly rather than exponentially: {said} surely below 1",
-        at_most=1.0,
-        surely=True,
-    )
-    for sampling in samplings:
-        for coupling in ("coupled", "decoupled"):
-            name = f"{sampling}_{coupling}"
-            if name != "reinforce_coupled":
-                yield criterion(
-                    f"{name}_growth", growth(name, "factor"), "factor for each context more"
-                )
-            if sampling != "reinforce":
-                yield criterion(
-                    f"{name}_linear_over_exponential",
-                    growth(name, "linear_over_exponential"),
-                    f"{said}: above 1 is exponential",
-                )
-            yield criterion(
-                f"{name}_censored_runs",
-                dynamics.estimate_over_runs(np.mean, np.isinf(last_times(name)[-1])),
-                f"share of runs that had not learned all {numbers[-1]} contexts by the last update",
-            )
+    judged = {"reinforce_coupled": {"at_least": 1.0}, "reinforce_decoupled": {"at_most": 1.0}}
+    for name in learners:
+        bound = {**judged[name], "surely": True} if name in judged else {}
+        yield growth(name, "linear_over_exponential", **bound)
+        if name != "reinforce_coupled":
+            yield growth(name, "factor")
+        share = dynamics.estimate_over_runs(np.mean, np.isinf(last_times(name)[-1]))
+        said = f"share of runs that had not learned all {numbers[-1]} contexts by the last update"
+        yield md.criterion(f"{name}_censored_runs", share, said)
+    coupled = [name for name in learners if name.endswith("_coupled")]
     for scale in sorted((policy.scale, *policy.scales)):
-        name = f"{policy.scale_contexts}_contexts"
-        name += f"_scale_{scale:g}" if scale != policy.scale else ""
-        for sampling in samplings:
-            yield criterion(
-                f"{sampling}_coupled_over_decoupled_scale_{scale:g}",
+        among = named(policy, policy.scale_contexts, scale)
+        for name in coupled:
+            both = name, name.replace("_coupled", "_decoupled")
+            yield md.criterion(
+                f"{name}_over_decoupled_scale_{scale:g}",
                 dynamics.estimate_over_runs(
                     lambda a, b: np.median(a) / np.median(b),
-                    *(
-                        dynamics.last_times(run.measurement(name, f"{sampling}_{coupling}"))
-                        for coupling in ("coupled", "decoupled")
-                    ),
+                    *(dynamics.last_times(results[among, each]) for each in both),
                 ),
                 f"time to learn all, coupled over decoupled, from initial weights of {scale:g}; "
                 "none if the median run had not by the last update",
             )
-    yield criterion(
-        "lstm_minus_bayes_staggering",
-        dynamics.difference(dynamics.staggering_of, read("lstm"), read("bayes")),
-        "the LSTM has no plateau: its staggering (t_K - t_1) / t_K is within 0.15 of Bayes'",
-        at_most=0.15,
-        at_least=-0.15,
-    )
-    for name in ("reinforce_coupled", "reinforce_decoupled", "lstm", "bayes"):
-        yield criterion(
-            f"{name}_staggering",
-            dynamics.measured(dynamics.staggering_of, read(name)),
-            "(t_K - t_1) / t_K over the contexts in order of learning",
-        )
+    yield from beyond_bayes(results, within=0.15)
+    for name in results.learners("in_distribution", "ordinary", "bayes"):
+        yield from staggering(results, name, "(t_K - t_1) / t_K, contexts in order of learning")
     d = config.domain
     chance = (d.p_high - d.p_low) * (1 - 1 / d.actions)  # regret of the uniform policy
-    bound = config.reward_at_least
-    losses = [
-        dynamics.episode_loss(data)
-        for data in (
-            run.trajectories(HELDOUT).isel(outer_step=-1),
-            run.measurement(HELDOUT, "bayes"),
+    best = dynamics.episode_loss(results[HELDOUT, "bayes"])
+    for name, data in results.learners(HELDOUT, "meta").items():
+        loss, called = dynamics.episode_loss(data.isel(outer_step=-1)), labelled.about(data).label
+        bound = config.reward_at_least
+        yield md.criterion(
+            f"{name}_relative_reward",
+            dynamics.estimate(lambda a, b: (chance - a) / (chance - b), loss, best),
+            f"mean reward of the {called}, between chance 0 and Bayes 1: at least {bound:g}",
+            at_least=bound,
         )
-    ]
-    yield criterion(
-        "relative_reward",
-        dynamics.estimate(lambda a, b: (chance - a) / (chance - b), *losses),
-        f"mean reward of the LSTM, between chance 0 and Bayes 1: at least {bound:g}",
-        at_least=bound,
-    )
-    for name, loss in zip(("lstm", "bayes"), losses, strict=True):
-        yield criterion(
-            f"{name}_reward",
-            dynamics.estimate(lambda regret: d.p_high - regret, loss),
-            "mean reward a step on held-out tasks",
-        )
+    for name, data in results.learners(HELDOUT, "meta", "bayes").items():
+        loss = dynamics.episode_loss(data if name == "bayes" else data.isel(outer_step=-1))
+        reward = dynamics.estimate(lambda regret: d.p_high - regret, loss)
+        yield md.criterion(f"{name}_reward", reward, "mean reward a step on held-out tasks")
+
+
+def growth(results):
+    """Draws the median time until the last context is learned, against their number."""
+    sets = sorted(n for n in results.sets() if n.endswith("_contexts"))
+    numbers = np.array([int(name.split("_")[0]) for name in sets])
+    figure, (axis,) = figures.grid(1, width=6.6, height=4.6)
+    styles = zip(figures.COLOURS, figures.MARKERS, strict=False)
+    for (name, first), (colour, marker) in zip(
+        results.learners(sets[0]).items(), styles, strict=False
+    ):
+        runs = [dynamics.last_times(results[each, name]) for each in sets]
+        found = [dynamics.estimate_over_runs(np.median, each, draws=300) for each in runs]
+        found = dynamics.Estimate(*(np.array(part) for part in zip(*found, strict=True)))
+        done, bars = np.isfinite(found.value), figures.bars(found)
+        factor = dynamics.growth(numbers[done], found.value[done]).factor
+        label = f"{labelled.about(first).label}: × {factor:.2f} for each context"
+        never = np.isinf(runs[-1]).mean()
+        label += f"; {never:.0%} of runs not done at {numbers[-1]}" if never else ""
+        style = {"marker": marker, "color": colour, "capsize": 3, "label": label}
+        axis.errorbar(numbers[done], found.value[done], bars[:, done], **style)
+        end = np.full((~done).sum(), first["time"].to_numpy()[-1])
+        axis.plot(numbers[~done], end, "^", mfc="none", color=colour, ms=10)
+    axis.set(yscale="log", xlabel="contexts $K$")
+    axis.set_ylabel("updates until the last is learned\n(median run; triangle: not done)")
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", fontsize=10)
+    return figure
 
 
 QUICK = Config(
-    outer=OuterConfig(steps=4000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100),
-    measure=MeasureConfig(tasks=4096, updating_tasks=256, tracked_tasks=128, heldout_tasks=512),
+    outer=md.OuterConfig(steps=4000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100),
+    measure=md.MeasureConfig(tasks=4096, updating_tasks=256, tracked_tasks=128, heldout_tasks=512),
 )
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),
-    outer=OuterConfig(steps=50_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40),
+    outer=md.OuterConfig(steps=50_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40),
     policy=PolicyConfig(updates=200_000, expected_updates=20_000),
-    measure=MeasureConfig(tasks=65_536, updating_tasks=2048, heldout_tasks=8192),
+    measure=md.MeasureConfig(tasks=65_536, updating_tasks=2048, heldout_tasks=8192),
     reward_at_least=0.95,
 )
-
-study = Study(
+study = md.Study(
     "contextual_bandit",
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
+    {"growth": growth},
     section="§4",
-    claims=(
-        Claim(
+    claims=[
+        md.Claim(
+            "reinforce_coupled_growth_linear_over_exponential",
             "Coupled, the time to learn all contexts grows exponentially with their number",
-            "coupled_is_exponential",
             "growth",
         ),
-        Claim(
+        md.Claim(
+            "reinforce_decoupled_growth_linear_over_exponential",
             "Decoupled, it grows linearly",
-            "decoupled_is_linear",
             "growth",
         ),
-        Claim(
-            "A meta-trained LSTM has no plateaus beyond those of Bayes",
+        md.Claim(
             "lstm_minus_bayes_staggering",
+            "A meta-trained LSTM has no plateaus beyond those of Bayes",
             "mode_strength",
         ),
-        Claim(
+        md.Claim(
+            "lstm_relative_reward",
             "Its reward is near that of the optimal policy",
-            "relative_reward",
             "distance_to_bayes",
         ),
-    ),
+    ],
 )

@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from metadyn import Claim, Comparison, Contender, MeasureConfig, OuterConfig, Plan, Study
-from metadyn import StudyConfig, criterion, dynamics, figures, labelled
+import metadyn as md
+from metadyn import dynamics, figures, labelled
 from metadyn.base import check_positive
 from metadyn.domains.linear import LinearRegression
 from metadyn.inner import log_spaced
@@ -44,7 +44,7 @@ class SGDConfig(gd.DescentConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed."""
 
     domain: LinearRegression = LinearRegression()
@@ -53,7 +53,7 @@ class Config(StudyConfig):
     """Greatest excess loss over Bayes with which the criterion on it passes."""
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config) -> md.Plan:
     """What is trained and measured."""
     domain, sgd, sizes = config.domain, config.sgd, config.measure
     n_x, n_y, s = domain.n_x, domain.n_y, np.array(domain.spectrum())
@@ -65,7 +65,7 @@ def plan(config: Config) -> Plan:
         times = log_spaced(updates, sgd.records)
         learner = gd.gradient(network, named_optimizer(sgd.optimizer, rate), sgd.batch)
         curve = gd.saxe_strength(np.array(times), s, start, rate) if saxe else None
-        return Contender(name, label, learner, times=times, curve=curve, **fields)
+        return md.Contender(name, label, learner, times=times, curve=curve, **fields)
 
     balanced = gd.balanced_deep_linear(
         n_x, n_y, width=max(sgd.width, domain.modes), strength=sgd.balanced_strength
@@ -82,9 +82,9 @@ def plan(config: Config) -> Plan:
             gd.random_start(sgd.width, sgd.scale), sgd.learning_rate,
         ),
         config.meta_learner(domain),
-        Contender("bayes", "Bayes-optimal", bayes_linear(domain), "bayes"),
-        Contender("ridge", "ridge", ridge(n_x, n_y, penalty=1.0), **hidden),
-        Contender("least_squares", "least squares", least_squares(n_x, n_y), **hidden),
+        md.Contender("bayes", "Bayes-optimal", bayes_linear(domain), "bayes"),
+        md.Contender("ridge", "ridge", ridge(n_x, n_y, penalty=1.0), **hidden),
+        md.Contender("least_squares", "least squares", least_squares(n_x, n_y), **hidden),
     ]  # fmt: skip
     evaluation = partial(domain.evaluation, sizes.probe_points)
     shifted = [
@@ -94,7 +94,7 @@ def plan(config: Config) -> Plan:
     sets = [sizes.sized(evaluation()), *shifted]
     axes = sizes.sized(evaluation(rotate=False), "updating_tasks", "aligned")
     pairs = [(axes, aligned)] if saxe else []
-    return Plan(config.outer, [Comparison(domain, contenders, sets, pairs, sizes)])
+    return md.Plan(config.outer, [md.Comparison(domain, contenders, sets, pairs, sizes)])
 
 
 def criteria(config: Config, results):
@@ -115,7 +115,7 @@ def criteria(config: Config, results):
             learned = dynamics.times_of(results[pair])
             theory = learned(results[pair]["closed_form"].to_numpy())
             worst = lambda mean, t=learned, theory=theory: np.abs(t(mean) / theory - 1).max(-1)
-            yield criterion(name, dynamics.measured(worst, results[pair]), said, at_most=bound)
+            yield md.criterion(name, dynamics.measured(worst, results[pair]), said, at_most=bound)
     yield from excess(results, config.excess_at_most)
     for name, inside in results.learners("in_distribution", "meta").items():
         yield from out_of_distribution(config, results, name, inside)
@@ -130,11 +130,12 @@ def out_of_distribution(config: Config, results, name, inside):
         what = f"spectrum x{scale}" if outsize == 1 else f"greatest mode x{outsize}"
         outside = [results[shift, who] for who in (name, "bayes")]
         if shift in SHIFTS:
-            yield criterion(
+            yield md.criterion(
                 f"{name}_out_of_distribution_{shift}",
                 dynamics.estimate(
-                    lambda a, b, c, d: dynamics.excess_loss(a, b, floor)
-                    - dynamics.excess_loss(c, d, floor),
+                    lambda a, b, c, d: (
+                        dynamics.excess_loss(a, b, floor) - dynamics.excess_loss(c, d, floor)
+                    ),
                     *(dynamics.episode_loss(each) for each in outside),
                     *within,
                 ),
@@ -145,80 +146,57 @@ def out_of_distribution(config: Config, results, name, inside):
             gates = dynamics.samples(outside[0], "saturated_gates")[:, :, 1:].mean(-1)
             said = f"share of the {called}'s gates within 0.05 of 0 or 1, {what}"
             found = dynamics.estimate(lambda mean: mean, gates)
-            yield criterion(f"{name}_saturated_gates_{shift}", found, said)
+            yield md.criterion(f"{name}_saturated_gates_{shift}", found, said)
 
 
 def learned_spectrum(results):
     """Draws what is learned by the end of the episode, in and out of distribution."""
-    figure, (left, right) = figures.grid(2, width=5.4, height=4.2)
-    learners = results.learners("x2", "meta", "bayes", drawn=True)
-    for (name, data), marker, line in zip(learners.items(), figures.MARKERS, ("-", "--", ":", "-.") * 2):
-        factors, found = [], []
-        for shift, (scale, outsize) in {"in_distribution": (1, 1), **SHIFTS}.items():
-            data = results[shift, name]
-            end = dynamics.estimate(lambda mean: mean, dynamics.strength(data)[:, :, -1], draws=300)
-            s = dynamics.scale(data)
-            edge = {"mec": "black", "mew": 1.5} if outsize > 1 else {}
-            for k, colour in enumerate(figures.colours(s)):
-                part = dynamics.Estimate(*(s[k] * each[k] for each in end))
-                style = {"color": colour, "mfc": colour if line == "-" else "none", "ms": 7} | edge
-                left.errorbar(s[k], part.value, figures.bars(part)[:, None], fmt=marker, **style)
-            if outsize == 1:
-                factors.append(scale)
-                found.append(end)
-        for k, colour in enumerate(figures.colours(s)):
-            value, low, high = (np.array([each[i][k] for each in found]) for i in range(3))
-            right.fill_between(factors, low, high, color=colour, alpha=0.2)
-            right.plot(factors, value, line, marker=marker, color=colour, ms=5)
-        label, filled = labelled.about(data).label, "grey" if line == "-" else "none"
-        left.plot([], [], marker, color="grey", mfc=filled, label=label)
-        right.plot([], [], line, marker=marker, color="grey", label=label)
-    for k, colour in enumerate(figures.colours(s)):
-        right.plot([], [], color=colour, label=f"mode {k + 1}")
-    left.set(xscale="log", yscale="log", xlabel="true singular value $s_k$")
-    left.axline((1, 1), (2, 2), color="grey", lw=0.8, zorder=0, label="learned in full")
-    left.plot([], [], "s", mfc="none", mec="black", mew=1.5, label="greatest mode alone shifted")
-    left.set_ylabel("learned by the last step")
-    right.set(xscale="log", xlabel="spectrum, as a multiple of in distribution")
-    right.set_xticks(factors, [f"{factor:g}" for factor in factors], minor=False)
-    right.minorticks_off()
-    right.set(ylabel="mode strength $a_k$ at the last step", ylim=(-0.1, 1.15))
-    for axis in (left, right):
-        axis.legend(fontsize=9)
-    return figure
+    titles = {"in_distribution": "in distribution", "outsize": "greatest mode × 8"}
+    titles |= {name: f"spectrum × {scale}" for name, (scale, _) in SHIFTS.items() if name[0] == "x"}
+    return figures.final_strength(results, titles)
 
 
 QUICK = Config(
     domain=LinearRegression(n_x=3, n_y=3),
-    outer=OuterConfig(steps=12_000, batch=32, learning_rate=2e-2),
-    measure=MeasureConfig(
+    outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=2e-2),
+    measure=md.MeasureConfig(
         tasks=8192, shifted_tasks=1024, tracked_tasks=96, heldout_tasks=256, probe_points=12
     ),
 )
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),
-    outer=OuterConfig(steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40),
-    measure=MeasureConfig(
+    outer=md.OuterConfig(
+        steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40
+    ),
+    measure=md.MeasureConfig(
         tasks=65_536, updating_tasks=1024, shifted_tasks=8192, heldout_tasks=8192
     ),
     excess_at_most=0.05,
 )
-CLAIMS = (
-    ("SGD on a linear network learns singular modes from greatest to least",
-     "sgd_slope", "mode_strength"),
-    ("A meta-trained LSTM learns nearly all singular modes at once, as Bayes does",
-     "lstm_minus_bayes_slope", "learning_times"),
-    ("Its losses are near those of Bayes-optimal inference",
-     "lstm_excess_loss", "distance_to_bayes"),
-    ("Out of distribution it falls behind Bayes",
-     "lstm_out_of_distribution_x4", "learned_spectrum"),
-)  # fmt: skip
-study = Study(
+study = md.Study(
     "linear_regression",
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
-    figures={"learned_spectrum": learned_spectrum},
+    {"learned_spectrum": learned_spectrum},
     section="§2",
-    claims=[Claim(*each) for each in CLAIMS],
-)
+    claims=[
+        md.Claim(
+            "sgd_slope", "SGD on a linear network learns singular modes from greatest to least",
+            "mode_strength",
+        ),
+        md.Claim(
+            "lstm_minus_bayes_slope",
+            "A meta-trained LSTM learns nearly all singular modes at once, as Bayes does",
+            "learning_times",
+        ),
+        md.Claim(
+            "lstm_excess_loss", "Its losses are near those of Bayes-optimal inference",
+            "distance_to_bayes",
+        ),
+        md.Claim(
+            "lstm_out_of_distribution_x4", "Out of distribution it falls behind Bayes",
+            "learned_spectrum",
+        ),
+    ],
+)  # fmt: skip

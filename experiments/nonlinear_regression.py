@@ -10,20 +10,8 @@ import dataclasses
 
 import numpy as np
 
-from metadyn import (
-    Claim,
-    Comparison,
-    Contender,
-    MeasureConfig,
-    OuterConfig,
-    Plan,
-    Study,
-    StudyConfig,
-    criterion,
-    dynamics,
-    figures,
-    labelled,
-)
+import metadyn as md
+from metadyn import dynamics, figures, labelled
 from metadyn.base import check, check_positive
 from metadyn.domains.fourier import FourierRegression, Spectrum, band, check_spectrum
 from metadyn.inner import log_spaced
@@ -68,7 +56,7 @@ class OptimizersConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed."""
 
     domain: FourierRegression = FourierRegression()
@@ -93,22 +81,24 @@ class Config(StudyConfig):
         check(apart, "stop_band", self.stop_band, "frequencies must be above 0, outside pass_band")
 
 
-def network(name: str, config: MLPConfig, drawn: bool) -> Contender:
+def network(name: str, config: MLPConfig, drawn: bool) -> md.Contender:
     """An MLP under gradient descent."""
     optimizer = named_optimizer(config.optimizer, config.learning_rate)
     body, points = mlp(1, 1, config.depth, config.width), config.points or None
     learner = gradient(body, optimizer, config.batch, points=points)
     label = f"MLP {config.depth} × {config.width}, {config.optimizer}"
     times = log_spaced(config.updates, config.records)
-    return Contender(name, label, learner, times=times, drawn=drawn)
+    return md.Contender(name, label, learner, times=times, drawn=drawn)
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config) -> md.Plan:
     """What is trained and measured."""
     domain, sizes = config.domain, config.measure
     banded = dataclasses.replace(domain, spectrum=config.pass_band)
     passed, stopped = banded.support, config.stop_band
-    bayes = [Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in (domain, banded)]
+    bayes = [
+        md.Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in (domain, banded)
+    ]
     main, smaller = network("mlp", config.mlp, drawn=True), config.optimizers
     by_optimizer = [
         network(field.name, getattr(smaller, field.name), drawn=False)
@@ -124,17 +114,17 @@ def plan(config: Config) -> Plan:
         few = sorted({0, *(max(1, round(last * part)) for part in (0.05, 0.15, 0.4, 1))})
         return dataclasses.replace(contender, times=tuple(few))
 
-    return Plan(
+    return md.Plan(
         config.outer,
         [
-            Comparison(
+            md.Comparison(
                 domain,
                 [main, *by_optimizer, lstm, bayes[0]],
                 [sizes.sized(domain.evaluation(sizes.probe_points))],
                 [(examples, glimpsed(who)) for who in (main, lstm, bayes[0])],
                 sizes,
             ),
-            Comparison(
+            md.Comparison(
                 banded,
                 [config.meta_learner(banded), bayes[1]],
                 [
@@ -168,19 +158,21 @@ def criteria(config: Config, results):
             times, by = dynamics.times_of(data), dynamics.scale(data)
             said = "the MLP learns in order of frequency: Spearman's rank correlation at least 0.9"
             ranked = dynamics.measured(lambda a: dynamics.rank_correlation(by, times(a)), data)
-            yield criterion("mlp_rank_correlation", ranked, said, at_least=0.9)
+            yield md.criterion("mlp_rank_correlation", ranked, said, at_least=0.9)
     yield from beyond_bayes(results, within=0.3)
     yield from staggering(results, "bayes", "its own, for the record")
     same = lambda mean: mean
     for name, data in results.learners("in_distribution", "ordinary", "meta", drawn=True).items():
-        said = "power at frequencies that the target does not contain, over the target's, at the end"
+        said = (
+            "power at frequencies that the target does not contain, over the target's, at the end"
+        )
         outside = dynamics.samples(data, "outside")[:, :, -1]
-        yield criterion(f"{name}_power_outside", dynamics.estimate(same, outside), said)
+        yield md.criterion(f"{name}_power_outside", dynamics.estimate(same, outside), said)
     stopped = np.isin(dynamics.scale(results["mixture", "bayes"]), config.stop_band)
     for name, data in results.learners("stop_band", "meta", "bayes").items():
         about = labelled.about(data)
         if about.kind == "meta":
-            yield criterion(
+            yield md.criterion(
                 f"{name}_stop_band_gain",
                 dynamics.estimate(np.divide, gain("stop_band", name), gain("pass_band", name)),
                 f"trained on a band, the {about.label} suppresses the rest: stop-band gain at most "
@@ -194,7 +186,7 @@ def criteria(config: Config, results):
             ("mixture_stop", gain("mixture", name, stopped)),
         ):
             said = f"mean gain at the end: {what.replace('_', ' ')}"
-            yield criterion(f"{name}_band_gain_{what}", dynamics.estimate(same, found), said)
+            yield md.criterion(f"{name}_band_gain_{what}", dynamics.estimate(same, found), said)
     yield from excess(results, config.excess_at_most)
     yield from excess(results, suffix="_band")
 
@@ -215,7 +207,9 @@ def examples(results):
         x, times = data["x"].to_numpy(), data["time"].to_numpy()[1:]
         answer, target = (dynamics.samples(data, name)[0] for name in ("answer", "target"))
         for axis, answers, f in zip(column, answer, target, strict=True):
-            for t, colour, now in zip(times, figures.colours(times)[::-1], answers[1:], strict=True):
+            for t, colour, now in zip(
+                times, figures.colours(times)[::-1], answers[1:], strict=True
+            ):
                 axis.plot(x, now, color=colour, label=f"{t:g}")
             axis.plot(x, f[0], color="black", ls="--", lw=1.5, label="target $f(x)$")
         column[0].set_title(labelled.about(data).label)
@@ -228,36 +222,16 @@ def examples(results):
 
 
 def band_gain(results):
-    """Draws the gain, at the end of the episode, of each frequency that the targets contain."""
-    titles = {"pass_band": "pass-band targets", "stop_band": "stop-band targets",
-              "mixture": "mixtures of the two"}  # fmt: skip
-    sets = [name for name in titles if name in results.sets()]
+    """Draws the gain of each frequency that the targets contain; the training band is shaded."""
+    titles = {"pass_band": "pass-band targets", "stop_band": "stop-band targets"}
     band = dynamics.scale(results["pass_band", "bayes"])
-    figure, axes = figures.grid(len(sets), width=4.1, height=3.7, sharey=True, sharex=True)
-    for axis, name in zip(axes, sets, strict=True):
-        learners = results.learners(name, drawn=True).values()
-        for k in band:
-            axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
-        for level in (0, 1):
-            axis.axhline(level, color="grey", lw=0.8, zorder=0)
-        width = 0.8 / len(learners)
-        for i, (data, colour) in enumerate(zip(learners, figures.COLOURS, strict=False)):
-            gain = dynamics.strength(data)[:, :, -1]
-            found = dynamics.estimate(lambda mean: mean, gain, draws=300)
-            at = dynamics.scale(data) + (i - (len(learners) - 1) / 2) * width
-            axis.bar(at, found.value, width, color=colour, label=labelled.about(data).label)
-            bars = figures.bars(found)
-            axis.errorbar(at, found.value, bars, fmt="none", color="black", capsize=3, lw=1.2)
-        axis.set(title=titles[name], xlabel="frequency $k$ (shaded: training band)")
-    axes[0].set_ylabel("gain $a_k$ at the last step\n(0 suppressed, 1 learned)")
-    axes[len(axes) // 2].legend(loc="upper center", fontsize=9)
-    return figure
+    return figures.final_strength(results, titles | {"mixture": "mixtures of the two"}, band)
 
 
 QUICK = Config(
     domain=FourierRegression(steps=40),
-    outer=OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
-    measure=MeasureConfig(
+    outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
+    measure=md.MeasureConfig(
         tasks=4096,
         updating_tasks=16,
         shifted_tasks=1024,
@@ -268,36 +242,35 @@ QUICK = Config(
 )
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),
-    outer=OuterConfig(steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40),
-    measure=MeasureConfig(
+    outer=md.OuterConfig(
+        steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40
+    ),
+    measure=md.MeasureConfig(
         tasks=65_536, updating_tasks=256, shifted_tasks=8192, heldout_tasks=8192, probe_points=64
     ),
     excess_at_most=0.1,
 )
-CLAIMS = (
-    ("An MLP learns low frequencies first", "mlp_slope", "mode_strength"),
-    (
-        "A meta-trained LSTM learns nearly all frequencies at once, as Bayes does",
-        "lstm_minus_bayes_slope",
-        "learning_times",
-    ),
-    (
-        "Its losses are near those of Bayes-optimal inference",
-        "lstm_excess_loss",
-        "distance_to_bayes",
-    ),
-    ("Trained on a band, it suppresses what lies outside it", "lstm_stop_band_gain", "band_gain"),
-)
-study = Study(
+study = md.Study(
     "nonlinear_regression",
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
-    figures={
-        "mode_strength_by_optimizer": by_optimizer,
-        "examples": examples,
-        "band_gain": band_gain,
-    },
+    {"mode_strength_by_optimizer": by_optimizer, "examples": examples, "band_gain": band_gain},
     section="§3",
-    claims=[Claim(*each) for each in CLAIMS],
-)
+    claims=[
+        md.Claim("mlp_slope", "An MLP learns low frequencies first", "mode_strength"),
+        md.Claim(
+            "lstm_minus_bayes_slope",
+            "A meta-trained LSTM learns nearly all frequencies at once, as Bayes does",
+            "learning_times",
+        ),
+        md.Claim(
+            "lstm_excess_loss", "Its losses are near those of Bayes-optimal inference",
+            "distance_to_bayes",
+        ),
+        md.Claim(
+            "lstm_stop_band_gain", "Trained on a band, it suppresses what lies outside it",
+            "band_gain",
+        ),
+    ],
+)  # fmt: skip

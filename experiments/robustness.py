@@ -1,6 +1,6 @@
 """Robustness: the order of learning by inner and outer optimiser, by hidden width and by noise.
 
-    metadyn run experiments/robustness.py [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run robustness [--preset quick|paper] [--meta lstm|gru] [--out DIR] [overrides]
 
 Rabinowitz (2019), arXiv:1905.01320, says that what is found does not depend on the optimiser. One
 thing at a time is changed in the studies of the three domains; the networks, objectives and sets of
@@ -9,43 +9,35 @@ tasks are theirs. A learner that is too slow to have learned anything has no slo
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from metadyn import dynamics
+import metadyn as md
+from metadyn import dynamics, figures, labelled
 from metadyn.base import check_positive
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig
-from metadyn.outer import OuterConfig
-from metadyn.store import HELDOUT, TRACKED, RunFolder
-from metadyn.study import (
-    Claim,
-    Contender,
-    MeasureConfig,
-    Plan,
-    Study,
-    Table,
-    TaskSet,
-    Training,
-    censored,
-    criterion,
-    load_study,
-)
+from metadyn.study import HELDOUT, TRACKED, censored
 
-TITLES = {
-    "linear": "linear regression",
-    "nonlinear": "nonlinear regression",
-    "bandit": "contextual bandit",
-}
 STUDIES = {
-    name: load_study(str(Path(__file__).with_name(f"{title.replace(' ', '_')}.py")))
-    for name, title in TITLES.items()
+    name: md.load_study(study)
+    for name, study in (
+        ("linear", "linear_regression"),
+        ("nonlinear", "nonlinear_regression"),
+        ("bandit", "contextual_bandit"),
+    )
 }
+TITLES = {name: study.name.replace("_", " ") for name, study in STUDIES.items()}
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
+WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
+"""How far the LSTM may stagger beyond Bayes: the bounds of the domains' own studies."""
+SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
+"""Of the ordinary learner's staggering: greatest modes first, low frequencies first."""
+VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "noise": "noise"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +54,14 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed. Values are our choice."""
 
     linear: LinearRegression = LinearRegression()
     nonlinear: FourierRegression = FourierRegression()
     bandit: ContextualBandit = ContextualBandit()
-    lstm: LSTMConfig = LSTMConfig()
-    outer: OuterConfig = OuterConfig()
+    of: str = "quick"
+    """The preset of the domains' own studies in which things are changed."""
     outer_rates: Rates = Rates(sgd=3.0, momentum=1.0, rmsprop=1e-2, adam=3e-2)
     """Of the outer loop."""
     linear_rates: Rates = Rates(sgd=0.05, momentum=0.005, rmsprop=1e-3, adam=1e-3)
@@ -85,244 +77,252 @@ class Config:
     pays: tuple[float, ...] = (0.9,)
     """Noise, in the bandit: the correct action pays with this probability p, any other with 1 − p.
     "Bayes" is then Thompson sampling from the exact posterior."""
-    measure: MeasureConfig = MeasureConfig()
 
 
-def parts(config: Config, name: str, **changes: Any) -> Plan:
-    """What a domain's own study plans, with some of its configuration changed."""
-    same = {f: getattr(config, f) for f in ("lstm", "outer", "measure")}
-    return STUDIES[name].changed(**{"domain": getattr(config, name), **same, **changes})
-
-
-def inner_variants(config: Config, name: str) -> Iterator[tuple[str, TaskSet, Contender]]:
-    """Ordinary learners by optimiser: (optimiser, tasks, learner)."""
-    own = STUDIES[name].presets["quick"]
-    for optimizer in OPTIMIZERS:
-        if name == "nonlinear":
-            wanted, changes = ("by_optimizer", optimizer), {}
-        elif name == "linear":
-            rate, wanted = getattr(config.linear_rates, optimizer), ("in_distribution", "sgd")
-            fields = {"updates": config.linear_updates, "learning_rate": rate}
-            changes = {"sgd": dataclasses.replace(own.sgd, optimizer=optimizer, **fields)}
-        else:
-            rate = getattr(config.bandit_rates, optimizer)
-            wanted = ("in_distribution", "reinforce_coupled")
-            fields = {"optimizer": optimizer, "learning_rate": rate}
-            changes = {"policy": dataclasses.replace(own.policy, **fields)}
-        planned = parts(config, name, **changes).measurements
-        yield (
-            optimizer,
-            *next((s, who) for s, who in planned if (s.name, who.name) == wanted),
-        )
-
-
-def labels(config: Config, name: str) -> dict[str, str]:
-    """What each variant of a domain's meta-learner is called."""
-    said = {f"outer_{optimizer}": f"outer optimiser {optimizer}" for optimizer in OPTIMIZERS}
-    said |= {f"hidden_{hidden}": f"{hidden} hidden units" for hidden in config.widths}
-    if name == "bandit":
-        return said | {f"noise_{p:g}": f"pay with {p:.0%} or {1 - p:.0%}" for p in config.pays}
-    return said | {f"noise_{sigma:g}": f"noise σ = {sigma:g}" for sigma in config.sigmas}
-
-
-def outer_variants(config: Config, name: str) -> Iterator[tuple[str, Training]]:
-    """How each of them is trained."""
-    domain = getattr(config, name)
-
-    def changed(**changes: Any) -> Training:
-        return parts(config, name, **changes).trainings[0]
-
-    for optimizer in OPTIMIZERS:
-        rate, training = getattr(config.outer_rates, optimizer), changed()
-        outer = dataclasses.replace(config.outer, optimizer=optimizer, learning_rate=rate)
-        trainee = training.trainee._replace(optimizer=outer.transformation())
-        yield f"outer_{optimizer}", dataclasses.replace(training, trainee=trainee)
-    for hidden in config.widths:
-        lstm = dataclasses.replace(config.lstm, hidden=hidden)
-        yield f"hidden_{hidden}", changed(lstm=lstm)
-    for p in config.pays if name == "bandit" else ():
-        noisy = dataclasses.replace(domain, p_high=p, p_low=1 - p)
-        yield f"noise_{p:g}", changed(domain=noisy)
-    for sigma in config.sigmas if name != "bandit" else ():
-        noisy = dataclasses.replace(domain, sigma=sigma)
-        yield f"noise_{sigma:g}", changed(domain=noisy)
-
-
-def plan(config: Config) -> Plan:
-    """Every variant of every domain."""
-    trainings, measurements = [], []
-    for name, title in TITLES.items():
-        for optimizer, tasks, contender in inner_variants(config, name):
-            attrs = {k: v for k, v in tasks.attrs.items() if k not in ("compared", "shift")}
-            attrs |= {"title": title, "varied": f"inner optimiser {optimizer}"}
-            tasks = dataclasses.replace(tasks, name=f"{name}_inner_{optimizer}", attrs=attrs)
-            measurements.append((tasks, dataclasses.replace(contender, name="ordinary")))
-            if name == "bandit":
-                measurements.append((tasks, parts(config, name).trainings[0].bayes))
-        said = labels(config, name)
-        for variant, training in outer_variants(config, name):
-            attrs = {"title": title, "varied": said[variant]}
-            trainings.append(training.named(f"{name}_{variant}", **attrs))
-    return Plan(config.outer, trainings, measurements, chunk=config.measure.chunk)
-
-
-WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
-"""How far the LSTM may stagger beyond Bayes: the bounds of the domains' own studies."""
-SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
-"""Of the ordinary learner's staggering: greatest modes first, low frequencies first."""
-VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "noise": "noise"}
-
-
-def of_domain(config: Config, run: RunFolder, name: str):
-    """How far each variant staggers; the meta-learners beside Bayes, and their excess loss."""
-    last = run.outer_steps()[-1:]
-    bandit = name == "bandit"
-    of = dynamics.staggering_of if bandit else dynamics.slope_of
-    merit = "(t_K - t_1) / t_K" if bandit else "slope of log t_k on log scale"
-
-    learners = ("ordinary", "bayes") if bandit else ("ordinary",)  # Bayes' slope is 0
-    ordinary = {
-        o: [run.measurement(f"{name}_inner_{o}", who) for who in learners] for o in OPTIMIZERS
-    }
-    for optimizer, measured in ordinary.items():
-        yield criterion(
-            f"{name}_inner_{optimizer}_staggering",
-            dynamics.difference(of, *measured) if bandit else dynamics.measured(of, *measured),
-            f"ordinary learner{' minus Bayes' if bandit else ''} under {optimizer}: {merit}",
-        )
-        yield censored(f"{name}_inner_{optimizer}", measured[0])
-    flat = [data for measured in ordinary.values() for data in measured]
-    staggerings = [of(data) for data in flat]
-
-    def least(*means):
-        """Over optimisers, of the staggering of the ordinary learner in its own direction."""
-        found = [each(mean) for each, mean in zip(staggerings, means, strict=True)]
-        found = np.subtract(found[::2], found[1::2]) if bandit else np.array(found)
-        return (SIGN[name] * found).min(0)
-
-    what = "least (t_K - t_1) / t_K minus Bayes'" if bandit else f"least slope, times {SIGN[name]},"
-    yield criterion(
-        f"{name}_inner_optimizers",
-        dynamics.estimate(least, *map(dynamics.strength, flat)),
-        f"the ordinary learner staggers the same way under every optimiser: {what} above 0",
-        at_least=0.0,
-        surely=True,
+def comparison(config: Config, name: str, **changes: Any) -> md.Comparison:
+    """What a domain's own study compares, with some of its configuration changed."""
+    common = {f.name: getattr(config, f.name) for f in dataclasses.fields(md.StudyConfig)}
+    return STUDIES[name].comparison(
+        config.of, **{"domain": getattr(config, name), **common, **changes}
     )
 
-    beside_bayes: dict[str, list] = {}
-    for variant, label in labels(config, name).items():
-        (lstm, bayes), losses = (
-            (
-                run.trajectories(f"{s}_{name}_{variant}", last).isel(outer_step=0),
-                run.measurement(f"{s}_{name}_{variant}", "bayes"),
-            )
-            for s in (TRACKED, HELDOUT)
+
+def ordinary(config: Config, name: str) -> Iterator[md.Contender]:
+    """The ordinary learner of a domain under each optimiser."""
+    own = STUDIES[name].presets[config.of]
+    for optimizer in OPTIMIZERS:
+        wanted, changes = optimizer, {}
+        if name == "linear":
+            rate, wanted = getattr(config.linear_rates, optimizer), "sgd"
+            fields = {"updates": config.linear_updates, "learning_rate": rate}
+            changes = {"sgd": dataclasses.replace(own.sgd, optimizer=optimizer, **fields)}
+        elif name == "bandit":
+            rate, wanted = getattr(config.bandit_rates, optimizer), "reinforce_coupled"
+            fields = {"optimizer": optimizer, "learning_rate": rate}
+            changes = {"policy": dataclasses.replace(own.policy, **fields)}
+        found = comparison(config, name, **changes).contenders
+        contender = next(each for each in found if each.name == wanted)
+        label = f"inner optimiser {optimizer}"
+        yield dataclasses.replace(contender, name=f"inner_{optimizer}", label=label, curve=None)
+
+
+def variants(config: Config, name: str) -> Iterator[md.Comparison]:
+    """The meta-learner of a domain, changed; those of one domain are given the same tasks."""
+    base = comparison(config, name)
+    (meta,), varied = base.metas, []
+    change = partial(dataclasses.replace, meta)
+    for optimizer in OPTIMIZERS:
+        rate = getattr(config.outer_rates, optimizer)
+        own = dataclasses.replace(config.outer, optimizer=optimizer, learning_rate=rate)
+        label, field = f"outer optimiser {optimizer}", f"outer_rates.{optimizer}"
+        varied.append(change(name=f"outer_{optimizer}", label=label, own=own, rate=field))
+    for hidden in config.widths:
+        network = dataclasses.replace(getattr(config, config.meta), hidden=hidden)
+        (wider,) = comparison(config, name, **{config.meta: network}).metas
+        label = f"{hidden} hidden units"
+        varied.append(dataclasses.replace(wider, name=f"hidden_{hidden}", label=label))
+    yield base.alone(name, TITLES[name], contenders=[*varied, base.bayes], followed=False)
+    noisy = [("sigma", f"noise σ = {s:g}", s) for s in config.sigmas if name != "bandit"]
+    noisy += [
+        ("p_high", f"pay with {p:.0%} or {1 - p:.0%}", p) for p in config.pays if name == "bandit"
+    ]
+    for field, label, value in noisy:
+        changed = {field: value} | ({"p_low": 1 - value} if name == "bandit" else {})
+        domain = dataclasses.replace(getattr(config, name), **changed)
+        whole = comparison(config, name, domain=domain)
+        learner = dataclasses.replace(whole.metas[0], name=f"noise_{value:g}", label=label)
+        ending = f"{name}_{learner.name}"
+        yield whole.alone(ending, TITLES[name], contenders=[learner, whole.bayes], followed=False)
+
+
+def plan(config: Config) -> md.Plan:
+    """Every variant of every domain."""
+    comparisons = []
+    for name, title in TITLES.items():
+        base = comparison(config, name)
+        learners = [*ordinary(config, name), *([base.bayes] if name == "bandit" else [])]
+        tasks = config.measure.sized(
+            base.domain.evaluation(config.measure.probe_points), "updating_tasks", f"inner_{name}"
         )
-        beside_bayes.setdefault(variant.partition("_")[0], []).append((lstm, bayes))
-        yield criterion(
-            f"{name}_{variant}_staggering",
-            dynamics.difference(of, lstm, bayes),
-            f"LSTM minus Bayes, {label}: {merit}",
+        comparisons.append(
+            dataclasses.replace(base, contenders=learners, sets=[tasks], pairs=[], title=title)
         )
-        yield censored(f"{name}_{variant}", lstm)
-        yield criterion(
-            f"{name}_{variant}_excess",
-            dynamics.measured_excess(*losses),
-            f"excess loss of the LSTM over Bayes, {label}",
-        )
-    for varied, pairs in beside_bayes.items():
-        merits = [(of(lstm), of(bayes)) for lstm, bayes in pairs]
-        yield criterion(
-            f"{name}_{varied}_worst",
-            dynamics.estimate(
-                lambda *means, merits=merits: np.max(
-                    [
-                        np.abs(one(a) - other(b))
-                        for (one, other), a, b in zip(merits, means[::2], means[1::2], strict=True)
-                    ],
-                    axis=0,
-                ),
-                *(dynamics.strength(data) for pair in pairs for data in pair),
-            ),
-            f"the LSTM staggers as Bayes does, whatever the {VARIED[varied]}: greatest "
-            f"difference surely at most {WITHIN[name]:g}",
-            at_most=WITHIN[name],
+        comparisons += variants(config, name)
+    return md.Plan(config.outer, comparisons)
+
+
+def found(results) -> Iterator[tuple[str, str, Any, Any]]:
+    """Every variant that was measured: domain, name, its data, Bayes' on the same tasks or None."""
+    for name in TITLES:
+        bayes = results.learners(f"inner_{name}", "bayes").get("bayes")
+        for variant, data in results.learners(f"inner_{name}", "ordinary").items():
+            yield name, variant, data, bayes
+        for task_set in results.sets():
+            if f"{task_set}_".startswith(f"{TRACKED}_{name}_"):
+                for variant, data in results.learners(task_set, "meta").items():
+                    yield name, variant, data.isel(outer_step=-1), results[task_set, "bayes"]
+
+
+def beyond(data, bayes) -> dynamics.Estimate:
+    """How far a learner staggers, beyond Bayes where that was measured on the same tasks."""
+    if bayes is None:  # its slope is 0
+        return dynamics.measured(dynamics.merit_of(data), data)
+    return dynamics.difference(data, bayes)
+
+
+def extreme(rows, take) -> dynamics.Estimate:
+    """The greatest or least of what several variants stagger beyond Bayes, with its interval."""
+    flat = [each for _, _, data, bayes in rows for each in (data, bayes) if each is not None]
+    merits, paired = [dynamics.merit_of(data) for data in flat], rows[0][3] is not None
+
+    def statistic(*means):
+        each = np.array([merit(mean) for merit, mean in zip(merits, means, strict=True)])
+        return take(each[::2] - each[1::2] if paired else each)
+
+    return dynamics.estimate(statistic, *map(dynamics.strength, flat))
+
+
+def criteria(config: Config, results):
+    """What the science says of every variant of every domain."""
+    every = list(found(results))
+    for name, variant, data, bayes in every:
+        merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
+        said = f"{labelled.about(data).label}: {merit}{' minus Bayes' if bayes is not None else ''}"
+        yield md.criterion(f"{name}_{variant}_staggering", beyond(data, bayes), said)
+        yield censored(f"{name}_{variant}", data)
+    for task_set in (each for each in results.sets() if each.startswith(HELDOUT)):
+        name = task_set.split("_")[1]
+        for variant, data in results.learners(task_set, "meta").items():
+            excess = dynamics.measured_excess(data.isel(outer_step=-1), results[task_set, "bayes"])
+            said = f"excess loss over Bayes, {labelled.about(data).label}"
+            yield md.criterion(f"{name}_{variant}_excess", excess, said)
+    for name, sign in SIGN.items():
+        of = [row for row in every if row[0] == name]
+        inner = [row for row in of if row[1].startswith("inner_")]
+        yield md.criterion(
+            f"{name}_inner_optimizers",
+            extreme(inner, lambda each, sign=sign: (sign * each).min(0)),
+            "the ordinary learner staggers the same way under every optimiser: the least "
+            f"staggering{' beyond Bayes' if name == 'bandit' else ''}, times {sign}, surely above 0",
+            at_least=0.0,
             surely=True,
         )
+        for varied, what in VARIED.items():
+            rows = [row for row in of if row[1].startswith(f"{varied}_")]
+            if rows:
+                yield md.criterion(
+                    f"{name}_{varied}_worst",
+                    extreme(rows, lambda each: np.abs(each).max(0)),
+                    f"the meta-learner staggers as Bayes does, whatever the {what}: greatest "
+                    f"difference surely at most {WITHIN[name]:g}",
+                    at_most=WITHIN[name],
+                    surely=True,
+                )
 
 
-def criteria(config: Config, run: RunFolder):
-    """What the science says of every variant of every domain."""
-    for name in TITLES:
-        yield from of_domain(config, run, name)
+def robustness(results):
+    """Draws how far each learner staggers, as one thing at a time is varied: a row each."""
+    every = list(found(results))
+    of = {name: [row for row in every if row[0] == name] for name in TITLES}
+    height = 1.2 + 0.32 * max(map(len, of.values()))
+    figure, axes = figures.grid(len(of), width=5.4, height=height)
+    for axis, (name, rows) in zip(axes, of.items(), strict=True):
+        for i, (_, _, data, bayes) in enumerate(rows):
+            estimate, trained = beyond(data, bayes), labelled.about(data).kind == "meta"
+            colour, marker = (figures.COLOURS[0], "o") if trained else (figures.COLOURS[1], "D")
+            style = {"fmt": marker, "color": colour, "capsize": 3}
+            axis.errorbar(estimate.value, i, xerr=figures.bars(estimate)[:, None], **style)
+            if np.isnan(estimate.value):
+                few = "not all" if labelled.modes(data).exchangeable else "fewer than two"
+                axis.text(0, i, f" {few} modes ever learned", va="center", color=colour, fontsize=9)
+        axis.axvline(0, color="grey", lw=0.8, zorder=0)
+        axis.set_yticks(
+            range(len(rows)), [labelled.about(row[2]).label for row in rows], fontsize=9
+        )
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        alike = name == "bandit"
+        what = "staggering minus Bayes'" if alike else "slope (meta-learner: minus Bayes')"
+        axis.set(title=TITLES[name], xlabel=what)
+    axes[0].plot([], [], "D", color=figures.COLOURS[1], label="ordinary learner")
+    axes[0].plot([], [], "o", color=figures.COLOURS[0], label="meta-learner")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
 
 
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     nonlinear=FourierRegression(band(1, 3), steps=20),
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
-    outer=OuterConfig(steps=3000, batch=32, learning_rate=3e-2, schedule="linear", checkpoints=4),
-    measure=MeasureConfig(updating_tasks=32, tracked_tasks=512, heldout_tasks=512, probe_points=16),
+    outer=md.OuterConfig(
+        steps=3000, batch=32, learning_rate=3e-2, schedule="linear", checkpoints=4
+    ),
+    measure=md.MeasureConfig(
+        updating_tasks=32, tracked_tasks=512, heldout_tasks=512, probe_points=16
+    ),
 )
 PAPER = Config(
+    of="paper",
     lstm=LSTMConfig(hidden=256),
-    outer=OuterConfig(steps=50_000, batch=512, learning_rate=4e-3, warmup=1000, checkpoints=4),
+    outer=md.OuterConfig(steps=50_000, batch=512, learning_rate=4e-3, warmup=1000, checkpoints=4),
     outer_rates=Rates(sgd=1.0, momentum=0.1, rmsprop=1e-3, adam=4e-3),
     widths=(64, 128),
-    measure=MeasureConfig(
+    measure=md.MeasureConfig(
         updating_tasks=256, tracked_tasks=8192, heldout_tasks=8192, probe_points=64
     ),
 )
 
 
-def rows(*configs: Config) -> dict[str, str]:
-    """Every variant, by the name that its figures of merit begin with."""
-    found = {}
-    for name, title in TITLES.items():
-        found |= {f"{name}_inner_{o}": f"{title}, inner optimiser {o}" for o in OPTIMIZERS}
-        for config in configs:
-            found |= {f"{name}_{v}": f"{title}, {said}" for v, said in labels(config, name).items()}
-    return found
+def rows() -> dict[str, str]:
+    """Every variant of a preset, by the name that its figures of merit begin with."""
+    named = {}
+    for config in (QUICK, PAPER):
+        for part in plan(config).comparisons:
+            for each in part.contenders:
+                if each.kind != "bayes":
+                    domain = next(name for name, title in TITLES.items() if title == part.title)
+                    named[f"{domain}_{each.name}"] = f"{part.title}, {each.label}"
+    return named
 
 
-study = Study(
+study = md.Study(
     "robustness",
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
+    {"robustness": robustness},
     section="§§2–4",
-    claims=(
+    claims=[
         *(
-            Claim(
-                f"Ordinary learners stagger whatever their optimiser: {TITLES[name]}",
+            md.Claim(
                 f"{name}_inner_optimizers",
+                f"Ordinary learners stagger whatever their optimiser: {title}",
                 "robustness",
             )
-            for name in TITLES
+            for name, title in TITLES.items()
         ),
         *(
-            Claim(
-                f"The LSTM staggers as Bayes does, to within {WITHIN[name]:g}, whatever the "
-                f"{what}: {TITLES[name]}",
+            md.Claim(
                 f"{name}_{varied}_worst",
+                f"The LSTM staggers as Bayes does, to within {WITHIN[name]:g}, whatever the "
+                f"{what}: {title}",
                 "robustness",
             )
             for varied, what in VARIED.items()
-            for name in TITLES
+            for name, title in TITLES.items()
         ),
-    ),
-    tables=(
-        Table(
+    ],
+    tables=[
+        md.Table(
             "Staggering by optimiser, width and noise: slope of log learning time on log scale, "
             "in the bandit (t_K − t_1) / t_K; the LSTM's minus Bayes', in the bandit the ordinary "
             "learner's too",
-            rows(QUICK, PAPER),
+            rows(),
             {
                 "staggering": "staggering",
                 "censored_modes": "modes never learned",
                 "excess": "excess loss of the LSTM",
             },
             "robustness",
-        ),
-    ),
+        )
+    ],
 )

@@ -56,7 +56,11 @@ def train(
         for state, metrics in loop.run(state, [steps]):
             step, now = int(state.step), metrics["meta"]
             losses[step] = np.asarray(now.get("loss", next(iter(now.values()))))
-            show(step, {"meta": {name: float(v.mean()) for name, v in now.items()}}, config.batch * seeds)
+            show(
+                step,
+                {"meta": {name: float(v.mean()) for name, v in now.items()}},
+                config.batch * seeds,
+            )
     return Trained(meta, state.params["meta"], losses)
 
 

@@ -186,7 +186,9 @@ def of_each(
 ) -> xr.Dataset:
     """A figure of merit of each learner, as a dataset of value, low and high [learner]."""
     found = {name: f(each) for name, each in labelled.split(data).items()}
-    columns = {part: ("learner", [getattr(e, part) for e in found.values()]) for part in Estimate._fields}
+    columns = {
+        part: ("learner", [getattr(e, part) for e in found.values()]) for part in Estimate._fields
+    }
     return xr.Dataset(columns, {"learner": list(found)})
 
 

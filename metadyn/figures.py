@@ -183,6 +183,39 @@ def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:
     return figure
 
 
+def final_strength(
+    results: Results, titles: Mapping[str, str], shaded: Sequence[float] = ()
+) -> Figure:
+    """Draws the strength of each mode at the end of the episode, one panel a set of tasks.
+
+    `titles` are what the sets are called, by name; modes of the values in `shaded` are marked as
+    those of the training distribution. The learners shown are those measured on all of the sets.
+    """
+    sets = [name for name in titles if name in results.sets()]
+    shown = [results.learners(name, drawn=True) for name in sets]
+    names = [name for name in (shown[0] if shown else ()) if all(name in each for each in shown)]
+    figure, axes = grid(len(sets), width=3.4, height=3.4, sharey=True)
+    for axis, title, measured in zip(axes, (titles[name] for name in sets), shown, strict=True):
+        for i, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False)):
+            data, width = measured[name], 0.8 / len(names)
+            end = dynamics.estimate(lambda m: m, dynamics.strength(data)[:, :, -1], draws=300)
+            at = np.arange(len(end.value)) + (i - (len(names) - 1) / 2) * width
+            axis.bar(at, end.value, width, color=colour, label=labelled.about(data).label)
+            style = {"fmt": "none", "color": "black", "capsize": 3, "lw": 1.2}
+            axis.errorbar(at, end.value, bars(end), **style)
+        modes = labelled.modes(measured[names[0]])
+        for k, value in enumerate(modes.values):
+            if value in shaded:
+                axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
+        axis.axhline(1, color="grey", lw=0.8, zorder=0)
+        axis.set(title=title, xlabel=modes.axis)
+        axis.set_xticks(range(len(modes.values)), [f"{value:.3g}" for value in modes.values])
+    for axis in axes[::COLUMNS]:
+        axis.set_ylabel("strength $a_k$ at the last step\n(0 nothing, 1 learned)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
 @dataclasses.dataclass(frozen=True)
 class OuterTraining:
     """A meta-learner at every checkpoint, and Bayes on the same tasks."""

@@ -115,7 +115,11 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
         join="outer",
         combine_attrs="drop_conflicts",
     )
-    along = {n: ("learner", np.broadcast_to(merged[n].values, len(parts))) for n in own if n in merged.coords}
+    along = {
+        n: ("learner", np.broadcast_to(merged[n].values, len(parts)))
+        for n in own
+        if n in merged.coords
+    }
     merged = merged.assign_coords(along)
     return merged.set_coords("time").transpose(*(d for d in ORDER if d in merged.dims), ...)
 

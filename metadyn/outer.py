@@ -214,6 +214,8 @@ class OuterLoop:
                     if not all(np.isfinite(value).all() for value in each.values()):
                         training = self.trained[name]
                         rate = (training.own or self.config).learning_rate
-                        fix = f"the loss of {name} is no longer finite at outer step {step}; lower it"
+                        fix = (
+                            f"the loss of {name} is no longer finite at outer step {step}; lower it"
+                        )
                         check(False, training.rate, rate, fix)
                 yield state, metrics

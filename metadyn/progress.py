@@ -57,7 +57,9 @@ class Progress:
             if len(metrics) <= MANY:
                 said = "; ".join(
                     f"{name}: "
-                    + ", ".join(f"{SAYS.get(what, what)} {value:.4g}" for what, value in each.items())
+                    + ", ".join(
+                        f"{SAYS.get(what, what)} {value:.4g}" for what, value in each.items()
+                    )
                     for name, each in metrics.items()
                 )
             else:

@@ -97,7 +97,9 @@ class _Runner:
         for part in plan.comparisons:  # Bayes first, so that a live run can be compared with it
             if part.metas:
                 self.measure(part.tracked, part.bayes)
-                excess_over |= dict.fromkeys((c.name + part.suffix for c in part.metas), self.excess(part))
+                excess_over |= dict.fromkeys(
+                    (c.name + part.suffix for c in part.metas), self.excess(part)
+                )
         episodes = plan.outer.batch * plan.outer.seeds * len(trained)
         end = plan.outer.steps
         reached = before(next((step for step in schedule if step not in sound), end + 1))
@@ -168,7 +170,12 @@ def _places(plan: Plan) -> dict[tuple[str, str], tuple[int, str, bool]]:
     """The place in figures of each learner on each set, and what is to be said of its comparison."""
     places: dict[tuple[str, str], tuple[int, str, bool]] = {}
     for part in plan.comparisons:
-        own = [(tasks, c) for c in part.contenders for tasks in (part.tracked, part.heldout) if part.metas]
+        own = [
+            (tasks, c)
+            for c in part.contenders
+            for tasks in (part.tracked, part.heldout)
+            if part.metas
+        ]
         for tasks, contender in (*own, *part.measurements()):
             known = [each.name for each in part.contenders]
             place = known.index(contender.name) if contender.name in known else len(known)
@@ -247,7 +254,9 @@ def rehearse(study: Study, config: Any, plan: Plan) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"study {study.name!r}: its criteria cannot be had ({_said(error)})") from error
+        raise ConfigError(
+            f"study {study.name!r}: its criteria cannot be had ({_said(error)})"
+        ) from error
     names = [each.name for each in criteria]
     for name in names:
         if names.count(name) > 1:

@@ -58,9 +58,7 @@ class Results:
     What was measured at every checkpoint has a dimension outer_step. Each is read once.
     """
 
-    def __init__(
-        self, stored: Mapping[str, Sequence[str]], read: Callable[[str, str], xr.Dataset]
-    ):
+    def __init__(self, stored: Mapping[str, Sequence[str]], read: Callable[[str, str], xr.Dataset]):
         """`stored` names the learners of each set of tasks; `read(task_set, learner)` gets one."""
         self._stored = stored
         self._read = functools.cache(read)

@@ -133,8 +133,8 @@ class Contender:
     """The option that sets its size, for messages."""
 
     def __post_init__(self) -> None:
-        fix = "must be letters, digits, '_' and '-'"
-        check(re.fullmatch(r"[\w-]+", self.name) is not None, "name", self.name, fix)
+        fix = "must be made of letters, digits, '_', '-' and '.'"
+        check(re.fullmatch(r"\w[\w.-]*", self.name) is not None, "name", self.name, fix)
         kind = self.kind or ("meta" if self.trained else "ordinary")
         kinds = ("meta",) if self.trained else ("ordinary", "bayes", "reference")
         fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
@@ -273,7 +273,9 @@ class Plan:
 
     def trained(self) -> dict[str, MetaTraining]:
         """Every meta-learner of every comparison, by name."""
-        return {c.name + part.suffix: part.training(c) for part in self.comparisons for c in part.metas}
+        return {
+            c.name + part.suffix: part.training(c) for part in self.comparisons for c in part.metas
+        }
 
     def measurements(self) -> Iterator[tuple[TaskSet, Contender]]:
         """What is measured once training is done, or beside it."""
@@ -326,7 +328,9 @@ def staggering(results: Results, name: str, expected: str, **bounds: float) -> I
     """How far one learner staggers in distribution, with what it leaves censored."""
     data = results["in_distribution", name]
     merit = dynamics.merit_name(data)
-    yield criterion(f"{name}_{merit}", dynamics.measured(dynamics.merit_of(data), data), expected, **bounds)
+    yield criterion(
+        f"{name}_{merit}", dynamics.measured(dynamics.merit_of(data), data), expected, **bounds
+    )
     yield censored(name, data)
 
 
@@ -364,9 +368,9 @@ def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Ite
 class Claim:
     """A claim of the paper that a study tests."""
 
-    says: str
     criterion: str
     """The criterion that judges it, by name."""
+    says: str
     figure: str
     """The figure that shows it, by name."""
 

@@ -84,9 +84,7 @@ class _Readout(nnx.Module):
 class _NetworkMetaLearner:
     """The `base.MetaLearner` of networks for one domain; subclasses know how to run a network."""
 
-    def __init__(
-        self, domain: Domain, make: Callable[[int, nnx.Rngs], nnx.Module], heads: int = 0
-    ):
+    def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], nnx.Module], heads: int = 0):
         check(heads >= 0, "heads", heads, "must be 0 or more")
         self.domain, self.heads = domain, heads
         task = jax.eval_shape(domain.sample_task, jax.random.key(0))
@@ -107,7 +105,9 @@ class _NetworkMetaLearner:
 
         self._build = build
         self._graph, _, rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
-        self._rest = nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if jax.tree.leaves(rest) else rest
+        self._rest = (
+            nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if jax.tree.leaves(rest) else rest
+        )
 
     # What subclasses say of a network.
 
@@ -187,9 +187,7 @@ class Recurrent(_NetworkMetaLearner):
     objectives: one for the critic of `objectives.actor_critic`.
     """
 
-    def __init__(
-        self, domain: Domain, make_cell: Callable[[int, nnx.Rngs], Any], heads: int = 0
-    ):
+    def __init__(self, domain: Domain, make_cell: Callable[[int, nnx.Rngs], Any], heads: int = 0):
         super().__init__(domain, make_cell, heads)
 
     def _start(self, body: Any) -> Carry:
@@ -223,9 +221,7 @@ class Sequence(_NetworkMetaLearner):
     for T + 1 inputs: those of the episode, and the query of a probe after it.
     """
 
-    def __init__(
-        self, domain: Domain, make_model: Callable[[int, nnx.Rngs], Any], heads: int = 0
-    ):
+    def __init__(self, domain: Domain, make_model: Callable[[int, nnx.Rngs], Any], heads: int = 0):
         super().__init__(domain, make_model, heads)
 
     def _start(self, body: Any) -> Carry:
