@@ -15,8 +15,8 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
-from metadyn.base import check, check_positive
 from metadyn.domains.bandit import ContextualBandit
+from metadyn.errors import check, check_positive
 from metadyn.inner import log_spaced
 from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_bandit

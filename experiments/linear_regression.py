@@ -14,11 +14,11 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
-from metadyn.base import check_positive
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import check_positive
 from metadyn.inner import log_spaced
-from metadyn.learners.bayes import bayes_linear, least_squares, ridge
 from metadyn.learners import gradient as gd
+from metadyn.learners.bayes import bayes_linear, least_squares, ridge
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.optimizers import named_optimizer
 from metadyn.study import beyond_bayes, excess, staggering

@@ -12,8 +12,8 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
-from metadyn.base import check, check_positive
 from metadyn.domains.fourier import FourierRegression, Spectrum, band, check_spectrum
+from metadyn.errors import check, check_positive
 from metadyn.inner import log_spaced
 from metadyn.learners.bayes import bayes_fourier
 from metadyn.learners.gradient import DescentConfig, gradient, mlp

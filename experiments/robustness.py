@@ -16,10 +16,10 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
-from metadyn.base import check_positive
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import check_positive
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.study import HELDOUT, TRACKED, censored
 

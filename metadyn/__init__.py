@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metadyn.api import Trained, measure, train
-    from metadyn.base import (
-        ConfigError,
-        Domain,
-        Learner,
-        MetaLearner,
-        Modes,
-        Probe,
-        Regression,
-        TaskSet,
-    )
+    from metadyn.base import Domain, Learner, MetaLearner, Modes, Probe, Regression, TaskSet
+    from metadyn.errors import ConfigError
     from metadyn.inner import run
     from metadyn.learners.networks import Recurrent, Sequence
     from metadyn.objectives import ActorCriticConfig, Objective, actor_critic, prediction_loss
@@ -42,7 +34,8 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "api": "Trained measure train",
-    "base": "ConfigError Domain Learner MetaLearner Modes Probe Regression TaskSet",
+    "base": "Domain Learner MetaLearner Modes Probe Regression TaskSet",
+    "errors": "ConfigError",
     "inner": "run",
     "learners.networks": "Recurrent Sequence",
     "objectives": "ActorCriticConfig Objective actor_critic prediction_loss",

@@ -11,8 +11,9 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 
-from metadyn import inner, labelled, mesh
-from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet, check
+from metadyn import inner, labelled
+from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
+from metadyn.errors import check
 from metadyn.measuring import described, readings
 from metadyn.objectives import ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop

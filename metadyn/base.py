@@ -15,6 +15,8 @@ import jaxtyping
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from metadyn.errors import check
+
 Key = PRNGKeyArray
 Keys = jaxtyping.Key[Array, " n"]
 Task = Any  # the pytree that a domain's `sample_task` returns
@@ -23,35 +25,6 @@ Answer = Any  # what a learner replies: a prediction, the logits of a policy
 Feedback = Any  # what a domain says then: a target y_t, a reward
 State = Any  # all that a learner knows
 Params = Any  # the outer parameters of a meta-learner
-
-
-class ConfigError(Exception):
-    """Bad input, described in one line that names the field, the value and the fix.
-
-    `field`, `value` and `fix` are kept apart where they are known, so that the command line can
-    name the option as it was typed.
-    """
-
-    def __init__(self, message: str = "", field: str = "", value: Any = None, fix: str = ""):
-        super().__init__(message)
-        self.field, self.value, self.fix = field, value, fix
-
-
-class ConfigWarning(UserWarning):
-    """Input that can be run, but hardly as meant. One line that names the field and the value."""
-
-
-def check(holds: bool | np.bool, field: str, value: Any, fix: str) -> None:
-    """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
-    if not holds:
-        raise ConfigError(f"{field} = {value!r}: {fix}", field, value, fix)
-
-
-def check_positive(config: Any, *fields: str) -> None:
-    """Raises `ConfigError` unless each named field of `config` is a number above zero."""
-    for field in fields:
-        value = getattr(config, field)
-        check(0 < value < float("inf"), field, value, "must be positive and finite")
 
 
 class Learner(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metadyn.base import ConfigError
+from metadyn.errors import ConfigError
 from metadyn.store import RunFolder, read_summary
 from metadyn.study import Claim, Study, Table, load_studies
 

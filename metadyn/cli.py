@@ -1,14 +1,16 @@
 """The command line: metadyn run | figures | report | claims | devices.
 
-Exit codes: 0 done, 1 a criterion failed, 2 bad input or a DIR that cannot be written (one line on
-stderr), 130 interrupted, or another process of the run was lost: the same command goes on.
+Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that is
+not there (one line on stderr), 130 interrupted, or another process of the run was lost: the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
+import json
 import logging
 import os
 import re
@@ -22,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from metadyn.base import ConfigError, ConfigWarning
+from metadyn.errors import ConfigError, ConfigWarning
 
 if TYPE_CHECKING:  # imported when needed: they start JAX
     from metadyn.progress import Progress
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Does a study. The same command on the same DIR goes on where it was left. "
         "Options that are not listed here override the preset: see `metadyn run STUDY --options`.",
     )
-    run.add_argument("study", help="a Python file that defines a study, or a folder of them")
+    run.add_argument("study", help="a study's name, a Python file that defines one, or a folder")
     run.add_argument("--preset", default="quick", help="quick (default), paper, ...")
     run.add_argument(
         "--out",
@@ -56,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--options", action="store_true", help="list what can be overridden")
+    run.add_argument(
+        "--no-cache", action="store_true", help="compile anew, and keep nothing compiled"
+    )
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
     devices = commands.add_parser("devices", help="say what a run would use")
     for command in (run, devices):
@@ -72,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=what)
         command.add_argument("dir", metavar="DIR")
+        if name == "figures":
+            command.add_argument("--study", metavar="FILE", help="of a study of your own: its file")
     claims = commands.add_parser(
         "claims",
         help="judge the paper's claims from what runs came to",
@@ -115,6 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             what = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
             print(f"metadyn: {what}", file=sys.stderr)
+            return _left(BAD_INPUT)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            what = "memory ran out; the last checkpoint is whole: lower --outer.batch, --outer.seeds"
+            print(f"metadyn: {what} or --measure.chunk, in another DIR", file=sys.stderr)
             return _left(BAD_INPUT)
         if not mesh.joined():
             raise
@@ -185,6 +196,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
+    if not arguments.no_cache:
+        mesh.use_compilation_cache()
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     with _in_time():
         return _studies(arguments, overrides)
@@ -238,7 +251,10 @@ def _run_one(
         return DONE
     progress.say(f"metadyn: {study.name}, preset {arguments.preset}, into {out}")
     identity = (study, arguments.preset, arguments.seed, config, out)
-    summary = run_study(*identity, progress, arguments.tensorboard)
+    try:
+        summary = run_study(*identity, progress, arguments.tensorboard)
+    except ConfigError as error:
+        raise as_typed(error, config, overrides) from error
     progress.say("\n".join(report.verdict(summary)))
     progress.say(f"figures: {Path(out) / 'figures'}")
     return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
@@ -268,7 +284,10 @@ def configured(default: Any, overrides: Sequence[str]) -> Any:
                 default=default,
                 args=list(overrides),
                 config=(tyro.conf.FlagConversionOff,),
+                registry=_matrices(),
             )
+    except ConfigError as error:
+        raise as_typed(error, default, overrides) from None
     except SystemExit as stop:
         if not stop.code:
             return None
@@ -278,12 +297,89 @@ def configured(default: Any, overrides: Sequence[str]) -> Any:
         raise ConfigError(f"override: {' '.join(text.split())}") from None
 
 
+def _matrices() -> Any:
+    """How matrices are given on the command line: as JSON, [[1, 0], [0, 2]], or null."""
+    import tyro
+
+    from metadyn.domains.linear import Matrix
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def parse(texts: list[str]) -> Any:
+        try:
+            rows = json.loads(texts[0])
+            return None if rows is None else tuple(tuple(float(v) for v in row) for row in rows)
+        except (ValueError, TypeError, RecursionError):
+            said = f"give rows such as [[1, 0], [0, 2]], not {texts[0]!r}"
+            raise ValueError(said) from None
+
+    @registry.primitive_rule
+    def _(info: Any) -> Any:
+        if info.type != Matrix:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="[[ROW],[ROW],...]",
+            instance_from_str=parse,
+            is_instance=lambda value: value is None or isinstance(value, tuple),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    return registry
+
+
+def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> ConfigError:
+    """The same complaint about the option as it was typed: --domain.sigma -1: must be positive.
+
+    Or, if it was not typed, about the option that would set it. Errors about anything else remain.
+    """
+    if not error.field:
+        return error
+    values = dict(_options(config))
+    named = [o for o in values if f".{o[2:]}".endswith("." + error.field.replace("_", "-"))]
+    typed = {}
+    for i, word in enumerate(overrides):
+        option, equals, value = word.partition("=")
+        option = option.replace("_", "-")
+        if option in named:
+            rest = [value] if equals else [*_until_option(overrides[i + 1 :])]
+            typed[option] = " ".join(rest)
+    alike = [option for option in named if values[option] == error.value]
+    for option in (*(o for o in alike if o in typed), *typed, *alike, *named[:1]):
+        return ConfigError(f"{option} {typed.get(option, values[option])}: {error.fix}")
+    return error
+
+
+def _until_option(words: Sequence[str]) -> Iterator[str]:
+    for word in words:
+        if word.startswith("--"):
+            return
+        yield word
+
+
+def _options(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Every option of a configuration, with its value."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from _options(value, f"{name}.")
+        else:
+            yield name, value
+
+
 def _figures(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn import figures
     from metadyn.store import RunFolder
+    from metadyn.study import known, load_study
 
-    for path in figures.draw(RunFolder(arguments.dir)):
+    run = RunFolder(arguments.dir)
+    name = arguments.study or run.config["study"]
+    own = load_study(name).figures if arguments.study or name in known() else {}
+    for path in figures.draw(run.figures, run.results(), own):
         print(path)
+    if not (arguments.study or name in known()):
+        said = f"{name!r} is a study of your own: --study FILE draws its own figures too"
+        print(f"metadyn: {said}", file=sys.stderr)
     return DONE
 
 

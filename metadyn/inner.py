@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 
 from metadyn import mesh, prng
 from metadyn.base import (
-    Answer,
     STRENGTH,
+    Answer,
     Domain,
     Feedback,
     Key,
@@ -29,9 +29,9 @@ from metadyn.base import (
     Probe,
     Query,
     Task,
-    check,
     indexed_keys,
 )
+from metadyn.errors import check
 
 Probes = tuple[tuple[str, Probe], ...]
 """Probes by the name under which they are recorded, hashable."""

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from metadyn.base import STRENGTH, ConfigError, Modes
+from metadyn.base import STRENGTH, Modes
+from metadyn.errors import ConfigError
 
 Kind = Literal["ordinary", "meta", "bayes", "reference"]
 ORDER = ("learner", "outer_step", "seed", "task", "mode", "step")

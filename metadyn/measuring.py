@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metadyn import inner, labelled, mesh
-from metadyn.base import STRENGTH, ConfigError, Key, Learner, Params, TaskSet, check
+from metadyn.base import STRENGTH, Key, Learner, Params, TaskSet
+from metadyn.errors import ConfigError, check
 from metadyn.study import Contender
 
 

@@ -8,9 +8,11 @@ once, such as making a folder or drawing, is done by process 0.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import platform
 import re
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from metadyn.base import ConfigError, check
+from metadyn.errors import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
@@ -151,6 +153,37 @@ def use_every_core() -> None:
         jax.config.update("jax_num_cpu_devices", devices)
         if devices == cores and "xla_cpu_multi_thread_eigen" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+
+
+def use_compilation_cache() -> None:
+    """Keeps what is compiled in the user's cache folder, readable by them alone, for later runs.
+
+    By JAX's own persistent cache; processors of other kinds have folders of their own. Nothing is
+    changed if the environment says where it is to be (JAX_COMPILATION_CACHE_DIR), or that there is
+    to be none (JAX_ENABLE_COMPILATION_CACHE=false); and none is used where no folder can be had.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kind = hashlib.sha256(f"{jax.__version__} {_flags()}".encode()).hexdigest()[:16]
+    folder = Path(home) / "metadyn" / kind
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+            return
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _flags() -> str:
+    """What this machine's processor can do, as far as the system says."""
+    with contextlib.suppress(OSError, StopIteration):  # on Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        wanted = ("model name", "flags", "Features")
+        return " ".join(next((x for x in lines if x.startswith(w)), "") for w in wanted)
+    return f"{platform.machine()} {platform.processor()}"
 
 
 def mesh() -> Mesh:

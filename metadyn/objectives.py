@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from metadyn import inner
-from metadyn.base import Domain, Keys, MetaLearner, Params, check
+from metadyn.base import Domain, Keys, MetaLearner, Params
+from metadyn.errors import check
 
 Metrics = Mapping[str, Array]
 """Scalars by name. "loss", the domain's mean loss, is what excess over Bayes is reported of."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metadyn.base import ConfigError
+from metadyn.errors import ConfigError
 
 Schedule = Literal["cosine", "linear", "constant"]
 

@@ -17,15 +17,8 @@ import optax
 from jaxtyping import Array, Int
 
 from metadyn import inner, mesh, prng
-from metadyn.base import (
-    Key,
-    Keys,
-    MetaLearner,
-    Params,
-    check,
-    check_positive,
-    indexed_keys,
-)
+from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys
+from metadyn.errors import check, check_positive
 from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
 

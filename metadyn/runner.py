@@ -19,7 +19,8 @@ import numpy as np
 import xarray as xr
 
 from metadyn import dynamics, labelled, mesh
-from metadyn.base import ConfigError, Key, Params, TaskSet
+from metadyn.base import Key, Params, TaskSet
+from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, described, fits, readings
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from metadyn.base import ConfigError
+from metadyn.errors import ConfigError
 
 Log = Callable[[int, Mapping[str, float]], None]
 """`log(outer step, {name: value})`."""

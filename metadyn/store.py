@@ -35,7 +35,7 @@ import orbax.checkpoint as ocp
 import xarray as xr
 
 from metadyn import mesh
-from metadyn.base import ConfigError, ConfigWarning
+from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.labelled import about, labelled, merge
 
 Arrays = Mapping[str, Any]

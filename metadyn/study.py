@@ -21,17 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from metadyn import dynamics, labelled
-from metadyn.base import (
-    ConfigError,
-    Domain,
-    Learner,
-    MetaLearner,
-    Params,
-    TaskSet,
-    check,
-    check_positive,
-    training_tasks,
-)
+from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet, training_tasks
+from metadyn.errors import ConfigError, check, check_positive
 from metadyn.labelled import Kind
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.networks import GRUConfig

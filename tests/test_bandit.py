@@ -18,9 +18,10 @@ import pytest
 
 import metadyn
 from metadyn import inner
-from metadyn.base import ConfigError, ConfigWarning, Domain, indexed_keys
+from metadyn.base import Domain, indexed_keys
 from metadyn.cli import main
 from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
+from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.learners.bayes import bayes_bandit
 from metadyn.learners.gradient import Policy, expected_policy_gradient, reinforce, softmax_policy
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner

@@ -8,9 +8,9 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Kernel, StationaryKernelMixin
 
 from metadyn import inner
-from metadyn.base import ConfigError
 from metadyn.domains.fourier import FourierRegression, band, value
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_fourier, bayes_linear, least_squares, ridge
 
 

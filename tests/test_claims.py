@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from metadyn import claims
-from metadyn.base import ConfigError
 from metadyn.cli import main
+from metadyn.errors import ConfigError
 from metadyn.study import load_studies
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

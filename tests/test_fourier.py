@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metadyn import inner
-from metadyn.base import ConfigError, Domain
+from metadyn.base import Domain
 from metadyn.domains.fourier import (
     FourierRegression,
     FourierTask,
@@ -18,6 +18,7 @@ from metadyn.domains.fourier import (
     power_spectrum,
     uniform_grid,
 )
+from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_fourier
 
 SPECTRA = {

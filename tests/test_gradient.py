@@ -10,9 +10,10 @@ import scipy.integrate
 import scipy.stats
 
 from metadyn import dynamics, inner
-from metadyn.base import ConfigError, Learner
+from metadyn.base import Learner
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
 from metadyn.learners.gradient import (
     balanced_deep_linear,
     deep_linear,

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from metadyn import inner
-from metadyn.base import ConfigError
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.gradient import deep_linear, gradient
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metadyn.base import ConfigError
 from metadyn.domains.linear import LinearRegression, LinearTask
+from metadyn.errors import ConfigError
 
 M = ((1.0, 0.0, -1.0), (0.5, 2.0, 0.0))
 R = ((1.0, 0.6), (0.6, 2.0))

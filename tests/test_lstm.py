@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from metadyn import inner
-from metadyn.base import ConfigError
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 

@@ -11,8 +11,9 @@ import pytest
 from processes import together
 
 from metadyn import mesh
-from metadyn.base import ConfigError, indexed_keys
+from metadyn.base import indexed_keys
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 from metadyn.outer import OuterConfig, Trainee, Trainer, _gradient, prediction_loss
 

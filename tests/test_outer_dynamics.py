@@ -19,9 +19,9 @@ import xarray as xr
 
 import metadyn
 from metadyn import dynamics
-from metadyn.base import ConfigError
 from metadyn.cli import main
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
 from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
 from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
 from metadyn.store import RunFolder, describe

@@ -11,8 +11,8 @@ from processes import begin, end, together
 
 import metadyn
 from metadyn import mesh
-from metadyn.base import ConfigError
 from metadyn.cli import main
+from metadyn.errors import ConfigError
 
 STUDY = str(Path(__file__).parent.parent / "benchmarks" / "tiny_study.py")
 LONG = ("--outer.steps", "8000", "--outer.schedule", "constant", "--outer.learning-rate", "0.001")

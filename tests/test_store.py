@@ -15,7 +15,7 @@ import xarray as xr
 
 import metadyn
 from metadyn import dynamics
-from metadyn.base import ConfigError, ConfigWarning
+from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.store import HELDOUT, SUMS, TRACKED, RunFolder, describe, labelled
 
 IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 4}, "a": 1}}

@@ -14,17 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import (
-    STRENGTH,
-    ConfigWarning,
-    Key,
-    Modes,
-    Probe,
-    Sampler,
-    TaskSet,
-    check,
-    check_positive,
-)
+from metadyn.base import STRENGTH, Key, Modes, Probe, Sampler, TaskSet
+from metadyn.errors import ConfigWarning, check, check_positive
 
 
 class BanditTask(NamedTuple):

@@ -17,16 +17,8 @@ import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from metadyn import prng
-from metadyn.base import (
-    STRENGTH,
-    Key,
-    Modes,
-    Probe,
-    Regression,
-    TaskSet,
-    check,
-    check_positive,
-)
+from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet
+from metadyn.errors import check, check_positive
 
 Spectrum = tuple[float, ...]
 """A number for each frequency 0, 1, 2, …, in cycles over the unit interval."""

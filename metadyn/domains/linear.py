@@ -16,16 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from metadyn import prng
-from metadyn.base import (
-    STRENGTH,
-    Key,
-    Modes,
-    Probe,
-    Regression,
-    TaskSet,
-    check,
-    check_positive,
-)
+from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet
+from metadyn.errors import check, check_positive
 from metadyn.kernels import dense
 
 Matrix = tuple[tuple[float, ...], ...] | None
@@ -189,7 +181,7 @@ class LinearRegression(Regression):
 
     # The probe.
 
-    @cache  # noqa: B019: domains are few
+    @cache  # noqa: B019 (domains are few, and hashable)
     def probe(self, points: int = 32, seed: int = 0) -> Probe:
         """Reads the effective spectrum from input-output pairs alone.
 

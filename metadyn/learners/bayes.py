@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import Key, Learner, check
+from metadyn.base import Key, Learner
 from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.fourier import FourierRegression, Number, fourier_features
 from metadyn.domains.linear import LinearRegression
+from metadyn.errors import check
 
 MOST_PERMUTATIONS = 5040  # 7 contexts of 7 actions: our choice
 TIE = 1e-4  # log-posteriors this close are equal: in float32, over an episode

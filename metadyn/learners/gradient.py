@@ -15,8 +15,9 @@ import optax
 from jaxtyping import Array, Float, Int, Real
 
 from metadyn import prng
-from metadyn.base import Answer, Feedback, Key, Learner, Query, check, check_positive
+from metadyn.base import Answer, Feedback, Key, Learner, Query
 from metadyn.domains.bandit import Outcome
+from metadyn.errors import check, check_positive
 from metadyn.kernels import dense
 from metadyn.optimizers import named_optimizer
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metadyn.base import Domain, check, check_positive
+from metadyn.base import Domain
+from metadyn.errors import check, check_positive
 from metadyn.kernels.lstm import Backend, LSTMWeights, cell, lstm
 from metadyn.learners.networks import EpisodeCell, Recurrent
 

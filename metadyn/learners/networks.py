@@ -16,17 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metadyn.base import (
-    Answer,
-    Domain,
-    Feedback,
-    Key,
-    Learner,
-    Params,
-    Query,
-    check,
-    check_positive,
-)
+from metadyn.base import Answer, Domain, Feedback, Key, Learner, Params, Query
+from metadyn.errors import check, check_positive
 from metadyn.kernels.lstm import apply
 
 Carry = Any  # the state of a recurrent cell, the cache of a sequence model

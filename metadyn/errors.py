@@ -1,0 +1,34 @@
+"""Bad input: how it is checked for, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ConfigError(Exception):
+    """Bad input, described in one line that names the field, the value and the fix.
+
+    `field`, `value` and `fix` are kept apart where they are known, so that the command line can
+    name the option as it was typed.
+    """
+
+    def __init__(self, message: str = "", field: str = "", value: Any = None, fix: str = ""):
+        super().__init__(message)
+        self.field, self.value, self.fix = field, value, fix
+
+
+class ConfigWarning(UserWarning):
+    """Input that can be run, but hardly as meant. One line that names the field and the value."""
+
+
+def check(holds: Any, field: str, value: Any, fix: str) -> None:
+    """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{field} = {value!r}: {fix}", field, value, fix)
+
+
+def check_positive(config: Any, *fields: str) -> None:
+    """Raises `ConfigError` unless each named field of `config` is a number above zero."""
+    for field in fields:
+        value = getattr(config, field)
+        check(0 < value < float("inf"), field, value, "must be positive and finite")
