@@ -18,7 +18,7 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check_positive
 from metadyn.inner import log_spaced
 from metadyn.learners import gradient as gd
-from metadyn.learners.bayes import bayes_linear, least_squares, ridge
+from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.optimizers import named_optimizer
 from metadyn.study import beyond_bayes, excess, staggering
@@ -74,7 +74,6 @@ def plan(config: Config) -> md.Plan:
         "sgd_balanced", "SGD, balanced start", balanced, sgd.balanced_strength,
         sgd.balanced_learning_rate, kind="reference",
     )  # fmt: skip
-    hidden = {"kind": "reference", "drawn": False}
     contenders = [
         descent(
             "sgd", f"{sgd.depth}-layer linear network, {sgd.optimizer.upper()}",
@@ -83,8 +82,6 @@ def plan(config: Config) -> md.Plan:
         ),
         config.meta_learner(domain),
         md.Contender("bayes", "Bayes-optimal", bayes_linear(domain), "bayes"),
-        md.Contender("ridge", "ridge", ridge(n_x, n_y, penalty=1.0), **hidden),
-        md.Contender("least_squares", "least squares", least_squares(n_x, n_y), **hidden),
     ]  # fmt: skip
     evaluation = partial(domain.evaluation, sizes.probe_points)
     shifted = [
@@ -160,7 +157,7 @@ QUICK = Config(
     domain=LinearRegression(n_x=3, n_y=3),
     outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=2e-2),
     measure=md.MeasureConfig(
-        tasks=8192, shifted_tasks=1024, tracked_tasks=96, heldout_tasks=256, probe_points=12
+        tasks=8192, shifted_tasks=1024, tracked_tasks=96, heldout_tasks=256, probe_points=12, chunk=1024
     ),
 )
 PAPER = Config(

@@ -238,6 +238,7 @@ QUICK = Config(
         heldout_tasks=512,
         tracked_tasks=64,
         probe_points=32,
+        chunk=1024,
     ),
 )
 PAPER = Config(

@@ -124,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"metadyn: {what}", file=sys.stderr)
             return _left(BAD_INPUT)
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            what = "memory ran out; the last checkpoint is whole: lower --outer.batch, --outer.seeds"
+            what = (
+                "memory ran out; the last checkpoint is whole: lower --outer.batch, --outer.seeds"
+            )
             print(f"metadyn: {what} or --measure.chunk, in another DIR", file=sys.stderr)
             return _left(BAD_INPUT)
         if not mesh.joined():

@@ -6,8 +6,8 @@ outer parameters has one seed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -42,20 +42,12 @@ def estimate(
     to figures [..., *any]. Draws in which it has no value (NaN) are left out; where more than 5 %
     have none there is no interval.
     """
-    rng = np.random.default_rng(seed)
-    weights: dict[tuple[str, int], np.ndarray] = {}
-
-    def counts(kind: str, n: int) -> np.ndarray:
-        if (kind, n) not in weights:
-            drawn = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
-            spread = 1 / n + widening(n) * (drawn - 1 / n)
-            weights[kind, n] = spread.astype(np.float32)
-        return weights[kind, n]
 
     def resampled(sample: np.ndarray) -> np.ndarray:
         n_seeds, n_tasks, *rest = sample.shape
-        by_task = counts("task", n_tasks)
-        by_seed = counts("seed", n_seeds)
+        by_task, by_seed = (
+            _resampling(n, draws, (seed, which)) for which, n in enumerate((n_tasks, n_seeds))
+        )
         flat = sample.reshape(n_seeds, n_tasks, -1)
         mean = sum(by_seed[:, i, None] * (by_task @ flat[i]) for i in range(n_seeds))
         return np.asarray(mean).reshape(draws, *rest)
@@ -66,6 +58,15 @@ def estimate(
         missing = np.isnan(drawn).mean(0) > 0.05
         low, high = np.nanquantile(np.where(missing, 0.0, drawn), [0.025, 0.975], axis=0)
     return Estimate(value, np.where(missing, np.nan, low), np.where(missing, np.nan, high))
+
+
+@functools.lru_cache(maxsize=4)  # up to a quarter of a gigabyte each
+def _resampling(n: int, draws: int, seed: tuple[int, int]) -> Float[np.ndarray, "draws n"]:
+    """Weights of n samples in each draw: how often it was drawn of n, spread by `widening`."""
+    drawn = np.random.default_rng([*seed, n]).integers(n, size=(draws, n))
+    flat = drawn + n * np.arange(draws)[:, None]
+    counts = np.bincount(flat.ravel(), minlength=draws * n).reshape(draws, n)
+    return np.float32(1 / n + widening(n) * (counts / n - 1 / n))
 
 
 def widening(n: int) -> float:
@@ -332,5 +333,5 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
 
 def measured_excess(trained: xr.Dataset, bayes: xr.Dataset, draws: int = 1000) -> Estimate:
     """`excess_loss` of a meta-learner on the tasks that Bayes was measured on, with interval."""
-    excess = partial(excess_loss, floor=labelled.about(trained).loss_floor)
+    excess = functools.partial(excess_loss, floor=labelled.about(trained).loss_floor)
     return estimate(excess, episode_loss(trained), episode_loss(bayes), draws=draws)

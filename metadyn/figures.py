@@ -18,8 +18,9 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 import xarray as xr
-from matplotlib.animation import PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from metadyn import dynamics, labelled
 from metadyn.base import STRENGTH
@@ -399,17 +400,25 @@ def animation(training: OuterTraining, path: Path) -> None:
     axis.set_ylabel(training.modes.strength)
     place = {"title": training.modes.axis, "fontsize": 9}
     axis.legend(**place, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_title(training.title(f"outer step {int(steps[-1]):,}"))
-    figure.draw_without_rendering()
+    title = axis.set_title(training.title(f"outer step {int(steps[-1]):,}"))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     figure.set_layout_engine("none")  # laid out once, for the longest title
-    writer = PillowWriter(fps=4)
-    with writer.saving(figure, str(path), dpi=80):
-        frames = [*range(len(steps)), *[len(steps) - 1] * 4]  # the last stays for a while
-        for i in frames:
-            for k, line in enumerate(lines):
-                line.set_data(times, mean[i, :, k])
-            axis.set_title(training.title(f"outer step {int(steps[i]):,}"))
-            writer.grab_frame()
+    moving = [*lines, title]
+    for artist in moving:
+        artist.set_animated(True)
+    canvas.draw()  # what stays: drawn once for all frames
+    still, frames = canvas.copy_from_bbox(figure.bbox), []
+    for i, step in enumerate(steps.to_numpy()):
+        canvas.restore_region(still)
+        title.set_text(training.title(f"outer step {step:,}"))
+        for k, line in enumerate(lines):
+            line.set_data(times, mean[i, :, k])
+        for artist in moving:
+            axis.draw_artist(artist)
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    lasts = [250] * (len(frames) - 1) + [1250]  # ms: the last stays for a while
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=lasts, loop=0)
 
 
 def orders(trainings: Sequence[OuterTraining]) -> Figure:

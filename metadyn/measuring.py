@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from metadyn import inner, labelled, mesh
@@ -18,26 +17,42 @@ from metadyn.study import Contender
 
 def readings(
     tasks: TaskSet, contender: Contender, params: Params, key: Key, chunk: int = 4096
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Measures a learner on tasks: every reading by name, [seed,] task, time, ....
 
     `params` are those of a meta-learner, with a leading seed axis; otherwise an empty tuple. Tasks
-    are taken at most `chunk` at a time on each device.
+    are taken `chunk` at a time, which bounds the memory; sets of more tasks share one program.
     """
+    parts = [inner.measure(*given) for given in calls(tasks, contender, params, key, chunk)]
+    if len(parts) == 1:
+        return parts[0]
+    axis, size = int(contender.trained), tasks.size_for(_one(contender))
+    whole = jax.tree.map(lambda *leaves: mesh.joined_along(axis, leaves), *parts)
+    return jax.tree.map(lambda leaf: leaf[:, :size] if axis else leaf[:size], whole)
+
+
+def calls(
+    tasks: TaskSet, contender: Contender, params: Params, key: Key, chunk: int
+) -> list[tuple[Any, ...]]:
+    """What `inner.measure` is called with for that; `params` may be shapes, to compile it first."""
     size = tasks.size_for(_one(contender))
-    return inner.measure(
-        tasks.domain,
-        contender.make,
-        params,
-        contender.trained,
-        tasks.sample,
-        tasks.argument,
-        key,
-        jnp.arange(size),
-        tuple(contender.times_in(tasks.domain)),
-        tuple(tasks.probes.items()),
-        chunk,
-    )
+    indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
+    return [
+        (
+            tasks.domain,
+            contender.make,
+            params,
+            contender.trained,
+            tasks.sample,
+            tasks.argument,
+            key,
+            part,
+            tuple(contender.times_in(tasks.domain)),
+            tuple(tasks.probes.items()),
+            chunk,
+        )
+        for part in np.split(indices, max(1, len(indices) // min(size, chunk)))
+    ]
 
 
 def described(

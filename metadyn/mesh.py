@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -314,6 +314,13 @@ def over_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
     if jax.default_backend() == "cpu":
         return jax.lax.map(f, stacked)
     return jax.vmap(f)(stacked)
+
+
+def joined_along(axis: int, parts: Sequence[Array]) -> Any:
+    """Arrays that are split over devices, end to end: on this machine, if this process has all."""
+    if jax.process_count() == 1:
+        return np.concatenate([np.asarray(part) for part in parts], axis)
+    return jax.jit(partial(jnp.concatenate, axis=axis), out_shardings=replicated())(parts)
 
 
 def describe() -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import platform
 import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +20,10 @@ import jax
 import numpy as np
 import xarray as xr
 
-from metadyn import dynamics, labelled, mesh
+from metadyn import dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
 from metadyn.errors import ConfigError
-from metadyn.measuring import bytes_needed, described, fits, readings
+from metadyn.measuring import bytes_needed, calls, described, fits, readings
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
 from metadyn.scalars import scalars
@@ -47,12 +49,34 @@ class _Runner:
         self.key = jax.random.key(seed)
         self.chunk = plan.comparisons[0].measure.chunk
         self.places = _places(plan)
+        self.compiling = ThreadPoolExecutor(os.cpu_count())
 
     def readings(
         self, tasks: TaskSet, contender: Contender, params: Params
     ) -> dict[str, jax.Array]:
         """[seed,] task, time, ...; of tasks that are the same whatever the set is called."""
         return readings(tasks, contender, params, stream(self.key, "evaluation"), self.chunk)
+
+    def prepare(self, loop: OuterLoop, watched: list[tuple[TaskSet, Contender, str]]) -> None:
+        """Begins to compile all programs, on every core, and waits for that of the outer step.
+
+        Raises `ConfigError` if that cannot fit into the memory, by the compiler's own account.
+        """
+        if jax.process_count() > 1:
+            return
+        named = {id(contender): name for _, contender, name in watched}
+        key = stream(self.key, "evaluation")
+
+        def compiled(tasks: TaskSet, contender: Contender) -> None:
+            params = loop.abstract.params[named[id(contender)]] if contender.trained else ()
+            given = calls(tasks, contender, params, key, self.chunk)[0]
+            inner.measure.lower(*given).compile()
+
+        outer_step = self.compiling.submit(check_compiled, loop)
+        for tasks, contender in dict.fromkeys(all_measurements(self.plan)):
+            if not self.store.has_measurement(tasks.name, contender.name):
+                self.compiling.submit(compiled, tasks, contender)
+        outer_step.result()
 
     def described(self, tasks: TaskSet, contender: Contender) -> dict[str, Any]:
         """The description of those readings."""
@@ -71,6 +95,7 @@ class _Runner:
             for contender in part.metas
             for tasks in (part.tracked, part.heldout)
         ]
+        self.prepare(loop, watched)
         about = _nested((t.name, c.name, self.described(t, c)) for t, c, _ in watched)
 
         def save(state: TrainState, scheduled: bool = True) -> None:
@@ -140,6 +165,7 @@ class _Runner:
     def excess(self, part: Comparison) -> Callable[[float], float]:
         """What turns a loss on the training distribution into the excess over Bayes."""
         self.measure(part.heldout, part.bayes)
+        self.store.finish()
         losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
         best, floor = float(losses.isel(step=slice(1, None)).mean()), part.domain.loss_floor
         return lambda loss: float(dynamics.excess_loss(loss, best, floor))
@@ -165,6 +191,7 @@ class _Runner:
             for tasks, contender, own in wanted:
                 show(f"{contender.label} on {tasks.name}")
                 self.measure(tasks, contender, own)
+        self.store.finish()
 
 
 def _places(plan: Plan) -> dict[tuple[str, str], tuple[int, str, bool]]:
@@ -186,8 +213,8 @@ def _places(plan: Plan) -> dict[tuple[str, str], tuple[int, str, bool]]:
 
 def _nested(rows: Any) -> dict[str, dict[str, Any]]:
     nested: dict[str, dict[str, Any]] = {}
-    for outer, inner, value in rows:
-        nested.setdefault(outer, {})[inner] = value
+    for task_set, learner, value in rows:
+        nested.setdefault(task_set, {})[learner] = value
     return nested
 
 
@@ -204,7 +231,7 @@ def check_memory(plan: Plan) -> None:
             what = f"the weights of {contender.name} and what trains them"  # moments, gradient
             field = contender.option.removeprefix("--") or "outer.seeds"
             fits(what, 4 * outer.seeds * size * mesh.copies(), field)
-    for tasks, contender in _all_measurements(plan):
+    for tasks, contender in all_measurements(plan):
         needed = bytes_needed(tasks, contender, outer.seeds)
         times, size = len(contender.times_in(tasks.domain)), tasks.size
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
@@ -213,7 +240,7 @@ def check_memory(plan: Plan) -> None:
         fits(what, 2 * needed, field, tasks.domain.steps if by_time else None)  # and a copy
 
 
-def _all_measurements(plan: Plan) -> Iterator[tuple[TaskSet, Contender]]:
+def all_measurements(plan: Plan) -> Iterator[tuple[TaskSet, Contender]]:
     for part in plan.comparisons:
         for contender in part.contenders if part.metas else ():
             if contender.kind in ("meta", "bayes"):
@@ -237,7 +264,7 @@ def rehearse(study: Study, config: Any, plan: Plan) -> None:
     name that is not measured, or a figure that cannot be drawn, is found before training.
     """
     places = _places(plan)
-    planned = {(t.name, c.name): (t, c) for t, c in _all_measurements(plan)}
+    planned = {(t.name, c.name): (t, c) for t, c in all_measurements(plan)}
     sets: dict[str, list[str]] = {}
     for task_set, learner in planned:
         sets.setdefault(task_set, []).append(learner)
@@ -330,6 +357,7 @@ def run_study(
                 return done
             begun = time.monotonic()
             runner = _Runner(plan, run, seed, progress, tensorboard and mesh.first())
+            stack.callback(runner.compiling.shutdown, wait=False, cancel_futures=True)
             runner.measure_all(runner.train())
 
             def conclude() -> dict[str, Any]:

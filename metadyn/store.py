@@ -158,9 +158,9 @@ class RunFolder:
 
     # Folders of arrays: all processes save together, each reads alone.
 
-    def _save(self, folder: Path, background: bool, **items: ocp.args.CheckpointArgs) -> None:
+    def _save(self, folder: Path, **items: ocp.args.CheckpointArgs) -> None:
         self.finish()
-        if background and jax.process_count() == 1:
+        if jax.process_count() == 1:
             self._writing = self._writer.submit(self._write, folder, items)
         else:
             self._write(folder, items)
@@ -265,7 +265,7 @@ class RunFolder:
         if trajectories is not None:
             items["trajectories"] = ocp.args.StandardSave(_fetched(trajectories))
             items["about"] = ocp.args.JsonSave(about)
-        self._save(self._checkpoint(step), background=True, **items)
+        self._save(self._checkpoint(step), **items)
 
     def steps(self) -> list[int]:
         """The outer steps of all checkpoints, damaged ones too, in order."""
@@ -302,10 +302,10 @@ class RunFolder:
     def save_measurement(
         self, task_set: str, learner: str, arrays: Arrays, about: Mapping[str, Any]
     ) -> None:
-        """Stores one measurement, appearing only when whole."""
+        """Stores one measurement, appearing only when whole; in the background, as `finish` says."""
         folder = self._measurement(task_set, learner)
         stored = ocp.args.StandardSave(_fetched(arrays))
-        self._save(folder, background=False, arrays=stored, about=ocp.args.JsonSave(about))
+        self._save(folder, arrays=stored, about=ocp.args.JsonSave(about))
 
     def measurement(self, task_set: str, learner: str) -> xr.Dataset:
         """One learner on one set of tasks: [seed,] task, step, and the reading's own axes.

@@ -55,7 +55,7 @@ class MeasureConfig:
     probe_points: int = 32
     """Queries in a probe."""
     chunk: int = 4096
-    """Tasks held in memory at a time on each device."""
+    """Tasks measured at a time, which bounds the memory."""
 
     def __post_init__(self) -> None:
         check_positive(self, *(field.name for field in dataclasses.fields(self)))
