@@ -30,6 +30,12 @@ class Estimate(NamedTuple):
     high: np.ndarray
 
 
+def text(estimate: Estimate, digits: int = 2) -> str:
+    """A figure of merit as text: value [low, high]."""
+    value, low, high = (f"{part:.{digits}f}" for part in estimate)
+    return f"{value} [{low}, {high}]"
+
+
 def estimate(
     statistic: Callable[..., Numbers], *samples: np.ndarray, draws: int = 1000, seed: int = 0
 ) -> Estimate:

@@ -119,7 +119,7 @@ def mode_strength(measured: Measured, probe: str = STRENGTH) -> Figure:
                 label = "closed form" if k == len(modes.values) - 1 else None
                 axis.plot(times[start:], curve, color="black", ls=":", lw=1.4, label=label)
         axis.axhline(modes.p, color="grey", lw=0.8, zorder=0)
-        merit = interval(dynamics.measured(dynamics.merit_of(data, probe), data, probe))
+        merit = dynamics.text(dynamics.measured(dynamics.merit_of(data, probe), data, probe))
         axis.set_title(f"{about.label}\n{dynamics.merit_name(data, probe)} {merit}")
         axis.set_xlabel(_clock(data))
         axis.set_xscale("log" if start else "linear")
@@ -151,7 +151,7 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
             centre = np.log(t.value[there]).mean() - slope.value * np.log(scale[there]).mean()
             line = np.exp(centre + slope.value * np.log(scale))
             about = labelled.about(data)
-            label = f"{about.label} ({about.clock}): slope {interval(slope)}"
+            label = f"{about.label} ({about.clock}): slope {dynamics.text(slope)}"
             style = {"color": "grey", "lw": 1.2, "mfc": "none", "zorder": 0}
             axis.plot(scale, line, marker=marker, label=label, **style)
     axis.set(xscale="log", yscale="log", xlabel=modes.axis)
@@ -444,7 +444,7 @@ def _order(axis: Any, training: OuterTraining) -> None:
         correlation = dynamics.estimate(
             lambda a, b: dynamics.rank_correlation(inner(a), outer(a, b)), *training.over
         )
-        title = f"rank correlation {interval(correlation)}"
+        title = f"rank correlation {dynamics.text(correlation)}"
     scale = dynamics.scale(trained)
     for k, (colour, marker) in enumerate(zip(colours(scale), cycle(MARKERS), strict=False)):
         (x, y), label = value[:, k], f"{scale[k]:.3g}"
@@ -474,11 +474,6 @@ def _outer_axis(axis: Any, steps: np.ndarray) -> None:
 def colours(values: Sequence[float] | np.ndarray) -> list:
     """A colour for each mode, from the first to the last."""
     return list(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(values))))
-
-
-def interval(estimate: dynamics.Estimate) -> str:
-    """A figure of merit as text: value [low, high]."""
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
 def bars(estimate: dynamics.Estimate) -> np.ndarray:

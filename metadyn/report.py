@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metadyn import dynamics
+from metadyn import dynamics, figures
 from metadyn.store import RunFolder
 
 
@@ -27,35 +27,27 @@ def so_far(run: RunFolder) -> Iterator[str]:
     """Outer step, excess loss and learning times at the newest checkpoint. For live runs too."""
     about, steps = run.config, run.outer_steps()
     yield f"{about['study']}, preset {about['preset']}, seed {about['seed']}: not done"
-    stored = run.measurements()
     if steps:
         last, age = steps[-1], time.time() - run.written(steps[-1])
         total = _outer_steps_asked(about)
         of = f" of {total:,} ({last / total:.0%})" if total else ""
         yield f"outer step {last:,}{of}; {len(steps)} checkpoints, the newest {age:,.0f} s old"
-        for tracked, heldout in run.trainings():
-            if tracked in stored and heldout in stored:
-                yield _now(run, last, tracked, heldout, stored)
-    yield f"{sum(len(names) for names in stored.values())} measurements stored"
+        for training in figures.trainings(run.results([last])).values():
+            yield _now(training)
+    yield f"{sum(len(names) for names in run.measurements().values())} measurements stored"
 
 
-def _now(
-    run: RunFolder, step: int, tracked: str, heldout: str, stored: Mapping[str, list[str]]
-) -> str:
-    """One meta-learner at one outer step, beside Bayes."""
-    learner, bayes = (
-        (run.trajectories(name, [step]).isel(outer_step=0), run.measurement(name, stored[name][0]))
-        for name in (tracked, heldout)
-    )
-    excess = dynamics.measured_excess(*bayes, draws=300)
+def _now(training: figures.OuterTraining) -> str:
+    """One meta-learner at its last outer step, beside Bayes."""
+    trained, bayes = training.losses
+    excess = dynamics.measured_excess(trained.isel(outer_step=-1), bayes, draws=300)
     times = (
         " ".join("-" if np.isnan(t) else f"{t:.1f}" for t in dynamics.times_of(each)(mean))
-        for each in learner
+        for each in (training.trained.isel(outer_step=-1), training.bayes)
         for mean in [dynamics.strength(each).mean((0, 1))]
     )
-    name = learner[0].attrs["learner"]
     return (
-        f"{name}: excess loss over Bayes {excess.value:.3f} [{excess.low:.3f}, {excess.high:.3f}]; "
+        f"{training.called}: excess loss over Bayes {dynamics.text(excess, 3)}; "
         f"learning times by mode {next(times)} (Bayes {next(times)})"
     )
 

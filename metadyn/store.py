@@ -364,14 +364,14 @@ class RunFolder:
         datasets = [labelled(arrays, own) for arrays in read]
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
 
-    def results(self) -> Results:
-        """All that is stored, for criteria and figures."""
+    def results(self, steps: Sequence[int] | None = None) -> Results:
+        """What is stored, for criteria and figures: at all outer steps, or some of them."""
         tracked, stored = self.tracked(), self.measurements()
         both = {n: [*tracked.get(n, ()), *stored.get(n, ())] for n in {**tracked, **stored}}
 
         def read(task_set: str, learner: str) -> xr.Dataset:
             if learner in tracked.get(task_set, ()):
-                return self.trajectories(task_set, learner)
+                return self.trajectories(task_set, learner, steps)
             return self.measurement(task_set, learner)
 
         return Results(both, read)
