@@ -25,12 +25,13 @@ from metadyn import inner
 from metadyn.base import indexed_keys
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.learners.bayes import bayes_bandit
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import ActorCriticConfig, OuterConfig, Trainer, actor_critic
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import ActorCriticConfig, actor_critic
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
 HELDOUT, BATCHES = 4096, 256
 DOMAIN = ContextualBandit()
-META = LSTMMetaLearner(DOMAIN, LSTMConfig(hidden=64), critic=True)
+META = LSTMConfig(hidden=64).make(DOMAIN, heads=1)
 OUTER = OuterConfig(
     steps=3000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100, seeds=1
 )
@@ -61,11 +62,11 @@ def reward(learner_of, params):
 def noise(config, params):
     """Standard deviation of the policy's gradient over batches, over the norm of its mean."""
     config = dataclasses.replace(config, entropy=0.0, value_weight=0.0)
-    objective = actor_critic(DOMAIN, META, config).objective
+    objective = actor_critic(DOMAIN, META, config)
 
     def gradient(index):
         keys = indexed_keys(jax.random.fold_in(jax.random.key(2), index), jnp.arange(OUTER.batch))
-        return ravel_pytree(jax.grad(objective, has_aux=True)(params, keys)[0])[0]
+        return ravel_pytree(jax.grad(objective.loss, has_aux=True)(params, keys)[0])[0]
 
     gradients = jax.jit(lambda: jax.lax.map(gradient, jnp.arange(BATCHES)))()
     mean = gradients.mean(0)
@@ -87,10 +88,11 @@ def main():
         if arguments.only and name not in arguments.only and half_way is not None:
             continue
         config = dataclasses.replace(BASE, **fields)
-        trainer = Trainer({"lstm": actor_critic(DOMAIN, META, config)}, outer, jax.random.key(0))
-        state, _ = trainer.advance(trainer.init(), jnp.int32(1))
+        training = MetaTraining(META, actor_critic(DOMAIN, META, config))
+        loop = OuterLoop({"lstm": training}, outer, jax.random.key(0))
+        state, _ = loop.advance(loop.init(), jnp.int32(1))
         start = time.perf_counter()
-        for now, _ in trainer.run(state, [outer.steps // 2, outer.steps]):
+        for now, _ in loop.run(state, [outer.steps // 2, outer.steps]):
             state = now
             if half_way is None and int(state.step) == outer.steps // 2:
                 half_way = jax.tree.map(lambda leaf: leaf[0].copy(), state.params["lstm"])

@@ -56,12 +56,13 @@ def train(hidden: int, precision: str | None = None, **outer: Any) -> list[tuple
     from metadyn.domains.linear import LinearRegression
     from metadyn.dynamics import excess_loss
     from metadyn.learners.bayes import bayes_linear
-    from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-    from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+    from metadyn.learners.lstm import LSTMConfig
+    from metadyn.objectives import prediction_loss
+    from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
     jax.config.update("jax_default_matmul_precision", precision)
     domain = LinearRegression(3, 3)
-    meta, bayes = LSTMMetaLearner(domain, LSTMConfig(hidden=hidden)), bayes_linear(domain)
+    meta, bayes = LSTMConfig(hidden=hidden).make(domain), bayes_linear(domain)
     sample = lambda key, _: domain.sample_task(key)
     losses = inner.measure(
         domain, lambda params: bayes, (), False, sample, None,
@@ -69,16 +70,18 @@ def train(hidden: int, precision: str | None = None, **outer: Any) -> list[tuple
     )  # fmt: skip
     best = float(losses["loss"][:, 1].mean())
     config = OuterConfig(seeds=1, dispatch=200, **outer)
-    trainees = {"lstm": Trainee(meta, prediction_loss(domain, meta))}
-    trainer = Trainer(trainees, config, jax.random.key(0))
+    trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
+    loop = OuterLoop(trained, config, jax.random.key(0))
     found = []
     for seed in range(SEEDS):
         first = jnp.int32(seed * APART)
-        state = Trainer(trainees, config, jax.random.key(seed)).init()._replace(step=first)
-        state = jax.block_until_ready(trainer.advance(state, jnp.int32(0))[0])
+        state = OuterLoop(trained, config, jax.random.key(seed)).init()._replace(step=first)
+        state = jax.block_until_ready(loop.advance(state, jnp.int32(0))[0])
         start, reached, excess = time.perf_counter(), np.inf, np.inf
-        for _, loss in trainer.run(state, [seed * APART + config.steps]):
-            excess = float(excess_loss(float(loss["lstm"].mean()), best, domain.loss_floor))
+        for _, metrics in loop.run(state, [seed * APART + config.steps]):
+            excess = float(
+                excess_loss(float(metrics["lstm"]["loss"].mean()), best, domain.loss_floor)
+            )
             if excess <= EXCESS:
                 reached = min(reached, time.perf_counter() - start)
         found.append((reached, excess))

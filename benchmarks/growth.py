@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 
 from benchmarks.inner_loops import OPERATIONS, UPDATES
-from benchmarks.outer_step import metadyn_side, operations, trainer
+from benchmarks.outer_step import loop, metadyn_side, operations
 from benchmarks.timing import Result, Run, Side, alternate, ask, limits, main, result
 
 BASE = {"hidden": 64, "batch": 256, "steps": 20, "devices": 2}
@@ -36,7 +36,7 @@ def step_side(hidden: int, batch: int, steps: int, devices: int) -> Run:
 def memory(hidden: int, batch: int, steps: int, devices: int) -> int:
     """Bytes that the compiled outer step holds on each device beside its arguments and results."""
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
-    ours = trainer(hidden, batch, steps)
+    ours = loop(hidden, batch, steps)
     import jax.numpy as jnp
 
     compiled = ours.advance.lower(ours.init(), jnp.int32(1)).compile()

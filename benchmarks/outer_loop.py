@@ -21,8 +21,9 @@ from metadyn import inner
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.dynamics import excess_loss
 from metadyn.learners.bayes import bayes_fourier
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
 HELDOUT = 4096
 BASE = {
@@ -54,12 +55,12 @@ def variants(steps):
 
 def train(domain, lstm, outer):
     """Seconds of training, compilation left out, and the excess loss on held-out tasks."""
-    meta, bayes = LSTMMetaLearner(domain, lstm), bayes_fourier(domain)
-    trainees = {"lstm": Trainee(meta, prediction_loss(domain, meta))}
-    trainer = Trainer(trainees, outer, jax.random.key(0))
-    state, _ = trainer.advance(trainer.init(), jnp.int32(1))
+    meta, bayes = lstm.make(domain), bayes_fourier(domain)
+    trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
+    loop = OuterLoop(trained, outer, jax.random.key(0))
+    state, _ = loop.advance(loop.init(), jnp.int32(1))
     start = time.perf_counter()
-    *_, (state, _) = trainer.run(state, [outer.steps])
+    *_, (state, _) = loop.run(state, [outer.steps])
     jax.block_until_ready(state)
     seconds = time.perf_counter() - start
 

@@ -31,37 +31,38 @@ FULL = tuple(
 """Hidden units, batch, T; up to what 16 GiB of memory hold of the other sides' activations."""
 
 
-def trainer(hidden: int, batch: int, steps: int) -> Any:
-    """The `Trainer` that studies use."""
+def loop(hidden: int, batch: int, steps: int) -> Any:
+    """The `OuterLoop` that studies use."""
     from metadyn import mesh
 
     mesh.use_every_core()
     import jax
 
     from metadyn.domains.linear import LinearRegression
-    from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-    from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+    from metadyn.learners.lstm import LSTMConfig
+    from metadyn.objectives import prediction_loss
+    from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
     domain = LinearRegression(N, N, sigma=SIGMA, steps=steps)
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=hidden))
+    meta = LSTMConfig(hidden=hidden).make(domain)
     outer = OuterConfig(
         steps=1_000_000, batch=batch, seeds=1, learning_rate=RATE, schedule="constant", clip=CLIP
     )
-    trainees = {"lstm": Trainee(meta, prediction_loss(domain, meta))}
-    return Trainer(trainees, outer, jax.random.key(0))
+    trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
+    return OuterLoop(trained, outer, jax.random.key(0))
 
 
 def metadyn_side(hidden: int, batch: int, steps: int) -> Run:
     """metadyn, on every core."""
-    ours = trainer(hidden, batch, steps)
+    ours = loop(hidden, batch, steps)
     import jax
     import jax.numpy as jnp
 
     state = [ours.init()]
 
     def run(count: int) -> None:
-        state[0], loss = ours.advance(state[0], jnp.int32(count))
-        jax.block_until_ready((state[0], loss))
+        state[0], metrics = ours.advance(state[0], jnp.int32(count))
+        jax.block_until_ready((state[0], metrics))
 
     return run
 

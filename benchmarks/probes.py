@@ -29,19 +29,19 @@ def probe_side(learner: str, tasks: int) -> Run:
     from metadyn import inner
     from metadyn.domains.linear import LinearRegression
     from metadyn.learners.bayes import bayes_linear
-    from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+    from metadyn.learners.lstm import LSTMConfig
 
     domain = LinearRegression(N, N, steps=STEPS)
-    meta, bayes = LSTMMetaLearner(domain, LSTMConfig(hidden=HIDDEN)), bayes_linear(domain)
+    meta, bayes = LSTMConfig(hidden=HIDDEN).make(domain), bayes_linear(domain)
     make = {"lstm": meta.learner, "bayes": lambda params: bayes}[learner]
-    params, probe = meta.init(jax.random.key(0)), domain.probe(POINTS)
-    spectrum = jnp.array(domain.spectrum())
+    params, asked = meta.init(jax.random.key(0)), domain.evaluation(POINTS)
+    probes = tuple(asked.probes.items())
 
     def run(count: int) -> None:
         for i in range(count):
             found = inner.measure(
-                domain, make, params, False, domain.evaluation_task, spectrum,
-                jax.random.key(i), jnp.arange(tasks), tuple(range(STEPS + 1)), probe,
+                domain, make, params, False, asked.sample, asked.argument,
+                jax.random.key(i), jnp.arange(tasks), tuple(range(STEPS + 1)), probes,
             )  # fmt: skip
             jax.block_until_ready(found)
 

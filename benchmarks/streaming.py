@@ -22,7 +22,6 @@ from pathlib import Path
 
 from benchmarks.timing import Result, Run, Side, alternate, main, result
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 DENSER = 10  # checkpoints in the steps that the study has one in
 CASES = {"linear_regression quick": 5.0, "outer_loop_dynamics quick": 5.0, "large": 2.0}
 """And what a checkpoint may cost, in % of training."""
@@ -36,46 +35,48 @@ def training_side(case: str, stored: str) -> Run:
     import jax
     import jax.numpy as jnp
 
-    from metadyn import inner, load_study
+    from metadyn import load_study
     from metadyn.domains.linear import LinearRegression
-    from metadyn.outer import OuterConfig, Trainer
+    from metadyn.measuring import readings
+    from metadyn.outer import OuterConfig, OuterLoop
     from metadyn.store import RunFolder
 
     name = case.removesuffix(" quick") if case != "large" else "linear_regression"
-    study = load_study(str(EXPERIMENTS / f"{name}.py"))
+    study = load_study(name)
     config = study.presets["quick"]
     if case == "large":
         outer = OuterConfig(steps=20_000, batch=256, seeds=1)
         config = dataclasses.replace(config, domain=LinearRegression(), outer=outer)
     plan = study.plan(config)
     forever = dataclasses.replace(plan.outer, schedule="constant")
-    trainees = {training.learner.name: training.trainee for training in plan.trainings}
-    trainer = Trainer(trainees, forever, jax.random.key(0))
-    state = [trainer.init()]
+    loop = OuterLoop(plan.trained(), forever, jax.random.key(0))
+    state = [loop.init()]
     steps = plan.outer.steps // len(plan.outer.checkpoint_steps) // DENSER
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     store = RunFolder.create(folder / "run", {"study": "-", "preset": "-", "seed": 0, "config": {}})
 
-    def measured() -> dict[str, dict[str, jax.Array]]:
+    def measured() -> dict[str, dict[str, dict[str, jax.Array]]]:
         return {
-            tasks.name: inner.measure(
-                tasks.domain, training.learner.make, state[0].params[training.learner.name], True,
-                tasks.sample, tasks.argument, jax.random.key(1), jnp.arange(tasks.size),
-                training.learner.times, tasks.probe,
-            )
-            for training in plan.trainings
-            for tasks in (training.tracked, training.heldout)
+            tasks.name: {
+                contender.name: readings(
+                    tasks, contender, state[0].params[contender.name + part.suffix],
+                    jax.random.key(1), config.measure.chunk,
+                )
+                for contender in part.metas
+            }
+            for part in plan.comparisons
+            for tasks in (part.tracked, part.heldout)
         }  # fmt: skip
 
     def run(count: int) -> None:
         for _ in range(count):
-            state[0], loss = trainer.advance(state[0], jnp.int32(steps))
+            state[0], metrics = loop.advance(state[0], jnp.int32(steps))
             if stored == "measured":
                 jax.block_until_ready(measured())
             elif stored == "all":
                 store.save_checkpoint(int(state[0].step), state[0], measured(), {})
-            jax.block_until_ready((state[0], loss))
+            jax.block_until_ready((state[0], metrics))
         store.finish()
 
     return run

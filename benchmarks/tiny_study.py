@@ -2,60 +2,42 @@
 
 import dataclasses
 
-import numpy as np
-
-import metadyn
+import metadyn as md
 from metadyn import dynamics
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.bayes import bayes_linear
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.store import HELDOUT, TRACKED
+from metadyn.learners.lstm import LSTMConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(md.StudyConfig):
     """An LSTM of four units on 2 × 2 tasks."""
 
     domain: LinearRegression = LinearRegression(2, 2, steps=3)
     lstm: LSTMConfig = LSTMConfig(hidden=4)
-    outer: metadyn.OuterConfig = metadyn.OuterConfig(
+    outer: md.OuterConfig = md.OuterConfig(
         steps=4000, batch=8, seeds=1, warmup=1, checkpoints=6, dispatch=20
     )
-    tasks: int = 8
-
-
-def plan(config: Config) -> metadyn.Plan:
-    """One meta-learner, Bayes, one measurement of each."""
-    domain, times = config.domain, tuple(range(config.domain.steps + 1))
-    meta = LSTMMetaLearner(domain, config.lstm)
-    probe = domain.probe(6)
-    coords = {"singular_value": ("mode", [1.0, 0.5])}
-    about = {"mode_coordinate": "singular_value", "mode_label": "singular value", "p": 0.5}
-    sets = {
-        name: metadyn.TaskSet(
-            name, domain, domain.evaluation_task, config.tasks, np.float32([1, 0.5]), probe,
-            coords, about,
-        )
-        for name in (TRACKED, HELDOUT, "in_distribution")
-    }  # fmt: skip
-    lstm = metadyn.Contender("lstm", "LSTM", meta.learner, times, trained=True, panel=0)
-    bayes = metadyn.plain("bayes", "Bayes", bayes_linear(domain), times, panel=1)
-    trainee = metadyn.Trainee(meta, metadyn.prediction_loss(domain, meta))
-    training = metadyn.Training(lstm, trainee, bayes, sets[TRACKED], sets[HELDOUT])
-    both = [(sets["in_distribution"], who) for who in (lstm, bayes)]
-    return metadyn.Plan(config.outer, [training], both)
-
-
-def criteria(config: Config, run: metadyn.RunFolder):
-    """One that always passes, from trajectories at all outer steps and a measurement."""
-    losses = [run.trajectories(), run.measurement("in_distribution", "lstm")]
-    values = [dynamics.samples(data.isel(step=[-1]), "loss") for data in losses[1:]]
-    yield metadyn.criterion(
-        "loss",
-        dynamics.estimate(lambda mean: mean, values[0][:, :, 0]),
-        f"finite, at {losses[0].sizes['outer_step']} outer steps",
-        at_least=0.0,
+    measure: md.MeasureConfig = md.MeasureConfig(
+        tasks=8, tracked_tasks=8, heldout_tasks=8, probe_points=6
     )
 
 
-study = metadyn.Study("tiny", {"quick": Config()}, plan, criteria)
+def plan(config: Config) -> md.Plan:
+    """One meta-learner, Bayes, one measurement of each."""
+    domain, sizes = config.domain, config.measure
+    bayes = md.Contender("bayes", "Bayes", bayes_linear(domain), "bayes")
+    sets = [sizes.sized(domain.evaluation(sizes.probe_points))]
+    contenders = [config.meta_learner(domain), bayes]
+    return md.Plan(config.outer, [md.Comparison(domain, contenders, sets, measure=sizes)])
+
+
+def criteria(config: Config, results: md.Results):
+    """One that always passes, from trajectories at all outer steps and a measurement."""
+    steps = results["tracked", config.meta].sizes["outer_step"]
+    last = dynamics.samples(results["in_distribution", config.meta], "loss")[:, :, -1]
+    found = dynamics.estimate(lambda mean: mean, last)
+    yield md.criterion("loss", found, f"finite, at {steps} outer steps", at_least=0.0)
+
+
+study = md.Study("tiny", {"quick": Config()}, plan, criteria)

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from metadyn.domains.linear import LinearRegression
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
 WIDTH = {"f32": 4, "bf16": 2, "f64": 8, "s32": 4}
 # Assumed, not measured: GB/s that one GPU sends, and the latency of one message in seconds.
@@ -44,17 +45,17 @@ def reduced_bytes(program: str) -> list[int]:
 def measure(steps: int, batch: int, hidden: int) -> dict:
     """Seconds and reduced bytes of an outer step on the devices there are."""
     domain = LinearRegression(5, 5, steps=20)
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=hidden))
+    meta = LSTMConfig(hidden=hidden).make(domain)
     total = batch * jax.device_count()
     config = OuterConfig(steps=10 * steps, batch=total, seeds=1, warmup=1, dispatch=steps)
-    trainees = {"lstm": Trainee(meta, prediction_loss(domain, meta))}
-    trainer = Trainer(trainees, config, jax.random.key(0))
-    program = trainer.advance.lower(trainer.abstract, jnp.int32(1)).compile().as_text()
-    state, times = trainer.init(), []
+    trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
+    loop = OuterLoop(trained, config, jax.random.key(0))
+    program = loop.advance.lower(loop.abstract, jnp.int32(1)).compile().as_text()
+    state, times = loop.init(), []
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     for _ in range(4):
         began = time.perf_counter()
-        state, _ = jax.block_until_ready(trainer.advance(state, jnp.int32(steps)))
+        state, _ = jax.block_until_ready(loop.advance(state, jnp.int32(steps)))
         times.append((time.perf_counter() - began) / steps)
     return {
         "devices": jax.device_count(),

@@ -148,9 +148,9 @@ def out_of_distribution(config: Config, results, name, inside):
 
 def learned_spectrum(results):
     """Draws what is learned by the end of the episode, in and out of distribution."""
-    titles = {"in_distribution": "in distribution", "outsize": "greatest mode × 8"}
-    titles |= {name: f"spectrum × {scale}" for name, (scale, _) in SHIFTS.items() if name[0] == "x"}
-    return figures.final_strength(results, titles)
+    titles = {name: f"spectrum × {scale}" for name, (scale, _) in SHIFTS.items()}
+    titles |= {"outsize": "greatest mode × 8"}
+    return figures.final_strength(results, {"in_distribution": "in distribution"} | titles)
 
 
 QUICK = Config(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from metadyn.api import Trained, measure, train
     from metadyn.base import Domain, Learner, MetaLearner, Modes, Probe, Regression, TaskSet
     from metadyn.errors import ConfigError
-    from metadyn.inner import run
+    from metadyn.inner import observe, run
     from metadyn.learners.networks import Recurrent, Sequence
     from metadyn.objectives import ActorCriticConfig, Objective, actor_critic, prediction_loss
     from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
@@ -36,7 +36,7 @@ _PUBLIC = {
     "api": "Trained measure train",
     "base": "Domain Learner MetaLearner Modes Probe Regression TaskSet",
     "errors": "ConfigError",
-    "inner": "run",
+    "inner": "observe run",
     "learners.networks": "Recurrent Sequence",
     "objectives": "ActorCriticConfig Objective actor_critic prediction_loss",
     "outer": "MetaTraining OuterConfig OuterLoop",

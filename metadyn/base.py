@@ -7,7 +7,7 @@ Each is a small set of pure functions on pytrees, written for ONE task and ONE e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -78,7 +78,7 @@ class Modes:
     Raises `ConfigError` without values, or for a threshold that is not finite.
     """
 
-    values: tuple[float, ...]
+    values: Sequence[int | float]
     """What orders them: singular values, frequencies; ranks 1, 2, … if they are exchangeable."""
     label: str
     """What figures call a value: "singular value $s_k$"."""
@@ -224,9 +224,9 @@ class TaskSet:
     option: str = ""
     """The option that sets the size, for messages."""
 
-    def size_for(self, learner: Learner) -> int:
-        """Tasks that a learner is measured on."""
-        updating = learner.clock == "updates" and self.updating_size is not None
+    def size_for(self, clock: str) -> int:
+        """Tasks that a learner is measured on, by what its time counts."""
+        updating = clock == "updates" and self.updating_size is not None
         return min(self.size, self.updating_size or 0) if updating else self.size
 
 

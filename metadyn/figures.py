@@ -195,7 +195,7 @@ def final_strength(
     sets = [name for name in titles if name in results.sets()]
     shown = [results.learners(name, drawn=True) for name in sets]
     names = [name for name in (shown[0] if shown else ()) if all(name in each for each in shown)]
-    figure, axes = grid(len(sets), width=3.4, height=3.4, sharey=True)
+    figure, axes = grid(len(sets), columns=5, width=2.9, height=3.2, sharey=True)
     for axis, title, measured in zip(axes, (titles[name] for name in sets), shown, strict=True):
         for i, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False)):
             data, width = measured[name], 0.8 / len(names)
@@ -211,8 +211,8 @@ def final_strength(
         axis.axhline(1, color="grey", lw=0.8, zorder=0)
         axis.set(title=title, xlabel=modes.axis)
         axis.set_xticks(range(len(modes.values)), [f"{value:.3g}" for value in modes.values])
-    for axis in axes[::COLUMNS]:
-        axis.set_ylabel("strength $a_k$ at the last step\n(0 nothing, 1 learned)")
+        axis.set_ylim(-0.2, 1.4)  # intervals may run beyond
+    axes[0].set_ylabel("strength $a_k$ at the last step\n(0 nothing, 1 learned)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -488,10 +488,10 @@ def subplots(rows: int, columns: int, *, width: float, height: float, **options:
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def grid(panels: int, **options: Any) -> Any:
+def grid(panels: int, columns: int = COLUMNS, **options: Any) -> Any:
     """A figure and a list of axes, in as many rows as keep it readable."""
-    rows = -(-panels // COLUMNS)
-    figure, axes = subplots(rows, -(-panels // rows) if panels else 1, **options)
+    rows = max(-(-panels // columns), 1)
+    figure, axes = subplots(rows, max(-(-panels // rows), 1), **options)
     for axis in axes.flat[panels:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:panels])

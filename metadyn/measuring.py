@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metadyn import inner, labelled, mesh
@@ -26,7 +27,7 @@ def readings(
     parts = [inner.measure(*given) for given in calls(tasks, contender, params, key, chunk)]
     if len(parts) == 1:
         return parts[0]
-    axis, size = int(contender.trained), tasks.size_for(_one(contender))
+    axis, size = int(contender.trained), tasks.size_for(contender.clock)
     whole = jax.tree.map(lambda *leaves: mesh.joined_along(axis, leaves), *parts)
     return jax.tree.map(lambda leaf: leaf[:, :size] if axis else leaf[:size], whole)
 
@@ -35,7 +36,7 @@ def calls(
     tasks: TaskSet, contender: Contender, params: Params, key: Key, chunk: int
 ) -> list[tuple[Any, ...]]:
     """What `inner.measure` is called with for that; `params` may be shapes, to compile it first."""
-    size = tasks.size_for(_one(contender))
+    size = tasks.size_for(contender.clock)
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
     return [
         (
@@ -59,15 +60,11 @@ def described(
     tasks: TaskSet, contender: Contender, place: int = 0, title: str = "", followed: bool = True
 ) -> dict[str, Any]:
     """The description of those readings, which is stored beside them (`labelled.describe`)."""
-    learner, probes = _one(contender), tuple(tasks.probes.items())
-    lead = ("seed",) if contender.trained else ()
-    axes = {
-        name: (*lead, "task", "step", *rest)
-        for name, rest in inner.reading_axes(learner, probes).items()
-    }
+    lead, probes = ("seed",) if contender.trained else (), tasks.probes.items()
+    axes = {n: (*lead, "task", "step", *rest) for n, rest in _axes(tasks, contender).items()}
     coords: dict[str, Any] = {"time": ("step", contender.times_in(tasks.domain))}
     for name, probe in probes:
-        _check_read(tasks, name, learner)
+        _check_read(tasks, name, contender)
         prefix = "" if name == STRENGTH else f"{name}_"
         coords[prefix + probe.modes.coordinate] = (inner.mode_axis(name), probe.modes.values)
         coords |= probe.coords
@@ -78,7 +75,7 @@ def described(
         contender.name,
         contender.label,
         contender.kind,
-        learner.clock,
+        contender.clock,
         tasks.domain.loss_floor,
         contender.drawn,
         place,
@@ -88,27 +85,36 @@ def described(
     return labelled.describe(about, axes, coords, {name: probe.modes for name, probe in probes})
 
 
-def _one(contender: Contender) -> Learner:
-    """The learner that a contender is, with outer parameters of zeros if it has any."""
-    params: Params = ()
-    if not isinstance(contender.learner, Learner):
-        shapes = jax.eval_shape(contender.learner.init, jax.random.key(0))
-        params = jax.tree.map(
-            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), shapes
-        )
-    return contender.make(params)
+def _traced(contender: Contender, f: Callable[[Learner, Key], Any]) -> Any:
+    """The shapes of what `f(learner, key)` gives of the learner that a contender is, or will be."""
+
+    def of(key: Key) -> Any:
+        meta = contender.learner
+        params = () if isinstance(meta, Learner) else meta.init(key)
+        return f(contender.make(params), key)
+
+    return jax.eval_shape(of, jax.random.key(0))
 
 
-def _check_read(tasks: TaskSet, name: str, learner: Learner) -> None:
+def _axes(tasks: TaskSet, contender: Contender) -> dict[str, tuple[str, ...]]:
+    """Axes of each reading, beyond those of seeds, tasks and times."""
+    found: dict[str, tuple[str, ...]] = {}
+    probes = tuple(tasks.probes.items())
+    _traced(contender, lambda learner, key: found.update(inner.reading_axes(learner, probes)))
+    return found
+
+
+def _check_read(tasks: TaskSet, name: str, contender: Contender) -> None:
     """Raises `ConfigError` unless a probe reads what it says, of that learner's answers."""
-    probe, key = tasks.probes[name], jax.random.key(0)
+    probe = tasks.probes[name]
 
-    def read(key: Key) -> Mapping[str, Any]:
+    def read(learner: Learner, key: Key) -> Mapping[str, Any]:
         answers = jax.vmap(learner.predict, (None, 0))(learner.init(key), probe.queries)
-        return probe.read(tasks.sample(key, tasks.argument), answers)
+        argument = jax.tree.map(jnp.asarray, tasks.argument)
+        return probe.read(tasks.sample(key, argument), answers)
 
     try:
-        found = jax.eval_shape(read, key)
+        found = _traced(contender, read)
         shapes = {each: leaf.shape for each, leaf in found.items()}
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -125,16 +131,16 @@ def _check_read(tasks: TaskSet, name: str, learner: Learner) -> None:
 
 def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     """Memory that the readings take, from shapes alone."""
-    learner, probes = _one(contender), tuple(tasks.probes.items())
+    probes = tasks.probes.items()
     sizes = {"step": 1} | {inner.mode_axis(n): len(p.modes.values) for n, p in probes}
     for _, probe in probes:
         sizes |= {axis: len(values) for axis, values in probe.coords.values()}
     each = sum(
         math.prod(sizes.get(axis, 1) for axis in axes)
-        for axes in inner.reading_axes(learner, probes).values()
+        for axes in _axes(tasks, contender).values()
     )
     times = len(contender.times_in(tasks.domain))
-    return 4 * (seeds if contender.trained else 1) * tasks.size_for(learner) * times * each
+    return 4 * (seeds if contender.trained else 1) * tasks.size_for(contender.clock) * times * each
 
 
 def fits(what: str, needed: int, field: str, value: Any = None) -> None:

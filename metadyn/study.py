@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from metadyn import dynamics, labelled
-from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet, training_tasks
+from metadyn.base import (
+    STRENGTH,
+    Domain,
+    Learner,
+    MetaLearner,
+    Params,
+    Probe,
+    TaskSet,
+    training_tasks,
+)
 from metadyn.errors import ConfigError, check, check_positive
 from metadyn.labelled import Kind
 from metadyn.learners.lstm import LSTMConfig
@@ -139,6 +148,11 @@ class Contender:
         return not isinstance(self.learner, Learner)
 
     @property
+    def clock(self) -> str:
+        """What its time counts: of meta-learners, observations."""
+        return self.learner.clock if isinstance(self.learner, Learner) else "observations"
+
+    @property
     def make(self) -> Callable[[Params], Learner]:
         """The learner that outer parameters make; without any, it is given an empty tuple."""
         if isinstance(self.learner, Learner):
@@ -175,6 +189,8 @@ class Comparison:
     """What figures call it."""
     followed: bool = True
     """Whether figures follow its meta-learners over outer training."""
+    probes: Mapping[str, Callable[[TaskSet], Probe]] = dataclasses.field(default_factory=dict)
+    """What is read beside the main probe, by name, wherever that is read."""
 
     def __post_init__(self) -> None:
         names = [contender.name for contender in self.contenders]
@@ -204,8 +220,14 @@ class Comparison:
     @functools.cached_property
     def tracked(self) -> TaskSet:
         """Fixed evaluation tasks, probed at every checkpoint."""
-        tasks = self.domain.evaluation(self.measure.probe_points)
+        tasks = self._probed(self.domain.evaluation(self.measure.probe_points))
         return self.measure.sized(tasks, "tracked_tasks", TRACKED + self.suffix)
+
+    def _probed(self, tasks: TaskSet) -> TaskSet:
+        if not self.probes or STRENGTH not in tasks.probes:
+            return tasks
+        more = {name: make(tasks) for name, make in self.probes.items()}
+        return dataclasses.replace(tasks, probes={**tasks.probes, **more})
 
     @functools.cached_property
     def heldout(self) -> TaskSet:
@@ -222,7 +244,7 @@ class Comparison:
 
     def measurements(self) -> Iterator[tuple[TaskSet, Contender]]:
         """What is measured once training is done."""
-        for tasks in self.sets:
+        for tasks in map(self._probed, self.sets):
             yield from ((tasks, c) for c in self.contenders if c.kind in tasks.kinds)
         yield from self.pairs
 
@@ -409,13 +431,27 @@ class Study:
         the study's own. So each appears in every figure, table and criterion that is of its kind.
         """
 
+        def with_more(comparison: Comparison) -> Comparison:
+            for contender in more:
+                comparison = comparison.joined(contender(comparison))
+            return comparison
+
+        return self._changed(name, with_more)
+
+    def probing(self, name: str, **probes: Callable[[TaskSet], Probe]) -> Study:
+        """This study, called `name`, with more probes read wherever its own are.
+
+        `probe(tasks)` makes one for a set of tasks. What it reads is recorded under its name, and
+        the figures of modes are drawn of it too.
+        """
+        return self._changed(
+            name, lambda each: dataclasses.replace(each, probes={**each.probes, **probes})
+        )
+
+    def _changed(self, name: str, change: Callable[[Comparison], Comparison]) -> Study:
         def plan(config: Any) -> Plan:
-            base, comparisons = self.plan(config), []
-            for comparison in base.comparisons:
-                for contender in more:
-                    comparison = comparison.joined(contender(comparison))
-                comparisons.append(comparison)
-            return dataclasses.replace(base, comparisons=comparisons)
+            base = self.plan(config)
+            return dataclasses.replace(base, comparisons=[*map(change, base.comparisons)])
 
         return dataclasses.replace(self, name=name, plan=plan)
 

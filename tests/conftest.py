@@ -1,7 +1,18 @@
-"""Shape annotations are enforced in every test; tests run on the devices the command would use."""
+"""Shape annotations are enforced in every test; tests run on the devices the command would use.
 
-import pytest
-from jaxtyping import install_import_hook
+What is compiled is kept for later tests, and for the processes that tests start.
+"""
+
+import os
+from pathlib import Path
+
+_compiled = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+_compiled.mkdir(parents=True, exist_ok=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compiled))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 _hook = install_import_hook("metadyn", "shapes.check")
 

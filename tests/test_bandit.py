@@ -24,15 +24,9 @@ from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
 from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.learners.bayes import bayes_bandit
 from metadyn.learners.gradient import Policy, expected_policy_gradient, reinforce, softmax_policy
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import (
-    ActorCriticConfig,
-    OuterConfig,
-    Trainer,
-    actor_critic,
-    discounted,
-    mean_of_others,
-)
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import ActorCriticConfig, actor_critic, discounted, mean_of_others
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 from metadyn.study import load_study
 
 # The domain.
@@ -75,7 +69,7 @@ def test_probe_reads_the_probability_of_the_correct_action():
     np.testing.assert_array_equal(probe.queries, [0, 1, 2])
     answers = jnp.log(jnp.array([[0.1, 0.9], [0.6, 0.4], [0.5, 0.5]]))
     readings = probe.read(BanditTask(jnp.array([1, 1, 0])), answers)
-    np.testing.assert_allclose(readings["mode_strength"], [0.9, 0.4, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(readings["strength"], [0.9, 0.4, 0.5], rtol=1e-6)
 
 
 def test_networks_read_context_action_and_reward():
@@ -331,11 +325,11 @@ def test_policies_at_once_equal_each_alone():
     domain = ContextualBandit(3, 3, steps=3)
     learner = reinforce(softmax_policy(3, 3), optax.sgd(0.3), 2)
     make, sample = (lambda params: learner), (lambda key, _: domain.sample_task(key))
-    probe = domain.probe()
+    probes = (("mode_strength", domain.probe()),)
     measured = lambda indices: np.asarray(
         inner.measure(
             domain, make, (), False, sample, None, jax.random.key(1), indices, (0, 5, 200),
-            probe,
+            probes,
         )["mode_strength"]
     )  # fmt: skip
     together = measured(jnp.arange(16))
@@ -347,17 +341,13 @@ def test_policies_at_once_equal_each_alone():
 # Actor-critic.
 
 TINY = ContextualBandit(1, 2, steps=2)
-META = LSTMMetaLearner(TINY, LSTMConfig(hidden=3), critic=True)
+META = LSTMConfig(hidden=3).make(TINY, heads=1)
 
 
 def scattered(meta):
     """Parameters away from the symmetric start."""
-    params = meta.init(jax.random.key(0))
-    key = jax.random.key(5)
-    return {
-        name: leaf + 0.7 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
-        for i, (name, leaf) in enumerate(params.items())
-    }
+    flat, unravel = jax.flatten_util.ravel_pytree(meta.init(jax.random.key(0)))
+    return unravel(flat + 0.7 * jax.random.normal(jax.random.key(5), flat.shape))
 
 
 def exact_return(params):
@@ -393,14 +383,14 @@ def test_actor_critic_gradient_is_that_of_the_expected_return(immediate, baselin
     config = ActorCriticConfig(
         discount=1.0, entropy=0.0, immediate=immediate, baseline=baseline, group=8, value_weight=0.0
     )
-    objective, params = actor_critic(TINY, META, config).objective, half_learned()
+    objective, params = actor_critic(TINY, META, config), half_learned()
     exact = jax.grad(exact_return)(params)
 
     @jax.jit
     def batch(index):
         keys = indexed_keys(jax.random.fold_in(jax.random.key(1), index), jnp.arange(400))
-        gradient, loss = jax.grad(objective, has_aux=True)(params, keys)
-        return jax.flatten_util.ravel_pytree(gradient)[0], loss
+        gradient, metrics = jax.grad(objective.loss, has_aux=True)(params, keys)
+        return jax.flatten_util.ravel_pytree(gradient)[0], metrics["loss"]
 
     gradients, losses = jax.lax.map(batch, jnp.arange(100))
     mean, error = -np.mean(gradients, 0), np.std(gradients, 0) / 10
@@ -412,7 +402,7 @@ def test_actor_critic_gradient_is_that_of_the_expected_return(immediate, baselin
 
 def test_the_leave_one_out_baseline_and_the_known_pay_lower_the_variance():
     domain, variance = ContextualBandit(2, 2, steps=8), {}
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=3), critic=True)
+    meta = LSTMConfig(hidden=3).make(domain, heads=1)
     params = scattered(meta)
     for name, fields in {
         "loo": {},
@@ -420,12 +410,12 @@ def test_the_leave_one_out_baseline_and_the_known_pay_lower_the_variance():
         "sampled": {"immediate": "sampled", "baseline": "none"},
     }.items():
         config = ActorCriticConfig(discount=1.0, entropy=0.0, value_weight=0.0, **fields)
-        objective = actor_critic(domain, meta, config).objective
+        objective = actor_critic(domain, meta, config)
 
         def batch(index, objective=objective):
             keys = indexed_keys(jax.random.fold_in(jax.random.key(1), index), jnp.arange(32))
             return jax.flatten_util.ravel_pytree(
-                jax.grad(objective, has_aux=True)(params, keys)[0]
+                jax.grad(objective.loss, has_aux=True)(params, keys)[0]
             )[0]
 
         variance[name] = float(jax.lax.map(batch, jnp.arange(200)).var(0).sum())
@@ -452,15 +442,14 @@ def test_entropy_is_what_the_objective_is_lowered_by():
     params, keys = META.init(jax.random.key(0)), indexed_keys(jax.random.key(1), jnp.arange(16))
 
     def value(entropy):
-        trainee = actor_critic(TINY, META, ActorCriticConfig(entropy=entropy))
-        return trainee.objective(params, keys)[0]
+        return actor_critic(TINY, META, ActorCriticConfig(entropy=entropy)).loss(params, keys)[0]
 
     np.testing.assert_allclose(value(0.0) - value(1.0), np.log(2), rtol=1e-5)
 
 
 def test_acting_is_what_measuring_sees():
     domain = ContextualBandit(2, 3, steps=6)
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=4), critic=True)
+    meta = LSTMConfig(hidden=4).make(domain, heads=1)
     params = jax.tree.map(lambda leaf: leaf + 0.3, meta.init(jax.random.key(0)))
     key = jax.random.key(3)
     queries, seen = jax.vmap(lambda i: inner.act(domain, meta.learner(params), i))(
@@ -468,7 +457,7 @@ def test_acting_is_what_measuring_sees():
     )
     assert seen.action.shape == (5, 6)
     queries, seen = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), (queries, seen))
-    answers = meta.unroll(params, queries, seen)
+    answers = meta.unroll(params, queries, seen)[:, :3]
     losses = jax.vmap(jax.vmap(domain.loss, -1))(answers, seen).mean(0)
     measured = inner.measure(
         domain, meta.learner, params, False, lambda k, _: domain.sample_task(k), None, key,
@@ -479,21 +468,22 @@ def test_acting_is_what_measuring_sees():
 
 def test_training_learns_to_exploit():
     domain = ContextualBandit(2, 2, steps=8)
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=12), critic=True)
+    meta = LSTMConfig(hidden=12).make(domain, heads=1)
     config = OuterConfig(
         steps=800, batch=32, seeds=2, warmup=10, learning_rate=3e-2, schedule="linear"
     )
-    trainees = {"lstm": actor_critic(domain, meta, ActorCriticConfig())}
-    trainer = Trainer(trainees, config, jax.random.key(0))
-    *_, (_, loss) = trainer.run(trainer.init(), [800])
+    loop = OuterLoop(
+        {"lstm": MetaTraining(meta, actor_critic(domain, meta))}, config, jax.random.key(0)
+    )
+    *_, (_, metrics) = loop.run(loop.init(), [800])
     chance, bayes = 0.5, 1 - enumerated(2, 2, 8, False) / 8
-    assert np.all((chance - loss["lstm"]) / (chance - bayes) > 0.7)
+    assert np.all((chance - metrics["lstm"]["loss"]) / (chance - bayes) > 0.7)
 
 
 def test_groups_must_divide_the_batch():
-    trainees = {"lstm": actor_critic(TINY, META, ActorCriticConfig(group=16))}
+    trained = {"lstm": MetaTraining(META, actor_critic(TINY, META, ActorCriticConfig(group=16)))}
     with pytest.raises(ConfigError, match="batch = 24: must be a multiple of 16"):
-        Trainer(trainees, OuterConfig(batch=24), jax.random.key(0))
+        OuterLoop(trained, OuterConfig(batch=24), jax.random.key(0))
 
 
 # The study.
@@ -539,10 +529,10 @@ def test_a_whole_small_study(tmp_path):
 def test_a_bernoulli_study_names_its_approximations():
     study = load_study(STUDY)
     config = dataclasses.replace(study.presets["quick"], domain=ContextualBandit(p_high=0.8))
-    labels = {who.name: who.label for _, who in study.plan(config).measurements}
+    labels = {who.name: who.label for _, who in study.plan(config).measurements()}
     assert labels["bayes"] == "exact posterior,\nThompson sampling"
     assert labels["bayes_greedy"] == "exact posterior,\nmost probable action"
-    exact = {who.name: who.label for _, who in study.plan(study.presets["quick"]).measurements}
+    exact = {c.name: c.label for c in study.comparison("quick").contenders}
     assert exact["bayes"] == "Bayes-optimal"
     assert "bayes_greedy" not in exact
 

@@ -128,7 +128,7 @@ def test_fourier_bayes_learns_every_frequency_by_the_known_share_from_one_pair()
             jax.random.key(0),
             jnp.arange(4096),
             (0, 1, 20),
-            domain.probe(domain.amplitudes(), 16),
+            (("mode_strength", domain.probe(domain.amplitudes(), 16)),),
         )["mode_strength"]
     )
     mean, error = strength.mean(0), strength.std(0) / 64
@@ -164,7 +164,7 @@ def test_bayes_learns_every_mode_at_the_same_known_rate():
         jax.random.key(0),
         jnp.arange(tasks),
         tuple(range(n + 1)),
-        domain.probe(8),
+        (("mode_strength", domain.probe(8)),),
     )["mode_strength"]
     mean, error = np.mean(strength, 0), np.std(strength, 0) / np.sqrt(tasks)
     expected = np.broadcast_to(np.arange(n + 1)[:, None] / n, mean.shape)

@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_before_it(tmp_path):
     wild = ("--outer.optimizer", "sgd", "--outer.learning-rate", "1e30", "--outer.clip", "1e30")
     code, lines = faults.ask(["run", faults.STUDY, "--out", tmp_path / "wild", *wild])
     assert (code, len(lines)) == (2, 1)
-    assert "the loss is no longer finite" in lines[0]
+    assert "--outer.learning-rate 1e30: the loss of lstm is no longer finite" in lines[0]
     run = RunFolder(tmp_path / "wild")
     assert run.is_sound()
     assert 0 in run.outer_steps()

@@ -147,12 +147,12 @@ def test_probe_reads_the_strength_planted_at_each_frequency(points):
     stray = 0.4 + 0.5 * np.sin(2 * np.pi * 2 * x + 0.3)
     answers = f64(planted, x) + 0.7 * f64(quadrature, x) + stray
     readings = probe.read(task, jnp.float32(answers)[:, None])
-    np.testing.assert_allclose(readings["mode_strength"], gains[[1, 3, 5]], atol=1e-5)
+    np.testing.assert_allclose(readings["strength"], gains[[1, 3, 5]], atol=1e-5)
     np.testing.assert_allclose(
         readings["outside"], np.mean(stray**2) / np.mean(target**2), rtol=1e-4
     )
     nothing = probe.read(task, jnp.zeros((points, 1)))
-    np.testing.assert_array_equal(nothing["mode_strength"], 0)
+    np.testing.assert_array_equal(nothing["strength"], 0)
     assert nothing["outside"] == 0
 
 
@@ -163,7 +163,7 @@ def test_power_at_nyquist_counts_as_outside():
     nyquist = 0.5 * (-1.0) ** np.arange(8)
     answers = f64(task, uniform_grid(8)) + nyquist
     readings = probe.read(task, jnp.float32(answers)[:, None])
-    np.testing.assert_allclose(readings["mode_strength"], 1, atol=1e-5)
+    np.testing.assert_allclose(readings["strength"], 1, atol=1e-5)
     np.testing.assert_allclose(readings["outside"], 0.25, rtol=1e-4)
 
 
@@ -175,7 +175,7 @@ def test_curves_are_the_answers_and_the_target():
     readings = probe.read(task, answers)
     np.testing.assert_allclose(readings["target"], f64(task, uniform_grid(32)), atol=1e-5)
     np.testing.assert_array_equal(readings["answer"], answers[:, 0])
-    assert set(probe.axes) == set(readings)
+    assert set(readings) == {"strength", *probe.extras}
 
 
 def test_every_task_and_step_is_probed_in_one_compiled_call():
@@ -191,7 +191,7 @@ def test_every_task_and_step_is_probed_in_one_compiled_call():
         jax.random.key(0),
         jnp.arange(32),
         tuple(range(7)),
-        domain.probe(domain.amplitudes(), 16),
+        (("mode_strength", domain.probe(domain.amplitudes(), 16)),),
     )
     assert readings["mode_strength"].shape == (32, 7, 3)
     np.testing.assert_array_equal(readings["mode_strength"][:, 0], 0)
@@ -231,7 +231,10 @@ def test_features_span_the_targets():
         (lambda: FourierRegression((0.0, float("nan"))), "finite"),
         (lambda: FourierRegression(sigma=-0.1), "sigma = -0.1"),
         (lambda: FourierRegression(steps=0), "steps = 0"),
-        (lambda: FourierRegression().probe(FourierRegression().amplitudes(), 10), "at least 11"),
+        (
+            lambda: FourierRegression().probe(FourierRegression().amplitudes(), 10),
+            "probe_points = 10: must be at least 11",
+        ),
         (lambda: FourierRegression().amplitudes(()), "name at least one"),
         (lambda: FourierRegression().amplitudes((-1,)), "0 or more"),
         (lambda: band(3, 2), "0 <= low <= high"),

@@ -19,11 +19,11 @@ from metadyn.learners.gradient import (
     deep_linear,
     gradient,
     mlp,
-    named_optimizer,
     random_start,
     saxe_strength,
     updates_to_learn,
 )
+from metadyn.optimizers import named_optimizer
 from metadyn.outer import OuterConfig
 
 
@@ -83,7 +83,7 @@ def curve(domain, network, rate, batch, times, tasks, rotate):
         jax.random.key(0),
         jnp.arange(tasks),
         times,
-        domain.probe(8),
+        (("mode_strength", domain.probe(8)),),
     )
     return np.asarray(readings["mode_strength"])
 
@@ -169,11 +169,11 @@ def test_an_mlp_starts_as_pytorch_would():
 def test_mlps_at_once_equal_each_alone(points):
     domain = FourierRegression(band(1, 2))
     learner = gradient(mlp(1, 1, 3, 16), optax.adam(1e-2), 12, points=points)
-    probe = domain.probe(domain.amplitudes(), 8)
+    probes = (("mode_strength", domain.probe(domain.amplitudes(), 8)),)
     make, argument = (lambda params: learner), jnp.float32(domain.amplitudes())
     measured = lambda indices: inner.measure(
         domain, make, (), False, domain.evaluation_task, argument, jax.random.key(1), indices,
-        (0, 3, 40), probe,
+        (0, 3, 40), probes,
     )  # fmt: skip
     together = measured(jnp.arange(8))
     assert np.ptp(together["mode_strength"][:, -1]) > 0.1

@@ -15,12 +15,13 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.gradient import deep_linear, gradient
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+from metadyn.learners.lstm import LSTMConfig
 
 DOMAIN = LinearRegression(3, 2, steps=8)
 S = jnp.float32(DOMAIN.spectrum())
 PROBE = DOMAIN.probe(8)
-META = LSTMMetaLearner(DOMAIN, LSTMConfig(hidden=8))
+PROBES = (("mode_strength", PROBE),)
+META = LSTMConfig(hidden=8).make(DOMAIN)
 
 
 def learners():
@@ -40,14 +41,14 @@ def test_probing_never_disturbs_the_learner(name):
     task = DOMAIN.evaluation_task(jax.random.key(1), S)
     final = []
     for times in (tuple(range(9)), (0, 8)):
-        for probe in (PROBE, None):
-            readings = inner.run(DOMAIN, learner, task, jax.random.key(2), times, probe)
+        for probes in (PROBES, ()):
+            readings = inner.run(DOMAIN, learner, task, jax.random.key(2), times, probes)
             if len(times) == 2:
                 mean = readings["loss"][-1] * 8
             else:
                 mean = jnp.sum(readings["loss"][1:])
             last = readings.get("mode_strength", jnp.zeros((1, 2)))[-1]
-            final.append((np.asarray(last) if probe else None, np.asarray(mean)))
+            final.append((np.asarray(last) if probes else None, np.asarray(mean)))
     np.testing.assert_array_equal(final[0][0], final[2][0])
     np.testing.assert_array_equal(final[0][1], final[1][1])
     np.testing.assert_array_equal(final[2][1], final[3][1])
@@ -77,7 +78,7 @@ def measure(indices, chunk=4096, times=(0, 1, 5, 8)):
         jax.random.key(4),
         indices,
         times,
-        PROBE,
+        PROBES,
         chunk,
     )
 
@@ -117,7 +118,7 @@ def test_readings_are_in_range():
 def test_65536_tasks_fit_in_8_gib():
     """Peak memory of a device by the compiler's own account, at the paper's size: 5 × 5, T = 20."""
     domain = LinearRegression(5, 5)
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=64))
+    meta = LSTMConfig(hidden=64).make(domain)
     lowered = inner.measure.lower(
         domain,
         meta.learner,
@@ -128,7 +129,7 @@ def test_65536_tasks_fit_in_8_gib():
         jax.random.key(0),
         jax.ShapeDtypeStruct((65_536,), jnp.int32),
         tuple(range(21)),
-        domain.probe(32),
+        (("mode_strength", domain.probe(32)),),
     )
     memory = lowered.compile().memory_analysis()
     used = memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -137,7 +138,7 @@ def test_65536_tasks_fit_in_8_gib():
 
 
 def test_axes_name_every_reading():
-    axes = inner.reading_axes(learners()["lstm"], PROBE)
+    axes = inner.reading_axes(learners()["lstm"], PROBES)
     assert axes == {
         "loss": (),
         "saturated_gates": (),

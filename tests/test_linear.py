@@ -96,7 +96,7 @@ def test_probe_recovers_a_planted_linear_map(n_x, n_y):
     readings = probe.read(task, jnp.float32(np.asarray(probe.queries) @ W_hat.T + b))
     rotated = np.asarray(task.U).T @ W_hat @ np.asarray(task.V)
     np.testing.assert_allclose(
-        readings["mode_strength"], np.diag(rotated) / np.asarray(task.s), atol=2e-5
+        readings["strength"], np.diag(rotated) / np.asarray(task.s), atol=2e-5
     )
     share = 1 - np.sum(np.diag(rotated) ** 2) / np.sum(W_hat**2)
     np.testing.assert_allclose(readings["off_diagonal"], share, atol=1e-5)
@@ -107,7 +107,7 @@ def test_probe_reads_the_task_itself_as_learned_in_full():
     task = planted_task(np.random.default_rng(1), 3, 4)
     probe = LinearRegression(3, 4).probe()
     readings = probe.read(task, probe.queries @ task.W.T)
-    np.testing.assert_allclose(readings["mode_strength"], np.ones(3), atol=1e-5)
+    np.testing.assert_allclose(readings["strength"], np.ones(3), atol=1e-5)
     np.testing.assert_allclose(readings["off_diagonal"], 0, atol=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_probe_of_silence_reads_zero():
     probe = LinearRegression(3, 2).probe()
     readings = probe.read(task, jnp.zeros((32, 2)))
     assert all(np.all(np.asarray(value) == 0) for value in readings.values())
-    assert readings.keys() == probe.axes.keys()
+    assert set(readings) == {"strength", *probe.extras}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_bad_configurations_are_named(fields, named):
 
 def test_bad_probes_and_spectra_are_named():
     domain = LinearRegression(3, 3)
-    with pytest.raises(ConfigError, match="n_x \\+ 2 = 5"):
+    with pytest.raises(ConfigError, match="probe_points = 4: must be at least n_x \\+ 2 = 5"):
         domain.probe(points=4)
     with pytest.raises(ConfigError, match="scale"):
         domain.spectrum(scale=0)

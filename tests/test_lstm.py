@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from metadyn import inner
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
+from metadyn.learners.lstm import LSTMCell, LSTMConfig
+from metadyn.learners.networks import scanned
 
 T, N, H, B = 7, 3, 5, 4
 BACKENDS = ("scan", "backward", "pallas", "cudnn")
@@ -108,6 +110,15 @@ def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_episodes_are_what_stepping_the_cell_gives(backend: Backend):
+    fast = LSTMCell(N, LSTMConfig(hidden=16, backend=backend), rngs=nnx.Rngs(0))
+    inputs = jax.random.normal(jax.random.key(1), (T, N, B))
+    stepped = scanned(fast, inputs)
+    assert stepped.shape == (T, 16, B)
+    np.testing.assert_allclose(fast.episodes(inputs), stepped, rtol=0, atol=1e-6)
+
+
 def test_bad_configurations_are_named():
     with pytest.raises(ConfigError, match="hidden = 0"):
         LSTMConfig(hidden=0)
@@ -121,7 +132,7 @@ def test_bad_configurations_are_named():
 def trained_like():
     """A meta-learner with weights large enough to answer, on a domain with n_x ≠ n_y."""
     domain = LinearRegression(3, 2, steps=6)
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
+    meta = LSTMConfig(hidden=8).make(domain)
     params = meta.init(jax.random.key(0))
     noise = jax.random.key(1)
     return domain, meta, jax.tree.map(lambda a: a + 0.5 * jax.random.normal(noise, a.shape), params)
@@ -167,7 +178,7 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
 
 def test_an_untrained_lstm_answers_zero_and_saturates_nothing():
     domain = LinearRegression(2, 2)
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=16))
+    meta = LSTMConfig(hidden=16).make(domain)
     learner = meta.learner(meta.init(jax.random.key(0)))
     state = learner.init(jax.random.key(0))
     assert np.all(np.asarray(learner.predict(state, jnp.ones(2))) == 0)
@@ -178,9 +189,12 @@ def test_an_untrained_lstm_answers_zero_and_saturates_nothing():
 
 
 def test_seeds_start_apart_and_one_seed_twice_starts_alike():
-    meta = LSTMMetaLearner(LinearRegression(2, 2), LSTMConfig(hidden=4))
+    meta = LSTMConfig(hidden=4).make(LinearRegression(2, 2))
     a, b, c = (meta.init(jax.random.key(k)) for k in (0, 0, 1))
-    assert all(jnp.array_equal(a[name], b[name]) for name in a)
-    assert not jnp.array_equal(a["recurrent"], c["recurrent"])
-    assert a["recurrent"].shape == (16, 4)
-    np.testing.assert_allclose(a["recurrent"].T @ a["recurrent"], np.eye(4), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    recurrent = a["body"]["recurrent"]
+    for name in ("input", "recurrent"):
+        assert not jnp.array_equal(a["body"][name], c["body"][name])
+    assert recurrent.shape == (16, 4)
+    np.testing.assert_allclose(recurrent.T @ recurrent, np.eye(4), atol=1e-5)
+    np.testing.assert_array_equal(a["body"]["bias"], [0] * 4 + [1] * 4 + [0] * 8)

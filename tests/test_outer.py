@@ -14,27 +14,28 @@ from metadyn import mesh
 from metadyn.base import indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainee, Trainer, _gradient, prediction_loss
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import Objective, prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop, _gradient
 
 DOMAIN = LinearRegression(2, 2, steps=5)
-META = LSTMMetaLearner(DOMAIN, LSTMConfig(hidden=8))
+META = LSTMConfig(hidden=8).make(DOMAIN)
 CONFIG = OuterConfig(steps=40, batch=8, seeds=2, warmup=4, checkpoints=3, dispatch=7)
 OBJECTIVE = prediction_loss(DOMAIN, META)
 
 
-def trainer(config=CONFIG, seed=0):
-    return Trainer({"lstm": Trainee(META, OBJECTIVE)}, config, jax.random.key(seed))
+def loop_of(config=CONFIG, seed=0):
+    return OuterLoop({"lstm": MetaTraining(META, OBJECTIVE)}, config, jax.random.key(seed))
 
 
-def last(trainer, state, targets):
-    *_, (final, _) = trainer.run(state, targets)
+def last(loop, state, targets):
+    *_, (final, _) = loop.run(state, targets)
     return jax.tree.map(np.asarray, final)
 
 
 @pytest.fixture(scope="module")
 def shared():
-    return trainer()
+    return loop_of()
 
 
 def test_gradient_through_the_episode_matches_finite_differences():
@@ -42,22 +43,24 @@ def test_gradient_through_the_episode_matches_finite_differences():
     params = META.init(jax.random.key(0))
     key = jax.random.key(2)
     params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(key, a.shape), params)
-    objective = jax.jit(lambda p: OBJECTIVE(p, keys)[0])
-    gradient = jax.grad(objective)(params)
-    for name in params:
-        direction = jax.random.normal(jax.random.key(3), params[name].shape)
+    objective = jax.jit(lambda p: OBJECTIVE.loss(p, keys)[0])
+    leaves, structure = jax.tree.flatten(params)
+    assert len(leaves) == 5
+    for index, gradient in enumerate(jax.tree.leaves(jax.grad(objective)(params))):
+        direction = jax.random.normal(jax.random.key(3), gradient.shape)
         step = 1e-2 / float(jnp.linalg.norm(direction))
-        ends = [
-            float(objective(params | {name: params[name] + sign * step * direction}))
-            for sign in (1, -1)
-        ]
-        found = float(jnp.vdot(gradient[name], direction))
-        assert found == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=2e-2, abs=1e-3), name
+        ends = []
+        for sign in (1, -1):
+            moved = leaves[index] + sign * step * direction
+            at = jax.tree.unflatten(structure, [*leaves[:index], moved, *leaves[index + 1 :]])
+            ends.append(float(objective(at)))
+        found = float(jnp.vdot(gradient, direction))
+        assert found == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=2e-2, abs=1e-3), index
 
 
 def test_training_lowers_the_loss_of_every_seed():
-    long = trainer(dataclasses.replace(CONFIG, steps=1200, batch=32, dispatch=200))
-    losses = [loss["lstm"] for _, loss in long.run(long.init(), [1200])]
+    long = loop_of(dataclasses.replace(CONFIG, steps=1200, batch=32, dispatch=200))
+    losses = [metrics["lstm"]["loss"] for _, metrics in long.run(long.init(), [1200])]
     assert losses[0].shape == (2,)
     assert np.all(losses[-1] < 0.85 * losses[0])
 
@@ -66,29 +69,30 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bits(shared):
     whole = last(shared, shared.init(), [40])
     assert int(whole.step) == 40
     part = last(shared, shared.init(), [13])
-    resumed = last(trainer(), jax.device_put(part, mesh.replicated()), [1, 13, 29, 40])
+    resumed = last(loop_of(), jax.device_put(part, mesh.replicated()), [1, 13, 29, 40])
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(shared):
-    one, again = (last(t, t.init(), [10]) for t in (shared, trainer()))
-    other = last(trainer(seed=1), trainer(seed=1).init(), [10])
+    one, again = (last(loop, loop.init(), [10]) for loop in (shared, loop_of()))
+    other = last(loop_of(seed=1), loop_of(seed=1).init(), [10])
     jax.tree.map(np.testing.assert_array_equal, one, again)
-    assert not np.array_equal(one.params["lstm"]["input"], other.params["lstm"]["input"])
-    assert not np.array_equal(one.params["lstm"]["input"][0], one.params["lstm"]["input"][1])
+    weights, others = (each.params["lstm"]["body"]["input"] for each in (one, other))
+    assert not np.array_equal(weights, others)
+    assert not np.array_equal(weights[0], weights[1])
 
 
 def test_meta_learners_side_by_side_equal_each_alone(shared):
     """Another width, another noise: neither changes what the first one learns."""
     noisy = dataclasses.replace(DOMAIN, sigma=1.0)
-    meta = LSTMMetaLearner(noisy, LSTMConfig(hidden=6))
-    trainees = {
-        "lstm": Trainee(META, OBJECTIVE),
-        "noisy": Trainee(meta, prediction_loss(noisy, meta)),
+    meta = LSTMConfig(hidden=6).make(noisy)
+    trained = {
+        "lstm": MetaTraining(META, OBJECTIVE),
+        "noisy": MetaTraining(meta, prediction_loss(noisy, meta)),
     }
-    both = Trainer(trainees, CONFIG, jax.random.key(0))
+    both = OuterLoop(trained, CONFIG, jax.random.key(0))
     together, alone = last(both, both.init(), [10]), last(shared, shared.init(), [10])
-    assert together.params["noisy"]["recurrent"].shape == (2, 24, 6)
+    assert together.params["noisy"]["body"]["recurrent"].shape == (2, 24, 6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         together.params["lstm"],
@@ -97,21 +101,68 @@ def test_meta_learners_side_by_side_equal_each_alone(shared):
 
 
 def test_nothing_is_compiled_or_transferred_after_the_first_dispatch():
-    fresh = trainer()
+    fresh = loop_of()
     state = fresh.init()
     counts = [jax.device_put(np.int32(n), mesh.replicated()) for n in (7, 7, 3)]
     state, _ = fresh.advance(state, counts[0])
     with jax.transfer_guard("disallow"):
         for count in counts[1:]:
-            state, loss = fresh.advance(state, count)
-            loss["lstm"].block_until_ready()
+            state, metrics = fresh.advance(state, count)
+            metrics["lstm"]["loss"].block_until_ready()
     assert fresh.advance._cache_size() == 1
 
 
 def test_a_loss_that_is_not_finite_stops_training():
-    wild = trainer(dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=1e30, clip=1e30))
-    with pytest.raises(ConfigError, match="learning_rate = 1e\\+30: the loss is no longer finite"):
+    wild = loop_of(dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=1e30, clip=1e30))
+    says = "learning_rate = 1e\\+30: the loss of lstm is no longer finite at outer step"
+    with pytest.raises(ConfigError, match=says):
         last(wild, wild.init(), [40])
+
+
+@pytest.mark.parametrize("rate", ["learning_rate", "outer_sgd_learning_rate"])
+def test_it_is_the_meta_learner_s_own_learning_rate_that_is_named(rate):
+    """Descent of b⁴ from 1 by steps of 3 runs away: −11, 16 thousand, −5e13, beyond float32."""
+
+    def loss(params, keys):
+        total = jnp.sum(params["body"]["bias"] ** 4)
+        return total, {"loss": total}
+
+    own = dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=3.0, warmup=0, clip=1e30)
+    trained = {
+        "lstm": MetaTraining(META, OBJECTIVE),
+        "wild": MetaTraining(META, Objective(loss), own, rate),
+    }
+    loop = OuterLoop(trained, CONFIG, jax.random.key(0))
+    says = f"^{rate} = 3.0: the loss of wild is no longer finite at outer step 7; lower it$"
+    with pytest.raises(ConfigError, match=says):
+        last(loop, loop.init(), [40])
+
+
+def test_all_that_an_objective_reports_reaches_the_caller():
+    """Of each seed, means over the outer steps of a dispatch, each before its update."""
+
+    def loss(params, keys):
+        value, metrics = OBJECTIVE.loss(params, keys)
+        return value, metrics | {"size": jnp.sum(params["body"]["input"] ** 2), "one": 1.0}
+
+    trained = {"lstm": MetaTraining(META, Objective(loss))}
+    each = OuterLoop(trained, dataclasses.replace(CONFIG, dispatch=1), jax.random.key(0))
+    size = lambda state: np.sum(np.asarray(state.params["lstm"]["body"]["input"]) ** 2, (1, 2))
+    start = each.init()
+    sizes, found = [size(start)], []
+    for state, metrics in each.run(start, [7]):
+        assert metrics["lstm"].keys() == {"loss", "size", "one"}
+        sizes.append(size(state))
+        found.append(metrics["lstm"])
+    assert not np.allclose(sizes[0], sizes[-1], rtol=1e-3)
+    for before, metrics in zip(sizes[:-1], found, strict=True):
+        np.testing.assert_allclose(metrics["size"], before, rtol=1e-5)
+        np.testing.assert_array_equal(metrics["one"], [1, 1])
+    together = OuterLoop(trained, CONFIG, jax.random.key(0))
+    _, metrics = next(together.run(together.init(), [40]))  # 7 outer steps, a dispatch
+    for name, value in metrics["lstm"].items():
+        expected = np.mean([one[name] for one in found], axis=0)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +193,16 @@ from jax.experimental.multihost_utils import process_allgather
 from metadyn import inner, mesh
 mesh.start()
 from metadyn.domains.linear import LinearRegression
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 domain = LinearRegression(2, 2, steps=5)
-meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
+meta = LSTMConfig(hidden=8).make(domain)
 config = OuterConfig(steps=50, batch=12, seeds=2, warmup=4, dispatch=50)
-trainer = Trainer({"lstm": Trainee(meta, prediction_loss(domain, meta))}, config, jax.random.key(0))
-program = trainer.advance.lower(trainer.abstract, np.int32(1)).compile().as_text()
-state, loss = next(trainer.run(trainer.init(), [50]))
+trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
+loop = OuterLoop(trained, config, jax.random.key(0))
+program = loop.advance.lower(loop.abstract, np.int32(1)).compile().as_text()
+state, metrics = next(loop.run(loop.init(), [50]))
 sample = lambda key, s: domain.evaluation_task(key, s)
 readings = inner.measure(
     domain, meta.learner, state.params["lstm"], True, sample, np.float32([1, 0.5]),
@@ -162,7 +215,7 @@ tasks = [np.asarray(leaf) for leaf in jax.tree.leaves(process_allgather(tasks, t
 print(json.dumps({
     "devices": [jax.device_count(), jax.process_count()],
     "reductions": program.count(" all-reduce(") + program.count(" all-reduce-start("),
-    "loss": np.asarray(loss["lstm"]).tolist(), "losses": losses,
+    "loss": np.asarray(metrics["lstm"]["loss"]).tolist(), "losses": losses,
     "tasks": [hashlib.sha256(leaf).hexdigest() for leaf in tasks],
 }))
 """
@@ -191,8 +244,8 @@ def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once():
     params = META.init(jax.random.key(0))
     params = jax.tree.map(lambda a: a + 0.1, params)
     assert mesh.at_a_time(320) == 80
-    found = _gradient(Trainee(META, OBJECTIVE), params, keys)
-    expected = jax.grad(OBJECTIVE, has_aux=True)(params, keys)
+    found = _gradient(OBJECTIVE, params, keys)
+    expected = jax.grad(OBJECTIVE.loss, has_aux=True)(params, keys)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
     )

@@ -131,7 +131,7 @@ def test_accelerators_that_cannot_share_the_batch_are_refused_before_dir_exists(
 ):
     monkeypatch.setattr(mesh.jax, "device_count", lambda: 4)
     monkeypatch.setattr(mesh.jax, "default_backend", lambda: "gpu")
-    refused([STUDY, "--outer.batch", "6"], "batch = 6: must be a multiple of 4")
+    refused([STUDY, "--outer.batch", "6"], "--outer.batch 6: must be a multiple of 4")
 
 
 def test_a_bad_process_variable_is_named(monkeypatch):

@@ -23,7 +23,7 @@ def said(terminal: bool) -> str:
         for i in range(2):
             begin(i)
             with progress.training(total=10, done=0) as show:
-                show(10, loss={"lstm": 0.25}, excess={"lstm": 0.5}, episodes=320)
+                show(10, {"lstm": {"loss": 0.25, "excess_loss": 0.5}}, episodes=320)
                 drawn()
             with progress.counting("measuring", 2) as show:
                 show("SGD on tracked")
@@ -39,7 +39,7 @@ def test_every_study_says_where_it_stands(terminal):
     text = said(terminal)
     for study in ("[1/2 first] ", "[2/2 second] "):
         assert f"{study}figures are in DIR" in text
-    assert "loss 0.2500, excess over Bayes 0.500" in text
+    assert "lstm: loss 0.25, excess over Bayes 0.5" in text
     assert text.rstrip().splitlines()[-1].strip().endswith("all done")
 
 
@@ -55,7 +55,7 @@ def test_a_terminal_shows_one_bar_for_all_studies_and_one_for_what_goes_on():
 
 def test_a_file_gets_lines():
     text = said(terminal=False)
-    assert "[2/2 second] training 10/10  lstm: loss 0.2500" in text
+    assert "[2/2 second] training 10/10  lstm: loss 0.25," in text
     assert "[2/2 second] measuring 2/2  done" in text
     assert "studies" not in text
 

@@ -16,10 +16,13 @@ import xarray as xr
 import metadyn
 from metadyn import dynamics
 from metadyn.errors import ConfigError, ConfigWarning
-from metadyn.store import HELDOUT, SUMS, TRACKED, RunFolder, describe, labelled
+from metadyn.labelled import About, Modes, describe, labelled
+from metadyn.store import FORMAT, SUMS, RunFolder
+from metadyn.study import HELDOUT, TRACKED
 
 IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 4}, "a": 1}}
 RNG = np.random.default_rng(0)
+MODES = {"mode_strength": Modes((2.0, 0.5), "singular value", "singular_value")}
 
 
 def readings(*lead, time=3, learner="lstm", trained=False):
@@ -29,12 +32,20 @@ def readings(*lead, time=3, learner="lstm", trained=False):
         "mode_strength": RNG.normal(size=(*lead, time, 2)).astype(np.float32),
         "loss": RNG.normal(size=(*lead, time)).astype(np.float32),
     }
+    kind = {"lstm": "meta", "bayes": "bayes"}.get(learner, "ordinary")
     about = describe(
+        About(learner, learner.upper(), kind, "observations", 0.5),
         {"mode_strength": (*axes, "mode"), "loss": axes},
         {"time": ("step", range(time)), "singular_value": ("mode", [2.0, 0.5])},
-        {"learner": learner, "label": learner.upper(), "clock": "observations"},
+        MODES,
     )
     return arrays, about
+
+
+def tracked_readings():
+    """Of a meta-learner on both sets, as checkpoints have them: {set: {learner: …}}."""
+    both = {name: readings(2, 5, trained=True) for name in (TRACKED, HELDOUT)}
+    return tuple({name: {"lstm": each[i]} for name, each in both.items()} for i in (0, 1))
 
 
 def write_run(path):
@@ -42,16 +53,14 @@ def write_run(path):
     run = RunFolder.create(path, IDENTITY)
     written = {}
     for step in (0, 1, 4):
-        both, about = zip(*(readings(2, 5, trained=True) for _ in range(2)), strict=True)
-        names = (TRACKED, HELDOUT)
-        written[step] = dict(zip(names, both, strict=True))
-        abouts = dict(zip(names, about, strict=True))
+        written[step], abouts = tracked_readings()
         run.save_checkpoint(step, {"w": np.float32(step)}, written[step], abouts)
     run.save_checkpoint(5, {"w": np.float32(5)}, None, abouts)
     for task_set in (TRACKED, HELDOUT):
         run.save_measurement(task_set, "bayes", *readings(5, learner="bayes"))
     run.save_measurement("in_distribution", "lstm", *readings(2, 7, trained=True))
     run.save_measurement("in_distribution", "sgd", *readings(4, time=6, learner="sgd"))
+    run.finish()
     return run, written
 
 
@@ -65,6 +74,7 @@ def test_a_measurement_comes_back_labelled(tmp_path):
     arrays, about = readings(5)
     assert not run.has_measurement("in_distribution", "lstm")
     run.save_measurement("in_distribution", "lstm", arrays, about)
+    run.finish()
     found = run.measurement("in_distribution", "lstm")
     xr.testing.assert_identical(found, labelled(arrays, about))
     assert found["mode_strength"].dims == ("task", "step", "mode")
@@ -76,39 +86,42 @@ def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
     run, written = written_run
     assert run.outer_steps() == [0, 1, 4]
     assert run.sound_steps() == [0, 1, 4, 5]
-    found = run.trajectories()
+    assert run.tracked() == {TRACKED: ["lstm"], HELDOUT: ["lstm"]}
+    found = run.trajectories(TRACKED, "lstm")
     assert dict(found["mode_strength"].sizes) == {
         "outer_step": 3, "seed": 2, "task": 5, "step": 3, "mode": 2
     }  # fmt: skip
     for step, both in written.items():
         np.testing.assert_array_equal(
-            found["mode_strength"].sel(outer_step=step), both[TRACKED]["mode_strength"]
+            found["mode_strength"].sel(outer_step=step), both[TRACKED]["lstm"]["mode_strength"]
         )
+    some = run.trajectories(TRACKED, "lstm", [1, 4])
+    xr.testing.assert_identical(some, found.sel(outer_step=[1, 4]))
 
 
 WRITE = """
 import sys
-import time
 
 import jax
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metadyn import mesh
-from metadyn.store import RunFolder, describe
+from metadyn.labelled import About, Modes, describe
+from metadyn.store import RunFolder
 
 run = RunFolder.create(sys.argv[1], {"study": "s", "preset": "quick", "seed": 0, "config": {}})
 spread = NamedSharding(mesh.mesh(), PartitionSpec(mesh.TASKS))
 values = jax.device_put(np.arange(8, dtype=np.float32).reshape(8, 1, 1), spread)
 assert len(values.sharding.device_set) == 4
 about = describe(
+    About("bayes", "Bayes", "bayes", "observations", 0.5),
     {"mode_strength": ("task", "step", "mode")},
     {"time": ("step", [0])},
-    {"learner": "bayes", "label": "Bayes", "clock": "observations"},
+    {"mode_strength": Modes((1.0,), "mode")},
 )
 run.save_measurement("in_distribution", "bayes", {"mode_strength": values}, about)
+run.finish()
 """
 READ = """
 import json, sys, jax, metadyn
@@ -140,7 +153,7 @@ def test_load_gives_one_labelled_dataset(written_run):
     np.testing.assert_array_equal(data["singular_value"], [2.0, 0.5])
     lstm = data["mode_strength"].sel(learner="lstm", outer_step=4)
     np.testing.assert_array_equal(
-        lstm.transpose("seed", "task", "step", "mode"), written[4][TRACKED]["mode_strength"]
+        lstm.transpose("seed", "task", "step", "mode"), written[4][TRACKED]["lstm"]["mode_strength"]
     )
     bayes = data["mode_strength"].sel(learner="bayes")
     once = run.measurement(TRACKED, "bayes")["mode_strength"].transpose("task", "mode", "step")
@@ -165,8 +178,11 @@ def test_load_pads_learners_of_other_lengths(written_run):
 
 
 def test_a_run_without_trajectories_says_so(tmp_path):
+    run = RunFolder.create(tmp_path / "r", IDENTITY)
     with pytest.raises(ConfigError, match="no mode trajectories are stored yet"):
-        metadyn.load(RunFolder.create(tmp_path / "r", IDENTITY).path)
+        run.trajectories(TRACKED, "lstm")
+    with pytest.raises(ConfigError, match=r"task_set = 'tracked': .* holds nothing yet"):
+        metadyn.load(run.path)
 
 
 def test_nothing_stored_is_a_pickle(written_run):
@@ -220,7 +236,7 @@ def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
         fresh = RunFolder(run.path)
         with pytest.warns(ConfigWarning, match="SHA256SUMS says"):
             assert fresh.sound_steps() == [0, 1, 5]
-        about = {name: readings(2, 5, trained=True)[1] for name in (TRACKED, HELDOUT)}
+        about = tracked_readings()[1]
         fresh.save_checkpoint(4, {"w": np.float32(4)}, written[4], about)
         fresh.finish()
         assert fresh.sound_steps() == [0, 1, 4, 5]
@@ -243,7 +259,9 @@ def test_only_what_will_not_be_made_anew_is_set_aside(tmp_path):
 def test_a_set_that_is_not_tracked_is_named(tmp_path):
     run, _ = write_run(tmp_path / "r")
     with pytest.raises(ConfigError, match=r"task_set = 'trakced': .* tracks .*tracked"):
-        run.trajectories("trakced")
+        run.trajectories("trakced", "lstm")
+    with pytest.raises(ConfigError, match="tracks"):
+        run.trajectories(TRACKED, "gru")
     with pytest.raises(ConfigError, match="task_set = 'trakced'"):
         metadyn.load(run.path, "trakced")
 
@@ -308,7 +326,8 @@ def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path)
         RunFolder.create(tmp_path / "r", other)
     with pytest.raises(ConfigError, match="seed = 0, not 1"):
         RunFolder.create(tmp_path / "r", IDENTITY | {"seed": 1})
-    assert json.loads((tmp_path / "r" / "config.json").read_text()) == IDENTITY
+    stored = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert stored == IDENTITY | {"format": FORMAT}
 
 
 def test_foreign_and_broken_folders_are_refused_untouched(tmp_path):

@@ -200,7 +200,7 @@ class FourierRegression(Regression):
             }
             return readings | ({"answer": answers[:, 0], "target": target[:, 0]} if curves else {})
 
-        modes = Modes(tuple(contained), "frequency $k$", "frequency", "cycles")
+        modes = Modes(contained.tolist(), "frequency $k$", "frequency", "cycles")
         extras: dict[str, tuple[str, ...]] = {"outside": ()}
         if not curves:
             return Probe(grid, read, modes, extras)

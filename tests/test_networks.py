@@ -1,0 +1,148 @@
+"""Any network as a meta-learner: steps against whole episodes, the GRU against PyTorch's."""
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from metadyn import inner
+from metadyn.base import MetaLearner, indexed_keys
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
+from metadyn.learners.networks import GRUConfig, Recurrent, Sequence
+from metadyn.objectives import actor_critic
+
+DOMAIN = LinearRegression(3, 2, steps=6)
+H = 8
+
+
+class Attention(nnx.Module):
+    """One head of causal softmax attention; its cache is (keys, values, position)."""
+
+    def __init__(self, n_in, rngs):
+        self.query, self.key, self.value = (nnx.Linear(n_in, H, rngs=rngs) for _ in range(3))
+
+    def projected(self, inputs):
+        return self.query(inputs) / np.sqrt(H), self.key(inputs), self.value(inputs)
+
+    def __call__(self, inputs):
+        queries, keys, values = self.projected(inputs)
+        past = np.tril(np.ones((len(inputs),) * 2, bool))
+        return jax.nn.softmax(jnp.where(past, queries @ keys.T, -jnp.inf)) @ values
+
+    def start(self, steps):
+        return jnp.zeros((steps, H)), jnp.zeros((steps, H)), jnp.int32(0)
+
+    def step(self, cache, x):
+        keys, values, position = cache
+        query, key, value = self.projected(x)
+        keys, values = keys.at[position].set(key), values.at[position].set(value)
+        scores = jnp.where(jnp.arange(len(keys)) <= position, keys @ query, -jnp.inf)
+        return (keys, values, position + 1), jax.nn.softmax(scores) @ values
+
+
+CELLS = {
+    "gru": lambda n, rngs: nnx.GRUCell(n, H, rngs=rngs),
+    "optimized_lstm": lambda n, rngs: nnx.OptimizedLSTMCell(n, H, rngs=rngs),
+    "simple": lambda n, rngs: nnx.SimpleCell(n, H, rngs=rngs),
+}
+NETWORKS = [*CELLS, "attention"]
+
+
+def made(name, domain=DOMAIN, heads=0):
+    if name == "attention":
+        return Sequence(domain, Attention, heads)
+    return Recurrent(domain, CELLS[name], heads)
+
+
+def scattered(meta, seed=1):
+    """Parameters large enough to answer, biases included."""
+    flat, unravel = jax.flatten_util.ravel_pytree(meta.init(jax.random.key(0)))
+    return unravel(flat + 0.5 * jax.random.normal(jax.random.key(seed), flat.shape))
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_step_by_step_and_whole_episode_give_the_same_numbers(name, heads):
+    """And so does a query after the episode, as a probe poses it."""
+    meta = made(name, heads=heads)
+    params = scattered(meta)
+    longer = LinearRegression(3, 2, steps=7)
+    queries, feedback = inner.observe(longer, jax.random.split(jax.random.key(2), 5))
+    whole = meta.unroll(params, queries, feedback)
+    assert isinstance(meta, MetaLearner)
+    assert whole.shape == (7, 2 + heads, 5)
+    assert np.std(whole, axis=(0, 2)).min() > 0.1
+    learner = meta.learner(params)
+    predict, update = jax.jit(learner.predict), jax.jit(learner.update)
+    for episode in range(5):
+        state = learner.init(jax.random.key(0))
+        for t in range(7):
+            x, y = queries[t, :, episode], feedback[t, :, episode]
+            np.testing.assert_allclose(
+                predict(state, x), whole[t, :2, episode], rtol=1e-5, atol=1e-6
+            )
+            state = update(state, x, y)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_untrained_networks_answer_zero_and_seeds_start_apart(name):
+    meta = made(name)
+    a, b, c = (meta.init(jax.random.key(k)) for k in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    same = jax.tree.map(lambda a, c: bool(jnp.array_equal(a, c)), a["body"], c["body"])
+    assert not all(jax.tree.leaves(same))
+    queries, feedback = inner.observe(DOMAIN, jax.random.split(jax.random.key(2), 5))
+    np.testing.assert_array_equal(meta.unroll(a, queries, feedback), 0)
+
+
+def test_a_gru_is_that_of_pytorch_s_formulae():
+    """r, z, n of W x + b and U h, in float64; x_t comes with y_{t−1}; a linear readout of h_t."""
+    meta = made("gru", heads=1)
+    params = scattered(meta)
+    queries, feedback = inner.observe(DOMAIN, jax.random.split(jax.random.key(2), 5))
+    found = meta.unroll(params, queries, feedback)
+    body, readout, offset = jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64),
+        (params["body"], params["readout"], params["offset"]),
+    )
+    W_r, W_z, W_n = np.split(body["dense_i"]["kernel"], 3, axis=1)
+    b_r, b_z, b_n = np.split(body["dense_i"]["bias"], 3)
+    U_r, U_z, U_n = np.split(body["dense_h"]["kernel"], 3, axis=1)
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))
+    h, before = np.zeros((5, H)), np.zeros((5, 2))
+    for t in range(6):
+        x = np.concatenate([np.asarray(queries[t], np.float64).T, before], axis=1)
+        r = sigmoid(x @ W_r + b_r + h @ U_r)
+        z = sigmoid(x @ W_z + b_z + h @ U_z)
+        n = np.tanh(x @ W_n + b_n + r * (h @ U_n))
+        h = (1 - z) * n + z * h
+        np.testing.assert_allclose(found[t], (h @ readout.T + offset).T, rtol=1e-5, atol=1e-5)
+        before = np.asarray(feedback[t], np.float64).T
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_critic_is_trained_through_a_head(name):
+    domain = ContextualBandit(3, 3, steps=5)
+    meta = made(name, domain, heads=1)
+    keys = indexed_keys(jax.random.key(3), jnp.arange(32))
+    gradient = jax.jit(jax.grad(actor_critic(domain, meta).loss, has_aux=True))
+    found, metrics = gradient(scattered(meta), keys)
+    for leaf in jax.tree.leaves(found):
+        assert np.all(np.isfinite(leaf))
+        assert np.any(np.asarray(leaf) != 0)
+    assert np.any(np.asarray(found["readout"][3]) != 0)  # the critic's own
+    assert metrics.keys() == {"loss", "critic", "entropy"}
+    with pytest.raises(ConfigError, match="heads = 0: actor_critic needs 1"):
+        actor_critic(domain, made(name, domain))
+
+
+def test_bad_networks_are_named():
+    with pytest.raises(ConfigError, match="heads = -1: must be 0 or more"):
+        made("gru", heads=-1)
+    with pytest.raises(ConfigError, match="hidden = 0"):
+        GRUConfig(hidden=0)
+    assert GRUConfig(hidden=5).make(DOMAIN, heads=1).heads == 1
