@@ -157,7 +157,12 @@ QUICK = Config(
     domain=LinearRegression(n_x=3, n_y=3),
     outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=2e-2),
     measure=md.MeasureConfig(
-        tasks=8192, shifted_tasks=1024, tracked_tasks=96, heldout_tasks=256, probe_points=12, chunk=1024
+        tasks=8192,
+        shifted_tasks=1024,
+        tracked_tasks=96,
+        heldout_tasks=256,
+        probe_points=12,
+        chunk=1024,
     ),
 )
 PAPER = Config(

@@ -202,8 +202,8 @@ def criteria(config: Config, results):
         yield md.criterion(
             f"{name}_inner_optimizers",
             extreme(inner, lambda each, sign=sign: (sign * each).min(0)),
-            "the ordinary learner staggers the same way under every optimiser: the least "
-            f"staggering{' beyond Bayes' if name == 'bandit' else ''}, times {sign}, surely above 0",
+            "the ordinary learner staggers alike under every optimiser: the least "
+            f"staggering{' beyond Bayes' if name == 'bandit' else ''}, times {sign}, above 0",
             at_least=0.0,
             surely=True,
         )

@@ -51,17 +51,13 @@ def train(
     config = OuterConfig(steps=steps, seeds=seeds, **{"warmup": min(200, steps // 10), **outer})
     training = MetaTraining(meta, objective(domain, meta))
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
-    said, losses = Progress(Console() if progress else None), {}
-    state = loop.init()
-    with said.training(steps, 0) as show:
-        for state, metrics in loop.run(state, [steps]):
-            step, now = int(state.step), metrics["meta"]
-            losses[step] = np.asarray(now.get("loss", next(iter(now.values()))))
-            show(
-                step,
-                {"meta": {name: float(v.mean()) for name, v in now.items()}},
-                config.batch * seeds,
-            )
+    losses: dict[int, np.ndarray] = {}
+    with Progress(Console() if progress else None).training(steps, 0) as show:
+        for state, metrics in loop.run(loop.init(), [steps]):
+            now = {name: np.asarray(value) for name, value in metrics["meta"].items()}
+            losses[int(state.step)] = now.get("loss", next(iter(now.values())))
+            means = {name: float(value.mean()) for name, value in now.items()}
+            show(int(state.step), {"training": means}, config.batch * seeds)
     return Trained(meta, state.params["meta"], losses)
 
 
@@ -86,8 +82,8 @@ def measure(
     """
     if not isinstance(tasks, TaskSet):
         check(tasks >= 1, "tasks", tasks, "must be at least 1")
-        sizes = {"size": tasks, "updating_size": updating_tasks}
-        tasks = dataclasses.replace(domain.evaluation(points), **sizes)
+        evaluation = domain.evaluation(points)
+        tasks = dataclasses.replace(evaluation, size=tasks, updating_size=updating_tasks)
     parts = {}
     for place, (name, learner) in enumerate(learners.items()):
         params: Params = ()

@@ -1,7 +1,8 @@
 """The command line: metadyn run | figures | report | claims | devices.
 
-Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that is
-not there (one line on stderr), 130 interrupted, or another process of the run was lost: the same command goes on.
+Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
+is not there (one line on stderr), 130 interrupted, or another process of the run was lost: the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -124,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"metadyn: {what}", file=sys.stderr)
             return _left(BAD_INPUT)
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            what = (
-                "memory ran out; the last checkpoint is whole: lower --outer.batch, --outer.seeds"
+            lower = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
+            print(
+                f"metadyn: memory ran out; the last checkpoint is whole: {lower}", file=sys.stderr
             )
-            print(f"metadyn: {what} or --measure.chunk, in another DIR", file=sys.stderr)
             return _left(BAD_INPUT)
         if not mesh.joined():
             raise

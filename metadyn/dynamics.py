@@ -72,7 +72,7 @@ def _resampling(n: int, draws: int, seed: tuple[int, int]) -> Float[np.ndarray, 
     drawn = np.random.default_rng([*seed, n]).integers(n, size=(draws, n))
     flat = drawn + n * np.arange(draws)[:, None]
     counts = np.bincount(flat.ravel(), minlength=draws * n).reshape(draws, n)
-    return np.float32(1 / n + widening(n) * (counts / n - 1 / n))
+    return (1 / n + widening(n) * (counts / n - 1 / n)).astype(np.float32)
 
 
 def widening(n: int) -> float:

@@ -8,8 +8,8 @@ a dataset as `metadyn.measure` and `metadyn.load` give it, or one for each learn
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,17 @@ STYLE: dict[Any, Any] = {
 COLUMNS = 4  # panels in a row, beyond which figures are unreadable at the width of a page
 
 Measured = xr.Dataset | Mapping[str, xr.Dataset]
+
+
+def styled(figure: Callable[..., Figure]) -> Callable[..., Figure]:
+    """A function that draws a figure, in the style of all."""
+
+    @functools.wraps(figure)
+    def draw(*args: Any, **kwargs: Any) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            return figure(*args, **kwargs)
+
+    return draw
 
 
 def draw(
@@ -100,6 +111,7 @@ def probes(measured: Measured) -> list[str]:
     return []
 
 
+@styled
 def mode_strength(measured: Measured, probe: str = STRENGTH) -> Figure:
     """Draws mode strength against inner step, one panel a learner, with its staggering."""
     panels = _each(measured)
@@ -116,8 +128,8 @@ def mode_strength(measured: Measured, probe: str = STRENGTH) -> Figure:
             axis.plot(times[start:], band.value[start:, k], color=colour, label=label)
             if "closed_form" in data and probe == STRENGTH:
                 curve = data["closed_form"].to_numpy()[start:, k]
-                label = "closed form" if k == len(modes.values) - 1 else None
-                axis.plot(times[start:], curve, color="black", ls=":", lw=1.4, label=label)
+                last = "closed form" if k == len(modes.values) - 1 else None
+                axis.plot(times[start:], curve, color="black", ls=":", lw=1.4, label=last)
         axis.axhline(modes.p, color="grey", lw=0.8, zorder=0)
         merit = dynamics.text(dynamics.measured(dynamics.merit_of(data, probe), data, probe))
         axis.set_title(f"{about.label}\n{dynamics.merit_name(data, probe)} {merit}")
@@ -131,6 +143,7 @@ def mode_strength(measured: Measured, probe: str = STRENGTH) -> Figure:
     return figure
 
 
+@styled
 def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
     """Draws learning time against what orders the modes on log axes, with the fitted slopes."""
     figure, (axis,) = grid(1, width=6.6, height=4.4)
@@ -162,6 +175,7 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
     return figure
 
 
+@styled
 def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:
     """Draws one run of each learner, that of median time to learn all: averages hide plateaus."""
     panels = _each(measured)
@@ -184,6 +198,7 @@ def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:
     return figure
 
 
+@styled
 def final_strength(
     results: Results, titles: Mapping[str, str], shaded: Sequence[float] = ()
 ) -> Figure:
@@ -229,12 +244,12 @@ class OuterTraining:
     only: bool = True
     """Whether it is the only one of its comparison: else its own name goes into titles."""
 
-    @cached_property
+    @functools.cached_property
     def strengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Mode strengths [seed, task, outer_step, step, mode] and [1, task, step, mode]."""
         return dynamics.strength(self.trained), dynamics.strength(self.bayes)
 
-    @cached_property
+    @functools.cached_property
     def over(self) -> tuple[np.ndarray, np.ndarray]:
         """The same in the order that outer training has, where modes are exchangeable."""
         return dynamics.over_outer_training(self.trained, self.bayes)
@@ -265,21 +280,22 @@ def trainings(results: Results) -> dict[str, OuterTraining]:
     found = {}
     for tracked in (name for name in results.sets() if name.startswith("tracked")):
         heldout = tracked.replace("tracked", "heldout", 1)
-        metas, best = results.learners(tracked, "meta"), results.learners(tracked, "bayes")
-        floor = results.learners(heldout, "bayes")
+        metas = results.learners(tracked, "meta")
+        best, floor = ([*results.learners(s, "bayes").values()] for s in (tracked, heldout))
         metas = {name: data for name, data in metas.items() if "outer_step" in data.dims}
         if not (best and floor and all((heldout, name) in results for name in metas)):
             continue
         for i, (name, data) in enumerate(metas.items()):
             if labelled.about(data).followed:
-                losses = results[heldout, name], *floor.values()
+                losses = results[heldout, name], floor[0]
                 suffix = tracked.removeprefix("tracked") + (f"_{name}" if i else "")
-                found[suffix] = OuterTraining(data, *best.values(), losses, len(metas) == 1)
+                found[suffix] = OuterTraining(data, best[0], losses, len(metas) == 1)
     return found
 
 
+@styled
 def inner_curves(training: OuterTraining) -> Figure:
-    """Draws the inner learning curve of each mode (panels) at successive outer steps, and Bayes'."""
+    """Draws the inner learning curve of each mode (panels) over outer training, and Bayes'."""
     trained = training.trained
     times, scale, steps = trained["time"].to_numpy(), dynamics.scale(trained), trained["outer_step"]
     shown = np.unique(np.linspace(0, len(steps) - 1, 9).round().astype(int))
@@ -313,8 +329,9 @@ def inner_curves(training: OuterTraining) -> Figure:
     return figure
 
 
+@styled
 def outer_learning(training: OuterTraining) -> Figure:
-    """Draws the inner learning time of each mode, and how near to Bayes it is, against outer step."""
+    """Draws inner learning times, and how near each mode is to Bayes, against outer step."""
     trained, (strength, best) = training.trained, training.strengths
     inner, scale, steps = dynamics.times_of(trained), dynamics.scale(trained), _outer_steps(trained)
     figure, (left, right) = grid(2, width=5.2, height=4.0)
@@ -348,8 +365,9 @@ def outer_learning(training: OuterTraining) -> Figure:
     return figure
 
 
+@styled
 def distance_to_bayes(training: OuterTraining) -> Figure:
-    """Draws excess loss over Bayes, each seed and their mean, and mode by mode, against outer step."""
+    """Draws excess loss over Bayes, and the distance of each mode's curve, against outer step."""
     figure, (left, right) = grid(2, width=5.2, height=4.0)
     trained, bayes = training.losses
     steps, floor = _outer_steps(trained), labelled.about(trained).loss_floor
@@ -421,8 +439,9 @@ def animation(training: OuterTraining, path: Path) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=lasts, loop=0)
 
 
+@styled
 def orders(trainings: Sequence[OuterTraining]) -> Figure:
-    """Draws when the outer loop comes to learn each mode, against when the trained learner learns it."""
+    """Draws when the outer loop comes to learn each mode, against its inner learning time."""
     figure, axes = grid(len(trainings), width=4.4, height=4.3)
     for axis, training in zip(axes, trainings, strict=True):
         _order(axis, training)

@@ -1,4 +1,4 @@
-"""Measuring one learner on one set of tasks: the numbers, their labels, and the memory they take."""
+"""Measures one learner on one set of tasks: the numbers, their labels, the memory they take."""
 
 from __future__ import annotations
 
@@ -136,8 +136,7 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     for _, probe in probes:
         sizes |= {axis: len(values) for axis, values in probe.coords.values()}
     each = sum(
-        math.prod(sizes.get(axis, 1) for axis in axes)
-        for axes in _axes(tasks, contender).values()
+        math.prod(sizes.get(axis, 1) for axis in axes) for axes in _axes(tasks, contender).values()
     )
     times = len(contender.times_in(tasks.domain))
     return 4 * (seeds if contender.trained else 1) * tasks.size_for(contender.clock) * times * each

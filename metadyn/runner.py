@@ -51,9 +51,7 @@ class _Runner:
         self.places = _places(plan)
         self.compiling = ThreadPoolExecutor(os.cpu_count())
 
-    def readings(
-        self, tasks: TaskSet, contender: Contender, params: Params
-    ) -> dict[str, jax.Array]:
+    def readings(self, tasks: TaskSet, contender: Contender, params: Params) -> dict[str, Any]:
         """[seed,] task, time, ...; of tasks that are the same whatever the set is called."""
         return readings(tasks, contender, params, stream(self.key, "evaluation"), self.chunk)
 
@@ -195,7 +193,7 @@ class _Runner:
 
 
 def _places(plan: Plan) -> dict[tuple[str, str], tuple[int, str, bool]]:
-    """The place in figures of each learner on each set, and what is to be said of its comparison."""
+    """The place in figures of each learner on each set, with its comparison's title."""
     places: dict[tuple[str, str], tuple[int, str, bool]] = {}
     for part in plan.comparisons:
         own = [
@@ -226,7 +224,7 @@ def check_memory(plan: Plan) -> None:
     outer = plan.outer
     for part in plan.comparisons:
         for contender in part.metas:
-            weights = jax.eval_shape(contender.learner.init, jax.random.key(0))  # type: ignore[union-attr]
+            weights = jax.eval_shape(contender.learner.init, jax.random.key(0))
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
             what = f"the weights of {contender.name} and what trains them"  # moments, gradient
             field = contender.option.removeprefix("--") or "outer.seeds"

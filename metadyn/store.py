@@ -68,9 +68,8 @@ class Results:
             raise NotMeasured(f"{key[1]!r} on {key[0]!r} is not among what is measured")
         return self._read(*key)
 
-    def __contains__(self, key: object) -> bool:
-        task_set, learner = key  # type: ignore[misc]
-        return learner in self._stored.get(task_set, ())
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key[1] in self._stored.get(key[0], ())
 
     def sets(self) -> list[str]:
         """The names of the sets of tasks."""
@@ -302,7 +301,7 @@ class RunFolder:
     def save_measurement(
         self, task_set: str, learner: str, arrays: Arrays, about: Mapping[str, Any]
     ) -> None:
-        """Stores one measurement, appearing only when whole; in the background, as `finish` says."""
+        """Stores one measurement, appearing only when whole; in the background (see `finish`)."""
         folder = self._measurement(task_set, learner)
         stored = ocp.args.StandardSave(_fetched(arrays))
         self._save(folder, arrays=stored, about=ocp.args.JsonSave(about))

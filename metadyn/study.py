@@ -156,7 +156,7 @@ class Contender:
     def make(self) -> Callable[[Params], Learner]:
         """The learner that outer parameters make; without any, it is given an empty tuple."""
         if isinstance(self.learner, Learner):
-            return self._make  # type: ignore[attr-defined, no-any-return]
+            return self._make  # type: ignore[attr-defined]
         return self.learner.learner
 
     def times_in(self, domain: Domain) -> Sequence[int]:
@@ -337,7 +337,7 @@ def censored(name: str, data: Any) -> Criterion:
     return criterion(f"{name}_censored_modes", dynamics.Estimate(count, count, count), said)
 
 
-def staggering(results: Results, name: str, expected: str, **bounds: float) -> Iterator[Criterion]:
+def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Iterator[Criterion]:
     """How far one learner staggers in distribution, with what it leaves censored."""
     data = results["in_distribution", name]
     merit = dynamics.merit_name(data)
@@ -372,7 +372,7 @@ def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Ite
         yield criterion(
             f"{name}{suffix}_excess_loss",
             dynamics.measured_excess(data.isel(outer_step=-1), bayes),
-            f"the {labelled.about(data).label} comes near Bayes on held-out tasks: excess loss{bound}",
+            f"the {labelled.about(data).label} is near Bayes on held-out tasks: excess loss{bound}",
             at_most=at_most,
         )
 
@@ -457,7 +457,7 @@ class Study:
 
 
 def folder() -> Path:
-    """Where the studies are that come with metadyn: installed with it, or beside it in a checkout."""
+    """Where the studies that come with metadyn are: installed with it, or beside a checkout."""
     inside = Path(__file__).parent / "experiments"
     return inside if inside.is_dir() else inside.parent.parent / "experiments"
 

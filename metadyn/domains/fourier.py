@@ -152,7 +152,7 @@ class FourierRegression(Regression):
         amplitudes = self.amplitudes(frequencies)
         probes = {STRENGTH: self.probe(amplitudes, points, curves)}
         sample = self.evaluation_task
-        return TaskSet("in_distribution", self, sample, np.float32(amplitudes), probes)
+        return TaskSet("in_distribution", self, sample, np.array(amplitudes, np.float32), probes)
 
     # The probe.
 

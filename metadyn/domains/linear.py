@@ -177,7 +177,7 @@ class LinearRegression(Regression):
         s = self.spectrum(scale, outsize)
         probe = dataclasses.replace(self.probe(points), modes=_modes(s))
         sample = self.evaluation_task if rotate else self.aligned_task
-        return TaskSet("in_distribution", self, sample, np.float32(s), {STRENGTH: probe})
+        return TaskSet("in_distribution", self, sample, np.array(s, np.float32), {STRENGTH: probe})
 
     # The probe.
 

@@ -95,10 +95,10 @@ class _NetworkMetaLearner:
             return _Readout(body, features, domain.answer_size + heads)
 
         self._build = build
-        self._graph, _, rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
-        self._rest = (
-            nnx.split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if jax.tree.leaves(rest) else rest
-        )
+        split: Any = nnx.split  # into its graph, its parameters, and state such as random streams
+        self._graph, _, rest = split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
+        stateful = bool(jax.tree.leaves(rest))
+        self._rest = split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if stateful else rest
 
     # What subclasses say of a network.
 
