@@ -7,10 +7,9 @@ shared by all contexts couples them; without it they are decoupled.
 """
 
 import dataclasses
-import functools
 from functools import partial
+from itertools import cycle
 
-import matplotlib.ticker
 import numpy as np
 
 import metadyn as md
@@ -32,9 +31,7 @@ class PolicyConfig:
     optimizer: str = "sgd"
     """An optimiser of optax, by name."""
     learning_rate: float = 0.3
-    """Of REINFORCE."""
-    batch: int = 1
-    """Choices per update of REINFORCE."""
+    """Of REINFORCE, on one choice an update."""
     expected_learning_rate: float = 1.0
     """Of the exact expected policy gradient."""
     scale: float = 1.0
@@ -53,7 +50,7 @@ class PolicyConfig:
     """Log-spaced updates at which the probe runs."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "learning_rate", "expected_learning_rate", "batch", "scale", "records")
+        check_positive(self, "learning_rate", "expected_learning_rate", "scale", "records")
         check_positive(self, "updates", "expected_updates", "scale_contexts")
         check(self.most_contexts >= 2, "most_contexts", self.most_contexts, "must be at least 2")
         most = self.scale_contexts <= self.most_contexts
@@ -76,53 +73,47 @@ class Config(md.StudyConfig):
 
 def policies(config: PolicyConfig, domain: ContextualBandit, scale: float) -> list[md.Contender]:
     """Coupled and decoupled policies under REINFORCE and the exact expected gradient."""
-    sampled = named_optimizer(config.optimizer, config.learning_rate)
-    expected = named_optimizer(config.optimizer, config.expected_learning_rate)
+    rates = config.learning_rate, config.expected_learning_rate
+    sampled, expected = (named_optimizer(config.optimizer, rate) for rate in rates)
     made = []
-    for coupling, coupled in (("coupled", True), ("decoupled", False)):
-        policy = gd.softmax_policy(domain.contexts, domain.actions, coupled, scale)
+    for coupling in ("coupled", "decoupled"):
+        size = domain.contexts, domain.actions
+        policy = gd.softmax_policy(*size, coupling == "coupled", scale)
         for name, label, learner, updates in (
-            ("reinforce", "REINFORCE", gd.reinforce(policy, sampled, config.batch), config.updates),
-            ("reinforce_no_baseline", "REINFORCE without baseline",
-             gd.reinforce(policy, sampled, config.batch, baseline=False), config.updates),
+            ("reinforce", "REINFORCE", gd.reinforce(policy, sampled, 1), config.updates),
             ("expected", "expected gradient",
              gd.expected_policy_gradient(policy, expected, domain.contexts),
              config.expected_updates),
         ):  # fmt: skip
-            times, names = log_spaced(updates, config.records), (f"{name}_{coupling}",)
-            made.append(md.Contender(*names, f"{label}, {coupling}", learner, times=times))
+            times, called = log_spaced(updates, config.records), f"{label}, {coupling}"
+            made.append(md.Contender(f"{name}_{coupling}", called, learner, times=times))
     return made
 
 
 def plan(config: Config) -> md.Plan:
     """What is trained and measured."""
     domain, sizes, policy = config.domain, config.measure, config.policy
-    greedy, thompson = (bayes_bandit(domain, rule) for rule in ("greedy", "thompson"))
-    posteriors = [md.Contender("bayes", "Bayes-optimal", greedy, "bayes")]
+    posteriors = [md.Contender("bayes", "Bayes-optimal", bayes_bandit(domain), "bayes")]
     if not domain.deterministic:  # what is optimal is not known in closed form
-        said = "exact posterior,\n"
+        likeliest = posteriors[0].learner
+        thompson, said = bayes_bandit(domain, "thompson"), "exact posterior,\n"
         posteriors = [
             md.Contender("bayes", f"{said}Thompson sampling", thompson, "bayes"),
-            md.Contender("bayes_greedy", f"{said}most probable action", greedy, "reference"),
+            md.Contender("bayes_greedy", f"{said}most probable action", likeliest, "reference"),
         ]
-    ordinary = [p for p in policies(policy, domain, policy.scale) if "reinforce_c" in p.name
-                or "reinforce_d" in p.name]  # fmt: skip
-    main = md.Comparison(
-        domain,
-        [*ordinary, config.meta_learner(domain, heads=1), *posteriors],
-        [sizes.sized(domain.evaluation())],
-        measure=sizes,
-        objective=partial(md.actor_critic, config=config.actor_critic),
-        heads=1,
-    )
-    wanted = [(k, policy.scale) for k in range(1, policy.most_contexts + 1)]
+    ordinary = policies(policy, domain, policy.scale)[::2]
+    contenders = [*ordinary, config.meta_learner(domain, heads=1), *posteriors]
+    objective = partial(md.actor_critic, config=config.actor_critic)
+    sets = [sizes.sized(domain.evaluation())]
+    main = md.Comparison(domain, contenders, sets, (), sizes, objective, heads=1)
+    grown = [(k, policy.scale) for k in range(1, policy.most_contexts + 1)]
+    grown += [(policy.scale_contexts, scale) for scale in policy.scales]
     comparisons = [main]
-    for k, scale in [*wanted, *((policy.scale_contexts, scale) for scale in policy.scales)]:
+    for k, scale in grown:
         # As many actions as there can be contexts, all of them distinct.
         few = ContextualBandit(k, policy.most_contexts, steps=k, permutation=True)
         tasks = sizes.sized(few.evaluation(), "updating_tasks", named(policy, k, scale))
-        made = policies(policy, few, scale)
-        comparisons.append(md.Comparison(few, made, [tasks], measure=sizes))
+        comparisons.append(md.Comparison(few, policies(policy, few, scale), [tasks], (), sizes))
     return md.Plan(config.outer, comparisons)
 
 
@@ -135,78 +126,61 @@ def criteria(config: Config, results):
     """What the science says of what was measured."""
     policy, numbers = config.policy, np.arange(1, config.policy.most_contexts + 1)
     learners = list(results.learners("1_contexts"))
+    runs = {
+        name: [dynamics.last_times(results[f"{k}_contexts", name]) for k in numbers]
+        for name in learners
+    }
 
-    @functools.cache
-    def last_times(name):
-        """Time to learn all contexts [run] for each number of contexts."""
-        return [dynamics.last_times(results[f"{k}_contexts", name]) for k in numbers]
+    def fitted(*times):
+        """How the median time to learn all contexts grows with their number."""
+        return dynamics.growth(numbers, np.array([np.median(each) for each in times]))
 
-    def fitted(runs):
-        return dynamics.growth(numbers, np.array([np.median(each) for each in runs]))
+    def over(*times):
+        half = len(numbers)
+        return fitted(*times[:half]).factor / fitted(*times[half:]).factor
 
-    def growth(name, field, **bounds):
-        """A figure of the growth of the median time to learn all contexts."""
-        found = dynamics.estimate_over_runs(lambda *r: getattr(fitted(r), field), *last_times(name))
-        says = {
-            "factor": "factor by which each context more multiplies the time to learn all",
-            "linear_over_exponential": "error of the best linear fit of that time over that of the "
-            "best exponential: above 1 it grows exponentially, below 1 linearly",
-        }
-        return md.criterion(f"{name}_growth_{field}", found, says[field], **bounds)
-
-    yield growth("reinforce_coupled", "factor", at_least=1.5)
+    coupled, decoupled = "reinforce_coupled", "reinforce_decoupled"
     yield md.criterion(
         "coupled_over_decoupled_growth",
-        dynamics.estimate_over_runs(
-            lambda *runs: fitted(runs[: len(numbers)]).factor / fitted(runs[len(numbers) :]).factor,
-            *last_times("reinforce_coupled"),
-            *last_times("reinforce_decoupled"),
-        ),
-        "that factor is 1.5 times, or more, what an exponential fit makes of the decoupled growth",
+        dynamics.estimate_over_runs(over, *runs[coupled], *runs[decoupled]),
+        "the factor of growth is 1.5 times, or more, what an exponential fit makes of decoupled",
         at_least=1.5,
     )
-    judged = {"reinforce_coupled": {"at_least": 1.0}, "reinforce_decoupled": {"at_most": 1.0}}
+    said = "error of the best linear fit of the time to learn all over that of the best exponential"
+    judged = {coupled: {"at_least": 1.0}, decoupled: {"at_most": 1.0}}
     for name in learners:
+        factor = dynamics.estimate_over_runs(lambda *t: fitted(*t).factor, *runs[name])
+        ratio = dynamics.estimate_over_runs(
+            lambda *t: fitted(*t).linear_over_exponential, *runs[name]
+        )
+        least = {"at_least": 1.5} if name == coupled else {}
+        what = "each context more multiplies the time to learn all by this"
+        yield md.criterion(f"{name}_growth_factor", factor, what, **least)
         bound = {**judged[name], "surely": True} if name in judged else {}
-        yield growth(name, "linear_over_exponential", **bound)
-        if name != "reinforce_coupled":
-            yield growth(name, "factor")
-        share = dynamics.estimate_over_runs(np.mean, np.isinf(last_times(name)[-1]))
-        said = f"share of runs that had not learned all {numbers[-1]} contexts by the last update"
-        yield md.criterion(f"{name}_censored_runs", share, said)
-    coupled = [name for name in learners if name.endswith("_coupled")]
+        what = f"{said}: above 1 it grows exponentially, below 1 linearly"
+        yield md.criterion(f"{name}_growth_linear_over_exponential", ratio, what, **bound)
+        share = dynamics.estimate_over_runs(np.mean, np.isinf(runs[name][-1]))
+        what = f"share of runs that had not learned all {numbers[-1]} contexts by the last update"
+        yield md.criterion(f"{name}_censored_runs", share, what)
     for scale in sorted((policy.scale, *policy.scales)):
         among = named(policy, policy.scale_contexts, scale)
-        for name in coupled:
+        for name in (each for each in learners if each.endswith("_coupled")):
             both = name, name.replace("_coupled", "_decoupled")
-            yield md.criterion(
-                f"{name}_over_decoupled_scale_{scale:g}",
-                dynamics.estimate_over_runs(
-                    lambda a, b: np.median(a) / np.median(b),
-                    *(dynamics.last_times(results[among, each]) for each in both),
-                ),
-                f"time to learn all, coupled over decoupled, from initial weights of {scale:g}; "
-                "none if the median run had not by the last update",
-            )
+            times = [dynamics.last_times(results[among, each]) for each in both]
+            ratio = dynamics.estimate_over_runs(lambda a, b: np.median(a) / np.median(b), *times)
+            what = f"time to learn all, coupled over decoupled, from initial weights of {scale:g}"
+            yield md.criterion(f"{name}_over_decoupled_scale_{scale:g}", ratio, what)
     yield from beyond_bayes(results, within=0.15)
     for name in results.learners("in_distribution", "ordinary", "bayes"):
         yield from staggering(results, name, "(t_K - t_1) / t_K, contexts in order of learning")
-    d = config.domain
+    d, bound = config.domain, config.reward_at_least
     chance = (d.p_high - d.p_low) * (1 - 1 / d.actions)  # regret of the uniform policy
     best = dynamics.episode_loss(results[HELDOUT, "bayes"])
     for name, data in results.learners(HELDOUT, "meta").items():
         loss, called = dynamics.episode_loss(data.isel(outer_step=-1)), labelled.about(data).label
-        bound = config.reward_at_least
-        yield md.criterion(
-            f"{name}_relative_reward",
-            dynamics.estimate(lambda a, b: (chance - a) / (chance - b), loss, best),
-            f"mean reward of the {called}, between chance 0 and Bayes 1: at least {bound:g}",
-            at_least=bound,
-        )
-    for name, data in results.learners(HELDOUT, "meta", "bayes").items():
-        loss = dynamics.episode_loss(data if name == "bayes" else data.isel(outer_step=-1))
-        reward = dynamics.estimate(lambda regret: d.p_high - regret, loss)
-        yield md.criterion(f"{name}_reward", reward, "mean reward a step on held-out tasks")
+        reward = dynamics.estimate(lambda a, b: (chance - a) / (chance - b), loss, best)
+        what = f"mean reward of the {called}, between chance 0 and Bayes 1: at least {bound:g}"
+        yield md.criterion(f"{name}_relative_reward", reward, what, at_least=bound)
 
 
 def growth(results):
@@ -214,25 +188,21 @@ def growth(results):
     sets = sorted(n for n in results.sets() if n.endswith("_contexts"))
     numbers = np.array([int(name.split("_")[0]) for name in sets])
     figure, (axis,) = figures.grid(1, width=6.6, height=4.6)
-    styles = zip(figures.COLOURS, figures.MARKERS, strict=False)
-    for (name, first), (colour, marker) in zip(
-        results.learners(sets[0]).items(), styles, strict=False
-    ):
+    styles = zip(cycle(figures.COLOURS), cycle(figures.MARKERS), strict=False)
+    for (name, first), (colour, marker) in zip(results.learners(sets[0]).items(), styles):  # noqa: B905
         runs = [dynamics.last_times(results[each, name]) for each in sets]
         found = [dynamics.estimate_over_runs(np.median, each, draws=300) for each in runs]
         found = dynamics.Estimate(*(np.array(part) for part in zip(*found, strict=True)))
         done, bars = np.isfinite(found.value), figures.bars(found)
         factor = dynamics.growth(numbers[done], found.value[done]).factor
-        label = f"{labelled.about(first).label}: × {factor:.2f} for each context"
-        never = np.isinf(runs[-1]).mean()
-        label += f"; {never:.0%} of runs not done at {numbers[-1]}" if never else ""
+        never = f"; {np.isinf(runs[-1]).mean():.0%} of runs not done at {numbers[-1]}"
+        label = f"{labelled.about(first).label}: × {factor:.2f} for each context{never}"
         style = {"marker": marker, "color": colour, "capsize": 3, "label": label}
         axis.errorbar(numbers[done], found.value[done], bars[:, done], **style)
         end = np.full((~done).sum(), first["time"].to_numpy()[-1])
         axis.plot(numbers[~done], end, "^", mfc="none", color=colour, ms=10)
-    axis.set(yscale="log", xlabel="contexts $K$")
+    axis.set(yscale="log", xlabel="contexts $K$", xticks=numbers)
     axis.set_ylabel("updates until the last is learned\n(median run; triangle: not done)")
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", fontsize=10)
     return figure
 
@@ -262,19 +232,16 @@ study = md.Study(
             "growth",
         ),
         md.Claim(
-            "reinforce_decoupled_growth_linear_over_exponential",
-            "Decoupled, it grows linearly",
+            "reinforce_decoupled_growth_linear_over_exponential", "Decoupled, it grows linearly",
             "growth",
         ),
         md.Claim(
             "lstm_minus_bayes_staggering",
-            "A meta-trained LSTM has no plateaus beyond those of Bayes",
-            "mode_strength",
+            "A meta-trained LSTM has no plateaus beyond those of Bayes", "mode_strength",
         ),
         md.Claim(
-            "lstm_relative_reward",
-            "Its reward is near that of the optimal policy",
+            "lstm_relative_reward", "Its reward is near that of the optimal policy",
             "distance_to_bayes",
         ),
     ],
-)
+)  # fmt: skip

@@ -97,7 +97,7 @@ def write(folder: Path) -> Path:
 
 
 def _claim(study: Study, preset: str, claim: Claim, summary: Mapping[str, Any]) -> str:
-    command = f"metadyn run experiments/{study.name}.py"
+    command = f"metadyn run {study.name}"
     command += "" if preset == "quick" else f" --preset {preset}"
     command += f" --seed {seed}" if (seed := summary["seed"]) else ""
     row = _rows(summary).get(claim.criterion)

@@ -24,7 +24,10 @@ mesh.use_every_core()
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """`refused(arguments, says)`: `metadyn run` leaves with one line, exit code 2 and no folder."""
+    """`refused(arguments, says)`: `metadyn run` leaves with one line, exit code 2 and no folder.
+
+    Returns the line.
+    """
 
     def check(arguments, says):
         out = tmp_path / "out"
@@ -33,5 +36,6 @@ def refused(tmp_path, capsys):
         assert len(errors.splitlines()) == 1, errors
         assert says in errors
         assert not out.exists()
+        return errors
 
     return check

@@ -15,7 +15,7 @@ import pytest
 import xarray as xr
 
 import metadyn
-from metadyn import figures
+from metadyn import figures, runner
 from metadyn.cli import main
 from metadyn.store import RunFolder
 
@@ -53,6 +53,7 @@ def test_the_run_folder_is_as_the_contract_says(finished):
     assert summary["environment"]["jax"]
     names = {c["name"] for c in summary["criteria"]}
     assert names >= {"sgd_slope", "lstm_minus_bayes_slope", "bayes_slope", "saxe_balanced"}
+    assert names >= {"lstm_excess_loss", "lstm_out_of_distribution_x4"}
     for row in summary["criteria"]:
         assert set(row) == {"name", "value", "low", "high", "expected", "passed"}
         assert isinstance(row["passed"], bool)
@@ -79,7 +80,8 @@ def test_every_figure_is_drawn_and_drawn_again_from_what_is_stored(finished, cap
 
 def test_panels_show_the_curves_of_the_learner_that_they_name(finished):
     data = metadyn.load(finished, "in_distribution")
-    drawn, _ = figures.of_run(RunFolder(finished))
+    results = RunFolder(finished).results()
+    drawn = dict(figures.of_every_run(results, figures.trainings(results)))
     names = {"SGD": "sgd", "meta-trained LSTM": "lstm", "Bayes": "bayes"}
     for axis, (title, name) in zip(drawn["mode_strength"].axes, names.items(), strict=True):
         assert title in axis.get_title()
@@ -117,7 +119,7 @@ def test_trajectories_load_with_the_contracts_dimensions(finished):
     assert {"learner", "outer_step", "task", "mode", "step"} <= set(data["mode_strength"].dims)
     assert data["outer_step"].values[[0, -1]].tolist() == [0, 3000]
     everyone = metadyn.load(finished, "in_distribution")
-    assert set(everyone["learner"].values) == {"sgd", "lstm", "bayes", "ridge", "least_squares"}
+    assert set(everyone["learner"].values) == {"sgd", "lstm", "bayes"}
 
 
 def test_the_same_command_again_ends_at_once(finished):
@@ -195,6 +197,7 @@ WRONG = "study = 'linear regression'\n"
         (["fly"], "fly"),
         (["run"], "study"),
         (["run", "nowhere.py"], "no such file"),
+        (["run", "linear"], "no such study: choose from contextual_bandit, linear_regression"),
         (["run", "."], "the folder holds no studies"),
         (["run", "EMPTY"], "defines no `study"),
         (["run", "WRONG"], "defines no `study"),
@@ -203,25 +206,28 @@ WRONG = "study = 'linear regression'\n"
         (["run", STUDY, "--preset", "huge"], "choose from quick, paper"),
         (["run", STUDY, "--seed", "-1"], "--seed -1"),
         (["run", STUDY, "--seed", "4294967296"], "--seed 4294967296: must be from 0"),
-        (["run", STUDY, "--measure.tracked-tasks", "1"], "tracked_tasks = 1: must be at least 2"),
+        (
+            ["run", STUDY, "--measure.tracked-tasks", "1"],
+            "--measure.tracked-tasks 1: must be at least 2",
+        ),
         (["run", STUDY, "--seed", "x"], "invalid int value"),
         (["run", STUDY, "--nonsense", "1"], "nonsense"),
         (["run", STUDY, "--domain.sigmoid", "1"], "sigmoid"),
         (["run", STUDY, "stray"], "stray"),
-        (["run", STUDY, "--domain.sigma", "-1"], "sigma = -1.0: must be positive"),
-        (["run", STUDY, "--domain.sigma", "nan"], "sigma = nan"),
+        (["run", STUDY, "--domain.sigma", "-1"], "--domain.sigma -1: must be positive"),
+        (["run", STUDY, "--domain.sigma", "nan"], "--domain.sigma nan: must be positive"),
         (["run", STUDY, "--domain.sigma", "loud"], "loud"),
         (["run", STUDY, "--domain.sigma"], "sigma"),
-        (["run", STUDY, "--domain.steps", "0"], "steps = 0: must be positive"),
+        (["run", STUDY, "--domain.steps", "0"], "--domain.steps 0: must be positive"),
         (["run", STUDY, "--domain.n-x", "2.5"], "2.5"),
-        (["run", STUDY, "--outer.optimizer", "magic"], "optimizer = 'magic'"),
+        (["run", STUDY, "--outer.optimizer", "magic"], "--outer.optimizer magic: "),
         (["run", STUDY, "--outer.schedule", "sawtooth"], "sawtooth"),
-        (["run", STUDY, "--outer.warmup", "10000000"], "warmup"),
+        (["run", STUDY, "--outer.warmup", "10000000"], "--outer.warmup 10000000: must be from 0"),
         (["run", STUDY, "--lstm.backend", "abacus"], "abacus"),
-        (["run", STUDY, "--sgd.depth", "0"], "depth = 0"),
-        (["run", STUDY, "--measure.probe-points", "3"], "probe points"),
+        (["run", STUDY, "--sgd.depth", "0"], "--sgd.depth 0: must be positive"),
+        (["run", STUDY, "--measure.probe-points", "3"], "--measure.probe-points 3: must be"),
         (["run", STUDY, "--domain.row-covariance", "1 2 2 1"], "give rows such as"),
-        (["run", STUDY, "--domain.mean", "[[1,0]]"], "mean = ((1.0, 0.0),)"),
+        (["run", STUDY, "--domain.mean", "[[1,0]]"], "--domain.mean [[1,0]]: give"),
         (["run", STUDY, "--out", "/proc/nowhere"], "cannot be written"),
         (["run", STUDY, "--out", "FOREIGN"], "holds no run"),
         (["figures", "nowhere"], "holds no run"),
@@ -245,6 +251,29 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
 
 
+@pytest.mark.parametrize("option", [("--domain.sigma", "-1"), ("--domain.sigma=-1",)])
+def test_bad_values_are_named_as_they_were_typed(option, refused):
+    refused([STUDY, *option], "metadyn: --domain.sigma -1: must be positive and finite\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [
+        ("--lstm.hidden", "200000", "the weights of lstm and what trains them"),
+        (
+            "--measure.tracked-tasks",
+            "2000000000",
+            "on 2,000,000,000 tasks of 'tracked' at 21 times",
+        ),
+        ("--domain.steps", "10000000", "at 10,000,001 times"),
+    ],
+)
+def test_what_cannot_fit_into_the_memory_is_one_line(option, value, what, refused):
+    said = refused([STUDY, option, value], f"metadyn: {option} {value}: ")
+    assert f"{what} would take " in said
+    assert " GiB of the " in said
+
+
 def test_a_general_prior_can_be_given():
     from metadyn.cli import configured
     from metadyn.study import load_study
@@ -257,6 +286,67 @@ def test_a_general_prior_can_be_given():
     assert (domain.n_x, domain.n_y, domain.sigma) == (3, 2, 0.3)
     with pytest.raises(metadyn.ConfigError, match="positive definite"):
         configured(default, ["--domain.n-y", "2", "--domain.row-covariance", "[[1,2],[2,1]]"])
+
+
+def test_a_study_is_known_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "linear_regression", "--options"]) == 0
+    assert "--domain.sigma" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_meta_learner_takes_the_place_of_the_lstm(tmp_path):
+    out = tmp_path / "gru"
+    assert metadyn_run(out, "--meta", "gru", "--gru.hidden", "4", "--outer.steps", "20") == 1
+    assert set(metadyn.load(out)["learner"].values) == {"gru", "bayes"}
+    everyone = metadyn.load(out, "in_distribution")
+    assert set(everyone["learner"].values) == {"sgd", "gru", "bayes"}
+    summary = json.loads((out / "summary.json").read_text())
+    names = {row["name"] for row in (*summary["criteria"], *summary["reported"])}
+    assert {"gru_minus_bayes_slope", "gru_slope", "gru_excess_loss"} <= names
+    assert not any(name.startswith("lstm") for name in names)
+    assert {"mode_strength", "orders"} <= {p.stem for p in (out / "figures").glob("*.png")}
+
+
+def test_a_run_of_an_earlier_metadyn_is_refused(finished, tmp_path, capsys):
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    config = json.loads((finished / "config.json").read_text())
+    assert config.pop("format") == 2
+    (earlier / "config.json").write_text(json.dumps(config))
+    before = (earlier / "config.json").read_bytes()
+    for command in (["report", str(earlier)], ["figures", str(earlier)]):
+        assert main(command) == 2
+    assert metadyn_run(earlier) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(f"{earlier} holds a run of metadyn 0.1" in line for line in lines)
+    assert [p.name for p in earlier.iterdir()] == ["config.json"]
+    assert (earlier / "config.json").read_bytes() == before
+
+
+def test_a_run_out_of_memory_is_one_line_and_goes_on_from_its_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
+    out, steps, run = tmp_path / "r", ("--outer.steps", "60"), runner.OuterLoop.run
+
+    def run_out(*arguments):
+        for state, metrics in run(*arguments):
+            if int(state.step) > 20:
+                raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes")
+            yield state, metrics
+
+    monkeypatch.setattr(runner.OuterLoop, "run", run_out)
+    assert metadyn_run(out, *steps) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("metadyn: memory ran out; the last checkpoint is whole: lower --outer")
+    left = RunFolder(out)
+    assert left.is_sound()
+    assert left.sound_steps() == left.steps() == [0, 1, 4, 15]
+    assert left.summary() is None
+    monkeypatch.undo()
+    assert metadyn_run(out, *steps) == 1
+    assert left.outer_steps() == [0, 1, 4, 15, 60]
 
 
 def test_options_and_devices_are_listed(capsys):

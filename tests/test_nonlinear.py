@@ -21,7 +21,8 @@ SMALL = [
     *("--measure.probe-points", "11"),
 ]
 OUTER = ("inner_curves", "outer_learning", "distance_to_bayes")
-for name in ("sgd", "momentum", "rmsprop", "adam"):
+OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
+for name in OPTIMIZERS:
     SMALL += [f"--optimizers.{name}.updates", "8", f"--optimizers.{name}.width", "8"]
 
 
@@ -64,7 +65,7 @@ def test_both_outer_loops_and_every_set_load(finished):
         ("tracked_band", {"lstm", "bayes"}, [2, 3, 4]),
         ("mixture", {"lstm", "bayes"}, [1, 2, 3, 4, 5]),
         ("stop_band", {"lstm", "bayes"}, [1, 5]),
-        ("in_distribution", {"mlp", "lstm", "bayes"}, [1, 2, 3, 4, 5]),
+        ("in_distribution", {"mlp", "lstm", "bayes", *OPTIMIZERS}, [1, 2, 3, 4, 5]),
     ):
         data = metadyn.load(finished, task_set)
         assert set(data["learner"].values) == learners

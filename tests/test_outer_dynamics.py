@@ -22,9 +22,11 @@ from metadyn import dynamics
 from metadyn.cli import main
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
-from metadyn.learners.lstm import LSTMConfig, LSTMMetaLearner
-from metadyn.outer import OuterConfig, Trainee, Trainer, prediction_loss
-from metadyn.store import RunFolder, describe
+from metadyn.labelled import About, Modes, describe, labelled
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
+from metadyn.store import Results, RunFolder
 from metadyn.study import criterion, load_study
 
 ROOT = Path(__file__).parent.parent
@@ -94,9 +96,17 @@ def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
     seeds, _, n, _, contexts = J.shape
     J = J + noise * rng.normal(size=(seeds, tasks, n, 3, contexts))
     axes = ("seed", "task", "outer_step", "step", "mode")
-    trained = xr.Dataset({"mode_strength": (axes, J)}, {"outer_step": steps}, {"ordered": True})
-    best = xr.Dataset({"mode_strength": (axes[1:2] + axes[3:], np.ones((tasks, 3, contexts)))})
-    return trained, best
+    ranks = Modes(range(1, contexts + 1), "context", "rank", exchangeable=True, p=0.8)
+    coords = {"time": ("step", range(3)), "rank": ("mode", ranks.values)}
+
+    def of(learner, kind, axes, J):
+        about = About(learner, learner, kind, "observations", loss_floor=0.0)
+        both = {"mode_strength": axes, "loss": axes[:-1]}
+        described = describe(about, both, coords, {"mode_strength": ranks})
+        return labelled({"mode_strength": J, "loss": J.mean(-1)}, described)
+
+    trained = of("lstm", "meta", axes, J).assign_coords(outer_step=steps)
+    return trained, of("bayes", "bayes", axes[1:2] + axes[3:], np.ones((tasks, 3, contexts)))
 
 
 def staggering_of_contexts(trained, bayes):
@@ -123,16 +133,17 @@ def test_staggering_of_contexts_finds_each_seeds_own_order_and_nothing_in_noise(
 
 def test_a_training_may_have_an_optimiser_of_its_own():
     domain = LinearRegression(2, 2, steps=5)
-    meta = LSTMMetaLearner(domain, LSTMConfig(hidden=8))
+    meta = LSTMConfig(hidden=8).make(domain)
     config = OuterConfig(steps=20, batch=8, seeds=2, warmup=2)
-    plain = Trainee(meta, prediction_loss(domain, meta))
-    sgd = dataclasses.replace(config, optimizer="sgd", learning_rate=0.1).transformation()
-    trainer = Trainer({"a": plain, "b": plain._replace(optimizer=sgd)}, config, jax.random.key(0))
-    state, _ = trainer.advance(trainer.init(), jnp.int32(10))
-    alone = Trainer({"a": plain}, config, jax.random.key(0))
+    plain = MetaTraining(meta, prediction_loss(domain, meta))
+    own = plain._replace(own=dataclasses.replace(config, optimizer="sgd", learning_rate=0.1))
+    loop = OuterLoop({"a": plain, "b": own}, config, jax.random.key(0))
+    state, _ = loop.advance(loop.init(), jnp.int32(10))
+    alone = OuterLoop({"a": plain}, config, jax.random.key(0))
     other, _ = alone.advance(alone.init(), jnp.int32(10))
     jax.tree.map(np.testing.assert_array_equal, state.params["a"], other.params["a"])
-    assert not np.allclose(state.params["a"]["input"], state.params["b"]["input"])
+    inputs = [state.params[name]["body"]["input"] for name in ("a", "b")]
+    assert not np.allclose(*inputs)
     moments = [len(jax.tree.leaves(each)) for each in (state.moments["a"], state.moments["b"])]
     assert moments[0] > moments[1]  # plain gradient descent has none
 
@@ -179,40 +190,23 @@ def test_trajectories_of_every_domain_load(finished):
     for name in DOMAINS:
         data = metadyn.load(finished, f"tracked_{name}")
         assert {"learner", "outer_step", "seed", "task", "mode", "step"} <= set(data.dims)
-        assert set(data["learner"].values) == {f"lstm_{name}", "bayes"}
+        assert set(data["learner"].values) == {"lstm", "bayes"}
         assert data["outer_step"].values[[0, -1]].tolist() == [0, 40]
         assert data["mode_strength"].dtype == np.float32
     with pytest.raises(ConfigError, match=r"task_set = 'tracked': .* holds .*tracked_bandit"):
         metadyn.load(finished)
 
 
-class Stored:
-    """A run that holds these trajectories, and these readings of Bayes, of every set."""
-
-    def __init__(self, trained, bayes):
-        self.trained, self.bayes = trained, bayes
-
-    def trajectories(self, task_set):
-        return self.trained
-
-    def measurement(self, task_set, learner):
-        return self.bayes
-
-
 def test_the_bandits_outer_times_are_of_contexts_that_stay_the_same():
     """Contexts that are learned at once have one n_k; sorted within episodes, noise parts them."""
     load_study(STUDY)
     of_domain = sys.modules[f"metadyn_study_{Path(STUDY).stem}"].of_domain
-    coords = {"time": ("step", [0, 1, 2]), "rank": ("mode", [1.0, 2.0, 3.0, 4.0, 5.0])}
-    attrs = {"ordered": True, "p": 0.8, "mode_coordinate": "rank", "loss_floor": 0.0}
 
     def found(learned_at):
-        trained, best = (
-            each.assign(loss=each["mode_strength"].mean("mode")).assign_coords(coords)
-            for each in bandit_over_outer_training(learned_at, noise=1.0)
-        )
-        run = Stored(trained.assign_attrs(attrs), best.assign_attrs(attrs))
-        rows = {row.name: row.value for row in of_domain("bandit", run)}
+        both = dict(zip(("lstm", "bayes"), bandit_over_outer_training(learned_at, noise=1.0)))
+        sets = dict.fromkeys(("tracked_bandit", "heldout_bandit"), list(both))
+        results = Results(sets, lambda task_set, learner: both[learner])
+        rows = {row.name: row.value for row in of_domain("bandit", results)}
         return np.array([rows[f"bandit_n_{k + 1}"] for k in range(5)])
 
     np.testing.assert_allclose(found(np.full((4, 5), 40)), 37.5, rtol=0.05)
@@ -236,6 +230,7 @@ def events(folder):
 def test_scalars_for_tensorboard(finished):
     logged = list(events(finished / "tensorboard"))
     names = {f"{what}/lstm_{name}" for what in ("loss", "excess_loss") for name in DOMAINS}
+    names |= {"critic/lstm_bandit", "entropy/lstm_bandit"}
     assert {tag for _, tag, _ in logged} == names
     assert max(step for step, _, _ in logged) == 40
     assert all(np.isfinite(value) for _, _, value in logged)
@@ -246,29 +241,26 @@ def test_tensorboard_must_be_installed(refused, monkeypatch):
     refused([STUDY, "--tensorboard"], "pip install 'metadyn[tensorboard]'")
 
 
-def readings(value, tasks=4, seeds=1, steps=3):
+def readings(value, learner="lstm", kind="meta", tasks=4, seeds=1, steps=3):
     """A set of readings, all equal to `value`, and its description."""
     arrays = {
         "mode_strength": np.full((seeds, tasks, steps, 2), value, np.float32),
         "loss": np.full((seeds, tasks, steps), value, np.float32),
     }
     axes = ("seed", "task", "step")
-    attrs = {"learner": "lstm", "label": "LSTM", "clock": "observations", "loss_floor": 0.5}
-    attrs |= {"p": 0.5, "mode_coordinate": "s", "mode_label": "s", "panel": 1}
     about = describe(
+        About(learner, learner.upper(), kind, "observations", loss_floor=0.5),
         {"mode_strength": (*axes, "mode"), "loss": axes},
         {"time": ("step", range(steps)), "s": ("mode", [2.0, 1.0])},
-        attrs,
+        {"mode_strength": Modes((2.0, 1.0), "s", "s")},
     )
     return arrays, about
 
 
 def save(run, step, value, **size):
     arrays, about = readings(value, **size)
-    sets = ("tracked", "heldout")
-    run.save_checkpoint(
-        step, {"w": np.float32(step)}, dict.fromkeys(sets, arrays), dict.fromkeys(sets, about)
-    )
+    both = [{name: {"lstm": of} for name in ("tracked", "heldout")} for of in (arrays, about)]
+    run.save_checkpoint(step, {"w": np.float32(step)}, *both)
     run.finish()
 
 
@@ -276,13 +268,13 @@ def test_a_live_run_is_reported(tmp_path, capsys):
     """Excess over Bayes at the newest checkpoint is (2 - 1) / (1 - 0.5)."""
     run = RunFolder.create(tmp_path / "r", IDENTITY)
     for task_set in ("tracked", "heldout"):
-        run.save_measurement(task_set, "bayes", *readings(1.0))
+        run.save_measurement(task_set, "bayes", *readings(1.0, "bayes", "bayes"))
     save(run, 0, 3.0)
     save(run, 50, 2.0)
     assert main(["report", str(run.path)]) == 0
     printed = capsys.readouterr().out
     assert "outer step 50 of 200 (25%); 2 checkpoints" in printed
-    assert "lstm: excess loss over Bayes 2.000 [2.000, 2.000]" in printed
+    assert "LSTM: excess loss over Bayes 2.000 [2.000, 2.000]" in printed
     assert "2 measurements stored" in printed
 
 
@@ -320,7 +312,7 @@ def test_what_is_read_while_a_run_writes_is_whole(tmp_path):
             if not (path / "config.json").exists() or not RunFolder(path).outer_steps():
                 time.sleep(0.02)
                 continue
-            data = RunFolder(path).trajectories()
+            data = RunFolder(path).trajectories("tracked", "lstm")
             steps = data["outer_step"].values
             np.testing.assert_array_equal(steps, range(len(steps)))
             value = data["mode_strength"].transpose("outer_step", ...).values

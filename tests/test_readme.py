@@ -1,8 +1,10 @@
-"""The README's own learner, run as it stands there."""
+"""What the README shows, run as it stands there."""
 
 import re
+import time
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 from test_cli import SMALL
 
@@ -10,19 +12,45 @@ import metadyn
 from metadyn.cli import main
 
 ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_readmes_own_learner_gets_the_same_figures(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (code,) = (block for block in blocks if "nearest_neighbours" in block)
-    assert len([line for line in code.splitlines() if line.strip()]) < 30
-    monkeypatch.chdir(ROOT)
+def test_ten_lines_from_import_to_picture(tmp_path, monkeypatch, capsys):
+    (code,) = (block for block in BLOCKS if "metadyn.train(" in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 11
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    began = time.monotonic()
+    exec(code.replace("steps=3000", "steps=300"), scope)
+    assert time.monotonic() - began < 120
+    assert matplotlib.image.imread("mode_strength.png").std() > 0.02
+    assert "lstm" in capsys.readouterr().out
+    data = scope["data"]
+    assert set(data["mode_strength"].dims) == {"learner", "seed", "task", "mode", "step"}
+    assert data["learner"].values.tolist() == ["lstm", "bayes"]
+    slope = metadyn.dynamics.slope(data).sel(learner="bayes")
+    assert slope["low"] < slope["value"] < slope["high"]
+    assert abs(slope["value"]) < 0.15  # Bayes learns all modes at one rate
+
+
+def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
+    from metadyn.domains.linear import LinearRegression
+    from metadyn.learners.bayes import bayes_linear, ridge
+
+    domain = LinearRegression(2, 2, steps=4)
+    both = {"bayes": bayes_linear(domain), "ridge": ridge(2, 2, 1.0)}
+    together = metadyn.measure(domain, both, tasks=8)
+    alone = metadyn.measure(domain, {"bayes": both["bayes"]}, tasks=8)
+    np.testing.assert_array_equal(
+        together["mode_strength"].sel(learner="bayes"), alone["mode_strength"].sel(learner="bayes")
+    )
+
+
+def test_the_readmes_own_learner_is_trained(tmp_path, monkeypatch):
+    (code,) = (block for block in BLOCKS if "nnx.GRUCell" in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
     (tmp_path / "my_study.py").write_text(code)
-    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
     small = [*SMALL, "--outer.steps", "20"]
-    assert main(["run", str(tmp_path / "my_study.py"), "--out", str(out), *small]) == 1
-    strength = metadyn.load(out, "in_distribution")["mode_strength"].sel(learner="knn")
-    learned = strength.isel(seed=0, step=slice(0, 5)).mean("task")
-    assert np.all(learned.isel(step=0) == 0)
-    assert np.all(learned.isel(step=4) != 0)
-    assert (out / "figures" / "mode_strength.png").exists()
+    assert main(["run", "my_study.py", "--out", "out", *small]) == 1
+    assert "gru" in metadyn.load("out", "in_distribution")["learner"].values
