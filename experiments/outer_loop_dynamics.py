@@ -48,58 +48,48 @@ def plan(config: Config) -> md.Plan:
     return md.Plan(config.outer, comparisons)
 
 
-def of_domain(name: str, results):
-    """The order of the outer loop, the order within an episode, and how the two compare."""
-    bayes = results[f"{TRACKED}_{name}", "bayes"]
-    best = dynamics.strength(bayes)
-    metas = results.learners(f"{TRACKED}_{name}", "meta")
-    for learner, trained in metas.items():
-        prefix = name if learner == next(iter(metas)) else f"{name}_{learner}"
-        over = dynamics.over_outer_training(trained, bayes)
-        outer, inner = dynamics.outer_times_of(trained), dynamics.times_of(trained)
-        last = trained.isel(outer_step=-1)
-        scale, alike = dynamics.scale(trained), labelled.modes(trained).exchangeable
-        order = dynamics.staggering if alike else partial(dynamics.staggering_slope, scale)
-        what = "(n_K - n_1) / n_K" if alike else "slope of log n_k on log scale"
-        yield md.criterion(
-            f"{prefix}_outer",
-            dynamics.estimate(lambda a, b: order(outer(a, b)), *over),  # noqa: B023
-            f"over outer training {DOMAINS[name][1]}: {what} above 0",
-            at_least=0.0,
-            surely=True,
-        )
-        for who, strength in (("inner", dynamics.strength(last)), ("bayes", best)):
-            found = dynamics.estimate(lambda mean: order(inner(mean)), strength)  # noqa: B023
-            said = f"within an episode: {what.replace('n_', 't_')}"
-            yield md.criterion(f"{prefix}_{who}", found, said)
-        if not alike:  # the order of exchangeable modes within an episode is chance
-            correlation = dynamics.estimate(
-                lambda a, b: dynamics.rank_correlation(inner(a[..., -1, :, :]), outer(a, b)),  # noqa: B023
-                *over,
-            )
-            said = "Spearman's rank correlation of inner with outer learning times of the modes"
-            yield md.criterion(f"{prefix}_correlation", correlation, said)
-        yield censored(f"{prefix}_inner", last)
-        heldout = [results[f"{HELDOUT}_{name}", who] for who in (learner, "bayes")]
-        excess = dynamics.measured_excess(heldout[0].isel(outer_step=-1), heldout[1])
-        said = "excess loss over Bayes at the last outer step"
-        yield md.criterion(f"{prefix}_excess", excess, said)
-        n = dynamics.estimate(outer, *over)
-        for k, at in enumerate(scale):
-            at_k = dynamics.Estimate(*(part[k] for part in n))
-            said = f"outer step at which mode {at:.3g} is half-way to Bayes; none if it never is"
-            yield md.criterion(f"{prefix}_n_{k + 1}", at_k, said)
-
-
 def criteria(config: Config, results):
-    """What the science says of what was measured."""
+    """The order of the outer loop, the order within an episode, and how the two compare."""
     for name in DOMAINS:
-        yield from of_domain(name, results)
+        metas = results.learners(f"{TRACKED}_{name}", "meta")
+        for learner, trained in metas.items():
+            prefix = name if learner == next(iter(metas)) else f"{name}_{learner}"
+            yield from of_learner(name, prefix, learner, trained, results)
+
+
+def of_learner(name: str, prefix: str, learner: str, trained, results):
+    """The same, of one meta-learner on one domain."""
+    bayes = results[f"{TRACKED}_{name}", "bayes"]
+    over = dynamics.over_outer_training(trained, bayes)
+    outer, inner = dynamics.outer_times_of(trained), dynamics.times_of(trained)
+    last, scale = trained.isel(outer_step=-1), dynamics.scale(trained)
+    alike = labelled.modes(trained).exchangeable
+    order = dynamics.staggering if alike else partial(dynamics.staggering_slope, scale)
+    what = "(n_K - n_1) / n_K" if alike else "slope of log n_k on log scale"
+    n, ordered = (dynamics.estimate(f, *over) for f in (outer, lambda a, b: order(outer(a, b))))
+    said = f"over outer training {DOMAINS[name][1]}: {what} above 0"
+    yield md.criterion(f"{prefix}_outer", ordered, said, at_least=0.0, surely=True)
+    for who, data in (("inner", last), ("bayes", bayes)):
+        found = dynamics.measured(dynamics.merit_of(data), data)
+        yield md.criterion(
+            f"{prefix}_{who}", found, f"within an episode: {what.replace('n_', 't_')}"
+        )
+    if not alike:  # the order of exchangeable modes within an episode is chance
+        ranks = lambda a, b: dynamics.rank_correlation(inner(a[..., -1, :, :]), outer(a, b))
+        said = "Spearman's rank correlation of inner with outer learning times of the modes"
+        yield md.criterion(f"{prefix}_correlation", dynamics.estimate(ranks, *over), said)
+    yield censored(f"{prefix}_inner", last)
+    losses = [results[f"{HELDOUT}_{name}", who] for who in (learner, "bayes")]
+    excess = dynamics.measured_excess(losses[0].isel(outer_step=-1), losses[1])
+    yield md.criterion(f"{prefix}_excess", excess, "excess loss over Bayes at the last outer step")
+    for k, at in enumerate(scale):
+        said = f"outer step at which mode {at:.3g} is half-way to Bayes; none if it never is"
+        at_k = dynamics.Estimate(*(part[k] for part in n))
+        yield md.criterion(f"{prefix}_n_{k + 1}", at_k, said)
 
 
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
-    nonlinear=FourierRegression(steps=40),
     outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
     measure=md.MeasureConfig(tracked_tasks=256, heldout_tasks=256, probe_points=16),
 )
@@ -110,14 +100,6 @@ PAPER = Config(
     ),
     measure=md.MeasureConfig(tracked_tasks=1024, heldout_tasks=8192, probe_points=64),
 )
-SAYS = "Over outer training"
-COLUMNS = {
-    "inner": "within an episode: LSTM",
-    "bayes": "within an episode: Bayes",
-    "outer": "over outer training",
-    "correlation": "rank correlation, inner with outer",
-    "excess": "excess loss at the end",
-}
 study = md.Study(
     "outer_loop_dynamics",
     {"quick": QUICK, "paper": PAPER},
@@ -125,19 +107,24 @@ study = md.Study(
     criteria,
     section="§5",
     claims=[
-        md.Claim(f"{name}_outer", f"{SAYS}, {TITLES[name]}: {says}", figure)
-        for (name, (_, says)), figure in zip(
-            DOMAINS.items(),
-            ("outer_learning_linear", "inner_curves_nonlinear", "outer_learning_bandit"),
-            strict=True,
+        md.Claim(
+            f"{name}_outer",
+            f"Over outer training, {TITLES[name]}: {says}",
+            f"outer_learning_{name}",
         )
+        for name, (_, says) in DOMAINS.items()
     ],
     tables=[
         md.Table(
-            "Inner and outer order: slope of log learning time on log scale; in the bandit "
-            "(t_K − t_1) / t_K",
+            "Inner and outer order: slope of log t on log scale; in the bandit (t_K − t_1) / t_K",
             TITLES,
-            COLUMNS,
+            {
+                "inner": "within an episode: LSTM",
+                "bayes": "within an episode: Bayes",
+                "outer": "over outer training",
+                "correlation": "rank correlation, inner with outer",
+                "excess": "excess loss at the end",
+            },
             "orders",
         )
     ],

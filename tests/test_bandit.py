@@ -500,7 +500,7 @@ SMALL = [
 ]
 
 
-def test_a_whole_small_study(tmp_path):
+def test_a_whole_small_study(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["run", STUDY, "--out", str(out), *SMALL]) == 1  # so small a study fails
     figures = {p.stem: matplotlib.image.imread(p) for p in (out / "figures").glob("*.png")}
@@ -511,9 +511,10 @@ def test_a_whole_small_study(tmp_path):
     assert all(image.std() > 0.02 for image in figures.values())
     summary = json.loads((out / "summary.json").read_text())
     assert {c["name"] for c in summary["criteria"]} == {
-        "coupled_growth", "coupled_over_decoupled_growth", "coupled_is_exponential",
-        "decoupled_is_linear",
-        "lstm_minus_bayes_staggering", "relative_reward",
+        "reinforce_coupled_growth_factor", "coupled_over_decoupled_growth",
+        "reinforce_coupled_growth_linear_over_exponential",
+        "reinforce_decoupled_growth_linear_over_exponential",
+        "lstm_minus_bayes_staggering", "lstm_relative_reward",
     }  # fmt: skip
     data = metadyn.load(out, "in_distribution")
     assert set(data["learner"].values) == {
@@ -521,9 +522,13 @@ def test_a_whole_small_study(tmp_path):
     }  # fmt: skip
     start = data["mode_strength"].sel(learner="bayes").isel(step=0, seed=0)
     np.testing.assert_allclose(start.dropna("task"), 1 / 3, rtol=1e-5)
-    # A run that was stopped while it measured growth has fewer learners at its last K.
+    # A run that was stopped while it measured growth has fewer learners at its last K: that figure
+    # is left out, and no other.
     shutil.rmtree(out / "measurements" / "2_contexts" / "reinforce_decoupled")
+    capsys.readouterr()
     assert main(["figures", str(out)]) == 0
+    drawn = {Path(line).stem for line in capsys.readouterr().out.splitlines()}
+    assert drawn == set(figures) - {"growth"}
 
 
 def test_a_bernoulli_study_names_its_approximations():
@@ -540,14 +545,14 @@ def test_a_bernoulli_study_names_its_approximations():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--domain.contexts", "0"], "contexts = 0"),
-        (["--domain.actions", "-2"], "actions = -2"),
-        (["--domain.p-low", "1"], "p_low = 1.0: must be below"),
+        (["--domain.contexts", "0"], "--domain.contexts 0: must be"),
+        (["--domain.actions", "-2"], "--domain.actions -2: must be"),
+        (["--domain.p-low", "1"], "--domain.p-low 1: must be below"),
         (["--domain.permutation", "True", "--domain.contexts", "4"], "with permutation"),
-        (["--outer.batch", "12"], "batch = 12: must be a multiple of 8"),
-        (["--policy.scale-contexts", "3"], "scale_contexts = 3"),
-        (["--policy.scales", "0"], "scales = (0.0,)"),
-        (["--policy.most-contexts", "1"], "most_contexts = 1"),
+        (["--outer.batch", "12"], "--outer.batch 12: must be a multiple of 8"),
+        (["--policy.scale-contexts", "3"], "--policy.scale-contexts 3: must be"),
+        (["--policy.scales", "0"], "--policy.scales 0: must"),
+        (["--policy.most-contexts", "1"], "--policy.most-contexts 1: must be"),
         (["--actor-critic.baseline", "magic"], "magic"),
     ],
 )

@@ -344,6 +344,8 @@ def test_a_run_out_of_memory_is_one_line_and_goes_on_from_its_checkpoint(
     assert left.is_sound()
     assert left.sound_steps() == left.steps() == [0, 1, 4, 15]
     assert left.summary() is None
+    assert main(["figures", str(out)]) == 0  # those that can be drawn already
+    assert {p.stem for p in left.figures.glob("*.png")} >= {"inner_curves", "outer_learning"}
     monkeypatch.undo()
     assert metadyn_run(out, *steps) == 1
     assert left.outer_steps() == [0, 1, 4, 15, 60]

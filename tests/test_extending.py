@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_cli import SMALL
@@ -121,10 +122,10 @@ def test_sparse_bayes_is_that_of_numerical_integration(run):
     w = np.linspace(-8, 8, 4001)
     log = np.array([-0.5 * w**2 for _ in range(2)])  # for either input: over its weight
     for one, value in zip(x, y, strict=True):
-        state = learner.update(state, np.float32(one), np.float32([value]))
+        state = learner.update(state, jnp.float32(one), jnp.float32([value]))
         log -= 0.5 * ((value - one[:, None] * w) / domain.sigma) ** 2
     mass = np.exp(log - log.max())
     mean = (mass * w).sum(1) / mass.sum()
     query = np.array([0.7, -1.3])
-    found = learner.predict(state, np.float32(query))
+    found = learner.predict(state, jnp.float32(query))
     np.testing.assert_allclose(found, [mean @ query], rtol=1e-4)

@@ -148,6 +148,31 @@ def test_axes_name_every_reading():
     }
 
 
+def test_a_second_probe_is_recorded_under_its_own_name():
+    """What is read with the first alone stays as it is."""
+    domain = LinearRegression(3, 2, steps=4)
+    learner, probes = bayes_linear(domain), (*PROBES, ("coarse", domain.probe(6, seed=1)))
+    task = domain.evaluation_task(jax.random.key(1), S)
+    run = lambda probes: inner.run(domain, learner, task, jax.random.key(2), range(5), probes)
+    alone, found = run(PROBES), run(probes)
+    axes = inner.reading_axes(learner, probes)
+    assert (
+        axes.keys()
+        == found.keys()
+        == {*alone, "coarse", "coarse_off_diagonal", "coarse_unexplained"}
+    )
+    assert axes["coarse"] == ("coarse_mode",)
+    assert {name: a.shape for name, a in found.items() if name not in alone} == {
+        "coarse": (5, 2),
+        "coarse_off_diagonal": (5,),
+        "coarse_unexplained": (5,),
+    }
+    for name, value in alone.items():
+        np.testing.assert_array_equal(found[name], value)
+    # The learner is linear, so that other queries read the same.
+    np.testing.assert_allclose(found["coarse"], found["mode_strength"], atol=1e-4)
+
+
 def test_log_spaced_times():
     assert inner.log_spaced(1000, 4) == (0, 1, 10, 100, 1000)
     assert inner.log_spaced(3, 50) == (0, 1, 2, 3)

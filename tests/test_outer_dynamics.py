@@ -96,7 +96,7 @@ def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
     seeds, _, n, _, contexts = J.shape
     J = J + noise * rng.normal(size=(seeds, tasks, n, 3, contexts))
     axes = ("seed", "task", "outer_step", "step", "mode")
-    ranks = Modes(range(1, contexts + 1), "context", "rank", exchangeable=True, p=0.8)
+    ranks = Modes(tuple(range(1, contexts + 1)), "context", "rank", exchangeable=True, p=0.8)
     coords = {"time": ("step", range(3)), "rank": ("mode", ranks.values)}
 
     def of(learner, kind, axes, J):
@@ -203,8 +203,9 @@ def test_the_bandits_outer_times_are_of_contexts_that_stay_the_same():
     of_domain = sys.modules[f"metadyn_study_{Path(STUDY).stem}"].of_domain
 
     def found(learned_at):
-        both = dict(zip(("lstm", "bayes"), bandit_over_outer_training(learned_at, noise=1.0)))
-        sets = dict.fromkeys(("tracked_bandit", "heldout_bandit"), list(both))
+        trained, bayes = bandit_over_outer_training(learned_at, noise=1.0)
+        both = {"lstm": trained, "bayes": bayes}
+        sets = {name: list(both) for name in ("tracked_bandit", "heldout_bandit")}
         results = Results(sets, lambda task_set, learner: both[learner])
         rows = {row.name: row.value for row in of_domain("bandit", results)}
         return np.array([rows[f"bandit_n_{k + 1}"] for k in range(5)])

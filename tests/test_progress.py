@@ -60,6 +60,19 @@ def test_a_file_gets_lines():
     assert "studies" not in text
 
 
+@pytest.mark.parametrize(
+    ("excess", "says"), [("excess_loss", "excess over Bayes 0.100 to 0.500"), ("else", "none")]
+)
+def test_many_meta_learners_are_summed_up_in_a_line(excess, says):
+    text = io.StringIO()
+    progress = Progress(Console(file=text, width=160, color_system=None))
+    with progress.training(total=10, done=0) as show:
+        show(10, {f"lstm_{i}": {"loss": 0.2, excess: 0.1 * i} for i in range(1, 6)}, 320)
+    assert "training 10/10  5 meta-learners: " in text.getvalue()
+    assert says in text.getvalue()
+    assert "lstm_3" not in text.getvalue()
+
+
 def test_nothing_is_said_to_no_console(capsys):
     progress = Progress(None)
     with progress.studies(["one"]) as begin, progress.counting("measuring", 1) as show:

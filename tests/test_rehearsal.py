@@ -1,0 +1,221 @@
+"""What is wrong with a study is found, and named, before anything is trained or written."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metadyn as md
+from metadyn import dynamics, figures, runner
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
+from metadyn.learners.bayes import bayes_linear
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.progress import Progress
+from metadyn.study import beyond_bayes, excess
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(md.StudyConfig):
+    """An LSTM of four units on 2 × 2 tasks."""
+
+    domain: LinearRegression = LinearRegression(2, 2, steps=3)
+    lstm: LSTMConfig = LSTMConfig(hidden=4)
+    outer: md.OuterConfig = md.OuterConfig(steps=4, batch=8, seeds=2, warmup=1, checkpoints=2)
+    measure: md.MeasureConfig = md.MeasureConfig(
+        tasks=8, shifted_tasks=8, tracked_tasks=8, heldout_tasks=8, probe_points=6
+    )
+
+
+def comparison(config):
+    """The LSTM and Bayes on two sets, of which the criteria read one."""
+    domain, sizes = config.domain, config.measure
+    bayes = md.Contender("bayes", "Bayes", bayes_linear(domain), "bayes")
+    sets = [
+        sizes.sized(domain.evaluation(sizes.probe_points)),
+        sizes.sized(domain.evaluation(sizes.probe_points, 4), "shifted_tasks", "x4"),
+    ]
+    return md.Comparison(domain, [config.meta_learner(domain), bayes], sets, measure=sizes)
+
+
+def plan(config):
+    return md.Plan(config.outer, [comparison(config)])
+
+
+def changed(**changes):
+    """A plan of that comparison, changed: each change is a function of what it was."""
+
+    def plan(config):
+        whole = comparison(config)
+        fields = {name: change(getattr(whole, name)) for name, change in changes.items()}
+        return md.Plan(config.outer, [dataclasses.replace(whole, **fields)])
+
+    return plan
+
+
+def loss_of(results, task_set, learner):
+    last = dynamics.samples(results[task_set, learner], "loss")[:, :, -1]
+    return md.criterion("loss", dynamics.estimate(np.asarray, last), "at least 0", at_least=0.0)
+
+
+def criteria(config, results):
+    yield loss_of(results, "in_distribution", "lstm")
+    yield from beyond_bayes(results, within=0.2)
+    yield from excess(results)
+
+
+def figure(results):
+    return figures.mode_strength(results.learners("in_distribution"))
+
+
+STUDY = md.Study("tiny", {"quick": Config()}, plan, criteria, {"own": figure})
+
+
+def run(study, out):
+    config = study.presets["quick"]
+    return runner.run_study(study, "quick", 0, config, out, Progress(None))
+
+
+def refused(study, out, monkeypatch):
+    """The one line with which a study is refused, before there is a folder or an outer loop."""
+
+    def began(*arguments):
+        raise AssertionError("training was begun")
+
+    monkeypatch.setattr(runner, "OuterLoop", began)
+    with pytest.raises(ConfigError) as caught:
+        run(study, out)
+    assert not out.exists()
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_a_study_that_is_right_is_rehearsed_silently_and_runs(tmp_path):
+    config = STUDY.presets["quick"]
+    assert runner.rehearse(STUDY, config, plan(config)) is None
+    assert list(tmp_path.iterdir()) == []
+    names = {row["name"] for row in run(STUDY, tmp_path / "r")["criteria"]}
+    assert names == {"loss", "lstm_minus_bayes_slope"}
+    assert (tmp_path / "r" / "figures" / "own.png").is_file()
+
+
+def unknown_learner(config, results):
+    yield loss_of(results, "in_distribution", "nobody")
+
+
+def unknown_set(config, results):
+    yield loss_of(results, "x5", "lstm")
+
+
+def unknown_reading(config, results):
+    yield from criteria(config, results)
+    results["x4", "bayes"]["saturated_gates"]
+
+
+def twice(config, results):
+    yield from criteria(config, results)
+    yield loss_of(results, "x4", "lstm")
+
+
+def late(config, results):
+    yield loss_of(results, "in_distribution", "lstm")
+    raise ValueError("of two\nlines")
+
+
+@pytest.mark.parametrize(
+    ("criteria", "says"),
+    [
+        (unknown_learner, "'nobody' on 'in_distribution' is not among what is measured"),
+        (unknown_set, "'lstm' on 'x5' is not among what is measured"),
+        (unknown_reading, "saturated_gates"),
+        (late, "ValueError: of two lines"),
+        (twice, "two criteria are called 'loss'"),
+    ],
+)
+def test_criteria_that_cannot_be_had(criteria, says, tmp_path, monkeypatch):
+    said = refused(dataclasses.replace(STUDY, criteria=criteria), tmp_path / "r", monkeypatch)
+    assert said.startswith("study 'tiny': ")
+    assert says in said
+
+
+def test_a_figure_that_cannot_be_drawn(tmp_path, monkeypatch):
+    def broken(results):
+        return figure(results).no_such_thing
+
+    both = {"own": figure, "broken": broken}
+    said = refused(dataclasses.replace(STUDY, figures=both), tmp_path / "r", monkeypatch)
+    assert said.startswith("study 'tiny': figure 'broken' cannot be drawn (AttributeError: ")
+
+
+def one_too_many(read):
+    """A probe's `read` that gives a strength more than there are modes."""
+
+    def wrong(task, answers):
+        found = read(task, answers)
+        return {**found, "strength": jnp.append(found["strength"], 0.0)}
+
+    return wrong
+
+
+def without_strength(read):
+    return lambda task, answers: {"strengths": read(task, answers)["strength"]}
+
+
+def with_more(read):
+    return lambda task, answers: {**read(task, answers), "norm": jnp.sum(answers**2)}
+
+
+def raising(read):
+    return lambda task, answers: {"strength": task.no_such_thing}
+
+
+def reading(task_set, wrong):
+    """The change of sets of tasks by which what the probe of one of them reads is wrong."""
+
+    def change(sets):
+        for tasks in sets:
+            if tasks.name == task_set:
+                ((name, probe),) = tasks.probes.items()
+                bad = dataclasses.replace(probe, read=wrong(probe.read))
+                tasks = dataclasses.replace(tasks, probes={name: bad})
+            yield tasks
+
+    return lambda sets: list(change(sets))
+
+
+@pytest.mark.parametrize("task_set", ["in_distribution", "x4"])  # read by the criteria, or not
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (one_too_many, "must give 'strength' of shape (2,)"),
+        (without_strength, "must give 'strength' of shape (2,)"),
+        (with_more, "norm"),
+        (raising, "no_such_thing"),
+    ],
+)
+def test_a_probe_that_reads_other_than_it_says(wrong, says, task_set, tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, plan=changed(sets=reading(task_set, wrong)))
+    said = refused(study, tmp_path / "r", monkeypatch)
+    assert "probe 'mode_strength'" in said
+    assert says in said
+
+
+def test_two_contenders_of_one_name(tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda of: [*of, of[-1]]))
+    said = refused(study, tmp_path / "r", monkeypatch)
+    assert said == "name = 'bayes': two contenders have this name: choose another"
+
+
+def test_a_meta_learner_without_bayes(tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda of: of[:1]))
+    said = refused(study, tmp_path / "r", monkeypatch)
+    assert "comparison of LinearRegression = " in said
+    assert "one contender of kind 'bayes'" in said
+
+
+def test_two_measurements_of_one_name(tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, plan=changed(sets=lambda of: [*of, of[-1]]))
+    said = refused(study, tmp_path / "r", monkeypatch)
+    assert "('x4', 'lstm')" in said
