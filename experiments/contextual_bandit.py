@@ -185,9 +185,10 @@ def criteria(config: Config, results):
 
 def growth(results):
     """Draws the median time until the last context is learned, against their number."""
-    sets = sorted(n for n in results.sets() if n.endswith("_contexts"))
+    sets = [name for name in results.sets() if name.endswith("_contexts")]
+    sets.sort(key=lambda name: int(name.split("_")[0]))
     numbers = np.array([int(name.split("_")[0]) for name in sets])
-    figure, (axis,) = figures.grid(1, width=6.6, height=4.6)
+    figure, (axis,) = figures.grid(min(len(sets), 1), width=6.6, height=4.6)
     styles = zip(cycle(figures.COLOURS), cycle(figures.MARKERS), strict=False)
     for (name, first), (colour, marker) in zip(results.learners(sets[0]).items(), styles):  # noqa: B905
         runs = [dynamics.last_times(results[each, name]) for each in sets]

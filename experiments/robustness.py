@@ -122,17 +122,20 @@ def variants(config: Config, name: str) -> Iterator[md.Comparison]:
         label = f"{hidden} hidden units"
         varied.append(dataclasses.replace(wider, name=f"hidden_{hidden}", label=label))
     yield base.alone(name, TITLES[name], contenders=[*varied, base.bayes], followed=False)
-    noisy = [("sigma", f"noise σ = {s:g}", s) for s in config.sigmas if name != "bandit"]
-    noisy += [
-        ("p_high", f"pay with {p:.0%} or {1 - p:.0%}", p) for p in config.pays if name == "bandit"
-    ]
-    for field, label, value in noisy:
+    for field, label, value in noise(config, name):
         changed = {field: value} | ({"p_low": 1 - value} if name == "bandit" else {})
         domain = dataclasses.replace(getattr(config, name), **changed)
         whole = comparison(config, name, domain=domain)
         learner = dataclasses.replace(whole.metas[0], name=f"noise_{value:g}", label=label)
         ending = f"{name}_{learner.name}"
         yield whole.alone(ending, TITLES[name], contenders=[learner, whole.bayes], followed=False)
+
+
+def noise(config: Config, name: str) -> list[tuple[str, str, float]]:
+    """Other noise in a domain: the field that sets it, what it is called, and its value."""
+    if name == "bandit":
+        return [("p_high", f"pay with {p:.0%} or {1 - p:.0%}", p) for p in config.pays]
+    return [("sigma", f"noise σ = {sigma:g}", sigma) for sigma in config.sigmas]
 
 
 def plan(config: Config) -> md.Plan:
@@ -275,12 +278,16 @@ PAPER = Config(
 def rows() -> dict[str, str]:
     """Every variant of a preset, by the name that its figures of merit begin with."""
     named = {}
-    for config in (QUICK, PAPER):
-        for part in plan(config).comparisons:
-            for each in part.contenders:
-                if each.kind != "bayes":
-                    domain = next(name for name, title in TITLES.items() if title == part.title)
-                    named[f"{domain}_{each.name}"] = f"{part.title}, {each.label}"
+    for name, title in TITLES.items():
+        said = {
+            f"{loop}_{o}": f"{loop} optimiser {o}"
+            for loop in ("inner", "outer")
+            for o in OPTIMIZERS
+        }
+        for config in (QUICK, PAPER):
+            said |= {f"hidden_{hidden}": f"{hidden} hidden units" for hidden in config.widths}
+            said |= {f"noise_{value:g}": label for _, label, value in noise(config, name)}
+        named |= {f"{name}_{variant}": f"{title}, {label}" for variant, label in said.items()}
     return named
 
 

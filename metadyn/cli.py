@@ -199,8 +199,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
-    if not arguments.no_cache:
-        mesh.use_compilation_cache()
+    mesh.use_compilation_cache(not arguments.no_cache)
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     with _in_time():
         return _studies(arguments, overrides)
@@ -348,9 +347,17 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
             rest = [value] if equals else [*_until_option(overrides[i + 1 :])]
             typed[option] = " ".join(rest)
     alike = [option for option in named if values[option] == error.value]
-    for option in (*(o for o in alike if o in typed), *typed, *alike, *named[:1]):
+    meant = [option for option, text in typed.items() if _reads_as(text, error.value)]
+    for option in (*meant, *(o for o in alike if o in typed), *typed, *alike, *named[:1]):
         return ConfigError(f"{option} {typed.get(option, values[option])}: {error.fix}")
     return error
+
+
+def _reads_as(text: str, value: Any) -> bool:
+    """Whether an option's text is that of a value."""
+    with contextlib.suppress(ValueError):
+        return text == str(value) or float(text) == value
+    return False
 
 
 def _until_option(words: Sequence[str]) -> Iterator[str]:

@@ -210,7 +210,7 @@ def final_strength(
     sets = [name for name in titles if name in results.sets()]
     shown = [results.learners(name, drawn=True) for name in sets]
     names = [name for name in (shown[0] if shown else ()) if all(name in each for each in shown)]
-    figure, axes = grid(len(sets), columns=5, width=2.9, height=3.2, sharey=True)
+    figure, axes = grid(len(sets) if names else 0, columns=5, width=2.9, height=3.2, sharey=True)
     for axis, title, measured in zip(axes, (titles[name] for name in sets), shown, strict=True):
         for i, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False)):
             data, width = measured[name], 0.8 / len(names)
@@ -508,9 +508,14 @@ def subplots(rows: int, columns: int, *, width: float, height: float, **options:
 
 
 def grid(panels: int, columns: int = COLUMNS, **options: Any) -> Any:
-    """A figure and a list of axes, in as many rows as keep it readable."""
-    rows = max(-(-panels // columns), 1)
-    figure, axes = subplots(rows, max(-(-panels // rows), 1), **options)
+    """A figure and a list of axes, in as many rows as keep it readable.
+
+    Raises `NotMeasured` for no panels: there is nothing to draw yet.
+    """
+    if panels == 0:
+        raise NotMeasured("nothing that the figure shows is measured yet")
+    rows = -(-panels // columns)
+    figure, axes = subplots(rows, -(-panels // rows), **options)
     for axis in axes.flat[panels:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:panels])

@@ -155,14 +155,16 @@ def use_every_core() -> None:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
 
 
-def use_compilation_cache() -> None:
-    """Keeps what is compiled in the user's cache folder, readable by them alone, for later runs.
+def use_compilation_cache(wanted: bool = True) -> None:
+    """Keeps what is compiled in the user's cache folder, readable by them alone; or keeps nothing.
 
     By JAX's own persistent cache; processors of other kinds have folders of their own. Nothing is
     changed if the environment says where it is to be (JAX_COMPILATION_CACHE_DIR), or that there is
     to be none (JAX_ENABLE_COMPILATION_CACHE=false); and none is used where no folder can be had.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if not wanted:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if not wanted or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     kind = hashlib.sha256(f"{jax.__version__} {_flags()}".encode()).hexdigest()[:16]

@@ -266,13 +266,13 @@ def rehearse(study: Study, config: Any, plan: Plan) -> None:
     sets: dict[str, list[str]] = {}
     for task_set, learner in planned:
         sets.setdefault(task_set, []).append(learner)
+    about = {pair: described(t, c, *places[pair]) for pair, (t, c) in planned.items()}
     steps = np.array(plan.outer.checkpoint_steps[-3:])
 
     def read(task_set: str, learner: str) -> xr.Dataset:
         tasks, contender = planned[task_set, learner]
         tracked = contender.trained and task_set.startswith(("tracked", "heldout"))
-        about = described(tasks, contender, *places[task_set, learner])
-        return _made_up(about, min(4, tasks.size), steps if tracked else None)
+        return _made_up(about[task_set, learner], min(4, tasks.size), steps if tracked else None)
 
     results = Results(sets, read)
     try:

@@ -199,15 +199,14 @@ def test_trajectories_of_every_domain_load(finished):
 
 def test_the_bandits_outer_times_are_of_contexts_that_stay_the_same():
     """Contexts that are learned at once have one n_k; sorted within episodes, noise parts them."""
-    load_study(STUDY)
-    of_domain = sys.modules[f"metadyn_study_{Path(STUDY).stem}"].of_domain
+    study = load_study("outer_loop_dynamics")
 
     def found(learned_at):
         trained, bayes = bandit_over_outer_training(learned_at, noise=1.0)
         both = {"lstm": trained, "bayes": bayes}
         sets = {name: list(both) for name in ("tracked_bandit", "heldout_bandit")}
         results = Results(sets, lambda task_set, learner: both[learner])
-        rows = {row.name: row.value for row in of_domain("bandit", results)}
+        rows = {row.name: row.value for row in study.criteria(study.presets["quick"], results)}
         return np.array([rows[f"bandit_n_{k + 1}"] for k in range(5)])
 
     np.testing.assert_allclose(found(np.full((4, 5), 40)), 37.5, rtol=0.05)
