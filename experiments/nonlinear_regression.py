@@ -225,7 +225,7 @@ def examples(results):
 def band_gain(results):
     """Draws the gain of each frequency that the targets contain; the training band is shaded."""
     titles = {"pass_band": "pass-band targets", "stop_band": "stop-band targets"}
-    band = dynamics.scale(results["pass_band", "bayes"])
+    band = labelled.modes(results["pass_band", "bayes"]).values
     return figures.final_strength(results, titles | {"mixture": "mixtures of the two"}, band)
 
 

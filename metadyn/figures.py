@@ -200,7 +200,7 @@ def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:
 
 @styled
 def final_strength(
-    results: Results, titles: Mapping[str, str], shaded: Sequence[float] = ()
+    results: Results, titles: Mapping[str, str], shaded: Sequence[int | float] = ()
 ) -> Figure:
     """Draws the strength of each mode at the end of the episode, one panel a set of tasks.
 
