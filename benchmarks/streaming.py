@@ -49,7 +49,7 @@ def training_side(case: str, stored: str) -> Run:
         config = dataclasses.replace(config, domain=LinearRegression(), outer=outer)
     plan = study.plan(config)
     forever = dataclasses.replace(plan.outer, schedule="constant")
-    loop = OuterLoop(plan.trained(), forever, jax.random.key(0))
+    loop = OuterLoop(plan.trained, forever, jax.random.key(0))
     state = [loop.init()]
     steps = plan.outer.steps // len(plan.outer.checkpoint_steps) // DENSER
     folder = Path(tempfile.mkdtemp())

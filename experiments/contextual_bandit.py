@@ -56,7 +56,9 @@ class PolicyConfig:
         most = self.scale_contexts <= self.most_contexts
         fix = f"must be at most most_contexts = {self.most_contexts}"
         check(most, "scale_contexts", self.scale_contexts, fix)
-        check(all(s > 0 for s in self.scales), "scales", self.scales, "must all be positive")
+        distinct = len({self.scale, *self.scales}) == 1 + len(self.scales)
+        right = distinct and all(s > 0 for s in self.scales)
+        check(right, "scales", self.scales, "must be positive, each once, and other than scale")
         named_optimizer(self.optimizer, self.learning_rate)
 
 

@@ -106,7 +106,9 @@ def plan(config: Config) -> md.Plan:
     ]
     lstm = config.meta_learner(domain)
     answers = domain.evaluation(max(128, sizes.probe_points), curves=True)
-    examples = dataclasses.replace(answers, name="examples", size=config.examples)
+    examples = dataclasses.replace(
+        answers, name="examples", size=config.examples, option="--examples"
+    )
 
     def glimpsed(contender):
         """A contender probed at a few times alone."""

@@ -19,7 +19,7 @@ from metadyn import dynamics, figures, labelled
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import check_positive
+from metadyn.errors import check, check_positive
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.study import HELDOUT, TRACKED, censored
 
@@ -77,6 +77,16 @@ class Config(md.StudyConfig):
     pays: tuple[float, ...] = (0.9,)
     """Noise, in the bandit: the correct action pays with this probability p, any other with 1 − p.
     "Bayes" is then Thompson sampling from the exact posterior."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        once = lambda values: len(set(values)) == len(values)
+        right = once(self.widths) and all(width > 0 for width in self.widths)
+        check(right, "widths", self.widths, "must be positive, each once")
+        right = once(self.sigmas) and all(0 < sigma < float("inf") for sigma in self.sigmas)
+        check(right, "sigmas", self.sigmas, "must be positive and finite, each once")
+        right = once(self.pays) and all(0.5 < pay <= 1 for pay in self.pays)
+        check(right, "pays", self.pays, "must be above 0.5 and at most 1, each once")
 
 
 def comparison(config: Config, name: str, **changes: Any) -> md.Comparison:

@@ -55,7 +55,7 @@ def train(
     with Progress(Console() if progress else None).training(steps, 0) as show:
         for state, metrics in loop.run(loop.init(), [steps]):
             now = {name: np.asarray(value) for name, value in metrics["meta"].items()}
-            losses[int(state.step)] = now.get("loss", next(iter(now.values())))
+            losses[int(state.step)] = now.get("loss", np.full(seeds, np.nan))
             means = {name: float(value.mean()) for name, value in now.items()}
             show(int(state.step), {"training": means}, config.batch * seeds)
     return Trained(meta, state.params["meta"], losses)
@@ -88,6 +88,8 @@ def measure(
     for place, (name, learner) in enumerate(learners.items()):
         params: Params = ()
         if isinstance(learner, Contender):
+            fix = "is not trained: give what `metadyn.train` returns, under a name"
+            check(not learner.trained, "learners", name, fix)
             contender = learner
         elif isinstance(learner, Learner):
             times = inner.log_spaced(updates, 60) if learner.clock == "updates" else None

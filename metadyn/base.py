@@ -15,7 +15,7 @@ import jaxtyping
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metadyn.errors import check
+from metadyn.errors import check, check_name
 
 Key = PRNGKeyArray
 Keys = jaxtyping.Key[Array, " n"]
@@ -223,6 +223,9 @@ class TaskSet:
     """Kinds of contenders that are measured on it (`study.Contender`)."""
     option: str = ""
     """The option that sets the size, for messages."""
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "set of tasks")
 
     def size_for(self, clock: str) -> int:
         """Tasks that a learner is measured on, by what its time counts."""

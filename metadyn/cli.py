@@ -348,7 +348,8 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
             typed[option] = " ".join(rest)
     alike = [option for option in named if values[option] == error.value]
     meant = [option for option, text in typed.items() if _reads_as(text, error.value)]
-    for option in (*meant, *(o for o in alike if o in typed), *typed, *alike, *named[:1]):
+    unknown = named[:1] if error.value is None else []
+    for option in (*meant, *(o for o in alike if o in typed), *alike, *typed, *unknown):
         return ConfigError(f"{option} {typed.get(option, values[option])}: {error.fix}")
     return error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -25,6 +26,13 @@ def check(holds: Any, field: str, value: Any, fix: str) -> None:
     """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
     if not holds:
         raise ConfigError(f"{field} = {value!r}: {fix}", field, value, fix)
+
+
+def check_name(name: str, what: str) -> None:
+    """Raises `ConfigError` unless a name can be that of a folder of arrays."""
+    right = re.fullmatch(r"\w[\w.-]*", name) and not re.search(r"\.(part|damaged)", name)
+    fix = "must be made of letters, digits, '_', '-' and '.', without '.part' and '.damaged'"
+    check(bool(right), f"name of a {what}", name, fix)
 
 
 def check_positive(config: Any, *fields: str) -> None:

@@ -137,8 +137,9 @@ def mode_strength(measured: Measured, probe: str = STRENGTH) -> Figure:
         axis.set_xscale("log" if start else "linear")
         axis.set_ylim(-0.1, 1.15)
     first = labelled.modes(panels[0], probe)
-    for axis in axes[::COLUMNS]:
-        axis.set_ylabel(first.strength)
+    for axis in axes:
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(first.strength)
     axes[0].legend(title=first.axis, fontsize=9, loc="upper left")
     return figure
 
@@ -474,7 +475,7 @@ def _order(axis: Any, training: OuterTraining) -> None:
     axis.yaxis.set_major_formatter(number)
     axis.yaxis.set_minor_formatter(number)
     axis.tick_params(axis="y", which="both", labelsize=9)
-    axis.set_xlabel("inner learning time $t_k$\n(observations; trained LSTM)")
+    axis.set_xlabel("inner learning time $t_k$\n(observations; once trained)")
     axis.set_title(f"{training.called}\n{title}", fontsize=10)
     axis.legend(title=training.modes.axis, fontsize=9)
 

@@ -241,7 +241,7 @@ def shares(seeds: int, batch: int, together: int = 1) -> tuple[int, int, int]:
     sharing = math.gcd(batch // together, group)
     equal = sharing == group or jax.default_backend() == "cpu"
     fix = f"must be a multiple of {group * together}, as {group} devices share it"
-    check(equal, "batch", batch, fix)
+    check(equal, "outer.batch", batch, fix)
     return groups, sharing, group // sharing
 
 
@@ -358,6 +358,11 @@ def memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # "max": none
             limits.append(int(Path(path).read_text()))
     return min(limits)
+
+
+def splits() -> int:
+    """Parts into which readings are split, each of which `memory` must hold."""
+    return 1 if jax.default_backend() == "cpu" else jax.device_count()
 
 
 def copies() -> int:

@@ -69,12 +69,14 @@ class OuterConfig:
         """Raises `ConfigError` unless the batch is of whole groups that the devices can share."""
         for group in {each.objective.group for each in trained}:
             fix = f"must be a multiple of {group}: the objective takes so many episodes together"
-            check(self.batch % group == 0, "batch", self.batch, fix)
+            check(self.batch % group == 0, "outer.batch", self.batch, fix)
             mesh.shares(self.seeds, self.batch, group)
 
-    def transformation(self) -> optax.GradientTransformation:
-        """Clipping, then the optimiser under its schedule."""
-        rate = scheduled(self.learning_rate, self.schedule, self.warmup, self.steps)
+    def transformation(self, steps: int | None = None) -> optax.GradientTransformation:
+        """Makes the optimiser, after clipping, under its schedule over `steps` or its own steps."""
+        steps = steps or self.steps
+        warmup = min(self.warmup, steps - 1)
+        rate = scheduled(self.learning_rate, self.schedule, warmup, steps)
         return optax.chain(
             optax.clip_by_global_norm(self.clip), named_optimizer(self.optimizer, rate)
         )
@@ -95,9 +97,10 @@ class MetaTraining(NamedTuple):
     meta: MetaLearner
     objective: Objective
     own: OuterConfig | None = None
-    """Settings whose optimiser it has for itself. None: those of the whole outer loop."""
-    rate: str = "learning_rate"
-    """The field of a study's configuration that sets its learning rate, for messages."""
+    """The settings of its own optimiser; its schedule is stretched over the run's steps. None:
+    those of the whole outer loop."""
+    rate: str = ""
+    """The field of a study's configuration that sets `own`'s learning rate, for messages."""
 
 
 def _gradient(objective: Objective, params: Params, keys: Keys) -> tuple[Params, Metrics]:
@@ -127,7 +130,7 @@ class OuterLoop:
     def __init__(self, trained: Mapping[str, MetaTraining], config: OuterConfig, key: Key):
         self.config, self.trained = config, trained
         config.check_batch(trained.values())
-        optimizers = {name: (t.own or config).transformation() for name, t in trained.items()}
+        optimizers = {n: (t.own or config).transformation(config.steps) for n, t in trained.items()}
         key_init, key_episodes = jax.random.split(prng.fast(key))
         seeds = jnp.arange(config.seeds)
 
@@ -205,10 +208,11 @@ class OuterLoop:
                 step += count
                 for name, each in metrics.items():
                     if not all(np.isfinite(value).all() for value in each.values()):
-                        training = self.trained[name]
-                        rate = (training.own or self.config).learning_rate
+                        own = self.trained[name].own
+                        rate = (own or self.config).learning_rate
+                        field = self.trained[name].rate if own else "outer.learning_rate"
                         fix = (
                             f"the loss of {name} is no longer finite at outer step {step}; lower it"
                         )
-                        check(False, training.rate, rate, fix)
+                        check(False, field or f"learning rate of {name}", rate, fix)
                 yield state, metrics

@@ -49,29 +49,29 @@ class _Runner:
         self.key = jax.random.key(seed)
         self.chunk = plan.comparisons[0].measure.chunk
         self.places = _places(plan)
+        self.names = {id(c): c.name + part.suffix for part, _, c in plan.every}
         self.compiling = ThreadPoolExecutor(os.cpu_count())
 
     def readings(self, tasks: TaskSet, contender: Contender, params: Params) -> dict[str, Any]:
         """[seed,] task, time, ...; of tasks that are the same whatever the set is called."""
         return readings(tasks, contender, params, stream(self.key, "evaluation"), self.chunk)
 
-    def prepare(self, loop: OuterLoop, watched: list[tuple[TaskSet, Contender, str]]) -> None:
+    def prepare(self, loop: OuterLoop) -> None:
         """Begins to compile all programs, on every core, and waits for that of the outer step.
 
         Raises `ConfigError` if that cannot fit into the memory, by the compiler's own account.
         """
         if jax.process_count() > 1:
             return
-        named = {id(contender): name for _, contender, name in watched}
         key = stream(self.key, "evaluation")
 
         def compiled(tasks: TaskSet, contender: Contender) -> None:
-            params = loop.abstract.params[named[id(contender)]] if contender.trained else ()
+            params = loop.abstract.params[self.names[id(contender)]] if contender.trained else ()
             given = calls(tasks, contender, params, key, self.chunk)[0]
             inner.measure.lower(*given).compile()
 
         outer_step = self.compiling.submit(check_compiled, loop)
-        for tasks, contender in dict.fromkeys(all_measurements(self.plan)):
+        for _, tasks, contender in self.plan.every:
             if not self.store.has_measurement(tasks.name, contender.name):
                 self.compiling.submit(compiled, tasks, contender)
         outer_step.result()
@@ -83,7 +83,7 @@ class _Runner:
     def train(self) -> Mapping[str, Params]:
         """Trains from the newest checkpoint, or from the start; stores as it goes."""
         plan, store = self.plan, self.store
-        trained = plan.trained()
+        trained = plan.trained
         if not trained:
             return {}
         loop = OuterLoop(trained, plan.outer, stream(self.key, "training"))
@@ -93,7 +93,6 @@ class _Runner:
             for contender in part.metas
             for tasks in (part.tracked, part.heldout)
         ]
-        self.prepare(loop, watched)
         about = _nested((t.name, c.name, self.described(t, c)) for t, c, _ in watched)
 
         def save(state: TrainState, scheduled: bool = True) -> None:
@@ -113,6 +112,8 @@ class _Runner:
             return max(step for step in sound if step < target)
 
         first, *schedule = plan.outer.checkpoint_steps
+        if not {first, *schedule} <= set(sound):
+            self.prepare(loop)
         if first not in sound:
             save(loop.init())
             store.finish()
@@ -183,7 +184,7 @@ class _Runner:
         wanted = [
             (tasks, contender, params.get(contender.name + part.suffix, ()))
             for part in self.plan.comparisons
-            for tasks, contender in part.measurements()
+            for tasks, contender in part.measurements
         ]
         with self.progress.counting("measuring", len(wanted)) as show:
             for tasks, contender, own in wanted:
@@ -194,18 +195,11 @@ class _Runner:
 
 def _places(plan: Plan) -> dict[tuple[str, str], tuple[int, str, bool]]:
     """The place in figures of each learner on each set, with its comparison's title."""
-    places: dict[tuple[str, str], tuple[int, str, bool]] = {}
-    for part in plan.comparisons:
-        own = [
-            (tasks, c)
-            for c in part.contenders
-            for tasks in (part.tracked, part.heldout)
-            if part.metas
-        ]
-        for tasks, contender in (*own, *part.measurements()):
-            known = [each.name for each in part.contenders]
-            place = known.index(contender.name) if contender.name in known else len(known)
-            places[tasks.name, contender.name] = place, part.title, part.followed
+    places = {}
+    for part, tasks, contender in plan.every:
+        known = [each.name for each in part.contenders]
+        place = known.index(contender.name) if contender.name in known else len(known)
+        places[tasks.name, contender.name] = place, part.title, part.followed
     return places
 
 
@@ -229,21 +223,35 @@ def check_memory(plan: Plan) -> None:
             what = f"the weights of {contender.name} and what trains them"  # moments, gradient
             field = contender.option.removeprefix("--") or "outer.seeds"
             fits(what, 4 * outer.seeds * size * mesh.copies(), field)
-    for tasks, contender in all_measurements(plan):
-        needed = bytes_needed(tasks, contender, outer.seeds)
-        times, size = len(contender.times_in(tasks.domain)), tasks.size
+    for _, tasks, contender in plan.every:
+        needed = bytes_needed(tasks, contender, outer.seeds) // mesh.splits()
+        times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
         by_time = times > size and contender.times is None
-        field = "steps" if by_time else tasks.option.removeprefix("--") or "size"
+        option = "measure.updating_tasks" if size < tasks.size else tasks.option.removeprefix("--")
+        field = "steps" if by_time else option or "size"
         fits(what, 2 * needed, field, tasks.domain.steps if by_time else None)  # and a copy
 
 
-def all_measurements(plan: Plan) -> Iterator[tuple[TaskSet, Contender]]:
-    for part in plan.comparisons:
-        for contender in part.contenders if part.metas else ():
-            if contender.kind in ("meta", "bayes"):
-                yield from ((part.tracked, contender), (part.heldout, contender))
-        yield from part.measurements()
+def outline(plan: Plan) -> dict[str, Any]:
+    """What a plan asks for, in short: kept with a run, which no other plan is to go on with."""
+    shapes = jax.eval_shape(
+        lambda key: {n: t.meta.init(key) for n, t in plan.trained.items()}, jax.random.key(0)
+    )
+    asked: dict[str, Any] = {
+        name: {"parameters": sum(leaf.size for leaf in jax.tree.leaves(of))}
+        for name, of in shapes.items()
+    }
+    for _, tasks, contender in plan.every:
+        times, probes = contender.times_in(tasks.domain), tasks.probes.items()
+        asked[f"{contender.name} on {tasks.name}"] = {
+            "label": contender.label,
+            "kind": contender.kind,
+            "tasks": tasks.size_for(contender.clock),
+            "times": [len(times), times[-1]],
+            "modes": {name: list(probe.modes.values) for name, probe in probes},
+        }
+    return asked
 
 
 def check_compiled(loop: OuterLoop) -> None:
@@ -262,7 +270,8 @@ def rehearse(study: Study, config: Any, plan: Plan) -> None:
     name that is not measured, or a figure that cannot be drawn, is found before training.
     """
     places = _places(plan)
-    planned = {(t.name, c.name): (t, c) for t, c in all_measurements(plan)}
+    planned = {(t.name, c.name): (t, c) for _, t, c in plan.every}
+    watched = {tasks.name for part in plan.comparisons for tasks in (part.tracked, part.heldout)}
     sets: dict[str, list[str]] = {}
     for task_set, learner in planned:
         sets.setdefault(task_set, []).append(learner)
@@ -271,7 +280,7 @@ def rehearse(study: Study, config: Any, plan: Plan) -> None:
 
     def read(task_set: str, learner: str) -> xr.Dataset:
         tasks, contender = planned[task_set, learner]
-        tracked = contender.trained and task_set.startswith(("tracked", "heldout"))
+        tracked = contender.trained and task_set in watched
         return _made_up(about[task_set, learner], min(4, tasks.size), steps if tracked else None)
 
     results = Results(sets, read)
@@ -342,6 +351,7 @@ def run_study(
         "preset": preset,
         "seed": seed,
         "config": dataclasses.asdict(config),
+        "plan": outline(plan),
     }
     check_memory(plan)
     rehearse(study, config, plan)
@@ -419,3 +429,5 @@ def _held() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if came:  # after the caller last asked
+        raise KeyboardInterrupt

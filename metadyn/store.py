@@ -100,6 +100,8 @@ class RunFolder:
                 f"{path} holds a run of metadyn 0.1, which this version does not read: run it anew "
                 "in another DIR"
             )
+        if self.config.get("format", FORMAT) != FORMAT:
+            raise ConfigError(f"{path} holds a run of another version of metadyn: use that one")
         missing = {"study", "preset", "seed", "config"} - set(self.config)
         if missing:
             raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")

@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
@@ -31,7 +30,7 @@ from metadyn.base import (
     TaskSet,
     training_tasks,
 )
-from metadyn.errors import ConfigError, check, check_positive
+from metadyn.errors import ConfigError, check, check_name, check_positive
 from metadyn.labelled import Kind
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.networks import GRUConfig
@@ -127,14 +126,13 @@ class Contender:
     """What a meta-learner is trained on. None: the objective of the comparison."""
     own: OuterConfig | None = None
     """Settings of a meta-learner's own optimiser. None: those of the whole outer loop."""
-    rate: str = "learning_rate"
-    """The field of the study's configuration that sets its learning rate, for messages."""
+    rate: str = ""
+    """The field of the study's configuration that sets `own`'s learning rate, for messages."""
     option: str = ""
     """The option that sets its size, for messages."""
 
     def __post_init__(self) -> None:
-        fix = "must be made of letters, digits, '_', '-' and '.'"
-        check(re.fullmatch(r"\w[\w.-]*", self.name) is not None, "name", self.name, fix)
+        check_name(self.name, "contender")
         kind = self.kind or ("meta" if self.trained else "ordinary")
         kinds = ("meta",) if self.trained else ("ordinary", "bayes", "reference")
         fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
@@ -193,6 +191,7 @@ class Comparison:
     """What is read beside the main probe, by name, wherever that is read."""
 
     def __post_init__(self) -> None:
+        check_name(self.name or "main", "comparison")
         names = [contender.name for contender in self.contenders]
         for name in names:
             fix = "two contenders have this name: choose another"
@@ -242,11 +241,12 @@ class Comparison:
         objective = (contender.objective or self.objective)(self.domain, meta)
         return MetaTraining(meta, objective, contender.own, contender.rate)
 
-    def measurements(self) -> Iterator[tuple[TaskSet, Contender]]:
+    @functools.cached_property
+    def measurements(self) -> list[tuple[TaskSet, Contender]]:
         """What is measured once training is done."""
-        for tasks in map(self._probed, self.sets):
-            yield from ((tasks, c) for c in self.contenders if c.kind in tasks.kinds)
-        yield from self.pairs
+        sets = [self._probed(tasks) for tasks in self.sets]
+        found = [(tasks, c) for tasks in sets for c in self.contenders if c.kind in tasks.kinds]
+        return found + [(self._probed(tasks), contender) for tasks, contender in self.pairs]
 
     def joined(self, contender: Contender) -> Comparison:
         """This comparison with one more contender, before Bayes; or itself, if its kind is absent.
@@ -277,23 +277,42 @@ class Plan:
     """All meta-learners of all comparisons are trained side by side."""
 
     def __post_init__(self) -> None:
-        self.outer.check_batch(self.trained().values())
-        seen: dict[tuple[str, str], TaskSet] = {}
-        for tasks, contender in self.measurements():
-            pair = (tasks.name, contender.name)
-            check(pair not in seen, "measurement", pair, "is asked for twice: rename the set")
-            seen[pair] = tasks
+        self.outer.check_batch(self.trained.values())
+        pairs = [(tasks.name, contender.name) for _, tasks, contender in self.every]
+        for pair, (_, tasks, _) in zip(pairs, self.every, strict=True):
+            fix = "is asked for twice: rename the set"
+            check(pairs.count(pair) == 1, "measurement", pair, fix)
+            check(
+                tasks.size >= 1,
+                tasks.option.removeprefix("--") or tasks.name,
+                tasks.size,
+                "must be 1 or more",
+            )
 
+    @functools.cached_property
     def trained(self) -> dict[str, MetaTraining]:
-        """Every meta-learner of every comparison, by name."""
-        return {
-            c.name + part.suffix: part.training(c) for part in self.comparisons for c in part.metas
-        }
-
-    def measurements(self) -> Iterator[tuple[TaskSet, Contender]]:
-        """What is measured once training is done, or beside it."""
+        """Every meta-learner of every comparison, by its name and the comparison's ending."""
+        named: dict[str, MetaTraining] = {}
         for part in self.comparisons:
-            yield from part.measurements()
+            for contender in part.metas:
+                name = contender.name + part.suffix
+                check(name not in named, "name", name, "two meta-learners have this name")
+                named[name] = part.training(contender)
+        return named
+
+    @functools.cached_property
+    def every(self) -> list[tuple[Comparison, TaskSet, Contender]]:
+        """All that is measured: at checkpoints, Bayes beside it, and once training is done."""
+        found = []
+        for part in self.comparisons:
+            found += [
+                (part, tasks, contender)
+                for contender in part.contenders
+                if part.metas and contender.kind in ("meta", "bayes")
+                for tasks in (part.tracked, part.heldout)
+            ]
+            found += [(part, *pair) for pair in part.measurements]
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,6 +439,7 @@ class Study:
 
     def comparison(self, preset: str, **fields: Any) -> Comparison:
         """The study's first comparison, with some fields of a preset changed."""
+        check(preset in self.presets, "of", preset, f"choose from {', '.join(self.presets)}")
         return self.plan(dataclasses.replace(self.presets[preset], **fields)).comparisons[0]
 
     def beside(self, name: str, *more: Callable[[Comparison], Contender]) -> Study:
@@ -436,7 +456,15 @@ class Study:
                 comparison = comparison.joined(contender(comparison))
             return comparison
 
-        return self._changed(name, with_more)
+        def plan(config: Any) -> Plan:
+            base, made = self.plan(config), self._changed(name, with_more).plan(config)
+            pairs = zip(base.comparisons, made.comparisons, strict=True)
+            fix = f"{self.name!r} compares none of that kind: give the contender another kind"
+            joined = any(len(a.contenders) < len(b.contenders) for a, b in pairs)
+            check(joined or not more, "study", name, fix)
+            return made
+
+        return dataclasses.replace(self, name=name, plan=plan)
 
     def probing(self, name: str, **probes: Callable[[TaskSet], Probe]) -> Study:
         """This study, called `name`, with more probes read wherever its own are.

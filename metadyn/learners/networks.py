@@ -118,7 +118,7 @@ class _NetworkMetaLearner:
 
     def init(self, key: Key) -> Params:
         """Outer parameters as plain dictionaries of arrays."""
-        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(params=key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key)), nnx.Param))
 
     def network(self, params: Params) -> _Readout:
         """The network that these parameters are of."""
