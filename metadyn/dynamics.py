@@ -139,7 +139,8 @@ def samples(data: xr.Dataset, name: str) -> np.ndarray:
     """A stored reading [seed, task, (outer_step,) step, ...], one seed if it has none."""
     array = data[name]
     array = array if "seed" in array.dims else array.expand_dims("seed")
-    return array.transpose("seed", "task", ...).to_numpy()
+    lead = ("seed", "task", "outer_step", "step")
+    return array.transpose(*(axis for axis in lead if axis in array.dims), ...).to_numpy()
 
 
 def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
@@ -211,9 +212,10 @@ def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) ->
 def staggering(t: Float[np.ndarray, "*batch mode"]) -> Float[np.ndarray, "*batch"] | np.floating:
     """(t_(K) − t_(1)) / t_(K) of modes in order of learning: 0 if all are learned at once.
 
-    NaN if the last is censored.
+    NaN if the last is censored, or learned at once.
     """
-    return (t[..., -1] - t[..., 0]) / t[..., -1]
+    with np.errstate(all="ignore"):
+        return (t[..., -1] - t[..., 0]) / t[..., -1]
 
 
 def last_times(data: xr.Dataset) -> Float[np.ndarray, " run"]:

@@ -172,7 +172,8 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
     axis.set_xticks(scale, [f"{value:.3g}" for value in scale])
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_ylabel(f"learning time $t_k({modes.p:g})$, own steps")
-    figure.legend(loc="outside lower center", fontsize=10)
+    if axis.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", fontsize=10)
     return figure
 
 
