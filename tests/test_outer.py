@@ -269,3 +269,14 @@ def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds():
     assert mesh.tasks_at_a_time(4096, mesh.CACHE // 100) == 100
     assert mesh.tasks_at_a_time(4096, mesh.CACHE) == mesh.LEAST_TASKS
     assert mesh.tasks_at_a_time(64, 1) == 64
+
+
+def test_an_own_optimiser_is_scheduled_over_the_runs_steps():
+    """Its own `steps`, which are fewer, do not end its learning."""
+    fast = dataclasses.replace(CONFIG, steps=5, warmup=1, schedule="linear", optimizer="sgd")
+    training = {"lstm": MetaTraining(META, prediction_loss(DOMAIN, META), own=fast)}
+    loop = OuterLoop(training, CONFIG, jax.random.key(0))
+    before = last(loop, loop.init(), [20])
+    after = last(loop, jax.device_put(before, mesh.replicated()), [30])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params, after.params)
+    assert max(jax.tree.leaves(moved)) > 1e-6

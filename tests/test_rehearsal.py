@@ -219,3 +219,29 @@ def test_two_measurements_of_one_name(tmp_path, monkeypatch):
     study = dataclasses.replace(STUDY, plan=changed(sets=lambda of: [*of, of[-1]]))
     said = refused(study, tmp_path / "r", monkeypatch)
     assert "('x4', 'lstm')" in said
+
+
+def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(tmp_path):
+    """Its configuration is the same, but what it compares is not: a wider network, another set."""
+    run(STUDY, tmp_path / "run")
+
+    def wider(contenders):
+        meta = LSTMConfig(hidden=5).make(Config().domain)
+        return [dataclasses.replace(contenders[0], learner=meta), *contenders[1:]]
+
+    for changes in ({"contenders": wider}, {"sets": lambda sets: sets[:1]}):
+        edited = dataclasses.replace(STUDY, plan=changed(**changes))
+        with pytest.raises(ConfigError, match=r"holds a run with plan\."):
+            run(edited, tmp_path / "run")
+    assert run(STUDY, tmp_path / "run")["study"] == "tiny"
+
+
+def test_two_meta_learners_of_one_name_and_names_that_are_no_folders_are_refused():
+    whole = comparison(Config())
+    with pytest.raises(ConfigError, match="two meta-learners have this name"):
+        md.Plan(Config().outer, [whole, whole])
+    for name in ("a/b", "x.part", "x.damaged-2", "", ".x"):
+        with pytest.raises(ConfigError, match="name of a"):
+            dataclasses.replace(whole.bayes, name=name)
+        with pytest.raises(ConfigError, match="name of a"):
+            dataclasses.replace(whole.sets[0], name=name)
