@@ -448,7 +448,7 @@ class Study:
         `contender(comparison)` makes one for each comparison of the study, from its `domain` and
         the `heads` that its objective needs. Ordinary learners are measured on every set that
         others are; meta-learners are trained on the same episodes and measured on the same tasks as
-        the study's own. So each appears in every figure, table and criterion that is of its kind.
+        the study's own. So each appears in every figure and criterion of its kind.
         """
 
         def with_more(comparison: Comparison) -> Comparison:
