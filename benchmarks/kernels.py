@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--full] [--json FILE]
 
 T = 20, 10 inputs; `scan` is the reference, and `auto` chooses between it and `backward` by what
-came out here. Pallas' kernels and cuDNN's run on a GPU alone.
+came out here. Pallas' kernels run on a GPU alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def kernel_side(backend: str, hidden: int, batch: int) -> Run:
 
     from metadyn.kernels.lstm import LSTMWeights, lstm
 
-    if backend in ("pallas", "cudnn") and jax.default_backend() == "cpu":
+    if backend == "pallas" and jax.default_backend() == "cpu":
         raise NotImplementedError("on a CPU it is for tests alone")
     shapes = ((4 * hidden, INPUTS), (4 * hidden, hidden), (4 * hidden,))
     keys = jax.random.split(jax.random.key(0), 4)
@@ -42,7 +42,7 @@ def benchmark(full: bool = False) -> Iterator[Result]:
     """Milliseconds, and how many times as fast as the reference."""
     for hidden, batch in FULL if full else SIZES:
         case = {"hidden": hidden, "batch": batch}
-        backends = ("scan", "backward", *(["pallas", "cudnn"] if full else []))
+        backends = ("scan", "backward", *(["pallas"] if full else []))
         sides = {b: Side(__name__, "kernel_side", case | {"backend": b}) for b in backends}
         taken = alternate(sides)
         where = f"kernel, hidden {hidden}, batch {batch}"

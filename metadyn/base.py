@@ -56,15 +56,15 @@ class MetaLearner(Protocol):
         """Outputs beyond the answer, which an objective may train: one for a critic."""
 
     def init(self, key: Key) -> Params:
-        """Outer parameters at outer step 0."""
+        """Draws the outer parameters of outer step 0."""
 
     def learner(self, params: Params) -> Learner:
-        """The learner that these parameters are: the step-by-step form, used when probing."""
+        """Makes the learner that these parameters are, stepped through an episode."""
 
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """All outputs over whole episodes at once: the answers, and below them the heads.
+        """Runs whole episodes at once: gives the answers, and below them the heads.
 
         Used in training. The answers are those of stepping `learner(params)` through the episodes.
         Leaves of the queries and the feedback are time-major with the episodes last, [T, ..., B].
@@ -122,12 +122,14 @@ class Probe:
     # Probes are equal if they ask and read alike, whatever the modes are called: so sets of tasks
     # with other spectra share compiled programs.
 
+    def _asks(self) -> tuple[Any, ...]:
+        return id(self.queries), self.read
+
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Probe) and self.queries is other.queries
-        return same and isinstance(other, Probe) and self.read is other.read
+        return isinstance(other, Probe) and self._asks() == other._asks()
 
     def __hash__(self) -> int:
-        return hash((id(self.queries), self.read))
+        return hash(self._asks())
 
 
 STRENGTH = "mode_strength"
@@ -140,38 +142,38 @@ class Domain(Protocol):
 
     @property
     def steps(self) -> int:
-        """T, the observations in one episode."""
+        """Observations in one episode, T."""
 
     @property
     def loss_floor(self) -> float:
-        """The expected loss of a learner that knows the task: its irreducible part."""
+        """Expected loss of a learner that knows the task: the irreducible part of the loss."""
 
     @property
     def answer_size(self) -> int:
         """Numbers in one answer, for learners that must size an output layer."""
 
     def sample_task(self, key: Key) -> Task:
-        """One task of the meta-training distribution."""
+        """Draws a task of the meta-training distribution."""
 
     def query(self, task: Task, key: Key) -> Query:
-        """What the learner is asked."""
+        """Draws a query, which is what the learner is asked."""
 
     def feedback(self, task: Task, query: Query, answer: Answer, key: Key) -> Feedback:
-        """What it is told once it has answered."""
+        """Gives the feedback, which is what the learner is told once it has answered."""
 
     def loss(self, answer: Answer, feedback: Feedback) -> Float[Array, ""]:
-        """What the answer cost."""
+        """Scores an answer by the feedback to it: the lower, the better."""
 
     def encode_query(self, query: Query) -> Float[Array, " n"]:
-        """The query as the flat vector a network reads."""
+        """Flattens a query into the vector that a network reads."""
 
     def encode_feedback(self, feedback: Feedback) -> Float[Array, " m"]:
-        """The feedback as the flat vector a network reads."""
+        """Flattens a feedback into the vector that a network reads."""
 
     def evaluation(self, points: int) -> TaskSet:
-        """Tasks to evaluate learners on, with the probes that read their modes by `points` queries.
+        """Sets up tasks to evaluate learners on, and probes of `points` queries for their modes.
 
-        Their number is left open.
+        The number of tasks is left open.
         """
 
 
@@ -185,7 +187,7 @@ class Regression:
 
     @property
     def loss_floor(self) -> float:
-        """σ², the variance of the noise."""
+        """The variance σ² of the noise."""
         return self.sigma**2
 
     def loss(self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]) -> Array:
@@ -193,11 +195,11 @@ class Regression:
         return ((answer - feedback) ** 2).mean()
 
     def encode_query(self, query: Float[Array, " n_x"]) -> Float[Array, " n_x"]:
-        """x as it is."""
+        """Leaves x as it is."""
         return query
 
     def encode_feedback(self, feedback: Float[Array, " n_y"]) -> Float[Array, " n_y"]:
-        """y as it is."""
+        """Leaves y as it is."""
         return feedback
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 
 class ConfigError(Exception):
@@ -33,6 +33,11 @@ def check_name(name: str, what: str) -> None:
     right = re.fullmatch(r"\w[\w.-]*", name) and not re.search(r"\.(part|damaged)", name)
     fix = "must be made of letters, digits, '_', '-' and '.', without '.part' and '.damaged'"
     check(bool(right), f"name of a {what}", name, fix)
+
+
+def check_choice(field: str, value: Any, choices: Any) -> None:
+    """Raises `ConfigError` unless a field's value is one of those of a `Literal` type."""
+    check(value in get_args(choices), field, value, f"choose from {', '.join(get_args(choices))}")
 
 
 def check_positive(config: Any, *fields: str) -> None:

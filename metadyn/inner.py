@@ -47,33 +47,27 @@ def interact(
 
 
 def observe(domain: Domain, keys: Keys) -> tuple[Query, Feedback]:
-    """The T pairs of an episode for each key, on tasks of the training distribution: [T, ..., B].
+    """Poses the T pairs of an episode for each key, on tasks of training: leaves [T, ..., B].
 
     For domains whose feedback ignores the answers. `measure` poses the same task and pairs under
     the same key.
     """
     T, B = domain.steps, len(keys)
-    key_task, key_episode = _halves(keys)
-    _, key_steps = _halves(key_episode)
+    key_task, key_episode = jax.vmap(jax.random.split)(keys).T
+    _, key_steps = jax.vmap(jax.random.split)(key_episode).T
 
     # All pairs along one axis: on a CPU XLA draws more slowly along two short ones.
     repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])
     tasks = jax.tree.map(repeated, jax.vmap(domain.sample_task)(key_task))
     keys = jax.vmap(jax.random.fold_in)(repeated(key_steps), jnp.repeat(jnp.arange(T), B))
-    split = jax.random.split
-    pose = lambda task, key: interact(domain, task, lambda query: None, split(key))
-    query, _, feedback = jax.vmap(pose)(tasks, keys)
+    pose = lambda task, pair: interact(domain, task, lambda query: None, pair)
+    query, _, feedback = jax.vmap(pose)(tasks, jax.vmap(jax.random.split)(keys))
     apart = lambda leaf: jnp.moveaxis(leaf.reshape(T, B, *leaf.shape[1:]), 1, -1)
     return jax.tree.map(apart, (query, feedback))
 
 
-def _halves(keys: Keys) -> tuple[Keys, Keys]:
-    pairs = jax.vmap(jax.random.split)(keys)
-    return pairs[:, 0], pairs[:, 1]
-
-
 def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:
-    """The T queries and what followed [T, ...] of an episode in which the learner's answers count.
+    """Acts out an episode in which answers count: gives T queries and the feedback [T, ...].
 
     `measure` poses the same task under the same key, and the same learner does the same in it.
     """
@@ -83,7 +77,7 @@ def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:
 
     def step(state, t):
         key = jax.random.fold_in(key_steps, t)
-        answer = lambda query: learner.predict(state, query)
+        answer = partial(learner.predict, state)
         query, _, feedback = interact(domain, task, answer, jax.random.split(key))
         return learner.update(state, query, feedback), (query, feedback)
 
@@ -106,9 +100,7 @@ def run(
     """
     times = _checked(times)
     key_init, key_steps = jax.random.split(key)
-    pose = lambda state, keys: interact(
-        domain, task, lambda query: learner.predict(state, query), keys
-    )
+    pose = lambda state, keys: interact(domain, task, partial(learner.predict, state), keys)
 
     def step(t, carry):
         state, total = carry
@@ -205,7 +197,7 @@ def _held(learner: Learner, probes: Probes) -> int:
 
 
 def recorded(probe: str, reading: str) -> str:
-    """The name under which a reading of a probe is recorded.
+    """Names what a reading of a probe is recorded as.
 
     The strengths of a probe have its own name. Its extras have theirs, if it is the main probe
     ("mode_strength"); otherwise the probe's name goes before it.
@@ -216,12 +208,12 @@ def recorded(probe: str, reading: str) -> str:
 
 
 def mode_axis(probe: str) -> str:
-    """The name of the axis along which a probe's modes are: "mode" is the main probe's."""
+    """Names the axis along which a probe's modes are: "mode" is the main probe's."""
     return "mode" if probe == STRENGTH else f"{probe}_mode"
 
 
 def reading_axes(learner: Learner, probes: Probes) -> Mapping[str, tuple[str, ...]]:
-    """Axis names, beyond task and time, of each reading that `run` returns."""
+    """Names the axes, beyond task and time, of each reading that `run` returns."""
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     if learner.diagnose is not None:
         state = jax.eval_shape(learner.init, jax.random.key(0))
@@ -233,7 +225,7 @@ def reading_axes(learner: Learner, probes: Probes) -> Mapping[str, tuple[str, ..
 
 
 def log_spaced(steps: int, count: int) -> tuple[int, ...]:
-    """0 and up to `count` further whole numbers, evenly spaced in logarithm, the last `steps`."""
+    """Spaces whole numbers evenly in logarithm: 0, and up to `count` more, the last `steps`."""
     check(steps >= 1, "steps", steps, "must be at least 1")
     check(count >= 1, "count", count, "must be at least 1")
     spaced = np.geomspace(1, steps, count) if count > 1 else np.array([steps])

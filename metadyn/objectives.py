@@ -33,7 +33,7 @@ ObjectiveOf = Callable[[Domain, MetaLearner], Objective]
 
 
 def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
-    """The domain's loss of the answers given before each feedback, mean over steps and episodes.
+    """Trains on the domain's loss of each answer before its feedback, mean over whole episodes.
 
     For domains whose feedback does not depend on the answers.
     """
@@ -81,7 +81,7 @@ class ActorCriticConfig:
 def actor_critic(
     domain: Domain, meta: MetaLearner, config: ActorCriticConfig = ActorCriticConfig()
 ) -> Objective:
-    """Advantage actor-critic through the whole episode, with entropy regularisation.
+    """Trains by advantage actor-critic through whole episodes, with entropy regularisation.
 
     For any meta-learner with a head, the critic, and any domain whose answers are logits, whose
     feedback has an `action` and a `reward`, and whose loss is the policy's expected regret.
@@ -129,7 +129,7 @@ def actor_critic(
 
 
 def discounted(rewards: Float[Array, "T B"], discount: float) -> Float[Array, "T B"]:
-    """Returns Σ_{s≥t} γ^{s−t} r_s."""
+    """Sums discounted rewards, Σ_{s≥t} γ^{s−t} r_s, from each step on."""
 
     def add(after: Array, r: Array) -> tuple[Array, Array]:
         return (r + discount * after,) * 2
@@ -138,7 +138,7 @@ def discounted(rewards: Float[Array, "T B"], discount: float) -> Float[Array, "T
 
 
 def mean_of_others(values: Float[Array, "T B"], group: int) -> Float[Array, "T B"]:
-    """For each episode the mean over the others of its group; groups are episodes in a row."""
+    """Averages, for each episode, the others of its group; groups are episodes in a row."""
     grouped = values.reshape(len(values), -1, group)
     rest = grouped.sum(-1, keepdims=True) - grouped
     return (rest / (group - 1)).reshape(values.shape)

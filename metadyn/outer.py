@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 
 from metadyn import inner, mesh, prng
 from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys
-from metadyn.errors import check, check_positive
+from metadyn.errors import check, check_choice, check_positive
 from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
 
@@ -56,8 +56,7 @@ class OuterConfig:
         check_positive(self, *positive.split())
         right = 0 <= self.warmup < self.steps
         check(right, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
-        schedules = ("cosine", "linear", "constant")
-        check(self.schedule in schedules, "schedule", self.schedule, f"choose from {schedules}")
+        check_choice("schedule", self.schedule, Schedule)
         self.transformation()
 
     @property
@@ -83,7 +82,7 @@ class OuterConfig:
 
 
 class TrainState(NamedTuple):
-    """All that training goes on from. Leaves of params and moments have a leading seed axis."""
+    """The state of training. Leaves of params and moments have a leading seed axis."""
 
     step: Int[Array, ""]
     params: dict[str, Params]
@@ -92,7 +91,7 @@ class TrainState(NamedTuple):
 
 
 class MetaTraining(NamedTuple):
-    """A meta-learner and what it is trained on."""
+    """A meta-learner, the objective it is trained on, and settings of its own, if it has any."""
 
     meta: MetaLearner
     objective: Objective
@@ -211,8 +210,7 @@ class OuterLoop:
                         own = self.trained[name].own
                         rate = (own or self.config).learning_rate
                         field = self.trained[name].rate if own else "outer.learning_rate"
-                        fix = (
-                            f"the loss of {name} is no longer finite at outer step {step}; lower it"
-                        )
-                        check(False, field or f"learning rate of {name}", rate, fix)
+                        field = field or f"learning rate of {name}"
+                        now = f"is no longer finite at outer step {step}"
+                        check(False, field, rate, f"the loss of {name} {now}; lower it")
                 yield state, metrics

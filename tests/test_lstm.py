@@ -14,7 +14,7 @@ from metadyn.learners.lstm import LSTMCell, LSTMConfig
 from metadyn.learners.networks import scanned
 
 T, N, H, B = 7, 3, 5, 4
-BACKENDS = ("scan", "backward", "pallas", "cudnn")
+BACKENDS = ("scan", "backward", "pallas")
 
 
 @pytest.mark.parametrize(

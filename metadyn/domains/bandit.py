@@ -19,7 +19,7 @@ from metadyn.errors import ConfigWarning, check, check_positive
 
 
 class BanditTask(NamedTuple):
-    """a*_c, the correct action of each context."""
+    """The correct action a*_c of each context."""
 
     best: Int[Array, " K"]
 
@@ -62,18 +62,14 @@ class ContextualBandit:
         check(self.actions >= 2, "actions", self.actions, "must be at least 2, to choose from")
         check(0 <= self.p_low <= 1, "p_low", self.p_low, "must be from 0 to 1")
         check(0 <= self.p_high <= 1, "p_high", self.p_high, "must be from 0 to 1")
-        check(
-            self.p_low < self.p_high, "p_low", self.p_low, f"must be below p_high = {self.p_high:g}"
-        )
+        fix = f"must be below p_high = {self.p_high:g}"
+        check(self.p_low < self.p_high, "p_low", self.p_low, fix)
         fits = not self.permutation or self.contexts <= self.actions
         fix = f"with permutation there must be no more than actions = {self.actions}"
         check(fits, "contexts", self.contexts, fix)
         if self.steps < self.contexts:
-            warnings.warn(
-                f"steps = {self.steps}: too few to see each of the {self.contexts} contexts once",
-                ConfigWarning,
-                stacklevel=2,
-            )
+            few = f"steps = {self.steps}: too few to see each of the {self.contexts} contexts once"
+            warnings.warn(few, ConfigWarning, stacklevel=2)
 
     @property
     def deterministic(self) -> bool:
@@ -84,23 +80,23 @@ class ContextualBandit:
 
     @property
     def loss_floor(self) -> float:
-        """0."""
+        """The regret of a learner that knows the task: 0."""
         return 0.0
 
     @property
     def answer_size(self) -> int:
-        """n logits."""
+        """Numbers in one answer, the logits of n actions."""
         return self.actions
 
     def sample_task(self, key: Key) -> BanditTask:
-        """Correct actions drawn independently, or those of a random permutation."""
+        """Draws the correct actions independently, or as a random permutation."""
         K, n = self.contexts, self.actions
         if self.permutation:
             return BanditTask(jax.random.permutation(key, n)[:K])
         return BanditTask(jax.random.randint(key, (K,), 0, n))
 
     def query(self, task: BanditTask, key: Key) -> Int[Array, ""]:
-        """A context, uniform."""
+        """Draws a context, uniformly."""
         del task
         return jax.random.randint(key, (), 0, self.contexts)
 
@@ -112,7 +108,7 @@ class ContextualBandit:
     def feedback(
         self, task: BanditTask, query: Int[Array, ""], answer: Float[Array, " n"], key: Key
     ) -> Outcome:
-        """An action drawn of the policy softmax(answer), and whether it paid."""
+        """Draws an action of the policy softmax(answer), and whether it paid."""
         key_action, key_reward = jax.random.split(key)
         # By the inverse of the cumulative distribution: one draw, where Gumbel's trick takes n.
         below = jnp.cumsum(jax.nn.softmax(answer))[:-1] <= jax.random.uniform(key_action)
@@ -121,20 +117,20 @@ class ContextualBandit:
         return Outcome(query, action, paid.astype(jnp.float32), pay)
 
     def loss(self, answer: Float[Array, " n"], feedback: Outcome) -> Float[Array, ""]:
-        """Regret: what the correct action pays in expectation beyond what the policy does."""
+        """The regret: what the correct action pays in expectation beyond what the policy does."""
         return self.p_high - jax.nn.softmax(answer) @ feedback.pay[feedback.context]
 
     def encode_query(self, query: Int[Array, ""]) -> Float[Array, " K"]:
-        """The context, one-hot."""
+        """Encodes the context, one-hot."""
         return jax.nn.one_hot(query, self.contexts)
 
     def encode_feedback(self, feedback: Outcome) -> Float[Array, " m"]:
-        """The action, one-hot, and the reward."""
+        """Encodes the action, one-hot, and the reward."""
         action = jax.nn.one_hot(feedback.action, self.actions)
         return jnp.append(action, feedback.reward)
 
     def evaluation(self, points: int = 0) -> TaskSet:
-        """Tasks of the training distribution; `points` is of no account."""
+        """Sets up tasks of the training distribution; `points` is of no account."""
         del points
         return TaskSet("in_distribution", self, Sampler(self), probes={STRENGTH: self.probe()})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Complex, Float
 
 from metadyn import prng
 from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet
-from metadyn.errors import check, check_positive
+from metadyn.errors import check, check_choice, check_positive
 
 Spectrum = tuple[float, ...]
 """A number for each frequency 0, 1, 2, …, in cycles over the unit interval."""
@@ -34,26 +34,27 @@ def band(low: int, high: int, total: float = 1.0) -> Spectrum:
     From low = 1 it is a low-pass prior. The functions have variance `total` at every input.
     """
     check(0 <= low <= high, "band", (low, high), "must be 0 <= low <= high")
-    check(0 < total < np.inf, "total", total, "must be positive and finite")
-    return (0.0,) * low + (total / (high - low + 1),) * (high - low + 1)
+    return _in_all(total, [float(k >= low) for k in range(high + 1)])
 
 
 def band_stop(low: int, high: int, highest: int, total: float = 1.0) -> Spectrum:
     """Equal variances at 1 … highest but for the frequencies low … high, adding up to `total`."""
     check(1 <= low <= high <= highest, "band_stop", (low, high, highest), "must be in this order")
-    passed = [not low <= k <= high and k > 0 for k in range(highest + 1)]
-    check(any(passed), "band_stop", (low, high, highest), "leave a frequency that passes")
-    check(0 < total < np.inf, "total", total, "must be positive and finite")
-    return tuple(total / sum(passed) if here else 0.0 for here in passed)
+    fix = "leave a frequency that passes"
+    check(low > 1 or high < highest, "band_stop", (low, high, highest), fix)
+    return _in_all(total, [float(0 < k < low or k > high) for k in range(highest + 1)])
 
 
 def power_law(highest: int, exponent: float = 2.0, total: float = 1.0) -> Spectrum:
     """Variances proportional to k^−exponent at 1 … highest, adding up to `total`."""
     check(highest >= 1, "highest", highest, "must be at least 1")
     check(bool(np.isfinite(exponent)), "exponent", exponent, "must be finite")
+    return _in_all(total, [0.0, *(float(k) ** -exponent for k in range(1, highest + 1))])
+
+
+def _in_all(total: float, parts: Sequence[float]) -> Spectrum:
     check(0 < total < np.inf, "total", total, "must be positive and finite")
-    raw = np.arange(1.0, highest + 1) ** -exponent
-    return (0.0, *(float(v) for v in total * raw / raw.sum()))
+    return tuple(total * part / sum(parts) for part in parts)
 
 
 def check_spectrum(field: str, v: Spectrum) -> None:
@@ -65,7 +66,7 @@ def check_spectrum(field: str, v: Spectrum) -> None:
 
 
 class FourierTask(NamedTuple):
-    """f(x) = Σ_k (α_k cos 2πkx + β_k sin 2πkx) over the frequencies k = 0 … F."""
+    """A function f(x) = Σ_k (α_k cos 2πkx + β_k sin 2πkx), k = 0 … F, by its coefficients."""
 
     cosine: Float[Array, " frequencies"]
     sine: Float[Array, " frequencies"]
@@ -93,8 +94,7 @@ class FourierRegression(Regression):
         check_spectrum("spectrum", self.spectrum)
         check(0 <= self.sigma < float("inf"), "sigma", self.sigma, "must be 0 or more, and finite")
         check_positive(self, "steps")
-        known = get_args(Embedding)
-        check(self.embedding in known, "embedding", self.embedding, f"choose from {known}")
+        check_choice("embedding", self.embedding, Embedding)
 
     @property
     def support(self) -> tuple[int, ...]:
@@ -105,16 +105,16 @@ class FourierRegression(Regression):
 
     @property
     def answer_size(self) -> int:
-        """1."""
+        """Numbers in one answer: 1."""
         return 1
 
     def sample_task(self, key: Key) -> FourierTask:
-        """α_k, β_k ~ N(0, v_k)."""
+        """Draws the coefficients α_k, β_k ~ N(0, v_k)."""
         roots = jnp.sqrt(jnp.asarray(self.spectrum, jnp.float32))
         return FourierTask(*(roots * prng.normal(key, (2, len(self.spectrum)))))
 
     def evaluation_task(self, key: Key, amplitudes: Float[Array, " frequencies"]) -> FourierTask:
-        """f(x) = Σ_k A_k cos(2πkx − φ_k) with the given amplitudes and phases uniform.
+        """Draws the phases of f(x) = Σ_k A_k cos(2πkx − φ_k), uniform, for the given amplitudes.
 
         The constant, k = 0, is A_0 / √2 or −A_0 / √2, of the same mean square as the others.
         """
@@ -124,17 +124,17 @@ class FourierRegression(Regression):
         return FourierTask(cosine.at[0].set(constant), sine.at[0].set(0.0))
 
     def query(self, task: FourierTask, key: Key) -> Number:
-        """x uniform on [−½, ½)."""
+        """Draws an input x, uniform on [−½, ½)."""
         del task
         return jax.random.uniform(key, (1,), minval=-0.5, maxval=0.5)
 
     def feedback(self, task: FourierTask, query: Number, answer: object, key: Key) -> Number:
-        """y = f(x) + ε, whatever was answered."""
+        """Gives the target y = f(x) + ε, whatever was answered."""
         del answer
         return value(task, query) + self.sigma * prng.normal(key, (1,))
 
     def encode_query(self, query: Number) -> Float[Array, " n"]:
-        """x under the chosen embedding."""
+        """Embeds x as the configuration says."""
         match self.embedding:
             case "raw":
                 return query
@@ -148,7 +148,7 @@ class FourierRegression(Regression):
     def evaluation(
         self, points: int = 32, frequencies: Sequence[int] | None = None, curves: bool = False
     ) -> TaskSet:
-        """Functions of fixed `amplitudes` and random phases (`evaluation_task`)."""
+        """Sets up functions of fixed `amplitudes` and random phases (`evaluation_task`)."""
         amplitudes = self.amplitudes(frequencies)
         probes = {STRENGTH: self.probe(amplitudes, points, curves)}
         sample = self.evaluation_task
@@ -157,7 +157,7 @@ class FourierRegression(Regression):
     # The probe.
 
     def amplitudes(self, frequencies: Sequence[int] | None = None) -> Spectrum:
-        """A_k of evaluation tasks that contain these frequencies; None: those of the prior.
+        """Amplitudes A_k of evaluation tasks of these frequencies, by default those of the prior.
 
         Frequencies of the prior stand in the ratio of their root-mean-square amplitudes there, each
         other one counts as the prior's strongest, and all are scaled so that the function has the
@@ -192,40 +192,36 @@ class FourierRegression(Regression):
             target = jax.vmap(value, (None, 0))(task, grid)
             F, F_hat = coefficients(target[:, 0]), coefficients(answers[:, 0])
             projection = jnp.real(jnp.conj(F) * F_hat)[contained]
-            power = power_spectrum(F_hat, points)
+            outside = jnp.sum(jnp.delete(power_spectrum(F_hat, points), contained))
             readings = {
                 "strength": projection / jnp.abs(F[contained]) ** 2,
-                "outside": jnp.sum(jnp.delete(power, contained))
-                / jnp.sum(power_spectrum(F, points)),
+                "outside": outside / jnp.sum(power_spectrum(F, points)),
             }
             return readings | ({"answer": answers[:, 0], "target": target[:, 0]} if curves else {})
 
         modes = Modes(contained.tolist(), "frequency $k$", "frequency", "cycles")
-        extras: dict[str, tuple[str, ...]] = {"outside": ()}
-        if not curves:
-            return Probe(grid, read, modes, extras)
-        extras |= {"answer": ("x",), "target": ("x",)}
-        return Probe(grid, read, modes, extras, {"x": ("x", tuple(uniform_grid(points)))})
+        drawn = {"answer": ("x",), "target": ("x",)} if curves else {}
+        coords = {"x": ("x", tuple(uniform_grid(points)))} if curves else {}
+        return Probe(grid, read, modes, {"outside": (), **drawn}, coords)
 
 
 def uniform_grid(points: int) -> Float[np.ndarray, " P"]:
-    """−½, −½ + 1/P, …, float64."""
+    """The P inputs −½, −½ + 1/P, …, float64."""
     return np.arange(points) / points - 0.5
 
 
 def coefficients(answers: Float[Array, " P"]) -> Complex[Array, " half"]:
-    """F_k for k = 0 … ⌊P/2⌋ of values on `uniform_grid`: Re F_k e^{2πikx} summed over k gives them.
+    """Fourier coefficients F_k, k = 0 … ⌊P/2⌋, of values on `uniform_grid`.
 
-    So F_k = α_k − iβ_k at every frequency, 0 and Nyquist's (where the sine vanishes) included.
+    The values are Re F_k e^{2πikx} summed over k: so F_k = α_k − iβ_k at every frequency, 0 and
+    Nyquist's (where the sine vanishes) included.
     """
     (points,) = answers.shape
     shift = (-1.0) ** np.arange(points // 2 + 1)  # as the grid starts at −½
     scale = np.where(_alone(points), 1.0, 2.0) * shift / points
-    # On CPUs as a product: library transforms that run on several CPU devices at once can wait for
-    # each other's threads for ever (seen with jaxlib 0.11.2).
-    if jax.default_backend() == "cpu":
-        return answers @ jnp.asarray(np.fft.rfft(np.eye(points)) * scale, jnp.complex64)
-    return jnp.fft.rfft(answers) * jnp.asarray(scale, jnp.float32)
+    # As a product: library transforms that run on several CPU devices at once can wait for each
+    # other's threads for ever (seen with jaxlib 0.11.2); and products have a precision to ask for.
+    return answers @ jnp.asarray(np.fft.rfft(np.eye(points)) * scale, jnp.complex64)
 
 
 def power_spectrum(F: Complex[Array, " half"], points: int) -> Float[Array, " half"]:
@@ -240,13 +236,13 @@ def _alone(points: int) -> np.ndarray:
 
 
 def fourier_features(x: Number, frequencies: tuple[int, ...]) -> Float[Array, " n"]:
-    """cos 2πkx for each frequency, then sin 2πkx for each but 0."""
+    """Features of x: cos 2πkx for each frequency, then sin 2πkx for each but 0."""
     k = jnp.asarray(frequencies, jnp.float32)
     turns = 2 * np.pi * k * x
     return jnp.concatenate([jnp.cos(turns), jnp.sin(turns)[np.asarray(frequencies) > 0]])
 
 
 def value(task: FourierTask, x: Number) -> Number:
-    """f(x)."""
+    """The value f(x) of a task's function."""
     turns = 2 * np.pi * jnp.arange(task.cosine.shape[0]) * x
     return jnp.sum(task.cosine * jnp.cos(turns) + task.sine * jnp.sin(turns), keepdims=True)

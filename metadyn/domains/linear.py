@@ -27,7 +27,7 @@ _SPECTRUM_DRAWS = 20_000  # our choice
 
 
 class LinearTask(NamedTuple):
-    """y = W x + ε. U, s, V are its K = min(n_x, n_y) modes, there on evaluation tasks alone."""
+    """The matrix W of y = W x + ε, and its K modes U, s, V, there on evaluation tasks alone."""
 
     W: Float[Array, "n_y n_x"]
     U: Float[Array, "n_y K"] | None = None
@@ -98,7 +98,7 @@ class LinearRegression(Regression):
 
     @property
     def modes(self) -> int:
-        """K = min(n_x, n_y)."""
+        """Modes of a task, K = min(n_x, n_y)."""
         return min(self.n_x, self.n_y)
 
     @cached_property
@@ -109,7 +109,7 @@ class LinearRegression(Regression):
         return np.linalg.svd(W, compute_uv=False)
 
     def spectrum(self, scale: float = 1.0, outsize: float = 1.0) -> tuple[float, ...]:
-        """K singular values, greatest first, spread evenly over the prior's central 95 %.
+        """Spreads K singular values, greatest first, evenly over the prior's central 95 %.
 
         They are the quantiles at K evenly spaced probabilities from 0.975 to 0.025 of all singular
         values of W ~ MN(M, R, C), by Monte Carlo with a fixed seed. For tasks out of distribution,
@@ -126,18 +126,18 @@ class LinearRegression(Regression):
 
     @property
     def answer_size(self) -> int:
-        """n_y."""
+        """Numbers in one answer, n_y."""
         return self.n_y
 
     def sample_task(self, key: Key) -> LinearTask:
-        """W ~ MN(M, R, C)."""
+        """Draws W ~ MN(M, R, C)."""
         left = jnp.asarray(np.linalg.cholesky(self.R), jnp.float32)
         right = jnp.asarray(np.linalg.cholesky(self.C), jnp.float32)
         Z = prng.normal(key, (self.n_y, self.n_x))
         return LinearTask(jnp.asarray(self.M, jnp.float32) + left @ Z @ right.T)
 
     def aligned_task(self, key: Key, spectrum: Float[Array, " K"]) -> LinearTask:
-        """W = U diag(s) Vᵀ with U and V the coordinate axes.
+        """Makes the task W = U diag(s) Vᵀ with U and V the coordinate axes.
 
         As x and ε are isotropic, to a learner whose initial state is isotropic too this is like any
         evaluation task; one that starts along the axes starts aligned with it, as Saxe's closed
@@ -148,7 +148,7 @@ class LinearRegression(Regression):
     def evaluation_task(
         self, key: Key, spectrum: Float[Array, " K"], rotate: bool = True
     ) -> LinearTask:
-        """W = U diag(s) Vᵀ with the given spectrum; U and V are Haar-random, or the axes."""
+        """Draws U and V of W = U diag(s) Vᵀ, Haar-random, unless they are to be the axes."""
         s = jnp.asarray(spectrum, jnp.float32)
         check(s.shape == (self.modes,), "spectrum", spectrum, f"give {self.modes} values")
         U, V = jnp.eye(self.n_y), jnp.eye(self.n_x)
@@ -159,21 +159,21 @@ class LinearRegression(Regression):
         return LinearTask((U * s) @ V.T, U, s, V)
 
     def query(self, task: LinearTask, key: Key) -> Float[Array, " n_x"]:
-        """x ~ N(0, I)."""
+        """Draws an input x ~ N(0, I)."""
         del task
         return prng.normal(key, (self.n_x,))
 
     def feedback(
         self, task: LinearTask, query: Float[Array, " n_x"], answer: object, key: Key
     ) -> Float[Array, " n_y"]:
-        """y = W x + ε, whatever was answered."""
+        """Gives the target y = W x + ε, whatever was answered."""
         del answer
         return dense.apply(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
 
     def evaluation(
         self, points: int = 32, scale: float = 1.0, outsize: float = 1.0, rotate: bool = True
     ) -> TaskSet:
-        """Tasks of one spectrum (`spectrum`) in random directions (`evaluation_task`)."""
+        """Sets up tasks of one spectrum (`spectrum`) in random directions (`evaluation_task`)."""
         s = self.spectrum(scale, outsize)
         probe = dataclasses.replace(self.probe(points), modes=_modes(s))
         sample = self.evaluation_task if rotate else self.aligned_task
@@ -221,7 +221,7 @@ def _modes(spectrum: tuple[float, ...]) -> Modes:
 
 
 def haar(key: Key, n: int) -> Float[Array, "n n"]:
-    """A Haar-random orthogonal matrix: Gram–Schmidt, done twice over, on Gaussian columns.
+    """Draws a Haar-random orthogonal matrix: Gram–Schmidt, twice over, on Gaussian columns.
 
     Under `jax.vmap` this is a few fused matrix products, where a QR decomposition is one library
     call a matrix on a GPU.

@@ -10,12 +10,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import rnn
 from jaxtyping import Array, Float
 
+from metadyn.errors import check_choice
 from metadyn.kernels import fused
 
-Backend = Literal["auto", "scan", "backward", "pallas", "cudnn"]
+Backend = Literal["auto", "scan", "backward", "pallas"]
 FEW = 8  # on a CPU, scan is the faster for H >= FEW B: `python -m benchmarks.kernels --full`
 
 
@@ -86,21 +86,12 @@ def lstm(
                 the weight gradients as one product at the end. For GPUs, on which it has not been
                 measured, and where H must be a power of two from 16; on a CPU it is interpreted,
                 for tests.
-      cudnn     NVIDIA's own, through `jax.experimental.rnn`. Not measured here either; on a CPU it
-                is that module's reference.
     """
     if backend == "auto":
         few = jax.default_backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
         backend = "scan" if few else "backward"
-    if backend == "scan":
-        return _scan(weights, inputs)
-    if backend == "backward":
-        return _lstm(weights, inputs)
-    if backend == "pallas":
-        return _fused(weights, inputs)
-    if backend == "cudnn":
-        return _cudnn(weights, inputs)
-    raise ValueError(f"backend = {backend!r}: choose auto, scan, backward, pallas or cudnn")
+    check_choice("backend", backend, Backend)
+    return {"scan": _scan, "backward": _lstm, "pallas": _fused}[backend](weights, inputs)
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
@@ -219,18 +210,3 @@ def _fused_backward(residuals, dh_out):
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
-
-
-def _cudnn(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
-    (T, n, B), H = inputs.shape, weights.recurrent.shape[1]
-    # Gates i, f, g, o; all of the input's weights, the recurrent ones, then two biases.
-    swapped = (jnp.concatenate([w[: 2 * H], w[3 * H :], w[2 * H : 3 * H]]).ravel() for w in weights)
-    packed = jnp.concatenate([*swapped, jnp.zeros(4 * H, inputs.dtype)])
-    x, start = inputs.transpose(2, 0, 1), jnp.zeros((1, B, H), inputs.dtype)
-    sizes = (jnp.full(B, T, jnp.int32), n, H, 1, 0.0, False)  # one layer, no dropout, one way
-    if jax.default_backend() == "cpu":
-        unpacked = rnn.unpack_lstm_weights(packed, n, H, 1, False)
-        h = rnn.lstm_ref(x, start, start, *unpacked, *sizes)[0]
-    else:
-        h = rnn.lstm(x, start, start, packed, *sizes)[0]
-    return h.transpose(1, 2, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import Key, Learner
+from metadyn.base import Learner, Query
 from metadyn.domains.bandit import ContextualBandit, Outcome
-from metadyn.domains.fourier import FourierRegression, Number, fourier_features
+from metadyn.domains.fourier import FourierRegression, fourier_features
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import check
+from metadyn.errors import check, check_choice
 
+BanditPolicy = Literal["greedy", "thompson"]
 MOST_PERMUTATIONS = 5040  # 7 contexts of 7 actions: our choice
 TIE = 1e-4  # log-posteriors this close are equal: in float32, over an episode
 
@@ -58,17 +60,10 @@ def bayes_linear(domain: LinearRegression) -> Learner:
     roots = np.sqrt(eigenvalues)[:, None, None] * np.linalg.cholesky(domain.C)
     prior = Posterior(mean, jnp.asarray(roots, jnp.float32))
 
-    def init(key: Key) -> Posterior:
-        del key
-        return prior
-
-    def predict(state: Posterior, x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
-        return Q @ (state.mean @ x)
-
-    def update(state: Posterior, x: Float[Array, " n_x"], y: Float[Array, " n_y"]) -> Posterior:
-        return condition(state, x, Q.T @ y, domain.sigma**2)
-
-    return Learner(init, predict, update)
+    rotated = _regression(prior, domain.sigma**2)
+    predict = lambda state, x: Q @ rotated.predict(state, x)
+    update = lambda state, x, y: rotated.update(state, x, Q.T @ y)
+    return Learner(rotated.init, predict, update)
 
 
 def bayes_fourier(domain: FourierRegression) -> Learner:
@@ -80,23 +75,21 @@ def bayes_fourier(domain: FourierRegression) -> Learner:
     support, v = domain.support, np.asarray(domain.spectrum)
     variances = [*v[list(support)], *(v[k] for k in support if k > 0)]
     noise = max(domain.sigma**2, 1e-6 * float(v.sum()))
-    prior = Posterior(
-        jnp.zeros((1, len(variances))),
-        jnp.asarray(np.diag(np.sqrt(variances))[None], jnp.float32),
-    )
+    roots = jnp.asarray(np.diag(np.sqrt(variances))[None], jnp.float32)
+    prior = Posterior(jnp.zeros((1, len(variances))), roots)
+    return _regression(prior, noise, lambda x: fourier_features(x, support))
 
-    def predict(state: Posterior, x: Number) -> Number:
-        return state.mean @ fourier_features(x, support)
 
-    def update(state: Posterior, x: Number, y: Number) -> Posterior:
-        return condition(state, fourier_features(x, support), y, noise)
-
+def _regression(
+    prior: Posterior, variance: float, features: Callable[[Query], Array] = lambda x: x
+) -> Learner:
+    """Bayesian linear regression on features of the query."""
+    predict = lambda state, x: state.mean @ features(x)
+    update = lambda state, x, y: condition(state, features(x), y, variance)
     return Learner(lambda key: prior, predict, update)
 
 
-def bayes_bandit(
-    domain: ContextualBandit, policy: Literal["greedy", "thompson"] = "greedy"
-) -> Learner:
+def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> Learner:
     """The exact posterior over a*, and a policy on it.
 
     greedy     the most probable actions, evenly. With deterministic pay it is Bayes-optimal: it
@@ -111,7 +104,7 @@ def bayes_bandit(
     The state is the logarithm of the posterior: of each action in each context [K, n], or, for
     permutations, of each of the n! / (n − K)! assignments.
     """
-    check(policy in ("greedy", "thompson"), "policy", policy, "choose greedy or thompson")
+    check_choice("policy", policy, BanditPolicy)
     K, n = domain.contexts, domain.actions
     if domain.permutation:
         count = math.perm(n, K)
@@ -147,16 +140,13 @@ def bayes_bandit(
 
 
 def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
-    """argmin_W Σ ‖y − W x‖² + penalty ‖W‖², online.
+    """Ridge regression, argmin_W Σ ‖y − W x‖² + penalty ‖W‖², online.
 
     It is the posterior mean under iid weights of variance 1 / penalty and noise of variance 1.
     """
     check(penalty > 0, "penalty", penalty, "must be positive")
-    prior = Posterior(
-        jnp.zeros((n_y, n_x)), jnp.broadcast_to(jnp.eye(n_x) / penalty**0.5, (n_y, n_x, n_x))
-    )
-    predict = lambda state, x: state.mean @ x
-    return Learner(lambda key: prior, predict, lambda state, x, y: condition(state, x, y, 1.0))
+    roots = jnp.broadcast_to(jnp.eye(n_x) / penalty**0.5, (n_y, n_x, n_x))
+    return _regression(Posterior(jnp.zeros((n_y, n_x)), roots), 1.0)
 
 
 def least_squares(n_x: int, n_y: int) -> Learner:

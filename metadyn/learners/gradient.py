@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -63,14 +63,11 @@ def deep_linear(
     n_x: int, n_y: int, depth: int = 2, width: int = 32, scale: float = 1e-2
 ) -> Network:
     """ŷ = W_depth … W_2 W_1 x with N(0, scale²) entries (Saxe et al. 2013)."""
-    sizes = _sizes(n_x, n_y, depth, width, scale)
+    shapes = _shapes(n_x, n_y, depth, width, scale)
 
     def init(key: Key) -> list[Array]:
         keys = jax.random.split(key, depth)
-        return [
-            scale * prng.normal(k, (rows, columns))
-            for k, rows, columns in zip(keys, sizes[1:], sizes[:-1], strict=True)
-        ]
+        return [scale * prng.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
 
     return Network(init, _product)
 
@@ -84,23 +81,22 @@ def balanced_deep_linear(
     so that W_{l+1}ᵀ W_{l+1} = W_l W_lᵀ and the modes of a task whose singular vectors are the
     coordinate axes never mix.
     """
-    sizes = _sizes(n_x, n_y, depth, width, strength)
+    shapes = _shapes(n_x, n_y, depth, width, strength)
     least = min(n_x, n_y) if depth > 1 else 1
     check(width >= least, "width", width, f"must be at least {least}: each mode needs a unit")
     layer = strength ** (1 / depth)
-
-    def init(key: Key) -> list[Array]:
-        del key
-        return [layer * jnp.eye(r, c) for r, c in zip(sizes[1:], sizes[:-1], strict=True)]
-
-    return Network(init, _product)
+    return Network(lambda key: [layer * jnp.eye(*shape) for shape in shapes], _product)
 
 
-def _sizes(n_x: int, n_y: int, depth: int, width: int, scale: float) -> list[int]:
+def _shapes(
+    n_x: int, n_y: int, depth: int, width: int, scale: float = 1.0
+) -> list[tuple[int, int]]:
+    """(rows, columns) of each layer of weights."""
     check(depth >= 1, "depth", depth, "must be at least 1")
     check(width >= 1, "width", width, "must be at least 1")
     check(scale > 0, "scale", scale, "must be positive")
-    return [n_x, *[width] * (depth - 1), n_y]
+    sizes = [n_x, *[width] * (depth - 1), n_y]
+    return list(zip(sizes[1:], sizes[:-1], strict=True))
 
 
 def mlp(n_x: int, n_y: int, depth: int = 6, width: int = 256) -> Network:
@@ -108,15 +104,15 @@ def mlp(n_x: int, n_y: int, depth: int = 6, width: int = 256) -> Network:
 
     Weights and biases start uniform on ±1/√fan-in, PyTorch's default, as in Rahaman et al. (2018).
     """
-    sizes = _sizes(n_x, n_y, depth + 1, width, 1.0)
+    shapes = _shapes(n_x, n_y, depth + 1, width)
+
+    def layer(key: Key, shape: tuple[int, int]) -> Layer:
+        rows, columns = shape
+        drawn = jax.random.uniform(key, (rows, columns + 1), minval=-1.0) / columns**0.5
+        return Layer(drawn[:, :-1], drawn[:, -1])
 
     def init(key: Key) -> list[Layer]:
-        def layer(key: Key, rows: int, columns: int) -> Layer:
-            drawn = jax.random.uniform(key, (rows, columns + 1), minval=-1.0) / columns**0.5
-            return Layer(drawn[:, :-1], drawn[:, -1])
-
-        keys = jax.random.split(key, depth + 1)
-        return [layer(*each) for each in zip(keys, sizes[1:], sizes[:-1], strict=True)]
+        return [*map(layer, jax.random.split(key, depth + 1), shapes)]
 
     def apply(weights: list[Layer], x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
         *hidden, last = weights
@@ -158,32 +154,31 @@ def gradient(
     its time t counts optimiser updates. Raises `ConfigError` for fewer points than the batch has.
     """
     check(batch >= 1, "batch", batch, "must be at least 1")
-    if points is not None:
-        check(points >= batch, "points", points, f"must be no fewer than the batch of {batch}")
+    fix = f"must be no fewer than the batch of {batch}"
+    check(points is None or points >= batch, "points", points, fix)
 
-    predict = lambda state, query: network.apply(state[0], query)
+    def objective(weights: Weights, query: Query, feedback: Feedback) -> Array:
+        answers = jax.vmap(network.apply, (None, 0))(weights, query)
+        return jnp.mean(jax.vmap(loss)(answers, feedback))
+
+    return _descent(network, optimizer, objective)._replace(batch=batch, points=points)
+
+
+def _descent(network, optimizer, objective) -> Learner:
+    """A network that takes one optimiser step down objective(weights, query, feedback)."""
+
+    def init(key: Key):
+        weights = network.init(key)
+        return weights, optimizer.init(weights)
 
     def update(state, query: Query, feedback: Feedback):
         weights, moments = state
+        slope = jax.grad(objective)(weights, query, feedback)
+        steps, moments = optimizer.update(slope, moments, weights)
+        return optax.apply_updates(weights, steps), moments
 
-        def objective(weights):
-            answers = jax.vmap(network.apply, (None, 0))(weights, query)
-            return jnp.mean(jax.vmap(loss)(answers, feedback))
-
-        return _step(optimizer, objective, weights, moments)
-
-    init = partial(_start, network, optimizer)
-    return Learner(init, predict, update, batch=batch, points=points, clock="updates")
-
-
-def _start(network, optimizer, key):
-    weights = network.init(key)
-    return weights, optimizer.init(weights)
-
-
-def _step(optimizer, objective, weights, moments):
-    steps, moments = optimizer.update(jax.grad(objective)(weights), moments, weights)
-    return optax.apply_updates(weights, steps), moments
+    predict = lambda state, query: network.apply(state[0], query)
+    return Learner(init, predict, update, clock="updates")
 
 
 def softmax_policy(
@@ -225,15 +220,11 @@ def expected_policy_gradient(
     `reinforce`, exactly. Its time t counts updates.
     """
 
-    def update(state, query: Query, feedback: Outcome):
-        def objective(weights):
-            logits = jax.vmap(network.apply, (None, 0))(weights, jnp.arange(contexts))
-            return -jnp.mean(jnp.sum(jax.nn.softmax(logits) * feedback.pay, axis=1))
+    def objective(weights: Weights, query: Query, feedback: Outcome) -> Array:
+        logits = jax.vmap(network.apply, (None, 0))(weights, jnp.arange(contexts))
+        return -jnp.mean(jnp.sum(jax.nn.softmax(logits) * feedback.pay, axis=1))
 
-        return _step(optimizer, objective, *state)
-
-    predict = lambda state, query: network.apply(state[0], query)
-    return Learner(partial(_start, network, optimizer), predict, update, clock="updates")
+    return _descent(network, optimizer, objective)
 
 
 def reinforce(
@@ -252,24 +243,23 @@ def reinforce(
     check(batch >= 1, "batch", batch, "must be at least 1")
     check(0 <= memory < 1, "memory", memory, "must be from 0 to below 1")
 
-    init = lambda key: (*_start(network, optimizer, key), jnp.zeros(()))
-    predict = lambda state, query: network.apply(state[0], query)
+    def objective(weights: Weights, query: Query, credited: tuple[Array, Array]) -> Array:
+        action, advantage = credited
+        logits = jax.vmap(network.apply, (None, 0))(weights, query)
+        chosen = jnp.take_along_axis(logits, action[:, None], 1)[:, 0]
+        return -jnp.mean(advantage * (chosen - jax.nn.logsumexp(logits, axis=1)))
+
+    policy = _descent(network, optimizer, objective)
 
     def update(state, query: Query, feedback: Outcome):
-        weights, moments, mean = state
-        advantage = feedback.reward - mean
-
-        def objective(weights):
-            logits = jax.vmap(network.apply, (None, 0))(weights, query)
-            chosen = jnp.take_along_axis(logits, feedback.action[:, None], 1)[:, 0]
-            return -jnp.mean(advantage * (chosen - jax.nn.logsumexp(logits, axis=1)))
-
-        weights, moments = _step(optimizer, objective, weights, moments)
+        *descended, mean = state
+        credited = feedback.action, feedback.reward - mean
         if baseline:
             mean = memory * mean + (1 - memory) * jnp.mean(feedback.reward)
-        return weights, moments, mean
+        return *policy.update(descended, query, credited), mean
 
-    return Learner(init, predict, update, batch=batch, clock="updates")
+    init = lambda key: (*policy.init(key), jnp.zeros(()))
+    return Learner(init, policy.predict, update, batch=batch, clock="updates")
 
 
 def saxe_strength(

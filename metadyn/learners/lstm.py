@@ -21,7 +21,7 @@ Carry = tuple[Float[Array, " H"], Float[Array, " H"]]
 
 @dataclasses.dataclass(frozen=True)
 class LSTMConfig:
-    """The network. The paper's width is not known to us: the values here are our choice."""
+    """Size and start of the LSTM: our choice, as the paper's width is not known to us."""
 
     label = "LSTM"
     hidden: int = 64
@@ -38,7 +38,7 @@ class LSTMConfig:
         check(self.backend != "pallas" or fits, "hidden", self.hidden, fix)
 
     def make(self, domain: Domain, heads: int = 0) -> Recurrent:
-        """The meta-learner for a domain."""
+        """Makes the meta-learner for a domain."""
         return Recurrent(domain, lambda n, rngs: LSTMCell(n, self, rngs=rngs), heads)
 
 
@@ -56,31 +56,31 @@ class LSTMCell(EpisodeCell):
 
     @property
     def weights(self) -> LSTMWeights:
-        """The weights, as the kernels take them."""
+        """The weights in the form that the kernels take."""
         return LSTMWeights(self.input[...], self.recurrent[...], self.bias[...])
 
     @property
     def num_feature_axes(self) -> int:
-        """1."""
+        """Axes of one input beyond those of batches: one, of features."""
         return 1
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> Carry:
-        """h_0 = c_0 = 0."""
+        """Makes the carry before the first step, h_0 = c_0 = 0."""
         zeros = jnp.zeros((*input_shape[:-1], self.hidden))
         return zeros, zeros
 
     def __call__(self, carry: Carry, inputs: Float[Array, " n"]) -> tuple[Carry, Array]:
-        """One step of one episode."""
+        """Takes one step of one episode."""
         h, c, _ = cell(self.weights, inputs, *carry)
         return (h, c), h
 
     def episodes(self, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
-        """Hidden states h_1 … h_T, by the kernel of the chosen backend."""
+        """Runs B whole episodes by the kernel of the chosen backend: hidden states h_1 … h_T."""
         return lstm(self.weights, inputs, self.backend)
 
     def diagnose(self, carry: Carry, x: Float[Array, " n"]) -> Mapping[str, Array]:
-        """The share of the gates i, f, o within 0.05 of 0 or 1."""
+        """Measures the share of the gates i, f, o within 0.05 of 0 or 1."""
         gates = jnp.stack(cell(self.weights, x, *carry)[2][:3])
         return {"saturated_gates": jnp.mean(jnp.abs(gates - 0.5) > 0.5 - SATURATED)}

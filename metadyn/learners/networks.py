@@ -27,11 +27,11 @@ class EpisodeCell(nnx.RNNCellBase):
     """A recurrent cell that knows a faster way through whole episodes, or has more to say."""
 
     def episodes(self, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-        """What stepping the cell through each of B episodes gives, all at once."""
+        """Runs B whole episodes at once, with the outputs that stepping the cell gives."""
         raise NotImplementedError
 
     def diagnose(self, carry: Carry, x: Float[Array, " n"]) -> Mapping[str, Array]:
-        """Scalars, by name, about the step that reads x."""
+        """Names scalars about the step that reads x, to be recorded beside the probes."""
         return {}
 
 
@@ -39,13 +39,13 @@ class CausalModel(Protocol):
     """A model of sequences for one episode, whose output at t depends on inputs up to t alone."""
 
     def __call__(self, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
-        """The outputs of a whole episode."""
+        """Runs a whole episode, and returns all outputs."""
 
     def start(self, steps: int) -> Carry:
-        """An empty cache with room for `steps` inputs."""
+        """Makes an empty cache with room for `steps` inputs."""
 
     def step(self, cache: Carry, x: Float[Array, " n"]) -> tuple[Carry, Float[Array, " F"]]:
-        """The next output, and the cache with x in it."""
+        """Reads x: returns the cache with x in it, and the output."""
 
 
 class NetworkState(NamedTuple):
@@ -67,36 +67,44 @@ class _Readout(nnx.Module):
         self.offset = nnx.Param(jnp.zeros(n_out))
 
     def outputs(self, hidden: Float[Array, " F *B"]) -> Float[Array, " n_out *B"]:
-        """The readout of what the network gives."""
+        """Reads the answer and the heads out of what the network gives."""
         offset = self.offset[...].reshape(-1, *[1] * (hidden.ndim - 1))
         return apply(self.readout[...], hidden) + offset
 
 
 class _NetworkMetaLearner:
-    """The `base.MetaLearner` of networks for one domain; subclasses know how to run a network."""
+    """What `Recurrent` and `Sequence` share: the `base.MetaLearner` of networks for one domain.
 
-    def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], nnx.Module], heads: int = 0):
+    `make(n_in, rngs)` makes the network, for inputs of `n_in` numbers. `heads` outputs more than an
+    answer needs are there for objectives: one for the critic of `objectives.actor_critic`. Raises
+    `ConfigError` for fewer than none.
+    """
+
+    def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], Any], heads: int = 0):
         check(heads >= 0, "heads", heads, "must be 0 or more")
         self.domain, self.heads = domain, heads
-        task = jax.eval_shape(domain.sample_task, jax.random.key(0))
-        query = jax.eval_shape(domain.query, task, jax.random.key(0))
+        key = jax.random.key(0)
         answer = jax.ShapeDtypeStruct((domain.answer_size,), jnp.float32)
-        feedback = jax.eval_shape(domain.feedback, task, query, answer, jax.random.key(0))
-        (n,) = jax.eval_shape(domain.encode_query, query).shape
-        (self._m,) = jax.eval_shape(domain.encode_feedback, feedback).shape
-        self._n_in = n + self._m
 
-        def first_output(body: nnx.Module) -> Array:
-            return self._step(body, self._start(body), jnp.zeros(self._n_in))[1]
+        def encoded(answer: Array) -> tuple[Array, Array]:
+            task = domain.sample_task(key)
+            query = domain.query(task, key)
+            feedback = domain.feedback(task, query, answer, key)
+            return domain.encode_query(query), domain.encode_feedback(feedback)
+
+        (n,), (self._m,) = (one.shape for one in jax.eval_shape(encoded, answer))
+        self._n_in = n + self._m
 
         def build(rngs: nnx.Rngs) -> _Readout:
             body = make(self._n_in, rngs)
-            features = jax.eval_shape(lambda: first_output(body)).shape[0]
+            step = lambda: self._step(body, self._start(body), jnp.zeros(self._n_in))[1]
+            features = jax.eval_shape(step).shape[0]
             return _Readout(body, features, domain.answer_size + heads)
 
         self._build = build
         split: Any = nnx.split  # into its graph, its parameters, and state such as random streams
         self._graph, _, rest = split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
+        # Only where there is such state are numbers drawn, which for a large network takes long.
         stateful = bool(jax.tree.leaves(rest))
         self._rest = split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if stateful else rest
 
@@ -111,13 +119,10 @@ class _NetworkMetaLearner:
     def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
         raise NotImplementedError
 
-    def _diagnose(self, body: Any, carry: Carry, x: Array) -> Mapping[str, Array]:
-        return {}
-
     # The contract of `base.MetaLearner`.
 
     def init(self, key: Key) -> Params:
-        """Outer parameters as plain dictionaries of arrays."""
+        """Draws outer parameters, as plain dictionaries of arrays."""
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key)), nnx.Param))
 
     def network(self, params: Params) -> _Readout:
@@ -125,19 +130,22 @@ class _NetworkMetaLearner:
         return nnx.merge(self._graph, nnx.State(params), self._rest)
 
     def learner(self, params: Params) -> Learner:
-        """The step-by-step form."""
+        """The learner that steps this network through an episode."""
         network, domain = self.network(params), self.domain
         body = network.body
 
         def read(state: NetworkState, query: Query) -> Array:
             return jnp.concatenate([domain.encode_query(query), state.feedback])
 
+        def said(carry: Carry, x: Array) -> dict[str, Array]:
+            return dict(body.diagnose(carry, x)) if isinstance(body, EpisodeCell) else {}
+
+        diagnoses = jax.eval_shape(lambda: said(self._start(body), jnp.zeros(self._n_in)))
+
         def init(key: Key) -> NetworkState:
             del key
-            carry, x = self._start(body), jnp.zeros(self._n_in)
-            said = jax.eval_shape(lambda: dict(self._diagnose(body, carry, x)))
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), said)
-            return NetworkState(carry, jnp.zeros(self._m), nothing)
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), diagnoses)
+            return NetworkState(self._start(body), jnp.zeros(self._m), nothing)
 
         def predict(state: NetworkState, query: Query) -> Answer:
             hidden = self._step(body, state.carry, read(state, query))[1]
@@ -146,20 +154,15 @@ class _NetworkMetaLearner:
         def update(state: NetworkState, query: Query, feedback: Feedback) -> NetworkState:
             x = read(state, query)
             carry, _ = self._step(body, state.carry, x)
-            said = dict(self._diagnose(body, state.carry, x))
-            return NetworkState(carry, domain.encode_feedback(feedback), said)
+            return NetworkState(carry, domain.encode_feedback(feedback), said(state.carry, x))
 
-        diagnose = (lambda state: state.diagnoses) if self._says(body) else None
+        diagnose = (lambda state: state.diagnoses) if diagnoses else None
         return Learner(init, predict, update, diagnose=diagnose)
-
-    def _says(self, body: Any) -> bool:
-        carry, x = self._start(body), jnp.zeros(self._n_in)
-        return bool(jax.eval_shape(lambda: dict(self._diagnose(body, carry, x))))
 
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """The whole-episode form: answers [T, answer_size, B], and below them the heads."""
+        """Runs whole episodes: the answers [T, answer_size, B], and below them the heads."""
         network = self.network(params)
         over_batch_and_time = lambda f: jax.vmap(jax.vmap(f, -1, -1))
         x = over_batch_and_time(self.domain.encode_query)(queries)
@@ -170,16 +173,12 @@ class _NetworkMetaLearner:
 
 
 class Recurrent(_NetworkMetaLearner):
-    """Meta-learners with any flax NNX recurrent cell.
+    """Meta-learners with any flax NNX recurrent cell: `Recurrent(domain, make_cell, heads=0)`.
 
     `make_cell(n_in, rngs)` returns an `nnx.RNNCellBase` for inputs of `n_in` numbers, such as
     `lambda n, rngs: nnx.GRUCell(n, 64, rngs=rngs)`. Whole episodes are a scan of the cell, or what
-    an `EpisodeCell` has in its place. `heads` outputs more than an answer needs are there for
-    objectives: one for the critic of `objectives.actor_critic`.
+    an `EpisodeCell` has in its place.
     """
-
-    def __init__(self, domain: Domain, make_cell: Callable[[int, nnx.Rngs], Any], heads: int = 0):
-        super().__init__(domain, make_cell, heads)
 
     def _start(self, body: Any) -> Carry:
         return body.initialize_carry((self._n_in,), nnx.Rngs(0))
@@ -187,13 +186,8 @@ class Recurrent(_NetworkMetaLearner):
     def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
         return body(carry, x)
 
-    def _diagnose(self, body: Any, carry: Carry, x: Array) -> Mapping[str, Array]:
-        return body.diagnose(carry, x) if isinstance(body, EpisodeCell) else {}
-
     def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-        if isinstance(body, EpisodeCell):
-            return body.episodes(inputs)
-        return scanned(body, inputs)
+        return body.episodes(inputs) if isinstance(body, EpisodeCell) else scanned(body, inputs)
 
 
 def scanned(cell: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
@@ -205,15 +199,12 @@ def scanned(cell: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
 
 
 class Sequence(_NetworkMetaLearner):
-    """Meta-learners with any causal model of sequences, such as a transformer.
+    """Meta-learners with any causal model of sequences: `Sequence(domain, make_model, heads=0)`.
 
     `make_model(n_in, rngs)` returns an `nnx.Module` that is a `CausalModel` of inputs of `n_in`
-    numbers. Training runs whole episodes through it; probing steps it from a cache, which has room
-    for T + 1 inputs: those of the episode, and the query of a probe after it.
+    numbers, such as a transformer. Training runs whole episodes through it; probing steps it from a
+    cache, which has room for T + 1 inputs: those of the episode, and a probe's query after it.
     """
-
-    def __init__(self, domain: Domain, make_model: Callable[[int, nnx.Rngs], Any], heads: int = 0):
-        super().__init__(domain, make_model, heads)
 
     def _start(self, body: Any) -> Carry:
         return body.start(self.domain.steps + 1)
@@ -237,5 +228,5 @@ class GRUConfig:
         check_positive(self, "hidden")
 
     def make(self, domain: Domain, heads: int = 0) -> Recurrent:
-        """The meta-learner for a domain."""
+        """Makes the meta-learner for a domain."""
         return Recurrent(domain, lambda n, rngs: nnx.GRUCell(n, self.hidden, rngs=rngs), heads)
