@@ -131,7 +131,7 @@ def late(config, results):
         (unknown_set, "'lstm' on 'x5' is not among what is measured"),
         (unknown_reading, "saturated_gates"),
         (late, "ValueError: of two lines"),
-        (twice, "two criteria are called 'loss'"),
+        (twice, "criterion = 'loss': two have this name"),
     ],
 )
 def test_criteria_that_cannot_be_had(criteria, says, tmp_path, monkeypatch):
