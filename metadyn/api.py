@@ -99,6 +99,5 @@ def measure(
             contender, params = Contender(name, name, learner.meta), learner.params
         arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
         about = described(tasks, contender, place)
-        about["axes"].pop("closed_form", None)
         parts[name] = labelled.labelled(jax.tree.map(np.asarray, arrays), about)
     return labelled.merge(parts)

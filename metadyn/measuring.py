@@ -145,9 +145,12 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     return 4 * (seeds if contender.trained else 1) * tasks.size_for(contender.clock) * times * each
 
 
-def fits(what: str, needed: int, field: str, value: Any = None) -> None:
-    """Raises `ConfigError`, naming the field to lower, unless so many bytes can be had."""
-    there = mesh.memory()
+def fits(what: str, needed: int, field: str, value: Any = None, split: bool = False) -> None:
+    """Raises `ConfigError`, naming the field to lower, unless so many bytes can be had.
+
+    They are those of arrays that are split over all devices, or that each has a copy of.
+    """
+    there = mesh.memory(split)
     gib = 1 << 30
     fix = f"{what} would take {needed / gib:,.1f} GiB of the {there / gib:,.1f} there are; lower it"
     if needed > there:

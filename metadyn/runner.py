@@ -26,7 +26,7 @@ from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls, described, fits, readings
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
-from metadyn.scalars import scalars
+from metadyn.scalars import check_installed, scalars
 from metadyn.store import Results, RunFolder
 from metadyn.study import Comparison, Contender, Criterion, Plan, Study
 
@@ -201,15 +201,15 @@ def check_memory(plan: Plan) -> None:
         weights = _weights(plan.trained[name].meta)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
         what = f"the weights of {contender.name} and what trains them"  # moments, gradient
-        fits(what, 4 * outer.seeds * size * mesh.copies(), contender.option or "outer.seeds")
+        fits(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
     for _, tasks, contender in plan.every:
-        needed = bytes_needed(tasks, contender, outer.seeds) // mesh.splits()
+        needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
         by_time = times > size and contender.times is None
         option = "measure.updating_tasks" if size < tasks.size else tasks.option
         field = "steps" if by_time else option or "size"
-        fits(what, 2 * needed, field, tasks.domain.steps if by_time else None)  # and a copy
+        fits(what, needed, field, tasks.domain.steps if by_time else None, split=True)
 
 
 def outline(plan: Plan) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def check_compiled(loop: OuterLoop) -> None:
     account = compiled.memory_analysis()
     if account is not None:
         used = account.temp_size_in_bytes + account.argument_size_in_bytes
-        fits("an outer step", used * mesh.copies(), "outer.batch")
+        fits("an outer step", used, "outer.batch")
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> None:
@@ -296,6 +296,8 @@ def run_study(
     """
     from metadyn import figures
 
+    if tensorboard:
+        check_installed()
     plan = study.plan(config)
     identity = {"study": study.name, "preset": preset, "seed": seed}
     asked = {**identity, "config": dataclasses.asdict(config), "plan": outline(plan)}

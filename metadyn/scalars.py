@@ -31,7 +31,6 @@ def scalars(folder: Path | None, step: int) -> Iterator[Log]:
     if folder is None:
         yield lambda step, values: None
         return
-    check_installed()
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder), purge_step=step + 1) as writer:
