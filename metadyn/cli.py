@@ -22,7 +22,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -105,43 +105,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides = overrides
         return arguments.do(arguments)
     except ConfigError as error:
-        if str(error):
-            _say(error)
-        return _left(BAD_INPUT)
+        code, said = BAD_INPUT, str(error)
     except KeyboardInterrupt:
-        _say(STOPPED)
-        return _left(INTERRUPTED)
+        code, said = INTERRUPTED, STOPPED
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _left(INTERRUPTED if arguments.do is _run else DONE)
+        code, said = INTERRUPTED if arguments.do is _run else DONE, ""
     except Exception as error:
-        return _left(_failed(error))
+        from metadyn import mesh
+
+        code = BAD_INPUT
+        if mesh.lost(error):
+            code, said = INTERRUPTED, " ".join(str(error).split())[:120]
+            again = "start all of them again to go on from the last checkpoint"
+            said = f"another process of this run was lost; {again} ({said})"
+        elif isinstance(error, OSError):
+            said = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            lower = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
+            said = f"memory ran out; the last checkpoint is whole: {lower}"
+        elif mesh.joined():
+            traceback.print_exc()
+            code, said = FAILED, ""
+        else:
+            raise
+    if said:
+        _say(said)
+    return _left(code)
 
 
-def _failed(error: Exception) -> int:
-    """The exit code for what no option is to blame for, once it is said; or raises it again."""
-    from metadyn import mesh
-
-    if mesh.lost(error):
-        _say(
-            "another process of this run was lost; start all of them again to go on "
-            f"from the last checkpoint ({' '.join(str(error).split())[:120]})"
-        )
-        return INTERRUPTED
-    if isinstance(error, OSError):
-        _say(f"{error.filename or 'a file'} cannot be read or written ({error.strerror})")
-        return BAD_INPUT
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        lower = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
-        _say(f"memory ran out; the last checkpoint is whole: {lower}")
-        return BAD_INPUT
-    if not mesh.joined():
-        raise error
-    traceback.print_exception(error)
-    return FAILED
-
-
-def _say(what: object) -> None:
+def _say(what: str) -> None:
     print(f"metadyn: {what}".replace("\n", " "), file=sys.stderr, flush=True)
 
 
@@ -290,7 +283,7 @@ def _matrices() -> Any:
     def parse(texts: list[str]) -> Any:
         try:
             rows = json.loads(texts[0])
-            return None if rows is None else tuple(tuple(float(v) for v in row) for row in rows)
+            return None if rows is None else tuple(tuple(map(float, row)) for row in rows)
         except (ValueError, TypeError, RecursionError):
             said = f"give rows such as [[1, 0], [0, 2]], not {texts[0]!r}"
             raise ValueError(said) from None
@@ -317,13 +310,12 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
     """
     ending = error.field.removeprefix("--").replace("_", "-")
     values = {o: v for o, v in _options(config) if ending and f".{o[2:]}".endswith(f".{ending}")}
-    typed = {}
-    for i, word in enumerate(overrides):
-        option, equals, value = word.partition("=")
-        words = (
-            [value] if equals else takewhile(lambda w: not w.startswith("--"), overrides[i + 1 :])
-        )
-        typed[option.replace("_", "-")] = " ".join(words)
+    words = [part for word in overrides for part in word.split("=", int(word.startswith("--")))]
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    typed = {
+        words[i].replace("_", "-"): " ".join(words[i + 1 : end])
+        for i, end in pairwise([*starts, len(words)])
+    }
 
     def likely(option: str) -> tuple[bool, bool, bool]:
         """How surely this is the option that is complained about, of several that end alike."""

@@ -108,8 +108,6 @@ def lost(error: BaseException) -> bool:
 
 def anywhere(flag: bool) -> bool:
     """Whether `flag` is true in any process; all must ask."""
-    if jax.process_count() == 1:
-        return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
@@ -120,7 +118,7 @@ def by_first(f: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return f()
-    said: bytes = b""
+    said = b""
     error: Exception = ConfigError()
     if first():
         try:
@@ -131,7 +129,7 @@ def by_first(f: Callable[[], Any]) -> Any:
     if not length:
         leave()
         raise error
-    padded = np.zeros(length, np.uint8) if not said else np.frombuffer(said, np.uint8)
+    padded = np.frombuffer(said or bytes(length), np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
 

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 
 from metadyn import dynamics, inner, labelled, mesh
-from metadyn.base import Key, MetaLearner, Params, TaskSet
+from metadyn.base import Key, Params, TaskSet
 from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls, described, fits, readings
 from metadyn.outer import OuterLoop, TrainState
@@ -189,17 +189,15 @@ def _described(part: Comparison, tasks: TaskSet, contender: Contender) -> dict[s
 # What is checked before training.
 
 
-def _weights(meta: MetaLearner) -> list[jax.ShapeDtypeStruct]:
+def _weights(meta: Any) -> list[jax.ShapeDtypeStruct]:
     return jax.tree.leaves(jax.eval_shape(meta.init, jax.random.key(0)))
 
 
 def check_memory(plan: Plan) -> None:
     """Raises `ConfigError`, naming the option to lower, for what cannot fit into the memory."""
     outer = plan.outer
-    metas = {c.name + part.suffix: c for part in plan.comparisons for c in part.metas}
-    for name, contender in metas.items():
-        weights = _weights(plan.trained[name].meta)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+    for contender in (meta for part in plan.comparisons for meta in part.metas):
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in _weights(contender.learner))
         what = f"the weights of {contender.name} and what trains them"  # moments, gradient
         fits(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
     for _, tasks, contender in plan.every:
@@ -367,14 +365,10 @@ def _held() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    try:
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals never arrive
-        before = {}
-    try:
+    with ExitStack() as stack:
+        with suppress(ValueError):  # not in the main thread, where signals never arrive
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, note))
         yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:  # after the caller last asked
         raise KeyboardInterrupt

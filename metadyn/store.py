@@ -39,7 +39,6 @@ from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.labelled import about, labelled, merge
 
 Arrays = Mapping[str, Any]
-_Number = (int, float, type(None))
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
 FORMAT = 2
 """Of the layout. Runs of metadyn 0.1 had none."""
@@ -110,30 +109,26 @@ class RunFolder:
         Raises `ConfigError` if it cannot be written, holds anything else, or holds a run of
         another configuration.
         """
-        folder = Path(path).absolute()
+        folder, other = Path(path).absolute(), "choose another DIR"
         config = json.loads(json.dumps({"format": FORMAT, **config}))
         if os.path.exists(folder / "config.json"):  # False too for what cannot be a path
             run = cls(path)
             for name, theirs, ours in _differences(run.config, config):
                 raise ConfigError(
                     f"--out {path} holds a run with {name} = {theirs!r}, not {ours!r}: "
-                    "choose another DIR, or run with that value to resume it"
+                    f"{other}, or run with that value to resume it"
                 )
             if not os.access(folder, os.W_OK):
-                raise ConfigError(f"--out {path} cannot be written: choose another DIR")
+                raise ConfigError(f"--out {path} cannot be written: {other}")
             return run
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
-                raise ConfigError(
-                    f"--out {path} is not empty and holds no run of metadyn: choose another DIR"
-                )
+                raise ConfigError(f"--out {path} is not empty and holds no run of metadyn: {other}")
             write_json(folder / "config.json", config)
         except (OSError, ValueError) as error:
             said = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"--out {path} cannot be written ({said}): choose another DIR"
-            ) from error
+            raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
         return cls(path)
 
     @contextmanager
@@ -215,16 +210,17 @@ class RunFolder:
             return
         try:
             written, found = (folder / SUMS).read_bytes(), _sums(folder)
+            if written == found:
+                self._sound.add(folder)
+                return
             lines = {*written.splitlines()} ^ {*found.splitlines()}
             names = {line.split(b"  ")[-1].decode(errors="replace") for line in lines}
             what = f"{min(names, default=SUMS)} is not as {SUMS} says"
         except OSError as error:
-            written, found, what = b"", b"damaged", f"{error.strerror}: {error.filename}"
-        if written != found:
-            raise ConfigError(
-                f"{folder} is damaged ({what}): metadyn run, with the same arguments, makes it anew"
-            )
-        self._sound.add(folder)
+            what = f"{error.strerror}: {error.filename}"
+        raise ConfigError(
+            f"{folder} is damaged ({what}): metadyn run, with the same arguments, makes it anew"
+        )
 
     def damage(self) -> dict[Path, str]:
         """Finds the checkpoints and measurements that are damaged, and says of each what is wrong.
@@ -375,9 +371,7 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None before the run is done. Raises `ConfigError` if it is damaged."""
         path = self.path / "summary.json"
-        if not path.exists():
-            return None
-        return read_summary(path)
+        return read_summary(path) if path.exists() else None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json in one step."""
@@ -387,16 +381,10 @@ class RunFolder:
 def read_summary(path: Path) -> dict[str, Any]:
     """A summary.json. Raises `ConfigError` if it is damaged."""
     summary = _read_json(path, f"{path} cannot be read")
-    row: dict[str, Any] = {
-        "name": str,
-        "expected": str,
-        "value": _Number,
-        "low": _Number,
-        "high": _Number,
-    }
-    for name in ("criteria", "reported"):
+    row: dict[str, Any] = {"name": str, "expected": str}
+    row |= dict.fromkeys(("value", "low", "high"), (int, float, type(None)))
+    for name, kinds in (("criteria", {**row, "passed": bool}), ("reported", row)):
         rows = summary.get(name, [])
-        kinds = row | ({"passed": bool} if name == "criteria" else {})
         if not isinstance(rows, list) or not all(
             isinstance(r, dict) and all(k in r and isinstance(r[k], t) for k, t in kinds.items())
             for r in rows

@@ -76,9 +76,9 @@ class MeasureConfig:
     ) -> TaskSet:
         """Returns a set of tasks with the size that a field of this configuration gives."""
         updating = self.updating_tasks if field == "tasks" else None
-        option = f"--measure.{field.replace('_', '-')}"
-        size = {"size": getattr(self, field), "updating_size": updating, "option": option}
-        return dataclasses.replace(tasks, name=name or tasks.name, **size, **changes)
+        changes |= {"size": getattr(self, field), "updating_size": updating}
+        option = f"measure.{field}"
+        return dataclasses.replace(tasks, name=name or tasks.name, option=option, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class StudyConfig:
     def meta_learner(self, domain: Domain, heads: int = 0) -> Contender:
         """Makes the chosen meta-learner for a domain, as a contender."""
         network = getattr(self, self.meta)
-        label, option = f"meta-trained {network.label}", f"--{self.meta}.hidden"
+        label, option = f"meta-trained {network.label}", f"{self.meta}.hidden"
         return Contender(self.meta, label, network.make(domain, heads), option=option)
 
 
@@ -339,18 +339,16 @@ def criterion(
 def censored(name: str, data: Any) -> Criterion:
     """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
     t = dynamics.times_of(data)(dynamics.strength(data).mean((0, 1)))
-    count = np.asarray(np.isnan(t).sum(), np.float64)
+    count = float(np.isnan(t).sum())
     said = f"modes that never reach {labelled.modes(data).p:g}: a slope is of the others"
-    return criterion(f"{name}_censored_modes", dynamics.Estimate(count, count, count), said)
+    return Criterion(f"{name}_censored_modes", count, count, count, said, None)
 
 
 def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Iterator[Criterion]:
     """How far one learner staggers in distribution, with what it leaves censored."""
     data = results["in_distribution", name]
-    merit = dynamics.merit_name(data)
-    yield criterion(
-        f"{name}_{merit}", dynamics.measured(dynamics.merit_of(data), data), expected, **bounds
-    )
+    found = dynamics.measured(dynamics.merit_of(data), data)
+    yield criterion(f"{name}_{dynamics.merit_name(data)}", found, expected, **bounds)
     yield censored(name, data)
 
 
