@@ -151,7 +151,7 @@ class Contender:
 
     @functools.cached_property  # one object, so that what is compiled of it is found again
     def make(self) -> Callable[[Params], Learner]:
-        """A function from outer parameters, or from () if there are none, to the learner."""
+        """The function from outer parameters, or from () if there are none, to the learner."""
         learner = self.learner
         return (lambda params: learner) if isinstance(learner, Learner) else learner.learner
 
@@ -250,7 +250,7 @@ class Comparison:
         return MetaTraining(meta, objective, contender.own, contender.rate)
 
     def joined(self, contender: Contender) -> Comparison:
-        """This comparison with one more contender, before Bayes; or itself, if its kind is absent.
+        """Adds a contender behind those of its kind; returns itself if there are none.
 
         Meta-learners join where others are trained, and the rest where there are any like it.
         """
@@ -263,7 +263,7 @@ class Comparison:
         return dataclasses.replace(self, contenders=contenders)
 
     def alone(self, name: str, title: str = "", **changes: Any) -> Comparison:
-        """Its meta-learners and Bayes, measured over outer training alone, under another name."""
+        """Keeps its meta-learners and Bayes, measured over outer training alone, under a name."""
         kept = [each for each in self.contenders if each.kind in ("meta", "bayes")]
         changes = {"contenders": kept, "sets": (), "pairs": ()} | changes
         return dataclasses.replace(self, name=name, title=title, **changes)
@@ -345,7 +345,7 @@ def censored(name: str, data: Any) -> Criterion:
 
 
 def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Iterator[Criterion]:
-    """How far one learner staggers in distribution, with what it leaves censored."""
+    """Judges how far one learner staggers in distribution, and reports what is censored."""
     data = results["in_distribution", name]
     found = dynamics.measured(dynamics.merit_of(data), data)
     yield criterion(f"{name}_{dynamics.merit_name(data)}", found, expected, **bounds)
@@ -353,7 +353,7 @@ def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Ite
 
 
 def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
-    """How far each meta-learner staggers beyond Bayes in distribution; then each of them alone."""
+    """Judges how far each meta-learner staggers beyond Bayes, and reports how far it does alone."""
     metas = results.learners("in_distribution", "meta")
     (bayes,) = results.learners("in_distribution", "bayes").values()
     merit = dynamics.merit_name(bayes)
@@ -370,7 +370,7 @@ def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
 
 
 def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Iterator[Criterion]:
-    """Excess loss over Bayes of each meta-learner on held-out tasks, once training is done."""
+    """Judges the excess loss of each meta-learner on held-out tasks, once training is done."""
     (bayes,) = results.learners(HELDOUT + suffix, "bayes").values()
     for name, data in results.learners(HELDOUT + suffix, "meta").items():
         bound = f" at most {at_most:g}" if math.isfinite(at_most) else ", for the record"
@@ -424,12 +424,12 @@ class Study:
     tables: Sequence[Table] = ()
 
     def comparison(self, preset: str, **fields: Any) -> Comparison:
-        """The study's first comparison, with some fields of a preset changed."""
+        """Returns the first comparison of its plan, with some fields of a preset changed."""
         check(preset in self.presets, "of", preset, f"choose from {', '.join(self.presets)}")
         return self.plan(dataclasses.replace(self.presets[preset], **fields)).comparisons[0]
 
     def beside(self, name: str, *more: Callable[[Comparison], Contender]) -> Study:
-        """This study, called `name`, with more contenders beside its own.
+        """Returns this study, called `name`, with more contenders beside its own.
 
         `contender(comparison)` makes one for each comparison of the study, from its `domain` and
         the `heads` that its objective needs. Ordinary learners are measured on every set that
@@ -445,7 +445,7 @@ class Study:
         return self._changed(name, with_more)
 
     def probing(self, name: str, **probes: Callable[[TaskSet], Probe]) -> Study:
-        """This study, called `name`, with more probes read wherever its own are.
+        """Returns this study, called `name`, with more probes read wherever its own are.
 
         `probe(tasks)` makes one for a set of tasks. What it reads is recorded under its name, and
         the figures of modes are drawn of it too.
@@ -480,18 +480,18 @@ class Study:
 
 
 def folder() -> Path:
-    """Where the studies that come with metadyn are: installed with it, or beside a checkout."""
+    """Finds the studies that come with metadyn: installed with it, or beside a checkout."""
     inside = Path(__file__).parent / "experiments"
     return inside if inside.is_dir() else inside.parent.parent / "experiments"
 
 
 def known() -> list[str]:
-    """The names of the studies that come with metadyn."""
+    """Lists the names of the studies that come with metadyn."""
     return sorted(path.stem for path in folder().glob("*.py"))
 
 
 def load_study(name: str) -> Study:
-    """The study of that name which comes with metadyn, or that a Python file defines.
+    """Loads the study of that name which comes with metadyn, or that a Python file defines.
 
     Raises `ConfigError` if there is none.
     """
@@ -511,7 +511,7 @@ def load_study(name: str) -> Study:
 
 
 def load_studies(folder: str) -> list[Study]:
-    """The studies that the Python files of a folder define, in the paper's order.
+    """Loads the studies that the Python files of a folder define, in the paper's order.
 
     Raises `ConfigError` if one of them defines none, or there is none.
     """
