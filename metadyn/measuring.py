@@ -48,22 +48,13 @@ def calls(
     """
     size = tasks.size_for(contender.clock)
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
-    return [
-        (
-            tasks.domain,
-            contender.make,
-            params,
-            contender.trained,
-            tasks.sample,
-            tasks.argument,
-            key,
-            part,
-            tuple(contender.times_in(tasks.domain)),
-            tuple(tasks.probes.items()),
-            chunk,
-        )
-        for part in np.split(indices, max(1, len(indices) // min(size, chunk)))
-    ]
+    parts = np.split(indices, max(1, len(indices) // min(size, chunk)))
+    learner, drawn = (
+        (contender.make, params, contender.trained),
+        (tasks.sample, tasks.argument, key),
+    )
+    probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
+    return [(tasks.domain, *learner, *drawn, part, *probed, chunk) for part in parts]
 
 
 def described(
@@ -83,17 +74,8 @@ def described(
     if _has_curve(tasks, contender):
         axes["closed_form"] = ("step", "mode")
     assert contender.kind is not None
-    about = labelled.About(
-        contender.name,
-        contender.label,
-        contender.kind,
-        contender.clock,
-        tasks.domain.loss_floor,
-        contender.drawn,
-        place,
-        title,
-        followed,
-    )
+    who = contender.name, contender.label, contender.kind, contender.clock
+    about = labelled.About(*who, tasks.domain.loss_floor, contender.drawn, place, title, followed)
     return labelled.describe(about, axes, coords, {name: probe.modes for name, probe in probes})
 
 

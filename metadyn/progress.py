@@ -6,7 +6,9 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
@@ -63,7 +65,7 @@ class Progress:
         episodes that an outer step takes in all."""
         began = time.monotonic()
 
-        def show(step: int, metrics: Mapping[str, Mapping[str, float]], episodes: int) -> None:
+        def show(step: int, metrics: Mapping[str, Mapping[str, Any]], episodes: int) -> None:
             seconds = max(time.monotonic() - began, 1e-9)
             rate = episodes * (step - done) / seconds
             left = seconds * (total - step) / max(step - done, 1)
@@ -108,11 +110,12 @@ class Progress:
             bars.remove_task(task)
 
 
-def _said(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """The metrics of each meta-learner; of many only the range of their excess loss."""
+def _said(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The mean metrics of each meta-learner; of many only the range of their excess loss."""
     if len(metrics) > MANY:
         excess = [each["excess_loss"] for each in metrics.values() if "excess_loss" in each]
         ends = f"{min(excess):.3f} to {max(excess):.3f}" if excess else "none"
         return f"{len(metrics)} meta-learners: {SAYS['excess_loss']} {ends}"
-    text = lambda each: ", ".join(f"{SAYS.get(name, name)} {v:.4g}" for name, v in each.items())
+    number = lambda name, value: f"{SAYS.get(name, name)} {np.mean(value):.4g}"
+    text = lambda each: ", ".join(number(name, value) for name, value in each.items())
     return "; ".join(f"{name}: {text(each)}" for name, each in metrics.items())
