@@ -249,7 +249,7 @@ def in_use(folder, count, rng):
         expect(other.returncode == 2 and "in use by another run" in errors, errors)
     run.terminate()
     run.communicate()
-    expect(RunFolder(out).is_sound(), "the first run was harmed")
+    expect(not RunFolder(out).damage(), "the first run was harmed")
     return count, "one line, exit code 2; the first run unharmed"
 
 
@@ -261,7 +261,8 @@ def not_finite(folder, count, rng):
         run = begin(out, *wild, "--outer.seeds", str(1 + turn))
         _, errors = run.communicate()
         expect(run.returncode == 2 and "no longer finite" in errors, (run.returncode, errors))
-        expect(RunFolder(out).is_sound() and RunFolder(out).outer_steps(), "no checkpoint is left")
+        run = RunFolder(out)
+        expect(not run.damage() and run.outer_steps(), "no checkpoint is left")
     return count, "one line, exit code 2, the checkpoints before it sound"
 
 

@@ -54,10 +54,9 @@ def train(
     losses: dict[int, np.ndarray] = {}
     with Progress(Console() if progress else None).training(steps, 0) as show:
         for state, metrics in loop.run(loop.init(), [steps]):
-            now = {name: np.asarray(value) for name, value in metrics["meta"].items()}
-            losses[int(state.step)] = now.get("loss", np.full(seeds, np.nan))
-            means = {name: float(value.mean()) for name, value in now.items()}
-            show(int(state.step), {"training": means}, config.batch * seeds)
+            step, now = int(state.step), metrics["meta"]
+            losses[step] = np.asarray(now.get("loss", np.full(seeds, np.nan)))
+            show(step, {"training": now}, config.batch * seeds)
     return Trained(meta, state.params["meta"], losses)
 
 
@@ -99,6 +98,5 @@ def measure(
             contender, params = Contender(name, name, learner.meta), learner.params
         arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
         about = described(tasks, contender, place)
-        about["axes"].pop("closed_form", None)
-        parts[name] = labelled.labelled(jax.tree.map(np.asarray, arrays), about)
+        parts[name] = labelled.labelled(arrays, about)
     return labelled.merge(parts)

@@ -1,8 +1,8 @@
 """The command line: metadyn run | figures | report | claims | devices.
 
 Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
-is not there (one line on stderr), 130 interrupted, or another process of the run was lost: the same
-command goes on.
+is not there (one line on stderr), 130 interrupted, or another process of the run, or whoever read
+its output, was lost: the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from metadyn.errors import ConfigError, ConfigWarning
 
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Does a study. The same command on the same DIR goes on where it was left. "
         "Options that are not listed here override the preset: see `metadyn run STUDY --options`.",
     )
+    run.set_defaults(do=_run)
     run.add_argument("study", help="a study's name, a Python file that defines one, or a folder")
     run.add_argument("--preset", default="quick", help="quick (default), paper, ...")
     run.add_argument(
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
     devices = commands.add_parser("devices", help="say what a run would use")
+    devices.set_defaults(do=_devices)
     for command in (run, devices):
         several = command.add_argument_group(
             "several processes",
@@ -72,20 +75,20 @@ def _parser() -> argparse.ArgumentParser:
         several.add_argument("--coordinator", metavar="HOST:PORT")
         several.add_argument("--processes", type=int, metavar="N")
         several.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
-    for name, what in (
-        ("figures", "draw the figures again from what DIR holds"),
-        ("report", "print the verdict, or how far a run has come"),
-    ):
-        command = commands.add_parser(name, help=what)
-        command.add_argument("dir", metavar="DIR")
-        if name == "figures":
-            command.add_argument("--study", metavar="FILE", help="of a study of your own: its file")
+    figures = commands.add_parser("figures", help="draw the figures again from what DIR holds")
+    figures.set_defaults(do=_figures)
+    figures.add_argument("dir", metavar="DIR")
+    figures.add_argument("--study", metavar="FILE", help="of a study of your own: its file")
+    report = commands.add_parser("report", help="print the verdict, or how far a run has come")
+    report.set_defaults(do=_report)
+    report.add_argument("dir", metavar="DIR")
     claims = commands.add_parser(
         "claims",
         help="judge the paper's claims from what runs came to",
         description="Copies what the given runs came to beside the studies, and writes the tables "
         "in the folder's README.md anew.",
     )
+    claims.set_defaults(do=_claims)
     claims.add_argument("folder", help="a folder of studies")
     claims.add_argument("dir", metavar="DIR", nargs="*", help="runs that are done")
     return parser
@@ -97,43 +100,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _warn
     try:
         arguments, overrides = _parser().parse_known_args(argv)
-        if overrides and arguments.command != "run":
+        if overrides and arguments.do is not _run:
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
-        return _COMMANDS[arguments.command](arguments, overrides)
+        arguments.overrides = overrides
+        return arguments.do(arguments)
     except ConfigError as error:
-        if str(error):
-            print(f"metadyn: {error}".replace("\n", " "), file=sys.stderr)
-        return _left(BAD_INPUT)
+        code, said = BAD_INPUT, str(error)
     except KeyboardInterrupt:
-        print(f"metadyn: {STOPPED}", file=sys.stderr)
-        return _left(INTERRUPTED)
+        code, said = INTERRUPTED, STOPPED
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _left(DONE)
+        code, said = INTERRUPTED if arguments.do is _run else DONE, ""
     except Exception as error:
         from metadyn import mesh
 
+        code = BAD_INPUT
         if mesh.lost(error):
-            print(
-                "metadyn: another process of this run was lost; start all of them again to go on "
-                f"from the last checkpoint ({' '.join(str(error).split())[:120]})",
-                file=sys.stderr,
-            )
-            return _left(INTERRUPTED)
-        if isinstance(error, OSError):
-            what = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
-            print(f"metadyn: {what}", file=sys.stderr)
-            return _left(BAD_INPUT)
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            code, said = INTERRUPTED, " ".join(str(error).split())[:120]
+            again = "start all of them again to go on from the last checkpoint"
+            said = f"another process of this run was lost; {again} ({said})"
+        elif isinstance(error, OSError):
+            said = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             lower = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
-            print(
-                f"metadyn: memory ran out; the last checkpoint is whole: {lower}", file=sys.stderr
-            )
-            return _left(BAD_INPUT)
-        if not mesh.joined():
+            said = f"memory ran out; the last checkpoint is whole: {lower}"
+        elif mesh.joined():
+            traceback.print_exc()
+            code, said = FAILED, ""
+        else:
             raise
-        traceback.print_exc()
-        return _left(FAILED)
+    if said:
+        _say(said)
+    return _left(code)
+
+
+def _say(what: str) -> None:
+    print(f"metadyn: {what}".replace("\n", " "), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -142,19 +144,15 @@ def _in_time() -> Iterator[None]:
 
     Python hears of signals only between calls, and compiling a program is one long call.
     """
-    try:
-        read, write = socket.socketpair()
-        write.setblocking(False)
-        before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-    except ValueError:  # not in the main thread, where signals never arrive
-        yield
-        return
+    read, write = socket.socketpair()
+    write.setblocking(False)
+    before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
     left = threading.Event()
 
     def watch() -> None:
         while came := read.recv(1):
             if came[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(PATIENCE):
-                print(f"metadyn: {STOPPED}", file=sys.stderr, flush=True)
+                _say(STOPPED)
                 os._exit(INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -179,20 +177,13 @@ def _left(code: int) -> int:
     return code
 
 
-def _warn(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """One line, of our own warnings; those of libraries are for developers."""
     if category is ConfigWarning:
-        print(f"metadyn: warning: {message}".replace("\n", " "), file=sys.stderr)
+        _say(f"warning: {message}")
 
 
-def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     from metadyn import mesh
 
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
@@ -202,71 +193,53 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     mesh.use_compilation_cache(not arguments.no_cache)
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     with _in_time():
-        return _studies(arguments, overrides)
+        return _studies(arguments)
 
 
-def _studies(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from rich.console import Console
-
+def _studies(arguments: argparse.Namespace) -> int:
     from metadyn import mesh
-    from metadyn.progress import Progress
-    from metadyn.scalars import check_installed
+    from metadyn.progress import Progress, Terminal
     from metadyn.study import load_studies, load_study
 
-    if not 0 <= arguments.seed < 2**32:  # of which JAX makes a key
-        raise ConfigError(f"--seed {arguments.seed}: must be from 0 to {2**32 - 1}")
-    if arguments.tensorboard:
-        check_installed()
-    progress = Progress(Console() if mesh.first() else None)
-    if not os.path.isdir(arguments.study):  # False too for what cannot be a path
-        study = load_study(arguments.study)
-        name = f"{study.name}-{arguments.preset}-{arguments.seed}"
-        return _run_one(study, arguments, overrides, arguments.out or f"runs/{name}", progress)
-    if overrides or arguments.options:
+    preset, seed = arguments.preset, arguments.seed
+    if not 0 <= seed < 2**32:  # of which JAX makes a key
+        raise ConfigError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
+    several = os.path.isdir(arguments.study)  # False too for what cannot be a path
+    if several and (arguments.overrides or arguments.options):
         raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
-    studies = load_studies(arguments.study)
+    studies = load_studies(arguments.study) if several else [load_study(arguments.study)]
     for study in studies:
-        _preset(study, arguments.preset)
+        if preset not in study.presets:
+            known = ", ".join(study.presets)
+            raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}")
+    progress = Progress(Terminal() if mesh.first() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:
         for i, study in enumerate(studies):
             begin(i)
-            name = f"{study.name}-{arguments.preset}-{arguments.seed}"
-            out = Path(arguments.out or "runs") / name
-            codes.append(_run_one(study, arguments, [], str(out), progress))
+            out = arguments.out
+            if several or not out:
+                out = str(Path(out or "runs") / f"{study.name}-{preset}-{seed}")
+            codes.append(_run_one(study, arguments, out, progress))
     return max(codes)
 
 
-def _run_one(
-    study: Study,
-    arguments: argparse.Namespace,
-    overrides: list[str],
-    out: str,
-    progress: Progress,
-) -> int:
+def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Progress) -> int:
     from metadyn import report
     from metadyn.runner import run_study
 
-    default = _preset(study, arguments.preset)
-    config = configured(default, ["--help"] if arguments.options else overrides)
+    preset, seed, overrides = arguments.preset, arguments.seed, arguments.overrides
+    config = configured(study.presets[preset], ["--help"] if arguments.options else overrides)
     if config is None:
         return DONE
-    progress.say(f"metadyn: {study.name}, preset {arguments.preset}, into {out}")
-    identity = (study, arguments.preset, arguments.seed, config, out)
+    progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
     try:
-        summary = run_study(*identity, progress, arguments.tensorboard)
+        summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)
     except ConfigError as error:
         raise as_typed(error, config, overrides) from error
     progress.say("\n".join(report.verdict(summary)))
     progress.say(f"figures: {Path(out) / 'figures'}")
     return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
-
-
-def _preset(study: Study, preset: str) -> Any:
-    if preset not in study.presets:
-        known = ", ".join(study.presets)
-        raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}")
-    return study.presets[preset]
 
 
 def configured(default: Any, overrides: Sequence[str]) -> Any:
@@ -310,7 +283,7 @@ def _matrices() -> Any:
     def parse(texts: list[str]) -> Any:
         try:
             rows = json.loads(texts[0])
-            return None if rows is None else tuple(tuple(float(v) for v in row) for row in rows)
+            return None if rows is None else tuple(tuple(map(float, row)) for row in rows)
         except (ValueError, TypeError, RecursionError):
             said = f"give rows such as [[1, 0], [0, 2]], not {texts[0]!r}"
             raise ValueError(said) from None
@@ -335,23 +308,25 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
 
     Or, if it was not typed, about the option that would set it. Errors about anything else remain.
     """
-    if not error.field:
+    ending = error.field.removeprefix("--").replace("_", "-")
+    values = {o: v for o, v in _options(config) if ending and f".{o[2:]}".endswith(f".{ending}")}
+    words = [part for word in overrides for part in word.split("=", int(word.startswith("--")))]
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    typed = {
+        words[i].replace("_", "-"): " ".join(words[i + 1 : end])
+        for i, end in pairwise([*starts, len(words)])
+    }
+
+    def likely(option: str) -> tuple[bool, bool, bool]:
+        """How surely this is the option that is complained about, of several that end alike."""
+        text = typed.get(option)
+        meant = text is not None and _reads_as(text, error.value)
+        return meant, values[option] == error.value, text is not None
+
+    best = max(values, key=likely, default=None)
+    if best is None or not (any(likely(best)) or error.value is None):
         return error
-    values = dict(_options(config))
-    named = [o for o in values if f".{o[2:]}".endswith("." + error.field.replace("_", "-"))]
-    typed = {}
-    for i, word in enumerate(overrides):
-        option, equals, value = word.partition("=")
-        option = option.replace("_", "-")
-        if option in named:
-            rest = [value] if equals else [*_until_option(overrides[i + 1 :])]
-            typed[option] = " ".join(rest)
-    alike = [option for option in named if values[option] == error.value]
-    meant = [option for option, text in typed.items() if _reads_as(text, error.value)]
-    unknown = named[:1] if error.value is None else []
-    for option in (*meant, *(o for o in alike if o in typed), *alike, *typed, *unknown):
-        return ConfigError(f"{option} {typed.get(option, values[option])}: {error.fix}")
-    return error
+    return ConfigError(f"{best} {typed.get(best, values[best])}: {error.fix}")
 
 
 def _reads_as(text: str, value: Any) -> bool:
@@ -359,13 +334,6 @@ def _reads_as(text: str, value: Any) -> bool:
     with contextlib.suppress(ValueError):
         return text == str(value) or float(text) == value
     return False
-
-
-def _until_option(words: Sequence[str]) -> Iterator[str]:
-    for word in words:
-        if word.startswith("--"):
-            return
-        yield word
 
 
 def _options(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
@@ -378,23 +346,23 @@ def _options(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _figures(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _figures(arguments: argparse.Namespace) -> int:
     from metadyn import figures
     from metadyn.store import RunFolder
     from metadyn.study import known, load_study
 
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
-    own = load_study(name).figures if arguments.study or name in known() else {}
+    found = arguments.study or name in known()
+    own = load_study(name).own_figures() if found else {}
     for path in figures.draw(run.figures, run.results(), own):
         print(path)
-    if not (arguments.study or name in known()):
-        said = f"{name!r} is a study of your own: --study FILE draws its own figures too"
-        print(f"metadyn: {said}", file=sys.stderr)
+    if not found:
+        _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
     return DONE
 
 
-def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _report(arguments: argparse.Namespace) -> int:
     from metadyn import report
     from metadyn.store import RunFolder
 
@@ -405,7 +373,7 @@ def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE if summary is None or all(c["passed"] for c in summary["criteria"]) else FAILED
 
 
-def _claims(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _claims(arguments: argparse.Namespace) -> int:
     from metadyn import claims
 
     folder = Path(arguments.folder)
@@ -414,7 +382,7 @@ def _claims(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE
 
 
-def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _devices(arguments: argparse.Namespace) -> int:
     from metadyn import mesh
 
     mesh.use_every_core()
@@ -424,14 +392,6 @@ def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
             print(f"{name}: {value}")
     return DONE
 
-
-_COMMANDS = {
-    "run": _run,
-    "figures": _figures,
-    "report": _report,
-    "claims": _claims,
-    "devices": _devices,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 
@@ -26,6 +28,26 @@ def check(holds: Any, field: str, value: Any, fix: str) -> None:
     """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
     if not holds:
         raise ConfigError(f"{field} = {value!r}: {fix}", field, value, fix)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Raises whatever goes wrong inside as a `ConfigError`, in one line that begins with `what`.
+
+    For code that is a user's own. A subclass of `ConfigError` stays what it is.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        kind = type(error) if isinstance(error, ConfigError) else ConfigError
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise kind(f"{what} ({said[:200]})") from error
+
+
+def check_unique(names: Sequence[Any], field: str, fix: str) -> None:
+    """Raises `ConfigError` naming the field, the first name that comes twice, and the fix."""
+    for name in names:
+        check(names.count(name) == 1, field, name, fix)
 
 
 def check_name(name: str, what: str) -> None:

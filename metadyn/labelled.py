@@ -23,7 +23,7 @@ ORDER = ("learner", "outer_step", "seed", "task", "mode", "step")
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """Whose measurement it is."""
+    """Describes the learner that a measurement is of, and its place among others."""
 
     learner: str
     """Its name."""
@@ -45,13 +45,16 @@ class About:
     """Whether figures follow it over outer training."""
 
 
+OWN = [field.name for field in dataclasses.fields(About)]
+
+
 def describe(
     about: About,
     axes: Mapping[str, Sequence[str]],
     coords: Mapping[str, tuple[str, Sequence[float]]],
     modes: Mapping[str, Modes],
 ) -> dict[str, Any]:
-    """What is needed beside the arrays to label them, as JSON.
+    """Collects what is needed beside the arrays to label them, as JSON.
 
     Axes of each array, coordinates as {name: (axis, values)}, and modes by name of their strengths.
     """
@@ -64,20 +67,16 @@ def describe(
 
 
 def labelled(arrays: Mapping[str, Any], described: Mapping[str, Any]) -> xr.Dataset:
-    """The dataset that arrays and their description make."""
-    modes = described["modes"]
-    data = {
-        name: (described["axes"][name], np.asarray(value), modes.get(name, {}))
-        for name, value in arrays.items()
-    }
-    coords = {name: (axis, values) for name, (axis, values) in described["coords"].items()}
+    """Makes the dataset of arrays and their description."""
+    axes, modes = described["axes"], described["modes"]
+    data = {name: (axes[name], np.asarray(a), modes.get(name, {})) for name, a in arrays.items()}
+    coords = {name: tuple(each) for name, each in described["coords"].items()}
     return xr.Dataset(data, coords, described["about"])
 
 
 def about(data: xr.Dataset) -> About:
-    """Whose measurement a dataset of one learner is."""
-    fields = [field.name for field in dataclasses.fields(About)]
-    return About(**{name: data.attrs[name] for name in fields if name in data.attrs})
+    """Tells whose measurement a dataset of one learner is."""
+    return About(**{name: data.attrs[name] for name in OWN if name in data.attrs})
 
 
 def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
@@ -85,12 +84,13 @@ def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
     if probe not in data or "values" not in data[probe].attrs:
         known = [name for name in data if "values" in data[name].attrs]
         raise ConfigError(f"probe = {probe!r}: the data has {', '.join(map(str, known)) or 'none'}")
-    names = [field.name for field in dataclasses.fields(Modes)]
-    return Modes(**{name: data[probe].attrs[name] for name in names})
+    return Modes(
+        **{field.name: data[probe].attrs[field.name] for field in dataclasses.fields(Modes)}
+    )
 
 
 def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
-    """Several learners as one dataset: learner, outer_step, seed, task, mode, step, ….
+    """Puts several learners into one dataset: learner, outer_step, seed, task, mode, step, ….
 
     What does not depend on a dimension is repeated along it (Bayes has no outer step); what is
     shorter is padded with NaN, and `time` [learner, step] says what step means to each learner.
@@ -99,13 +99,11 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
     for part in parts.values():
         whole |= {d: part.sizes[d] for d in ("outer_step", "seed") if d in part.dims}
     coords = {d: p[d] for p in parts.values() for d in whole if d in p.coords}
-    own = [field.name for field in dataclasses.fields(About) if field.name != "learner"]
 
     def complete(part: xr.Dataset) -> xr.Dataset:
         part = part.expand_dims({d: n for d, n in whole.items() if d not in part.dims})
         numbered = {d: np.arange(n) for d, n in part.sizes.items() if d not in part.coords}
-        described = {name: part.attrs[name] for name in own if name in part.attrs}
-        return part.assign_coords(numbered | coords | described).reset_coords("time")
+        return part.assign_coords(numbered | coords).reset_coords("time")
 
     merged = xr.concat(
         [complete(part) for part in parts.values()],
@@ -115,23 +113,19 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
         compat="equals",
         join="outer",
         combine_attrs="drop_conflicts",
-    )
-    along = {
-        n: ("learner", np.broadcast_to(merged[n].values, len(parts)))
-        for n in own
-        if n in merged.coords
-    }
-    merged = merged.assign_coords(along)
-    return merged.set_coords("time").transpose(*(d for d in ORDER if d in merged.dims), ...)
+    ).set_coords("time")
+    attributes = [part.attrs for part in parts.values()]
+    own = [n for n in OWN if n != "learner" and all(n in attrs for attrs in attributes)]
+    merged = merged.assign_coords({n: ("learner", [attrs[n] for attrs in attributes]) for n in own})
+    return merged.transpose(*(d for d in ORDER if d in merged.dims), ...)
 
 
 def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
-    """The learners of a dataset, one by one, by name: what `merge` made of them is undone."""
+    """Takes the learners of a dataset apart, by name: what `merge` made of them is undone."""
     if not isinstance(data, xr.Dataset):
         return dict(data)
     if "learner" not in data.dims:
         return {str(data.attrs["learner"]): data}
-    own = [field.name for field in dataclasses.fields(About)]
     parts = {}
     for name in data["learner"].values:
         part = data.sel(learner=name)
@@ -140,8 +134,8 @@ def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
             if dim in part.dims and "loss" in part:
                 there = part["loss"].notnull().any([d for d in part["loss"].dims if d != dim])
                 part = part.isel({dim: np.flatnonzero(there.to_numpy())})
+        attrs = {each: part[each].item() for each in OWN if each in part.coords}
         empty = [v for v in part if part[v].isnull().all()]
-        attrs = {each: part[each].item() for each in own if each in part.coords}
-        part = part.drop_vars([each for each in own if each in part.coords]).drop_vars(empty)
-        parts[str(name)] = part.assign_attrs(attrs | {"learner": str(name)})
+        part = part.drop_vars([*attrs, *empty])
+        parts[str(name)] = part.assign_attrs(attrs)
     return parts

@@ -108,8 +108,6 @@ def lost(error: BaseException) -> bool:
 
 def anywhere(flag: bool) -> bool:
     """Whether `flag` is true in any process; all must ask."""
-    if jax.process_count() == 1:
-        return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
@@ -120,7 +118,7 @@ def by_first(f: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return f()
-    said: bytes = b""
+    said = b""
     error: Exception = ConfigError()
     if first():
         try:
@@ -131,7 +129,7 @@ def by_first(f: Callable[[], Any]) -> Any:
     if not length:
         leave()
         raise error
-    padded = np.zeros(length, np.uint8) if not said else np.frombuffer(said, np.uint8)
+    padded = np.frombuffer(said or bytes(length), np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
 
@@ -167,8 +165,9 @@ def use_compilation_cache(wanted: bool = True) -> None:
     if not wanted or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kind = hashlib.sha256(f"{jax.__version__} {_flags()}".encode()).hexdigest()[:16]
-    folder = Path(home) / "metadyn" / kind
+    kind = [jax.__version__, platform.machine()]
+    kind += [_cpu().get(name, "") for name in ("model name", "flags", "Features")]
+    folder = Path(home) / "metadyn" / hashlib.sha256(" ".join(kind).encode()).hexdigest()[:16]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
@@ -179,13 +178,12 @@ def use_compilation_cache(wanted: bool = True) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _flags() -> str:
-    """What this machine's processor can do, as far as the system says."""
-    with contextlib.suppress(OSError, StopIteration):  # on Linux
+def _cpu() -> dict[str, str]:
+    """What the system says of this machine's processor, by name: on Linux alone."""
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        wanted = ("model name", "flags", "Features")
-        return " ".join(next((x for x in lines if x.startswith(w)), "") for w in wanted)
-    return f"{platform.machine()} {platform.processor()}"
+        return {name.strip(): of.strip() for name, _, of in (x.partition(":") for x in lines)}
+    return {}
 
 
 def mesh() -> Mesh:
@@ -341,30 +339,20 @@ def processor() -> str:
     """What a reader would call the hardware: "2 × AMD EPYC 7B13" or "8 × NVIDIA H100"."""
     kind = jax.devices()[0].device_kind
     if jax.default_backend() == "cpu":
-        with contextlib.suppress(OSError, StopIteration):  # on Linux
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            kind = next(x for x in lines if x.startswith("model name")).partition(":")[2].strip()
+        kind = _cpu().get("model name", kind)
     return f"{jax.device_count()} × {kind}"
 
 
-def memory() -> int:
-    """Bytes that a run can have: of one accelerator, or of this machine, whose cores share them."""
-    if jax.default_backend() != "cpu":
-        stats = jax.local_devices()[0].memory_stats() or {}
-        if "bytes_limit" in stats:
-            return int(stats["bytes_limit"])
+def memory(split: bool) -> int:
+    """Bytes that an array may have: split over all devices, or with a copy on each of them.
+
+    Accelerators have memory of their own; CPU devices share this machine's.
+    """
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if jax.default_backend() != "cpu" and limit:
+        return limit * jax.device_count() if split else limit
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # "max": none
             limits.append(int(Path(path).read_text()))
-    return min(limits)
-
-
-def splits() -> int:
-    """Parts into which readings are split, each of which `memory` must hold."""
-    return 1 if jax.default_backend() == "cpu" else jax.device_count()
-
-
-def copies() -> int:
-    """Copies of a replicated array that `memory` must hold: one for each CPU device, or one."""
-    return jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    return min(limits) if split else min(limits) // jax.local_device_count()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
@@ -16,29 +18,42 @@ MANY = 3  # meta-learners, beyond which a line does not name each
 SAYS = {"excess_loss": "excess over Bayes"}  # what a line calls a metric
 
 
+class Terminal(Console):
+    """Standard output. A reader who has left is for the command to deal with, not for rich."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Progress:
     """Reports to a console; `Progress(None)` says nothing."""
 
     def __init__(self, console: Console | None):
         self.console = console
-        self._bars: Bars | None = None
         self._place = ""
+        self._bars = None
+        if console is not None and console.is_terminal:
+            name, facts = TextColumn("{task.description}"), TextColumn("{task.fields[facts]}")
+            self._bars = Bars(name, BarColumn(), MofNCompleteColumn(), facts, console=console)
 
     def say(self, line: str) -> None:
-        """One line."""
+        """Prints one line."""
         if self.console is not None:
             line = self._place + line
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def studies(self, names: Sequence[str]) -> Iterator[Callable[[int], None]]:
-        """One display over several studies. Yields begin(i), to be called before each."""
+        """Shows which of several studies is on. Yields begin(i), to be called before each."""
+        if len(names) == 1:
+            yield lambda i: None
+            return
 
         def begin(i: int) -> None:
             self._place = f"[{i + 1}/{len(names)} {names[i]}] "
             advance(i, names[i])
 
-        with self._bar("studies", len(names), 0) as advance:
+        with self._bar("studies", len(names), 0, lines=False) as advance:
             try:
                 yield begin
             finally:
@@ -48,74 +63,59 @@ class Progress:
     def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
         """Yields show(step, metrics, episodes): the metrics of each meta-learner by name, and the
         episodes that an outer step takes in all."""
-        began, first = time.monotonic(), done
+        began = time.monotonic()
 
-        def facts(step: int, metrics: Mapping[str, Mapping[str, float]], episodes: int) -> str:
+        def show(step: int, metrics: Mapping[str, Mapping[str, Any]], episodes: int) -> None:
             seconds = max(time.monotonic() - began, 1e-9)
-            rate = episodes * (step - first) / seconds
-            left = seconds * (total - step) / max(step - first, 1)
-            if len(metrics) <= MANY:
-                said = "; ".join(
-                    f"{name}: "
-                    + ", ".join(
-                        f"{SAYS.get(what, what)} {value:.4g}" for what, value in each.items()
-                    )
-                    for name, each in metrics.items()
-                )
-            else:
-                excess = [each["excess_loss"] for each in metrics.values() if "excess_loss" in each]
-                ends = f"{min(excess):.3f} to {max(excess):.3f}" if excess else "none"
-                said = f"{len(metrics)} meta-learners: {SAYS['excess_loss']} {ends}"
-            return f"{said}  {rate:,.0f} episodes/s  {left:,.0f} s left"
+            rate = episodes * (step - done) / seconds
+            left = seconds * (total - step) / max(step - done, 1)
+            advance(step, f"{_said(metrics)}  {rate:,.0f} episodes/s  {left:,.0f} s left")
 
-        with self._steps("training", total, done) as advance:
-            yield lambda step, metrics, episodes: advance(step, facts(step, metrics, episodes))
+        with self._bar("training", total, done) as advance:
+            yield show
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
         """Yields show(item), to be called before each of `total` items."""
-        started = -1
-
-        def show(item: str) -> None:
-            nonlocal started
-            started += 1
-            advance(started, item)
-
-        with self._steps(what, total, 0) as advance:
-            yield show
+        started = itertools.count()
+        with self._bar(what, total, 0) as advance:
+            yield lambda item: advance(next(started), item)
             advance(total, "done")
 
     @contextmanager
-    def _steps(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-        last = -LINE_EVERY
+    def _bar(
+        self, what: str, total: int, done: int, lines: bool = True
+    ) -> Iterator[Callable[[int, str], None]]:
+        """Shows a bar on a terminal, below those that are there; elsewhere lines, if wanted."""
+        bars, last = self._bars, -LINE_EVERY
 
         def line(step: int, facts: str) -> None:
             nonlocal last
-            if step >= total or time.monotonic() - last >= LINE_EVERY:
+            if lines and (step >= total or time.monotonic() - last >= LINE_EVERY):
                 last = time.monotonic()
                 self.say(f"{what} {step}/{total}  {facts}")
 
-        with self._bar(what, total, done) as advance:
-            yield advance if self._bars is not None else line
-
-    @contextmanager
-    def _bar(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-        """A bar on a terminal, below those that are there; elsewhere nothing."""
-        if self.console is None or not self.console.is_terminal:
-            yield lambda step, facts: None
-            return
-        bars, outermost = self._bars, self._bars is None
         if bars is None:
-            columns: list[Any] = [TextColumn("{task.description}"), BarColumn()]
-            columns += [MofNCompleteColumn(), TextColumn("{task.fields[facts]}")]
-            bars = self._bars = Bars(*columns, console=self.console)
+            yield line
+            return
+        outermost = not bars.tasks
+        if outermost:
             bars.start()
         task = bars.add_task(what, total=total, completed=done, facts="")
         try:
             yield lambda step, facts: bars.update(task, completed=step, facts=facts)
         finally:
-            if outermost:
+            if outermost:  # and so left on the screen
                 bars.stop()
-                self._bars = None
-            else:
-                bars.remove_task(task)
+            bars.remove_task(task)
+
+
+def _said(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The mean metrics of each meta-learner; of many only the range of their excess loss."""
+    if len(metrics) > MANY:
+        excess = [each["excess_loss"] for each in metrics.values() if "excess_loss" in each]
+        ends = f"{min(excess):.3f} to {max(excess):.3f}" if excess else "none"
+        return f"{len(metrics)} meta-learners: {SAYS['excess_loss']} {ends}"
+    number = lambda name, value: f"{SAYS.get(name, name)} {np.mean(value):.4g}"
+    text = lambda each: ", ".join(number(name, value) for name, value in each.items())
+    return "; ".join(f"{name}: {text(each)}" for name, each in metrics.items())

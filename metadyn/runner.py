@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls, described, fits, readings
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
-from metadyn.scalars import scalars
+from metadyn.scalars import check_installed, scalars
 from metadyn.store import Results, RunFolder
 from metadyn.study import Comparison, Contender, Criterion, Plan, Study
 
@@ -46,15 +46,9 @@ class _Runner:
     ):
         self.plan, self.store, self.progress = plan, run, progress
         self.tensorboard = run.tensorboard if tensorboard else None
-        self.key = jax.random.key(seed)
-        self.chunk = plan.comparisons[0].measure.chunk
-        self.places = _places(plan)
-        self.names = {id(c): c.name + part.suffix for part, _, c in plan.every}
+        self.key, chunk = jax.random.key(seed), plan.comparisons[0].measure.chunk
+        self.given: dict[str, Any] = {"key": stream(self.key, "evaluation"), "chunk": chunk}
         self.compiling = ThreadPoolExecutor(os.cpu_count())
-
-    def readings(self, tasks: TaskSet, contender: Contender, params: Params) -> dict[str, Any]:
-        """[seed,] task, time, ...; of tasks that are the same whatever the set is called."""
-        return readings(tasks, contender, params, stream(self.key, "evaluation"), self.chunk)
 
     def prepare(self, loop: OuterLoop) -> None:
         """Begins to compile all programs, on every core, and waits for that of the outer step.
@@ -63,84 +57,71 @@ class _Runner:
         """
         if jax.process_count() > 1:
             return
-        key = stream(self.key, "evaluation")
 
-        def compiled(tasks: TaskSet, contender: Contender) -> None:
-            params = loop.abstract.params[self.names[id(contender)]] if contender.trained else ()
-            given = calls(tasks, contender, params, key, self.chunk)[0]
-            inner.measure.lower(*given).compile()
+        def compiled(part: Comparison, tasks: TaskSet, contender: Contender) -> None:
+            params = loop.abstract.params.get(contender.name + part.suffix, ())
+            inner.measure.lower(*calls(tasks, contender, params, **self.given)[0]).compile()
 
         outer_step = self.compiling.submit(check_compiled, loop)
-        for _, tasks, contender in self.plan.every:
+        for part, tasks, contender in self.plan.every:
             if not self.store.has_measurement(tasks.name, contender.name):
-                self.compiling.submit(compiled, tasks, contender)
+                self.compiling.submit(compiled, part, tasks, contender)
         outer_step.result()
-
-    def described(self, tasks: TaskSet, contender: Contender) -> dict[str, Any]:
-        """The description of those readings."""
-        return described(tasks, contender, *self.places[tasks.name, contender.name])
 
     def train(self) -> Mapping[str, Params]:
         """Trains from the newest checkpoint, or from the start; stores as it goes."""
         plan, store = self.plan, self.store
-        trained = plan.trained
-        if not trained:
+        if not plan.trained:
             return {}
-        loop = OuterLoop(trained, plan.outer, stream(self.key, "training"))
-        watched = [
-            (tasks, contender, contender.name + part.suffix)
-            for part in plan.comparisons
-            for contender in part.metas
-            for tasks in (part.tracked, part.heldout)
-        ]
-        about = _nested((t.name, c.name, self.described(t, c)) for t, c, _ in watched)
-
-        def save(state: TrainState, scheduled: bool = True) -> None:
-            trajectories = None
-            if scheduled:
-                trajectories = _nested(
-                    (t.name, c.name, self.readings(t, c, state.params[name]))
-                    for t, c, name in watched
-                )
-            store.save_checkpoint(int(state.step), state, trajectories, about)
-
-        mesh.by_first(lambda: store.set_aside_unscheduled(plan.outer.checkpoint_steps))
-        sound = mesh.by_first(store.sound_steps)
-
-        def before(target: int) -> int:
-            """The last sound checkpoint before an outer step."""
-            return max(step for step in sound if step < target)
-
-        first, *schedule = plan.outer.checkpoint_steps
-        if not {first, *schedule} <= set(sound):
-            self.prepare(loop)
-        if first not in sound:
-            save(loop.init())
-            store.finish()
-            sound.append(first)
-        excess_over: dict[str, Callable[[float], float]] = {}
-        for part in plan.comparisons:  # Bayes first, so that a live run can be compared with it
-            if part.metas:
-                self.measure(part.tracked, part.bayes)
-                excess_over |= dict.fromkeys(
-                    (c.name + part.suffix for c in part.metas), self.excess(part)
-                )
-        episodes = plan.outer.batch * plan.outer.seeds * len(trained)
-        end = plan.outer.steps
-        reached = before(next((step for step in schedule if step not in sound), end + 1))
+        loop = OuterLoop(plan.trained, plan.outer, stream(self.key, "training"))
+        watched = [(part, tasks) for part in plan.comparisons for tasks in part.watched]
+        about = {
+            tasks.name: {meta.name: _described(part, tasks, meta) for meta in part.metas}
+            for part, tasks in watched
+        }
+        scheduled, end = plan.outer.checkpoint_steps, plan.outer.steps
+        stored = mesh.by_first(store.steps)
         state: TrainState | None = None
+
+        def save(state: TrainState) -> None:
+            step, trajectories = int(state.step), None
+            if step in scheduled:
+                trajectories = {
+                    tasks.name: {
+                        meta.name: readings(
+                            tasks, meta, state.params[meta.name + part.suffix], **self.given
+                        )
+                        for meta in part.metas
+                    }
+                    for part, tasks in watched
+                }
+            store.save_checkpoint(step, state, trajectories, about)
+            stored.append(step)
+
+        def newest(before: int) -> TrainState:
+            """The last stored state before an outer step: the one at hand, or one that is read."""
+            step = max(each for each in stored if each < before)
+            if state is not None and int(state.step) == step:
+                return state
+            store.finish()
+            return store.restore_state(step, loop.abstract)
+
+        if not set(scheduled) <= set(stored):
+            self.prepare(loop)
+        if 0 not in stored:
+            state = loop.init()
+            save(state)
+        bayes = self.measure_bayes()
+        missing = [step for step in scheduled if step not in stored]
+        reached = max(step for step in stored if step < min(missing, default=end + 1))
+        episodes = plan.outer.batch * plan.outer.seeds * len(plan.trained)
         with (
             self.progress.training(end, reached) as show,
-            scalars(self.tensorboard, reached) as log,
+            scalars(self.tensorboard, max(stored)) as log,
             _held() as held,
         ):
-            for target in schedule:
-                if target in sound:  # while an earlier one, damaged, was not
-                    store.finish()
-                    state = None
-                    continue
-                start = state or store.restore_state(before(target), loop.abstract)
-                for state, metrics in loop.run(start, [target]):
+            for target in missing:
+                for state, metrics in loop.run(newest(target), [target]):
                     step = int(state.step)
                     shown = {
                         name: {what: float(np.mean(value)) for what, value in each.items()}
@@ -148,108 +129,101 @@ class _Runner:
                     }
                     for name, each in shown.items():
                         if "loss" in each:
-                            each["excess_loss"] = excess_over[name](each["loss"])
+                            excess = dynamics.excess_loss(each["loss"], *bayes[name])
+                            each["excess_loss"] = float(excess)
                         log(step, {f"{what}/{name}": value for what, value in each.items()})
                     show(step, shown, episodes)
                     stop = mesh.anywhere(held())
                     if step == target or stop:
-                        save(state, scheduled=step == target)
+                        save(state)
                     if stop:
                         store.finish()
                         mesh.leave()
                         raise KeyboardInterrupt
         store.finish()
-        return (state or store.restore_state(end, loop.abstract)).params
+        return newest(end + 1).params
 
-    def excess(self, part: Comparison) -> Callable[[float], float]:
-        """What turns a loss on the training distribution into the excess over Bayes."""
-        self.measure(part.heldout, part.bayes)
-        self.store.finish()
-        losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
-        best, floor = float(losses.isel(step=slice(1, None)).mean()), part.domain.loss_floor
-        return lambda loss: float(dynamics.excess_loss(loss, best, floor))
+    def measure_bayes(self) -> dict[str, tuple[float, float]]:
+        """Measures Bayes where meta-learners are followed, so that a live run can be compared.
 
-    def measure(self, tasks: TaskSet, contender: Contender, params: Params = ()) -> None:
+        Returns Bayes' loss on the training distribution and its floor, by the meta-learner's name.
+        """
+        found = {}
+        for part in self.plan.comparisons:
+            for tasks in part.watched:
+                self.measure(part, tasks, part.bayes)
+            if part.metas:
+                self.store.finish()
+                losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
+                best = float(losses.isel(step=slice(1, None)).mean())
+                for meta in part.metas:
+                    found[meta.name + part.suffix] = best, part.domain.loss_floor
+        return found
+
+    def measure(
+        self, part: Comparison, tasks: TaskSet, contender: Contender, params: Params = ()
+    ) -> None:
         """Makes and stores a measurement, unless it is stored already."""
-        if mesh.by_first(lambda: self.store.has_measurement(tasks.name, contender.name)):
-            return
-        arrays: dict[str, Any] = dict(self.readings(tasks, contender, params))
-        about = self.described(tasks, contender)
-        if "closed_form" in about["axes"]:
-            arrays["closed_form"] = contender.curve
-        self.store.save_measurement(tasks.name, contender.name, arrays, about)
+        names = tasks.name, contender.name
+        if not mesh.by_first(lambda: self.store.has_measurement(*names)):
+            arrays = readings(tasks, contender, params, **self.given)
+            self.store.save_measurement(*names, arrays, _described(part, tasks, contender))
 
     def measure_all(self, params: Mapping[str, Params]) -> None:
-        """Every measurement of the plan that is not stored yet."""
-        wanted = [
-            (tasks, contender, params.get(contender.name + part.suffix, ()))
-            for part in self.plan.comparisons
-            for tasks, contender in part.measurements
-        ]
+        """Makes every measurement of the plan that is not stored yet."""
+        wanted = [(part, *pair) for part in self.plan.comparisons for pair in part.measurements]
         with self.progress.counting("measuring", len(wanted)) as show:
-            for tasks, contender, own in wanted:
+            for part, tasks, contender in wanted:
                 show(f"{contender.label} on {tasks.name}")
-                self.measure(tasks, contender, own)
+                self.measure(part, tasks, contender, params.get(contender.name + part.suffix, ()))
         self.store.finish()
 
 
-def _places(plan: Plan) -> dict[tuple[str, str], tuple[int, str, bool]]:
-    """The place in figures of each learner on each set, with its comparison's title."""
-    places = {}
-    for part, tasks, contender in plan.every:
-        known = [each.name for each in part.contenders]
-        place = known.index(contender.name) if contender.name in known else len(known)
-        places[tasks.name, contender.name] = place, part.title, part.followed
-    return places
-
-
-def _nested(rows: Any) -> dict[str, dict[str, Any]]:
-    nested: dict[str, dict[str, Any]] = {}
-    for task_set, learner, value in rows:
-        nested.setdefault(task_set, {})[learner] = value
-    return nested
+def _described(part: Comparison, tasks: TaskSet, contender: Contender) -> dict[str, Any]:
+    """The description of a measurement, with the contender's place in the comparison's figures."""
+    names = [each.name for each in part.contenders]
+    place = names.index(contender.name) if contender.name in names else len(names)
+    return described(tasks, contender, place, part.title, part.followed)
 
 
 # What is checked before training.
 
 
+def _weights(meta: Any) -> list[jax.ShapeDtypeStruct]:
+    return jax.tree.leaves(jax.eval_shape(meta.init, jax.random.key(0)))
+
+
 def check_memory(plan: Plan) -> None:
     """Raises `ConfigError`, naming the option to lower, for what cannot fit into the memory."""
     outer = plan.outer
-    for part in plan.comparisons:
-        for contender in part.metas:
-            weights = jax.eval_shape(contender.learner.init, jax.random.key(0))
-            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
-            what = f"the weights of {contender.name} and what trains them"  # moments, gradient
-            field = contender.option.removeprefix("--") or "outer.seeds"
-            fits(what, 4 * outer.seeds * size * mesh.copies(), field)
+    for contender in (meta for part in plan.comparisons for meta in part.metas):
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in _weights(contender.learner))
+        what = f"the weights of {contender.name} and what trains them"  # moments, gradient
+        fits(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
     for _, tasks, contender in plan.every:
-        needed = bytes_needed(tasks, contender, outer.seeds) // mesh.splits()
+        needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
         by_time = times > size and contender.times is None
-        option = "measure.updating_tasks" if size < tasks.size else tasks.option.removeprefix("--")
+        option = "measure.updating_tasks" if size < tasks.size else tasks.option
         field = "steps" if by_time else option or "size"
-        fits(what, 2 * needed, field, tasks.domain.steps if by_time else None)  # and a copy
+        fits(what, needed, field, tasks.domain.steps if by_time else None, split=True)
 
 
 def outline(plan: Plan) -> dict[str, Any]:
     """What a plan asks for, in short: kept with a run, which no other plan is to go on with."""
-    shapes = jax.eval_shape(
-        lambda key: {n: t.meta.init(key) for n, t in plan.trained.items()}, jax.random.key(0)
-    )
     asked: dict[str, Any] = {
-        name: {"parameters": sum(leaf.size for leaf in jax.tree.leaves(of))}
-        for name, of in shapes.items()
+        name: {"parameters": sum(leaf.size for leaf in _weights(each.meta))}
+        for name, each in plan.trained.items()
     }
     for _, tasks, contender in plan.every:
-        times, probes = contender.times_in(tasks.domain), tasks.probes.items()
+        times = contender.times_in(tasks.domain)
         asked[f"{contender.name} on {tasks.name}"] = {
             "label": contender.label,
             "kind": contender.kind,
             "tasks": tasks.size_for(contender.clock),
             "times": [len(times), times[-1]],
-            "modes": {name: list(probe.modes.values) for name, probe in probes},
+            "modes": {name: list(probe.modes.values) for name, probe in tasks.probes.items()},
         }
     return asked
 
@@ -260,7 +234,7 @@ def check_compiled(loop: OuterLoop) -> None:
     account = compiled.memory_analysis()
     if account is not None:
         used = account.temp_size_in_bytes + account.argument_size_in_bytes
-        fits("an outer step", used * mesh.copies(), "outer.batch")
+        fits("an outer step", used, "outer.batch")
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> None:
@@ -269,43 +243,18 @@ def rehearse(study: Study, config: Any, plan: Plan) -> None:
     They are made of measurements of the shapes planned, with few tasks and made-up numbers: so a
     name that is not measured, or a figure that cannot be drawn, is found before training.
     """
-    places = _places(plan)
-    planned = {(t.name, c.name): (t, c) for _, t, c in plan.every}
-    watched = {tasks.name for part in plan.comparisons for tasks in (part.tracked, part.heldout)}
-    sets: dict[str, list[str]] = {}
-    for task_set, learner in planned:
-        sets.setdefault(task_set, []).append(learner)
-    about = {pair: described(t, c, *places[pair]) for pair, (t, c) in planned.items()}
     steps = np.array(plan.outer.checkpoint_steps[-3:])
-
-    def read(task_set: str, learner: str) -> xr.Dataset:
-        tasks, contender = planned[task_set, learner]
-        tracked = contender.trained and task_set in watched
-        return _made_up(about[task_set, learner], min(4, tasks.size), steps if tracked else None)
-
-    results = Results(sets, read)
-    try:
-        criteria = list(study.criteria(config, results))
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"study {study.name!r}: its criteria cannot be had ({_said(error)})"
-        ) from error
-    names = [each.name for each in criteria]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"study {study.name!r}: two criteria are called {name!r}: rename one")
-    for name, draw in study.figures.items():
-        try:
-            draw(results)
-        except Exception as error:
-            said = f"figure {name!r} cannot be drawn"
-            raise ConfigError(f"study {study.name!r}: {said} ({_said(error)})") from error
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    sets: dict[str, list[str]] = {}
+    planned = {}
+    for part, tasks, contender in plan.every:
+        sets.setdefault(tasks.name, []).append(contender.name)
+        at = steps if contender.trained and tasks in part.watched else None
+        made_of = _described(part, tasks, contender), min(4, tasks.size), at
+        planned[tasks.name, contender.name] = made_of
+    results = Results(sets, lambda *names: _made_up(*planned[names]))
+    study.judged(config, results)
+    for draw in study.own_figures().values():
+        draw(results)
 
 
 def _made_up(about: dict[str, Any], tasks: int, outer_steps: np.ndarray | None) -> xr.Dataset:
@@ -345,14 +294,11 @@ def run_study(
     """
     from metadyn import figures
 
+    if tensorboard:
+        check_installed()
     plan = study.plan(config)
-    asked = {
-        "study": study.name,
-        "preset": preset,
-        "seed": seed,
-        "config": dataclasses.asdict(config),
-        "plan": outline(plan),
-    }
+    identity = {"study": study.name, "preset": preset, "seed": seed}
+    asked = {**identity, "config": dataclasses.asdict(config), "plan": outline(plan)}
     check_memory(plan)
     rehearse(study, config, plan)
     try:
@@ -361,7 +307,7 @@ def run_study(
         with ExitStack() as stack:
             mesh.by_first(lambda: stack.enter_context(run.locked()))
             done = mesh.by_first(run.summary)
-            if done and mesh.by_first(run.is_sound):
+            if mesh.by_first(run.set_aside_damaged) and done:
                 return done
             begun = time.monotonic()
             runner = _Runner(plan, run, seed, progress, tensorboard and mesh.first())
@@ -370,13 +316,11 @@ def run_study(
 
             def conclude() -> dict[str, Any]:
                 results = run.results()
-                criteria = list(study.criteria(config, results))
-                figures.draw(run.figures, results, study.figures)
+                criteria = study.judged(config, results)
+                figures.draw(run.figures, results, study.own_figures())
                 seconds = round(time.monotonic() - begun, 1)
                 summary = {
-                    "study": study.name,
-                    "preset": preset,
-                    "seed": seed,
+                    **identity,
                     "environment": environment() | {"seconds": seconds},
                     "criteria": [_as_json(c) for c in criteria if c.passed is not None],
                     "reported": [_as_json(c) for c in criteria if c.passed is None],
@@ -385,6 +329,8 @@ def run_study(
                 return summary
 
             return mesh.by_first(conclude)
+    except BrokenPipeError:  # of our output, not of DIR
+        raise
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
 
@@ -401,13 +347,12 @@ def environment() -> dict[str, Any]:
 
 
 def _as_json(criterion: Criterion) -> dict[str, Any]:
-    fields = dataclasses.asdict(criterion)
-    fields = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()
-    }
-    if fields["passed"] is None:
-        del fields["passed"]
-    return fields
+    row = dataclasses.asdict(criterion)
+    for name in ("value", "low", "high"):
+        row[name] = row[name] if math.isfinite(row[name]) else None
+    if criterion.passed is None:
+        del row["passed"]
+    return row
 
 
 @contextmanager
@@ -420,14 +365,10 @@ def _held() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    try:
-        before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals never arrive
-        before = {}
-    try:
+    with ExitStack() as stack:
+        with suppress(ValueError):  # not in the main thread, where signals never arrive
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, note))
         yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:  # after the caller last asked
         raise KeyboardInterrupt

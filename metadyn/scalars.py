@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from metadyn.errors import ConfigError
@@ -14,12 +15,9 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 def check_installed() -> None:
     """Raises `ConfigError` unless the extra is there."""
-    try:
-        import tensorboardX  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "--tensorboard: tensorboardX is not installed; pip install 'metadyn[tensorboard]'"
-        ) from None
+    if find_spec("tensorboardX") is None:
+        fix = "tensorboardX is not installed; pip install 'metadyn[tensorboard]'"
+        raise ConfigError(f"--tensorboard: {fix}")
 
 
 @contextmanager
@@ -31,7 +29,6 @@ def scalars(folder: Path | None, step: int) -> Iterator[Log]:
     if folder is None:
         yield lambda step, values: None
         return
-    check_installed()
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder), purge_step=step + 1) as writer:

@@ -39,17 +39,13 @@ from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.labelled import about, labelled, merge
 
 Arrays = Mapping[str, Any]
-_Number = (int, float, type(None))
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
 FORMAT = 2
 """Of the layout. Runs of metadyn 0.1 had none."""
 
 
-class NotMeasured(KeyError):
+class NotMeasured(ConfigError):
     """A learner was not measured on a set of tasks: it is not planned, or not done yet."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Results:
@@ -78,10 +74,12 @@ class Results:
     def learners(self, task_set: str, *kinds: str, drawn: bool = False) -> dict[str, xr.Dataset]:
         """Those measured on a set, in their places: of some kinds, or only those that are drawn."""
         found = {name: self[task_set, name] for name in self._stored.get(task_set, ())}
-        abouts = {name: about(data) for name, data in found.items()}
-        chosen = sorted(found, key=lambda name: abouts[name].place)
-        kept = [n for n in chosen if not kinds or abouts[n].kind in kinds]
-        return {n: found[n] for n in kept if abouts[n].drawn or not drawn}
+        placed = sorted(((about(data), data) for data in found.values()), key=lambda x: x[0].place)
+        return {
+            who.learner: data
+            for who, data in placed
+            if (not kinds or who.kind in kinds) and (who.drawn or not drawn)
+        }
 
 
 class RunFolder:
@@ -90,21 +88,19 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]):
         """Raises `ConfigError` unless `path` holds a run."""
         self.path = Path(path).absolute()
+        self.figures, self.tensorboard = self.path / "figures", self.path / "tensorboard"
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._sound: set[Path] = set()
-        self._named: set[Path] = set()  # damaged, and warned of
         self.config = _read_json(self.path / "config.json", f"{path} holds no run of metadyn")
-        if "format" not in self.config and {"study", "preset"} <= set(self.config):
+        if missing := {"study", "preset", "seed", "config"} - set(self.config):
+            raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
+        if (found := self.config.get("format")) != FORMAT:
+            version = "metadyn 0.1" if found is None else "another version of metadyn"
             raise ConfigError(
-                f"{path} holds a run of metadyn 0.1, which this version does not read: run it anew "
+                f"{path} holds a run of {version}, which this version does not read: run it anew "
                 "in another DIR"
             )
-        if self.config.get("format", FORMAT) != FORMAT:
-            raise ConfigError(f"{path} holds a run of another version of metadyn: use that one")
-        missing = {"study", "preset", "seed", "config"} - set(self.config)
-        if missing:
-            raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunFolder:
@@ -113,29 +109,26 @@ class RunFolder:
         Raises `ConfigError` if it cannot be written, holds anything else, or holds a run of
         another configuration.
         """
-        folder = Path(path).absolute()
+        folder, other = Path(path).absolute(), "choose another DIR"
         config = json.loads(json.dumps({"format": FORMAT, **config}))
         if os.path.exists(folder / "config.json"):  # False too for what cannot be a path
             run = cls(path)
             for name, theirs, ours in _differences(run.config, config):
                 raise ConfigError(
                     f"--out {path} holds a run with {name} = {theirs!r}, not {ours!r}: "
-                    "choose another DIR, or run with that value to resume it"
+                    f"{other}, or run with that value to resume it"
                 )
-            _check_writable(folder, path)
+            if not os.access(folder, os.W_OK):
+                raise ConfigError(f"--out {path} cannot be written: {other}")
             return run
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
-                raise ConfigError(
-                    f"--out {path} is not empty and holds no run of metadyn: choose another DIR"
-                )
+                raise ConfigError(f"--out {path} is not empty and holds no run of metadyn: {other}")
             write_json(folder / "config.json", config)
         except (OSError, ValueError) as error:
             said = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"--out {path} cannot be written ({said}): choose another DIR"
-            ) from error
+            raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
         return cls(path)
 
     @contextmanager
@@ -184,8 +177,6 @@ class RunFolder:
 
         def complete() -> None:
             (part / SUMS).write_bytes(_sums(part))
-            if folder.exists():
-                _set_aside(folder)
             part.rename(folder)
             self._sound.add(folder)
 
@@ -219,36 +210,43 @@ class RunFolder:
             return
         try:
             written, found = (folder / SUMS).read_bytes(), _sums(folder)
+            if written == found:
+                self._sound.add(folder)
+                return
             lines = {*written.splitlines()} ^ {*found.splitlines()}
             names = {line.split(b"  ")[-1].decode(errors="replace") for line in lines}
             what = f"{min(names, default=SUMS)} is not as {SUMS} says"
         except OSError as error:
-            written, found, what = b"", b"damaged", f"{error.strerror}: {error.filename}"
-        if written != found:
-            raise ConfigError(
-                f"{folder} is damaged ({what}): metadyn run, with the same arguments, makes it anew"
-            )
-        self._sound.add(folder)
+            what = f"{error.strerror}: {error.filename}"
+        raise ConfigError(
+            f"{folder} is damaged ({what}): metadyn run, with the same arguments, makes it anew"
+        )
 
-    def _is_sound(self, folder: Path) -> bool:
-        """Whether it is there and undamaged; warns if it is damaged."""
-        try:
-            if folder.exists():
+    def damage(self) -> dict[Path, str]:
+        """Finds the checkpoints and measurements that are damaged, and says of each what is wrong.
+
+        It looks once at each that is not.
+        """
+        folders = [self._checkpoint(step) for step in self.steps()]
+        for task_set, names in self.measurements().items():
+            folders += [self._measurement(task_set, name) for name in names]
+        found = {}
+        for folder in folders:
+            try:
                 self._check(folder)
-                return True
-        except ConfigError as damage:
-            if folder not in self._named:
-                warnings.warn(str(damage), ConfigWarning, stacklevel=2)
-            self._named.add(folder)
-        return False
+            except ConfigError as error:
+                found[folder] = str(error)
+        return found
 
-    def is_sound(self) -> bool:
-        """Whether all checkpoints and measurements are undamaged; warns of each that is not."""
-        found = [self._checkpoint(step) for step in self.steps()]
-        found += [
-            self._measurement(s, name) for s, ns in self.measurements().items() for name in ns
-        ]
-        return all([self._is_sound(folder) for folder in found])
+    def set_aside_damaged(self) -> bool:
+        """Renames what is damaged, with a warning, so that it is made anew. Returns if none was."""
+        found = self.damage()
+        for folder, said in found.items():
+            warnings.warn(said, ConfigWarning, stacklevel=2)
+            endings = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+            aside = (folder.with_name(folder.name + DAMAGED + ending) for ending in endings)
+            folder.rename(next(path for path in aside if not path.exists()))
+        return not found
 
     # Training: state and trajectories at outer steps.
 
@@ -269,18 +267,9 @@ class RunFolder:
         self._save(self._checkpoint(step), **items)
 
     def steps(self) -> list[int]:
-        """The outer steps of all checkpoints, damaged ones too, in order."""
+        """The outer steps of all checkpoints, in order."""
         names = (folder.name for folder in (self.path / "checkpoints").glob("*"))
         return sorted(int(name) for name in names if name.isdecimal())
-
-    def sound_steps(self) -> list[int]:
-        """The outer steps of checkpoints that are undamaged, in order; warns of the others."""
-        return [step for step in self.steps() if self._is_sound(self._checkpoint(step))]
-
-    def set_aside_unscheduled(self, scheduled: Sequence[int]) -> None:
-        """Sets aside the damaged checkpoints of other outer steps, which are not made anew."""
-        for step in {*self.steps()} - {*self.sound_steps(), *scheduled}:
-            _set_aside(self._checkpoint(step))
 
     def state(self, step: int) -> Any:
         """The training state at an outer step, as NumPy arrays in dictionaries and lists."""
@@ -297,8 +286,8 @@ class RunFolder:
         return self.path / "measurements" / task_set / learner
 
     def has_measurement(self, task_set: str, learner: str) -> bool:
-        """Whether it is stored and undamaged; warns if it is damaged."""
-        return self._is_sound(self._measurement(task_set, learner))
+        """Whether one learner's measurement on one set of tasks is stored."""
+        return self._measurement(task_set, learner).exists()
 
     def save_measurement(
         self, task_set: str, learner: str, arrays: Arrays, about: Mapping[str, Any]
@@ -335,7 +324,7 @@ class RunFolder:
 
     def written(self, step: int) -> float:
         """When the trajectories of an outer step were stored, in seconds since the epoch."""
-        return (self.path / "checkpoints" / str(step)).stat().st_mtime
+        return self._checkpoint(step).stat().st_mtime
 
     def tracked(self) -> dict[str, list[str]]:
         """Names of the meta-learners measured at every checkpoint, by set of tasks."""
@@ -379,22 +368,10 @@ class RunFolder:
 
     # Results.
 
-    @property
-    def tensorboard(self) -> Path:
-        """Where scalars for TensorBoard are, if they were asked for."""
-        return self.path / "tensorboard"
-
-    @property
-    def figures(self) -> Path:
-        """Where the figures are."""
-        return self.path / "figures"
-
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None before the run is done. Raises `ConfigError` if it is damaged."""
         path = self.path / "summary.json"
-        if not path.exists():
-            return None
-        return read_summary(path)
+        return read_summary(path) if path.exists() else None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json in one step."""
@@ -404,16 +381,10 @@ class RunFolder:
 def read_summary(path: Path) -> dict[str, Any]:
     """A summary.json. Raises `ConfigError` if it is damaged."""
     summary = _read_json(path, f"{path} cannot be read")
-    row: dict[str, Any] = {
-        "name": str,
-        "expected": str,
-        "value": _Number,
-        "low": _Number,
-        "high": _Number,
-    }
-    for name in ("criteria", "reported"):
+    row: dict[str, Any] = {"name": str, "expected": str}
+    row |= dict.fromkeys(("value", "low", "high"), (int, float, type(None)))
+    for name, kinds in (("criteria", {**row, "passed": bool}), ("reported", row)):
         rows = summary.get(name, [])
-        kinds = row | ({"passed": bool} if name == "criteria" else {})
         if not isinstance(rows, list) or not all(
             isinstance(r, dict) and all(k in r and isinstance(r[k], t) for k, t in kinds.items())
             for r in rows
@@ -442,12 +413,6 @@ def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
     return merge(parts)
 
 
-def _set_aside(folder: Path) -> None:
-    names = itertools.chain([""], map("-{}".format, itertools.count(2)))
-    aside = (folder.with_name(folder.name + DAMAGED + name) for name in names)
-    folder.rename(next(path for path in aside if not path.exists()))
-
-
 def _fetched(tree: Any) -> Any:
     """Copies as NumPy arrays, which Orbax stores sooner; of several processes none has them all."""
     return jax.tree.map(np.array, tree) if jax.process_count() == 1 else tree
@@ -463,21 +428,12 @@ def _sums(folder: Path) -> bytes:
     return "".join(lines).encode()
 
 
-def _differences(theirs: Any, ours: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        return [
-            difference
-            for key in sorted({*theirs, *ours})
-            for difference in _differences(
-                theirs.get(key), ours.get(key), f"{name}.{key}" if name else key
-            )
-        ]
-    return [] if theirs == ours else [(name.removeprefix("config."), theirs, ours)]
-
-
-def _check_writable(folder: Path, path: str | os.PathLike[str]) -> None:
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {path} cannot be written: choose another DIR")
+        for key in sorted({*theirs, *ours}):
+            yield from _differences(theirs.get(key), ours.get(key), f"{name}.{key}")
+    elif theirs != ours:
+        yield name.removeprefix(".config").removeprefix("."), theirs, ours
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from metadyn.base import (
     TaskSet,
     training_tasks,
 )
-from metadyn.errors import ConfigError, check, check_name, check_positive
+from metadyn.errors import ConfigError, check, check_name, check_positive, check_unique, naming
 from metadyn.labelled import Kind
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.networks import GRUConfig
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 TRACKED, HELDOUT = "tracked", "heldout"
 """The sets of tasks on which meta-learners are measured at every checkpoint: the first of those of
 evaluation, for mode trajectories; and some of the training distribution, for excess loss."""
+Network = Literal["lstm", "gru"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,18 +74,18 @@ class MeasureConfig:
     def sized(
         self, tasks: TaskSet, field: str = "tasks", name: str | None = None, **changes: Any
     ) -> TaskSet:
-        """A set of tasks, of the size that a field of this configuration gives."""
+        """Returns a set of tasks with the size that a field of this configuration gives."""
         updating = self.updating_tasks if field == "tasks" else None
-        option = f"--measure.{field.replace('_', '-')}"
-        size = {"size": getattr(self, field), "updating_size": updating, "option": option}
-        return dataclasses.replace(tasks, name=name or tasks.name, **size, **changes)
+        changes |= {"size": getattr(self, field), "updating_size": updating}
+        option = f"measure.{field}"
+        return dataclasses.replace(tasks, name=name or tasks.name, option=option, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """What the configuration of every study has: copy a study to see how its own is added."""
+    """The settings that every study has; those of one study alone are added in a subclass."""
 
-    meta: Literal["lstm", "gru"] = "lstm"
+    meta: Network = "lstm"
     """The meta-learner that is trained."""
     lstm: LSTMConfig = LSTMConfig()
     gru: GRUConfig = GRUConfig()
@@ -92,13 +93,13 @@ class StudyConfig:
     measure: MeasureConfig = MeasureConfig()
 
     def __post_init__(self) -> None:
-        known = ("lstm", "gru")
+        known = get_args(Network)
         check(self.meta in known, "meta", self.meta, f"choose from {', '.join(known)}")
 
     def meta_learner(self, domain: Domain, heads: int = 0) -> Contender:
-        """The chosen meta-learner for a domain, as a contender."""
+        """Makes the chosen meta-learner for a domain, as a contender."""
         network = getattr(self, self.meta)
-        label, option = f"meta-trained {network.label}", f"--{self.meta}.hidden"
+        label, option = f"meta-trained {network.label}", f"{self.meta}.hidden"
         return Contender(self.meta, label, network.make(domain, heads), option=option)
 
 
@@ -133,12 +134,10 @@ class Contender:
 
     def __post_init__(self) -> None:
         check_name(self.name, "contender")
-        kind = self.kind or ("meta" if self.trained else "ordinary")
-        kinds = ("meta",) if self.trained else ("ordinary", "bayes", "reference")
+        kinds = [kind for kind in get_args(Kind) if (kind == "meta") == self.trained]
+        object.__setattr__(self, "kind", self.kind or kinds[0])
         fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
-        check(kind in kinds, "kind", kind, fix)
-        object.__setattr__(self, "kind", kind)
-        object.__setattr__(self, "_make", lambda params: self.learner)
+        check(self.kind in kinds, "kind", self.kind, fix)
 
     @property
     def trained(self) -> bool:
@@ -150,15 +149,14 @@ class Contender:
         """What its time counts: of meta-learners, observations."""
         return self.learner.clock if isinstance(self.learner, Learner) else "observations"
 
-    @property
+    @functools.cached_property  # one object, so that what is compiled of it is found again
     def make(self) -> Callable[[Params], Learner]:
-        """The learner that outer parameters make; without any, it is given an empty tuple."""
-        if isinstance(self.learner, Learner):
-            return self._make  # type: ignore[attr-defined]
-        return self.learner.learner
+        """The function from outer parameters, or from () if there are none, to the learner."""
+        learner = self.learner
+        return (lambda params: learner) if isinstance(learner, Learner) else learner.learner
 
     def times_in(self, domain: Domain) -> Sequence[int]:
-        """When it is probed in an episode of a domain."""
+        """Returns the steps of its clock at which it is probed in an episode of a domain."""
         return range(domain.steps + 1) if self.times is None else self.times
 
 
@@ -193,9 +191,7 @@ class Comparison:
     def __post_init__(self) -> None:
         check_name(self.name or "main", "comparison")
         names = [contender.name for contender in self.contenders]
-        for name in names:
-            fix = "two contenders have this name: choose another"
-            check(names.count(name) == 1, "name", name, fix)
+        check_unique(names, "name", "two contenders have this name: choose another")
         bayes = sum(contender.kind == "bayes" for contender in self.contenders)
         lacking = f"comparison {self.name or 'of ' + type(self.domain).__name__}"
         fix = "meta-learners are compared with one contender of kind 'bayes'"
@@ -208,12 +204,12 @@ class Comparison:
 
     @property
     def bayes(self) -> Contender:
-        """What excess loss is over."""
+        """The contender that excess loss is reckoned from."""
         return next(contender for contender in self.contenders if contender.kind == "bayes")
 
     @property
     def suffix(self) -> str:
-        """What the names of its own sets end with."""
+        """The ending of the names of its own sets of tasks."""
         return f"_{self.name}" if self.name else ""
 
     @functools.cached_property
@@ -222,47 +218,52 @@ class Comparison:
         tasks = self._probed(self.domain.evaluation(self.measure.probe_points))
         return self.measure.sized(tasks, "tracked_tasks", TRACKED + self.suffix)
 
-    def _probed(self, tasks: TaskSet) -> TaskSet:
-        if not self.probes or STRENGTH not in tasks.probes:
-            return tasks
-        more = {name: make(tasks) for name, make in self.probes.items()}
-        return dataclasses.replace(tasks, probes={**tasks.probes, **more})
-
     @functools.cached_property
     def heldout(self) -> TaskSet:
         """Tasks of the training distribution, on which the loss is measured at every checkpoint."""
         tasks = training_tasks(self.domain)
         return self.measure.sized(tasks, "heldout_tasks", HELDOUT + self.suffix)
 
-    def training(self, contender: Contender) -> MetaTraining:
-        """A meta-learner and what it is trained on."""
-        assert not isinstance(contender.learner, Learner)
-        meta = contender.learner
-        objective = (contender.objective or self.objective)(self.domain, meta)
-        return MetaTraining(meta, objective, contender.own, contender.rate)
+    @property
+    def watched(self) -> tuple[TaskSet, ...]:
+        """The sets on which its meta-learners are measured at every checkpoint, and Bayes once."""
+        return (self.tracked, self.heldout) if self.metas else ()
 
     @functools.cached_property
     def measurements(self) -> list[tuple[TaskSet, Contender]]:
-        """What is measured once training is done."""
+        """Each set with each contender that is measured on it once training is done."""
         sets = [self._probed(tasks) for tasks in self.sets]
         found = [(tasks, c) for tasks in sets for c in self.contenders if c.kind in tasks.kinds]
         return found + [(self._probed(tasks), contender) for tasks, contender in self.pairs]
 
+    def _probed(self, tasks: TaskSet) -> TaskSet:
+        if not self.probes or STRENGTH not in tasks.probes:
+            return tasks
+        more = {name: make(tasks) for name, make in self.probes.items()}
+        return dataclasses.replace(tasks, probes={**tasks.probes, **more})
+
+    def training(self, contender: Contender) -> MetaTraining:
+        """Returns one of its meta-learners with its objective and the settings of its optimiser."""
+        meta = contender.learner
+        assert not isinstance(meta, Learner)
+        objective = (contender.objective or self.objective)(self.domain, meta)
+        return MetaTraining(meta, objective, contender.own, contender.rate)
+
     def joined(self, contender: Contender) -> Comparison:
-        """This comparison with one more contender, before Bayes; or itself, if its kind is absent.
+        """Adds a contender behind those of its kind; returns itself if there are none.
 
         Meta-learners join where others are trained, and the rest where there are any like it.
         """
         like = {"ordinary", "reference"} if contender.kind == "reference" else {contender.kind}
-        if not like & {each.kind for each in self.contenders}:
+        places = [i for i, each in enumerate(self.contenders) if each.kind in like]
+        if not places:
             return self
-        at = [each.kind for each in self.contenders]
-        place = max(i for i, kind in enumerate(at) if kind in like) + 1
-        contenders = [*self.contenders[:place], contender, *self.contenders[place:]]
+        contenders = [*self.contenders]
+        contenders.insert(places[-1] + 1, contender)
         return dataclasses.replace(self, contenders=contenders)
 
     def alone(self, name: str, title: str = "", **changes: Any) -> Comparison:
-        """Its meta-learners and Bayes, measured over outer training alone, under another name."""
+        """Keeps its meta-learners and Bayes, measured over outer training alone, under a name."""
         kept = [each for each in self.contenders if each.kind in ("meta", "bayes")]
         changes = {"contenders": kept, "sets": (), "pairs": ()} | changes
         return dataclasses.replace(self, name=name, title=title, **changes)
@@ -270,7 +271,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that one configuration of a study asks for."""
+    """Everything that one configuration of a study trains and measures."""
 
     outer: OuterConfig
     comparisons: Sequence[Comparison]
@@ -279,38 +280,25 @@ class Plan:
     def __post_init__(self) -> None:
         self.outer.check_batch(self.trained.values())
         pairs = [(tasks.name, contender.name) for _, tasks, contender in self.every]
-        for pair, (_, tasks, _) in zip(pairs, self.every, strict=True):
-            fix = "is asked for twice: rename the set"
-            check(pairs.count(pair) == 1, "measurement", pair, fix)
-            check(
-                tasks.size >= 1,
-                tasks.option.removeprefix("--") or tasks.name,
-                tasks.size,
-                "must be 1 or more",
-            )
+        check_unique(pairs, "measurement", "is asked for twice: rename the set")
+        for _, tasks, _ in self.every:
+            check(tasks.size >= 1, tasks.option or tasks.name, tasks.size, "must be 1 or more")
 
     @functools.cached_property
     def trained(self) -> dict[str, MetaTraining]:
         """Every meta-learner of every comparison, by its name and the comparison's ending."""
-        named: dict[str, MetaTraining] = {}
-        for part in self.comparisons:
-            for contender in part.metas:
-                name = contender.name + part.suffix
-                check(name not in named, "name", name, "two meta-learners have this name")
-                named[name] = part.training(contender)
-        return named
+        parts = [(part, contender) for part in self.comparisons for contender in part.metas]
+        found = [(meta.name + part.suffix, part.training(meta)) for part, meta in parts]
+        check_unique([name for name, _ in found], "name", "two meta-learners have this name")
+        return dict(found)
 
     @functools.cached_property
     def every(self) -> list[tuple[Comparison, TaskSet, Contender]]:
         """All that is measured: at checkpoints, Bayes beside it, and once training is done."""
         found = []
         for part in self.comparisons:
-            found += [
-                (part, tasks, contender)
-                for contender in part.contenders
-                if part.metas and contender.kind in ("meta", "bayes")
-                for tasks in (part.tracked, part.heldout)
-            ]
+            both = [c for c in part.contenders if c.kind in ("meta", "bayes")]
+            found += [(part, tasks, contender) for contender in both for tasks in part.watched]
             found += [(part, *pair) for pair in part.measurements]
         return found
 
@@ -351,23 +339,21 @@ def criterion(
 def censored(name: str, data: Any) -> Criterion:
     """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
     t = dynamics.times_of(data)(dynamics.strength(data).mean((0, 1)))
-    count = np.asarray(np.isnan(t).sum(), np.float64)
+    count = float(np.isnan(t).sum())
     said = f"modes that never reach {labelled.modes(data).p:g}: a slope is of the others"
-    return criterion(f"{name}_censored_modes", dynamics.Estimate(count, count, count), said)
+    return Criterion(f"{name}_censored_modes", count, count, count, said, None)
 
 
 def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Iterator[Criterion]:
-    """How far one learner staggers in distribution, with what it leaves censored."""
+    """Judges how far one learner staggers in distribution, and reports what is censored."""
     data = results["in_distribution", name]
-    merit = dynamics.merit_name(data)
-    yield criterion(
-        f"{name}_{merit}", dynamics.measured(dynamics.merit_of(data), data), expected, **bounds
-    )
+    found = dynamics.measured(dynamics.merit_of(data), data)
+    yield criterion(f"{name}_{dynamics.merit_name(data)}", found, expected, **bounds)
     yield censored(name, data)
 
 
 def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
-    """How far each meta-learner staggers beyond Bayes in distribution; then each of them alone."""
+    """Judges how far each meta-learner staggers beyond Bayes, and reports how far it does alone."""
     metas = results.learners("in_distribution", "meta")
     (bayes,) = results.learners("in_distribution", "bayes").values()
     merit = dynamics.merit_name(bayes)
@@ -384,7 +370,7 @@ def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
 
 
 def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Iterator[Criterion]:
-    """Excess loss over Bayes of each meta-learner on held-out tasks, once training is done."""
+    """Judges the excess loss of each meta-learner on held-out tasks, once training is done."""
     (bayes,) = results.learners(HELDOUT + suffix, "bayes").values()
     for name, data in results.learners(HELDOUT + suffix, "meta").items():
         bound = f" at most {at_most:g}" if math.isfinite(at_most) else ", for the record"
@@ -438,12 +424,12 @@ class Study:
     tables: Sequence[Table] = ()
 
     def comparison(self, preset: str, **fields: Any) -> Comparison:
-        """The study's first comparison, with some fields of a preset changed."""
+        """Returns the first comparison of its plan, with some fields of a preset changed."""
         check(preset in self.presets, "of", preset, f"choose from {', '.join(self.presets)}")
         return self.plan(dataclasses.replace(self.presets[preset], **fields)).comparisons[0]
 
     def beside(self, name: str, *more: Callable[[Comparison], Contender]) -> Study:
-        """This study, called `name`, with more contenders beside its own.
+        """Returns this study, called `name`, with more contenders beside its own.
 
         `contender(comparison)` makes one for each comparison of the study, from its `domain` and
         the `heads` that its objective needs. Ordinary learners are measured on every set that
@@ -456,18 +442,10 @@ class Study:
                 comparison = comparison.joined(contender(comparison))
             return comparison
 
-        def plan(config: Any) -> Plan:
-            base, made = self.plan(config), self._changed(name, with_more).plan(config)
-            pairs = zip(base.comparisons, made.comparisons, strict=True)
-            fix = f"{self.name!r} compares none of that kind: give the contender another kind"
-            joined = any(len(a.contenders) < len(b.contenders) for a, b in pairs)
-            check(joined or not more, "study", name, fix)
-            return made
-
-        return dataclasses.replace(self, name=name, plan=plan)
+        return self._changed(name, with_more)
 
     def probing(self, name: str, **probes: Callable[[TaskSet], Probe]) -> Study:
-        """This study, called `name`, with more probes read wherever its own are.
+        """Returns this study, called `name`, with more probes read wherever its own are.
 
         `probe(tasks)` makes one for a set of tasks. What it reads is recorded under its name, and
         the figures of modes are drawn of it too.
@@ -476,27 +454,44 @@ class Study:
             name, lambda each: dataclasses.replace(each, probes={**each.probes, **probes})
         )
 
+    def judged(self, config: Any, results: Results) -> list[Criterion]:
+        """Returns the criteria. Raises `ConfigError` if they fail, or two are of one name."""
+        with naming(f"study {self.name!r}: its criteria cannot be had"):
+            found = list(self.criteria(config, results))
+        names = [each.name for each in found]
+        check_unique(names, f"study {self.name!r}: criterion", "two have this name: rename one")
+        return found
+
+    def own_figures(self) -> dict[str, Callable[[Results], Figure]]:
+        """Returns its figures, so that each, where it fails, raises a `ConfigError` naming it."""
+        said = f"study {self.name!r}: figure {{!r}} cannot be drawn"
+        return {name: naming(said.format(name))(draw) for name, draw in self.figures.items()}
+
     def _changed(self, name: str, change: Callable[[Comparison], Comparison]) -> Study:
         def plan(config: Any) -> Plan:
             base = self.plan(config)
-            return dataclasses.replace(base, comparisons=[*map(change, base.comparisons)])
+            made = [change(comparison) for comparison in base.comparisons]
+            fix = f"{self.name!r} compares none of that kind: give the contender another kind"
+            changed = any(a is not b for a, b in zip(base.comparisons, made, strict=True))
+            check(changed, "study", name, fix)
+            return dataclasses.replace(base, comparisons=made)
 
         return dataclasses.replace(self, name=name, plan=plan)
 
 
 def folder() -> Path:
-    """Where the studies that come with metadyn are: installed with it, or beside a checkout."""
+    """Finds the studies that come with metadyn: installed with it, or beside a checkout."""
     inside = Path(__file__).parent / "experiments"
     return inside if inside.is_dir() else inside.parent.parent / "experiments"
 
 
 def known() -> list[str]:
-    """The names of the studies that come with metadyn."""
+    """Lists the names of the studies that come with metadyn."""
     return sorted(path.stem for path in folder().glob("*.py"))
 
 
 def load_study(name: str) -> Study:
-    """The study of that name which comes with metadyn, or that a Python file defines.
+    """Loads the study of that name which comes with metadyn, or that a Python file defines.
 
     Raises `ConfigError` if there is none.
     """
@@ -504,18 +499,11 @@ def load_study(name: str) -> Study:
     if not os.path.isfile(path):  # False too for what cannot be a path
         fix = f"there is no such file, and no such study: choose from {', '.join(known())}"
         raise ConfigError(f"study = {name!r}: {fix}", "study", name, fix)
-    module_name = f"metadyn_study_{Path(path).stem}"
-    loader = SourceFileLoader(module_name, path)
-    spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # where dataclasses and their docstrings are looked up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        said = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise ConfigError(f"study = {name!r}: cannot be imported ({said})") from error
+    module = ModuleType(f"metadyn_study_{Path(path).stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses and their docstrings are looked up
+    with naming(f"study = {name!r}: cannot be imported"):
+        SourceFileLoader(module.__name__, path).exec_module(module)
     found = getattr(module, "study", None)
     if not isinstance(found, Study):
         raise ConfigError(f"study = {name!r}: defines no `study = metadyn.Study(...)`")
@@ -523,7 +511,7 @@ def load_study(name: str) -> Study:
 
 
 def load_studies(folder: str) -> list[Study]:
-    """The studies that the Python files of a folder define, in the paper's order.
+    """Loads the studies that the Python files of a folder define, in the paper's order.
 
     Raises `ConfigError` if one of them defines none, or there is none.
     """

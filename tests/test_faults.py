@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoints_before_it_are_gone_on_with(
     assert code == 2
     assert len(lines) == 1
     assert "cannot be written (File too large)" in lines[0]
-    assert RunFolder(out).is_sound()
+    assert not RunFolder(out).damage()
     assert faults.ask(["run", faults.STUDY, "--out", out]) == (0, [])
     faults.same(whole, out)
 
@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_before_it(tmp_path):
     assert (code, len(lines)) == (2, 1)
     assert "--outer.learning-rate 1e30: the loss of lstm is no longer finite" in lines[0]
     run = RunFolder(tmp_path / "wild")
-    assert run.is_sound()
+    assert not run.damage()
     assert 0 in run.outer_steps()
 
 

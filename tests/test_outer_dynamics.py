@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -215,25 +216,43 @@ def test_the_bandits_outer_times_are_of_contexts_that_stay_the_same():
 
 
 def events(folder):
-    """TFRecords (length, checksum, bytes, checksum) of TensorBoard: step, name and value."""
+    """TFRecords (length, checksum, bytes, checksum) of TensorBoard, in the order written."""
     from tensorboardX.proto.event_pb2 import Event
 
     for path in sorted(folder.iterdir()):
         raw, at = path.read_bytes(), 0
         while at < len(raw):
             (length,) = struct.unpack_from("<Q", raw, at)
-            event = Event.FromString(raw[at + 12 : at + 12 + length])
-            yield from ((event.step, v.tag, v.simple_value) for v in event.summary.value)
+            yield Event.FromString(raw[at + 12 : at + 12 + length])
             at += 16 + length
 
 
+def logged_in(folder):
+    """Step, name and value of each scalar."""
+    return [(e.step, v.tag, v.simple_value) for e in events(folder) for v in e.summary.value]
+
+
 def test_scalars_for_tensorboard(finished):
-    logged = list(events(finished / "tensorboard"))
+    logged = logged_in(finished / "tensorboard")
     names = {f"{what}/lstm_{name}" for what in ("loss", "excess_loss") for name in DOMAINS}
     names |= {"critic/lstm_bandit", "entropy/lstm_bandit"}
     assert {tag for _, tag, _ in logged} == names
     assert max(step for step, _, _ in logged) == 40
     assert all(np.isfinite(value) for _, _, value in logged)
+
+
+def test_scalars_after_a_damaged_checkpoint_are_still_shown(finished, tmp_path):
+    """TensorBoard hides what was logged before, from the step at which a later session starts."""
+    out = tmp_path / "r"
+    shutil.copytree(finished, out)
+    (out / "checkpoints" / "1" / "SHA256SUMS").write_text("nonsense")
+    before = logged_in(out / "tensorboard")
+    assert main(["run", STUDY, "--out", str(out), *SMALL, "--tensorboard"]) == 1
+    starts = [e.step for e in events(out / "tensorboard") if e.HasField("session_log")]
+    assert len(starts) == 2
+    assert max(step for step, _, _ in before) < starts[-1]
+    again = set(logged_in(out / "tensorboard"))
+    assert again == set(before)  # made anew to the same numbers
 
 
 def test_tensorboard_must_be_installed(refused, monkeypatch):

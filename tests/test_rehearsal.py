@@ -1,6 +1,7 @@
 """What is wrong with a study is found, and named, before anything is trained or written."""
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.progress import Progress
+from metadyn.store import RunFolder
 from metadyn.study import beyond_bayes, excess
 
 
@@ -131,7 +133,7 @@ def late(config, results):
         (unknown_set, "'lstm' on 'x5' is not among what is measured"),
         (unknown_reading, "saturated_gates"),
         (late, "ValueError: of two lines"),
-        (twice, "two criteria are called 'loss'"),
+        (twice, "criterion = 'loss': two have this name"),
     ],
 )
 def test_criteria_that_cannot_be_had(criteria, says, tmp_path, monkeypatch):
@@ -147,6 +149,39 @@ def test_a_figure_that_cannot_be_drawn(tmp_path, monkeypatch):
     both = {"own": figure, "broken": broken}
     said = refused(dataclasses.replace(STUDY, figures=both), tmp_path / "r", monkeypatch)
     assert said.startswith("study 'tiny': figure 'broken' cannot be drawn (AttributeError: ")
+
+
+def failing(results):
+    """A figure that fails on what is measured, and not in the rehearsal, which has fewer tasks."""
+    if results["in_distribution", "lstm"].sizes["task"] == Config().measure.tasks:
+        Path("/no/such/background.png").read_bytes()
+    return figure(results)
+
+
+def failing_criteria(config, results):
+    failing(results)
+    yield from criteria(config, results)
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ({"figures": {"own": failing}}, "figure 'own' cannot be drawn (FileNotFoundError: "),
+        ({"criteria": failing_criteria}, "its criteria cannot be had (FileNotFoundError: "),
+    ],
+)
+def test_what_a_study_itself_gets_wrong_is_named_and_the_measurements_are_kept(
+    broken, says, tmp_path
+):
+    with pytest.raises(ConfigError) as caught:
+        run(dataclasses.replace(STUDY, **broken), tmp_path / "r")
+    assert str(caught.value).startswith(f"study 'tiny': {says}")
+    left = RunFolder(tmp_path / "r")
+    assert left.measurements()["x4"] == ["bayes", "lstm"]
+    assert left.steps() == [0, 1, 4]
+    before = (left.path / "measurements" / "x4" / "lstm").stat().st_mtime_ns
+    assert run(STUDY, tmp_path / "r")["study"] == "tiny"
+    assert (left.path / "measurements" / "x4" / "lstm").stat().st_mtime_ns == before
 
 
 def one_too_many(read):

@@ -85,7 +85,7 @@ def test_a_measurement_comes_back_labelled(tmp_path):
 def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
     run, written = written_run
     assert run.outer_steps() == [0, 1, 4]
-    assert run.sound_steps() == [0, 1, 4, 5]
+    assert run.steps() == [0, 1, 4, 5]
     assert run.tracked() == {TRACKED: ["lstm"], HELDOUT: ["lstm"]}
     found = run.trajectories(TRACKED, "lstm")
     assert dict(found["mode_strength"].sizes) == {
@@ -216,16 +216,16 @@ def test_any_damage_to_what_is_stored_is_found_named_and_never_read(written_run)
             content = path.read_bytes()
             for what, damage in damages(path):
                 damage()
-                fresh = RunFolder(run.path)
-                with pytest.warns(ConfigWarning, match=f"{folder} is damaged"):
-                    assert not fresh.is_sound(), (path, what)
+                ((named, said),) = RunFolder(run.path).damage().items()
+                assert named == folder, (path, what)
+                assert f"{folder} is damaged" in said
                 set_ = TRACKED if folder == checkpoint else "in_distribution"
                 with pytest.raises(ConfigError, match=f"{folder} is damaged"):
                     metadyn.load(run.path, set_)
                 path.write_bytes(content)
                 tried += 1
     assert tried > 100
-    assert RunFolder(run.path).is_sound()
+    assert not RunFolder(run.path).damage()
 
 
 def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
@@ -235,25 +235,15 @@ def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
         (folder / SUMS).write_text("nonsense")
         fresh = RunFolder(run.path)
         with pytest.warns(ConfigWarning, match="SHA256SUMS says"):
-            assert fresh.sound_steps() == [0, 1, 5]
+            assert not fresh.set_aside_damaged()
+        assert fresh.steps() == [0, 1, 5]
         about = tracked_readings()[1]
         fresh.save_checkpoint(4, {"w": np.float32(4)}, written[4], about)
         fresh.finish()
-        assert fresh.sound_steps() == [0, 1, 4, 5]
+        assert fresh.steps() == [0, 1, 4, 5]
+        assert fresh.set_aside_damaged()
         assert (folder.with_name(aside) / SUMS).read_text() == "nonsense"
     assert RunFolder(run.path).outer_steps() == [0, 1, 4]
-
-
-def test_only_what_will_not_be_made_anew_is_set_aside(tmp_path):
-    """Outer step 5 stands for where a run was interrupted."""
-    run, _ = write_run(tmp_path / "r")
-    for step in (4, 5):
-        (run._checkpoint(step) / SUMS).write_text("nonsense")
-    fresh = RunFolder(run.path)
-    with pytest.warns(ConfigWarning, match="SHA256SUMS says"):
-        fresh.set_aside_unscheduled([0, 1, 4])
-    assert fresh.steps() == [0, 1, 4]
-    assert (run.path / "checkpoints" / "5.damaged").is_dir()
 
 
 def test_a_set_that_is_not_tracked_is_named(tmp_path):
@@ -304,7 +294,8 @@ def test_a_run_that_is_left_has_written_what_it_was_writing(tmp_path, monkeypatc
     with run.locked():
         run.save_checkpoint(0, {"w": np.zeros(2)}, None, {})
         assert run.steps() == []  # so this shows something
-    assert RunFolder(run.path).sound_steps() == [0]
+    assert RunFolder(run.path).steps() == [0]
+    assert not RunFolder(run.path).damage()
 
 
 def test_what_a_killed_run_left_unfinished_is_swept_up(tmp_path):
