@@ -95,6 +95,10 @@ class StudyConfig:
         known = ("lstm", "gru")
         check(self.meta in known, "meta", self.meta, f"choose from {', '.join(known)}")
 
+    def common(self) -> dict[str, Any]:
+        """The fields that every study has, to configure one study from another's."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(StudyConfig)}
+
     def meta_learner(self, domain: Domain, heads: int = 0) -> Contender:
         """The chosen meta-learner for a domain, as a contender."""
         network = getattr(self, self.meta)
@@ -360,9 +364,7 @@ def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Ite
     """How far one learner staggers in distribution, with what it leaves censored."""
     data = results["in_distribution", name]
     merit = dynamics.merit_name(data)
-    yield criterion(
-        f"{name}_{merit}", dynamics.measured(dynamics.merit_of(data), data), expected, **bounds
-    )
+    yield criterion(f"{name}_{merit}", dynamics.merit(data), expected, **bounds)
     yield censored(name, data)
 
 
@@ -405,6 +407,16 @@ class Claim:
     says: str
     figure: str
     """The figure that shows it, by name."""
+
+
+def as_bayes(modes: str) -> list[Claim]:
+    """What studies of regression claim of a meta-trained LSTM that learns as Bayes does."""
+    says = f"A meta-trained LSTM learns nearly all {modes} at once, as Bayes does"
+    near = "Its losses are near those of Bayes-optimal inference"
+    return [
+        Claim("lstm_minus_bayes_slope", says, "learning_times"),
+        Claim("lstm_excess_loss", near, "distance_to_bayes"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
