@@ -7,8 +7,8 @@ shared by all contexts couples them; without it they are decoupled.
 """
 
 import dataclasses
+import math
 from functools import partial
-from itertools import cycle
 
 import numpy as np
 
@@ -52,13 +52,11 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate", "expected_learning_rate", "scale", "records")
         check_positive(self, "updates", "expected_updates", "scale_contexts")
-        check(self.most_contexts >= 2, "most_contexts", self.most_contexts, "must be at least 2")
-        most = self.scale_contexts <= self.most_contexts
-        fix = f"must be at most most_contexts = {self.most_contexts}"
-        check(most, "scale_contexts", self.scale_contexts, fix)
-        distinct = len({self.scale, *self.scales}) == 1 + len(self.scales)
-        right = distinct and all(s > 0 for s in self.scales)
-        check(right, "scales", self.scales, "must be positive, each once, and other than scale")
+        most, few, scales = self.most_contexts, self.scale_contexts, self.scales
+        check(most >= 2, "most_contexts", most, "must be at least 2")
+        check(few <= most, "scale_contexts", few, f"must be at most most_contexts = {most}")
+        right = len({self.scale, *scales}) == 1 + len(scales) and all(s > 0 for s in scales)
+        check(right, "scales", scales, "must be positive, each once, and other than scale")
         named_optimizer(self.optimizer, self.learning_rate)
 
 
@@ -79,14 +77,12 @@ def policies(config: PolicyConfig, domain: ContextualBandit, scale: float) -> li
     sampled, expected = (named_optimizer(config.optimizer, rate) for rate in rates)
     made = []
     for coupling in ("coupled", "decoupled"):
-        size = domain.contexts, domain.actions
-        policy = gd.softmax_policy(*size, coupling == "coupled", scale)
+        policy = gd.softmax_policy(domain.contexts, domain.actions, coupling == "coupled", scale)
+        exact = gd.expected_policy_gradient(policy, expected, domain.contexts)
         for name, label, learner, updates in (
             ("reinforce", "REINFORCE", gd.reinforce(policy, sampled, 1), config.updates),
-            ("expected", "expected gradient",
-             gd.expected_policy_gradient(policy, expected, domain.contexts),
-             config.expected_updates),
-        ):  # fmt: skip
+            ("expected", "expected gradient", exact, config.expected_updates),
+        ):
             times, called = log_spaced(updates, config.records), f"{label}, {coupling}"
             made.append(md.Contender(f"{name}_{coupling}", called, learner, times=times))
     return made
@@ -107,16 +103,19 @@ def plan(config: Config) -> md.Plan:
     contenders = [*ordinary, config.meta_learner(domain, heads=1), *posteriors]
     objective = partial(md.actor_critic, config=config.actor_critic)
     sets = [sizes.sized(domain.evaluation())]
-    main = md.Comparison(domain, contenders, sets, (), sizes, objective, heads=1)
-    grown = [(k, policy.scale) for k in range(1, policy.most_contexts + 1)]
-    grown += [(policy.scale_contexts, scale) for scale in policy.scales]
-    comparisons = [main]
-    for k, scale in grown:
+    comparisons = [md.Comparison(domain, contenders, sets, (), sizes, objective, heads=1)]
+    for k, scale in grown(policy):
         # As many actions as there can be contexts, all of them distinct.
         few = ContextualBandit(k, policy.most_contexts, steps=k, permutation=True)
         tasks = sizes.sized(few.evaluation(), "updating_tasks", named(policy, k, scale))
         comparisons.append(md.Comparison(few, policies(policy, few, scale), [tasks], (), sizes))
     return md.Plan(config.outer, comparisons)
+
+
+def grown(policy: PolicyConfig) -> list[tuple[int, float]]:
+    """Numbers of contexts, and scales of initial weights, at which learning times are measured."""
+    by_number = [(k, policy.scale) for k in range(1, policy.most_contexts + 1)]
+    return by_number + [(policy.scale_contexts, scale) for scale in policy.scales]
 
 
 def named(policy: PolicyConfig, contexts: int, scale: float) -> str:
@@ -126,52 +125,41 @@ def named(policy: PolicyConfig, contexts: int, scale: float) -> str:
 
 def criteria(config: Config, results):
     """What the science says of what was measured."""
-    policy, numbers = config.policy, np.arange(1, config.policy.most_contexts + 1)
+    policy, over_runs = config.policy, dynamics.estimate_over_runs
+    numbers = np.arange(1, policy.most_contexts + 1)
     learners = list(results.learners("1_contexts"))
-    runs = {
-        name: [dynamics.last_times(results[f"{k}_contexts", name]) for k in numbers]
-        for name in learners
-    }
-
-    def fitted(*times):
-        """How the median time to learn all contexts grows with their number."""
-        return dynamics.growth(numbers, np.array([np.median(each) for each in times]))
-
-    def over(*times):
-        half = len(numbers)
-        return fitted(*times[:half]).factor / fitted(*times[half:]).factor
-
-    coupled, decoupled = "reinforce_coupled", "reinforce_decoupled"
-    yield md.criterion(
-        "coupled_over_decoupled_growth",
-        dynamics.estimate_over_runs(over, *runs[coupled], *runs[decoupled]),
-        "the factor of growth is 1.5 times, or more, what an exponential fit makes of decoupled",
-        at_least=1.5,
-    )
-    said = "error of the best linear fit of the time to learn all over that of the best exponential"
-    judged = {coupled: {"at_least": 1.0}, decoupled: {"at_most": 1.0}}
+    last = lambda task_set, name: dynamics.last_times(results[task_set, name])
+    runs = {name: [last(f"{k}_contexts", name) for k in numbers] for name in learners}
+    # How the median time to learn all contexts grows with their number.
+    fitted = lambda *times: dynamics.growth(numbers, np.array([np.median(each) for each in times]))
+    half = len(numbers)
+    over = lambda *times: fitted(*times[:half])[0] / fitted(*times[half:])[0]
+    both = *runs["reinforce_coupled"], *runs["reinforce_decoupled"]
+    said = "the factor of growth is 1.5 times, or more, what an exponential fit makes of decoupled"
+    yield md.criterion("coupled_over_decoupled_growth", over_runs(over, *both), said, at_least=1.5)
     for name in learners:
-        factor = dynamics.estimate_over_runs(lambda *t: fitted(*t).factor, *runs[name])
-        ratio = dynamics.estimate_over_runs(
-            lambda *t: fitted(*t).linear_over_exponential, *runs[name]
+        found = over_runs(fitted, *runs[name])
+        factor, ratio = (dynamics.Estimate(*parts) for parts in zip(*found, strict=True))
+        sampled, coupled = name.startswith("reinforce"), name.endswith("_coupled")
+        least = 1.5 if name == "reinforce_coupled" else -math.inf
+        said = "each context more multiplies the time to learn all by this"
+        yield md.criterion(f"{name}_growth_factor", factor, said, at_least=least)
+        bound = {("at_least" if coupled else "at_most"): 1.0, "surely": True} if sampled else {}
+        said = (
+            "error of the best linear fit of the time to learn all over that of the best "
+            "exponential: above 1 it grows exponentially, below 1 linearly"
         )
-        least = {"at_least": 1.5} if name == coupled else {}
-        what = "each context more multiplies the time to learn all by this"
-        yield md.criterion(f"{name}_growth_factor", factor, what, **least)
-        bound = {**judged[name], "surely": True} if name in judged else {}
-        what = f"{said}: above 1 it grows exponentially, below 1 linearly"
-        yield md.criterion(f"{name}_growth_linear_over_exponential", ratio, what, **bound)
-        share = dynamics.estimate_over_runs(np.mean, np.isinf(runs[name][-1]))
-        what = f"share of runs that had not learned all {numbers[-1]} contexts by the last update"
-        yield md.criterion(f"{name}_censored_runs", share, what)
+        yield md.criterion(f"{name}_growth_linear_over_exponential", ratio, said, **bound)
+        share = over_runs(np.mean, np.isinf(runs[name][-1]))
+        said = f"share of runs that had not learned all {half} contexts by the last update"
+        yield md.criterion(f"{name}_censored_runs", share, said)
     for scale in sorted((policy.scale, *policy.scales)):
         among = named(policy, policy.scale_contexts, scale)
-        for name in (each for each in learners if each.endswith("_coupled")):
-            both = name, name.replace("_coupled", "_decoupled")
-            times = [dynamics.last_times(results[among, each]) for each in both]
-            ratio = dynamics.estimate_over_runs(lambda a, b: np.median(a) / np.median(b), *times)
-            what = f"time to learn all, coupled over decoupled, from initial weights of {scale:g}"
-            yield md.criterion(f"{name}_over_decoupled_scale_{scale:g}", ratio, what)
+        for kind in ("reinforce", "expected"):
+            times = [last(among, f"{kind}_{each}") for each in ("coupled", "decoupled")]
+            ratio = over_runs(lambda a, b: np.median(a) / np.median(b), *times)
+            said = f"time to learn all, coupled over decoupled, from initial weights of {scale:g}"
+            yield md.criterion(f"{kind}_coupled_over_decoupled_scale_{scale:g}", ratio, said)
     yield from beyond_bayes(results, within=0.15)
     for name in results.learners("in_distribution", "ordinary", "bayes"):
         yield from staggering(results, name, "(t_K - t_1) / t_K, contexts in order of learning")
@@ -181,8 +169,8 @@ def criteria(config: Config, results):
     for name, data in results.learners(HELDOUT, "meta").items():
         loss, called = dynamics.episode_loss(data.isel(outer_step=-1)), labelled.about(data).label
         reward = dynamics.estimate(lambda a, b: (chance - a) / (chance - b), loss, best)
-        what = f"mean reward of the {called}, between chance 0 and Bayes 1: at least {bound:g}"
-        yield md.criterion(f"{name}_relative_reward", reward, what, at_least=bound)
+        said = f"mean reward of the {called}, between chance 0 and Bayes 1: at least {bound:g}"
+        yield md.criterion(f"{name}_relative_reward", reward, said, at_least=bound)
 
 
 def growth(results):
@@ -191,18 +179,20 @@ def growth(results):
     sets.sort(key=lambda name: int(name.split("_")[0]))
     numbers = np.array([int(name.split("_")[0]) for name in sets])
     figure, (axis,) = figures.grid(min(len(sets), 1), width=6.6, height=4.6)
-    styles = zip(cycle(figures.COLOURS), cycle(figures.MARKERS), strict=False)
-    for (name, first), (colour, marker) in zip(results.learners(sets[0]).items(), styles):  # noqa: B905
+    learners = results.learners(sets[0])
+    for (name, first), colour, marker in zip(
+        learners.items(), figures.COLOURS, figures.MARKERS, strict=False
+    ):
         runs = [dynamics.last_times(results[each, name]) for each in sets]
-        found = [dynamics.estimate_over_runs(np.median, each, draws=300) for each in runs]
-        found = dynamics.Estimate(*(np.array(part) for part in zip(*found, strict=True)))
-        done, bars = np.isfinite(found.value), figures.bars(found)
-        factor = dynamics.growth(numbers[done], found.value[done]).factor
-        never = f"; {np.isinf(runs[-1]).mean():.0%} of runs not done at {numbers[-1]}"
-        label = f"{labelled.about(first).label}: × {factor:.2f} for each context{never}"
-        style = {"marker": marker, "color": colour, "capsize": 3, "label": label}
-        axis.errorbar(numbers[done], found.value[done], bars[:, done], **style)
-        end = np.full((~done).sum(), first["time"].to_numpy()[-1])
+        found = [dynamics.estimate_over_runs(np.median, each) for each in runs]
+        median = dynamics.Estimate(*(np.array(part) for part in zip(*found, strict=True)))
+        done, bars = np.isfinite(median.value), figures.bars(median)
+        factor, _ = dynamics.growth(numbers[done], median.value[done])
+        never = f"{np.isinf(runs[-1]).mean():.0%} of runs not done at {numbers[-1]}"
+        label = f"{labelled.about(first).label}: × {factor:.2f} for each context; {never}"
+        style = {"marker": marker, "color": colour, "label": label}
+        axis.errorbar(numbers[done], median.value[done], bars[:, done], **style)
+        end = np.full((~done).sum(), first["time"][-1])
         axis.plot(numbers[~done], end, "^", mfc="none", color=colour, ms=10)
     axis.set(yscale="log", xlabel="contexts $K$", xticks=numbers)
     axis.set_ylabel("updates until the last is learned\n(median run; triangle: not done)")
@@ -235,16 +225,19 @@ study = md.Study(
             "growth",
         ),
         md.Claim(
-            "reinforce_decoupled_growth_linear_over_exponential", "Decoupled, it grows linearly",
+            "reinforce_decoupled_growth_linear_over_exponential",
+            "Decoupled, it grows linearly",
             "growth",
         ),
         md.Claim(
             "lstm_minus_bayes_staggering",
-            "A meta-trained LSTM has no plateaus beyond those of Bayes", "mode_strength",
+            "A meta-trained LSTM has no plateaus beyond those of Bayes",
+            "mode_strength",
         ),
         md.Claim(
-            "lstm_relative_reward", "Its reward is near that of the optimal policy",
+            "lstm_relative_reward",
+            "Its reward is near that of the optimal policy",
             "distance_to_bayes",
         ),
     ],
-)  # fmt: skip
+)

@@ -19,7 +19,10 @@ from metadyn.learners.bayes import bayes_fourier
 from metadyn.learners.gradient import DescentConfig, gradient, mlp
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.optimizers import named_optimizer
-from metadyn.study import beyond_bayes, excess, staggering
+from metadyn.study import as_bayes, beyond_bayes, excess, staggering
+
+TITLES = {"pass_band": "pass-band targets", "stop_band": "stop-band targets"}
+TITLES["mixture"] = "mixtures of the two"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +69,23 @@ class Config(md.StudyConfig):
     """Frequencies outside it, in which it is tested."""
     mlp: MLPConfig = MLPConfig()
     optimizers: OptimizersConfig = OptimizersConfig()
-    examples: int = 3
-    """Example functions in the figure of answers."""
     excess_at_most: float = 0.6
     """Greatest excess loss over Bayes with which the criterion on it passes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "examples")
         check_spectrum("pass_band", self.pass_band)
-        check(len(self.stop_band) > 0, "stop_band", self.stop_band, "name at least one frequency")
         passed = {k for k, v in enumerate(self.pass_band) if v > 0}
-        apart = all(k > 0 and k not in passed for k in self.stop_band)
-        check(apart, "stop_band", self.stop_band, "frequencies must be above 0, outside pass_band")
+        apart = self.stop_band and all(k > 0 and k not in passed for k in self.stop_band)
+        fix = "name at least one frequency, all above 0 and outside pass_band"
+        check(bool(apart), "stop_band", self.stop_band, fix)
 
 
-def network(name: str, config: MLPConfig, drawn: bool) -> md.Contender:
+def network(name: str, config: MLPConfig, drawn: bool = False) -> md.Contender:
     """An MLP under gradient descent."""
     optimizer = named_optimizer(config.optimizer, config.learning_rate)
-    body, points = mlp(1, 1, config.depth, config.width), config.points or None
-    learner = gradient(body, optimizer, config.batch, points=points)
+    body = mlp(1, 1, config.depth, config.width)
+    learner = gradient(body, optimizer, config.batch, points=config.points or None)
     label = f"MLP {config.depth} × {config.width}, {config.optimizer}"
     times = log_spaced(config.updates, config.records)
     return md.Contender(name, label, learner, times=times, drawn=drawn)
@@ -93,103 +93,56 @@ def network(name: str, config: MLPConfig, drawn: bool) -> md.Contender:
 
 def plan(config: Config) -> md.Plan:
     """What is trained and measured."""
-    domain, sizes = config.domain, config.measure
-    banded = dataclasses.replace(domain, spectrum=config.pass_band)
-    passed, stopped = banded.support, config.stop_band
-    bayes = [
-        md.Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in (domain, banded)
+    domain, sizes, several = config.domain, config.measure, config.optimizers
+    domains = domain, dataclasses.replace(domain, spectrum=config.pass_band)
+    passed, stopped = domains[1].support, config.stop_band
+    small = [network(f.name, getattr(several, f.name)) for f in dataclasses.fields(several)]
+    metas = [config.meta_learner(each) for each in domains]
+    bayes = [md.Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in domains]
+    contenders = [network("mlp", config.mlp, drawn=True), *small, metas[0], bayes[0]]
+    within = sizes.sized(domain.evaluation(sizes.probe_points))
+    sets = [
+        sizes.sized(domains[1].evaluation(sizes.probe_points, of), "shifted_tasks", name)
+        for name, of in zip(TITLES, (passed, stopped, (*passed, *stopped)), strict=True)
     ]
-    main, smaller = network("mlp", config.mlp, drawn=True), config.optimizers
-    by_optimizer = [
-        network(field.name, getattr(smaller, field.name), drawn=False)
-        for field in dataclasses.fields(smaller)
-    ]
-    lstm = config.meta_learner(domain)
-    answers = domain.evaluation(max(128, sizes.probe_points), curves=True)
-    examples = dataclasses.replace(
-        answers, name="examples", size=config.examples, option="--examples"
+    main = md.Comparison(domain, contenders, [within], measure=sizes)
+    second = md.Comparison(
+        domains[1], [metas[1], bayes[1]], sets, measure=sizes, name="band", title="band-pass prior"
     )
-
-    def glimpsed(contender):
-        """A contender probed at a few times alone."""
-        last = contender.times_in(domain)[-1]
-        few = sorted({0, *(max(1, round(last * part)) for part in (0.05, 0.15, 0.4, 1))})
-        return dataclasses.replace(contender, times=tuple(few))
-
-    return md.Plan(
-        config.outer,
-        [
-            md.Comparison(
-                domain,
-                [main, *by_optimizer, lstm, bayes[0]],
-                [sizes.sized(domain.evaluation(sizes.probe_points))],
-                [(examples, glimpsed(who)) for who in (main, lstm, bayes[0])],
-                sizes,
-            ),
-            md.Comparison(
-                banded,
-                [config.meta_learner(banded), bayes[1]],
-                [
-                    sizes.sized(banded.evaluation(sizes.probe_points, of), "shifted_tasks", name)
-                    for name, of in (
-                        ("pass_band", passed),
-                        ("stop_band", stopped),
-                        ("mixture", (*passed, *stopped)),
-                    )
-                ],
-                measure=sizes,
-                name="band",
-                title="band-pass prior",
-            ),
-        ],
-    )
+    return md.Plan(config.outer, [main, second])
 
 
 def criteria(config: Config, results):
     """What the science says of what was measured."""
-
-    def gain(task_set, learner, kept=slice(None)):
-        """Mean gain of some frequencies at the end of the episode [seed, task, 1]."""
-        strength = dynamics.strength(results[task_set, learner])[:, :, -1]
-        return strength[..., kept].mean(-1)
-
-    for name, data in results.learners("in_distribution", "ordinary").items():
+    for name in results.learners("in_distribution", "ordinary"):
         said = "learns low frequencies first: slope of log t_k on log k at least 0.5"
         yield from staggering(results, name, f"{name} {said}", at_least=0.5)
-        if name == "mlp":
-            said = "the MLP learns in order of frequency: Spearman's rank correlation at least 0.9"
-            times, by = dynamics.times_of(data), dynamics.scale(data)
-            ranks = lambda mean, t=times, by=by: dynamics.rank_correlation(by, t(mean))
-            found = dynamics.measured(ranks, data)
-            yield md.criterion("mlp_rank_correlation", found, said, at_least=0.9)
+    mlp = results["in_distribution", "mlp"]
+    times, by = dynamics.times_of(mlp), np.array(labelled.modes(mlp).values)
+    ranks = lambda mean: dynamics.rank_correlation(by, times(mean))
+    found = dynamics.estimate(ranks, dynamics.strength(mlp))
+    said = "the MLP learns in order of frequency: Spearman's rank correlation at least 0.9"
+    yield md.criterion("mlp_rank_correlation", found, said, at_least=0.9)
     yield from beyond_bayes(results, within=0.3)
     yield from staggering(results, "bayes", "its own, for the record")
-    same = lambda mean: mean
     for name, data in results.learners("in_distribution", "ordinary", "meta", drawn=True).items():
-        said = (
-            "power at frequencies that the target does not contain, over the target's, at the end"
-        )
-        outside = dynamics.samples(data, "outside")[:, :, -1]
-        yield md.criterion(f"{name}_power_outside", dynamics.estimate(same, outside), said)
-    stopped = np.isin(dynamics.scale(results["mixture", "bayes"]), config.stop_band)
-    for name, data in results.learners("stop_band", "meta", "bayes").items():
+        outside = dynamics.estimate(np.asarray, dynamics.samples(data, "outside")[:, :, -1])
+        said = "power at frequencies that the target lacks, over the target's, at the end"
+        yield md.criterion(f"{name}_power_outside", outside, said)
+    for name, data in results.learners("mixture", "meta", "bayes").items():
         about = labelled.about(data)
+        stopped = np.isin(labelled.modes(data).values, config.stop_band)
+        end = [dynamics.strength(results[each, name])[:, :, -1] for each in TITLES]
+        parts = {"pass_band": end[0], "stop_band_alone": end[1]}
+        parts |= {"mixture_pass": end[2][..., ~stopped], "mixture_stop": end[2][..., stopped]}
+        gain = {what: part.mean(-1) for what, part in parts.items()}
         if about.kind == "meta":
-            yield md.criterion(
-                f"{name}_stop_band_gain",
-                dynamics.estimate(np.divide, gain("stop_band", name), gain("pass_band", name)),
-                f"trained on a band, the {about.label} suppresses the rest: stop-band gain at most "
-                "0.3 of pass-band",
-                at_most=0.3,
-            )
-        for what, found in (
-            ("pass_band", gain("pass_band", name)),
-            ("stop_band_alone", gain("stop_band", name)),
-            ("mixture_pass", gain("mixture", name, ~stopped)),
-            ("mixture_stop", gain("mixture", name, stopped)),
-        ):
-            said = f"mean gain at the end: {what.replace('_', ' ')}"
-            yield md.criterion(f"{name}_band_gain_{what}", dynamics.estimate(same, found), said)
+            ratio = dynamics.estimate(np.divide, gain["stop_band_alone"], gain["pass_band"])
+            said = f"the {about.label} suppresses what is outside its band: at most 0.3 of the rest"
+            yield md.criterion(f"{name}_stop_band_gain", ratio, said, at_most=0.3)
+        for what, each in gain.items():
+            mean, said = dynamics.estimate(np.asarray, each), what.replace("_", " ")
+            yield md.criterion(f"{name}_band_gain_{what}", mean, f"mean gain at the end: {said}")
     yield from excess(results, config.excess_at_most)
     yield from excess(results, suffix="_band")
 
@@ -199,36 +152,10 @@ def by_optimizer(results):
     return figures.mode_strength(results.learners("in_distribution", "ordinary"))
 
 
-def examples(results):
-    """Draws example functions (rows) and the answers of each learner (columns) at a few steps."""
-    panels = results.learners("examples").values()
-    rows = results["examples", "bayes"].sizes["task"]
-    figure, axes = figures.subplots(
-        rows, len(panels), width=4.1, height=2.6, sharex=True, sharey="row"
-    )
-    for column, data in zip(axes.T, panels, strict=True):
-        x, times = data["x"].to_numpy(), data["time"].to_numpy()[1:]
-        answer, target = (dynamics.samples(data, name)[0] for name in ("answer", "target"))
-        for axis, answers, f in zip(column, answer, target, strict=True):
-            for t, colour, now in zip(
-                times, figures.colours(times)[::-1], answers[1:], strict=True
-            ):
-                axis.plot(x, now, color=colour, label=f"{t:g}")
-            axis.plot(x, f[0], color="black", ls="--", lw=1.5, label="target $f(x)$")
-        column[0].set_title(labelled.about(data).label)
-        title = f"input $x$; answer after … {labelled.about(data).clock}"
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3, "fontsize": 9}
-        column[-1].legend(title=title, **place)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("answer")
-    return figure
-
-
 def band_gain(results):
     """Draws the gain of each frequency that the targets contain; the training band is shaded."""
-    titles = {"pass_band": "pass-band targets", "stop_band": "stop-band targets"}
     band = labelled.modes(results["pass_band", "bayes"]).values
-    return figures.final_strength(results, titles | {"mixture": "mixtures of the two"}, band)
+    return figures.final_strength(results, TITLES, band)
 
 
 QUICK = Config(
@@ -259,22 +186,15 @@ study = md.Study(
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
-    {"mode_strength_by_optimizer": by_optimizer, "examples": examples, "band_gain": band_gain},
+    {"mode_strength_by_optimizer": by_optimizer, "band_gain": band_gain},
     section="§3",
     claims=[
         md.Claim("mlp_slope", "An MLP learns low frequencies first", "mode_strength"),
+        *as_bayes("frequencies"),
         md.Claim(
-            "lstm_minus_bayes_slope",
-            "A meta-trained LSTM learns nearly all frequencies at once, as Bayes does",
-            "learning_times",
-        ),
-        md.Claim(
-            "lstm_excess_loss", "Its losses are near those of Bayes-optimal inference",
-            "distance_to_bayes",
-        ),
-        md.Claim(
-            "lstm_stop_band_gain", "Trained on a band, it suppresses what lies outside it",
+            "lstm_stop_band_gain",
+            "Trained on a band, it suppresses what lies outside it",
             "band_gain",
         ),
     ],
-)  # fmt: skip
+)

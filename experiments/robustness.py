@@ -8,8 +8,8 @@ tasks are theirs. A learner that is too slow to have learned anything has no slo
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,14 @@ from metadyn.errors import check, check_positive
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.study import HELDOUT, TRACKED, censored
 
-STUDIES = {
-    name: md.load_study(study)
-    for name, study in (
-        ("linear", "linear_regression"),
-        ("nonlinear", "nonlinear_regression"),
-        ("bandit", "contextual_bandit"),
-    )
+TITLES = {
+    "linear": "linear regression",
+    "nonlinear": "nonlinear regression",
+    "bandit": "contextual bandit",
 }
-TITLES = {name: study.name.replace("_", " ") for name, study in STUDIES.items()}
-OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
+STUDIES = {name: md.load_study(title.replace(" ", "_")) for name, title in TITLES.items()}
+ORDINARY = {"linear": ("sgd", "sgd"), "bandit": ("policy", "reinforce_coupled")}
+"""Of these domains' ordinary learner: the field that configures it, and its name."""
 WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
 """How far the LSTM may stagger beyond Bayes: the bounds of the domains' own studies."""
 SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
@@ -51,6 +49,9 @@ class Rates:
 
     def __post_init__(self) -> None:
         check_positive(self, *OPTIMIZERS)
+
+
+OPTIMIZERS = [field.name for field in dataclasses.fields(Rates)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,113 +81,107 @@ class Config(md.StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        once = lambda values: len(set(values)) == len(values)
-        right = once(self.widths) and all(width > 0 for width in self.widths)
-        check(right, "widths", self.widths, "must be positive, each once")
-        right = once(self.sigmas) and all(0 < sigma < float("inf") for sigma in self.sigmas)
-        check(right, "sigmas", self.sigmas, "must be positive and finite, each once")
-        right = once(self.pays) and all(0.5 < pay <= 1 for pay in self.pays)
-        check(right, "pays", self.pays, "must be above 0.5 and at most 1, each once")
+        for field, least, most in (
+            ("widths", 0, math.inf),
+            ("sigmas", 0, math.inf),
+            ("pays", 0.5, 1),
+        ):
+            values = getattr(self, field)
+            right = all(least < each <= most and math.isfinite(each) for each in values)
+            fix = f"must be finite, above {least:g} and at most {most:g}, each once"
+            check(right and len(set(values)) == len(values), field, values, fix)
+
+
+def named(config: Config, name: str) -> dict[str, str]:
+    """Every variant of the learners of a domain: what figures call it, by name."""
+    said = {
+        f"{loop}_{o}": f"{loop} optimiser {o}" for loop in ("inner", "outer") for o in OPTIMIZERS
+    }
+    said |= {f"hidden_{hidden}": f"{hidden} hidden units" for hidden in config.widths}
+    if name == "bandit":
+        return said | {f"noise_{p:g}": f"pay with {p:.0%} or {1 - p:.0%}" for p in config.pays}
+    return said | {f"noise_{sigma:g}": f"noise σ = {sigma:g}" for sigma in config.sigmas}
 
 
 def comparison(config: Config, name: str, **changes: Any) -> md.Comparison:
     """What a domain's own study compares, with some of its configuration changed."""
-    common = {f.name: getattr(config, f.name) for f in dataclasses.fields(md.StudyConfig)}
-    return STUDIES[name].comparison(
-        config.of, **{"domain": getattr(config, name), **common, **changes}
-    )
+    fields = config.common() | {"domain": getattr(config, name)} | changes
+    return STUDIES[name].comparison(config.of, **fields)
 
 
 def ordinary(config: Config, name: str) -> Iterator[md.Contender]:
     """The ordinary learner of a domain under each optimiser."""
     own = STUDIES[name].presets[config.of]
     for optimizer in OPTIMIZERS:
-        wanted, changes = optimizer, {}
-        if name == "linear":
-            rate, wanted = getattr(config.linear_rates, optimizer), "sgd"
-            fields = {"updates": config.linear_updates, "learning_rate": rate}
-            changes = {"sgd": dataclasses.replace(own.sgd, optimizer=optimizer, **fields)}
-        elif name == "bandit":
-            rate, wanted = getattr(config.bandit_rates, optimizer), "reinforce_coupled"
+        changes, wanted = {}, optimizer  # nonlinear regression has a learner of each
+        if name in ORDINARY:
+            rate = getattr(getattr(config, f"{name}_rates"), optimizer)
             fields = {"optimizer": optimizer, "learning_rate": rate}
-            changes = {"policy": dataclasses.replace(own.policy, **fields)}
-        found = comparison(config, name, **changes).contenders
-        contender = next(each for each in found if each.name == wanted)
-        label = f"inner optimiser {optimizer}"
-        yield dataclasses.replace(contender, name=f"inner_{optimizer}", label=label, curve=None)
+            fields |= {"updates": config.linear_updates} if name == "linear" else {}
+            field, wanted = ORDINARY[name]
+            changes = {field: dataclasses.replace(getattr(own, field), **fields)}
+        found = {each.name: each for each in comparison(config, name, **changes).contenders}
+        variant = f"inner_{optimizer}"
+        label = named(config, name)[variant]
+        yield dataclasses.replace(found[wanted], name=variant, label=label, curve=None)
 
 
 def variants(config: Config, name: str) -> Iterator[md.Comparison]:
     """The meta-learner of a domain, changed; those of one domain are given the same tasks."""
-    base = comparison(config, name)
-    (meta,), varied = base.metas, []
-    change = partial(dataclasses.replace, meta)
+    said = named(config, name)
+
+    def alone(base, ending, changed):
+        """Some changed meta-learners, by the names of the variants, beside Bayes alone."""
+        metas = [dataclasses.replace(c, name=v, label=said[v]) for v, c in changed.items()]
+        contenders = [*metas, base.bayes]
+        return base.alone(ending, TITLES[name], contenders=contenders, followed=False)
+
+    base, changed = comparison(config, name), {}
     for optimizer in OPTIMIZERS:
-        rate = getattr(config.outer_rates, optimizer)
-        own = dataclasses.replace(config.outer, optimizer=optimizer, learning_rate=rate)
-        label, field = f"outer optimiser {optimizer}", f"outer_rates.{optimizer}"
-        varied.append(change(name=f"outer_{optimizer}", label=label, own=own, rate=field))
+        rates = {"learning_rate": getattr(config.outer_rates, optimizer)}
+        own = dataclasses.replace(config.outer, optimizer=optimizer, **rates)
+        changed[f"outer_{optimizer}"] = dataclasses.replace(
+            base.metas[0], own=own, rate=f"outer_rates.{optimizer}"
+        )
     for hidden in config.widths:
         network = dataclasses.replace(getattr(config, config.meta), hidden=hidden)
-        (wider,) = comparison(config, name, **{config.meta: network}).metas
-        label = f"{hidden} hidden units"
-        varied.append(dataclasses.replace(wider, name=f"hidden_{hidden}", label=label))
-    yield base.alone(name, TITLES[name], contenders=[*varied, base.bayes], followed=False)
-    for field, label, value in noise(config, name):
-        changed = {field: value} | ({"p_low": 1 - value} if name == "bandit" else {})
-        domain = dataclasses.replace(getattr(config, name), **changed)
-        whole = comparison(config, name, domain=domain)
-        learner = dataclasses.replace(whole.metas[0], name=f"noise_{value:g}", label=label)
-        ending = f"{name}_{learner.name}"
-        yield whole.alone(ending, TITLES[name], contenders=[learner, whole.bayes], followed=False)
-
-
-def noise(config: Config, name: str) -> list[tuple[str, str, float]]:
-    """Other noise in a domain: the field that sets it, what it is called, and its value."""
-    if name == "bandit":
-        return [("p_high", f"pay with {p:.0%} or {1 - p:.0%}", p) for p in config.pays]
-    return [("sigma", f"noise σ = {sigma:g}", sigma) for sigma in config.sigmas]
+        (changed[f"hidden_{hidden}"],) = comparison(config, name, **{config.meta: network}).metas
+    yield alone(base, name, changed)
+    for value in config.pays if name == "bandit" else config.sigmas:
+        noise = {"p_high": value, "p_low": 1 - value} if name == "bandit" else {"sigma": value}
+        domain = dataclasses.replace(getattr(config, name), **noise)
+        base, variant = comparison(config, name, domain=domain), f"noise_{value:g}"
+        yield alone(base, f"{name}_{variant}", {variant: base.metas[0]})
 
 
 def plan(config: Config) -> md.Plan:
     """Every variant of every domain."""
-    comparisons = []
+    comparisons, sizes = [], config.measure
     for name, title in TITLES.items():
         base = comparison(config, name)
         learners = [*ordinary(config, name), *([base.bayes] if name == "bandit" else [])]
-        tasks = config.measure.sized(
-            base.domain.evaluation(config.measure.probe_points), "updating_tasks", f"inner_{name}"
-        )
-        comparisons.append(
-            dataclasses.replace(base, contenders=learners, sets=[tasks], pairs=[], title=title)
-        )
-        comparisons += variants(config, name)
+        tasks = base.domain.evaluation(sizes.probe_points)
+        sets = [sizes.sized(tasks, "updating_tasks", f"inner_{name}")]
+        fields = {"contenders": learners, "sets": sets, "pairs": [], "title": title}
+        comparisons += [dataclasses.replace(base, **fields), *variants(config, name)]
     return md.Plan(config.outer, comparisons)
 
 
-def found(results) -> Iterator[tuple[str, str, Any, Any]]:
-    """Every variant that was measured: domain, name, its data, Bayes' on the same tasks or None."""
-    for name in TITLES:
-        bayes = results.learners(f"inner_{name}", "bayes").get("bayes")
-        for variant, data in results.learners(f"inner_{name}", "ordinary").items():
-            yield name, variant, data, bayes
-        for task_set in results.sets():
-            if f"{task_set}_".startswith(f"{TRACKED}_{name}_"):
-                for variant, data in results.learners(task_set, "meta").items():
-                    yield name, variant, data.isel(outer_step=-1), results[task_set, "bayes"]
+def found(results, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """The variants of a domain: name, measurement, and Bayes' on the same tasks, if it has one."""
+    bayes = results.learners(f"inner_{name}", "bayes").get("bayes")
+    for variant, data in results.learners(f"inner_{name}", "ordinary").items():
+        yield variant, data, bayes
+    for task_set in results.sets():
+        if f"{task_set}_".startswith(f"{TRACKED}_{name}_"):
+            for variant, data in results.learners(task_set, "meta").items():
+                yield variant, data.isel(outer_step=-1), results[task_set, "bayes"]
 
 
-def beyond(data, bayes) -> dynamics.Estimate:
-    """How far a learner staggers, beyond Bayes where that was measured on the same tasks."""
-    if bayes is None:  # its slope is 0
-        return dynamics.measured(dynamics.merit_of(data), data)
-    return dynamics.difference(data, bayes)
-
-
-def extreme(rows, take) -> dynamics.Estimate:
-    """The greatest or least of what several variants stagger beyond Bayes, with its interval."""
-    flat = [each for _, _, data, bayes in rows for each in (data, bayes) if each is not None]
-    merits, paired = [dynamics.merit_of(data) for data in flat], rows[0][3] is not None
+def beyond(rows, take=lambda each: each[0]) -> dynamics.Estimate:
+    """One of what variants stagger beyond Bayes, or where there is no Bayes, whose slope is 0."""
+    flat = [each for _, data, bayes in rows for each in (data, bayes) if each is not None]
+    merits, paired = [dynamics.merit_of(data) for data in flat], rows[0][2] is not None
 
     def statistic(*means):
         each = np.array([merit(mean) for merit, mean in zip(merits, means, strict=True)])
@@ -197,12 +192,6 @@ def extreme(rows, take) -> dynamics.Estimate:
 
 def criteria(config: Config, results):
     """What the science says of every variant of every domain."""
-    every = list(found(results))
-    for name, variant, data, bayes in every:
-        merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
-        said = f"{labelled.about(data).label}: {merit}{' minus Bayes' if bayes is not None else ''}"
-        yield md.criterion(f"{name}_{variant}_staggering", beyond(data, bayes), said)
-        yield censored(f"{name}_{variant}", data)
     for task_set in (each for each in results.sets() if each.startswith(HELDOUT)):
         name = task_set.split("_")[1]
         for variant, data in results.learners(task_set, "meta").items():
@@ -210,55 +199,56 @@ def criteria(config: Config, results):
             said = f"excess loss over Bayes, {labelled.about(data).label}"
             yield md.criterion(f"{name}_{variant}_excess", excess, said)
     for name, sign in SIGN.items():
-        of = [row for row in every if row[0] == name]
-        inner = [row for row in of if row[1].startswith("inner_")]
-        yield md.criterion(
-            f"{name}_inner_optimizers",
-            extreme(inner, lambda each, sign=sign: (sign * each).min(0)),
-            "the ordinary learner staggers alike under every optimiser: the least "
-            f"staggering{' beyond Bayes' if name == 'bandit' else ''}, times {sign}, above 0",
-            at_least=0.0,
-            surely=True,
+        rows = list(found(results, name))
+        merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
+        for variant, data, bayes in rows:
+            said = f"{labelled.about(data).label}: {merit}{' minus Bayes' * (bayes is not None)}"
+            row = variant, data, bayes
+            yield md.criterion(f"{name}_{variant}_staggering", beyond([row]), said)
+            yield censored(f"{name}_{variant}", data)
+        inner = [row for row in rows if row[0].startswith("inner_")]
+        least = beyond(inner, lambda each, sign=sign: (sign * each).min(0))
+        said = (
+            "the ordinary learner staggers alike under every optimiser: the least staggering"
+            f"{' beyond Bayes' * (name == 'bandit')}, times {sign}, above 0"
         )
+        yield md.criterion(f"{name}_inner_optimizers", least, said, at_least=0.0, surely=True)
+        within = {"at_most": WITHIN[name], "surely": True}
         for varied, what in VARIED.items():
-            rows = [row for row in of if row[1].startswith(f"{varied}_")]
-            if rows:
-                yield md.criterion(
-                    f"{name}_{varied}_worst",
-                    extreme(rows, lambda each: np.abs(each).max(0)),
-                    f"the meta-learner staggers as Bayes does, whatever the {what}: greatest "
-                    f"difference surely at most {WITHIN[name]:g}",
-                    at_most=WITHIN[name],
-                    surely=True,
-                )
+            if of := [row for row in rows if row[0].startswith(f"{varied}_")]:
+                worst = beyond(of, lambda each: np.abs(each).max(0))
+                said = f"the meta-learner staggers as Bayes does, whatever the {what}: greatest"
+                said += f" difference surely at most {WITHIN[name]:g}"
+                yield md.criterion(f"{name}_{varied}_worst", worst, said, **within)
 
 
 def robustness(results):
     """Draws how far each learner staggers, as one thing at a time is varied: a row each."""
-    every = list(found(results))
-    of = {name: [row for row in every if row[0] == name] for name in TITLES}
+    of = {name: list(found(results, name)) for name in TITLES}
     height = 1.2 + 0.32 * max(map(len, of.values()))
     figure, axes = figures.grid(len(of), width=5.4, height=height)
+    kinds = {"ordinary": ("D", figures.COLOURS[1]), "meta": ("o", figures.COLOURS[0])}
     for axis, (name, rows) in zip(axes, of.items(), strict=True):
-        for i, (_, _, data, bayes) in enumerate(rows):
-            estimate, trained = beyond(data, bayes), labelled.about(data).kind == "meta"
-            colour, marker = (figures.COLOURS[0], "o") if trained else (figures.COLOURS[1], "D")
-            style = {"fmt": marker, "color": colour, "capsize": 3}
-            axis.errorbar(estimate.value, i, xerr=figures.bars(estimate)[:, None], **style)
-            if np.isnan(estimate.value):
-                few = "not all" if labelled.modes(data).exchangeable else "fewer than two"
+        abouts = [labelled.about(data) for _, data, _ in rows]
+        for i, (row, about) in enumerate(zip(rows, abouts, strict=True)):
+            found_, (marker, colour) = beyond([row]), kinds[about.kind]
+            bars = figures.bars(found_)[:, None]
+            axis.errorbar(found_.value, i, xerr=bars, fmt=marker, color=colour)
+            if np.isnan(found_.value):
+                few = "not all" if name == "bandit" else "fewer than two"
                 axis.text(0, i, f" {few} modes ever learned", va="center", color=colour, fontsize=9)
-        axis.axvline(0, color="grey", lw=0.8, zorder=0)
-        axis.set_yticks(
-            range(len(rows)), [labelled.about(row[2]).label for row in rows], fontsize=9
+        axis.axvline(0, **figures.LEVEL)
+        axis.set_yticks(range(len(rows)), [about.label for about in abouts], fontsize=9)
+        what = (
+            "staggering minus Bayes'" if name == "bandit" else "slope (meta-learner: minus Bayes')"
         )
-        axis.set_ylim(len(rows) - 0.5, -0.5)
-        alike = name == "bandit"
-        what = "staggering minus Bayes'" if alike else "slope (meta-learner: minus Bayes')"
-        axis.set(title=TITLES[name], xlabel=what)
-    axes[0].plot([], [], "D", color=figures.COLOURS[1], label="ordinary learner")
-    axes[0].plot([], [], "o", color=figures.COLOURS[0], label="meta-learner")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axis.set(title=TITLES[name], xlabel=what, ylim=(len(rows) - 0.5, -0.5))
+    for kind, (marker, colour) in kinds.items():
+        axes[0].plot(
+            [], [], marker, color=colour, label=f"{kind}{'-' * (kind == 'meta') or ' '}learner"
+        )
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=11)
     return figure
 
 
@@ -285,22 +275,32 @@ PAPER = Config(
 )
 
 
-def rows() -> dict[str, str]:
-    """Every variant of a preset, by the name that its figures of merit begin with."""
-    named = {}
+def claims() -> Iterator[md.Claim]:
+    """What the paper says of optimisers, and what of the rest, in each domain."""
     for name, title in TITLES.items():
-        said = {
-            f"{loop}_{o}": f"{loop} optimiser {o}"
-            for loop in ("inner", "outer")
-            for o in OPTIMIZERS
-        }
-        for config in (QUICK, PAPER):
-            said |= {f"hidden_{hidden}": f"{hidden} hidden units" for hidden in config.widths}
-            said |= {f"noise_{value:g}": label for _, label, value in noise(config, name)}
-        named |= {f"{name}_{variant}": f"{title}, {label}" for variant, label in said.items()}
-    return named
+        says = f"Ordinary learners stagger whatever their optimiser: {title}"
+        yield md.Claim(f"{name}_inner_optimizers", says, "robustness")
+    for varied, what in VARIED.items():
+        for name, title in TITLES.items():
+            says = f"The LSTM staggers as Bayes does, to within {WITHIN[name]:g}, whatever the "
+            yield md.Claim(f"{name}_{varied}_worst", f"{says}{what}: {title}", "robustness")
 
 
+ROWS = {
+    f"{name}_{variant}": f"{title}, {label}"
+    for name, title in TITLES.items()
+    for config in (QUICK, PAPER)
+    for variant, label in named(config, name).items()
+}
+COLUMNS = {
+    "staggering": "staggering",
+    "censored_modes": "modes never learned",
+    "excess": "excess loss of the LSTM",
+}
+TITLE = (
+    "Staggering by optimiser, width and noise: slope of log learning time on log scale, in the "
+    "bandit (t_K − t_1) / t_K; the LSTM's minus Bayes', in the bandit the ordinary learner's too"
+)
 study = md.Study(
     "robustness",
     {"quick": QUICK, "paper": PAPER},
@@ -308,38 +308,6 @@ study = md.Study(
     criteria,
     {"robustness": robustness},
     section="§§2–4",
-    claims=[
-        *(
-            md.Claim(
-                f"{name}_inner_optimizers",
-                f"Ordinary learners stagger whatever their optimiser: {title}",
-                "robustness",
-            )
-            for name, title in TITLES.items()
-        ),
-        *(
-            md.Claim(
-                f"{name}_{varied}_worst",
-                f"The LSTM staggers as Bayes does, to within {WITHIN[name]:g}, whatever the "
-                f"{what}: {title}",
-                "robustness",
-            )
-            for varied, what in VARIED.items()
-            for name, title in TITLES.items()
-        ),
-    ],
-    tables=[
-        md.Table(
-            "Staggering by optimiser, width and noise: slope of log learning time on log scale, "
-            "in the bandit (t_K − t_1) / t_K; the LSTM's minus Bayes', in the bandit the ordinary "
-            "learner's too",
-            rows(),
-            {
-                "staggering": "staggering",
-                "censored_modes": "modes never learned",
-                "excess": "excess loss of the LSTM",
-            },
-            "robustness",
-        )
-    ],
+    claims=list(claims()),
+    tables=[md.Table(TITLE, ROWS, COLUMNS, "robustness")],
 )

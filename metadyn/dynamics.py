@@ -20,6 +20,11 @@ from metadyn import labelled
 from metadyn.base import STRENGTH
 
 Numbers = np.ndarray | np.floating | float
+Statistic = Callable[..., Numbers]
+Inner = Float[np.ndarray, "*#batch step mode"]
+Outer = Float[np.ndarray, "*#batch outer_step step mode"]
+DRAWS = 1000
+"""Resamples behind an interval. Our choice."""
 
 
 class Estimate(NamedTuple):
@@ -32,54 +37,67 @@ class Estimate(NamedTuple):
 
 def text(estimate: Estimate, digits: int = 2) -> str:
     """A figure of merit as text: value [low, high]."""
-    value, low, high = (f"{part:.{digits}f}" for part in estimate)
-    return f"{value} [{low}, {high}]"
+    return "{:.{n}f} [{:.{n}f}, {:.{n}f}]".format(*estimate, n=digits)
 
 
-def estimate(
-    statistic: Callable[..., Numbers], *samples: np.ndarray, draws: int = 1000, seed: int = 0
-) -> Estimate:
-    """statistic(*means over seeds and tasks) with its percentile bootstrap interval.
+def estimate(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> Estimate:
+    """A statistic of means over seeds and tasks, with its percentile bootstrap interval.
 
-    Tasks are resampled and, independently, seeds are. Samples of as many tasks (seeds) are taken
-    to be of the same tasks (seeds) and are resampled together, so differences between learners on
-    the same episodes have paired intervals. Resampled weights are spread by `widening`, without
-    which the interval of few seeds would be far too narrow. The statistic maps means [..., *rest]
-    to figures [..., *any]. Draws in which it has no value (NaN) are left out; where more than 5 %
-    have none there is no interval.
+    `statistic(*means)` maps means [..., *rest] of the samples [seed, task, *rest] to figures [...,
+    *any]. Tasks are resampled and, independently, seeds are. Samples of as many tasks (seeds) are
+    taken to be of the same tasks (seeds) and are resampled together, so differences between
+    learners on the same episodes have paired intervals. Resampled weights are spread by `widening`,
+    without which the interval of few seeds would be far too narrow. Draws in which the statistic
+    has no finite value are left out; where more than 5 % have none there is no interval (NaN).
     """
 
     def resampled(sample: np.ndarray) -> np.ndarray:
         n_seeds, n_tasks, *rest = sample.shape
-        by_task, by_seed = (
-            _resampling(n, draws, (seed, which)) for which, n in enumerate((n_tasks, n_seeds))
-        )
-        flat = sample.reshape(n_seeds, n_tasks, -1)
-        mean = sum(by_seed[:, i, None] * (by_task @ flat[i]) for i in range(n_seeds))
+        by_task, by_seed = _resampling(n_tasks, draws, 0), _resampling(n_seeds, draws, 1)
+        parts = zip(by_seed.T, sample.reshape(n_seeds, n_tasks, -1), strict=True)
+        mean = sum(weights[:, None] * (by_task @ each) for weights, each in parts)
         return np.asarray(mean).reshape(draws, *rest)
 
-    value = np.asarray(statistic(*(np.asarray(s, np.float64).mean((0, 1)) for s in samples)))
-    drawn = np.asarray(statistic(*(resampled(np.asarray(s, np.float32)) for s in samples)))
-    with np.errstate(all="ignore"):
-        missing = np.isnan(drawn).mean(0) > 0.05
-        low, high = np.nanquantile(np.where(missing, 0.0, drawn), [0.025, 0.975], axis=0)
-    return Estimate(value, np.where(missing, np.nan, low), np.where(missing, np.nan, high))
+    value = statistic(*(np.asarray(s, np.float64).mean((0, 1)) for s in samples))
+    return _interval(value, statistic(*(resampled(np.asarray(s, np.float32)) for s in samples)))
+
+
+def estimate_over_runs(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> Estimate:
+    """A statistic of runs, such as a median, with its percentile bootstrap interval.
+
+    For what is no function of means. Samples are [run, ...]; the runs of each are resampled
+    independently. Draws without a finite value are treated as `estimate` does.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [statistic(*(rng.choice(s, len(s)) for s in samples)) for _ in range(draws)]
+    return _interval(statistic(*samples), drawn)
+
+
+def _interval(value: Numbers, drawn: Numbers | list) -> Estimate:
+    """A value with the central 95 % of what was drawn for it [draw, ...]."""
+    drawn = np.where(np.isfinite(drawn), drawn, np.nan)
+    none = np.isnan(drawn).mean(0) > 0.05
+    drawn = np.where(none, 0.0, drawn)
+    # The quantile that looks for NaN is far slower.
+    quantile = np.nanquantile if np.isnan(drawn).any() else np.quantile
+    low, high = (np.where(none, np.nan, q) for q in quantile(drawn, [0.025, 0.975], axis=0))
+    return Estimate(np.asarray(value), low, high)
 
 
 @functools.lru_cache(maxsize=4)  # up to a quarter of a gigabyte each
-def _resampling(n: int, draws: int, seed: tuple[int, int]) -> Float[np.ndarray, "draws n"]:
+def _resampling(n: int, draws: int, which: int) -> Float[np.ndarray, "draws n"]:
     """Weights of n samples in each draw: how often it was drawn of n, spread by `widening`."""
-    drawn = np.random.default_rng([*seed, n]).integers(n, size=(draws, n))
+    drawn = np.random.default_rng([0, which, n]).integers(n, size=(draws, n))
     flat = drawn + n * np.arange(draws)[:, None]
     counts = np.bincount(flat.ravel(), minlength=draws * n).reshape(draws, n)
     return (1 / n + widening(n) * (counts / n - 1 / n)).astype(np.float32)
 
 
 def widening(n: int) -> float:
-    """√(n / (n − 1)) t / z, with Student's and the normal 97.5 % quantiles.
+    """The factor by which a bootstrap interval of a mean of n is narrower than Student's.
 
-    By so much the bootstrap interval of a mean of n is narrower than Student's; Hesterberg (2015),
-    arXiv:1411.5279, expands percentile intervals by it. 1.01 for 200, 1.87 for 4, 9.2 for 2.
+    It is √(n / (n − 1)) t / z, of Student's and the normal 97.5 % quantiles: 1.01 for 200, 1.87
+    for 4, 9.2 for 2. Hesterberg (2015), arXiv:1411.5279, expands percentile intervals by it.
     """
     if n == 1:
         return 1.0
@@ -87,10 +105,8 @@ def widening(n: int) -> float:
 
 
 def learning_times(
-    times: Real[np.ndarray, " time"],
-    strength: Float[np.ndarray, "*batch time mode"],
-    p: float = 0.5,
-) -> Float[np.ndarray, "*batch mode"]:
+    times: Real[np.ndarray, " time"], strength: Float[np.ndarray, "*runs time mode"], p: float = 0.5
+) -> Float[np.ndarray, "*runs mode"]:
     """t_k(p): the first time, linearly interpolated, at which a mode's strength reaches p.
 
     In the units of `times`. NaN where it never does: the mode is censored.
@@ -98,31 +114,36 @@ def learning_times(
     reached = strength >= p
     after = reached.argmax(-2)
     before = np.maximum(after - 1, 0)
-    pick = lambda i: np.take_along_axis(strength, i[..., None, :], -2)[..., 0, :]
-    a, b = pick(before), pick(after)
-    times = np.asarray(times, np.float64)
-    rise = np.where(after > 0, (p - a) / np.where(b > a, b - a, 1.0), 1.0)
-    t = times[before] + rise * (times[after] - times[before])
+    a, b = (np.take_along_axis(strength, i[..., None, :], -2)[..., 0, :] for i in (before, after))
+    start, end = (np.asarray(times, np.float64)[i] for i in (before, after))
+    t = start + (p - a) / np.where(b > a, b - a, 1.0) * (end - start)
     return np.where(reached.any(-2), t, np.nan)
 
 
 def staggering_slope(
     scale: Real[np.ndarray, " mode"], t: Float[np.ndarray, "*batch mode"]
-) -> Float[np.ndarray, "*batch"] | np.floating:
+) -> Float[np.ndarray, "*batch"]:
     """Least-squares slope of log t_k against log scale_k, unit-free.
 
     Over the modes that are not censored (report the others beside it) and crossed after t = 0, and
     whose scale is above 0; NaN where fewer than two are left.
     """
     with np.errstate(all="ignore"):
-        x, y = np.log(scale), np.log(np.where(t > 0, t, np.nan))
-    there = np.isfinite(x) & np.isfinite(y)
-    n = there.sum(-1)
+        x, y = np.broadcast_arrays(np.log(scale), np.log(np.where(t > 0, t, np.nan)))
+        there = np.isfinite(x) & np.isfinite(y)
+        n = there.sum(-1)
+        x = x - (x.sum(-1, where=there) / n)[..., None]
+        slope = (x * y).sum(-1, where=there) / (x**2).sum(-1, where=there)
+        return np.where(n >= 2, slope, np.nan)
+
+
+def staggering(t: Float[np.ndarray, "*batch mode"]) -> Float[np.ndarray, "*batch"] | np.floating:
+    """(t_(K) − t_(1)) / t_(K) of modes in order of learning: 0 if all are learned at once.
+
+    NaN if the last is censored, or learned at once.
+    """
     with np.errstate(all="ignore"):
-        x = np.where(there, x, 0.0)
-        y = np.where(there, y, 0.0)
-        x = np.where(there, x - x.sum(-1, keepdims=True) / n[..., None], 0.0)
-        return np.where(n >= 2, (x * y).sum(-1) / (x**2).sum(-1), np.nan)
+        return (t[..., -1] - t[..., 0]) / t[..., -1]
 
 
 def rank_correlation(
@@ -137,34 +158,21 @@ def rank_correlation(
 
 def samples(data: xr.Dataset, name: str) -> np.ndarray:
     """A stored reading [seed, task, (outer_step,) step, ...], one seed if it has none."""
-    array = data[name]
-    array = array if "seed" in array.dims else array.expand_dims("seed")
+    array = data[name] if "seed" in data[name].dims else data[name].expand_dims("seed")
     lead = ("seed", "task", "outer_step", "step")
-    return array.transpose(*(axis for axis in lead if axis in array.dims), ...).to_numpy()
+    return array.transpose(*lead, ..., missing_dims="ignore").to_numpy()
 
 
 def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
     """Mode strengths [seed, task, (outer_step,) step, mode], in order of learning if exchangeable.
 
-    Of exchangeable modes, averages over runs would hide staggering.
+    Those of each run are then in its own order: averages over runs would hide staggering.
     """
-    values, modes = samples(data, probe), labelled.modes(data, probe)
-    if not modes.exchangeable:
-        return values
-    return by_learning_time(data["time"].to_numpy(), values, modes.p)
-
-
-def by_learning_time(
-    times: Real[np.ndarray, " time"], strength: Float[np.ndarray, "*batch time mode"], p: float
-) -> Float[np.ndarray, "*batch time mode"]:
-    """The modes of each run sorted by their own learning time, censored ones last."""
-    order = np.argsort(learning_times(times, strength, p), axis=-1, kind="stable")
-    return np.take_along_axis(strength, order[..., None, :], -1)
-
-
-def scale(data: xr.Dataset, probe: str = STRENGTH) -> Real[np.ndarray, " mode"]:
-    """What the modes of a measurement are ordered by: singular values, frequencies."""
-    return np.array(labelled.modes(data, probe).values)
+    values = samples(data, probe)
+    if labelled.modes(data, probe).exchangeable:
+        order = np.argsort(times_of(data, probe)(values), axis=-1, kind="stable")  # NaN comes last
+        values = np.take_along_axis(values, order[..., None, :], -1)
+    return values
 
 
 def times_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], np.ndarray]:
@@ -178,10 +186,10 @@ def merit_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], 
 
     That is the staggering slope; or, of exchangeable modes, `staggering`.
     """
-    times, by = times_of(data, probe), scale(data, probe)
-    if labelled.modes(data, probe).exchangeable:
+    times, modes = times_of(data, probe), labelled.modes(data, probe)
+    if modes.exchangeable:
         return lambda strength: staggering(times(strength))
-    return lambda strength: staggering_slope(by, times(strength))
+    return lambda strength: staggering_slope(np.array(modes.values), times(strength))
 
 
 def merit_name(data: xr.Dataset, probe: str = STRENGTH) -> str:
@@ -189,70 +197,9 @@ def merit_name(data: xr.Dataset, probe: str = STRENGTH) -> str:
     return "staggering" if labelled.modes(data, probe).exchangeable else "slope"
 
 
-def of_each(
-    data: xr.Dataset | Mapping[str, xr.Dataset], f: Callable[[xr.Dataset], Estimate]
-) -> xr.Dataset:
-    """A figure of merit of each learner, as a dataset of value, low and high [learner]."""
-    found = {name: f(each) for name, each in labelled.split(data).items()}
-    columns = {
-        part: ("learner", [getattr(e, part) for e in found.values()]) for part in Estimate._fields
-    }
-    return xr.Dataset(columns, {"learner": list(found)})
-
-
-def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) -> xr.Dataset:
-    """How far each learner staggers, with its 95 % interval: value, low and high [learner].
-
-    The staggering slope of `metadyn.measure`'s or `metadyn.load`'s data; of exchangeable modes
-    `staggering` in its place.
-    """
-    return of_each(data, lambda each: measured(merit_of(each, probe), each, probe))
-
-
-def staggering(t: Float[np.ndarray, "*batch mode"]) -> Float[np.ndarray, "*batch"] | np.floating:
-    """(t_(K) − t_(1)) / t_(K) of modes in order of learning: 0 if all are learned at once.
-
-    NaN if the last is censored, or learned at once.
-    """
-    with np.errstate(all="ignore"):
-        return (t[..., -1] - t[..., 0]) / t[..., -1]
-
-
-def last_times(data: xr.Dataset) -> Float[np.ndarray, " run"]:
-    """The learning time of the last mode of each run; infinite where it is censored."""
-    t = times_of(data)(samples(data, STRENGTH))
-    return np.nan_to_num(t, nan=np.inf).max(-1).ravel()
-
-
-class Growth(NamedTuple):
-    """How a time grows with a number, and which law describes it better."""
-
-    factor: float
-    """By which it is multiplied for each one more: e^b of the fit log t = a + b k."""
-    linear_over_exponential: float
-    """Root-mean-square relative error of the best t = a + b k, over that of the best exponential:
-    below 1 if growth is rather linear, above 1 if it is rather exponential."""
-
-
-def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Growth:
-    """Fits both laws by least squares, of log t and of relative errors.
-
-    NaN if a time is not finite, and where there are too few points to tell.
-    """
-    if len(t) < 2 or not np.isfinite(t).all():
-        return Growth(np.nan, np.nan)
-    b, a = np.polyfit(k, np.log(t), 1)
-    fits = np.exp(a + b * k), np.polyval(np.polyfit(k, t, 1, w=1 / t), k)
-    exponential, linear = (np.sqrt(np.mean((fit / t - 1) ** 2)) for fit in fits)
-    ratio = linear / exponential if len(t) > 2 and exponential > 0 else np.nan
-    return Growth(float(np.exp(b)), float(ratio))
-
-
-def measured(
-    statistic: Callable[[np.ndarray], Numbers], data: xr.Dataset, probe: str = STRENGTH
-) -> Estimate:
-    """A statistic of a measurement's mean mode strengths, such as `merit_of`, with its interval."""
-    return estimate(statistic, strength(data, probe))
+def merit(data: xr.Dataset, probe: str = STRENGTH) -> Estimate:
+    """How far one learner staggers, with its interval: `merit_of` its mean mode strengths."""
+    return estimate(merit_of(data, probe), strength(data, probe))
 
 
 def difference(data: xr.Dataset, other: xr.Dataset) -> Estimate:
@@ -261,28 +208,41 @@ def difference(data: xr.Dataset, other: xr.Dataset) -> Estimate:
     return estimate(lambda a, b: one(a) - two(b), strength(data), strength(other))
 
 
-def estimate_over_runs(
-    statistic: Callable[..., float], *samples: np.ndarray, draws: int = 1000, seed: int = 0
-) -> Estimate:
-    """statistic(*samples) with its percentile bootstrap interval, for what is no function of means.
+def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) -> xr.Dataset:
+    """How far each learner staggers, with its 95 % interval: value, low and high [learner].
 
-    Samples are [run, ...]; the runs of each are resampled independently. Draws in which it has no
-    finite value are left out; where more than 5 % have none there is no interval.
+    The staggering slope of `metadyn.measure`'s or `metadyn.load`'s data; of exchangeable modes
+    `staggering` in its place.
     """
-    rng = np.random.default_rng(seed)
-    drawn = [
-        statistic(*(rng.choice(sample, len(sample)) for sample in samples)) for _ in range(draws)
-    ]
-    value, finite = statistic(*samples), np.asarray(drawn)[np.isfinite(drawn)]
-    enough = len(finite) >= 0.95 * draws
-    low, high = np.quantile(finite, [0.025, 0.975]) if enough else (np.nan, np.nan)
-    return Estimate(np.asarray(value), np.asarray(low), np.asarray(high))
+    found = {name: merit(each, probe) for name, each in labelled.split(data).items()}
+    columns = np.array([*found.values()]).T
+    named = zip(Estimate._fields, columns, strict=True)
+    return xr.Dataset({part: ("learner", each) for part, each in named}, {"learner": [*found]})
 
 
-def share_of_bayes(
-    trained: Float[np.ndarray, "*#batch outer_step step mode"],
-    bayes: Float[np.ndarray, "*#batch step mode"],
-) -> Float[np.ndarray, "*batch outer_step mode"]:
+def last_times(data: xr.Dataset) -> Float[np.ndarray, " run"]:
+    """The learning time of the last mode of each run; infinite where it is censored."""
+    return np.nan_to_num(times_of(data)(samples(data, STRENGTH)), nan=np.inf).max(-1).ravel()
+
+
+def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Float[np.ndarray, " 2"]:
+    """How a time grows with a number: its factor of growth, and whether it is rather linear.
+
+    The factor, by which each one more multiplies the time, is e^b of the fit log t = a + b k. The
+    other is the root-mean-square relative error of the best t = a + b k over that of the best
+    exponential: below 1 if growth is rather linear, above 1 if it is rather exponential. NaN if a
+    time is not finite, and where there are too few points to tell.
+    """
+    if len(t) < 2 or not np.isfinite(t).all():
+        return np.full(2, np.nan)
+    b, a = np.polyfit(k, np.log(t), 1)
+    fits = np.exp(a + b * k), np.polyval(np.polyfit(k, t, 1, w=1 / t), k)
+    exponential, linear = (np.sqrt(np.mean((fit / t - 1) ** 2)) for fit in fits)
+    ratio = linear / exponential if len(t) > 2 and exponential > 0 else np.nan
+    return np.array([np.exp(b), ratio])
+
+
+def share_of_bayes(trained: Outer, bayes: Inner) -> Float[np.ndarray, "*batch outer_step mode"]:
     """How far outer training has brought each mode: 0 as untrained (outer step 0), 1 as Bayes.
 
     Of the mean strength over the episode, t = 0 left out.
@@ -292,10 +252,7 @@ def share_of_bayes(
     return (learned - untrained) / (best - untrained)
 
 
-def distance_to_bayes(
-    trained: Float[np.ndarray, "*#batch outer_step step mode"],
-    bayes: Float[np.ndarray, "*#batch step mode"],
-) -> Float[np.ndarray, "*batch outer_step mode"]:
+def distance_to_bayes(trained: Outer, bayes: Inner) -> Float[np.ndarray, "*batch outer_step mode"]:
     """Root-mean-square distance between two inner learning curves, mode by mode: 1 untrained."""
     distance = np.sqrt(((trained - bayes[..., None, :, :]) ** 2).mean(-2))
     return distance / distance[..., :1, :]
@@ -308,11 +265,7 @@ def outer_times_of(trained: xr.Dataset) -> Callable[[np.ndarray, np.ndarray], np
     return lambda mean, bayes: learning_times(steps, share_of_bayes(mean, bayes))
 
 
-def over_outer_training(
-    trained: xr.Dataset, bayes: xr.Dataset
-) -> tuple[
-    Float[np.ndarray, "seed task outer step mode"], Float[np.ndarray, "#seed task step mode"]
-]:
+def over_outer_training(trained: xr.Dataset, bayes: xr.Dataset) -> tuple[Outer, Inner]:
     """Mode strengths over outer training, and Bayes', as `outer_times_of` is to have them.
 
     Which of several exchangeable modes the outer loop comes to learn first is chance, and differs
@@ -339,7 +292,7 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
     return samples(data, "loss")[..., 1:].mean(-1)
 
 
-def measured_excess(trained: xr.Dataset, bayes: xr.Dataset, draws: int = 1000) -> Estimate:
+def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
     """`excess_loss` of a meta-learner on the tasks that Bayes was measured on, with interval."""
     excess = functools.partial(excess_loss, floor=labelled.about(trained).loss_floor)
-    return estimate(excess, episode_loss(trained), episode_loss(bayes), draws=draws)
+    return estimate(excess, episode_loss(trained), episode_loss(bayes))

@@ -7,23 +7,26 @@ a dataset as `metadyn.measure` and `metadyn.load` give it, or one for each learn
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.ticker
 import numpy as np
 import xarray as xr
+from matplotlib.artist import setp
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
 from PIL import Image
 
 from metadyn import dynamics, labelled
 from metadyn.base import STRENGTH
+from metadyn.dynamics import Estimate
 from metadyn.store import NotMeasured, Results
 
 MARKERS = "osD^vP"
@@ -33,115 +36,92 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "errorbar.capsize": 3,
     "grid.alpha": 0.25,
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "legend.title_fontsize": 9,
     "figure.dpi": 150,
     "lines.linewidth": 2,
 }
-COLUMNS = 4  # panels in a row, beyond which figures are unreadable at the width of a page
-
+UP_TO = (-0.1, 1.15)  # limits of an axis of strengths, which are 1 once learned
+LEVEL = {"color": "grey", "lw": 0.8, "zorder": 0}  # how a line that marks a level is drawn
 Measured = xr.Dataset | Mapping[str, xr.Dataset]
+Own = Mapping[str, Callable[[Results], Figure]]
+styled = matplotlib.rc_context(STYLE)  # as a decorator
 
 
-def styled(figure: Callable[..., Figure]) -> Callable[..., Figure]:
-    """A function that draws a figure, in the style of all."""
-
-    @functools.wraps(figure)
-    def draw(*args: Any, **kwargs: Any) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return figure(*args, **kwargs)
-
-    return draw
-
-
-def draw(
-    folder: Path, results: Results, own: Mapping[str, Callable[[Results], Figure]]
-) -> list[Path]:
+@styled
+def draw(folder: Path, results: Results, own: Own) -> list[Path]:
     """Draws what every run has, and a study's own figures, into a folder; returns their paths.
 
     What has not been measured yet is left out.
     """
     folder.mkdir(exist_ok=True)
-    paths = []
-    with matplotlib.rc_context(STYLE):
-        trained = trainings(results)
-        for name, figure in (*of_every_run(results, trained), *_own(results, own)):
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1])
-        for name, training in trained.items():
-            paths.append(folder / f"inner_curves{name}.gif")
-            animation(training, paths[-1])
+    trained, paths = trainings(results), []
+    drawn = of_every_run(results, trained)
+    for name, figure in own.items():
+        with contextlib.suppress(NotMeasured):  # in a run that was stopped
+            drawn[name] = figure(results)
+    for name, each in drawn.items():
+        paths.append(folder / f"{name}.png")
+        FigureCanvasAgg(each).print_png(paths[-1])
+    for name, training in trained.items():
+        paths.append(folder / f"inner_curves{name}.gif")
+        animation(training, paths[-1])
     return paths
 
 
-def _own(
-    results: Results, own: Mapping[str, Callable[[Results], Figure]]
-) -> Iterator[tuple[str, Figure]]:
-    for name, figure in own.items():
-        try:
-            yield name, figure(results)
-        except NotMeasured:  # in a run that was stopped
-            continue
-
-
-def of_every_run(
-    results: Results, trained: Mapping[str, OuterTraining]
-) -> Iterator[tuple[str, Figure]]:
-    """The figures that every run has, by name."""
-    measured = results.learners("in_distribution", drawn=True)
-    for probe in probes(measured):
+def of_every_run(results: Results, trained: dict[str, OuterTraining]) -> dict[str, Figure]:
+    """Draws the figures that every run has, by name."""
+    measured, found = results.learners("in_distribution", drawn=True), {}
+    first = next(iter(measured.values()), xr.Dataset())
+    for probe in (str(name) for name in first if "values" in first[name].attrs):
         suffix = "" if probe == STRENGTH else f"_{probe}"
-        yield f"mode_strength{suffix}", mode_strength(measured, probe)
-        alike = labelled.modes(next(iter(measured.values())), probe).exchangeable
-        name, figure = ("single_runs", single_runs) if alike else ("learning_times", learning_times)
-        yield name + suffix, figure(measured, probe)
-    for name, training in trained.items():
-        yield f"inner_curves{name}", inner_curves(training)
-        yield f"outer_learning{name}", outer_learning(training)
-        yield f"distance_to_bayes{name}", distance_to_bayes(training)
+        alike = labelled.modes(first, probe).exchangeable
+        for figure in (mode_strength, single_runs if alike else learning_times):
+            found[figure.__name__ + suffix] = figure(measured, probe)
+    for suffix, training in trained.items():
+        for of_training in (inner_curves, outer_learning, distance_to_bayes):
+            found[of_training.__name__ + suffix] = of_training(training)
     if trained:
-        yield "orders", orders(list(trained.values()))
-
-
-def probes(measured: Measured) -> list[str]:
-    """The names of the probes that measurements are of."""
-    for data in labelled.split(measured).values():
-        return [str(name) for name in data if "values" in data[name].attrs]
-    return []
+        found["orders"] = orders(list(trained.values()))
+    return found
 
 
 @styled
-def mode_strength(measured: Measured, probe: str = STRENGTH) -> Figure:
-    """Draws mode strength against inner step, one panel a learner, with its staggering."""
-    panels = _each(measured)
-    figure, axes = grid(len(panels), width=4.1, height=3.7, sharey=True)
-    for axis, data in zip(axes, panels, strict=True):
-        about, modes, times = labelled.about(data), labelled.modes(data, probe), _times(data)
+def mode_strength(measured: Measured, probe: str = STRENGTH, one_run: bool = False) -> Figure:
+    """Draws mode strength against inner step, one panel a learner, with its staggering.
+
+    Means over runs with their bands; or `one_run`, that of median time to learn all.
+    """
+    learners = _each(measured)
+    first = labelled.modes(learners[0], probe)
+    figure, axes = grid(len(learners), first.strength, width=4.1, height=3.7, sharey=True)
+    for axis, data in zip(axes, learners, strict=True):
+        about, modes = labelled.about(data), labelled.modes(data, probe)
         start = 1 if about.clock == "updates" else 0  # a log axis has no zero
-        band = dynamics.estimate(lambda mean: mean, dynamics.strength(data, probe), draws=300)
-        for k, colour in enumerate(colours(modes.values)):
-            axis.fill_between(
-                times[start:], band.low[start:, k], band.high[start:, k], color=colour, alpha=0.25
-            )
-            label = f"{modes.values[k]:.3g}"
-            axis.plot(times[start:], band.value[start:, k], color=colour, label=label)
-            if "closed_form" in data and probe == STRENGTH:
-                curve = data["closed_form"].to_numpy()[start:, k]
-                last = "closed form" if k == len(modes.values) - 1 else None
-                axis.plot(times[start:], curve, color="black", ls=":", lw=1.4, label=last)
-        axis.axhline(modes.p, color="grey", lw=0.8, zorder=0)
-        merit = dynamics.text(dynamics.measured(dynamics.merit_of(data, probe), data, probe))
-        axis.set_title(f"{about.label}\n{dynamics.merit_name(data, probe)} {merit}")
-        axis.set_xlabel(_clock(data))
+        times, strength = data["time"].to_numpy()[start:], dynamics.strength(data, probe)
+        said = f"{dynamics.merit_name(data, probe)} {dynamics.text(dynamics.merit(data, probe))}"
+        if one_run:
+            last = dynamics.times_of(data, probe)(strength[0])[:, -1]
+            median = np.argsort(last, kind="stable")[len(last) // 2]  # NaN, never, comes last
+            strength, said = strength[:1, [median]], "run of median time to learn all"
+        curves(axis, times, dynamics.estimate(np.asarray, strength[:, :, start:]), _named(modes))
+        if "closed_form" in data and probe == STRENGTH:
+            curve = data["closed_form"].to_numpy()[start:]
+            axis.plot(times, curve, color="black", ls=":", lw=1.4)[-1].set_label("closed form")
+        axis.axhline(modes.p, **LEVEL)
+        clock = "optimiser updates" if start else "observations in the episode"
+        axis.set(title=f"{about.label}\n{said}", xlabel=clock, ylim=UP_TO)
         axis.set_xscale("log" if start else "linear")
-        axis.set_ylim(-0.1, 1.15)
-    first = labelled.modes(panels[0], probe)
-    for axis in axes:
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel(first.strength)
-    axes[0].legend(title=first.axis, fontsize=9, loc="upper left")
+    axes[0].legend(title=first.axis, loc="upper left")
     return figure
+
+
+def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:
+    """Draws one run of each learner, that of median time to learn all: averages hide plateaus."""
+    return mode_strength(measured, probe, one_run=True)
 
 
 @styled
@@ -149,54 +129,26 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
     """Draws learning time against what orders the modes on log axes, with the fitted slopes."""
     figure, (axis,) = grid(1, width=6.6, height=4.4)
     for data, marker in zip(_each(measured), cycle(MARKERS), strict=False):
-        modes = labelled.modes(data, probe)
-        scale = np.array(modes.values)
-        t = dynamics.measured(dynamics.times_of(data, probe), data, probe)
-        slope = dynamics.measured(dynamics.merit_of(data, probe), data, probe)
+        about, modes = labelled.about(data), labelled.modes(data, probe)
+        scale, slope = np.array(modes.values), dynamics.merit(data, probe)
+        t = dynamics.estimate(dynamics.times_of(data, probe), dynamics.strength(data, probe))
         for k, colour in enumerate(colours(scale)):
-            if np.isfinite(t.value[k]):
-                bars = [[t.value[k] - t.low[k]], [t.high[k] - t.value[k]]]
-                axis.errorbar(scale[k], t.value[k], np.maximum(bars, 0), color=colour, capsize=3)
-                axis.plot(scale[k], t.value[k], marker, color=colour, ms=8)
-            else:
-                axis.plot(scale[k], _times(data)[-1], "^", mfc="none", color=colour, ms=10)
+            axis.errorbar(scale[k], t.value[k], bars(t)[:, [k]], fmt=marker, color=colour, ms=8)
+            if np.isnan(t.value[k]):
+                axis.plot(scale[k], data["time"][-1], "^", mfc="none", color=colour, ms=10)
         there = np.isfinite(t.value) & (t.value > 0)
         if there.sum() > 1:
-            centre = np.log(t.value[there]).mean() - slope.value * np.log(scale[there]).mean()
-            line = np.exp(centre + slope.value * np.log(scale))
-            about = labelled.about(data)
+            x, y = np.log(scale), np.log(t.value[there])
+            line = np.exp(y.mean() + slope.value * (x - x[there].mean()))
             label = f"{about.label} ({about.clock}): slope {dynamics.text(slope)}"
             style = {"color": "grey", "lw": 1.2, "mfc": "none", "zorder": 0}
             axis.plot(scale, line, marker=marker, label=label, **style)
     axis.set(xscale="log", yscale="log", xlabel=modes.axis)
-    axis.set_xticks(scale, [f"{value:.3g}" for value in scale])
-    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.set_xticks(scale, _named(modes))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_ylabel(f"learning time $t_k({modes.p:g})$, own steps")
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", fontsize=10)
-    return figure
-
-
-@styled
-def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:
-    """Draws one run of each learner, that of median time to learn all: averages hide plateaus."""
-    panels = _each(measured)
-    figure, axes = grid(len(panels), width=4.1, height=3.4, sharey=True)
-    for axis, data in zip(axes, panels, strict=True):
-        times, strength = _times(data), dynamics.strength(data, probe)[0]
-        modes, start = labelled.modes(data, probe), int(labelled.about(data).clock == "updates")
-        last = dynamics.times_of(data, probe)(strength)[:, -1]
-        run = np.argsort(np.nan_to_num(last, nan=np.inf), kind="stable")[len(last) // 2]
-        for k, colour in enumerate(colours(modes.values)):
-            label = f"{modes.values[k]:g}"
-            axis.plot(times[start:], strength[run, start:, k], color=colour, label=label)
-        axis.axhline(modes.p, color="grey", lw=0.8, zorder=0)
-        axis.set_title(f"{labelled.about(data).label}\nrun of median time to learn all")
-        axis.set_xlabel(_clock(data))
-        axis.set_xscale("log" if start else "linear")
-        axis.set_ylim(-0.05, 1.05)
-    axes[0].set_ylabel(modes.strength)
-    axes[0].legend(title=modes.axis, fontsize=9)
     return figure
 
 
@@ -209,28 +161,24 @@ def final_strength(
     `titles` are what the sets are called, by name; modes of the values in `shaded` are marked as
     those of the training distribution. The learners shown are those measured on all of the sets.
     """
-    sets = [name for name in titles if name in results.sets()]
-    shown = [results.learners(name, drawn=True) for name in sets]
-    names = [name for name in (shown[0] if shown else ()) if all(name in each for each in shown)]
-    figure, axes = grid(len(sets) if names else 0, columns=5, width=2.9, height=3.2, sharey=True)
-    for axis, title, measured in zip(axes, (titles[name] for name in sets), shown, strict=True):
+    shown = {s: results.learners(s, drawn=True) for s in titles if s in results.sets()}
+    names = [n for n in next(iter(shown.values()), ()) if all(n in m for m in shown.values())]
+    label = "strength $a_k$ at the last step\n(0 nothing, 1 learned)"
+    figure, axes = grid(len(shown) if names else 0, label, 2.9, 3.2, 5, sharey=True)
+    for axis, (task_set, measured) in zip(axes, shown.items(), strict=True):
+        width, modes = 0.8 / len(names), labelled.modes(measured[names[0]])
         for i, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False)):
-            data, width = measured[name], 0.8 / len(names)
-            end = dynamics.estimate(lambda m: m, dynamics.strength(data)[:, :, -1], draws=300)
+            end = dynamics.estimate(np.asarray, dynamics.strength(measured[name])[:, :, -1])
             at = np.arange(len(end.value)) + (i - (len(names) - 1) / 2) * width
-            axis.bar(at, end.value, width, color=colour, label=labelled.about(data).label)
-            style = {"fmt": "none", "color": "black", "capsize": 3, "lw": 1.2}
-            axis.errorbar(at, end.value, bars(end), **style)
-        modes = labelled.modes(measured[names[0]])
-        for k, value in enumerate(modes.values):
-            if value in shaded:
-                axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
-        axis.axhline(1, color="grey", lw=0.8, zorder=0)
-        axis.set(title=title, xlabel=modes.axis)
-        axis.set_xticks(range(len(modes.values)), [f"{value:.3g}" for value in modes.values])
-        axis.set_ylim(-0.2, 1.4)  # intervals may run beyond
-    axes[0].set_ylabel("strength $a_k$ at the last step\n(0 nothing, 1 learned)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+            style = {"color": colour, "label": labelled.about(measured[name]).label}
+            axis.bar(at, end.value, width, yerr=bars(end), error_kw={"lw": 1.2}, **style)
+        for k in np.flatnonzero(np.isin(modes.values, shaded)):
+            axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
+        axis.axhline(1, **LEVEL)
+        axis.set(title=titles[task_set], xlabel=modes.axis, ylim=(-0.2, 1.4))  # bars may run beyond
+        axis.set_xticks(range(len(modes.values)), _named(modes))
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=11)
     return figure
 
 
@@ -238,40 +186,24 @@ def final_strength(
 class OuterTraining:
     """A meta-learner at every checkpoint, and Bayes on the same tasks."""
 
+    called: str
+    """What figures call it."""
     trained: xr.Dataset
-    """Mode trajectories over outer training."""
+    """Its mode trajectories over outer training."""
     bayes: xr.Dataset
+    """The mode trajectories of Bayes, which have no outer steps."""
     losses: tuple[xr.Dataset, xr.Dataset]
     """The two of them on held-out tasks of the training distribution."""
-    only: bool = True
-    """Whether it is the only one of its comparison: else its own name goes into titles."""
 
     @functools.cached_property
     def strengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mode strengths [seed, task, outer_step, step, mode] and [1, task, step, mode]."""
+        """Mode strengths [seed, task, outer_step, step, mode], and Bayes' [1, task, step, mode]."""
         return dynamics.strength(self.trained), dynamics.strength(self.bayes)
 
     @functools.cached_property
     def over(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same in the order that outer training has, where modes are exchangeable."""
+        """Those strengths in the order of outer training, if modes are exchangeable."""
         return dynamics.over_outer_training(self.trained, self.bayes)
-
-    @property
-    def modes(self) -> labelled.Modes:
-        """What is followed."""
-        return labelled.modes(self.trained)
-
-    @property
-    def called(self) -> str:
-        """What figures call it."""
-        about = labelled.about(self.trained)
-        if not about.title:
-            return about.label
-        return about.title if self.only else f"{about.title}, {about.label}"
-
-    def title(self, what: str) -> str:
-        """`what`, of which domain or learner."""
-        return f"{self.called}: {what}"
 
 
 def trainings(results: Results) -> dict[str, OuterTraining]:
@@ -283,157 +215,137 @@ def trainings(results: Results) -> dict[str, OuterTraining]:
     for tracked in (name for name in results.sets() if name.startswith("tracked")):
         heldout = tracked.replace("tracked", "heldout", 1)
         metas = results.learners(tracked, "meta")
-        best, floor = ([*results.learners(s, "bayes").values()] for s in (tracked, heldout))
         metas = {name: data for name, data in metas.items() if "outer_step" in data.dims}
-        if not (best and floor and all((heldout, name) in results for name in metas)):
-            continue
+        bayes = [[*results.learners(s, "bayes").values()] for s in (tracked, heldout)]
         for i, (name, data) in enumerate(metas.items()):
-            if labelled.about(data).followed:
-                losses = results[heldout, name], floor[0]
+            about = labelled.about(data)
+            if about.followed and all(bayes) and (heldout, name) in results:
+                both = about.title and len(metas) > 1
+                called = f"{about.title}, {about.label}" if both else about.title or about.label
                 suffix = tracked.removeprefix("tracked") + (f"_{name}" if i else "")
-                found[suffix] = OuterTraining(data, best[0], losses, len(metas) == 1)
+                losses = results[heldout, name], bayes[1][0]
+                found[suffix] = OuterTraining(called, data, bayes[0][0], losses)
     return found
 
 
 @styled
 def inner_curves(training: OuterTraining) -> Figure:
     """Draws the inner learning curve of each mode (panels) over outer training, and Bayes'."""
-    trained = training.trained
-    times, scale, steps = trained["time"].to_numpy(), dynamics.scale(trained), trained["outer_step"]
+    modes, (strength, best) = labelled.modes(training.trained), training.strengths
+    times, steps = (training.trained[name].to_numpy() for name in ("time", "outer_step"))
     shown = np.unique(np.linspace(0, len(steps) - 1, 9).round().astype(int))
-    strength, best = training.strengths
-    band = dynamics.estimate(lambda mean: mean, strength[:, :, shown], draws=300)
-    colours = matplotlib.colormaps["plasma"](np.linspace(0.0, 0.9, len(shown)))
-    columns = min(len(scale), 5)
-    rows = -(-len(scale) // columns)
-    figure, axes = subplots(rows, columns, width=2.6, height=2.9, sharex=True, sharey=True)
-    for axis in axes.flat[len(scale) :]:
-        axis.set_visible(False)
-    label = training.modes.label.replace("\n", " ")
-    for k, axis in enumerate(axes.flat[: len(scale)]):
-        for i, colour in enumerate(colours):
-            axis.fill_between(
-                times, band.low[i, :, k], band.high[i, :, k], color=colour, alpha=0.2, lw=0
-            )
-            at = f"{int(steps[shown[i]]):,}"
-            axis.plot(times, band.value[i, :, k], color=colour, lw=1.6, label=at)
+    mean = dynamics.estimate(np.asarray, strength[:, :, shown])
+    labels = [f"{step:,}" for step in steps[shown]]
+    figure, axes = grid(len(modes.values), modes.strength, 2.6, 2.9, 5, sharex=True, sharey=True)
+    label = modes.label.replace("\n", " ")
+    for k, (axis, name) in enumerate(zip(axes, _named(modes), strict=True)):
+        of_mode = Estimate(*(part[:, :, k].T for part in mean))
+        curves(axis, times, of_mode, labels, "plasma", lw=1.6)
         axis.plot(times, best.mean((0, 1))[:, k], "k--", lw=1.5, label="Bayes")
-        axis.axhline(training.modes.p, color="grey", lw=0.8, zorder=0)
-        axis.set_title(f"{label}: {scale[k]:.3g}", fontsize=10)
-        axis.set_ylim(-0.1, 1.15)
-    for axis in axes[-1]:
-        axis.set_xlabel("observations")
-    for axis in axes[:, 0]:
-        axis.set_ylabel(training.modes.strength)
-    figure.suptitle(training.title("inner learning curves over outer training"))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, title="outer step", loc="outside right center", fontsize=9)
+        axis.axhline(modes.p, **LEVEL)
+        axis.set_title(f"{label}: {name}", fontsize=10)
+        axis.set(xlabel="observations", ylim=UP_TO)
+        axis.label_outer()
+    figure.suptitle(f"{training.called}: inner learning curves over outer training")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, title="outer step", loc="outside right center")
     return figure
 
 
 @styled
 def outer_learning(training: OuterTraining) -> Figure:
     """Draws inner learning times, and how near each mode is to Bayes, against outer step."""
-    trained, (strength, best) = training.trained, training.strengths
-    inner, scale, steps = dynamics.times_of(trained), dynamics.scale(trained), _outer_steps(trained)
-    figure, (left, right) = grid(2, width=5.2, height=4.0)
-    t = dynamics.estimate(inner, strength, draws=300)
-    share = dynamics.estimate(dynamics.share_of_bayes, *training.over, draws=300)
-    reached = dynamics.outer_times_of(trained)(*(each.mean((0, 1)) for each in training.over))
-    for k, colour in enumerate(colours(scale)):
-        for axis, (value, low, high) in ((left, t), (right, share)):
-            axis.fill_between(steps, low[:, k], high[:, k], color=colour, alpha=0.2, lw=0)
-            label = f"{scale[k]:.3g}" + (f": {reached[k]:,.0f}" if axis is right else "")
-            axis.plot(steps, value[:, k], "o-", color=colour, ms=3, label=label)
-        left.axhline(inner(best.mean((0, 1)))[k], color=colour, ls="--", lw=1.2)
-        right.plot(reached[k], 0.5, "s", color=colour, ms=7, mec="black", zorder=5)
+    modes, (strength, best) = labelled.modes(training.trained), training.strengths
+    inner, outer = (of(training.trained) for of in (dynamics.times_of, dynamics.outer_times_of))
+    figure, left, right, steps = _over_outer_training(training, "learning of each mode")
+    reached = outer(*(each.mean((0, 1)) for each in training.over))
+    halfway = [f"{name}: {n:,.0f}" for name, n in zip(_named(modes), reached, strict=True)]
+    curves(left, steps, dynamics.estimate(inner, strength), _named(modes), marker="o", ms=3)
+    share = dynamics.estimate(dynamics.share_of_bayes, *training.over)
+    curves(right, steps, share, halfway, marker="o", ms=3)
+    for colour, t, n in zip(colours(halfway), inner(best.mean((0, 1))), reached, strict=True):
+        left.axhline(t, color=colour, ls="--", lw=1.2)
+        right.plot(n, 0.5, "s", color=colour, ms=7, mec="black", zorder=5)
     left.plot([], [], "--", color="grey", label="Bayes")
-    left.set_ylabel(f"inner learning time $t_k$ (to {training.modes.p:g})\nin observations")
-    left.set_ylim(0, trained["time"].to_numpy()[-1])
-    right.axhline(1, color="grey", ls="--", lw=1.2, zorder=0)
-    right.axhline(0.5, color="grey", lw=0.8, zorder=0)
-    right.set_ylabel("mean strength over the episode\n(0 untrained, 1 as Bayes)")
-    label = training.modes.label.replace("\n", " ")
-    by = ("", "")
-    if training.modes.exchangeable:
-        by = (" within each episode", " over outer training,\neach seed its own")
-    left.legend(title=label + by[0], ncols=2, fontsize=9)
-    right.set_ylim(-0.2, 2.1)
-    about = {"title": f"{label}{by[1]}: half-way at outer step $n_k$", "loc": "upper left"}
-    right.legend(**about, ncols=2, fontsize=9, alignment="left")
-    for axis in (left, right):
-        _outer_axis(axis, steps)
-    figure.suptitle(training.title("learning of each mode over outer training"))
+    left.set_ylabel(f"inner learning time $t_k$ (to {modes.p:g})\nin observations")
+    left.set_ylim(0, training.trained["time"][-1])
+    right.axhline(1, **LEVEL | {"ls": "--", "lw": 1.2})
+    right.axhline(0.5, **LEVEL)
+    right.set(ylim=(-0.2, 2.1), ylabel="mean strength over the episode\n(0 untrained, 1 as Bayes)")
+    label, alike = modes.label.replace("\n", " "), modes.exchangeable
+    left.legend(title=label + " within each episode" * alike, ncols=2)
+    label += " over outer training,\neach seed its own" * alike + ": half-way at outer step $n_k$"
+    right.legend(title=label, ncols=2, loc="upper left", alignment="left")
     return figure
 
 
 @styled
 def distance_to_bayes(training: OuterTraining) -> Figure:
     """Draws excess loss over Bayes, and the distance of each mode's curve, against outer step."""
-    figure, (left, right) = grid(2, width=5.2, height=4.0)
-    trained, bayes = training.losses
-    steps, floor = _outer_steps(trained), labelled.about(trained).loss_floor
-    loss, best = dynamics.episode_loss(trained), dynamics.episode_loss(bayes)
+    figure, left, right, steps = _over_outer_training(training, "distance to Bayes")
+    floor, modes = labelled.about(training.losses[0]).loss_floor, labelled.modes(training.trained)
+    loss, best = (dynamics.episode_loss(each) for each in training.losses)
     statistic = lambda mean, best: dynamics.excess_loss(mean, best[..., None], floor)
-    value, low, high = dynamics.estimate(statistic, loss, best, draws=300)
-    for each in loss.mean(1):
-        left.plot(steps, statistic(each, best.mean((0, 1))), color=COLOURS[0], lw=0.8, alpha=0.6)
-    left.fill_between(steps, low, high, color=COLOURS[0], alpha=0.25, lw=0)
-    left.plot(steps, value, "o-", color=COLOURS[0], ms=4, label="mean of seeds")
-    left.plot([], [], color=COLOURS[0], lw=0.8, alpha=0.6, label="each seed")
-    beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-    left.annotate(f"{value[-1]:.2f}", (steps[-1], value[-1]), **beside)
-    left.set_yscale("log")
-    left.set_ylabel(r"excess loss over Bayes" "\n" r"$(L - L_B)\,/\,(L_B - L_{\min})$")
-    left.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-    ticks = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
-    left.set_yticks([y for y in ticks if low.min() / 1.5 < y < high.max() * 1.5])
-    left.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    scale, steps = dynamics.scale(training.trained), _outer_steps(training.trained)
-    apart = dynamics.estimate(dynamics.distance_to_bayes, *training.strengths, draws=300)
-    for k, colour in enumerate(colours(scale)):
-        right.fill_between(steps, apart.low[:, k], apart.high[:, k], color=colour, alpha=0.2, lw=0)
-        right.plot(steps, apart.value[:, k], "o-", color=colour, ms=3, label=f"{scale[k]:.3g}")
-    right.set_ylabel("distance of the mean inner curve\nto Bayes' (1 untrained)")
-    right.set_ylim(0)
-    right.legend(title=training.modes.axis, fontsize=9)
-    left.legend(fontsize=9)
-    for axis in (left, right):
-        _outer_axis(axis, steps)
-    figure.suptitle(training.title("distance to Bayes over outer training"))
+    excess = dynamics.estimate(statistic, loss, best)
+    one = {"color": COLOURS[0], "lw": 0.8, "alpha": 0.6}
+    left.plot(steps, statistic(loss.mean(1), best.mean((0, 1))).T, **one)[0].set_label("each seed")
+    left.fill_between(steps, excess.low, excess.high, color=COLOURS[0], alpha=0.25, lw=0)
+    left.plot(steps, excess.value, "o-", color=COLOURS[0], ms=4, label="mean of seeds")
+    left.text(steps[-1], excess.value[-1], f"  {excess.value[-1]:.2f}", va="center")
+    left.set(yscale="log", ylabel="excess loss over Bayes\n" r"$(L - L_B)\,/\,(L_B - L_{\min})$")
+    low, high = excess.low.min() / 1.5, excess.high.max() * 1.5
+    left.set_yticks([y for y in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low < y < high])
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_locator(NullLocator())
+    left.legend()
+    apart = dynamics.estimate(dynamics.distance_to_bayes, *training.strengths)
+    curves(right, steps, apart, _named(modes), marker="o", ms=3)
+    right.set(ylim=(0, None), ylabel="distance of the mean inner curve\nto Bayes' (1 untrained)")
+    right.legend(title=modes.axis)
     return figure
+
+
+def _over_outer_training(training: OuterTraining, what: str) -> tuple[Figure, Any, Any, np.ndarray]:
+    """A figure with two panels over outer step, and the steps: 0 at the left of a log axis."""
+    figure, axes = grid(2, width=5.2, height=4.0)
+    steps = np.maximum(training.trained["outer_step"].to_numpy(), 0.5)
+    for axis in axes:
+        axis.set(xscale="log", xlabel="outer step (leftmost: 0)", xlim=(0.4, 1.4 * steps[-1]))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    figure.suptitle(f"{training.called}: {what} over outer training")
+    return figure, *axes, steps
 
 
 def animation(training: OuterTraining, path: Path) -> None:
     """Writes a GIF of all inner learning curves, one frame a checkpoint, Bayes' beside them."""
-    trained, (strength, best) = training.trained, training.strengths
-    times, scale, steps = trained["time"].to_numpy(), dynamics.scale(trained), trained["outer_step"]
-    mean, bayes = strength.mean((0, 1)), best.mean((0, 1))
+    modes, (mean, bayes) = (
+        labelled.modes(training.trained),
+        (each.mean((0, 1)) for each in training.strengths),
+    )
+    times, steps = (training.trained[name].to_numpy() for name in ("time", "outer_step"))
     figure = Figure(figsize=(5.6, 4.2), dpi=80, layout="constrained")
-    axis = figure.subplots()
-    lines = []
-    for k, colour in enumerate(colours(scale)):
-        lines += axis.plot([], [], color=colour, label=f"{scale[k]:.3g}")
-        axis.plot(times, bayes[:, k], "--", color=colour, lw=1.2)
+    axis, canvas = figure.subplots(), FigureCanvasAgg(figure)
+    axis.set_prop_cycle(color=colours(modes.values))
+    axis.plot(times, bayes, "--", lw=1.2)
+    lines = axis.plot(times, mean[-1], label=_named(modes))
     axis.plot([], [], "--", color="grey", lw=1.2, label="Bayes")
-    axis.set(xlim=(0, times[-1]), ylim=(-0.1, 1.15), xlabel="observations in the episode")
-    axis.set_ylabel(training.modes.strength)
-    place = {"title": training.modes.axis, "fontsize": 9}
-    axis.legend(**place, loc="upper left", bbox_to_anchor=(1, 1))
-    title = axis.set_title(training.title(f"outer step {int(steps[-1]):,}"))
-    canvas = FigureCanvasAgg(figure)
+    axis.set(xlim=(0, times[-1]), ylim=UP_TO, xlabel="observations in the episode")
+    axis.set_ylabel(modes.strength)
+    axis.legend(title=modes.axis, loc="upper left", bbox_to_anchor=(1, 1))
+    titles = [f"{training.called}: outer step {step:,}" for step in steps]
+    title = axis.set_title(titles[-1])
     canvas.draw()
     figure.set_layout_engine("none")  # laid out once, for the longest title
     moving = [*lines, title]
-    for artist in moving:
-        artist.set_animated(True)
+    setp(moving, animated=True)
     canvas.draw()  # what stays: drawn once for all frames
     still, frames = canvas.copy_from_bbox(figure.bbox), []
-    for i, step in enumerate(steps.to_numpy()):
+    for now, strength in zip(titles, mean, strict=True):
         canvas.restore_region(still)
-        title.set_text(training.title(f"outer step {step:,}"))
-        for k, line in enumerate(lines):
-            line.set_data(times, mean[i, :, k])
+        title.set_text(now)
+        for line, of_mode in zip(lines, strength.T, strict=True):
+            line.set_ydata(of_mode)
         for artist in moving:
             axis.draw_artist(artist)
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
@@ -444,82 +356,66 @@ def animation(training: OuterTraining, path: Path) -> None:
 @styled
 def orders(trainings: Sequence[OuterTraining]) -> Figure:
     """Draws when the outer loop comes to learn each mode, against its inner learning time."""
-    figure, axes = grid(len(trainings), width=4.4, height=4.3)
+    label = "outer learning time $n_k$\n(outer step half-way to Bayes)"
+    figure, axes = grid(len(trainings), label, width=4.4, height=4.3)
     for axis, training in zip(axes, trainings, strict=True):
-        _order(axis, training)
-    axes[0].set_ylabel("outer learning time $n_k$\n(outer step half-way to Bayes)")
+        modes, over = labelled.modes(training.trained), training.over
+        at_end, outer = (f(training.trained) for f in (dynamics.times_of, dynamics.outer_times_of))
+        inner = lambda mean, t=at_end: t(mean[..., -1, :, :])
+        ranks = lambda a, b, inner=inner, t=outer: dynamics.rank_correlation(inner(a), t(a, b))
+        title = "contexts by their rank in either order"
+        if not modes.exchangeable:
+            title = f"rank correlation {dynamics.text(dynamics.estimate(ranks, *over))}"
+        x, y = dynamics.estimate(inner, training.strengths[0]), dynamics.estimate(outer, *over)
+        styles = zip(colours(modes.values), cycle(MARKERS), _named(modes), strict=False)
+        for k, (colour, marker, name) in enumerate(styles):
+            sides = {"yerr": bars(y)[:, [k]], "xerr": bars(x)[:, [k]], "lw": 1.2}
+            style = {"fmt": marker, "color": colour, "ms": 8, "label": name}
+            axis.errorbar(x.value[k], y.value[k], **sides, **style)
+        axis.set(yscale="log", xlabel="inner learning time $t_k$\n(observations; once trained)")
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter("{x:,.0f}")
+        axis.tick_params(axis="y", which="both", labelsize=9)
+        axis.set_title(f"{training.called}\n{title}", fontsize=10)
+        axis.legend(title=modes.axis)
     return figure
 
 
-def _order(axis: Any, training: OuterTraining) -> None:
-    trained, outer = training.trained, dynamics.outer_times_of(training.trained)
-    inner = lambda mean: dynamics.times_of(trained)(mean[..., -1, :, :])
-    found = (
-        dynamics.estimate(inner, training.strengths[0], draws=300),
-        dynamics.estimate(outer, *training.over, draws=300),
-    )
-    value = np.array([each.value for each in found])  # [inner or outer, mode]
-    bars = [np.maximum([v - low, high - v], 0) for v, low, high in found]  # [side, mode] each
-    title = "contexts by their rank in either order"
-    if not training.modes.exchangeable:
-        correlation = dynamics.estimate(
-            lambda a, b: dynamics.rank_correlation(inner(a), outer(a, b)), *training.over
-        )
-        title = f"rank correlation {dynamics.text(correlation)}"
-    scale = dynamics.scale(trained)
-    for k, (colour, marker) in enumerate(zip(colours(scale), cycle(MARKERS), strict=False)):
-        (x, y), label = value[:, k], f"{scale[k]:.3g}"
-        style = {"color": colour, "ms": 8, "capsize": 3, "lw": 1.2, "label": label}
-        axis.errorbar(x, y, bars[1][:, [k]], bars[0][:, [k]], marker, **style)
-    axis.set_yscale("log")
-    number = matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:,.0f}")
-    axis.yaxis.set_major_formatter(number)
-    axis.yaxis.set_minor_formatter(number)
-    axis.tick_params(axis="y", which="both", labelsize=9)
-    axis.set_xlabel("inner learning time $t_k$\n(observations; once trained)")
-    axis.set_title(f"{training.called}\n{title}", fontsize=10)
-    axis.legend(title=training.modes.axis, fontsize=9)
+def curves(
+    axis: Any, x: np.ndarray, y: Estimate, labels: list[str], palette: str = "viridis", **style: Any
+) -> None:
+    """Draws estimates [x, curve] as lines on their bands, each with its colour and label."""
+    for k, (label, colour) in enumerate(zip(labels, colours(labels, palette), strict=True)):
+        axis.fill_between(x, y.low[:, k], y.high[:, k], color=colour, alpha=0.2, lw=0)
+        axis.plot(x, y.value[:, k], color=colour, label=label, **style)
 
 
-def _outer_steps(trained: xr.Dataset) -> np.ndarray:
-    """Outer steps for a log axis, step 0 at its left edge."""
-    return np.maximum(trained["outer_step"].to_numpy(), 0.5)
-
-
-def _outer_axis(axis: Any, steps: np.ndarray) -> None:
-    axis.set(xscale="log", xlabel="outer step (leftmost: 0)", xlim=(0.4, 1.4 * steps[-1]))
-    axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
-def colours(values: Sequence[float] | np.ndarray) -> list:
+def colours(values: Sequence[Any] | np.ndarray, palette: str = "viridis") -> list:
     """A colour for each mode, from the first to the last."""
-    return list(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(values))))
+    return list(matplotlib.colormaps[palette](np.linspace(0.0, 0.85, len(values))))
 
 
-def bars(estimate: dynamics.Estimate) -> np.ndarray:
+def bars(of: Estimate) -> np.ndarray:
     """The lengths of the error bars of an estimate, below and above [2, ...]."""
-    value, low, high = estimate
-    return np.nan_to_num(np.maximum([value - low, high - value], 0))
+    return np.nan_to_num(np.maximum([of.value - of.low, of.high - of.value], 0))
 
 
-def subplots(rows: int, columns: int, *, width: float, height: float, **options: Any) -> Any:
-    """A figure and its axes [rows, columns], each of a width and height in inches."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+def grid(
+    panels: int, label: str = "", width: float = 4, height: float = 4, columns: int = 4, **more: Any
+) -> tuple[Figure, list]:
+    """A figure and a list of axes, each of a width and height in inches, in rows of like length.
 
-
-def grid(panels: int, columns: int = COLUMNS, **options: Any) -> Any:
-    """A figure and a list of axes, in as many rows as keep it readable.
-
+    Rows are as many as keep it readable at the width of a page, and `label` stands beside each.
     Raises `NotMeasured` for no panels: there is nothing to draw yet.
     """
     if panels == 0:
         raise NotMeasured("nothing that the figure shows is measured yet")
     rows = -(-panels // columns)
-    figure, axes = subplots(rows, -(-panels // rows), **options)
-    for axis in axes.flat[panels:]:
-        axis.set_visible(False)
+    columns = -(-panels // rows)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **more)
+    setp(axes.flat[panels:], visible=False)
+    setp(axes[:, 0], ylabel=label)
     return figure, list(axes.flat[:panels])
 
 
@@ -529,10 +425,6 @@ def _each(measured: Measured) -> list[xr.Dataset]:
     return [data.isel(outer_step=-1) if "outer_step" in data.dims else data for data in parts]
 
 
-def _times(data: xr.Dataset) -> np.ndarray:
-    return data["time"].to_numpy()
-
-
-def _clock(data: xr.Dataset) -> str:
-    updates = labelled.about(data).clock == "updates"
-    return "optimiser updates" if updates else "observations in the episode"
+def _named(modes: labelled.Modes) -> list[str]:
+    """What orders each mode, as text."""
+    return [f"{value:.3g}" for value in modes.values]

@@ -96,6 +96,10 @@ class StudyConfig:
         known = get_args(Network)
         check(self.meta in known, "meta", self.meta, f"choose from {', '.join(known)}")
 
+    def common(self) -> dict[str, Any]:
+        """The fields that every study has, to configure one study from another's."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(StudyConfig)}
+
     def meta_learner(self, domain: Domain, heads: int = 0) -> Contender:
         """Makes the chosen meta-learner for a domain, as a contender."""
         network = getattr(self, self.meta)
@@ -347,8 +351,8 @@ def censored(name: str, data: Any) -> Criterion:
 def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Iterator[Criterion]:
     """Judges how far one learner staggers in distribution, and reports what is censored."""
     data = results["in_distribution", name]
-    found = dynamics.measured(dynamics.merit_of(data), data)
-    yield criterion(f"{name}_{dynamics.merit_name(data)}", found, expected, **bounds)
+    merit = dynamics.merit_name(data)
+    yield criterion(f"{name}_{merit}", dynamics.merit(data), expected, **bounds)
     yield censored(name, data)
 
 
@@ -391,6 +395,16 @@ class Claim:
     says: str
     figure: str
     """The figure that shows it, by name."""
+
+
+def as_bayes(modes: str) -> list[Claim]:
+    """What studies of regression claim of a meta-trained LSTM that learns as Bayes does."""
+    says = f"A meta-trained LSTM learns nearly all {modes} at once, as Bayes does"
+    near = "Its losses are near those of Bayes-optimal inference"
+    return [
+        Claim("lstm_minus_bayes_slope", says, "learning_times"),
+        Claim("lstm_excess_loss", near, "distance_to_bayes"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

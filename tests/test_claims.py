@@ -138,17 +138,15 @@ def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):
 
 
 def test_tables_set_figures_of_merit_side_by_side():
-    row = {"expected": "", "passed": True}
-    numbers = {"value": -0.25, "low": -0.5, "high": None}
-    summary = {
-        "criteria": [row | numbers | {"name": "sgd_slope"}],
-        "reported": [row | {"value": 2, "low": 2, "high": 2, "name": "adam_excess"}],
+    rows = {
+        "sgd_slope": {"value": -0.25, "low": -0.5, "high": None},
+        "adam_excess": {"value": 2, "low": 2, "high": 2},
     }
     table = claims.Table(
         "t", {"sgd": "SGD", "adam": "Adam"}, {"slope": "slope", "excess": "excess"}, "f"
     )
     table = dataclasses.replace(table, rows=table.rows | {"lion": "Lion, of another preset"})
-    assert list(claims._table(table, summary)) == [
+    assert list(claims._table(table, rows)) == [
         "| | slope | excess |",
         "| --- | --- | --- |",
         "| SGD | −0.25 [−0.5, –] |  |",
