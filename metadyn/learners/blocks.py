@@ -7,7 +7,7 @@ of it alone, each reading a normalised copy: the pre-norm transformer (Xiong et 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from metadyn.errors import check, check_positive
 from metadyn.learners.networks import Carry, Sequence
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """The part of a block that makes of each token, H numbers, something that depends on the past.
 

@@ -76,6 +76,6 @@ class DeltaRule(nnx.Module):
 
 
 def _unit(a: Float[Array, "*T d"]) -> Float[Array, "*T d"]:
-    """SiLU, then unit length, as Yang et al. make keys and queries."""
+    """SiLU, then unit length (zero stays zero), as Yang et al. make keys and queries."""
     a = jax.nn.silu(a)
     return a * jax.lax.rsqrt((a**2).sum(-1, keepdims=True) + 1e-6)
