@@ -1,0 +1,248 @@
+"""Attention: the transformer, its linear relative, and one layer whose training has a theory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from metadyn.base import Domain, Feedback, Key, Learner, Params, Query
+from metadyn.errors import check, check_positive
+from metadyn.learners.blocks import HeadedConfig
+
+Cache = tuple[Float[Array, "room heads d"], Float[Array, "room heads d"], Int[Array, ""]]
+Sums = tuple[Float[Array, "heads d K"], Int[Array, ""]]
+Pairs = tuple[Float[Array, "m n"], Int[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(HeadedConfig):
+    """A causal transformer, such as learns regression in context in Garg et al. (2022)."""
+
+    label = "transformer"
+    cache: int | None = None
+    """Tokens that the key-value cache has room for, where longer episodes are to be measured than
+    those trained on. None: those of the domain's episodes and the query of a probe after them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache is not None:
+            check_positive(self, "cache")
+
+    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> SoftmaxAttention:
+        """Softmax attention."""
+        least = domain.steps + 1
+        fix = f"must be at least {least}, one more than the {domain.steps} steps of an episode"
+        check(self.cache is None or self.cache >= least, "cache", self.cache, fix)
+        return SoftmaxAttention(self, rngs=rngs)
+
+
+class SoftmaxAttention(nnx.Module):
+    """Causal self-attention of several heads (Vaswani et al. 2017), stepped from a cache.
+
+    The cache holds the keys and the values so far, and their number. A token beyond its room is
+    answered with NaN, since one that silently went unread would pass for an answer.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        H = config.hidden
+        self.heads, self.d, self.room = config.attention_heads, config.head_size, config.cache
+        self.project = nnx.Linear(H, 3 * H, rngs=rngs)
+        self.out = nnx.Linear(H, H, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        """The attention of each token to those up to it."""
+        query, key, value = self.project(x).reshape(len(x), 3, self.heads, self.d).swapaxes(0, 1)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return self.out(mixed.reshape(len(x), -1))
+
+    def start(self, steps: int) -> Cache:
+        """An empty cache."""
+        nothing = jnp.zeros((self.room or steps, self.heads, self.d))
+        return nothing, nothing, jnp.int32(0)
+
+    def step(self, memory: Cache, x: Float[Array, " H"]) -> tuple[Cache, Float[Array, " H"]]:
+        """The attention of one token to those in the cache and to itself."""
+        keys, values, t = memory
+        query, key, value = self.project(x).reshape(3, self.heads, self.d)
+        past = jnp.where(jnp.arange(len(keys)) < t, jnp.einsum("hd,shd->hs", query, keys), -jnp.inf)
+        scores = jnp.concatenate([past, (query * key).sum(-1, keepdims=True)], axis=1)
+        weights = jax.nn.softmax(scores / jnp.sqrt(self.d))
+        mixed = jnp.einsum("hs,shd->hd", weights[:, :-1], values) + weights[:, -1:] * value
+        mixed = jnp.where(t < len(keys), mixed, jnp.nan)
+        return (keys.at[t].set(key), values.at[t].set(value), t + 1), self.out(mixed.reshape(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAttentionConfig(HeadedConfig):
+    """A transformer whose attention is linear: its memory is of one size however long the episode.
+
+    Scores are qᵀk itself (Schlag et al. 2021) and their sum is divided by the number of tokens, as
+    Zhang et al. (2025) divide it.
+    """
+
+    label = "linear attention"
+    merged: bool = False
+    """Whether a head has one matrix W^KQ in place of keys and queries of its own."""
+
+    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> LinearAttention:
+        """Linear attention."""
+        return LinearAttention(self, rngs=rngs)
+
+
+class LinearAttention(nnx.Module):
+    """Causal linear self-attention: (1/t) Σ_{s≤t} v_s (k_s · q_t), head by head.
+
+    Merged, a head's score is x_sᵀ W^KQ x_t: its key is the token itself. The memory is Σ v kᵀ.
+    """
+
+    def __init__(self, config: LinearAttentionConfig, *, rngs: nnx.Rngs):
+        H, self.heads, self.merged = config.hidden, config.attention_heads, config.merged
+        self.d, self.K = config.head_size, H if config.merged else config.head_size
+        linear = lambda n, m: nnx.Linear(n, m, use_bias=False, rngs=rngs)
+        self.query, self.value, self.out = (
+            linear(H, self.heads * self.K),
+            linear(H, H),
+            linear(H, H),
+        )
+        self.key = None if config.merged else linear(H, H)
+
+    def _projected(self, x: Float[Array, "*T H"]) -> tuple[Array, Array, Array]:
+        split = lambda a: a.reshape(*x.shape[:-1], self.heads, -1)
+        query = split(self.query(x)) / jnp.sqrt(self.K)
+        key = split(self.key(x)) if self.key else jnp.broadcast_to(x[..., None, :], query.shape)
+        return query, key, split(self.value(x))
+
+    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        """The attention of each token to those up to it."""
+        query, key, value = self._projected(x)
+        scores = jnp.tril(jnp.einsum("thd,shd->hts", query, key))
+        mixed = jnp.einsum("hts,shd->thd", scores, value) / jnp.arange(1, len(x) + 1)[:, None, None]
+        return self.out(mixed.reshape(len(x), -1))
+
+    def start(self, steps: int) -> Sums:
+        """No sums yet, of no tokens."""
+        return jnp.zeros((self.heads, self.d, self.K)), jnp.int32(0)
+
+    def step(self, memory: Sums, x: Float[Array, " H"]) -> tuple[Sums, Float[Array, " H"]]:
+        """The attention of one token to those in the sums and to itself."""
+        sums, t = memory
+        query, key, value = self._projected(x)
+        own = (query * key).sum(-1, keepdims=True) * value
+        mixed = (jnp.einsum("hdk,hk->hd", sums, query) + own) / (t + 1)
+        return (sums + value[:, :, None] * key[:, None], t + 1), self.out(mixed.reshape(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class OneLayerAttentionConfig:
+    """Linear attention of one layer, as Zhang, Singh, Latham & Saxe (2025, arXiv:2501.16265) do it.
+
+    Trained by small steps of gradient descent from small weights, its loss falls once, abruptly, if
+    keys and queries are merged; if they are separate it goes down a staircase, one principal
+    component of the inputs at a time.
+    """
+
+    label = "one-layer linear attention"
+    attention_heads: int = 8
+    """Heads."""
+    merged: bool = False
+    """Whether a head has one matrix W^KQ in place of keys and queries of its own."""
+    rank: int = 1
+    """Numbers in a key where they are separate: the theory is of 1."""
+    scale: float = 1e-2
+    """Standard deviation of the initial weights. The theory is of small ones."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "attention_heads", "rank", "scale")
+
+    def make(self, domain: Domain, heads: int = 0) -> OneLayerAttention:
+        """The meta-learner for a domain."""
+        return OneLayerAttention(domain, self, heads)
+
+
+class OneLayerAttention:
+    """The meta-learner that answers x with Σ_h V_h (1/t) Σ_{s≤t} y_s x_sᵀ U_h x over the t pairs.
+
+    That is Zhang et al.'s attention to tokens (x_s; y_s), the query's token (x; 0) last and the
+    answer read there. V_h is the block of the value matrix between y and answers; U_h is the block
+    of W^KQ between inputs, or K_hᵀ Q_h. Blocks that no answer depends on, and those that the
+    authors start at zero and that stay there, have no place. Every step of an episode is a query,
+    with the pairs before it in context.
+
+    With V_h = I / H and U_h = η I the answers are those of one step of gradient descent from zero,
+    at rate η, on half the mean squared error over the pairs (von Oswald et al. 2023,
+    arXiv:2212.07677).
+    """
+
+    def __init__(self, domain: Domain, config: OneLayerAttentionConfig, heads: int = 0):
+        check(heads >= 0, "heads", heads, "must be 0 or more")
+        self.domain, self.config, self.heads = domain, config, heads
+
+        def pair(key: Key) -> tuple[Array, Array]:
+            task = domain.sample_task(key)
+            query = domain.query(task, key)
+            feedback = domain.feedback(task, query, jnp.zeros(domain.answer_size), key)
+            return domain.encode_query(query), domain.encode_feedback(feedback)
+
+        x, y = jax.eval_shape(pair, jax.random.key(0))
+        self._n, self._m = x.size, y.size
+
+    def init(self, key: Key) -> Params:
+        """The blocks V_h, and U_h or K_h and Q_h, of all heads."""
+        config, n = self.config, self._n
+        shapes = {"value": (self.domain.answer_size + self.heads, self._m)}
+        if config.merged:
+            shapes |= {"key_query": (n, n)}
+        else:
+            shapes |= {"key": (config.rank, n), "query": (config.rank, n)}
+        keys = jax.random.split(key, len(shapes))
+        drawn = lambda key, shape: jax.random.normal(key, (config.attention_heads, *shape))
+        return {
+            name: config.scale * drawn(key, shape)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    def _outputs(
+        self, params: Params, pairs: Float[Array, "m n *B"], x: Float[Array, " n *B"]
+    ) -> Float[Array, outputs * B]:
+        """The outputs at x, given the mean of y xᵀ over the pairs."""
+        if self.config.merged:
+            key_query = params["key_query"]
+        else:
+            key_query = jnp.einsum("hri,hrj->hij", params["key"], params["query"])
+        return jnp.einsum("hom,mi...,hij,j...->o...", params["value"], pairs, key_query, x)
+
+    def learner(self, params: Params) -> Learner:
+        """The step-by-step form, whose memory is Σ y xᵀ and the number of pairs."""
+        domain = self.domain
+
+        def init(key: Key) -> Pairs:
+            del key
+            return jnp.zeros((self._m, self._n)), jnp.int32(0)
+
+        def predict(memory: Pairs, query: Query) -> Array:
+            total, t = memory
+            outputs = self._outputs(params, total / jnp.maximum(t, 1), domain.encode_query(query))
+            return outputs[: domain.answer_size]
+
+        def update(memory: Pairs, query: Query, feedback: Feedback) -> Pairs:
+            total, t = memory
+            x, y = domain.encode_query(query), domain.encode_feedback(feedback)
+            return total + y[:, None] * x, t + 1
+
+        return Learner(init, predict, update)
+
+    def unroll(
+        self, params: Params, queries: Query, feedback: Feedback
+    ) -> Float[Array, "T outputs B"]:
+        """The whole-episode form: answers [T, answer_size, B], and below them the heads."""
+        over_batch_and_time = lambda f: jax.vmap(jax.vmap(f, -1, -1))
+        x = over_batch_and_time(self.domain.encode_query)(queries)
+        y = over_batch_and_time(self.domain.encode_feedback)(feedback)
+        total = jnp.cumsum(y[:, :, None] * x[:, None], axis=0)
+        means = total / jnp.arange(1, len(x) + 1)[:, None, None, None]
+        before = jnp.concatenate([jnp.zeros_like(means[:1]), means[:-1]])
+        return jax.vmap(lambda pairs, x: self._outputs(params, pairs, x))(before, x)

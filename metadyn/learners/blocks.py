@@ -1,0 +1,139 @@
+"""Residual blocks, which causal models of sequences share; they differ by how they mix over time.
+
+A block adds to each token what a mixer makes of the tokens up to it, then what a perceptron makes
+of it alone, each reading a normalised copy: the pre-norm transformer (Xiong et al. 2020).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from metadyn.base import Domain
+from metadyn.errors import check, check_positive
+from metadyn.learners.networks import Carry, Sequence
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """The part of a block that makes of each token, H numbers, something that depends on the past.
+
+    Stepping is written so that nothing as large as the memory is computed for the answer alone:
+    a probe asks many queries of one memory.
+    """
+
+    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        """What is made of each token of a whole episode."""
+
+    def start(self, steps: int) -> Carry:
+        """An empty memory with room for `steps` tokens."""
+
+    def step(self, memory: Carry, x: Float[Array, " H"]) -> tuple[Carry, Float[Array, " H"]]:
+        """The memory with the next token in it, and what is made of that token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlocksConfig:
+    """What all networks of residual blocks have; a subclass says how they mix over time."""
+
+    label = "residual blocks"
+    hidden: int = 64
+    """H, numbers in a token."""
+    layers: int = 2
+    """Blocks."""
+    mlp: int = 2
+    """Width of the perceptrons, in units of H."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hidden", "layers", "mlp")
+
+    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> Mixer:
+        """Makes the mixer of one block."""
+        raise NotImplementedError
+
+    def make(self, domain: Domain, heads: int = 0) -> Sequence:
+        """The meta-learner for a domain."""
+        return Sequence(domain, lambda n, rngs: Blocks(n, self, domain, rngs=rngs), heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadedConfig(BlocksConfig):
+    """What networks have whose mixers have several heads, each with its share of the H numbers."""
+
+    attention_heads: int = 4
+    """Heads of each mixer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "attention_heads")
+        fix = f"must divide hidden = {self.hidden}"
+        check(self.hidden % self.attention_heads == 0, "attention_heads", self.attention_heads, fix)
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in the queries, keys and values of one head."""
+        return self.hidden // self.attention_heads
+
+
+class Block(nnx.Module):
+    """A mixer and a perceptron of one hidden layer, each added to what it reads."""
+
+    def __init__(self, config: BlocksConfig, domain: Domain, *, rngs: nnx.Rngs):
+        H = config.hidden
+        self.norms = nnx.List([nnx.RMSNorm(H, rngs=rngs) for _ in range(2)])
+        self.mixer: Any = config.mixer(domain, rngs)
+        self.wide = nnx.Linear(H, config.mlp * H, rngs=rngs)
+        self.narrow = nnx.Linear(config.mlp * H, H, rngs=rngs)
+
+    def _perceptron(self, x: Float[Array, "*T H"]) -> Float[Array, "*T H"]:
+        return x + self.narrow(jax.nn.gelu(self.wide(self.norms[1](x))))
+
+    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        """The tokens of a whole episode."""
+        return self._perceptron(x + self.mixer(self.norms[0](x)))
+
+    def step(self, memory: Carry, x: Float[Array, " H"]) -> tuple[Carry, Float[Array, " H"]]:
+        """The next token."""
+        memory, mixed = self.mixer.step(memory, self.norms[0](x))
+        return memory, self._perceptron(x + mixed)
+
+
+class Blocks(nnx.Module):
+    """A `networks.CausalModel`: tokens made of two inputs each go through all blocks.
+
+    The input at t holds x_t and y_{t−1}. A token is made of it and of the input before, so that
+    x_{t−1} and y_{t−1}, which belong together, stand in one token and no block is spent on bringing
+    them together. It is the short convolution of Yang et al. (2024), two inputs wide. There is no
+    encoding of positions: a causal model can count, and pairs of an episode are exchangeable.
+    """
+
+    def __init__(self, n_in: int, config: BlocksConfig, domain: Domain, *, rngs: nnx.Rngs):
+        self.n_in = n_in
+        self.embed = nnx.Linear(2 * n_in, config.hidden, rngs=rngs)
+        self.blocks = nnx.List([Block(config, domain, rngs=rngs) for _ in range(config.layers)])
+
+    def __call__(self, inputs: Float[Array, "T n"]) -> Float[Array, "T H"]:
+        """The outputs of a whole episode."""
+        before = jnp.concatenate([jnp.zeros_like(inputs[:1]), inputs[:-1]])
+        tokens = self.embed(jnp.concatenate([inputs, before], axis=1))
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    def start(self, steps: int) -> Carry:
+        """The input before, zero, and the empty memory of each block."""
+        return jnp.zeros(self.n_in), [block.mixer.start(steps) for block in self.blocks]
+
+    def step(self, cache: Carry, x: Float[Array, " n"]) -> tuple[Carry, Float[Array, " H"]]:
+        """The next output."""
+        before, memories = cache
+        token, after = self.embed(jnp.concatenate([x, before])), []
+        for block, memory in zip(self.blocks, memories, strict=True):
+            memory, token = block.step(memory, token)
+            after.append(memory)
+        return (x, after), token

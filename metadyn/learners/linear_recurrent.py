@@ -1,0 +1,67 @@
+"""A linear recurrence, whose whole episode is one associative scan: the minLSTM."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from metadyn.base import Domain
+from metadyn.learners.blocks import BlocksConfig
+
+State = Float[Array, " H"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MinLSTMConfig(BlocksConfig):
+    """Residual blocks of minLSTMs (Feng et al. 2024, arXiv:2410.01201)."""
+
+    label = "minLSTM"
+
+    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> MinLSTM:
+        """A minLSTM."""
+        return MinLSTM(self, domain.steps, rngs=rngs)
+
+
+class MinLSTM(nnx.Module):
+    """h_t = f'_t h_{t−1} + i'_t (W x_t + b), whose gates do not depend on h.
+
+    f' = f / (f + i) and i' = i / (f + i), with f and i sigmoid gates of x_t. Two things are not in
+    Feng et al. Forget gates start so that the units remember for up to the T steps of an episode,
+    all lengths alike ("chrono initialisation", Tallec & Ollivier 2018). And what is read of h_t is
+    multiplied by the SiLU of a projection of x_t, as in Mamba's blocks (Gu & Dao 2023): the state
+    does not know the query, and a product with it is what regression is made of.
+    """
+
+    def __init__(self, config: MinLSTMConfig, steps: int, *, rngs: nnx.Rngs):
+        H = config.hidden
+        self.project = nnx.Linear(H, 4 * H, rngs=rngs)
+        self.out = nnx.Linear(H, H, rngs=rngs)
+        spans = jax.random.uniform(rngs.params(), (H,), minval=1.0, maxval=max(steps - 1.0, 2.0))
+        bias = jnp.log(spans)
+        self.project.bias[...] = jnp.concatenate([bias, -bias, jnp.zeros(2 * H)])
+
+    def _gated(self, x: Float[Array, "*T H"]) -> tuple[Array, Array, Array]:
+        forget, take, new, read = jnp.split(self.project(x), 4, axis=-1)
+        # f / (f + i) of two sigmoids, from their logarithms: they can both vanish
+        kept = jax.nn.sigmoid(jax.nn.log_sigmoid(forget) - jax.nn.log_sigmoid(take))
+        return kept, (1 - kept) * new, jax.nn.silu(read)
+
+    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        """What is read of h_1 … h_T, which are composed of the maps h → kept h + new."""
+        kept, new, read = self._gated(x)
+        then = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
+        return self.out(read * jax.lax.associative_scan(then, (kept, new))[1])
+
+    def start(self, steps: int) -> State:
+        """h_0 = 0."""
+        return jnp.zeros(self.project.in_features)
+
+    def step(self, memory: State, x: Float[Array, " H"]) -> tuple[State, Float[Array, " H"]]:
+        """h_t, and what is read of it."""
+        kept, new, read = self._gated(x)
+        memory = kept * memory + new
+        return memory, self.out(read * memory)

@@ -1,0 +1,220 @@
+"""Attention against float64 NumPy, against its cache, and against a step of gradient descent."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import (
+    DOMAINS,
+    all_parameters_are_trained,
+    scattered,
+    step_by_step_is_whole,
+    stepped,
+    the_future_is_not_read,
+    untrained_it_answers_zero,
+)
+from flax import nnx
+
+from metadyn import inner
+from metadyn.errors import ConfigError
+from metadyn.learners.attention import (
+    LinearAttention,
+    LinearAttentionConfig,
+    OneLayerAttentionConfig,
+    TransformerConfig,
+)
+
+H, HEADS, T = 8, 2, 9
+SMALL = {"hidden": H, "attention_heads": HEADS}
+CONFIGS = {
+    "transformer": TransformerConfig(**SMALL),
+    "separate": LinearAttentionConfig(**SMALL),
+    "merged": LinearAttentionConfig(merged=True, **SMALL),
+}
+ONE_LAYER = {
+    "one_layer_separate": OneLayerAttentionConfig(3),
+    "one_layer_merged": OneLayerAttentionConfig(3, merged=True),
+    "one_layer_of_rank_2": OneLayerAttentionConfig(3, rank=2),
+}
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("name", CONFIGS | ONE_LAYER)
+def test_step_by_step_and_whole_episode_give_the_same_numbers(name, domain):
+    scale = 1.0 if name in ONE_LAYER else 0.2  # answers of one layer are products of three weights
+    step_by_step_is_whole((CONFIGS | ONE_LAYER)[name], domain, scale)
+
+
+@pytest.mark.parametrize("name", CONFIGS | ONE_LAYER)
+def test_training_reads_the_past_alone_and_reaches_every_parameter(name):
+    the_future_is_not_read((CONFIGS | ONE_LAYER)[name])
+    all_parameters_are_trained((CONFIGS | ONE_LAYER)[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_untrained_networks_answer_zero_and_seeds_start_apart(name):
+    untrained_it_answers_zero(CONFIGS[name])
+
+
+def softmax_attention(p, x):
+    """Written out, head by head and token by token."""
+    query, key, value = np.split(x @ p["project"]["kernel"] + p["project"]["bias"], 3, axis=1)
+    d, mixed = H // HEADS, np.zeros_like(x)
+    for head in range(HEADS):
+        of = slice(head * d, (head + 1) * d)
+        for t in range(len(x)):
+            weights = np.exp(key[: t + 1, of] @ query[t, of] / np.sqrt(d))
+            mixed[t, of] = weights / weights.sum() @ value[: t + 1, of]
+    return mixed @ p["out"]["kernel"] + p["out"]["bias"]
+
+
+def test_a_transformer_is_that_of_its_formulae():
+    """Tokens of two inputs, pre-norm blocks of softmax attention and a perceptron; float64."""
+    domain = DOMAINS["linear"]
+    meta = CONFIGS["transformer"].make(domain)
+    params = scattered(meta)
+    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 1))
+    found = meta.unroll(params, queries, feedback)[..., 0]
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    x, y = (np.asarray(a[..., 0], np.float64) for a in (queries, feedback))
+    late = lambda a: np.concatenate([np.zeros_like(a[:1]), a[:-1]])
+    inputs = np.concatenate([x, late(y)], axis=1)
+    body = p["body"]
+    linear = lambda q, a: a @ q["kernel"] + q["bias"]
+    norm = lambda q, a: q["scale"] * a / np.sqrt((a**2).mean(1, keepdims=True) + 1e-6)
+    gelu = lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+    tokens = linear(body["embed"], np.concatenate([inputs, late(inputs)], axis=1))
+    assert len(body["blocks"]) == 2
+    for block in body["blocks"].values():
+        tokens = tokens + softmax_attention(block["mixer"], norm(block["norms"][0], tokens))
+        wide = gelu(linear(block["wide"], norm(block["norms"][1], tokens)))
+        tokens = tokens + linear(block["narrow"], wide)
+    np.testing.assert_allclose(found, tokens @ p["readout"].T + p["offset"], 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_linear_attention_is_a_sum_over_the_past(merged):
+    """(1/t) Σ v_s (k_s · q_t), written out; merged, a token is its own key in every head."""
+    config = LinearAttentionConfig(merged=merged, **SMALL)
+    mixer = LinearAttention(config, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).standard_normal((T, H))
+    kernel = lambda linear: np.asarray(linear.kernel[...], np.float64)
+    heads = lambda a: a.reshape(T, HEADS, -1)
+    query, value = heads(x @ kernel(mixer.query)), heads(x @ kernel(mixer.value))
+    key = np.stack([x] * HEADS, 1) if merged else heads(x @ kernel(mixer.key))
+    mixed = np.zeros_like(value)
+    for t in range(T):
+        for head in range(HEADS):
+            for s in range(t + 1):
+                score = key[s, head] @ query[t, head] / np.sqrt(key.shape[-1])
+                mixed[t, head] += score * value[s, head] / (t + 1)
+    expected = mixed.reshape(T, H) @ kernel(mixer.out)
+    np.testing.assert_allclose(mixer(jnp.asarray(x, jnp.float32)), expected, 1e-4, 1e-5)
+
+
+# The one layer that has a theory.
+
+
+def test_optimal_weights_take_one_step_of_gradient_descent():
+    """V_h = I / H and U_h = η I (von Oswald et al. 2023), the gradient by finite differences."""
+    domain, rate = DOMAINS["linear"], 0.3
+    meta = ONE_LAYER["one_layer_merged"].make(domain)
+    eyes = lambda n: jnp.stack([jnp.eye(n)] * 3)
+    params = {"value": eyes(2) / 3, "key_query": rate * eyes(3)}
+    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 4))
+    found = meta.unroll(params, queries, feedback)
+    x, y = np.asarray(queries, np.float64), np.asarray(feedback, np.float64)
+    for episode in range(4):
+        np.testing.assert_array_equal(found[0, :, episode], 0)
+        for t in range(1, domain.steps):
+            seen, told = x[:t, :, episode], y[:t, :, episode]
+            loss = lambda W, seen=seen, told=told: ((seen @ W.T - told) ** 2).sum(1).mean() / 2
+            descent = np.zeros((2, 3))
+            for i, j in np.ndindex(2, 3):
+                e = np.zeros((2, 3))
+                e[i, j] = 1e-3
+                descent[i, j] = -(loss(e) - loss(-e)) / 2e-3  # exact: the loss is quadratic
+            expected = rate * descent @ x[t, :, episode]
+            np.testing.assert_allclose(found[t, :, episode], expected, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
+def test_one_layer_is_attention_to_a_matrix_of_tokens(name):
+    """X + Σ_h W^V X Xᵀ W^KQ X / N, read where the query's token (x; 0) is to be completed.
+
+    The blocks that start at zero are zero; those that no answer depends on are random.
+    """
+    domain, config, rng = DOMAINS["linear"], ONE_LAYER[name], np.random.default_rng(0)
+    meta = config.make(domain)
+    params = scattered(meta)
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 1))
+    x, y = (np.asarray(a[..., 0], np.float64) for a in (queries, feedback))
+    found = meta.unroll(params, queries, feedback)[..., 0]
+    for N in range(1, domain.steps):
+        X = np.zeros((5, N + 1))
+        X[:3], X[3:, :N] = x[: N + 1].T, y[:N].T
+        attended = X.copy()
+        for h in range(3):
+            U = p["key_query"][h] if config.merged else p["key"][h].T @ p["query"][h]
+            W_V, W_KQ = rng.standard_normal((2, 5, 5))
+            W_V[3:, :3], W_V[3:, 3:] = 0, p["value"][h]
+            W_KQ[3:, :3], W_KQ[:3, :3] = 0, U
+            attended += W_V @ X @ X.T @ W_KQ @ X / N
+        np.testing.assert_allclose(found[N], attended[3:, N], 1e-4, 1e-5)
+
+
+def test_small_weights_are_where_training_starts():
+    meta = OneLayerAttentionConfig(200, scale=1e-3).make(DOMAINS["linear"])
+    params = meta.init(jax.random.key(0))
+    assert {name: leaf.shape for name, leaf in params.items()} == {
+        "value": (200, 2, 2),
+        "key": (200, 1, 3),
+        "query": (200, 1, 3),
+    }
+    for leaf in params.values():
+        assert np.std(leaf) == pytest.approx(1e-3, rel=0.1)
+
+
+# Longer episodes, bad input.
+
+
+def test_a_cache_may_be_longer_and_says_when_it_is_full():
+    """Trained on episodes of 6 steps, stepped through 12: with room the same as at once."""
+    short, long = DOMAINS["linear"], dataclasses.replace(DOMAINS["linear"], steps=12)
+    queries, feedback = inner.observe(long, jax.random.split(jax.random.key(2), 3))
+    roomy = dataclasses.replace(CONFIGS["transformer"], cache=12).make(short)
+    tight = CONFIGS["transformer"].make(short)
+    params = scattered(roomy)
+    whole = roomy.unroll(params, queries, feedback)
+    np.testing.assert_allclose(stepped(roomy.learner(params), queries, feedback), whole, 1e-5, 1e-5)
+    answers = stepped(tight.learner(params), queries, feedback)
+    np.testing.assert_allclose(answers[:7], whole[:7], 1e-5, 1e-5)
+    assert np.isnan(answers[7:]).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: TransformerConfig(layers=0), "layers = 0"),
+        (lambda: TransformerConfig(hidden=0), "hidden = 0"),
+        (lambda: TransformerConfig(mlp=0), "mlp = 0"),
+        (lambda: TransformerConfig(attention_heads=0), "attention_heads = 0"),
+        (lambda: TransformerConfig(attention_heads=3), "= 3: must divide hidden = 64"),
+        (lambda: LinearAttentionConfig(attention_heads=5), "= 5: must divide hidden = 64"),
+        (lambda: TransformerConfig(cache=0), "cache = 0"),
+        (
+            lambda: TransformerConfig(cache=6).make(DOMAINS["linear"]),
+            "cache = 6: must be at least 7, one more than the 6 steps of an episode",
+        ),
+        (lambda: OneLayerAttentionConfig(attention_heads=0), "attention_heads = 0"),
+        (lambda: OneLayerAttentionConfig(rank=0), "rank = 0"),
+        (lambda: OneLayerAttentionConfig(scale=0.0), "scale = 0.0"),
+        (lambda: OneLayerAttentionConfig().make(DOMAINS["linear"], -1), "heads = -1"),
+    ],
+)
+def test_bad_networks_are_named(make, says):
+    with pytest.raises(ConfigError, match=says):
+        make()

@@ -1,0 +1,87 @@
+"""DeltaNet against a loop of the delta rule and a sum of outer products, in float64 NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import (
+    DOMAINS,
+    all_parameters_are_trained,
+    step_by_step_is_whole,
+    the_future_is_not_read,
+    untrained_it_answers_zero,
+)
+from flax import nnx
+
+from metadyn.errors import ConfigError
+from metadyn.learners.delta import DeltaNetConfig, DeltaRule
+
+H, HEADS, D = 8, 2, 4
+CONFIG = DeltaNetConfig(hidden=H, attention_heads=HEADS)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
+    step_by_step_is_whole(CONFIG, domain)
+
+
+def test_training_reads_the_past_alone_and_reaches_every_parameter():
+    the_future_is_not_read(CONFIG)
+    all_parameters_are_trained(CONFIG)
+
+
+def test_untrained_networks_answer_zero_and_seeds_start_apart():
+    untrained_it_answers_zero(CONFIG)
+
+
+def projected(mixer, x):
+    """q, k, v [T, heads, d] and β [T, heads], in float64."""
+    kernel = lambda linear: np.asarray(linear.kernel[...], np.float64)
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))
+    each = (x @ kernel(mixer.project)).reshape(len(x), 3, HEADS, D)
+    silu = each * sigmoid(each)
+    unit = silu / np.sqrt((silu**2).sum(-1, keepdims=True) + 1e-6)
+    rate = sigmoid(x @ kernel(mixer.rate) + np.asarray(mixer.rate.bias[...], np.float64))
+    return unit[:, 0], unit[:, 1], each[:, 2], rate
+
+
+@pytest.mark.parametrize("T", [1, 2, 21, 200])
+def test_fast_weights_are_corrected_by_the_delta_rule(T):
+    """S ← S + β (v − S k) kᵀ, one token after another, read by S q."""
+    mixer = DeltaRule(CONFIG, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).standard_normal((T, H))
+    query, key, value, rate = projected(mixer, x)
+    read = np.zeros((T, HEADS, D))
+    for head in range(HEADS):
+        S = np.zeros((D, D))
+        for t in range(T):
+            error = value[t, head] - S @ key[t, head]
+            S += rate[t, head] * np.outer(error, key[t, head])
+            read[t, head] = S @ query[t, head]
+    expected = read.reshape(T, H) @ np.asarray(mixer.out.kernel[...], np.float64)
+    found = mixer(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, expected, 1e-4, 1e-5)
+
+
+def test_fast_weights_are_a_sum_of_outer_products():
+    """Σ_s β_s v_s k_sᵀ Π_{r>s} (I − β_r k_r k_rᵀ), as stepping leaves them."""
+    mixer, T = DeltaRule(CONFIG, rngs=nnx.Rngs(0)), 12
+    x = np.random.default_rng(0).standard_normal((T, H))
+    _, key, value, rate = projected(mixer, x)
+    S = mixer.start(T)
+    for token in x:
+        S, _ = mixer.step(S, jnp.asarray(token, jnp.float32))
+    for head in range(HEADS):
+        expected = np.zeros((D, D))
+        for s in range(T):
+            part = rate[s, head] * np.outer(value[s, head], key[s, head])
+            for r in range(s + 1, T):
+                part = part @ (np.eye(D) - rate[r, head] * np.outer(key[r, head], key[r, head]))
+            expected += part
+        np.testing.assert_allclose(S[head], expected, 1e-4, 1e-5)
+
+
+def test_bad_networks_are_named():
+    with pytest.raises(ConfigError, match="attention_heads = 3: must divide hidden = 64"):
+        DeltaNetConfig(attention_heads=3)
+    with pytest.raises(ConfigError, match="layers = 0"):
+        DeltaNetConfig(layers=0)
