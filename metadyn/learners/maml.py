@@ -120,7 +120,7 @@ class InnerDescent:
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """The whole-episode form. A start that is drawn is drawn from key 0 and the episode's index."""
+        """The whole-episode form. Random starts are drawn from key 0 and the episode's index."""
 
         def episode(key: Key, queries: Query, feedback: Feedback) -> Float[Array, "T n_y"]:
             def observe(descent, t):
@@ -211,20 +211,17 @@ class MAML(InnerDescent):
 def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None = None) -> Network:
     """The network that ordinary learners train in a domain, on its queries as they are.
 
-    In linear regression a linear one of `depth` layers, with N(0, scale²) weights; elsewhere an MLP
-    with `depth` hidden layers from PyTorch's start, ±1/√fan-in, all multiplied by `scale`. Without
-    a scale the start of the linear one is of ordinary size too, N(0, 1/fan-in).
+    In linear regression it is linear and has `depth` layers, with N(0, scale²) weights, or without
+    a scale N(0, 1/fan-in), of ordinary size. Elsewhere it is an MLP with `depth` hidden layers.
     """
     task = jax.eval_shape(domain.sample_task, jax.random.key(0))
     (n_x,) = jax.eval_shape(domain.query, task, jax.random.key(0)).shape
-    if isinstance(domain, LinearRegression):
-        if scale is not None:
-            return deep_linear(n_x, domain.n_y, depth, width, scale)
-        unit = deep_linear(n_x, domain.n_y, depth, width, 1.0)
-        init = lambda key: [W / W.shape[1] ** 0.5 for W in unit.init(key)]
-        return Network(init, unit.apply)
-    drawn, factor = mlp(n_x, domain.answer_size, depth, width), 1.0 if scale is None else scale
-    return Network(lambda key: jax.tree.map(lambda w: factor * w, drawn.init(key)), drawn.apply)
+    if not isinstance(domain, LinearRegression):
+        return mlp(n_x, domain.answer_size, depth, width)
+    linear = deep_linear(n_x, domain.n_y, depth, width, scale or 1.0)
+    if scale is not None:
+        return linear
+    return Network(lambda key: [W / W.shape[1] ** 0.5 for W in linear.init(key)], linear.apply)
 
 
 @dataclasses.dataclass(frozen=True)
