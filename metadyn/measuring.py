@@ -27,7 +27,7 @@ def readings(
     parts = [inner.measure(*given) for given in calls(tasks, contender, params, key, chunk)]
     if len(parts) == 1:
         return parts[0]
-    axis, size = int(contender.trained), tasks.size_for(contender.clock)
+    axis, size = int(contender.seeded), tasks.size_for(contender.clock)
     whole = jax.tree.map(lambda *leaves: mesh.joined_along(axis, leaves), *parts)
     return jax.tree.map(lambda leaf: leaf[:, :size] if axis else leaf[:size], whole)
 
@@ -43,7 +43,7 @@ def calls(
             tasks.domain,
             contender.make,
             params,
-            contender.trained,
+            contender.seeded,
             tasks.sample,
             tasks.argument,
             key,
@@ -60,7 +60,7 @@ def described(
     tasks: TaskSet, contender: Contender, place: int = 0, title: str = "", followed: bool = True
 ) -> dict[str, Any]:
     """The description of those readings, which is stored beside them (`labelled.describe`)."""
-    lead, probes = ("seed",) if contender.trained else (), tasks.probes.items()
+    lead, probes = ("seed",) if contender.seeded else (), tasks.probes.items()
     axes = {n: (*lead, "task", "step", *rest) for n, rest in _axes(tasks, contender).items()}
     coords: dict[str, Any] = {"time": ("step", contender.times_in(tasks.domain))}
     for name, probe in probes:
@@ -139,7 +139,7 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
         math.prod(sizes.get(axis, 1) for axis in axes) for axes in _axes(tasks, contender).values()
     )
     times = len(contender.times_in(tasks.domain))
-    return 4 * (seeds if contender.trained else 1) * tasks.size_for(contender.clock) * times * each
+    return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * each
 
 
 def fits(what: str, needed: int, field: str, value: Any = None) -> None:

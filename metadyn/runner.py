@@ -49,7 +49,7 @@ class _Runner:
         self.key = jax.random.key(seed)
         self.chunk = plan.comparisons[0].measure.chunk
         self.places = _places(plan)
-        self.names = {id(c): c.name + part.suffix for part, _, c in plan.every}
+        self.names = {id(c): (c.of or c.name) + part.suffix for part, _, c in plan.every}
         self.compiling = ThreadPoolExecutor(os.cpu_count())
 
     def readings(self, tasks: TaskSet, contender: Contender, params: Params) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class _Runner:
         key = stream(self.key, "evaluation")
 
         def compiled(tasks: TaskSet, contender: Contender) -> None:
-            params = loop.abstract.params[self.names[id(contender)]] if contender.trained else ()
+            params = loop.abstract.params[self.names[id(contender)]] if contender.seeded else ()
             given = calls(tasks, contender, params, key, self.chunk)[0]
             inner.measure.lower(*given).compile()
 
@@ -182,7 +182,7 @@ class _Runner:
     def measure_all(self, params: Mapping[str, Params]) -> None:
         """Every measurement of the plan that is not stored yet."""
         wanted = [
-            (tasks, contender, params.get(contender.name + part.suffix, ()))
+            (tasks, contender, params.get((contender.of or contender.name) + part.suffix, ()))
             for part in self.plan.comparisons
             for tasks, contender in part.measurements
         ]
