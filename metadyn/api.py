@@ -88,7 +88,7 @@ def measure(
         params: Params = ()
         if isinstance(learner, Contender):
             fix = "is not trained: give what `metadyn.train` returns, under a name"
-            check(not learner.trained, "learners", name, fix)
+            check(not learner.seeded, "learners", name, fix)
             contender = learner
         elif isinstance(learner, Learner):
             times = inner.log_spaced(updates, 60) if learner.clock == "updates" else None

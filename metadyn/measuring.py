@@ -29,7 +29,7 @@ def readings(
     parts = [inner.measure(*given) for given in calls(tasks, contender, params, key, chunk)]
     whole = parts[0]
     if len(parts) > 1:
-        axis, size = int(contender.trained), tasks.size_for(contender.clock)
+        axis, size = int(contender.seeded), tasks.size_for(contender.clock)
         whole = jax.tree.map(lambda *leaves: mesh.joined_along(axis, leaves), *parts)
         whole = jax.tree.map(lambda leaf: leaf[:, :size] if axis else leaf[:size], whole)
     return whole | ({"closed_form": contender.curve} if _has_curve(tasks, contender) else {})
@@ -50,7 +50,7 @@ def calls(
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
     parts = np.split(indices, max(1, len(indices) // min(size, chunk)))
     learner, drawn = (
-        (contender.make, params, contender.trained),
+        (contender.make, params, contender.seeded),
         (tasks.sample, tasks.argument, key),
     )
     probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
@@ -64,7 +64,7 @@ def described(
 
     Raises `ConfigError` unless the probes read what they say.
     """
-    lead, probes = ("seed",) if contender.trained else (), tasks.probes.items()
+    lead, probes = ("seed",) if contender.seeded else (), tasks.probes.items()
     axes = {n: (*lead, "task", "step", *rest) for n, rest in _axes(tasks, contender).items()}
     coords: dict[str, Any] = {"time": ("step", contender.times_in(tasks.domain))}
     for name, probe in probes:
@@ -124,7 +124,7 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
         math.prod(sizes.get(axis, 1) for axis in axes) for axes in _axes(tasks, contender).values()
     )
     times = len(contender.times_in(tasks.domain))
-    return 4 * (seeds if contender.trained else 1) * tasks.size_for(contender.clock) * times * each
+    return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * each
 
 
 def fits(what: str, needed: int, field: str, value: Any = None, split: bool = False) -> None:

@@ -59,7 +59,7 @@ class _Runner:
             return
 
         def compiled(part: Comparison, tasks: TaskSet, contender: Contender) -> None:
-            params = loop.abstract.params.get(contender.name + part.suffix, ())
+            params = loop.abstract.params.get((contender.of or contender.name) + part.suffix, ())
             inner.measure.lower(*calls(tasks, contender, params, **self.given)[0]).compile()
 
         outer_step = self.compiling.submit(check_compiled, loop)
@@ -175,7 +175,8 @@ class _Runner:
         with self.progress.counting("measuring", len(wanted)) as show:
             for part, tasks, contender in wanted:
                 show(f"{contender.label} on {tasks.name}")
-                self.measure(part, tasks, contender, params.get(contender.name + part.suffix, ()))
+                name = (contender.of or contender.name) + part.suffix
+                self.measure(part, tasks, contender, params.get(name, ()))
         self.store.finish()
 
 

@@ -135,6 +135,10 @@ class Contender:
     """The field of the study's configuration that sets `own`'s learning rate, for messages."""
     option: str = ""
     """The option that sets its size, for messages."""
+    of: str = ""
+    """The meta-learner of the comparison from whose outer parameters its own learner is made, once
+    these are trained. Its `learner` is then a `MetaLearner` of such parameters that is not trained
+    itself, with a `clock` if that is not "observations"."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "contender")
@@ -145,13 +149,18 @@ class Contender:
 
     @property
     def trained(self) -> bool:
-        """Whether it is a meta-learner."""
+        """Whether it is a meta-learner that is trained."""
+        return self.seeded and not self.of
+
+    @property
+    def seeded(self) -> bool:
+        """Whether there is one of it for each outer seed."""
         return not isinstance(self.learner, Learner)
 
     @property
     def clock(self) -> str:
         """What its time counts: of meta-learners, observations."""
-        return self.learner.clock if isinstance(self.learner, Learner) else "observations"
+        return getattr(self.learner, "clock", "observations")
 
     @functools.cached_property  # one object, so that what is compiled of it is found again
     def make(self) -> Callable[[Params], Learner]:
@@ -196,6 +205,10 @@ class Comparison:
         check_name(self.name or "main", "comparison")
         names = [contender.name for contender in self.contenders]
         check_unique(names, "name", "two contenders have this name: choose another")
+        for contender in self.contenders:
+            fix = f"contender {contender.name!r} is made of a meta-learner that is not compared"
+            known = ("", *(each.name for each in self.metas))
+            check(contender.of in known, "of", contender.of, fix)
         bayes = sum(contender.kind == "bayes" for contender in self.contenders)
         lacking = f"comparison {self.name or 'of ' + type(self.domain).__name__}"
         fix = "meta-learners are compared with one contender of kind 'bayes'"

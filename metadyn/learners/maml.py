@@ -1,0 +1,250 @@
+"""MAML: meta-learners that are gradient descent itself, from a learned start at learned rates.
+
+After Finn, Abbeel & Levine (2017), arXiv:1703.03400. The networks are the very ones that ordinary
+learners train; there is no memory beside their weights and the pairs seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from metadyn.base import (
+    Answer,
+    Domain,
+    Feedback,
+    Key,
+    Learner,
+    Params,
+    Query,
+    Regression,
+    indexed_keys,
+)
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import check, check_positive
+from metadyn.learners.gradient import Network, Weights, deep_linear, half_squared_error, mlp
+
+
+class Descent(NamedTuple):
+    """A network in the middle of being trained."""
+
+    weights: Weights
+    memory: Any = ()
+    """What the optimiser carries from step to step: momentum, for instance."""
+
+
+class DescentState(NamedTuple):
+    """All that a learner knows which trains a network on the pairs seen so far."""
+
+    descent: Descent
+    queries: Query
+    """Those seen, with room for T, [T, ...]; zeros where none is yet."""
+    feedback: Float[Array, "T n_y"]
+    count: Int[Array, ""]
+    """Pairs seen."""
+
+
+class InnerDescent:
+    """The `base.MetaLearner` whose inner loop trains a network; subclasses say how it steps.
+
+    After each observation it takes `inner_steps` full-batch steps on the mean of ½ ‖y − ŷ‖² over
+    the pairs seen so far, from where it stands, as an ordinary learner goes on from where it
+    stands. In few-shot learning MAML goes back to its start for each set of pairs; here that would
+    leave it K steps in all, however many pairs have come, which are too few to fit them: 3 × 3,
+    K = 3, 400 outer steps of 32 episodes, excess loss 0.44 against 0.22. Gradients are clipped at a
+    norm of `clip`.
+
+    Raises `ConfigError` for domains that are no regression, and where heads are asked for.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        network: Network,
+        inner_steps: int,
+        clip: float,
+        heads: int = 0,
+    ):
+        check_regression(domain, heads, type(self).__name__)
+        self.domain, self.network, self.heads = domain, network, heads
+        self.inner_steps, self.clip = inner_steps, clip
+
+    # What subclasses say.
+
+    def init(self, key: Key) -> Params:
+        """Outer parameters at outer step 0."""
+        raise NotImplementedError
+
+    def start(self, params: Params, key: Key) -> Descent:
+        """The network at the beginning of an episode."""
+        raise NotImplementedError
+
+    def stepped(
+        self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
+    ) -> Descent:
+        """The network after step k of those that follow one observation."""
+        raise NotImplementedError
+
+    # The contract of `base.MetaLearner`.
+
+    def learner(self, params: Params) -> Learner:
+        """The step-by-step form."""
+        domain, T = self.domain, self.domain.steps
+        task = jax.eval_shape(domain.sample_task, jax.random.key(0))
+        query = jax.eval_shape(domain.query, task, jax.random.key(0))
+        room = lambda leaf: jnp.zeros((T, *leaf.shape), leaf.dtype)
+
+        def init(key: Key) -> DescentState:
+            nothing = jnp.zeros((T, domain.answer_size))
+            return DescentState(
+                self.start(params, key), jax.tree.map(room, query), nothing, jnp.int32(0)
+            )
+
+        def predict(state: DescentState, query: Query) -> Answer:
+            return self.network.apply(state.descent.weights, query)
+
+        def update(state: DescentState, query: Query, feedback: Feedback) -> DescentState:
+            put = lambda seen, new: seen.at[state.count].set(new)
+            queries, seen = jax.tree.map(put, (state.queries, state.feedback), (query, feedback))
+            count = state.count + 1
+            descent = self._descended(params, state.descent, queries, seen, count)
+            return DescentState(descent, queries, seen, count)
+
+        return Learner(init, predict, update)
+
+    def unroll(
+        self, params: Params, queries: Query, feedback: Feedback
+    ) -> Float[Array, "T outputs B"]:
+        """The whole-episode form. Random starts are drawn from key 0 and the episode's index."""
+
+        def episode(key: Key, queries: Query, feedback: Feedback) -> Float[Array, "T n_y"]:
+            def observe(descent, t):
+                query = jax.tree.map(lambda leaf: leaf[t], queries)
+                answer = self.network.apply(descent.weights, query)
+                return self._descended(params, descent, queries, feedback, t + 1), answer
+
+            return jax.lax.scan(observe, self.start(params, key), jnp.arange(len(feedback)))[1]
+
+        keys = indexed_keys(jax.random.key(0), jnp.arange(feedback.shape[-1]))
+        return jax.vmap(episode, (0, -1, -1), -1)(keys, queries, feedback)
+
+    def _descended(self, params, descent, queries, feedback, count) -> Descent:
+        """All steps that follow one observation, on the first `count` of these pairs."""
+        seen = jnp.arange(len(feedback)) < count
+
+        def loss(weights):
+            answers = jax.vmap(self.network.apply, (None, 0))(weights, queries)
+            each = jax.vmap(half_squared_error)(answers, feedback)
+            return jnp.sum(jnp.where(seen, each, 0)) / count
+
+        def step(descent, k):
+            gradient = clipped(jax.grad(loss)(descent.weights), self.clip)
+            return self.stepped(params, k, descent, gradient), None
+
+        return jax.lax.scan(step, descent, jnp.arange(self.inner_steps))[0]
+
+
+def clipped(gradient: Weights, clip: float) -> Weights:
+    """The gradient, scaled down to a norm of `clip` where it is longer.
+
+    Unlike optax's it can be differentiated where the gradient is zero.
+    """
+    squared = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
+    scale = jax.lax.rsqrt(jnp.maximum(squared / clip**2, 1.0))
+    return jax.tree.map(lambda leaf: scale * leaf, gradient)
+
+
+def check_regression(domain: Domain, heads: int, what: str) -> None:
+    """Raises `ConfigError` unless a domain has squared errors, and no head is asked for."""
+    fix = f"{what} trains networks on squared errors: choose another, such as lstm, for this domain"
+    check(isinstance(domain, Regression), "domain", type(domain).__name__, fix)
+    check(heads == 0, "heads", heads, f"{what} has none: choose another meta-learner, such as lstm")
+
+
+class MAML(InnerDescent):
+    """Gradient descent from a learned start, at a learned rate for each layer and each inner step.
+
+    Learned rates are those of Meta-SGD (Li et al. 2017, arXiv:1707.09835), one for each layer and
+    step as in MAML++ (Antoniou et al. 2019, arXiv:1810.09502). Outer parameters are their
+    logarithms [inner step, layer], so that they stay above zero, and the start. It is exact MAML:
+    outer gradients go through the inner ones. The layers are the elements of the network's weights.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        network: Network,
+        inner_steps: int = 3,
+        learning_rate: float = 0.1,
+        clip: float = 3.0,
+        heads: int = 0,
+    ):
+        super().__init__(domain, network, inner_steps, clip, heads)
+        self.learning_rate = learning_rate
+
+    def init(self, key: Key) -> Params:
+        """The start as the network draws it, and all rates alike."""
+        start = self.network.init(key)
+        log_rate = math.log(self.learning_rate)
+        return {"start": start, "log_rate": jnp.full((self.inner_steps, len(start)), log_rate)}
+
+    def start(self, params: Params, key: Key) -> Descent:
+        """The learned start."""
+        del key
+        return Descent(params["start"])
+
+    def stepped(
+        self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
+    ) -> Descent:
+        """Each layer goes down its gradient at its own rate."""
+        rates = jnp.exp(params["log_rate"][k])
+        down = lambda rate: lambda w, g: w - rate * g
+        layers = zip(rates, descent.weights, gradient, strict=True)
+        return Descent([jax.tree.map(down(rate), w, g) for rate, w, g in layers])
+
+
+def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None = None) -> Network:
+    """The network that ordinary learners train in a domain, on its queries as they are.
+
+    In linear regression it is linear and has `depth` layers, with N(0, scale²) weights, or without
+    a scale N(0, 1/fan-in), of ordinary size. Elsewhere it is an MLP with `depth` hidden layers.
+    """
+    task = jax.eval_shape(domain.sample_task, jax.random.key(0))
+    (n_x,) = jax.eval_shape(domain.query, task, jax.random.key(0)).shape
+    if not isinstance(domain, LinearRegression):
+        return mlp(n_x, domain.answer_size, depth, width)
+    linear = deep_linear(n_x, domain.n_y, depth, width, scale or 1.0)
+    if scale is not None:
+        return linear
+    return Network(lambda key: [W / W.shape[1] ** 0.5 for W in linear.init(key)], linear.apply)
+
+
+@dataclasses.dataclass(frozen=True)
+class MAMLConfig:
+    """Gradient descent from a learned start. The values are our choice."""
+
+    label = "MAML"
+    inner_steps: int = 3
+    """K, full-batch gradient steps after each observation."""
+    depth: int = 2
+    """Layers of the linear network; hidden layers of the MLP."""
+    width: int = 32
+    """Units of each hidden layer."""
+    learning_rate: float = 0.1
+    """Every inner rate at outer step 0, for the loss ½‖y − ŷ‖²."""
+    clip: float = 3.0
+    """Greatest norm of an inner gradient."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "inner_steps", "depth", "width", "learning_rate", "clip")
+
+    def make(self, domain: Domain, heads: int = 0) -> MAML:
+        """The meta-learner for a domain; raises `ConfigError` if it is no regression."""
+        check_regression(domain, heads, self.label)
+        network = ordinary_network(domain, self.depth, self.width)
+        return MAML(domain, network, self.inner_steps, self.learning_rate, self.clip, heads)

@@ -1,0 +1,190 @@
+"""The learned optimiser: its steps against NumPy, its estimator against quadrature and sampling."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import metadyn
+from metadyn import inner
+from metadyn.base import MetaLearner, indexed_keys
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.fourier import FourierRegression, band
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
+from metadyn.learners.learned_optimizer import (
+    DECAYS,
+    LearnedOptimizerConfig,
+    antithetic,
+    evolution_strategies,
+)
+
+LINEAR = LinearRegression(3, 2, steps=5)
+FOURIER = FourierRegression(band(1, 2), steps=5)
+
+
+def made(domain, **fields):
+    return LearnedOptimizerConfig(**{"inner_steps": 2, "width": 4, "scale": 0.3, **fields}).make(
+        domain
+    )
+
+
+def scattered(meta, by=0.2):
+    """Parameters of which no two are alike."""
+    flat, unravel = ravel_pytree(meta.init(jax.random.key(0)))
+    return unravel(flat + by * jax.random.normal(jax.random.key(1), flat.shape))
+
+
+def start(b):
+    """The key from which whole episodes have the start of episode b."""
+    return indexed_keys(jax.random.key(0), jnp.array([b]))[0]
+
+
+@pytest.mark.parametrize("domain", [LINEAR, FOURIER])
+def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
+    meta = made(domain)
+    params = scattered(meta)
+    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 3))
+    whole = meta.unroll(params, queries, feedback)
+    assert isinstance(meta, MetaLearner)
+    assert np.std(whole[0] - whole[-1]) > 0.02  # it learns something in between
+    learner = meta.learner(params)
+    predict, update = jax.jit(learner.predict), jax.jit(learner.update)
+    for b in range(3):
+        state = learner.init(start(b))
+        for t in range(domain.steps):
+            x, y = queries[t, :, b], feedback[t, :, b]
+            np.testing.assert_allclose(predict(state, x), whole[t, :, b], atol=1e-5)
+            state = update(state, x, y)
+
+
+def test_answers_are_those_of_updates_derived_by_hand():
+    """A two-layer linear network's, in float64 NumPy, with a loop over single weights."""
+    meta = made(LINEAR, clip=0.5)
+    params = scattered(meta)
+    queries, feedback = inner.observe(LINEAR, jax.random.split(jax.random.key(2), 1))
+    p = {name: np.float64(value) for name, value in params.items()}
+    x, y = (np.float64(leaf[..., 0]) for leaf in (queries, feedback))
+    W = [np.float64(leaf) for leaf in meta.network.init(start(0))]
+    momenta = [[np.zeros_like(w) for w in W] for _ in DECAYS]
+    answers, steps = [], 0
+    for t in range(len(x)):
+        answers.append(W[1] @ W[0] @ x[t])
+        for _ in range(2):
+            error = x[: t + 1] @ (W[1] @ W[0]).T - y[: t + 1]
+            d = error.T @ x[: t + 1] / (t + 1)
+            gradient = [W[1].T @ d, d @ W[0].T]
+            norm = np.sqrt(sum((g**2).sum() for g in gradient))
+            gradient = [g * min(1.0, 0.5 / norm) for g in gradient]
+            for layer in (0, 1):
+                for decay, m in zip(DECAYS, momenta, strict=True):
+                    m[layer] = decay * m[layer] + (1 - decay) * gradient[layer]
+                read = [gradient[layer], momenta[0][layer], momenta[1][layer], W[layer]]
+                rms = [np.sqrt((a**2).mean()) for a in read]
+                moved = W[layer].copy()
+                for at in np.ndindex(moved.shape):
+                    own = [a[at] / r for a, r in zip(read, rms, strict=True)]
+                    shared = [*(np.log(r) / 10 for r in rms[:3]), np.log(1 + steps) / 5, layer]
+                    hidden = np.tanh(p["hidden"] @ [*own, *shared] + p["bias"])
+                    out = p["out"] @ hidden + p["offset"]
+                    moved[at] -= np.exp(p["log_rate"] + out[1]) * (own[2] + out[0])
+                W[layer] = moved
+            steps += 1
+    np.testing.assert_allclose(meta.unroll(params, queries, feedback)[..., 0], answers, atol=2e-5)
+
+
+def test_untrained_it_is_momentum_of_constant_speed():
+    """Every array of weights moves by the rate, as a root mean square, at the first step."""
+    meta = made(LINEAR, inner_steps=1, learning_rate=0.01)
+    learner = meta.learner(meta.init(jax.random.key(0)))
+    before = learner.init(jax.random.key(1))
+    after = learner.update(before, jnp.ones(3), jnp.ones(2))
+    for a, b in zip(before.descent.weights, after.descent.weights, strict=True):
+        np.testing.assert_allclose(np.sqrt(np.mean((a - b) ** 2)), 0.01, rtol=1e-4)
+
+
+def cubic(theta):
+    a, b = theta
+    return 2 * a - b + a * b + a**2 * b - b**3
+
+
+def test_the_estimator_is_the_gradient_of_the_smoothed_loss_by_enumeration():
+    """All pairs of Gauss–Hermite nodes, which are exact for a cubic of two Gaussians.
+
+    E (a + σε)² (b + σδ) = (a² + σ²) b and E (b + σδ)³ = b³ + 3σ² b give the smoothed loss.
+    """
+    (a, b), sigma = (0.3, -0.7), 0.4
+    nodes, weights = np.polynomial.hermite_e.hermegauss(6)
+    weights = weights / weights.sum()
+    mean, gradient = 0.0, np.zeros(2)
+    for i, j in itertools.product(range(6), repeat=2):
+        noise = jnp.array([nodes[i], nodes[j]], jnp.float32)
+        value, estimate = antithetic(cubic, jnp.array([a, b], jnp.float32), noise, sigma)
+        mean += weights[i] * weights[j] * float(value)
+        gradient += weights[i] * weights[j] * np.asarray(estimate, np.float64)
+    slope = [2 + b + 2 * a * b, -1 + a + a**2 - 3 * b**2 - 2 * sigma**2]
+    np.testing.assert_allclose(mean, cubic((a, b)) - 2 * sigma**2 * b, atol=1e-5)
+    np.testing.assert_allclose(gradient, slope, atol=1e-5)
+
+
+def test_the_objectives_gradient_is_unbiased():
+    """Of a tiny learned optimiser, against central differences of the smoothed loss."""
+    domain, sigma, h, n = LinearRegression(1, 1, steps=3), 0.1, 0.02, 20_000
+    meta = made(domain, hidden=1, learning_rate=0.05)
+    flat, unravel = ravel_pytree(scattered(meta, by=0.05))
+    objective = evolution_strategies(domain, meta, sigma)
+    gradient = jax.grad(lambda flat, key: objective.loss(unravel(flat), key[None])[0])
+    one = jax.jit(jax.vmap(lambda key: gradient(flat, key)))
+    estimates = np.asarray(one(jax.random.split(jax.random.key(3), n)), np.float64)
+    mean, error = estimates.mean(0), estimates.std(0) / np.sqrt(n)
+
+    @jax.jit
+    def smoothed(flat, keys):
+        def episode(key):
+            noise_key, task_key, key = jax.random.split(key, 3)
+            noise = jax.random.normal(noise_key, flat.shape)
+            learner = meta.learner(unravel(flat + sigma * noise))
+            found = inner.run(domain, learner, domain.sample_task(task_key), key, (0, 3))
+            return found["loss"][1]
+
+        return jnp.mean(jax.vmap(episode)(keys))
+
+    keys = jax.random.split(jax.random.key(4), n)
+    found = [
+        (smoothed(flat + h * e, keys) - smoothed(flat - h * e, keys)) / (2 * h)
+        for e in np.eye(len(flat), dtype=np.float32)
+    ]
+    assert np.abs(mean / error).max() > 20  # there is something to be found
+    assert np.all(np.abs(mean - found) < 5 * error + 0.002)
+
+
+def test_training_by_evolution_strategies_lowers_the_loss():
+    domain, config = LinearRegression(1, 1, steps=6), LearnedOptimizerConfig(width=4)
+    meta = config.make(domain)
+    trained = metadyn.train(
+        meta, domain, steps=100, seeds=1, learning_rate=2e-2, objective=config.objective,
+        progress=False, seed=3,
+    )  # fmt: skip
+    x, y = inner.observe(domain, jax.random.split(jax.random.key(5), 1000))
+    before, after = (
+        float(((meta.unroll(params, x, y) - y) ** 2).mean())
+        for params in (
+            meta.init(jax.random.key(3)),
+            jax.tree.map(lambda leaf: leaf[0], trained.params),
+        )
+    )
+    assert after < 0.8 * before
+
+
+@pytest.mark.parametrize(("domain", "heads"), [(ContextualBandit(), 0), (LINEAR, 1)])
+def test_what_it_cannot_serve_is_said_when_it_is_made(domain, heads):
+    with pytest.raises(ConfigError, match="learned optimiser"):
+        LearnedOptimizerConfig().make(domain, heads)
+
+
+def test_what_must_be_positive_is_said():
+    with pytest.raises(ConfigError, match="sigma = 0"):
+        LearnedOptimizerConfig(sigma=0)

@@ -1,0 +1,194 @@
+"""MAML: against NumPy's gradient steps, finite differences, a closed form; what it cannot serve."""
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metadyn
+from metadyn import inner
+from metadyn.base import MetaLearner, indexed_keys
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.fourier import FourierRegression, band
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
+from metadyn.learners.gradient import deep_linear
+from metadyn.learners.maml import MAML, MAMLConfig, clipped, ordinary_network
+
+LINEAR = LinearRegression(3, 2, steps=5)
+FOURIER = FourierRegression(band(1, 2), steps=5)
+
+
+def made(domain, inner_steps=2, clip=0.5, width=4):
+    """A small one, whose gradients are clipped more often than not."""
+    return MAMLConfig(inner_steps, width=width, clip=clip).make(domain)
+
+
+def scattered(meta):
+    """Parameters of which no two are alike."""
+    flat, unravel = jax.flatten_util.ravel_pytree(meta.init(jax.random.key(0)))
+    return unravel(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
+
+
+def episodes(domain, count=3):
+    return inner.observe(domain, jax.random.split(jax.random.key(2), count))
+
+
+def in_numpy(params, x, y, clip):
+    """A two-layer linear network's answers in one episode [T, n_y], derived by hand, in float64."""
+    W1, W2 = (np.float64(W) for W in params["start"])
+    rates, x, y = np.exp(np.float64(params["log_rate"])), np.float64(x), np.float64(y)
+    answers = []
+    for t in range(len(x)):
+        answers.append(W2 @ W1 @ x[t])
+        for first, second in rates:
+            error = x[: t + 1] @ (W2 @ W1).T - y[: t + 1]
+            d = error.T @ x[: t + 1] / (t + 1)  # of the product W2 W1
+            d1, d2 = W2.T @ d, d @ W1.T
+            scale = min(1.0, clip / np.sqrt((d1**2).sum() + (d2**2).sum()))
+            W1, W2 = W1 - first * scale * d1, W2 - second * scale * d2
+    return np.array(answers)
+
+
+def test_answers_are_those_of_gradient_steps_derived_by_hand():
+    meta = made(LINEAR)
+    params = scattered(meta)
+    x, y = episodes(LINEAR)
+    answers = meta.unroll(params, x, y)
+    assert answers.shape == (5, 2, 3)
+    for b in range(3):
+        by_hand = in_numpy(params, x[..., b], y[..., b], clip=0.5)
+        np.testing.assert_allclose(answers[..., b], by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("domain", [LINEAR, FOURIER])
+def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
+    meta = made(domain, inner_steps=3)
+    params, (queries, feedback) = scattered(meta), episodes(domain)
+    whole = meta.unroll(params, queries, feedback)
+    assert isinstance(meta, MetaLearner)
+    assert np.std(whole[0] - whole[-1]) > 0.02  # it learns something in between
+    learner = meta.learner(params)
+    predict, update = jax.jit(learner.predict), jax.jit(learner.update)
+    for b in range(3):
+        state = learner.init(jax.random.key(9))
+        for t in range(domain.steps):
+            x, y = queries[t, :, b], feedback[t, :, b]
+            np.testing.assert_allclose(predict(state, x), whole[t, :, b], atol=1e-5)
+            state = update(state, x, y)
+
+
+@pytest.mark.parametrize("domain", [LINEAR, FOURIER])
+def test_the_outer_gradient_is_that_of_finite_differences(domain):
+    """In float64, through clipped and unclipped inner steps."""
+    meta = made(domain, width=3)
+    params, pairs = scattered(meta), episodes(domain)
+    with jax.enable_x64(True):
+        flat, unravel = jax.flatten_util.ravel_pytree(
+            jax.tree.map(lambda leaf: jnp.asarray(np.float64(leaf)), params)
+        )
+        queries, feedback = (jnp.asarray(np.float64(leaf)) for leaf in pairs)
+
+        @jax.jit
+        def loss(flat):
+            return jnp.mean((meta.unroll(unravel(flat), queries, feedback) - feedback) ** 2)
+
+        gradient, h = jax.grad(loss)(flat), 1e-6
+        assert gradient.dtype == np.float64
+        differences = [
+            (loss(flat + h * e) - loss(flat - h * e)) / (2 * h) for e in np.eye(len(flat))
+        ]
+        assert np.all(np.abs(gradient[: params["log_rate"].size]) > 1e-6)  # of the rates
+        np.testing.assert_allclose(gradient, differences, rtol=1e-5, atol=1e-8)
+
+
+def test_one_step_of_one_layer_is_the_closed_form():
+    """ŷ(x) = (W − η (W x₁ − y₁) x₁ᵀ) x after the first pair."""
+    meta = MAML(LINEAR, deep_linear(3, 2, depth=1, scale=1.0), inner_steps=1, clip=1e6)
+    params = scattered(meta)
+    x, y = (leaf[..., 0] for leaf in episodes(LINEAR))
+    W, rate = np.float64(params["start"][0]), np.exp(np.float64(params["log_rate"]))
+    once = W - rate * np.outer(W @ x[0] - y[0], x[0])
+    answers = meta.unroll(params, x[..., None], y[..., None])[..., 0]
+    np.testing.assert_allclose(answers[0], W @ x[0], atol=1e-5)
+    np.testing.assert_allclose(answers[1], once @ x[1], atol=1e-5)
+
+
+def test_a_gradient_of_zero_can_be_clipped_and_differentiated():
+    found = jax.grad(lambda g: clipped([g], 2.0)[0].sum())(jnp.zeros(3))
+    np.testing.assert_array_equal(found, np.ones(3))
+    long = clipped([jnp.array([3.0, 0.0]), jnp.array([4.0])], 2.0)
+    np.testing.assert_allclose(np.concatenate(long), [1.2, 0.0, 1.6], rtol=1e-6)
+
+
+def test_the_networks_start_at_an_ordinary_size():
+    """Weights of variance 1/fan-in, from which the output is about as large as the input."""
+    network = ordinary_network(LinearRegression(5, 4), depth=3, width=50)
+    keys = indexed_keys(jax.random.key(0), jnp.arange(100))
+    sizes = [float(jnp.std(W)) for W in jax.vmap(network.init)(keys)]
+    np.testing.assert_allclose(sizes, [5**-0.5, 50**-0.5, 50**-0.5], rtol=0.05)
+    small = ordinary_network(LinearRegression(5, 4), depth=3, width=50, scale=0.1)
+    sizes = [float(jnp.std(W)) for W in jax.vmap(small.init)(keys)]
+    np.testing.assert_allclose(sizes, 0.1, rtol=0.05)
+
+
+def test_training_brings_it_nearer_to_bayes():
+    """One input and one output: the posterior mean of a weight that is N(0, 1), by ridge."""
+    domain = LinearRegression(1, 1, steps=6)
+    meta = MAMLConfig(width=4).make(domain)
+    trained = metadyn.train(
+        meta, domain, steps=150, seeds=1, learning_rate=2e-2, progress=False, seed=3
+    )
+    x, y = inner.observe(domain, jax.random.split(jax.random.key(5), 2000))
+    ridge = np.zeros_like(y)
+    for t in range(1, len(y)):
+        ridge[t] = x[t] * (x[:t] * y[:t]).sum(0) / ((x[:t] ** 2).sum(0) + domain.sigma**2)
+    best = float(((ridge - y) ** 2).mean())
+
+    def excess(params):
+        loss = float(((meta.unroll(params, x, y) - y) ** 2).mean())
+        return (loss - best) / (best - domain.loss_floor)
+
+    before, after = meta.init(jax.random.key(3)), jax.tree.map(lambda a: a[0], trained.params)
+    assert -0.01 < excess(after) < 0.4
+    assert excess(before) > 3 * excess(after)
+
+
+@pytest.mark.parametrize(("domain", "heads"), [(ContextualBandit(), 0), (LINEAR, 1)])
+def test_what_it_cannot_serve_is_said_when_it_is_made(domain, heads):
+    with pytest.raises(ConfigError, match="MAML"):
+        MAMLConfig().make(domain, heads)
+
+
+@pytest.mark.parametrize("field", ["inner_steps", "width", "learning_rate", "clip"])
+def test_what_must_be_positive_is_said(field):
+    with pytest.raises(ConfigError, match=f"{field} = 0"):
+        MAMLConfig(**{field: 0})
+
+
+STUDY = """
+import metadyn
+from metadyn.learners.maml import MAMLConfig
+
+def maml(comparison):
+    meta = MAMLConfig(inner_steps={steps}).make(comparison.domain, comparison.heads)
+    return metadyn.Contender("maml", "MAML", meta, option="--maml.inner-steps")
+
+study = metadyn.load_study("{study}").beside("with_maml", maml)
+"""
+
+
+@pytest.mark.parametrize(
+    ("study", "steps", "says"),
+    [
+        ("contextual_bandit", 1, "MAML trains networks on squared errors"),
+        ("linear_regression", 10**9, "maml.inner-steps"),
+    ],
+)
+def test_a_study_that_cannot_be_run_with_it_says_so_in_one_line(
+    study, steps, says, refused, tmp_path
+):
+    file = tmp_path / "with_maml.py"
+    file.write_text(STUDY.format(study=study, steps=steps))
+    refused([str(file)], says)
