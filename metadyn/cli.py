@@ -1,4 +1,4 @@
-"""The command line: metadyn run | figures | report | claims | devices.
+"""The command line: metadyn run | figures | report | view | claims | devices.
 
 Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
 is not there (one line on stderr), 130 interrupted, or another process of the run was lost: the same
@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("dir", metavar="DIR")
         if name == "figures":
             command.add_argument("--study", metavar="FILE", help="of a study of your own: its file")
+    view = commands.add_parser("view", help="make DIR/report.html, a page to look at a run")
+    view.add_argument("dir", metavar="DIR")
+    view.add_argument(
+        "--serve",
+        type=int,
+        metavar="PORT",
+        help="show it at 127.0.0.1:PORT instead, while it goes on",
+    )
     claims = commands.add_parser(
         "claims",
         help="judge the paper's claims from what runs came to",
@@ -405,6 +413,23 @@ def _report(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE if summary is None or all(c["passed"] for c in summary["criteria"]) else FAILED
 
 
+def _view(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from rich.console import Console
+
+    from metadyn import view
+    from metadyn.progress import Progress
+    from metadyn.store import RunFolder
+
+    run = RunFolder(arguments.dir)
+    if arguments.serve is None:
+        print(view.write(run, Progress(Console(stderr=True))))
+        return DONE
+    with view.server(run, arguments.serve) as served, contextlib.suppress(KeyboardInterrupt):
+        print(f"http://{view.LOCAL}:{served.server_port}/ until Ctrl-C", flush=True)
+        served.serve_forever()
+    return DONE
+
+
 def _claims(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn import claims
 
@@ -429,6 +454,7 @@ _COMMANDS = {
     "run": _run,
     "figures": _figures,
     "report": _report,
+    "view": _view,
     "claims": _claims,
     "devices": _devices,
 }
