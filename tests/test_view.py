@@ -38,6 +38,12 @@ def embedded(page):
     return json.loads(text)
 
 
+def test_a_run_ends_with_its_page(run):
+    page = (run.path / "report.html").read_text()
+    assert page == view.page(view.collect(run))
+    assert embedded(page)["done"]
+
+
 def test_the_page_holds_the_numbers_of_the_run(run, capsys):
     assert main(["view", str(run.path)]) == 0
     path = Path(capsys.readouterr().out.strip())
