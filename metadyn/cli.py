@@ -1,4 +1,4 @@
-"""The command line: metadyn run | figures | report | claims | devices.
+"""The command line: metadyn run | figures | report | view | claims | devices.
 
 Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
 is not there (one line on stderr), 130 interrupted, or another process of the run, or whoever read
@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print the verdict, or how far a run has come")
     report.set_defaults(do=_report)
     report.add_argument("dir", metavar="DIR")
+    view = commands.add_parser("view", help="make DIR/report.html, a page to look at a run")
+    view.set_defaults(do=_view)
+    view.add_argument("dir", metavar="DIR")
+    said = "show it at 127.0.0.1:PORT instead, while it goes on"
+    view.add_argument("--serve", type=int, metavar="PORT", help=said)
     claims = commands.add_parser(
         "claims",
         help="judge the paper's claims from what runs came to",
@@ -371,6 +376,23 @@ def _report(arguments: argparse.Namespace) -> int:
     for line in report.so_far(run) if summary is None else report.verdict(summary):
         print(line)
     return DONE if summary is None or all(c["passed"] for c in summary["criteria"]) else FAILED
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from metadyn import view
+    from metadyn.progress import Progress
+    from metadyn.store import RunFolder
+
+    run = RunFolder(arguments.dir)
+    if arguments.serve is None:
+        print(view.write(run, Progress(Console(stderr=True))))
+        return DONE
+    with view.server(run, arguments.serve) as served, contextlib.suppress(KeyboardInterrupt):
+        print(f"http://{view.LOCAL}:{served.server_port}/ until Ctrl-C", flush=True)
+        served.serve_forever()
+    return DONE
 
 
 def _claims(arguments: argparse.Namespace) -> int:

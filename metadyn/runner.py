@@ -293,7 +293,7 @@ def run_study(
     before DIR is made; for a folder that is in use, foreign, of another configuration or cannot be
     written; and KeyboardInterrupt once what was interrupted is stored.
     """
-    from metadyn import figures
+    from metadyn import figures, view
 
     if tensorboard:
         check_installed()
@@ -327,6 +327,7 @@ def run_study(
                     "reported": [_as_json(c) for c in criteria if c.passed is None],
                 }
                 run.write_summary(summary)
+                view.write(run)
                 return summary
 
             return mesh.by_first(conclude)

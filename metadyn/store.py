@@ -4,6 +4,7 @@
     DIR/checkpoints/STEP/       Orbax: training state, and at log-spaced steps mode trajectories
     DIR/measurements/SET/NAME/  Orbax: one learner measured on one set of tasks
     DIR/figures/*.png
+    DIR/report.html             a page to look at (view.py)
     DIR/summary.json            criteria with intervals, and the environment
 
 Arrays are stored by Orbax with a JSON description of their axes beside them; nothing is pickled
