@@ -9,6 +9,8 @@ with the networks and the objectives of the other three studies.
 import dataclasses
 from functools import partial
 
+import numpy as np
+
 import metadyn as md
 from metadyn import dynamics, labelled
 from metadyn.domains.bandit import ContextualBandit
@@ -39,12 +41,11 @@ class Config(md.StudyConfig):
 
 def plan(config: Config) -> md.Plan:
     """One comparison of each domain, as the domain's own study has it."""
-    common = {f.name: getattr(config, f.name) for f in dataclasses.fields(md.StudyConfig)}
     comparisons = []
     for name, study in STUDIES.items():
-        own = {"actor_critic": config.actor_critic} if name == "bandit" else {}
-        whole = study.comparison("quick", domain=getattr(config, name), **common, **own)
-        comparisons.append(whole.alone(name, TITLES[name]))
+        own = config.common() | {"domain": getattr(config, name)}
+        own |= {"actor_critic": config.actor_critic} if name == "bandit" else {}
+        comparisons.append(study.comparison("quick", **own).alone(name, TITLES[name]))
     return md.Plan(config.outer, comparisons)
 
 
@@ -62,18 +63,16 @@ def of_learner(name: str, prefix: str, learner: str, trained, results):
     bayes = results[f"{TRACKED}_{name}", "bayes"]
     over = dynamics.over_outer_training(trained, bayes)
     outer, inner = dynamics.outer_times_of(trained), dynamics.times_of(trained)
-    last, scale = trained.isel(outer_step=-1), dynamics.scale(trained)
-    alike = labelled.modes(trained).exchangeable
+    last, modes = trained.isel(outer_step=-1), labelled.modes(trained)
+    alike, scale = modes.exchangeable, np.array(modes.values)
     order = dynamics.staggering if alike else partial(dynamics.staggering_slope, scale)
     what = "(n_K - n_1) / n_K" if alike else "slope of log n_k on log scale"
     n, ordered = (dynamics.estimate(f, *over) for f in (outer, lambda a, b: order(outer(a, b))))
     said = f"over outer training {DOMAINS[name][1]}: {what} above 0"
     yield md.criterion(f"{prefix}_outer", ordered, said, at_least=0.0, surely=True)
     for who, data in (("inner", last), ("bayes", bayes)):
-        found = dynamics.measured(dynamics.merit_of(data), data)
-        yield md.criterion(
-            f"{prefix}_{who}", found, f"within an episode: {what.replace('n_', 't_')}"
-        )
+        said = f"within an episode: {what.replace('n_', 't_')}"
+        yield md.criterion(f"{prefix}_{who}", dynamics.merit(data), said)
     if not alike:  # the order of exchangeable modes within an episode is chance
         ranks = lambda a, b: dynamics.rank_correlation(inner(a[..., -1, :, :]), outer(a, b))
         said = "Spearman's rank correlation of inner with outer learning times of the modes"

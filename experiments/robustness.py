@@ -8,7 +8,6 @@ tasks are theirs. A learner that is too slow to have learned anything has no slo
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,22 +80,16 @@ class Config(md.StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, least, most in (
-            ("widths", 0, math.inf),
-            ("sigmas", 0, math.inf),
-            ("pays", 0.5, 1),
-        ):
-            values = getattr(self, field)
-            right = all(least < each <= most and math.isfinite(each) for each in values)
-            fix = f"must be finite, above {least:g} and at most {most:g}, each once"
-            check(right and len(set(values)) == len(values), field, values, fix)
+        for field, most in (("widths", 10**9), ("sigmas", 1e9), ("pays", 1)):
+            values, least = getattr(self, field), 0.5 if field == "pays" else 0
+            right = len(set(values)) == len(values) and all(least < v <= most for v in values)
+            check(right, field, values, f"must be above {least} and at most {most:g}, each once")
 
 
 def named(config: Config, name: str) -> dict[str, str]:
     """Every variant of the learners of a domain: what figures call it, by name."""
-    said = {
-        f"{loop}_{o}": f"{loop} optimiser {o}" for loop in ("inner", "outer") for o in OPTIMIZERS
-    }
+    loops = [(loop, each) for loop in ("inner", "outer") for each in OPTIMIZERS]
+    said = {f"{loop}_{each}": f"{loop} optimiser {each}" for loop, each in loops}
     said |= {f"hidden_{hidden}": f"{hidden} hidden units" for hidden in config.widths}
     if name == "bandit":
         return said | {f"noise_{p:g}": f"pay with {p:.0%} or {1 - p:.0%}" for p in config.pays}
@@ -111,59 +104,57 @@ def comparison(config: Config, name: str, **changes: Any) -> md.Comparison:
 
 def ordinary(config: Config, name: str) -> Iterator[md.Contender]:
     """The ordinary learner of a domain under each optimiser."""
-    own = STUDIES[name].presets[config.of]
     for optimizer in OPTIMIZERS:
         changes, wanted = {}, optimizer  # nonlinear regression has a learner of each
         if name in ORDINARY:
+            field, wanted = ORDINARY[name]
             rate = getattr(getattr(config, f"{name}_rates"), optimizer)
             fields = {"optimizer": optimizer, "learning_rate": rate}
             fields |= {"updates": config.linear_updates} if name == "linear" else {}
-            field, wanted = ORDINARY[name]
-            changes = {field: dataclasses.replace(getattr(own, field), **fields)}
-        found = {each.name: each for each in comparison(config, name, **changes).contenders}
-        variant = f"inner_{optimizer}"
-        label = named(config, name)[variant]
-        yield dataclasses.replace(found[wanted], name=variant, label=label, curve=None)
+            own = getattr(STUDIES[name].presets[config.of], field)
+            changes[field] = dataclasses.replace(own, **fields)
+        contenders = comparison(config, name, **changes).contenders
+        (found,) = (each for each in contenders if each.name == wanted)
+        yield dataclasses.replace(found, name=f"inner_{optimizer}", curve=None)
 
 
-def variants(config: Config, name: str) -> Iterator[md.Comparison]:
-    """The meta-learner of a domain, changed; those of one domain are given the same tasks."""
-    said = named(config, name)
+def variants(config: Config, name: str) -> Iterator[tuple[md.Comparison, list[md.Contender]]]:
+    """The meta-learner of a domain, changed, and what it is compared in.
 
-    def alone(base, ending, changed):
-        """Some changed meta-learners, by the names of the variants, beside Bayes alone."""
-        metas = [dataclasses.replace(c, name=v, label=said[v]) for v, c in changed.items()]
-        contenders = [*metas, base.bayes]
-        return base.alone(ending, TITLES[name], contenders=contenders, followed=False)
-
-    base, changed = comparison(config, name), {}
+    Those of one domain are given the same tasks.
+    """
+    base, changed = comparison(config, name), []
     for optimizer in OPTIMIZERS:
-        rates = {"learning_rate": getattr(config.outer_rates, optimizer)}
-        own = dataclasses.replace(config.outer, optimizer=optimizer, **rates)
-        changed[f"outer_{optimizer}"] = dataclasses.replace(
-            base.metas[0], own=own, rate=f"outer_rates.{optimizer}"
-        )
+        rate, field = getattr(config.outer_rates, optimizer), f"outer_rates.{optimizer}"
+        own = dataclasses.replace(config.outer, optimizer=optimizer, learning_rate=rate)
+        fields = {"name": f"outer_{optimizer}", "own": own, "rate": field}
+        changed.append(dataclasses.replace(base.metas[0], **fields))
     for hidden in config.widths:
         network = dataclasses.replace(getattr(config, config.meta), hidden=hidden)
-        (changed[f"hidden_{hidden}"],) = comparison(config, name, **{config.meta: network}).metas
-    yield alone(base, name, changed)
+        (meta,) = comparison(config, name, **{config.meta: network}).metas
+        changed.append(dataclasses.replace(meta, name=f"hidden_{hidden}"))
+    yield base, changed
     for value in config.pays if name == "bandit" else config.sigmas:
         noise = {"p_high": value, "p_low": 1 - value} if name == "bandit" else {"sigma": value}
         domain = dataclasses.replace(getattr(config, name), **noise)
-        base, variant = comparison(config, name, domain=domain), f"noise_{value:g}"
-        yield alone(base, f"{name}_{variant}", {variant: base.metas[0]})
+        base = comparison(config, name, domain=domain)
+        yield base, [dataclasses.replace(base.metas[0], name=f"noise_{value:g}")]
 
 
 def plan(config: Config) -> md.Plan:
     """Every variant of every domain."""
     comparisons, sizes = [], config.measure
     for name, title in TITLES.items():
-        base = comparison(config, name)
-        learners = [*ordinary(config, name), *([base.bayes] if name == "bandit" else [])]
+        said, base = named(config, name), comparison(config, name)
+        label = lambda them, said=said: [dataclasses.replace(c, label=said[c.name]) for c in them]
+        learners = label(ordinary(config, name)) + [base.bayes] * (name == "bandit")
         tasks = base.domain.evaluation(sizes.probe_points)
         sets = [sizes.sized(tasks, "updating_tasks", f"inner_{name}")]
-        fields = {"contenders": learners, "sets": sets, "pairs": [], "title": title}
-        comparisons += [dataclasses.replace(base, **fields), *variants(config, name)]
+        comparisons.append(md.Comparison(base.domain, learners, sets, measure=sizes, title=title))
+        for whole, metas in variants(config, name):
+            ending = f"{name}_{metas[0].name}" if metas[0].name.startswith("noise_") else name
+            fields = {"contenders": [*label(metas), whole.bayes], "followed": False}
+            comparisons.append(whole.alone(ending, title, **fields))
     return md.Plan(config.outer, comparisons)
 
 
@@ -193,33 +184,34 @@ def beyond(rows, take=lambda each: each[0]) -> dynamics.Estimate:
 def criteria(config: Config, results):
     """What the science says of every variant of every domain."""
     for task_set in (each for each in results.sets() if each.startswith(HELDOUT)):
-        name = task_set.split("_")[1]
         for variant, data in results.learners(task_set, "meta").items():
             excess = dynamics.measured_excess(data.isel(outer_step=-1), results[task_set, "bayes"])
             said = f"excess loss over Bayes, {labelled.about(data).label}"
-            yield md.criterion(f"{name}_{variant}_excess", excess, said)
+            yield md.criterion(f"{task_set.split('_')[1]}_{variant}_excess", excess, said)
     for name, sign in SIGN.items():
         rows = list(found(results, name))
         merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
-        for variant, data, bayes in rows:
-            said = f"{labelled.about(data).label}: {merit}{' minus Bayes' * (bayes is not None)}"
-            row = variant, data, bayes
-            yield md.criterion(f"{name}_{variant}_staggering", beyond([row]), said)
-            yield censored(f"{name}_{variant}", data)
-        inner = [row for row in rows if row[0].startswith("inner_")]
-        least = beyond(inner, lambda each, sign=sign: (sign * each).min(0))
+        for row in rows:
+            said = f"{labelled.about(row[1]).label}: {merit}" + " minus Bayes" * (
+                row[2] is not None
+            )
+            yield md.criterion(f"{name}_{row[0]}_staggering", beyond([row]), said)
+            yield censored(f"{name}_{row[0]}", row[1])
+        of = {kind: [row for row in rows if row[0].startswith(kind)] for kind in ("inner", *VARIED)}
+        least = beyond(of.pop("inner"), lambda each, sign=sign: (sign * each).min(0))
         said = (
-            "the ordinary learner staggers alike under every optimiser: the least staggering"
-            f"{' beyond Bayes' * (name == 'bandit')}, times {sign}, above 0"
+            f"the ordinary learner staggers under every optimiser: the least, times {sign}, above 0"
         )
         yield md.criterion(f"{name}_inner_optimizers", least, said, at_least=0.0, surely=True)
-        within = {"at_most": WITHIN[name], "surely": True}
-        for varied, what in VARIED.items():
-            if of := [row for row in rows if row[0].startswith(f"{varied}_")]:
-                worst = beyond(of, lambda each: np.abs(each).max(0))
-                said = f"the meta-learner staggers as Bayes does, whatever the {what}: greatest"
-                said += f" difference surely at most {WITHIN[name]:g}"
-                yield md.criterion(f"{name}_{varied}_worst", worst, said, **within)
+        bound = WITHIN[name]
+        for varied, several in of.items():
+            if several:
+                worst = beyond(several, lambda each: np.abs(each).max(0))
+                said = (
+                    f"the meta-learner staggers as Bayes does, to within {bound:g}, whatever the "
+                )
+                said += VARIED[varied]
+                yield md.criterion(f"{name}_{varied}_worst", worst, said, bound, surely=True)
 
 
 def robustness(results):
@@ -227,26 +219,24 @@ def robustness(results):
     of = {name: list(found(results, name)) for name in TITLES}
     height = 1.2 + 0.32 * max(map(len, of.values()))
     figure, axes = figures.grid(len(of), width=5.4, height=height)
-    kinds = {"ordinary": ("D", figures.COLOURS[1]), "meta": ("o", figures.COLOURS[0])}
+    styles = {"ordinary": ("D", figures.COLOURS[1]), "meta": ("o", figures.COLOURS[0])}
     for axis, (name, rows) in zip(axes, of.items(), strict=True):
-        abouts = [labelled.about(data) for _, data, _ in rows]
-        for i, (row, about) in enumerate(zip(rows, abouts, strict=True)):
-            found_, (marker, colour) = beyond([row]), kinds[about.kind]
-            bars = figures.bars(found_)[:, None]
-            axis.errorbar(found_.value, i, xerr=bars, fmt=marker, color=colour)
-            if np.isnan(found_.value):
+        for i, row in enumerate(rows):
+            far, (marker, colour) = beyond([row]), styles[labelled.about(row[1]).kind]
+            axis.errorbar(far.value, i, xerr=figures.bars(far)[:, None], fmt=marker, color=colour)
+            if np.isnan(far.value):
                 few = "not all" if name == "bandit" else "fewer than two"
                 axis.text(0, i, f" {few} modes ever learned", va="center", color=colour, fontsize=9)
         axis.axvline(0, **figures.LEVEL)
-        axis.set_yticks(range(len(rows)), [about.label for about in abouts], fontsize=9)
-        what = (
-            "staggering minus Bayes'" if name == "bandit" else "slope (meta-learner: minus Bayes')"
-        )
-        axis.set(title=TITLES[name], xlabel=what, ylim=(len(rows) - 0.5, -0.5))
-    for kind, (marker, colour) in kinds.items():
-        axes[0].plot(
-            [], [], marker, color=colour, label=f"{kind}{'-' * (kind == 'meta') or ' '}learner"
-        )
+        labels = [labelled.about(data).label for _, data, _ in rows]
+        axis.set_yticks(range(len(rows)), labels, fontsize=9)
+        axis.set(title=TITLES[name], ylim=(len(rows) - 0.5, -0.5))
+        axis.set_xlabel("slope (meta-learner: minus Bayes')")
+    axis.set_xlabel("staggering minus Bayes'")  # of the bandit, which is the last
+    for label, (marker, colour) in zip(
+        ("ordinary learner", "meta-learner"), styles.values(), strict=True
+    ):
+        axes[0].plot([], [], marker, color=colour, label=label)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=11)
     return figure

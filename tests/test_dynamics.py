@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 
 from metadyn import dynamics
+from metadyn.labelled import About, Modes, describe, labelled
 
 
 def test_learning_times_are_interpolated_and_censored_modes_are_nan():
@@ -49,10 +50,16 @@ def test_rank_correlation_is_spearmans_and_censored_modes_come_last():
 
 
 def test_modes_are_ordered_within_each_run_with_censored_ones_last():
-    times = np.arange(4)
     late, early, never = [0, 0, 0, 1.0], [0, 1.0, 1, 1], [0, 0.1, 0.2, 0.3]
     runs = np.array([[late, never, early], [never, early, late]]).swapaxes(1, 2)
-    ordered = dynamics.by_learning_time(times, runs, 0.8)
+    ranks = Modes((1, 2, 3), "context", "rank", exchangeable=True, p=0.8)
+    described = describe(
+        About("a", "A", "ordinary", "updates", loss_floor=0.0),
+        {"mode_strength": ("task", "step", "mode")},
+        {"time": ("step", range(4))},
+        {"mode_strength": ranks},
+    )
+    (ordered,) = dynamics.strength(labelled({"mode_strength": runs}, described))
     for run in ordered:
         np.testing.assert_array_equal(run.T, [early, late, never])
     assert dynamics.staggering(np.array([2.0, 5.0, 8.0])) == 0.75
@@ -61,15 +68,15 @@ def test_modes_are_ordered_within_each_run_with_censored_ones_last():
 
 def test_growth_tells_a_line_from_an_exponential():
     k = np.arange(1, 7)
-    exponential = dynamics.growth(k, 5 * 2.5**k)
-    np.testing.assert_allclose(exponential.factor, 2.5)
-    assert exponential.linear_over_exponential > 100
-    assert dynamics.growth(k, 3 + 10.0 * k).linear_over_exponential < 1e-6
+    factor, linear_over_exponential = dynamics.growth(k, 5 * 2.5**k)
+    np.testing.assert_allclose(factor, 2.5)
+    assert linear_over_exponential > 100
+    assert dynamics.growth(k, 3 + 10.0 * k)[1] < 1e-6
     rng = np.random.default_rng(0)
     noisy = 2.0**k * rng.lognormal(sigma=0.1, size=6)
-    assert dynamics.growth(k, noisy).linear_over_exponential > 1
-    assert np.isnan(dynamics.growth(k, np.where(k < 6, 1.0 * k, np.inf)).factor)
-    assert np.isnan(dynamics.growth(k[:0], np.array([])).factor)
+    assert dynamics.growth(k, noisy)[1] > 1
+    assert np.isnan(dynamics.growth(k, np.where(k < 6, 1.0 * k, np.inf))[0])
+    assert np.isnan(dynamics.growth(k[:0], np.array([]))[0])
     two = dynamics.growth(k[:2], np.array([1.0, 3.0]))
     np.testing.assert_allclose(two, [3.0, np.nan])
 
