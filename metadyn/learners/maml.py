@@ -45,7 +45,7 @@ class DescentState(NamedTuple):
     queries: Query
     """Those seen, with room for T, [T, ...]; zeros where none is yet."""
     feedback: Float[Array, "T n_y"]
-    count: Int[Array, ""]
+    pairs: Int[Array, ""]
     """Pairs seen."""
 
 
@@ -109,11 +109,11 @@ class InnerDescent:
             return self.network.apply(state.descent.weights, query)
 
         def update(state: DescentState, query: Query, feedback: Feedback) -> DescentState:
-            put = lambda seen, new: seen.at[state.count].set(new)
+            put = lambda seen, new: seen.at[state.pairs].set(new)
             queries, seen = jax.tree.map(put, (state.queries, state.feedback), (query, feedback))
-            count = state.count + 1
-            descent = self._descended(params, state.descent, queries, seen, count)
-            return DescentState(descent, queries, seen, count)
+            pairs = state.pairs + 1
+            descent = self._descended(params, state.descent, queries, seen, pairs)
+            return DescentState(descent, queries, seen, pairs)
 
         return Learner(init, predict, update)
 
