@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rivals import flax_body, torch_body
 from benchmarks.timing import Result, Run, Side, alternate, cores, limits, main, result
 
 N, SIGMA, RATE, CLIP = 5, 0.1, 1e-3, 1.0
@@ -31,7 +32,23 @@ FULL = tuple(
 """Hidden units, batch, T; up to what 16 GiB of memory hold of the other sides' activations."""
 
 
-def loop(hidden: int, batch: int, steps: int) -> Any:
+def config_of(model: str, hidden: int) -> Any:
+    """The configuration of one of metadyn's own networks, by the names of `rivals`."""
+    from metadyn.learners.attention import TransformerConfig
+    from metadyn.learners.delta import DeltaNetConfig
+    from metadyn.learners.linear_recurrent import MinLSTMConfig
+    from metadyn.learners.lstm import LSTMConfig
+
+    made = {
+        "lstm": LSTMConfig,
+        "transformer": TransformerConfig,
+        "delta": DeltaNetConfig,
+        "minlstm": MinLSTMConfig,
+    }
+    return made[model](hidden=hidden)
+
+
+def loop(hidden: int, batch: int, steps: int, model: str = "lstm") -> Any:
     """The `OuterLoop` that studies use."""
     from metadyn import mesh
 
@@ -39,22 +56,21 @@ def loop(hidden: int, batch: int, steps: int) -> Any:
     import jax
 
     from metadyn.domains.linear import LinearRegression
-    from metadyn.learners.lstm import LSTMConfig
     from metadyn.objectives import prediction_loss
     from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
     domain = LinearRegression(N, N, sigma=SIGMA, steps=steps)
-    meta = LSTMConfig(hidden=hidden).make(domain)
+    meta = config_of(model, hidden).make(domain)
     outer = OuterConfig(
         steps=1_000_000, batch=batch, seeds=1, learning_rate=RATE, schedule="constant", clip=CLIP
     )
-    trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
+    trained = {model: MetaTraining(meta, prediction_loss(domain, meta))}
     return OuterLoop(trained, outer, jax.random.key(0))
 
 
-def metadyn_side(hidden: int, batch: int, steps: int) -> Run:
+def metadyn_side(hidden: int, batch: int, steps: int, model: str = "lstm") -> Run:
     """metadyn, on every core."""
-    ours = loop(hidden, batch, steps)
+    ours = loop(hidden, batch, steps, model)
     import jax
     import jax.numpy as jnp
 
@@ -67,34 +83,39 @@ def metadyn_side(hidden: int, batch: int, steps: int) -> Run:
     return run
 
 
-def torch_network(hidden: int) -> Any:
-    """nn.LSTM with a linear readout, and its loss over whole episodes."""
+def torch_network(hidden: int, model: str) -> Any:
+    """A network with a linear readout, and its loss over whole episodes."""
     import torch
 
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = torch.nn.LSTM(2 * N, hidden)
+            self.body = torch_body(model, 2 * N, hidden)
             self.readout = torch.nn.Linear(hidden, N)
 
         def forward(self, x: Any, y: Any) -> Any:
             """Mean squared error; x and y are [T, B, N]."""
             before = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
-            answers = self.readout(self.lstm(torch.cat([x, before], -1))[0])
+            answers = self.readout(self.body(torch.cat([x, before], -1)))
             return torch.nn.functional.mse_loss(answers, y)
 
     return Network()
 
 
 def torch_side(
-    hidden: int, batch: int, steps: int, compiled: bool = False, chunk: int | None = None
+    hidden: int,
+    batch: int,
+    steps: int,
+    model: str = "lstm",
+    compiled: bool = False,
+    chunk: int | None = None,
 ) -> Run:
     """PyTorch, on a GPU if it finds one. With `chunk`, that many episodes at a time."""
     import torch
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(cores())
-    network = torch_network(hidden).to(place)
+    network = torch_network(hidden, model).to(place)
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
     loss_of = torch.compile(network) if compiled else network
     chunk = chunk or batch
@@ -118,34 +139,32 @@ def torch_side(
     return run
 
 
-def flax_network(hidden: int) -> Any:
-    """nnx.RNN of an LSTM cell and a readout, its loss as the forward pass."""
+def flax_network(hidden: int, model: str) -> Any:
+    """A network with a linear readout, its loss as the forward pass."""
     import jax.numpy as jnp
     from flax import nnx
 
     class Network(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
-            self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(2 * N, hidden, rngs=rngs), time_major=True)
+            self.body = flax_body(model, 2 * N, hidden, rngs)
             self.readout = nnx.Linear(hidden, N, rngs=rngs)
 
         def __call__(self, x: Any, y: Any) -> Any:
             """Mean squared error; x and y are [T, B, N]."""
             inputs = jnp.concatenate([x, jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])], -1)
-            zeros = jnp.zeros((inputs.shape[1], hidden))
-            answers = self.readout(self.rnn(inputs, initial_carry=(zeros, zeros)))
-            return jnp.mean((answers - y) ** 2)
+            return jnp.mean((self.readout(self.body(inputs)) - y) ** 2)
 
     return Network(nnx.Rngs(0))
 
 
-def flax_side(hidden: int, batch: int, steps: int) -> Run:
-    """nnx.RNN under jit, on all cores as one device."""
+def flax_side(hidden: int, batch: int, steps: int, model: str = "lstm") -> Run:
+    """flax's own modules under jit, on all cores as one device."""
     import jax
     import jax.numpy as jnp
     import optax
     from flax import nnx
 
-    graph, params, rest = nnx.split(flax_network(hidden), nnx.Param, ...)
+    graph, params, rest = nnx.split(flax_network(hidden, model), nnx.Param, ...)
     optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(RATE))
 
     def sample(key: Any) -> tuple[Any, Any]:
