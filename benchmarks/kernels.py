@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [--full] [--json FILE]
 
 T = 20, 10 inputs; `scan` is the reference, and `auto` chooses between it and `backward` by what
-came out here. Pallas' kernels run on a GPU alone.
+came out here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ def kernel_side(backend: str, hidden: int, batch: int) -> Run:
 
     from metadyn.kernels.lstm import LSTMWeights, lstm
 
-    if backend == "pallas" and jax.default_backend() == "cpu":
-        raise NotImplementedError("on a CPU it is for tests alone")
     shapes = ((4 * hidden, INPUTS), (4 * hidden, hidden), (4 * hidden,))
     keys = jax.random.split(jax.random.key(0), 4)
     weights = LSTMWeights(
@@ -42,7 +40,7 @@ def benchmark(full: bool = False) -> Iterator[Result]:
     """Milliseconds, and how many times as fast as the reference."""
     for hidden, batch in FULL if full else SIZES:
         case = {"hidden": hidden, "batch": batch}
-        backends = ("scan", "backward", *(["pallas"] if full else []))
+        backends = ("scan", "backward")
         sides = {b: Side(__name__, "kernel_side", case | {"backend": b}) for b in backends}
         taken = alternate(sides)
         where = f"kernel, hidden {hidden}, batch {batch}"

@@ -83,7 +83,7 @@ def metadyn_side(hidden: int, batch: int, steps: int, model: str = "lstm") -> Ru
     return run
 
 
-def torch_network(hidden: int, model: str) -> Any:
+def torch_network(hidden: int, model: str = "lstm") -> Any:
     """A network with a linear readout, and its loss over whole episodes."""
     import torch
 
@@ -139,7 +139,7 @@ def torch_side(
     return run
 
 
-def flax_network(hidden: int, model: str) -> Any:
+def flax_network(hidden: int, model: str = "lstm") -> Any:
     """A network with a linear readout, its loss as the forward pass."""
     import jax.numpy as jnp
     from flax import nnx

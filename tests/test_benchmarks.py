@@ -69,7 +69,7 @@ def test_loss_and_gradient_equal_those_of_flax(ours):
     """On the same weights and episodes."""
     params, x, y, loss, gradient = ours
     network = outer_step.flax_network(H)
-    cell = network.rnn.cell
+    cell = network.body.rnn.cell
     places = {
         "input": cell.dense_i.kernel,
         "recurrent": cell.dense_h.kernel,
@@ -81,7 +81,7 @@ def test_loss_and_gradient_equal_those_of_flax(ours):
         place[...] = jnp.asarray(by_gate(name, params[name]).T)
     found, theirs = nnx.value_and_grad(lambda network: network(x, y))(network)
     np.testing.assert_allclose(loss, found, rtol=1e-6)
-    cell = theirs["rnn"]["cell"]
+    cell = theirs["body"]["rnn"]["cell"]
     leaves = {
         "input": cell["dense_i"]["kernel"],
         "recurrent": cell["dense_h"]["kernel"],
@@ -98,15 +98,15 @@ def test_loss_and_gradient_equal_those_of_pytorch(ours):
     params, x, y, loss, gradient = ours
     network = outer_step.torch_network(H)
     theirs = {
-        "input": network.lstm.weight_ih_l0,
-        "recurrent": network.lstm.weight_hh_l0,
-        "bias": network.lstm.bias_ih_l0,
+        "input": network.body.lstm.weight_ih_l0,
+        "recurrent": network.body.lstm.weight_hh_l0,
+        "bias": network.body.lstm.bias_ih_l0,
         "readout": network.readout.weight,
         "offset": network.readout.bias,
     }
 
     with torch.no_grad():
-        network.lstm.bias_hh_l0.zero_()
+        network.body.lstm.bias_hh_l0.zero_()
         for name, leaf in theirs.items():
             leaf.copy_(torch.tensor(by_gate(name, params[name])))
     found = network(torch.tensor(x), torch.tensor(y))

@@ -14,7 +14,7 @@ from metadyn.learners.lstm import LSTMCell, LSTMConfig
 from metadyn.learners.networks import scanned
 
 T, N, H, B = 7, 3, 5, 4
-BACKENDS = ("scan", "backward", "pallas")
+BACKENDS = ("scan", "backward")
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,6 @@ def test_whole_episodes_are_what_stepping_the_cell_gives(backend: Backend):
 def test_bad_configurations_are_named():
     with pytest.raises(ConfigError, match="hidden = 0"):
         LSTMConfig(hidden=0)
-    for hidden in (8, 48):
-        with pytest.raises(ConfigError, match=f"hidden = {hidden}: must be a power of two"):
-            LSTMConfig(hidden=hidden, backend="pallas")
-    assert LSTMConfig(hidden=64, backend="pallas").hidden == 64
 
 
 @pytest.fixture(scope="module")

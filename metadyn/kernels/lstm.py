@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from metadyn.errors import check_choice
-from metadyn.kernels import fused
 
-Backend = Literal["auto", "scan", "backward", "pallas"]
+Backend = Literal["auto", "scan", "backward"]
 FEW = 8  # on a CPU, scan is the faster for H >= FEW B: `python -m benchmarks.kernels --full`
 
 
@@ -82,16 +81,12 @@ def lstm(
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
                 so that the reverse recurrence is two products and a few multiplications; the
                 weight gradients are summed in it, while what they are products of is in the cache.
-      pallas    the same passes as kernels that keep weights and state on the chip (`fused.py`), and
-                the weight gradients as one product at the end. For GPUs, on which it has not been
-                measured, and where H must be a power of two from 16; on a CPU it is interpreted,
-                for tests.
     """
     if backend == "auto":
         few = jax.default_backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
         backend = "scan" if few else "backward"
     check_choice("backend", backend, Backend)
-    return {"scan": _scan, "backward": _lstm, "pallas": _fused}[backend](weights, inputs)
+    return {"scan": _scan, "backward": _lstm}[backend](weights, inputs)
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
@@ -179,34 +174,3 @@ def _lstm_backward(residuals, dh_out):
 
 
 _lstm.defvjp(_lstm_forward, _lstm_backward)
-
-
-@jax.custom_vjp
-def _fused(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
-    return _fused_forward(weights, inputs)[0]
-
-
-def _fused_forward(weights, inputs):
-    by_gate = lambda a: a.reshape(4, -1, a.shape[-1])
-    n = inputs.shape[1]
-    padding = max(16, 1 << (n - 1).bit_length()) - n  # products on a GPU are of powers of two
-    input = jnp.pad(weights.input, [(0, 0), (0, padding)])
-    padded = jnp.pad(inputs, [(0, 0), (0, padding), (0, 0)])
-    bias = weights.bias[:, None]
-    h, local = fused.forward(by_gate(input), by_gate(weights.recurrent), by_gate(bias), padded)
-    return h, (weights, inputs, h, local)
-
-
-def _fused_backward(residuals, dh_out):
-    weights, inputs, h, local = residuals
-    (T, H, B), n = h.shape, inputs.shape[1]
-    transposed = weights.recurrent.reshape(4, H, H).swapaxes(1, 2)
-    dz = fused.backward(transposed, local, dh_out).reshape(T, 4 * H, B)
-    before = jnp.concatenate([jnp.zeros_like(h[:1]), h[:-1]])
-    seen = jnp.concatenate([inputs, before, jnp.ones((T, 1, B), h.dtype)], axis=1)
-    total = jnp.einsum("tzb,tkb->zk", dz, seen)
-    dx = jnp.einsum("zn,tzb->tnb", weights.input, dz)
-    return LSTMWeights(total[:, :n], total[:, n : n + H], total[:, n + H]), dx
-
-
-_fused.defvjp(_fused_forward, _fused_backward)

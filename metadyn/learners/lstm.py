@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn.base import Domain
-from metadyn.errors import check, check_positive
+from metadyn.errors import check_positive
 from metadyn.kernels.lstm import Backend, LSTMWeights, cell, lstm
 from metadyn.learners.networks import EpisodeCell, Recurrent
 
@@ -33,9 +33,6 @@ class LSTMConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden")
-        fits = self.hidden >= 16 and self.hidden.bit_count() == 1
-        fix = "must be a power of two, 16 or more, with backend = 'pallas'"
-        check(self.backend != "pallas" or fits, "hidden", self.hidden, fix)
 
     def make(self, domain: Domain, heads: int = 0) -> Recurrent:
         """Makes the meta-learner for a domain."""
