@@ -1,6 +1,6 @@
 """Contextual bandits: policy gradient stalls on plateaus, a meta-trained LSTM and Bayes do not.
 
-    metadyn run contextual_bandit [--preset quick|paper] [--meta lstm|gru] [--out DIR] [overrides]
+    metadyn run contextual_bandit [--preset quick|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
 
 After Schaul et al. (2019), arXiv:1904.11455, and Rabinowitz (2019), arXiv:1905.01320, §4. A bias
 shared by all contexts couples them; without it they are decoupled.

@@ -1,6 +1,6 @@
 """Linear regression: SGD learns mode after mode, a meta-trained LSTM and Bayes learn all at once.
 
-    metadyn run linear_regression [--preset quick|paper] [--meta lstm|gru] [--out DIR] [overrides]
+    metadyn run linear_regression [--preset quick|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
 
 After Saxe et al. (2013), arXiv:1312.6120, and Rabinowitz (2019), arXiv:1905.01320, §2. To make a
 study of your own, copy this file and change the contenders, the sets of tasks or the criteria.
@@ -19,6 +19,7 @@ from metadyn.inner import log_spaced
 from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import Target, predicting
 from metadyn.optimizers import named_optimizer
 from metadyn.study import as_bayes, beyond_bayes, excess, staggering
 
@@ -50,6 +51,9 @@ class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed."""
 
     domain: LinearRegression = LinearRegression()
+    target: Target = "feedback"
+    """What meta-learners are trained to predict: y_t, or Bayes' answer, of which y_t is a noisy
+    sample. The expected gradient is the same."""
     sgd: SGDConfig = SGDConfig()
     excess_at_most: float = 0.4
     """Greatest excess loss over Bayes with which the criterion on it passes."""
@@ -58,6 +62,7 @@ class Config(md.StudyConfig):
 def plan(config: Config) -> md.Plan:
     """What is trained and measured."""
     domain, sgd, sizes = config.domain, config.sgd, config.measure
+    bayes = bayes_linear(domain)
     n_x, n_y, s = domain.n_x, domain.n_y, np.array(domain.spectrum())
     saxe = sgd.depth == 2 and sgd.optimizer == "sgd"  # which his closed form is of
 
@@ -75,7 +80,7 @@ def plan(config: Config) -> md.Plan:
     contenders = [
         descent("sgd", label, network, start, sgd.learning_rate),
         config.meta_learner(domain),
-        md.Contender("bayes", "Bayes-optimal", bayes_linear(domain), "bayes"),
+        md.Contender("bayes", "Bayes-optimal", bayes, "bayes"),
     ]
     sets = [sizes.sized(domain.evaluation(sizes.probe_points))]
     for name, factors in SHIFTS.items():
@@ -87,7 +92,10 @@ def plan(config: Config) -> md.Plan:
     balanced = descent("sgd_balanced", label, network, start, rate, kind="reference")
     axes = domain.evaluation(sizes.probe_points, rotate=False)
     pairs = [(sizes.sized(axes, "updating_tasks", "aligned"), balanced)] if saxe else []
-    return md.Plan(config.outer, [md.Comparison(domain, contenders, sets, pairs, sizes)])
+    return md.Plan(
+        config.outer,
+        [md.Comparison(domain, contenders, sets, pairs, sizes, predicting(config.target, bayes))],
+    )
 
 
 def criteria(config: Config, results):

@@ -1,6 +1,6 @@
 """Nonlinear regression: an MLP learns low frequencies first, an LSTM and Bayes all at once.
 
-    metadyn run nonlinear_regression [--preset quick|paper] [--meta lstm|gru] [overrides]
+    metadyn run nonlinear_regression [--preset quick|paper] [--meta lstm|gru|…] [overrides]
 
 After Rahaman et al. (2018), arXiv:1806.08734, and Rabinowitz (2019), arXiv:1905.01320, §3. A second
 LSTM is trained on a band of frequencies and tested in its stop band, beside Bayes with that prior.
@@ -18,6 +18,7 @@ from metadyn.inner import log_spaced
 from metadyn.learners.bayes import bayes_fourier
 from metadyn.learners.gradient import DescentConfig, gradient, mlp
 from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import Target, predicting
 from metadyn.optimizers import named_optimizer
 from metadyn.study import as_bayes, beyond_bayes, excess, staggering
 
@@ -63,6 +64,9 @@ class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed."""
 
     domain: FourierRegression = FourierRegression()
+    target: Target = "feedback"
+    """What meta-learners are trained to predict: y_t, or Bayes' answer, of which y_t is a noisy
+    sample. The expected gradient is the same."""
     pass_band: Spectrum = band(2, 4)
     """Prior spectrum of the second LSTM, from frequency 0 on."""
     stop_band: tuple[int, ...] = (1, 5)
@@ -99,16 +103,17 @@ def plan(config: Config) -> md.Plan:
     small = [network(f.name, getattr(several, f.name)) for f in dataclasses.fields(several)]
     metas = [config.meta_learner(each) for each in domains]
     bayes = [md.Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in domains]
+    objectives = [predicting(config.target, each.learner) for each in bayes]
     contenders = [network("mlp", config.mlp, drawn=True), *small, metas[0], bayes[0]]
     within = sizes.sized(domain.evaluation(sizes.probe_points))
     sets = [
         sizes.sized(domains[1].evaluation(sizes.probe_points, of), "shifted_tasks", name)
         for name, of in zip(TITLES, (passed, stopped, (*passed, *stopped)), strict=True)
     ]
-    main = md.Comparison(domain, contenders, [within], measure=sizes)
-    second = md.Comparison(
-        domains[1], [metas[1], bayes[1]], sets, measure=sizes, name="band", title="band-pass prior"
-    )
+    main = md.Comparison(domain, contenders, [within], (), sizes, objectives[0])
+    shown = {"name": "band", "title": "band-pass prior"}
+    pair = [metas[1], bayes[1]]
+    second = md.Comparison(domains[1], pair, sets, (), sizes, objectives[1], **shown)
     return md.Plan(config.outer, [main, second])
 
 

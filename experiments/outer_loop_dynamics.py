@@ -1,6 +1,6 @@
 """Outer-loop dynamics: how the inner learning curve of each mode changes over outer training.
 
-    metadyn run outer_loop_dynamics [--preset quick|paper] [--meta lstm|gru] [--out DIR] [overrides]
+    metadyn run outer_loop_dynamics [--preset quick|paper] [--meta lstm|gru|…] [overrides]
 
 After Rabinowitz (2019), arXiv:1905.01320, §5. One LSTM is trained on each domain, side by side,
 with the networks and the objectives of the other three studies.

@@ -43,6 +43,8 @@ class About:
     """What figures call the comparison that it is part of."""
     followed: bool = True
     """Whether figures follow it over outer training."""
+    seconds: float = 0.0
+    """How long it was trained, up to the last outer step: on that machine, compiling left out."""
 
 
 OWN = [field.name for field in dataclasses.fields(About)]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from metadyn import inner
-from metadyn.base import Domain, Keys, MetaLearner, Params
-from metadyn.errors import check
+from metadyn.base import Answer, Domain, Feedback, Keys, Learner, MetaLearner, Params, Query
+from metadyn.errors import check, check_choice
 
 Metrics = Mapping[str, Array]
 """Scalars by name. "loss", the domain's mean loss, is what excess over Bayes is reported of."""
@@ -30,21 +30,44 @@ class Objective:
 
 
 ObjectiveOf = Callable[[Domain, MetaLearner], Objective]
+Target = Literal["feedback", "bayes"]
+"""What predictions are compared with in training (`prediction_loss`)."""
 
 
-def prediction_loss(domain: Domain, meta: MetaLearner) -> Objective:
+def prediction_loss(domain: Domain, meta: MetaLearner, teacher: Learner | None = None) -> Objective:
     """Trains on the domain's loss of each answer before its feedback, mean over whole episodes.
 
-    For domains whose feedback does not depend on the answers.
+    For domains whose feedback does not depend on the answers. With a `teacher` the answers are
+    compared with its answers instead of the feedback, and the loss on the feedback is reported. If
+    the teacher is Bayes and the loss is squared error the expected gradient is the same, as Bayes'
+    answer is the mean of the feedback given the episode so far; but it varies less.
     """
+
+    def taught(queries: Query, feedback: Feedback) -> Answer:
+        """The teacher's answers in one episode."""
+        assert teacher is not None
+
+        def step(state, now):
+            return teacher.update(state, *now), teacher.predict(state, now[0])
+
+        return jax.lax.scan(step, teacher.init(jax.random.key(0)), (queries, feedback))[1]
 
     def loss(params: Params, keys: Keys) -> tuple[Array, Metrics]:
         queries, feedback = inner.observe(domain, keys)
         answers = meta.unroll(params, queries, feedback)[:, : domain.answer_size]
-        mean = jnp.mean(jax.vmap(jax.vmap(domain.loss, -1))(answers, feedback))
-        return mean, {"loss": mean}
+        mean = lambda targets: jnp.mean(jax.vmap(jax.vmap(domain.loss, -1))(answers, targets))
+        metrics = {"loss": mean(feedback)}
+        if teacher is None:
+            return metrics["loss"], metrics
+        return mean(jax.vmap(taught, -1, -1)(queries, feedback)), metrics
 
     return Objective(loss)
+
+
+def predicting(target: Target, bayes: Learner) -> ObjectiveOf:
+    """Makes the objective of predicting either target, as studies configure it."""
+    check_choice("target", target, Target)
+    return partial(prediction_loss, teacher=bayes if target == "bayes" else None)
 
 
 @dataclasses.dataclass(frozen=True)

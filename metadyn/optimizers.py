@@ -15,23 +15,30 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def named_optimizer(
-    name: str, learning_rate: optax.ScalarOrSchedule, field: str = "optimizer"
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    field: str = "optimizer",
+    b2: float | None = None,
 ) -> optax.GradientTransformation:
     """Any optimiser of optax that a learning rate suffices to make, by its name there.
 
-    "momentum" is sgd with a momentum of 0.9. Raises `ConfigError`, which names `field`, for other
+    "momentum" is sgd with a momentum of 0.9. `b2` replaces the default decay of the second moment
+    in optimisers that take one, such as adam. Raises `ConfigError`, which names `field`, for other
     names.
     """
     if name == "momentum":
         return optax.sgd(learning_rate, momentum=0.9)
     make = getattr(optax, name, None) if name.isidentifier() else None
     with contextlib.suppress(TypeError, AttributeError, ValueError):
-        made = make(learning_rate) if callable(make) else None
+        more = {} if b2 is None else {"b2": b2}
+        made = make(learning_rate, **more) if callable(make) else None
         if isinstance(made, optax.GradientTransformation):  # and it needs no more than gradients
             one = jax.ShapeDtypeStruct((1,), jnp.float32)
             jax.eval_shape(lambda g, p: made.update(g, made.init(p), p), one, one)
             return made
     fix = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
+    if b2 is not None:
+        fix = "name an optimiser of optax that takes a b2, such as adam or nadam, or leave b2 out"
     raise ConfigError(f"{field} = {name!r}: {fix}", field, name, fix)
 
 

@@ -6,6 +6,7 @@ Many outer steps run in one dispatch of one compiled program; tasks are sampled 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class OuterConfig:
     """An optimiser of optax, by name."""
     learning_rate: float = 2e-2
     """Peak learning rate."""
+    b2: float | None = None
+    """Decay of the second moment, of optimisers that have one. None: optax's default."""
     schedule: Schedule = "cosine"
     """From the peak to zero, after the warm-up; or constant."""
     warmup: int = 200
@@ -57,6 +60,8 @@ class OuterConfig:
         right = 0 <= self.warmup < self.steps
         check(right, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
         check_choice("schedule", self.schedule, Schedule)
+        right = self.b2 is None or 0 < self.b2 < 1
+        check(right, "b2", self.b2, "must be above 0 and below 1")
         self.transformation()
 
     @property
@@ -66,10 +71,11 @@ class OuterConfig:
 
     def check_batch(self, trained: Iterable[MetaTraining]) -> None:
         """Raises `ConfigError` unless the batch is of whole groups that the devices can share."""
-        for group in {each.objective.group for each in trained}:
+        for each in trained:
+            group, batch = each.objective.group, (each.own or self).batch
             fix = f"must be a multiple of {group}: the objective takes so many episodes together"
-            check(self.batch % group == 0, "outer.batch", self.batch, fix)
-            mesh.shares(self.seeds, self.batch, group)
+            check(batch % group == 0, "outer.batch", batch, fix)
+            mesh.shares(self.seeds, batch, group)
 
     def transformation(self, steps: int | None = None) -> optax.GradientTransformation:
         """Makes the optimiser, after clipping, under its schedule over `steps` or its own steps."""
@@ -77,7 +83,8 @@ class OuterConfig:
         warmup = min(self.warmup, steps - 1)
         rate = scheduled(self.learning_rate, self.schedule, warmup, steps)
         return optax.chain(
-            optax.clip_by_global_norm(self.clip), named_optimizer(self.optimizer, rate)
+            optax.clip_by_global_norm(self.clip),
+            named_optimizer(self.optimizer, rate, b2=self.b2),
         )
 
 
@@ -89,6 +96,11 @@ class TrainState(NamedTuple):
     """By the name of the meta-learner."""
     moments: dict[str, Any]
 
+    def only(self, name: str) -> TrainState:
+        """Returns the state of one meta-learner alone, with a step of its own to be consumed."""
+        step = self.step if isinstance(self.step, jax.ShapeDtypeStruct) else self.step.copy()
+        return TrainState(step, {name: self.params[name]}, {name: self.moments[name]})
+
 
 class MetaTraining(NamedTuple):
     """A meta-learner, the objective it is trained on, and settings of its own, if it has any."""
@@ -96,8 +108,8 @@ class MetaTraining(NamedTuple):
     meta: MetaLearner
     objective: Objective
     own: OuterConfig | None = None
-    """The settings of its own optimiser; its schedule is stretched over the run's steps. None:
-    those of the whole outer loop."""
+    """Its own optimiser and batch; its schedule is stretched over the run's steps. None: those of
+    the whole outer loop."""
     rate: str = ""
     """The field of a study's configuration that sets `own`'s learning rate, for messages."""
 
@@ -142,14 +154,12 @@ class OuterLoop:
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Metrics]]:
-            def one_seed(objective, optimizer, now, one):
+            def one_seed(objective, optimizer, batch, now, one):
                 key, params, moments = one
                 step, count = now
 
                 def episodes(i):
-                    return indexed_keys(
-                        jax.random.fold_in(key, step + i), mesh.my_share(config.batch)
-                    )
+                    return indexed_keys(jax.random.fold_in(key, step + i), mesh.my_share(batch))
 
                 def outer_step(i, carry):
                     params, moments, total = carry
@@ -167,14 +177,15 @@ class OuterLoop:
 
             keys = indexed_keys(key_episodes, seeds)
             params, moments, metrics = {}, {}, {}
-            for name, each in trained.items():
+            for name in state.params:
+                objective, batch = trained[name].objective, (trained[name].own or config).batch
                 params[name], moments[name], metrics[name] = mesh.train_seeds(
-                    partial(one_seed, each.objective, optimizers[name]),
+                    partial(one_seed, objective, optimizers[name], batch),
                     (state.step, count),
                     (keys, state.params[name], state.moments[name]),
                     config.seeds,
-                    config.batch,
-                    each.objective.group,
+                    batch,
+                    objective.group,
                 )
             return TrainState(state.step + count, params, moments), metrics
 
@@ -189,7 +200,10 @@ class OuterLoop:
         """The shapes, types and placement of a state."""
         self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())
         """`advance(state, count)`: `count` outer steps on; (state, mean metrics of each seed by
-        meta-learner). The state passed in is consumed. Compiled once for all counts."""
+        meta-learner). The state passed in is consumed. Compiled once for all counts, and for each
+        set of meta-learners that a state is of."""
+        self.seconds = dict.fromkeys(trained, 0.0)
+        """Seconds that `run` has trained each meta-learner."""
 
     def run(
         self, state: TrainState, targets: Sequence[int]
@@ -203,8 +217,20 @@ class OuterLoop:
         for target in targets:
             while step < target:
                 count = min(self.config.dispatch, target - step)
-                state, metrics = self.advance(state, jnp.int32(count))
+                parts, metrics = [], {}
+                for name in self.trained:  # each by itself, so that its time is known
+                    start = time.perf_counter()
+                    part, found = jax.block_until_ready(
+                        self.advance(state.only(name), jnp.int32(count))
+                    )
+                    self.seconds[name] += time.perf_counter() - start
+                    parts, metrics = [*parts, part], metrics | found
                 step += count
+                state = TrainState(
+                    parts[0].step,
+                    {name: part.params[name] for name, part in zip(metrics, parts, strict=True)},
+                    {name: part.moments[name] for name, part in zip(metrics, parts, strict=True)},
+                )
                 for name, each in metrics.items():
                     if not all(np.isfinite(value).all() for value in each.values()):
                         own = self.trained[name].own

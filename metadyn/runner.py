@@ -62,11 +62,12 @@ class _Runner:
             params = loop.abstract.params.get((contender.of or contender.name) + part.suffix, ())
             inner.measure.lower(*calls(tasks, contender, params, **self.given)[0]).compile()
 
-        outer_step = self.compiling.submit(check_compiled, loop)
+        outer_steps = [self.compiling.submit(check_compiled, loop, name) for name in loop.trained]
         for part, tasks, contender in self.plan.every:
             if not self.store.has_measurement(tasks.name, contender.name):
                 self.compiling.submit(compiled, part, tasks, contender)
-        outer_step.result()
+        for each in outer_steps:
+            each.result()
 
     def train(self) -> Mapping[str, Params]:
         """Trains from the newest checkpoint, or from the start; stores as it goes."""
@@ -75,9 +76,10 @@ class _Runner:
             return {}
         loop = OuterLoop(plan.trained, plan.outer, stream(self.key, "training"))
         watched = [(part, tasks) for part in plan.comparisons for tasks in part.watched]
-        about = {
-            tasks.name: {meta.name: _described(part, tasks, meta) for meta in part.metas}
+        described = {
+            (tasks.name, meta.name): (meta.name + part.suffix, _described(part, tasks, meta))
             for part, tasks in watched
+            for meta in part.metas
         }
         scheduled, end = plan.outer.checkpoint_steps, plan.outer.steps
         stored = mesh.by_first(store.steps)
@@ -95,6 +97,10 @@ class _Runner:
                     }
                     for part, tasks in watched
                 }
+            about: dict[str, dict[str, Any]] = {}
+            for (task_set, learner), (name, each) in described.items():
+                taken = {"seconds": round(loop.seconds[name], 3)}
+                about.setdefault(task_set, {})[learner] = each | {"about": each["about"] | taken}
             store.save_checkpoint(step, state, trajectories, about)
             stored.append(step)
 
@@ -104,6 +110,8 @@ class _Runner:
             if state is not None and int(state.step) == step:
                 return state
             store.finish()
+            for (task_set, learner), (name, _) in described.items():
+                loop.seconds[name] = store.about(step)[task_set][learner]["about"]["seconds"]
             return store.restore_state(step, loop.abstract)
 
         if not set(scheduled) <= set(stored):
@@ -114,7 +122,8 @@ class _Runner:
         bayes = self.measure_bayes()
         missing = [step for step in scheduled if step not in stored]
         reached = max(step for step in stored if step < min(missing, default=end + 1))
-        episodes = plan.outer.batch * plan.outer.seeds * len(plan.trained)
+        batches = [(each.own or plan.outer).batch for each in plan.trained.values()]
+        episodes = sum(batches) * plan.outer.seeds
         with (
             self.progress.training(end, reached) as show,
             scalars(self.tensorboard, max(stored)) as log,
@@ -229,13 +238,14 @@ def outline(plan: Plan) -> dict[str, Any]:
     return asked
 
 
-def check_compiled(loop: OuterLoop) -> None:
-    """Compiles the outer step, and raises `ConfigError` if by its own account it cannot fit."""
-    compiled = loop.advance.lower(loop.abstract, jax.numpy.int32(1)).compile()
+def check_compiled(loop: OuterLoop, name: str) -> None:
+    """Compiles the outer step of a meta-learner; raises `ConfigError` if by its account it cannot
+    fit into the memory."""
+    compiled = loop.advance.lower(loop.abstract.only(name), jax.numpy.int32(1)).compile()
     account = compiled.memory_analysis()
     if account is not None:
         used = account.temp_size_in_bytes + account.argument_size_in_bytes
-        fits("an outer step", used, "outer.batch")
+        fits(f"an outer step of {name}", used, "outer.batch")
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> None:

@@ -41,7 +41,7 @@ from metadyn.labelled import about, labelled, merge
 
 Arrays = Mapping[str, Any]
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
-FORMAT = 2
+FORMAT = 3
 """Of the layout. Runs of metadyn 0.1 had none."""
 
 
@@ -264,8 +264,11 @@ class RunFolder:
         items: dict[str, Any] = {"state": ocp.args.StandardSave(_fetched(state))}
         if trajectories is not None:
             items["trajectories"] = ocp.args.StandardSave(_fetched(trajectories))
-            items["about"] = ocp.args.JsonSave(about)
-        self._save(self._checkpoint(step), **items)
+        self._save(self._checkpoint(step), **items, about=ocp.args.JsonSave(about))
+
+    def about(self, step: int) -> dict[str, dict[str, Any]]:
+        """Descriptions at an outer step, by set of tasks and learner (`labelled.describe`)."""
+        return self._about(self._checkpoint(step))
 
     def steps(self) -> list[int]:
         """The outer steps of all checkpoints, in order."""
@@ -330,7 +333,7 @@ class RunFolder:
     def tracked(self) -> dict[str, list[str]]:
         """Names of the meta-learners measured at every checkpoint, by set of tasks."""
         for step in self.outer_steps()[:1]:
-            return {name: list(of) for name, of in self._about(self._checkpoint(step)).items()}
+            return {name: list(of) for name, of in self.about(step).items()}
         return {}
 
     def trajectories(
@@ -346,7 +349,7 @@ class RunFolder:
         if not steps:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
         folders = [self._checkpoint(step) for step in steps]
-        described = self._about(folders[0])
+        described = self.about(steps[-1])
         if learner not in described.get(task_set, {}):
             raise ConfigError(f"task_set = {task_set!r}: {self.path} tracks {', '.join(described)}")
         own = described[task_set][learner]

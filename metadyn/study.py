@@ -32,7 +32,12 @@ from metadyn.base import (
 )
 from metadyn.errors import ConfigError, check, check_name, check_positive, check_unique, naming
 from metadyn.labelled import Kind
+from metadyn.learners.attention import LinearAttentionConfig, TransformerConfig
+from metadyn.learners.delta import DeltaNetConfig
+from metadyn.learners.learned_optimizer import LearnedOptimizerConfig
+from metadyn.learners.linear_recurrent import MinLSTMConfig
 from metadyn.learners.lstm import LSTMConfig
+from metadyn.learners.maml import MAMLConfig
 from metadyn.learners.networks import GRUConfig
 from metadyn.objectives import ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig
@@ -44,7 +49,16 @@ if TYPE_CHECKING:
 TRACKED, HELDOUT = "tracked", "heldout"
 """The sets of tasks on which meta-learners are measured at every checkpoint: the first of those of
 evaluation, for mode trajectories; and some of the training distribution, for excess loss."""
-Network = Literal["lstm", "gru"]
+Network = Literal[
+    "lstm",
+    "gru",
+    "minlstm",
+    "transformer",
+    "linear_attention",
+    "delta",
+    "maml",
+    "learned_optimizer",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +103,12 @@ class StudyConfig:
     """The meta-learner that is trained."""
     lstm: LSTMConfig = LSTMConfig()
     gru: GRUConfig = GRUConfig()
+    minlstm: MinLSTMConfig = MinLSTMConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    linear_attention: LinearAttentionConfig = LinearAttentionConfig()
+    delta: DeltaNetConfig = DeltaNetConfig()
+    maml: MAMLConfig = MAMLConfig()
+    learned_optimizer: LearnedOptimizerConfig = LearnedOptimizerConfig()
     outer: OuterConfig = OuterConfig()
     measure: MeasureConfig = MeasureConfig()
 
@@ -101,10 +121,21 @@ class StudyConfig:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(StudyConfig)}
 
     def meta_learner(self, domain: Domain, heads: int = 0) -> Contender:
-        """Makes the chosen meta-learner for a domain, as a contender."""
+        """Makes the chosen meta-learner for a domain, as a contender.
+
+        Raises `ConfigError` if it cannot serve that domain.
+        """
         network = getattr(self, self.meta)
-        label, option = f"meta-trained {network.label}", f"{self.meta}.hidden"
-        return Contender(self.meta, label, network.make(domain, heads), option=option)
+        rate = getattr(network, "outer_learning_rate", None)
+        return Contender(
+            self.meta,
+            f"meta-trained {network.label}",
+            network.make(domain, heads),
+            objective=getattr(network, "objective", None),
+            own=None if rate is None else dataclasses.replace(self.outer, learning_rate=rate),
+            rate=f"{self.meta}.outer_learning_rate",
+            option=f"{self.meta}.{'hidden' if hasattr(network, 'hidden') else 'width'}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
