@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys
 from metadyn.errors import check, check_choice, check_positive
 from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
+
+Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,10 @@ class OuterConfig:
     """Log-spaced outer steps, beside step 0, at which state and mode trajectories are stored."""
     dispatch: int = 100
     """Outer steps in one dispatch to the devices: how often progress is shown."""
+    precision: Precision = "float32"
+    """What products in training are rounded to on GPUs and TPUs, in the words of
+    `jax.default_matmul_precision`; CPUs round nothing, and measurements are float32 everywhere.
+    GPUs take tensorfloat32 for bfloat16 too, TPUs three bfloat16 products for tensorfloat32."""
 
     def __post_init__(self) -> None:
         positive = "steps batch seeds learning_rate clip checkpoints dispatch"
@@ -57,6 +63,7 @@ class OuterConfig:
         right = 0 <= self.warmup < self.steps
         check(right, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
         check_choice("schedule", self.schedule, Schedule)
+        check_choice("precision", self.precision, Precision)
         self.transformation()
 
     @property
@@ -133,12 +140,14 @@ class OuterLoop:
         key_init, key_episodes = jax.random.split(prng.fast(key))
         seeds = jnp.arange(config.seeds)
 
+        @inner.full_precision
         def init() -> TrainState:
             keys = indexed_keys(key_init, seeds)
             params = {name: jax.vmap(t.meta.init)(keys) for name, t in trained.items()}
             moments = {name: jax.vmap(optimizers[name].init)(p) for name, p in params.items()}
             return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
+        @jax.default_matmul_precision(config.precision)
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Metrics]]:
