@@ -274,7 +274,10 @@ def configured(default: Any, overrides: Sequence[str]) -> Any:
         text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]|-{3,}", " ", errors.getvalue())
         text = re.sub(r"^\s*(Value error|Parsing error|Unrecognized options)\s", "", text)
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
-        raise ConfigError(f"override: {' '.join(text.split())}") from None
+        said = " ".join(text.split())
+        form = r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\."
+        said = re.sub(form, r"\2 \1: choose from \3", said)
+        raise ConfigError(said if said.startswith("--") else f"override: {said}") from None
 
 
 def _matrices() -> Any:

@@ -33,6 +33,9 @@ from metadyn.base import (
 )
 from metadyn.errors import check
 
+full_precision = jax.default_matmul_precision("highest")
+"""Products of float32 numbers as they are, which GPUs and TPUs would round first: for all that
+measures, and for all that a domain says, in training too."""
 Probes = tuple[tuple[str, Probe], ...]
 """Probes by the name under which they are recorded, hashable."""
 
@@ -41,11 +44,12 @@ def interact(
     domain: Domain, task: Task, answer: Callable[[Query], Answer], keys: Keys
 ) -> tuple[Query, Answer, Feedback]:
     """Poses one query, and returns it with the answer and the feedback, from a key of each."""
-    query = domain.query(task, keys[0])
+    query = full_precision(domain.query)(task, keys[0])
     answered = answer(query)
-    return query, answered, domain.feedback(task, query, answered, keys[1])
+    return query, answered, full_precision(domain.feedback)(task, query, answered, keys[1])
 
 
+@full_precision
 def observe(domain: Domain, keys: Keys) -> tuple[Query, Feedback]:
     """Poses the T pairs of an episode for each key, on tasks of training: leaves [T, ..., B].
 
@@ -72,7 +76,7 @@ def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:
     `measure` poses the same task under the same key, and the same learner does the same in it.
     """
     key_task, key_episode = jax.random.split(key)
-    task = domain.sample_task(key_task)
+    task = full_precision(domain.sample_task)(key_task)
     key_init, key_steps = jax.random.split(key_episode)
 
     def step(state, t):
@@ -84,6 +88,7 @@ def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:
     return jax.lax.scan(step, learner.init(key_init), jnp.arange(domain.steps))[1]
 
 
+@full_precision
 def run(
     domain: Domain,
     learner: Learner,
@@ -148,6 +153,7 @@ def _batch_keys(
     jax.jit,
     static_argnames=["domain", "make_learner", "seeded", "sample_task", "times", "probes", "chunk"],
 )
+@full_precision
 def measure(
     domain: Domain,
     make_learner: Callable[[Params], Learner],
@@ -167,7 +173,7 @@ def measure(
 
     Task i, `sample_task(key_i, argument)`, and all that happens in it come from `key` folded with
     its global index i. Tasks are spread over the devices and taken at most `chunk` at a time on
-    each, which bounds the memory.
+    each, which bounds the memory. All of it is computed in float32 proper on every backend.
     """
 
     def some(everywhere, indices):

@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys
 from metadyn.errors import check, check_choice, check_positive
 from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
+
+Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,10 @@ class OuterConfig:
     """Log-spaced outer steps, beside step 0, at which state and mode trajectories are stored."""
     dispatch: int = 100
     """Outer steps in one dispatch to the devices: how often progress is shown."""
+    precision: Precision = "float32"
+    """What products in training are rounded to on GPUs and TPUs, in the words of
+    `jax.default_matmul_precision`; CPUs round nothing, and measurements are float32 everywhere.
+    GPUs take tensorfloat32 for bfloat16 too, TPUs three bfloat16 products for tensorfloat32."""
 
     def __post_init__(self) -> None:
         positive = "steps batch seeds learning_rate clip checkpoints dispatch"
@@ -62,6 +68,7 @@ class OuterConfig:
         check_choice("schedule", self.schedule, Schedule)
         right = self.b2 is None or 0 < self.b2 < 1
         check(right, "b2", self.b2, "must be above 0 and below 1")
+        check_choice("precision", self.precision, Precision)
         self.transformation()
 
     @property
@@ -145,12 +152,14 @@ class OuterLoop:
         key_init, key_episodes = jax.random.split(prng.fast(key))
         seeds = jnp.arange(config.seeds)
 
+        @inner.full_precision
         def init() -> TrainState:
             keys = indexed_keys(key_init, seeds)
             params = {name: jax.vmap(t.meta.init)(keys) for name, t in trained.items()}
             moments = {name: jax.vmap(optimizers[name].init)(p) for name, p in params.items()}
             return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
+        @jax.default_matmul_precision(config.precision)
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Metrics]]:

@@ -232,7 +232,11 @@ WRONG = "study = 'linear regression'\n"
         (["run", STUDY, "--domain.steps", "0"], "--domain.steps 0: must be positive"),
         (["run", STUDY, "--domain.n-x", "2.5"], "2.5"),
         (["run", STUDY, "--outer.optimizer", "magic"], "--outer.optimizer magic: "),
-        (["run", STUDY, "--outer.schedule", "sawtooth"], "sawtooth"),
+        (["run", STUDY, "--outer.schedule", "sawtooth"], "--outer.schedule sawtooth: choose from"),
+        (
+            ["run", STUDY, "--outer.precision", "float8"],
+            "--outer.precision float8: choose from 'float32', 'tensorfloat32', 'bfloat16'",
+        ),
         (["run", STUDY, "--outer.warmup", "10000000"], "--outer.warmup 10000000: must be from 0"),
         (["run", STUDY, "--lstm.backend", "abacus"], "abacus"),
         (["run", STUDY, "--sgd.depth", "0"], "--sgd.depth 0: must be positive"),

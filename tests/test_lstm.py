@@ -110,6 +110,25 @@ def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_accelerators_store_two_arrays_a_step_and_join_weights_once(backend, monkeypatch):
+    """Forward h and all derivatives, backward the gradient of x; what is computed is the same."""
+    weights, inputs, direction = single(random_case(1))
+    gradient = jax.grad(lambda w, x: jnp.sum(direction * lstm(w, x)), (0, 1))
+    expected = gradient(weights, inputs)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    there = jax.jit(lambda w, x: gradient(w, x))
+    platform = "cuda" if backend == "gpu" else backend
+    text = there.trace(weights, inputs).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.dynamic_update_slice") == 3
+    joined = [line for line in text.splitlines() if f"tensor<{4 * H}x{N + H}xf32>" in line]
+    assert sum("stablehlo.concatenate" in line for line in joined) == 1
+    before = text[: text.index("stablehlo.while")].splitlines()
+    assert any("stablehlo.concatenate" in line for line in before)
+    for one, other in zip(*map(jax.tree.leaves, (there(weights, inputs), expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_episodes_are_what_stepping_the_cell_gives(backend: Backend):
     fast = LSTMCell(N, LSTMConfig(hidden=16, backend=backend), rngs=nnx.Rngs(0))

@@ -6,7 +6,7 @@ matrix product and every elementwise operation runs along the episodes.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,21 +86,27 @@ def lstm(
         few = jax.default_backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
         backend = "scan" if few else "backward"
     check_choice("backend", backend, Backend)
-    return {"scan": _scan, "backward": _lstm}[backend](weights, inputs)
+    backends: dict[str, Any] = {"scan": _scan, "backward": _lstm}
+    return backends[backend](weights, inputs)
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
+    both = _both(weights)
+
     def step(carry, x):
-        h, c, _ = _step(weights, x, *carry)
+        h, c, _ = _step(both, weights.bias, x, *carry)
         return (h, c), h
 
     return jax.lax.scan(step, _start(weights, inputs), inputs)[1]
 
 
-def _step(weights, x, h, c):
+def _both(weights):
+    return jnp.concatenate([weights.input, weights.recurrent], axis=1)
+
+
+def _step(both, bias, x, h, c):
     """`cell` with one product."""
-    both = jnp.concatenate([weights.input, weights.recurrent], axis=1)
-    return _activate(both @ jnp.concatenate([x, h]) + weights.bias[:, None], c)
+    return _activate(both @ jnp.concatenate([x, h]) + bias[:, None], c)
 
 
 def _start(weights, inputs):
@@ -124,9 +130,13 @@ class Local(NamedTuple):
 
 
 def _lstm_forward(weights, inputs):
+    both = _both(weights)
+    # Elsewhere than on a CPU one array is kept in place of six: each is a launch a step.
+    kept = tuple if jax.default_backend() == "cpu" else jnp.stack
+
     def step(carry, x):
         c_before = carry[1]
-        h, c, (i, f, o, g) = _step(weights, x, *carry)
+        h, c, (i, f, o, g) = _step(both, weights.bias, x, *carry)
         tanh_c = jnp.tanh(c)
         local = Local(
             g * i * (1 - i),
@@ -136,7 +146,7 @@ def _lstm_forward(weights, inputs):
             o * (1 - tanh_c**2),
             f,
         )
-        return (h, c), (h, local)
+        return (h, c), (h, kept(local))
 
     _, (h, local) = jax.lax.scan(step, _start(weights, inputs), inputs)
     return h, (weights, inputs, h, local)
@@ -154,7 +164,8 @@ def _lstm_backward(residuals, dh_out):
 
     def step(carry, now):
         dh, dc, dz_after, total = carry
-        dh_out, h, x_after, local = now
+        dh_out, h, x_after, kept = now
+        local = Local(*kept)
         # h is what the step after saw, so its gradient is taken now: no shifted copy of h is made.
         total = total + gradient(dz_after, x_after, h)
         dh = dh + dh_out

@@ -1,0 +1,102 @@
+"""What is computed in float32 proper, as the programs for GPUs and TPUs say: neither is needed."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metadyn import inner
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.fourier import FourierRegression
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners import bayes
+from metadyn.learners.gradient import deep_linear, gradient, mlp
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import actor_critic, prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
+
+LINEAR = LinearRegression(3, 2, steps=4)
+FOURIER = FourierRegression(steps=4)
+BANDIT = ContextualBandit(3, 4, steps=4)
+ORDINARY = {
+    "bayes": (LINEAR, bayes.bayes_linear(LINEAR)),
+    "least_squares": (LINEAR, bayes.least_squares(3, 2)),
+    "sgd": (LINEAR, gradient(deep_linear(3, 2), optax.sgd(0.05), 4)),
+    "bayes_fourier": (FOURIER, bayes.bayes_fourier(FOURIER)),
+    "mlp": (FOURIER, gradient(mlp(1, 1, 2, 8), optax.sgd(0.05), 4)),
+    "bayes_bandit": (BANDIT, bayes.bayes_bandit(BANDIT)),
+}
+TRAINED = {"lstm": LINEAR, "lstm_fourier": FOURIER, "lstm_bandit": BANDIT}
+PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}
+"""Names of platforms: what JAX lowers for, and what it says it runs on there."""
+
+
+@pytest.fixture(params=PLATFORMS)
+def lowered(request, monkeypatch):
+    """`lowered(jitted, *arguments)`: the text of a program for a platform."""
+    monkeypatch.setattr(jax, "default_backend", lambda: PLATFORMS[request.param])
+    platform = (request.param,)
+    return lambda f, *given: f.trace(*given).lower(lowering_platforms=platform).as_text()
+
+
+def roundings(text):
+    """The precisions that the products of a program ask for; None, if one asks for none."""
+    products = [line for line in text.splitlines() if "stablehlo.dot" in line]
+    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in products]
+    return {each and each.groups() for each in found}
+
+
+EXACT = {("HIGHEST", "HIGHEST")}
+
+
+@pytest.mark.parametrize("name", [*ORDINARY, *TRAINED])
+def test_all_that_measures_is_float32(name, lowered):
+    if name in ORDINARY:
+        domain, learner = ORDINARY[name]
+        make, params = lambda _: learner, ()
+    else:
+        domain = TRAINED[name]
+        meta = LSTMConfig(hidden=8).make(domain)
+        make, params = meta.learner, jax.vmap(meta.init)(jax.random.split(jax.random.key(0), 2))
+    tasks, probes = domain.evaluation(16), tuple(domain.evaluation(16).probes.items())
+    key, indices = jax.random.key(0), np.arange(8, dtype=np.int32)
+    given = (tasks.sample, tasks.argument, key, indices, (0, 1, 4), probes)
+    text = lowered(inner.measure, domain, make, params, name in TRAINED, *given)
+    assert roundings(text) == EXACT
+    assert "stablehlo.fft" not in text
+
+
+def loop_of(domain, precision, backend="auto"):
+    critic = domain is BANDIT
+    meta = LSTMConfig(hidden=16, backend=backend).make(domain, heads=int(critic))
+    objective = (actor_critic if critic else prediction_loss)(domain, meta)
+    config = OuterConfig(steps=4, batch=32, seeds=2, warmup=1, precision=precision)
+    return OuterLoop({"lstm": MetaTraining(meta, objective)}, config, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("domain", "precision", "asked"),
+    [
+        (LINEAR, "float32", "HIGHEST"),
+        (LINEAR, "tensorfloat32", "HIGH"),
+        (LINEAR, "bfloat16", "DEFAULT"),
+        (FOURIER, "bfloat16", "DEFAULT"),
+        (BANDIT, "float32", "HIGHEST"),
+        (BANDIT, "bfloat16", "DEFAULT"),
+    ],
+)
+def test_training_rounds_what_its_configuration_says(domain, precision, asked, lowered):
+    """And never what the domain says: W x of linear regression stays exact."""
+    loop = loop_of(domain, precision)
+    found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
+    assert found == {(asked, asked)} | (EXACT if domain is LINEAR else set())
+
+
+@pytest.mark.parametrize("backend", ["scan", "backward"])
+def test_every_backend_of_the_lstm_is_rounded_alike(backend, lowered):
+    loop = loop_of(FOURIER, "bfloat16", backend)
+    found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
+    assert found == {("DEFAULT", "DEFAULT")}
