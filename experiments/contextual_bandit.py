@@ -144,12 +144,14 @@ def criteria(config: Config, results):
         least = 1.5 if name == "reinforce_coupled" else -math.inf
         said = "each context more multiplies the time to learn all by this"
         yield md.criterion(f"{name}_growth_factor", factor, said, at_least=least)
-        bound = {("at_least" if coupled else "at_most"): 1.0, "surely": True} if sampled else {}
+        bounds = {("at_least" if coupled else "at_most"): 1.0} if sampled else {}
         said = (
             "error of the best linear fit of the time to learn all over that of the best "
             "exponential: above 1 it grows exponentially, below 1 linearly"
         )
-        yield md.criterion(f"{name}_growth_linear_over_exponential", ratio, said, **bound)
+        yield md.criterion(
+            f"{name}_growth_linear_over_exponential", ratio, said, **bounds, surely=True
+        )
         share = over_runs(np.mean, np.isinf(runs[name][-1]))
         said = f"share of runs that had not learned all {half} contexts by the last update"
         yield md.criterion(f"{name}_censored_runs", share, said)
