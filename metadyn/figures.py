@@ -115,7 +115,7 @@ def mode_strength(measured: Measured, probe: str = STRENGTH, one_run: bool = Fal
         clock = "optimiser updates" if start else "observations in the episode"
         axis.set(title=f"{about.label}\n{said}", xlabel=clock, ylim=UP_TO)
         axis.set_xscale("log" if start else "linear")
-    axes[0].legend(title=first.axis, loc="upper left")
+    axes[0].legend(title=first.axis, loc="best" if one_run else "upper left")
     return figure
 
 
