@@ -175,8 +175,8 @@ def growth(results):
     sets.sort(key=lambda name: int(name.split("_")[0]))
     numbers = np.array([int(name.split("_")[0]) for name in sets])
     figure, (axis,) = figures.grid(min(len(sets), 1), width=6.6, height=4.6)
-    styles = zip(figures.COLOURS, figures.MARKERS, strict=True)
-    for (name, first), (colour, marker) in zip(results.learners(sets[0]).items(), styles):  # noqa: B905
+    learners, styles = results.learners(sets[0]), (figures.COLOURS, figures.MARKERS)
+    for (name, first), colour, marker in zip(learners.items(), *styles, strict=False):
         runs = [dynamics.last_times(results[each, name]) for each in sets]
         found = [dynamics.estimate_over_runs(np.median, each) for each in runs]
         median = dynamics.Estimate(*(np.array(part) for part in zip(*found, strict=True)))
