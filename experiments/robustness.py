@@ -86,75 +86,62 @@ class Config(md.StudyConfig):
             check(right, field, values, f"must be above {least} and at most {most:g}, each once")
 
 
-def named(config: Config, name: str) -> dict[str, str]:
-    """Every variant of the learners of a domain: what figures call it, by name."""
-    loops = [(loop, each) for loop in ("inner", "outer") for each in OPTIMIZERS]
-    said = {f"{loop}_{each}": f"{loop} optimiser {each}" for loop, each in loops}
-    said |= {f"hidden_{hidden}": f"{hidden} hidden units" for hidden in config.widths}
-    if name == "bandit":
-        return said | {f"noise_{p:g}": f"pay with {p:.0%} or {1 - p:.0%}" for p in config.pays}
-    return said | {f"noise_{sigma:g}": f"noise σ = {sigma:g}" for sigma in config.sigmas}
-
-
 def comparison(config: Config, name: str, **changes: Any) -> md.Comparison:
     """What a domain's own study compares, with some of its configuration changed."""
     fields = config.common() | {"domain": getattr(config, name)} | changes
     return STUDIES[name].comparison(config.of, **fields)
 
 
-def ordinary(config: Config, name: str) -> Iterator[md.Contender]:
-    """The ordinary learner of a domain under each optimiser."""
+def variants(config: Config, name: str) -> Iterator[tuple[str, str, dict, dict[str, Any]]]:
+    """The variants of a domain: name, label, what each changes in the study and in the learner."""
     for optimizer in OPTIMIZERS:
-        changes, wanted = {}, optimizer  # nonlinear regression has a learner of each
+        changes = {}  # nonlinear regression has a learner of each
         if name in ORDINARY:
-            field, wanted = ORDINARY[name]
+            field, _ = ORDINARY[name]
             rate = getattr(getattr(config, f"{name}_rates"), optimizer)
-            fields = {"optimizer": optimizer, "learning_rate": rate}
-            fields |= {"updates": config.linear_updates} if name == "linear" else {}
             own = getattr(STUDIES[name].presets[config.of], field)
-            changes[field] = dataclasses.replace(own, **fields)
-        contenders = comparison(config, name, **changes).contenders
-        (found,) = (each for each in contenders if each.name == wanted)
-        yield dataclasses.replace(found, name=f"inner_{optimizer}", curve=None)
-
-
-def variants(config: Config, name: str) -> Iterator[tuple[md.Comparison, list[md.Contender]]]:
-    """The meta-learner of a domain, changed, and what it is compared in.
-
-    Those of one domain are given the same tasks.
-    """
-    base, changed = comparison(config, name), []
+            own = dataclasses.replace(own, optimizer=optimizer, learning_rate=rate)
+            linear = {"updates": config.linear_updates} if name == "linear" else {}
+            changes = {field: dataclasses.replace(own, **linear)}
+        yield f"inner_{optimizer}", f"inner optimiser {optimizer}", changes, {"curve": None}
     for optimizer in OPTIMIZERS:
         rate, field = getattr(config.outer_rates, optimizer), f"outer_rates.{optimizer}"
         own = dataclasses.replace(config.outer, optimizer=optimizer, learning_rate=rate)
-        fields = {"name": f"outer_{optimizer}", "own": own, "rate": field}
-        changed.append(dataclasses.replace(base.metas[0], **fields))
+        label = f"outer optimiser {optimizer}"
+        yield f"outer_{optimizer}", label, {}, {"own": own, "rate": field}
     for hidden in config.widths:
         network = dataclasses.replace(getattr(config, config.meta), hidden=hidden)
-        (meta,) = comparison(config, name, **{config.meta: network}).metas
-        changed.append(dataclasses.replace(meta, name=f"hidden_{hidden}"))
-    yield base, changed
+        yield f"hidden_{hidden}", f"{hidden} hidden units", {config.meta: network}, {}
     for value in config.pays if name == "bandit" else config.sigmas:
-        noise = {"p_high": value, "p_low": 1 - value} if name == "bandit" else {"sigma": value}
+        noise, label = {"sigma": value}, f"noise σ = {value:g}"
+        if name == "bandit":
+            noise = {"p_high": value, "p_low": 1 - value}
+            label = f"pay with {value:.0%} or {1 - value:.0%}"
         domain = dataclasses.replace(getattr(config, name), **noise)
-        base = comparison(config, name, domain=domain)
-        yield base, [dataclasses.replace(base.metas[0], name=f"noise_{value:g}")]
+        yield f"noise_{value:g}", label, {"domain": domain}, {}
 
 
 def plan(config: Config) -> md.Plan:
-    """Every variant of every domain."""
+    """Every variant of every domain; those of one comparison are given the same tasks."""
     comparisons, sizes = [], config.measure
     for name, title in TITLES.items():
-        said, base = named(config, name), comparison(config, name)
-        label = lambda them, said=said: [dataclasses.replace(c, label=said[c.name]) for c in them]
-        learners = label(ordinary(config, name)) + [base.bayes] * (name == "bandit")
+        made: dict[str, tuple[md.Comparison, list[md.Contender]]] = {}
+        for variant, label, changes, fields in variants(config, name):
+            kind, value = variant.split("_")
+            whole = comparison(config, name, **changes)
+            wanted = ORDINARY.get(name, ("", value))[1] if kind == "inner" else config.meta
+            (found,) = (each for each in whole.contenders if each.name == wanted)
+            ending = {"inner": "inner", "noise": f"{name}_{variant}"}.get(kind, name)
+            _, several = made.setdefault(ending, (whole, []))
+            several.append(dataclasses.replace(found, name=variant, label=label, **fields))
+        base, inner = made.pop("inner")
+        inner += [base.bayes] if name == "bandit" else []
         tasks = base.domain.evaluation(sizes.probe_points)
         sets = [sizes.sized(tasks, "updating_tasks", f"inner_{name}")]
-        comparisons.append(md.Comparison(base.domain, learners, sets, measure=sizes, title=title))
-        for whole, metas in variants(config, name):
-            ending = f"{name}_{metas[0].name}" if metas[0].name.startswith("noise_") else name
-            fields = {"contenders": [*label(metas), whole.bayes], "followed": False}
-            comparisons.append(whole.alone(ending, title, **fields))
+        comparisons.append(md.Comparison(base.domain, inner, sets, measure=sizes, title=title))
+        for ending, (whole, metas) in made.items():
+            changes = {"contenders": [*metas, whole.bayes], "followed": False}
+            comparisons.append(whole.alone(ending, title, **changes))
     return md.Plan(config.outer, comparisons)
 
 
@@ -192,25 +179,20 @@ def criteria(config: Config, results):
         rows = list(found(results, name))
         merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
         for row in rows:
-            said = f"{labelled.about(row[1]).label}: {merit}" + " minus Bayes" * (
-                row[2] is not None
-            )
+            said = f"{labelled.about(row[1]).label}: {merit}"
+            said += "" if row[2] is None else " minus Bayes"
             yield md.criterion(f"{name}_{row[0]}_staggering", beyond([row]), said)
             yield censored(f"{name}_{row[0]}", row[1])
         of = {kind: [row for row in rows if row[0].startswith(kind)] for kind in ("inner", *VARIED)}
         least = beyond(of.pop("inner"), lambda each, sign=sign: (sign * each).min(0))
-        said = (
-            f"the ordinary learner staggers under every optimiser: the least, times {sign}, above 0"
-        )
+        said = f"it staggers alike under every optimiser: the least, times {sign}, above 0"
         yield md.criterion(f"{name}_inner_optimizers", least, said, at_least=0.0, surely=True)
         bound = WITHIN[name]
         for varied, several in of.items():
             if several:
                 worst = beyond(several, lambda each: np.abs(each).max(0))
-                said = (
-                    f"the meta-learner staggers as Bayes does, to within {bound:g}, whatever the "
-                )
-                said += VARIED[varied]
+                what = f"to within {bound:g}, whatever the {VARIED[varied]}"
+                said = f"the meta-learner surely staggers as Bayes does, {what}"
                 yield md.criterion(f"{name}_{varied}_worst", worst, said, bound, surely=True)
 
 
@@ -233,12 +215,9 @@ def robustness(results):
         axis.set(title=TITLES[name], ylim=(len(rows) - 0.5, -0.5))
         axis.set_xlabel("slope (meta-learner: minus Bayes')")
     axis.set_xlabel("staggering minus Bayes'")  # of the bandit, which is the last
-    for label, (marker, colour) in zip(
-        ("ordinary learner", "meta-learner"), styles.values(), strict=True
-    ):
-        axes[0].plot([], [], marker, color=colour, label=label)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=11)
+    shown = [axis.plot([], [], marker, color=colour)[0] for marker, colour in styles.values()]
+    named, style = ["ordinary learner", "meta-learner"], {"ncols": 2, "fontsize": 11}
+    figure.legend(shown, named, loc="outside lower center", **style)
     return figure
 
 
@@ -280,7 +259,7 @@ ROWS = {
     f"{name}_{variant}": f"{title}, {label}"
     for name, title in TITLES.items()
     for config in (QUICK, PAPER)
-    for variant, label in named(config, name).items()
+    for variant, label, *_ in variants(config, name)
 }
 COLUMNS = {
     "staggering": "staggering",

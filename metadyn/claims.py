@@ -42,7 +42,7 @@ def collect(folder: Path, runs: Sequence[str]) -> None:
             (folder / part).mkdir(exist_ok=True)
         summary = folder / "results" / f"{study.name}-{preset}.json"
         shutil.copyfile(run.path / "summary.json", summary)
-        wanted = {each.figure for each in (*study.claims, *study.tables)}
+        wanted = {claim.figure for claim in study.claims} | {t.figure for t in study.tables}
         for source in run.figures.iterdir():
             copy = folder / _figure(study.name, preset, source.name)
             if source.stem in wanted or copy.exists():

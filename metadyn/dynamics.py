@@ -23,8 +23,7 @@ Numbers = np.ndarray | np.floating | float
 Statistic = Callable[..., Numbers]
 Inner = Float[np.ndarray, "*#batch step mode"]
 Outer = Float[np.ndarray, "*#batch outer_step step mode"]
-DRAWS = 1000
-"""Resamples behind an interval. Our choice."""
+DRAWS = 1000  # resamples behind an interval: our choice
 
 
 class Estimate(NamedTuple):
@@ -182,10 +181,7 @@ def times_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], 
 
 
 def merit_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
-    """The statistic that turns mean mode strengths [..., step, mode] into how far they stagger.
-
-    That is the staggering slope; or, of exchangeable modes, `staggering`.
-    """
+    """The `staggering_slope` of mean mode strengths, or of exchangeable modes `staggering`."""
     times, modes = times_of(data, probe), labelled.modes(data, probe)
     if modes.exchangeable:
         return lambda strength: staggering(times(strength))
@@ -209,11 +205,7 @@ def difference(data: xr.Dataset, other: xr.Dataset) -> Estimate:
 
 
 def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) -> xr.Dataset:
-    """How far each learner staggers, with its 95 % interval: value, low and high [learner].
-
-    The staggering slope of `metadyn.measure`'s or `metadyn.load`'s data; of exchangeable modes
-    `staggering` in its place.
-    """
+    """How far each learner of a dataset staggers (`merit`): value, low and high [learner]."""
     found = {name: merit(each, probe) for name, each in labelled.split(data).items()}
     columns = np.array([*found.values()]).T
     named = zip(Estimate._fields, columns, strict=True)
@@ -243,10 +235,8 @@ def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Float[np.nda
 
 
 def share_of_bayes(trained: Outer, bayes: Inner) -> Float[np.ndarray, "*batch outer_step mode"]:
-    """How far outer training has brought each mode: 0 as untrained (outer step 0), 1 as Bayes.
-
-    Of the mean strength over the episode, t = 0 left out.
-    """
+    """How far outer training has brought each mode's mean strength: 0 untrained, 1 as Bayes."""
+    # Over the episode but for its start, where nothing can be learned yet.
     learned, best = trained[..., 1:, :].mean(-2), bayes[..., None, 1:, :].mean(-2)
     untrained = learned[..., :1, :]
     return (learned - untrained) / (best - untrained)

@@ -115,7 +115,7 @@ def mode_strength(measured: Measured, probe: str = STRENGTH, one_run: bool = Fal
         clock = "optimiser updates" if start else "observations in the episode"
         axis.set(title=f"{about.label}\n{said}", xlabel=clock, ylim=UP_TO)
         axis.set_xscale("log" if start else "linear")
-    axes[0].legend(title=first.axis, loc="upper left")
+    axes[0].legend(title=first.axis, loc="best" if one_run else "upper left")
     return figure
 
 
@@ -256,7 +256,7 @@ def inner_curves(training: OuterTraining) -> Figure:
 def outer_learning(training: OuterTraining) -> Figure:
     """Draws inner learning times, and how near each mode is to Bayes, against outer step."""
     modes, (strength, best) = labelled.modes(training.trained), training.strengths
-    inner, outer = (of(training.trained) for of in (dynamics.times_of, dynamics.outer_times_of))
+    inner, outer = dynamics.times_of(training.trained), dynamics.outer_times_of(training.trained)
     figure, left, right, steps = _over_outer_training(training, "learning of each mode")
     reached = outer(*(each.mean((0, 1)) for each in training.over))
     halfway = [f"{name}: {n:,.0f}" for name, n in zip(_named(modes), reached, strict=True)]
@@ -285,7 +285,7 @@ def distance_to_bayes(training: OuterTraining) -> Figure:
     figure, left, right, steps = _over_outer_training(training, "distance to Bayes")
     floor, modes = labelled.about(training.losses[0]).loss_floor, labelled.modes(training.trained)
     loss, best = (dynamics.episode_loss(each) for each in training.losses)
-    statistic = lambda mean, best: dynamics.excess_loss(mean, best[..., None], floor)
+    statistic = lambda mean, best: np.asarray(dynamics.excess_loss(mean, best[..., None], floor))
     excess = dynamics.estimate(statistic, loss, best)
     one = {"color": COLOURS[0], "lw": 0.8, "alpha": 0.6}
     left.plot(steps, statistic(loss.mean(1), best.mean((0, 1))).T, **one)[0].set_label("each seed")
@@ -337,7 +337,7 @@ def animation(training: OuterTraining, path: Path) -> None:
     title = axis.set_title(titles[-1])
     canvas.draw()
     figure.set_layout_engine("none")  # laid out once, for the longest title
-    moving = [*lines, title]
+    moving: Any = [*lines, title]
     setp(moving, animated=True)
     canvas.draw()  # what stays: drawn once for all frames
     still, frames = canvas.copy_from_bbox(figure.bbox), []

@@ -441,14 +441,18 @@ class Claim:
     """The figure that shows it, by name."""
 
 
+def claims(**by_figure: Mapping[str, str]) -> list[Claim]:
+    """Claims by the figure that shows them: what each says, by the name of its criterion."""
+    pairs = [(figure, each) for figure, says in by_figure.items() for each in says.items()]
+    return [Claim(criterion, says, figure) for figure, (criterion, says) in pairs]
+
+
 def as_bayes(modes: str) -> list[Claim]:
     """What studies of regression claim of a meta-trained LSTM that learns as Bayes does."""
     says = f"A meta-trained LSTM learns nearly all {modes} at once, as Bayes does"
     near = "Its losses are near those of Bayes-optimal inference"
-    return [
-        Claim("lstm_minus_bayes_slope", says, "learning_times"),
-        Claim("lstm_excess_loss", near, "distance_to_bayes"),
-    ]
+    slope, loss = {"lstm_minus_bayes_slope": says}, {"lstm_excess_loss": near}
+    return claims(learning_times=slope, distance_to_bayes=loss)
 
 
 @dataclasses.dataclass(frozen=True)
