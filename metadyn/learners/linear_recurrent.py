@@ -40,7 +40,7 @@ class MinLSTM(nnx.Module):
     def __init__(self, config: MinLSTMConfig, steps: int, *, rngs: nnx.Rngs):
         H = config.hidden
 
-        def bias(key: Key, shape: tuple[int, ...], *rest: Any) -> Float[Array, " 4H"]:
+        def bias(key: Key, shape: tuple[int, ...], *rest: Any) -> Array:
             spans = jax.random.uniform(key, (H,), minval=1.0, maxval=max(steps - 1.0, 2.0))
             return jnp.concatenate([jnp.log(spans), -jnp.log(spans), jnp.zeros(2 * H)])
 
