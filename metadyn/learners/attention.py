@@ -207,7 +207,7 @@ class OneLayerAttention:
 
     def _outputs(
         self, params: Params, pairs: Float[Array, "m n *B"], x: Float[Array, " n *B"]
-    ) -> Float[Array, outputs * B]:
+    ) -> Float[Array, " outputs *B"]:
         """The outputs at x, given the mean of y xᵀ over the pairs."""
         if self.config.merged:
             key_query = params["key_query"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metadyn.base import Domain
+from metadyn.base import Domain, Key
 from metadyn.learners.blocks import BlocksConfig
 
 State = Float[Array, " H"]
@@ -38,11 +39,13 @@ class MinLSTM(nnx.Module):
 
     def __init__(self, config: MinLSTMConfig, steps: int, *, rngs: nnx.Rngs):
         H = config.hidden
-        self.project = nnx.Linear(H, 4 * H, rngs=rngs)
+
+        def bias(key: Key, shape: tuple[int, ...], *rest: Any) -> Array:
+            spans = jax.random.uniform(key, (H,), minval=1.0, maxval=max(steps - 1.0, 2.0))
+            return jnp.concatenate([jnp.log(spans), -jnp.log(spans), jnp.zeros(2 * H)])
+
+        self.project = nnx.Linear(H, 4 * H, bias_init=bias, rngs=rngs)
         self.out = nnx.Linear(H, H, rngs=rngs)
-        spans = jax.random.uniform(rngs.params(), (H,), minval=1.0, maxval=max(steps - 1.0, 2.0))
-        bias = jnp.log(spans)
-        self.project.bias[...] = jnp.concatenate([bias, -bias, jnp.zeros(2 * H)])
 
     def _gated(self, x: Float[Array, "*T H"]) -> tuple[Array, Array, Array]:
         forget, take, new, read = jnp.split(self.project(x), 4, axis=-1)
