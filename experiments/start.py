@@ -44,7 +44,7 @@ class Config:
     nonlinear: FourierRegression = FourierRegression()
     linear_maml: MAMLConfig = MAMLConfig()
     nonlinear_maml: MAMLConfig = MAMLConfig(width=64)
-    linear_descent: gd.DescentConfig = gd.DescentConfig(learning_rate=0.02, updates=3000)
+    linear_descent: gd.DescentConfig = gd.DescentConfig(learning_rate=0.02, updates=6000)
     """On fresh pairs. Depth and width are those of MAML's network."""
     nonlinear_descent: gd.DescentConfig = gd.DescentConfig(
         "adam", 1e-3, batch=64, updates=3000, records=60
