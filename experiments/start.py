@@ -1,0 +1,258 @@
+"""The start alone: where between a small random one and MAML's learned one the staggering goes.
+
+    metadyn run start [--preset quick|paper] [--out DIR] [overrides]
+
+The two-layer linear network of linear regression and the MLP of nonlinear regression are trained by
+plain gradient descent, always in the same way, from starts (1 − α) · random + α · learned, and from
+random starts of several sizes. The learned one is that of MAML (Finn et al. 2017, arXiv:1703.03400)
+on that very network. Saxe et al. (2013), arXiv:1312.6120, derive the staggering from a small start.
+"""
+
+import dataclasses
+from functools import reduce
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import metadyn as md
+from metadyn import dynamics, figures, labelled
+from metadyn.domains.fourier import FourierRegression, band
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import check, check_positive
+from metadyn.inner import log_spaced
+from metadyn.learners import gradient as gd
+from metadyn.learners.bayes import bayes_fourier, bayes_linear
+from metadyn.learners.maml import MAMLConfig, ordinary_network
+from metadyn.optimizers import named_optimizer
+from metadyn.study import HELDOUT, censored
+
+TITLES = {"linear": "two-layer linear network", "nonlinear": "MLP"}
+SIGN = {"linear": -1, "nonlinear": 1}
+"""Of the slope that an ordinary learner has: greater singular values, lower frequencies first."""
+WITHIN = {"at_most": 0.2, "at_least": -0.2}
+CHANGES = {"norm": "norm of all weights", "imbalance": "imbalance", "product": "product's norm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything the study depends on, beside its seed. Values are our choice."""
+
+    linear: LinearRegression = LinearRegression()
+    nonlinear: FourierRegression = FourierRegression()
+    linear_maml: MAMLConfig = MAMLConfig()
+    nonlinear_maml: MAMLConfig = MAMLConfig(width=64)
+    linear_descent: gd.DescentConfig = gd.DescentConfig(learning_rate=0.02, updates=6000)
+    """On fresh pairs. Depth and width are those of MAML's network."""
+    nonlinear_descent: gd.DescentConfig = gd.DescentConfig(
+        "adam", 1e-3, batch=64, updates=3000, records=60
+    )
+    """On a fixed set of as many pairs as the batch has."""
+    small: float = 1e-3
+    """Standard deviation of the linear network's small random start. That of the MLP is PyTorch's,
+    which an ordinary learner has."""
+    interpolations: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+    """α, from the random start, 0, to the learned one, 1."""
+    factors: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 2.0)
+    """Of random starts, times N(0, 1/fan-in) in the linear network and PyTorch's in the MLP."""
+    outer: md.OuterConfig = md.OuterConfig(learning_rate=1e-2)
+    measure: md.MeasureConfig = md.MeasureConfig()
+
+    def __post_init__(self) -> None:
+        check_positive(self, "small")
+        check_positive(self.linear_descent, "updates")
+        check_positive(self.nonlinear_descent, "updates")
+        right = all(0 <= a <= 1 for a in self.interpolations) and {0, 1} <= {*self.interpolations}
+        check(right, "interpolations", self.interpolations, "from 0 to 1, with both of them")
+        right = len(self.factors) > 0 and all(0 < f < float("inf") for f in self.factors)
+        check(right, "factors", self.factors, "must be positive and finite")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interpolated:
+    """The learners that descend from between a random start and MAML's, given its parameters."""
+
+    maml: Any
+    random: gd.Network
+    alpha: float
+    descend: Any
+    """`descend(network)` is the learner."""
+    clock = "updates"
+    heads = 0
+
+    def init(self, key):
+        """MAML's outer parameters."""
+        return self.maml.init(key)
+
+    def learner(self, params):
+        """Gradient descent from (1 − α) · random + α · learned."""
+        between = lambda a, b: (1 - self.alpha) * a + self.alpha * b
+        start = lambda key: jax.tree.map(between, self.random.init(key), params["start"])
+        return self.descend(gd.Network(start, self.random.apply), interpolation=self.alpha)
+
+    def unroll(self, params, queries, feedback):
+        """It is not trained."""
+        raise NotImplementedError
+
+
+def properties(weights) -> dict[str, jax.Array]:
+    """What may change in a start: norms, and how far ‖W_{l+1}ᵀ W_{l+1} − W_l W_lᵀ‖ is from 0."""
+    W = [getattr(layer, "weight", layer) for layer in weights]  # without biases
+    product = reduce(lambda below, above: above @ below, W)
+    apart = [b.T @ b - a @ a.T for a, b in pairwise(W)]
+    norm = lambda leaves: jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in leaves))
+    return {"norm": norm(W), "imbalance": norm(apart), "product": norm([product])}
+
+
+def compared(config: Config, name: str, bayes) -> md.Comparison:
+    """MAML, descent from every start, and Bayes, in one domain."""
+    domain, descent = getattr(config, name), getattr(config, f"{name}_descent")
+    maml, linear = getattr(config, f"{name}_maml"), name == "linear"
+    ordinary = ordinary_network(domain, maml.depth, maml.width)
+    random = ordinary_network(domain, maml.depth, maml.width, config.small)
+    optimizer = named_optimizer(descent.optimizer, descent.learning_rate)
+    times = log_spaced(descent.updates, descent.records)
+
+    def descend(network, **where):
+        points = None if linear else descent.batch
+        learner = gd.gradient(network, optimizer, descent.batch, points=points)
+        said = {name: jnp.asarray(value, jnp.float32) for name, value in where.items()}
+        return learner._replace(diagnose=lambda state: properties(state[0]) | said)
+
+    def scaled(factor):
+        start = lambda key: jax.tree.map(lambda w: factor * w, ordinary.init(key))
+        return descend(gd.Network(start, ordinary.apply), factor=factor)
+
+    trained = maml.make(domain)
+    contenders = [
+        md.Contender("maml", "MAML", trained, option=f"--{name}-maml.inner-steps"),
+        *(
+            md.Contender(
+                f"interpolated_{alpha:g}", f"α = {alpha:g}",
+                Interpolated(trained, random, alpha, descend), "ordinary", times, of="maml",
+            )
+            for alpha in config.interpolations
+        ),
+        *(
+            md.Contender(f"random_{f:g}", f"random × {f:g}", scaled(f), "reference", times)
+            for f in config.factors
+        ),
+        md.Contender("bayes", "Bayes-optimal", bayes(domain), "bayes"),
+    ]  # fmt: skip
+    tasks = config.measure.sized(domain.evaluation(config.measure.probe_points), name=name)
+    return md.Comparison(
+        domain, contenders, [tasks], measure=config.measure, name=name, title=TITLES[name]
+    )
+
+
+def plan(config: Config) -> md.Plan:
+    """One comparison of each domain."""
+    both = {"linear": bayes_linear, "nonlinear": bayes_fourier}
+    return md.Plan(config.outer, [compared(config, name, bayes) for name, bayes in both.items()])
+
+
+def criteria(config: Config, results):
+    """The slope from every start, and how it and the start change from one end to the other."""
+    for name, sign in SIGN.items():
+        for learner, data in results.learners(name).items():
+            found = dynamics.measured(dynamics.merit_of(data), data)
+            said = f"{TITLES[name]}, {labelled.about(data).label}: slope of log t_k"
+            yield md.criterion(f"{name}_{learner}_slope", found, said)
+            yield censored(f"{name}_{learner}", data)
+        bound = {"at_most": -0.5} if sign < 0 else {"at_least": 0.5}
+        for learner, called, said, bounds in (
+            ("interpolated_0", "random_start", f"random start: staggers, {sign * 0.5:g}", bound),
+            ("interpolated_1", "learned_start", "learned start: does not, by 0.2", WITHIN),
+            ("maml", "maml", "MAML itself does not, by 0.2", WITHIN),
+        ):
+            found = dynamics.difference(results[name, learner], results[name, "bayes"])
+            said = f"{TITLES[name]}, {said}: slope minus Bayes'"
+            yield md.criterion(f"{name}_{called}", found, said, **bounds, surely=True)
+        losses = results[f"{HELDOUT}_{name}", "maml"].isel(outer_step=-1)
+        excess = dynamics.measured_excess(losses, results[f"{HELDOUT}_{name}", "bayes"])
+        yield md.criterion(f"{name}_maml_excess", excess, f"{TITLES[name]}: MAML's excess loss")
+        for learner in ("interpolated_0", "interpolated_1"):
+            for what, said in CHANGES.items():
+                found = of_start(results[name, learner], what)
+                said = f"{TITLES[name]}, {labelled.about(results[name, learner]).label}: {said}"
+                yield md.criterion(f"{name}_{learner}_{what}", found, said)
+
+
+def of_start(data, what: str) -> dynamics.Estimate:
+    """A property of the start."""
+    return dynamics.estimate(lambda mean: mean, dynamics.samples(data, what)[:, :, 0])
+
+
+def series(results, name: str, along: str):
+    """The learners of one series of starts, in order: where they stand in it, and their data."""
+    rows = [data for data in results.learners(name, "ordinary", "reference").values()]
+    at = lambda data: float(dynamics.samples(data, along)[0, 0, 0])
+    return sorted(((at(d), d) for d in rows if along in d), key=lambda row: row[0])
+
+
+def start(results):
+    """Draws the slope along both series of starts, and what changes in the start beside it."""
+    names = [name for name in TITLES if name in results.sets()]
+    figure, axes = figures.grid(3 * len(names), columns=3, width=4.6, height=3.6)
+    kinds = {"interpolation": "random to learned", "factor": "random, scaled"}
+    for i, name in enumerate(names):
+        row = axes[3 * i : 3 * i + 3]
+        for (along, label), colour in zip(kinds.items(), figures.COLOURS, strict=False):
+            found = series(results, name, along)
+            slopes = [dynamics.measured(dynamics.merit_of(data), data) for _, data in found]
+            norms = [float(of_start(data, "norm").value) for _, data in found]
+            style = {"fmt": "o-", "color": colour, "capsize": 3, "label": label}
+            for axis, x in ((row[0], [at for at, _ in found]), (row[2], norms)):
+                if axis is row[2] or along == "interpolation":
+                    bars = np.transpose([figures.bars(each) for each in slopes])
+                    axis.errorbar(x, [float(each.value) for each in slopes], bars, **style)
+        for who, ls in (("maml", "--"), ("bayes", ":")):
+            data = results[name, who]
+            slope = dynamics.measured(dynamics.merit_of(data), data).value
+            row[0].axhline(slope, color="black", ls=ls, label=labelled.about(data).label)
+        between = series(results, name, "interpolation")
+        for what, label in CHANGES.items():
+            sizes = [float(of_start(data, what).value) for _, data in between]
+            row[1].semilogy([at for at, _ in between], sizes, "o-", label=label)
+        row[0].set(title=TITLES[name], xlabel="α, random to learned", ylabel="staggering slope")
+        row[1].set(xlabel="α, random to learned", ylabel="of the start")
+        row[2].set(xscale="log", xlabel="norm of the start", ylabel="staggering slope")
+        for axis in row:
+            axis.legend(fontsize=9)
+    return figure
+
+
+def curves(results):
+    """Draws the mode strengths from every start of the linear network."""
+    return figures.mode_strength(results.learners("linear", "ordinary", "reference"))
+
+
+QUICK = Config(
+    linear=LinearRegression(n_x=3, n_y=3),
+    nonlinear=FourierRegression(band(1, 3), steps=20),
+    outer=md.OuterConfig(steps=1500, seeds=3, learning_rate=1e-2, checkpoints=4),
+    nonlinear_maml=MAMLConfig(inner_steps=1),
+    measure=md.MeasureConfig(
+        tasks=1024, updating_tasks=32, tracked_tasks=32, heldout_tasks=512, probe_points=16
+    ),
+)
+PAPER = Config(outer=md.OuterConfig(steps=50_000, batch=512, learning_rate=3e-3, warmup=1000))
+study = md.Study(
+    "start",
+    {"quick": QUICK, "paper": PAPER},
+    plan,
+    criteria,
+    {"start": start, "mode_strength_linear": curves},
+    section="ours",
+    claims=[
+        md.Claim(f"{name}_{criterion}", f"Ours: {says} ({title})", "start")
+        for name, title in TITLES.items()
+        for criterion, says in (
+            ("random_start", "from a small random start gradient descent staggers"),
+            ("learned_start", "from the start that MAML learned the same descent does not"),
+            ("maml", "MAML itself does not stagger"),
+        )
+    ],
+)
