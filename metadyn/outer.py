@@ -226,7 +226,8 @@ class OuterLoop:
         for target in targets:
             while step < target:
                 count = min(self.config.dispatch, target - step)
-                parts, metrics = [], {}
+                parts: list[TrainState] = []
+                metrics: dict[str, Metrics] = {}
                 for name in self.trained:  # each by itself, so that its time is known
                     start = time.perf_counter()
                     part, found = jax.block_until_ready(

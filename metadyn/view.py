@@ -95,10 +95,15 @@ def _sets(results: Results) -> Iterator[tuple[str, dict[str, xr.Dataset]]]:
             yield name, measured
 
 
+def _probes(data: xr.Dataset) -> list[str]:
+    """The names of the probes that a measurement is of."""
+    return [str(name) for name in data if "values" in data[name].attrs]
+
+
 def _groups(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str, Any]]:
     """The inner learning curves of all learners on one set of tasks, by each probe."""
     first = next(iter(measured.values()))
-    for probe in figures.probes(measured):
+    for probe in _probes(first):
         of = labelled.modes(first, probe)
         read = [data for data in measured.values() if probe in data]
         alike = [data for data in read if labelled.modes(data, probe).values == of.values]
