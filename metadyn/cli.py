@@ -1,4 +1,4 @@
-"""The command line: metadyn run | figures | report | view | claims | devices.
+"""The command line: metadyn run | list | view | figures | report | claims | devices.
 
 Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
 is not there (one line on stderr), 130 interrupted, or another process of the run was lost: the same
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from metadyn.errors import ConfigError, ConfigWarning
+from metadyn.errors import ConfigError, ConfigWarning, meant
 
 if TYPE_CHECKING:  # imported when needed: they start JAX
     from metadyn.progress import Progress
@@ -36,13 +36,29 @@ STOPPED = "interrupted; the same command goes on from here"
 PATIENCE = 6.0  # seconds
 
 
+_RUN = "runs/linear_regression-quick-0"
+_EXAMPLES = {
+    "run": "linear_regression --domain.sigma 0.3",
+    "figures": _RUN,
+    "report": _RUN,
+    "view": f"{_RUN} --serve 8000",
+    "claims": f"experiments/ {_RUN}",
+    "devices": "",
+    "list": "",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see metadyn --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="metadyn", description="Measures in what order learners learn.")
+    parser = _Parser(
+        prog="metadyn",
+        description="Measures in what order learners learn.",
+        epilog=f"Example: metadyn run {_EXAMPLES['run']}",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "run",
@@ -88,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PORT",
         help="show it at 127.0.0.1:PORT instead, while it goes on",
     )
+    commands.add_parser("list", help="name the studies, their presets, and how long they took")
     claims = commands.add_parser(
         "claims",
         help="judge the paper's claims from what runs came to",
@@ -96,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     claims.add_argument("folder", help="a folder of studies")
     claims.add_argument("dir", metavar="DIR", nargs="*", help="runs that are done")
+    for name, example in _EXAMPLES.items():
+        commands.choices[name].epilog = f"Example: metadyn {name} {example}".rstrip()
     return parser
 
 
@@ -104,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.showwarning = _warn
     try:
+        if not (sys.argv[1:] if argv is None else argv):
+            _parser().print_help()
+            return DONE
         arguments, overrides = _parser().parse_known_args(argv)
         if overrides and arguments.command != "run":
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
@@ -273,7 +295,8 @@ def _run_one(
 def _preset(study: Study, preset: str) -> Any:
     if preset not in study.presets:
         known = ", ".join(study.presets)
-        raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}")
+        near = meant(preset, study.presets)
+        raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}{near}")
     return study.presets[preset]
 
 
@@ -304,7 +327,11 @@ def configured(default: Any, overrides: Sequence[str]) -> Any:
         text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]|-{3,}", " ", errors.getvalue())
         text = re.sub(r"^\s*(Value error|Parsing error|Unrecognized options)\s", "", text)
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
-        raise ConfigError(f"override: {' '.join(text.split())}") from None
+        options = [option for option, _ in _options(default)]
+        words = (word.partition("=")[0].replace("_", "-") for word in overrides)
+        unknown = (word for word in words if word.startswith("--") and word not in options)
+        near = next((hint for word in unknown if (hint := meant(word, options))), "")
+        raise ConfigError(f"override: {' '.join(text.split())}{near}") from None
 
 
 def _matrices() -> Any:
@@ -439,6 +466,23 @@ def _claims(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return DONE
 
 
+def _list(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from metadyn.store import read_summary
+    from metadyn.study import folder, load_studies
+
+    for study in load_studies(str(folder())):
+        about = sys.modules[study.plan.__module__].__doc__ or ""
+        print(f"{study.name}: {about.splitlines()[0] if about else ''}")
+        for preset in study.presets:
+            path = folder() / "results" / f"{study.name}-{preset}.json"
+            took = "not measured"
+            if path.exists():
+                found = read_summary(path)["environment"]
+                took = f"{found['seconds'] / 60:.1f} min on {found['processor']}"
+            print(f"  --preset {preset:12} {took}")
+    return DONE
+
+
 def _devices(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from metadyn import mesh
 
@@ -455,6 +499,7 @@ _COMMANDS = {
     "figures": _figures,
     "report": _report,
     "view": _view,
+    "list": _list,
     "claims": _claims,
     "devices": _devices,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -26,6 +28,12 @@ def check(holds: Any, field: str, value: Any, fix: str) -> None:
     """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
     if not holds:
         raise ConfigError(f"{field} = {value!r}: {fix}", field, value, fix)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name nearest to an unknown one, "; did you mean 'sgd'?", or nothing."""
+    near = difflib.get_close_matches(name, [*known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_name(name: str, what: str) -> None:

@@ -30,7 +30,7 @@ from metadyn.base import (
     TaskSet,
     training_tasks,
 )
-from metadyn.errors import ConfigError, check, check_name, check_positive
+from metadyn.errors import ConfigError, check, check_name, check_positive, meant
 from metadyn.labelled import Kind
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.networks import GRUConfig
@@ -503,6 +503,7 @@ def load_study(name: str) -> Study:
     path = str(folder() / f"{name}.py") if name in known() else name
     if not os.path.isfile(path):  # False too for what cannot be a path
         fix = f"there is no such file, and no such study: choose from {', '.join(known())}"
+        fix += meant(name, known())
         raise ConfigError(f"study = {name!r}: {fix}", "study", name, fix)
     module_name = f"metadyn_study_{Path(path).stem}"
     loader = SourceFileLoader(module_name, path)
