@@ -1,7 +1,7 @@
 """What the site needs beyond its plugins: pages that live beside the code, and formulae.
 
-Pages and figures outside docs/ are taken in at the same relative paths, so that a link from one to
-another works on the site as it does in a checkout. Formulae become MathML when the site is built:
+Pages and figures outside docs/ are taken in, and links to them, which begin with ../ in a checkout,
+go to their place on the site. Formulae become MathML when the site is built:
 browsers draw it by themselves, where MathJax would be fetched from elsewhere.
 """
 
@@ -24,6 +24,11 @@ def on_files(files, config):
         name = path.relative_to(root).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Lets links of a page in docs/ itself lead to what was taken in."""
+    return markdown if "/" in page.file.src_uri else markdown.replace("](../", "](")
 
 
 def on_page_content(content, **_):

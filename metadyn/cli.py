@@ -1,4 +1,4 @@
-"""The command line: metadyn run | figures | report | view | claims | devices.
+"""The command line: metadyn run | list | view | figures | report | claims | devices.
 
 Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
 is not there (one line on stderr), 130 interrupted, or another process of the run, or whoever read
@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from metadyn.errors import ConfigError, ConfigWarning
+from metadyn.errors import ConfigError, ConfigWarning, meant
 
 if TYPE_CHECKING:  # imported when needed: they start JAX
     from metadyn.progress import Progress
@@ -37,13 +37,29 @@ STOPPED = "interrupted; the same command goes on from here"
 PATIENCE = 6.0  # seconds
 
 
+_RUN = "runs/linear_regression-quick-0"
+_EXAMPLES = {
+    "run": "linear_regression --domain.sigma 0.3",
+    "figures": _RUN,
+    "report": _RUN,
+    "view": f"{_RUN} --serve 8000",
+    "claims": f"experiments/ {_RUN}",
+    "devices": "",
+    "list": "",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see metadyn --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="metadyn", description="Measures in what order learners learn.")
+    parser = _Parser(
+        prog="metadyn",
+        description="Measures in what order learners learn.",
+        epilog=f"Example: metadyn run {_EXAMPLES['run']}",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "run",
@@ -87,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("dir", metavar="DIR")
     said = "show it at 127.0.0.1:PORT instead, while it goes on"
     view.add_argument("--serve", type=int, metavar="PORT", help=said)
+    listed = commands.add_parser("list", help="name the studies, their presets, how long they took")
+    listed.set_defaults(do=_list)
     claims = commands.add_parser(
         "claims",
         help="judge the paper's claims from what runs came to",
@@ -96,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     claims.set_defaults(do=_claims)
     claims.add_argument("folder", help="a folder of studies")
     claims.add_argument("dir", metavar="DIR", nargs="*", help="runs that are done")
+    for name, example in _EXAMPLES.items():
+        commands.choices[name].epilog = f"Example: metadyn {name} {example}".rstrip()
     return parser
 
 
@@ -104,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.showwarning = _warn
     try:
+        if not (sys.argv[1:] if argv is None else argv):
+            _parser().print_help()
+            return DONE
         arguments, overrides = _parser().parse_known_args(argv)
         if overrides and arguments.do is not _run:
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
@@ -216,7 +239,9 @@ def _studies(arguments: argparse.Namespace) -> int:
     for study in studies:
         if preset not in study.presets:
             known = ", ".join(study.presets)
-            raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}")
+            raise ConfigError(
+                f"--preset {preset}: of {study.name}, choose from {known}{meant(preset, study.presets)}"
+            )
     progress = Progress(Terminal() if mesh.first() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:
@@ -274,7 +299,11 @@ def configured(default: Any, overrides: Sequence[str]) -> Any:
         text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]|-{3,}", " ", errors.getvalue())
         text = re.sub(r"^\s*(Value error|Parsing error|Unrecognized options)\s", "", text)
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
-        said = " ".join(text.split())
+        options = [option for option, _ in _options(default)]
+        words = (word.partition("=")[0].replace("_", "-") for word in overrides)
+        unknown = (word for word in words if word.startswith("--") and word not in options)
+        near = next((hint for word in unknown if (hint := meant(word, options))), "")
+        said = " ".join(text.split()) + near
         form = r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\."
         said = re.sub(form, r"\2 \1: choose from \3", said)
         raise ConfigError(said if said.startswith("--") else f"override: {said}") from None
@@ -404,6 +433,23 @@ def _claims(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     claims.collect(folder, arguments.dir)
     print(claims.write(folder))
+    return DONE
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from metadyn.store import read_summary
+    from metadyn.study import folder, load_studies
+
+    for study in load_studies(str(folder())):
+        about = sys.modules[study.plan.__module__].__doc__ or ""
+        print(f"{study.name}: {about.splitlines()[0] if about else ''}")
+        for preset in study.presets:
+            path = folder() / "results" / f"{study.name}-{preset}.json"
+            took = "not measured"
+            if path.exists():
+                found = read_summary(path)["environment"]
+                took = f"{found['seconds'] / 60:.1f} min on {found['processor']}"
+            print(f"  --preset {preset:12} {took}")
     return DONE
 
 

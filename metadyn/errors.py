@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -48,6 +49,12 @@ def check_unique(names: Sequence[Any], field: str, fix: str) -> None:
     """Raises `ConfigError` naming the field, the first name that comes twice, and the fix."""
     for name in names:
         check(names.count(name) == 1, field, name, fix)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name nearest to an unknown one, "; did you mean 'sgd'?", or nothing."""
+    near = difflib.get_close_matches(name, [*known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_name(name: str, what: str) -> None:

@@ -30,7 +30,15 @@ from metadyn.base import (
     TaskSet,
     training_tasks,
 )
-from metadyn.errors import ConfigError, check, check_name, check_positive, check_unique, naming
+from metadyn.errors import (
+    ConfigError,
+    check,
+    check_name,
+    check_positive,
+    check_unique,
+    meant,
+    naming,
+)
 from metadyn.labelled import Kind
 from metadyn.learners.attention import LinearAttentionConfig, TransformerConfig
 from metadyn.learners.delta import DeltaNetConfig
@@ -560,6 +568,7 @@ def load_study(name: str) -> Study:
     path = str(folder() / f"{name}.py") if name in known() else name
     if not os.path.isfile(path):  # False too for what cannot be a path
         fix = f"there is no such file, and no such study: choose from {', '.join(known())}"
+        fix += meant(name, known())
         raise ConfigError(f"study = {name!r}: {fix}", "study", name, fix)
     module = ModuleType(f"metadyn_study_{Path(path).stem}")
     module.__file__ = path

@@ -32,7 +32,7 @@ from metadyn.progress import Progress
 from metadyn.store import Results, RunFolder
 from metadyn.study import HELDOUT, TRACKED
 
-DRAWS, MOST_TIMES, MOST_STEPS = 300, 150, 60
+MOST_TIMES, MOST_STEPS = 150, 60
 """Bootstrap draws; times and outer steps beyond which some are left out. Our choice."""
 LOCAL, SILENT = "127.0.0.1", Progress(None)
 
@@ -128,7 +128,7 @@ def _learner(data: xr.Dataset, probe: str) -> dict[str, Any]:
     data = data if followed else data.expand_dims(outer_step=[0])
     data = data.isel(outer_step=_thinned(data.sizes["outer_step"], MOST_STEPS))
     kept, strength = _thinned(data.sizes["step"], MOST_TIMES), dynamics.strength(data, probe)
-    found = lambda f: [_rounded(part) for part in dynamics.estimate(f, strength, draws=DRAWS)]
+    found = lambda f: [_rounded(part) for part in dynamics.estimate(f, strength)]
     return {
         "name": about.learner,
         "label": plain(about.label),
@@ -151,7 +151,7 @@ def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str,
     floor, bayes = labelled.about(best).loss_floor, dynamics.episode_loss(best)
     excess = lambda mean, best: dynamics.excess_loss(mean, best[..., None], floor)
     for data in trained:
-        found = dynamics.estimate(excess, dynamics.episode_loss(data), bayes, draws=DRAWS)
+        found = dynamics.estimate(excess, dynamics.episode_loss(data), bayes)
         yield {
             "group": name.replace(HELDOUT, TRACKED, 1),
             "name": labelled.about(data).learner,

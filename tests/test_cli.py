@@ -204,7 +204,6 @@ WRONG = "study = 'linear regression'\n"
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "required"),
         (["fly"], "fly"),
         (["run"], "study"),
         (["run", "nowhere.py"], "no such file"),
@@ -377,3 +376,27 @@ def test_help_exits_with_0():
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
+
+
+def test_close_names_are_suggested(refused):
+    refused(["linear_regresion"], "did you mean 'linear_regression'?")
+    refused(["linear_regression", "--preset", "qick"], "did you mean 'quick'?")
+    refused(["linear_regression", "--domain.sigm", "1"], "did you mean '--domain.sigma'?")
+
+
+def test_metadyn_alone_says_what_to_type(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "Example: metadyn run linear_regression" in said
+    assert all(name in said for name in ("view", "list", "report", "figures"))
+
+
+def test_the_studies_are_listed_with_their_presets_and_what_they_took(capsys):
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in ("linear_regression", "nonlinear_regression", "contextual_bandit"):
+        assert f"{name}:" in said
+        stored = ROOT / "experiments" / "results" / f"{name}-quick.json"
+        seconds = json.loads(stored.read_text())["environment"]["seconds"]
+        assert f"{seconds / 60:.1f} min on" in said
+    assert "--preset paper" in said
