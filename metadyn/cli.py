@@ -239,9 +239,8 @@ def _studies(arguments: argparse.Namespace) -> int:
     for study in studies:
         if preset not in study.presets:
             known = ", ".join(study.presets)
-            raise ConfigError(
-                f"--preset {preset}: of {study.name}, choose from {known}{meant(preset, study.presets)}"
-            )
+            near = meant(preset, study.presets)
+            raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}{near}")
     progress = Progress(Terminal() if mesh.first() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:

@@ -134,13 +134,13 @@ class StudyConfig:
         Raises `ConfigError` if it cannot serve that domain.
         """
         network = getattr(self, self.meta)
-        rate = getattr(network, "outer_learning_rate", None)
+        own = {f: v for f in ("learning_rate", "batch") if (v := getattr(network, f"outer_{f}", 0))}
         return Contender(
             self.meta,
             f"meta-trained {network.label}",
             network.make(domain, heads),
             objective=getattr(network, "objective", None),
-            own=None if rate is None else dataclasses.replace(self.outer, learning_rate=rate),
+            own=dataclasses.replace(self.outer, **own) if own else None,
             rate=f"{self.meta}.outer_learning_rate",
             option=f"{self.meta}.{'hidden' if hasattr(network, 'hidden') else 'width'}",
         )

@@ -48,9 +48,11 @@ class BlocksConfig:
     """Blocks."""
     mlp: int = 2
     """Width of the perceptrons, in units of H."""
+    outer_learning_rate: float = 5e-3
+    """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "hidden", "layers", "mlp")
+        check_positive(self, "hidden", "layers", "mlp", "outer_learning_rate")
 
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> Mixer:
         """Makes the mixer of one block."""

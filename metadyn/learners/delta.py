@@ -49,18 +49,21 @@ class DeltaRule(nnx.Module):
         return _unit(query), _unit(key), value, jax.nn.sigmoid(self.rate(x))[..., None]
 
     def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """What is read at each token of a whole episode.
+        """What is read at each token of a whole episode, token by token.
 
-        The weights are sums of outer products, S_t = Σ_{s≤t} u_s k_sᵀ, of the errors that were
-        corrected: u_t = β_t (v_t − Σ_{s<t} u_s (k_s · k_t)), a triangular system (Yang et al.).
+        The triangular system that Yang et al. solve in its place is a library call on a CPU, and
+        such calls on several CPU devices at once can wait for each other's threads for ever.
         """
-        query, key, value, rate = (a.swapaxes(0, 1) for a in self._projected(x))
-        system = rate * jnp.tril(key @ key.swapaxes(1, 2), -1)  # the unit diagonal is implied
-        errors = jax.lax.linalg.triangular_solve(
-            system, rate * value, left_side=True, lower=True, unit_diagonal=True
-        )
-        mixed = jnp.tril(query @ key.swapaxes(1, 2)) @ errors
-        return self.out(mixed.swapaxes(0, 1).reshape(len(x), -1))
+        nothing = self.start(len(x))
+        mixed = jax.lax.scan(lambda S, now: self._corrected(S, *now), nothing, self._projected(x))
+        return self.out(mixed[1].reshape(len(x), -1))
+
+    def _corrected(self, memory, query, key, value, rate) -> tuple[FastWeights, Array]:
+        """The fast weights after one correction, and what is read of them."""
+        error = rate * (value - jnp.einsum("hvk,hk->hv", memory, key))
+        own = error * (key * query).sum(-1, keepdims=True)
+        mixed = jnp.einsum("hvk,hk->hv", memory, query) + own
+        return memory + error[:, :, None] * key[:, None], mixed
 
     def start(self, steps: int) -> FastWeights:
         """Fast weights of zero."""
@@ -68,11 +71,8 @@ class DeltaRule(nnx.Module):
 
     def step(self, memory: FastWeights, x: Float[Array, " H"]) -> tuple[FastWeights, Array]:
         """One correction, and what is read after it."""
-        query, key, value, rate = self._projected(x)
-        error = rate * (value - jnp.einsum("hvk,hk->hv", memory, key))
-        own = error * (key * query).sum(-1, keepdims=True)
-        mixed = jnp.einsum("hvk,hk->hv", memory, query) + own
-        return memory + error[:, :, None] * key[:, None], self.out(mixed.reshape(-1))
+        memory, mixed = self._corrected(memory, *self._projected(x))
+        return memory, self.out(mixed.reshape(-1))
 
 
 def _unit(a: Float[Array, "*T d"]) -> Float[Array, "*T d"]:

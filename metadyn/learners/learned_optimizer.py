@@ -174,6 +174,11 @@ class LearnedOptimizerConfig:
     """Greatest norm of an inner gradient."""
     sigma: float = 0.03
     """Standard deviation of the outer parameters' perturbations."""
+    outer_learning_rate: float = 2e-2
+    """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
+    outer_batch: int = 8
+    """Episodes in an outer step, in the place of `--outer.batch`: each costs as much as dozens of
+    an LSTM's."""
 
     def __post_init__(self) -> None:
         check_positive(self, *(field.name for field in dataclasses.fields(self)))

@@ -21,6 +21,8 @@ class MinLSTMConfig(BlocksConfig):
     """Residual blocks of minLSTMs (Feng et al. 2024, arXiv:2410.01201)."""
 
     label = "minLSTM"
+    outer_learning_rate: float = 1e-2
+    """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
 
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> MinLSTM:
         """A minLSTM."""

@@ -239,9 +239,14 @@ class MAMLConfig:
     """Every inner rate at outer step 0, for the loss ½‖y − ŷ‖²."""
     clip: float = 3.0
     """Greatest norm of an inner gradient."""
+    outer_learning_rate: float = 1e-2
+    """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
+    outer_batch: int = 8
+    """Episodes in an outer step, in the place of `--outer.batch`: each costs as much as dozens of
+    an LSTM's."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "inner_steps", "depth", "width", "learning_rate", "clip")
+        check_positive(self, *(field.name for field in dataclasses.fields(self)))
 
     def make(self, domain: Domain, heads: int = 0) -> MAML:
         """The meta-learner for a domain; raises `ConfigError` if it is no regression."""

@@ -1,0 +1,240 @@
+"""Who else learns all modes at once: eight meta-learners under the same probe, on the same tasks.
+
+    metadyn run learners [--preset quick|paper] [--out DIR] [overrides]
+
+What is it about meta-learning that removes the staggering: memory, amortisation, or a better start?
+Networks with a memory of any kind, gradient descent from a learned start (MAML) and a learned
+optimiser are trained side by side on each domain, beside its ordinary learner and Bayes.
+"""
+
+import dataclasses
+from typing import get_args
+
+import jax
+import numpy as np
+
+import metadyn as md
+from metadyn import dynamics, figures, inner, labelled
+from metadyn.base import indexed_keys
+from metadyn.cost import operations
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.fourier import FourierRegression, band
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import check
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.study import HELDOUT, TRACKED, Network, censored
+
+TITLES = {
+    "linear": "linear regression",
+    "nonlinear": "nonlinear regression",
+    "bandit": "contextual bandit",
+}
+STUDIES = {name: md.load_study(title.replace(" ", "_")) for name, title in TITLES.items()}
+NETWORKS = get_args(Network)
+DESCENTS = ("maml", "learned_optimizer")
+"""Those that train a network on squared errors within the episode: not for the bandit."""
+NEAR, WITHIN = 0.3, 0.2
+"""Excess loss below which a learner counts as near Bayes, and how far it may stagger beyond."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(md.StudyConfig):
+    """Everything the study depends on, beside its seed. Values are our choice."""
+
+    linear: LinearRegression = LinearRegression()
+    nonlinear: FourierRegression = FourierRegression()
+    bandit: ContextualBandit = ContextualBandit()
+    of: str = "quick"
+    """The preset of the domains' own studies, for the ordinary learners and the objectives."""
+    learners: tuple[str, ...] = NETWORKS
+    """The meta-learners that are trained."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        right = self.learners and set(self.learners) <= set(NETWORKS)
+        check(right, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
+
+    def contenders(self, name: str) -> tuple[md.Comparison, list[md.Contender]]:
+        """What a domain's own study compares, and the meta-learners that can serve there."""
+        study, found = STUDIES[name], []
+        for meta in self.learners:
+            if name != "bandit" or meta not in DESCENTS:
+                fields = self.common() | {"domain": getattr(self, name), "meta": meta}
+                base = study.comparison(self.of, **fields)
+                label = getattr(self, meta).label
+                found.append(dataclasses.replace(base.metas[0], label=label))
+        return base, found
+
+
+def plan(config: Config) -> md.Plan:
+    """One comparison of each domain."""
+    comparisons, sizes = [], config.measure
+    for name, title in TITLES.items():
+        base, metas = config.contenders(name)
+        ordinary = dataclasses.replace(base.contenders[0], label="ordinary learner", curve=None)
+        tasks = base.domain.evaluation(sizes.probe_points)
+        changes = {"sets": [sizes.sized(tasks, "tasks", f"inner_{name}")], "followed": False}
+        changes["contenders"] = [ordinary, *metas, base.bayes]
+        comparisons.append(base.alone(name, title, **changes))
+    return md.Plan(config.outer, comparisons)
+
+
+def criteria(config: Config, results):
+    """How far each learner staggers beyond Bayes, how near Bayes it is, and what it costs."""
+    near = []
+    for name in TITLES:
+        bayes = results[f"inner_{name}", "bayes"]
+        metas = {meta.name: meta for meta in config.contenders(name)[1]}
+        for learner, data in results.learners(f"inner_{name}", "ordinary", "meta").items():
+            called, row = labelled.about(data).label, f"{name}_{learner}"
+            what = f"{called}: {dynamics.merit_name(data)}"
+            yield md.criterion(f"{row}_staggering", dynamics.merit(data), what)
+            beyond = dynamics.difference(data, bayes)
+            yield md.criterion(f"{row}_beyond", beyond, f"{what} minus Bayes'")
+            yield censored(row, data)
+            if learner in metas:
+                excess = excess_of(results, name, learner)
+                yield md.criterion(f"{row}_excess", excess, f"excess loss of the {called}")
+                near += [(data, bayes)] if excess.value <= NEAR else []
+                yield from costs(row, metas[learner].learner, results, name)
+                yield outer_order(row, called, results, name)
+    said = f"whoever is within {NEAR:g} of Bayes' loss staggers as Bayes does: greatest difference"
+    worst = worst_of(near) if near else dynamics.Estimate(*[np.asarray(np.nan)] * 3)
+    yield md.criterion("near_bayes_worst", worst, f"{said} at most {WITHIN:g}", at_most=WITHIN)
+    if "maml" in config.learners:
+        ordinary, *_ = results.learners("inner_linear", "ordinary").values()
+        found = dynamics.difference(results["inner_linear", "maml"], ordinary)
+        said = "descent from MAML's start staggers less than ordinary descent: slope greater by 0.5"
+        yield md.criterion("maml_beyond_descent", found, said, at_least=0.5, surely=True)
+
+
+def excess_of(results, name: str, learner: str) -> dynamics.Estimate:
+    """The excess loss of a meta-learner over Bayes, once it is trained."""
+    data, bayes = (results[f"{HELDOUT}_{name}", who] for who in (learner, "bayes"))
+    return dynamics.measured_excess(data.isel(outer_step=-1), bayes)
+
+
+def worst_of(pairs) -> dynamics.Estimate:
+    """The greatest difference in staggering of several learners from Bayes, with its interval."""
+    merits = [(dynamics.merit_of(data), dynamics.merit_of(bayes)) for data, bayes in pairs]
+
+    def statistic(*means):
+        both = zip(merits, means[::2], means[1::2], strict=True)
+        return np.max([np.abs(f(a) - g(b)) for (f, g), a, b in both], axis=0)
+
+    return dynamics.estimate(statistic, *(dynamics.strength(x) for pair in pairs for x in pair))
+
+
+def costs(row: str, meta, results, name: str):
+    """Parameters, operations in an episode, and seconds of training of all seeds."""
+    domain, keys = getattr(meta, "domain"), indexed_keys(jax.random.key(0), np.arange(1))  # noqa: B009
+    params = jax.eval_shape(meta.init, jax.random.key(0))
+
+    def pairs():
+        if name != "bandit":
+            return inner.observe(domain, keys)
+        acted = jax.vmap(lambda key: inner.act(domain, meta.learner(meta.init(key)), key), 0, -1)
+        return acted(keys)
+
+    count = operations(meta.unroll, params, *jax.eval_shape(pairs))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    seconds = labelled.about(results[f"{HELDOUT}_{name}", row.removeprefix(f"{name}_")]).seconds
+    for what, value, said in (
+        ("parameters", size, "outer parameters"),
+        ("operations", count, "floating-point operations in the answers of an episode"),
+        ("seconds", seconds, "seconds of training, of all seeds, as measured in this run"),
+    ):
+        exact = np.asarray(value, np.float64)
+        yield md.criterion(f"{row}_{what}", dynamics.Estimate(exact, exact, exact), said)
+
+
+def outer_order(row: str, called: str, results, name: str) -> md.Criterion:
+    """In what order outer training brings the modes to Bayes."""
+    learner = row.removeprefix(f"{name}_")
+    trained, bayes = (results[f"{TRACKED}_{name}", who] for who in (learner, "bayes"))
+    times, by = dynamics.outer_times_of(trained), np.array(labelled.modes(trained).values)
+    alike = labelled.modes(trained).exchangeable
+    order = dynamics.staggering if alike else lambda n: dynamics.staggering_slope(by, n)
+    over = dynamics.over_outer_training(trained, bayes)
+    found = dynamics.estimate(lambda a, b: order(times(a, b)), *over)
+    return md.criterion(f"{row}_outer", found, f"{called}: the same, over outer training")
+
+
+def side_by_side(name: str):
+    """Makes the figure of mode strength of all learners of a domain."""
+    return lambda results: figures.mode_strength(results.learners(f"inner_{name}", drawn=True))
+
+
+def slope_against_excess(results):
+    """Draws staggering beyond Bayes against excess loss, one point a learner, a panel a domain."""
+    figure, axes = figures.grid(len(TITLES), width=4.3, height=4.0)
+    styles = dict(zip(NETWORKS, (*figures.COLOURS, "black", "#999999"), strict=True))
+    marks = dict(zip(NETWORKS, "osD^vP*X", strict=True))
+    shown = {}
+    for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
+        bayes = results[f"inner_{name}", "bayes"]
+        for learner, data in results.learners(f"inner_{name}", "meta").items():
+            x, y = excess_of(results, name, learner), dynamics.difference(data, bayes)
+            style = {"fmt": marks[learner], "color": styles[learner], "ms": 8, "capsize": 2}
+            bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
+            point = axis.errorbar(x.value, y.value, **bars, **style)
+            shown.setdefault(labelled.about(data).label, point)
+        axis.axhline(0, **figures.LEVEL)
+        axis.axvline(NEAR, color="grey", ls=":", lw=1)
+        what = "staggering" if labelled.modes(bayes).exchangeable else "slope"
+        axis.set(title=title, xlabel="excess loss over Bayes", ylabel=f"{what} minus Bayes'")
+        axis.set_xscale("log")
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)
+    return figure
+
+
+QUICK = Config(
+    linear=LinearRegression(n_x=3, n_y=3),
+    nonlinear=FourierRegression(band(1, 3), steps=20),
+    bandit=ContextualBandit(contexts=3, actions=3, steps=20),
+    outer=md.OuterConfig(steps=1500, batch=32, learning_rate=3e-2, warmup=100, checkpoints=12),
+    measure=md.MeasureConfig(
+        tasks=1024, updating_tasks=32, tracked_tasks=64, heldout_tasks=512, probe_points=16
+    ),
+)
+PAPER = Config(
+    of="paper",
+    lstm=LSTMConfig(hidden=256),
+    outer=md.OuterConfig(steps=50_000, batch=256, learning_rate=4e-3, warmup=1000, checkpoints=25),
+    measure=md.MeasureConfig(
+        tasks=16_384, updating_tasks=256, tracked_tasks=1024, heldout_tasks=8192, probe_points=64
+    ),
+)
+ROWS = {
+    f"{name}_{learner}": f"{title}, {getattr(QUICK, learner).label}"
+    for name, title in TITLES.items()
+    for learner in NETWORKS
+    if name != "bandit" or learner not in DESCENTS
+}
+COLUMNS = {
+    "beyond": "staggering minus Bayes'",
+    "excess": "excess loss",
+    "outer": "over outer training",
+    "parameters": "parameters",
+    "operations": "operations an episode",
+    "seconds": "seconds of training",
+}
+study = md.Study(
+    "learners",
+    {"quick": QUICK, "paper": PAPER},
+    plan,
+    criteria,
+    {f"learners_{name}": side_by_side(name) for name in TITLES}
+    | {"slope_against_excess": slope_against_excess},
+    section="§6, ours",
+    claims=md.study.claims(
+        slope_against_excess={
+            "near_bayes_worst": "Whoever comes near Bayes' loss staggers no more than Bayes (ours)"
+        },
+        learners_linear={
+            "maml_beyond_descent": "Gradient descent from MAML's start does not stagger as "
+            "ordinary descent does (ours)"
+        },
+    ),
+    tables=[md.Table("Learners: staggering, loss and cost", ROWS, COLUMNS, "slope_against_excess")],
+)
