@@ -147,7 +147,8 @@ def learned_spectrum(results):
 
 QUICK = Config(
     domain=LinearRegression(n_x=3, n_y=3),
-    outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=2e-2),
+    target="bayes",
+    outer=md.OuterConfig(steps=6000, batch=32, optimizer="nadam", b2=0.98, learning_rate=3e-2),
     measure=md.MeasureConfig(
         tasks=8192,
         shifted_tasks=1024,

@@ -17,6 +17,7 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import Target
 from metadyn.study import HELDOUT, TRACKED, censored
 
 DOMAINS = {
@@ -36,6 +37,8 @@ class Config(md.StudyConfig):
     linear: LinearRegression = LinearRegression()
     nonlinear: FourierRegression = FourierRegression()
     bandit: ContextualBandit = ContextualBandit()
+    target: Target = "feedback"
+    """What the regressions' meta-learners are trained to predict."""
     actor_critic: md.ActorCriticConfig = md.ActorCriticConfig()
 
 
@@ -44,7 +47,8 @@ def plan(config: Config) -> md.Plan:
     comparisons = []
     for name, study in STUDIES.items():
         own = config.common() | {"domain": getattr(config, name)}
-        own |= {"actor_critic": config.actor_critic} if name == "bandit" else {}
+        field = "actor_critic" if name == "bandit" else "target"
+        own |= {field: getattr(config, field)}
         comparisons.append(study.comparison("quick", **own).alone(name, TITLES[name]))
     return md.Plan(config.outer, comparisons)
 

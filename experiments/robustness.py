@@ -20,6 +20,7 @@ from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
 from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import Target
 from metadyn.study import HELDOUT, TRACKED, censored
 
 TITLES = {
@@ -60,6 +61,8 @@ class Config(md.StudyConfig):
     linear: LinearRegression = LinearRegression()
     nonlinear: FourierRegression = FourierRegression()
     bandit: ContextualBandit = ContextualBandit()
+    target: Target = "feedback"
+    """What the regressions' meta-learners are trained to predict."""
     of: str = "quick"
     """The preset of the domains' own studies in which things are changed."""
     outer_rates: Rates = Rates(sgd=3.0, momentum=1.0, rmsprop=1e-2, adam=3e-2)
@@ -89,7 +92,8 @@ class Config(md.StudyConfig):
 def comparison(config: Config, name: str, **changes: Any) -> md.Comparison:
     """What a domain's own study compares, with some of its configuration changed."""
     fields = config.common() | {"domain": getattr(config, name)} | changes
-    return STUDIES[name].comparison(config.of, **fields)
+    target = {} if name == "bandit" else {"target": config.target}
+    return STUDIES[name].comparison(config.of, **fields, **target)
 
 
 def variants(config: Config, name: str) -> Iterator[tuple[str, str, dict, dict[str, Any]]]:

@@ -157,7 +157,7 @@ def criteria(config: Config, results):
     """The slope from every start, and how it and the start change from one end to the other."""
     for name, sign in SIGN.items():
         for learner, data in results.learners(name).items():
-            found = dynamics.measured(dynamics.merit_of(data), data)
+            found = dynamics.merit(data)
             said = f"{TITLES[name]}, {labelled.about(data).label}: slope of log t_k"
             yield md.criterion(f"{name}_{learner}_slope", found, said)
             yield censored(f"{name}_{learner}", data)
@@ -201,7 +201,7 @@ def start(results):
         row = axes[3 * i : 3 * i + 3]
         for (along, label), colour in zip(kinds.items(), figures.COLOURS, strict=False):
             found = series(results, name, along)
-            slopes = [dynamics.measured(dynamics.merit_of(data), data) for _, data in found]
+            slopes = [dynamics.merit(data) for _, data in found]
             norms = [float(of_start(data, "norm").value) for _, data in found]
             style = {"fmt": "o-", "color": colour, "capsize": 3, "label": label}
             for axis, x in ((row[0], [at for at, _ in found]), (row[2], norms)):
@@ -210,7 +210,7 @@ def start(results):
                     axis.errorbar(x, [float(each.value) for each in slopes], bars, **style)
         for who, ls in (("maml", "--"), ("bayes", ":")):
             data = results[name, who]
-            slope = dynamics.measured(dynamics.merit_of(data), data).value
+            slope = dynamics.merit(data).value
             row[0].axhline(slope, color="black", ls=ls, label=labelled.about(data).label)
         between = series(results, name, "interpolation")
         for what, label in CHANGES.items():

@@ -117,7 +117,11 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
         combine_attrs="drop_conflicts",
     ).set_coords("time")
     attributes = [part.attrs for part in parts.values()]
-    own = [n for n in OWN if n != "learner" and all(n in attrs for attrs in attributes)]
+    own = [
+        n
+        for n in OWN
+        if n not in ("learner", "seconds") and all(n in attrs for attrs in attributes)
+    ]
     merged = merged.assign_coords({n: ("learner", [attrs[n] for attrs in attributes]) for n in own})
     return merged.transpose(*(d for d in ORDER if d in merged.dims), ...)
 

@@ -326,7 +326,7 @@ def test_a_run_of_an_earlier_metadyn_is_refused(finished, tmp_path, capsys):
     earlier = tmp_path / "earlier"
     earlier.mkdir()
     config = json.loads((finished / "config.json").read_text())
-    assert config.pop("format") == 2
+    assert config.pop("format") == 3
     (earlier / "config.json").write_text(json.dumps(config))
     before = (earlier / "config.json").read_bytes()
     for command in (["report", str(earlier)], ["figures", str(earlier)]):
