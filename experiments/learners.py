@@ -127,7 +127,7 @@ def worst_of(pairs) -> dynamics.Estimate:
 
 def costs(row: str, meta, results, name: str):
     """Parameters, operations in an episode, and seconds of training of all seeds."""
-    domain, keys = getattr(meta, "domain"), indexed_keys(jax.random.key(0), np.arange(1))  # noqa: B009
+    domain, keys = getattr(meta, "domain"), indexed_keys(jax.random.key(0), jax.numpy.arange(1))  # noqa: B009
     params = jax.eval_shape(meta.init, jax.random.key(0))
 
     def pairs():
@@ -192,7 +192,7 @@ QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     nonlinear=FourierRegression(band(1, 3), steps=20),
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
-    outer=md.OuterConfig(steps=1500, batch=32, learning_rate=3e-2, warmup=100, checkpoints=12),
+    outer=md.OuterConfig(steps=1000, batch=32, learning_rate=3e-2, warmup=100, checkpoints=8),
     measure=md.MeasureConfig(
         tasks=1024, updating_tasks=32, tracked_tasks=64, heldout_tasks=512, probe_points=16
     ),

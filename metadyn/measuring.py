@@ -26,7 +26,12 @@ def readings(
     are taken `chunk` at a time, which bounds the memory; sets of more tasks share one program. The
     closed form of the mode strengths is given beside them where there is one.
     """
-    parts = [inner.measure(*given) for given in calls(tasks, contender, params, key, chunk)]
+    # One program at a time: several at once on several CPU devices, which share a pool of threads,
+    # can wait for each other for ever (seen with jaxlib 0.10.2).
+    parts = [
+        jax.block_until_ready(inner.measure(*given))
+        for given in calls(tasks, contender, params, key, chunk)
+    ]
     whole = parts[0]
     if len(parts) > 1:
         axis, size = int(contender.seeded), tasks.size_for(contender.clock)

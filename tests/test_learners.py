@@ -1,0 +1,87 @@
+"""The learners' study: whom it trains where, with which settings, and what it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import metadyn as md
+from metadyn.runner import rehearse
+
+STUDY = md.load_study("learners")
+QUICK = STUDY.presets["quick"]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """What the quick preset asks for."""
+    return STUDY.plan(QUICK)
+
+
+def test_every_learner_is_trained_on_each_domain_that_it_can_serve(plan):
+    trained = {part.name: [meta.name for meta in part.metas] for part in plan.comparisons}
+    networks = ["lstm", "gru", "minlstm", "transformer", "linear_attention", "delta"]
+    both = [*networks, "maml", "learned_optimizer"]
+    assert trained == {"linear": both, "nonlinear": both, "bandit": networks}
+
+
+def test_all_learners_of_a_domain_are_measured_on_the_same_tasks(plan):
+    for part in plan.comparisons:
+        (tasks,) = part.sets
+        measured = {c.name for t, c in part.measurements if t is tasks or t.name == tasks.name}
+        assert {c.name for c in part.contenders} == measured
+
+
+def test_settings_of_a_learners_own_take_the_place_of_the_outer_loops(plan):
+    own = {name: (each.own or plan.outer) for name, each in plan.trained.items()}
+    assert own["lstm_linear"].learning_rate == QUICK.outer.learning_rate
+    assert own["delta_linear"].learning_rate == QUICK.delta.outer_learning_rate
+    assert own["maml_linear"].batch == QUICK.maml.outer_batch == 8
+    assert own["lstm_linear"].batch == own["delta_linear"].batch == QUICK.outer.batch
+
+
+def test_the_study_is_rehearsed_without_complaint():
+    few = dataclasses.replace(QUICK, learners=("lstm", "maml"))
+    rehearse(STUDY, few, STUDY.plan(few))
+
+
+def test_a_batch_of_its_own_takes_the_first_episodes_and_leaves_the_others_alone():
+    domain = md.load_study("linear_regression").presets["quick"].domain
+    meta = QUICK.lstm.make(domain)
+    outer = md.OuterConfig(steps=3, batch=4, seeds=1, warmup=0, dispatch=3)
+    small = dataclasses.replace(outer, batch=2)
+    objective = md.prediction_loss(domain, meta)
+    both = {
+        "a": md.MetaTraining(meta, objective),
+        "b": md.MetaTraining(meta, objective, small),
+    }
+
+    def trained(which, config):
+        loop = md.OuterLoop(which, config, jax.random.key(0))
+        return [state for state, _ in loop.run(loop.init(), [3])][-1].params, loop.seconds
+
+    together, seconds = trained(both, outer)
+    for name, config in (("a", outer), ("b", small)):
+        alone, _ = trained({name: md.MetaTraining(meta, objective)}, config)
+        jax.tree.map(np.testing.assert_array_equal, together[name], alone[name])
+    assert set(seconds) == {"a", "b"}
+    assert all(taken > 0 for taken in seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--learners", "lstm", "elman"], "learners"),
+        (["--transformer.attention-heads", "5"], "--transformer.attention-heads 5: must divide"),
+        (["--delta.layers", "0"], "--delta.layers 0: must be positive"),
+        (["--maml.outer-batch", "0"], "--maml.outer-batch 0: must be positive"),
+        (["--outer.b2", "1.5"], "--outer.b2 1.5: must be above 0 and below 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):
+    refused(["learners", *options], says)
+
+
+def test_a_learner_that_cannot_serve_a_domain_is_refused_before_training(refused):
+    refused(["contextual_bandit", "--meta", "maml"], "lstm")
