@@ -155,7 +155,7 @@ class OuterLoop:
         @inner.full_precision
         def init() -> TrainState:
             keys = indexed_keys(key_init, seeds)
-            params = {name: jax.vmap(t.meta.init)(keys) for name, t in trained.items()}
+            params = {name: jax.lax.map(t.meta.init, keys) for name, t in trained.items()}
             moments = {name: jax.vmap(optimizers[name].init)(p) for name, p in params.items()}
             return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
@@ -198,8 +198,9 @@ class OuterLoop:
                 )
             return TrainState(state.step + count, params, moments), metrics
 
-        # Computed on one device: batched decompositions on several CPU devices at once, as in
-        # orthogonal initialisation, can wait for each other's threads for ever (jaxlib 0.10.2).
+        # Computed on one device, one seed at a time: decompositions in batches, or on several CPU
+        # devices at once, as in orthogonal initialisation, can wait for each other's threads for
+        # ever (jaxlib 0.10.2).
         self.init = lambda: mesh.replicate(jax.jit(init)())
         """The state at outer step 0."""
         self.abstract = jax.tree.map(
