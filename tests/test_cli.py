@@ -207,7 +207,10 @@ WRONG = "study = 'linear regression'\n"
         (["fly"], "fly"),
         (["run"], "study"),
         (["run", "nowhere.py"], "no such file"),
-        (["run", "linear"], "no such study: choose from contextual_bandit, linear_regression"),
+        (
+            ["run", "linear"],
+            "no such study: choose from contextual_bandit, learners, linear_regression",
+        ),
         (["run", "."], "the folder holds no studies"),
         (["run", "EMPTY"], "defines no `study"),
         (["run", "WRONG"], "defines no `study"),
