@@ -35,14 +35,14 @@ FULL = tuple(
 def config_of(model: str, hidden: int) -> Any:
     """The configuration of one of metadyn's own networks, by the names of `rivals`."""
     from metadyn.learners.attention import TransformerConfig
-    from metadyn.learners.delta import DeltaNetConfig
+    from metadyn.learners.deltanet import DeltaNetConfig
     from metadyn.learners.linear_recurrent import MinLSTMConfig
     from metadyn.learners.lstm import LSTMConfig
 
     made = {
         "lstm": LSTMConfig,
         "transformer": TransformerConfig,
-        "delta": DeltaNetConfig,
+        "deltanet": DeltaNetConfig,
         "minlstm": MinLSTMConfig,
     }
     return made[model](hidden=hidden)

@@ -5,7 +5,7 @@ Each is made by name, and maps inputs [T, B, n_in] to hidden states [T, B, hidde
 lstm         nn.LSTM; nnx.RNN of an OptimizedLSTMCell.
 transformer  pre-norm blocks with RMS normalisation and a GELU perceptron of four times the width;
              scaled_dot_product_attention; nnx.MultiHeadAttention.
-delta        the same blocks, with fast weights under the delta rule in the place of attention,
+deltanet     the same blocks, with fast weights under the delta rule in the place of attention,
              written as a plain loop over time (PyTorch), and as a scan (flax).
 
 The last two read tokens of two inputs each, as metadyn's do.

@@ -26,7 +26,7 @@ LENGTHS = ((20, 256), (100, 256), (1000, 32))
 
 def benchmark(full: bool = False) -> Iterator[Result]:
     """The comparisons with other libraries, and with the LSTM."""
-    for model in ("transformer", "delta"):
+    for model in ("transformer", "deltanet"):
         for hidden, batch, steps in SIZES + (FULL if full else ()):
             case = {"hidden": hidden, "batch": batch, "steps": steps, "model": model}
             side = lambda name, case=case, **more: Side(STEP, name, case | more)

@@ -15,7 +15,6 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, labelled
-from metadyn.base import indexed_keys
 from metadyn.cost import operations
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
@@ -96,8 +95,12 @@ def criteria(config: Config, results):
                 excess = excess_of(results, name, learner)
                 yield md.criterion(f"{row}_excess", excess, f"excess loss of the {called}")
                 near += [(data, bayes)] if excess.value <= NEAR else []
-                yield from costs(row, metas[learner].learner, results, name)
-                yield outer_order(row, called, results, name)
+                domain = getattr(config, name)
+                seconds = labelled.about(results[f"{HELDOUT}_{name}", learner]).seconds
+                yield from costs(row, domain, metas[learner].learner, seconds)
+                both = (results[f"{TRACKED}_{name}", who] for who in (learner, "bayes"))
+                said = f"{called}: the same, over outer training"
+                yield md.criterion(f"{row}_outer", outer_order(*both), said)
     said = f"whoever is within {NEAR:g} of Bayes' loss staggers as Bayes does: greatest difference"
     worst = worst_of(near) if near else dynamics.Estimate(*[np.asarray(np.nan)] * 3)
     yield md.criterion("near_bayes_worst", worst, f"{said} at most {WITHIN:g}", at_most=WITHIN)
@@ -125,20 +128,17 @@ def worst_of(pairs) -> dynamics.Estimate:
     return dynamics.estimate(statistic, *(dynamics.strength(x) for pair in pairs for x in pair))
 
 
-def costs(row: str, meta, results, name: str):
+def costs(row: str, domain, meta, seconds: float):
     """Parameters, operations in an episode, and seconds of training of all seeds."""
-    domain, keys = getattr(meta, "domain"), indexed_keys(jax.random.key(0), jax.numpy.arange(1))  # noqa: B009
     params = jax.eval_shape(meta.init, jax.random.key(0))
 
-    def pairs():
-        if name != "bandit":
-            return inner.observe(domain, keys)
-        acted = jax.vmap(lambda key: inner.act(domain, meta.learner(meta.init(key)), key), 0, -1)
-        return acted(keys)
+    def episode(params, key):
+        return inner.act(domain, meta.learner(params), key)
 
-    count = operations(meta.unroll, params, *jax.eval_shape(pairs))
+    keys = jax.random.split(jax.random.key(0), 1)
+    pairs = jax.eval_shape(jax.vmap(episode, (None, 0), -1), params, keys)
+    count = operations(meta.unroll, params, *pairs)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    seconds = labelled.about(results[f"{HELDOUT}_{name}", row.removeprefix(f"{name}_")]).seconds
     for what, value, said in (
         ("parameters", size, "outer parameters"),
         ("operations", count, "floating-point operations in the answers of an episode"),
@@ -148,16 +148,13 @@ def costs(row: str, meta, results, name: str):
         yield md.criterion(f"{row}_{what}", dynamics.Estimate(exact, exact, exact), said)
 
 
-def outer_order(row: str, called: str, results, name: str) -> md.Criterion:
+def outer_order(trained, bayes) -> dynamics.Estimate:
     """In what order outer training brings the modes to Bayes."""
-    learner = row.removeprefix(f"{name}_")
-    trained, bayes = (results[f"{TRACKED}_{name}", who] for who in (learner, "bayes"))
     times, by = dynamics.outer_times_of(trained), np.array(labelled.modes(trained).values)
     alike = labelled.modes(trained).exchangeable
     order = dynamics.staggering if alike else lambda n: dynamics.staggering_slope(by, n)
     over = dynamics.over_outer_training(trained, bayes)
-    found = dynamics.estimate(lambda a, b: order(times(a, b)), *over)
-    return md.criterion(f"{row}_outer", found, f"{called}: the same, over outer training")
+    return dynamics.estimate(lambda a, b: order(times(a, b)), *over)
 
 
 def side_by_side(name: str):

@@ -76,7 +76,7 @@ def of_every_run(results: Results, trained: dict[str, OuterTraining]) -> dict[st
     """Draws the figures that every run has, by name."""
     measured, found = results.learners("in_distribution", drawn=True), {}
     first = next(iter(measured.values()), xr.Dataset())
-    for probe in (str(name) for name in first if "values" in first[name].attrs):
+    for probe in labelled.probes(first):
         suffix = "" if probe == STRENGTH else f"_{probe}"
         alike = labelled.modes(first, probe).exchangeable
         for figure in (mode_strength, single_runs if alike else learning_times):

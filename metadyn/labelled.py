@@ -81,11 +81,15 @@ def about(data: xr.Dataset) -> About:
     return About(**{name: data.attrs[name] for name in OWN if name in data.attrs})
 
 
+def probes(data: xr.Dataset) -> list[str]:
+    """Names the probes that a measurement is of."""
+    return [str(name) for name in data if "values" in data[name].attrs]
+
+
 def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
     """The modes that a probe read the strengths of. Raises `ConfigError` if there is no such."""
-    if probe not in data or "values" not in data[probe].attrs:
-        known = [name for name in data if "values" in data[name].attrs]
-        raise ConfigError(f"probe = {probe!r}: the data has {', '.join(map(str, known)) or 'none'}")
+    if probe not in (known := probes(data)):
+        raise ConfigError(f"probe = {probe!r}: the data has {', '.join(known) or 'none'}")
     return Modes(
         **{field.name: data[probe].attrs[field.name] for field in dataclasses.fields(Modes)}
     )
@@ -117,11 +121,8 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
         combine_attrs="drop_conflicts",
     ).set_coords("time")
     attributes = [part.attrs for part in parts.values()]
-    own = [
-        n
-        for n in OWN
-        if n not in ("learner", "seconds") and all(n in attrs for attrs in attributes)
-    ]
+    described = [name for name in OWN if name not in ("learner", "seconds")]  # runs differ in those
+    own = [name for name in described if all(name in attrs for attrs in attributes)]
     merged = merged.assign_coords({n: ("learner", [attrs[n] for attrs in attributes]) for n in own})
     return merged.transpose(*(d for d in ORDER if d in merged.dims), ...)
 

@@ -54,10 +54,8 @@ def calls(
     size = tasks.size_for(contender.clock)
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
     parts = np.split(indices, max(1, len(indices) // min(size, chunk)))
-    learner, drawn = (
-        (contender.make, params, contender.seeded),
-        (tasks.sample, tasks.argument, key),
-    )
+    learner = contender.make, params, contender.seeded
+    drawn = tasks.sample, tasks.argument, key
     probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
     return [(tasks.domain, *learner, *drawn, part, *probed, chunk) for part in parts]
 

@@ -227,19 +227,21 @@ def train_seeds(
     return sharded(everywhere, stacked)
 
 
-def shares(seeds: int, batch: int, together: int = 1) -> tuple[int, int, int]:
+def shares(
+    seeds: int, batch: int, together: int = 1, field: str = "outer.batch"
+) -> tuple[int, int, int]:
     """Groups of devices, devices of a group that share its episodes, and those that repeat them.
 
     There are as many groups as divide both the devices and the seeds. Raises `ConfigError` unless
-    the devices of a group can share a batch equally, `together` episodes at a time; CPU cores that
-    cannot repeat each other's work.
+    the devices of a group can share a batch, which `field` sets, equally, `together` episodes at a
+    time; CPU cores that cannot repeat each other's work.
     """
     groups = math.gcd(seeds, jax.device_count())
     group = jax.device_count() // groups
     sharing = math.gcd(batch // together, group)
     equal = sharing == group or jax.default_backend() == "cpu"
     fix = f"must be a multiple of {group * together}, as {group} devices share it"
-    check(equal, "outer.batch", batch, fix)
+    check(equal, field, batch, fix)
     return groups, sharing, group // sharing
 
 

@@ -43,8 +43,9 @@ def prediction_loss(domain: Domain, meta: MetaLearner, teacher: Learner | None =
     answer is the mean of the feedback given the episode so far; but it varies less.
     """
 
+    @inner.full_precision
     def taught(queries: Query, feedback: Feedback) -> Answer:
-        """The teacher's answers in one episode."""
+        """The teacher's answers in one episode, exact whatever training is rounded to."""
         assert teacher is not None
 
         def step(state, now):

@@ -80,9 +80,10 @@ class OuterConfig:
         """Raises `ConfigError` unless the batch is of whole groups that the devices can share."""
         for each in trained:
             group, batch = each.objective.group, (each.own or self).batch
+            field = "outer.batch" if batch == self.batch else "outer_batch"
             fix = f"must be a multiple of {group}: the objective takes so many episodes together"
-            check(batch % group == 0, "outer.batch", batch, fix)
-            mesh.shares(self.seeds, batch, group)
+            check(batch % group == 0, field, batch, fix)
+            mesh.shares(self.seeds, batch, group, field)
 
     def transformation(self, steps: int | None = None) -> optax.GradientTransformation:
         """Makes the optimiser, after clipping, under its schedule over `steps` or its own steps."""
@@ -227,21 +228,15 @@ class OuterLoop:
         for target in targets:
             while step < target:
                 count = min(self.config.dispatch, target - step)
-                parts: list[TrainState] = []
+                params, moments = state.params, state.moments
                 metrics: dict[str, Metrics] = {}
                 for name in self.trained:  # each by itself, so that its time is known
-                    start = time.perf_counter()
-                    part, found = jax.block_until_ready(
-                        self.advance(state.only(name), jnp.int32(count))
-                    )
+                    start, alone = time.perf_counter(), state.only(name)
+                    now, found = jax.block_until_ready(self.advance(alone, jnp.int32(count)))
                     self.seconds[name] += time.perf_counter() - start
-                    parts, metrics = [*parts, part], metrics | found
-                step += count
-                state = TrainState(
-                    parts[0].step,
-                    {name: part.params[name] for name, part in zip(metrics, parts, strict=True)},
-                    {name: part.moments[name] for name, part in zip(metrics, parts, strict=True)},
-                )
+                    params, moments = params | now.params, moments | now.moments
+                    metrics |= found
+                step, state = step + count, TrainState(now.step, params, moments)
                 for name, each in metrics.items():
                     if not all(np.isfinite(value).all() for value in each.values()):
                         own = self.trained[name].own

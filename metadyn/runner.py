@@ -26,9 +26,9 @@ from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls, described, fits, readings
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
-from metadyn.scalars import check_installed, scalars
 from metadyn.store import Results, RunFolder
 from metadyn.study import Comparison, Contender, Criterion, Plan, Study
+from metadyn.tensorboard import check_installed, scalars
 
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
 
@@ -245,7 +245,9 @@ def check_compiled(loop: OuterLoop, name: str) -> None:
     account = compiled.memory_analysis()
     if account is not None:
         used = account.temp_size_in_bytes + account.argument_size_in_bytes
-        fits(f"an outer step of {name}", used, "outer.batch")
+        own = loop.trained[name].own
+        field = "outer.batch" if own is None or own.batch == loop.config.batch else "outer_batch"
+        fits(f"an outer step of {name}", used, field)
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> None:

@@ -440,11 +440,16 @@ def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, 
         yield name.removeprefix(".config").removeprefix("."), theirs, ours
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text so that a reader sees the old file or the new one, never a part."""
+    part = path.with_name(path.name + PART)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON, as `write_whole` writes."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def _read_json(path: Path, complaint: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from metadyn.errors import (
 )
 from metadyn.labelled import Kind
 from metadyn.learners.attention import LinearAttentionConfig, TransformerConfig
-from metadyn.learners.delta import DeltaNetConfig
+from metadyn.learners.deltanet import DeltaNetConfig
 from metadyn.learners.learned_optimizer import LearnedOptimizerConfig
 from metadyn.learners.linear_recurrent import MinLSTMConfig
 from metadyn.learners.lstm import LSTMConfig
@@ -57,13 +57,15 @@ if TYPE_CHECKING:
 TRACKED, HELDOUT = "tracked", "heldout"
 """The sets of tasks on which meta-learners are measured at every checkpoint: the first of those of
 evaluation, for mode trajectories; and some of the training distribution, for excess loss."""
+OWN = ("learning_rate", "batch")
+"""Settings of the outer loop that a meta-learner's configuration may have as `outer_…`."""
 Network = Literal[
     "lstm",
     "gru",
     "minlstm",
     "transformer",
     "linear_attention",
-    "delta",
+    "deltanet",
     "maml",
     "learned_optimizer",
 ]
@@ -114,7 +116,7 @@ class StudyConfig:
     minlstm: MinLSTMConfig = MinLSTMConfig()
     transformer: TransformerConfig = TransformerConfig()
     linear_attention: LinearAttentionConfig = LinearAttentionConfig()
-    delta: DeltaNetConfig = DeltaNetConfig()
+    deltanet: DeltaNetConfig = DeltaNetConfig()
     maml: MAMLConfig = MAMLConfig()
     learned_optimizer: LearnedOptimizerConfig = LearnedOptimizerConfig()
     outer: OuterConfig = OuterConfig()
@@ -134,7 +136,8 @@ class StudyConfig:
         Raises `ConfigError` if it cannot serve that domain.
         """
         network = getattr(self, self.meta)
-        own = {f: v for f in ("learning_rate", "batch") if (v := getattr(network, f"outer_{f}", 0))}
+        fields = dataclasses.asdict(network)
+        own: dict[str, Any] = {f: fields[f"outer_{f}"] for f in OWN if f"outer_{f}" in fields}
         return Contender(
             self.meta,
             f"meta-trained {network.label}",
@@ -142,7 +145,7 @@ class StudyConfig:
             objective=getattr(network, "objective", None),
             own=dataclasses.replace(self.outer, **own) if own else None,
             rate=f"{self.meta}.outer_learning_rate",
-            option=f"{self.meta}.{'hidden' if hasattr(network, 'hidden') else 'width'}",
+            option=f"{self.meta}.{'hidden' if 'hidden' in fields else 'width'}",
         )
 
 

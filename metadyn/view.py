@@ -29,20 +29,18 @@ from metadyn import dynamics, figures, labelled
 from metadyn.base import STRENGTH
 from metadyn.errors import ConfigError, check
 from metadyn.progress import Progress
-from metadyn.store import Results, RunFolder
+from metadyn.store import Results, RunFolder, write_whole
 from metadyn.study import HELDOUT, TRACKED
 
 MOST_TIMES, MOST_STEPS = 150, 60
-"""Bootstrap draws; times and outer steps beyond which some are left out. Our choice."""
+"""Times and outer steps beyond which some are left out. Our choice."""
 LOCAL, SILENT = "127.0.0.1", Progress(None)
 
 
 def write(run: RunFolder, progress: Progress = SILENT) -> Path:
     """Writes DIR/report.html in one step, and returns its path."""
     path = run.path / "report.html"
-    part = path.with_name(path.name + ".part")
-    part.write_text(page(collect(run, progress)), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, page(collect(run, progress)))
     return path
 
 
@@ -95,15 +93,10 @@ def _sets(results: Results) -> Iterator[tuple[str, dict[str, xr.Dataset]]]:
             yield name, measured
 
 
-def _probes(data: xr.Dataset) -> list[str]:
-    """The names of the probes that a measurement is of."""
-    return [str(name) for name in data if "values" in data[name].attrs]
-
-
 def _groups(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str, Any]]:
     """The inner learning curves of all learners on one set of tasks, by each probe."""
     first = next(iter(measured.values()))
-    for probe in _probes(first):
+    for probe in labelled.probes(first):
         of = labelled.modes(first, probe)
         read = [data for data in measured.values() if probe in data]
         alike = [data for data in read if labelled.modes(data, probe).values == of.values]

@@ -29,14 +29,19 @@ def scattered(meta, seed=1, scale=0.2):
     return unravel(flat + scale * jax.random.normal(jax.random.key(seed), flat.shape))
 
 
-def stepped(learner, queries, feedback):
-    """The answers of a learner that is stepped through given episodes, time-major, [T, ..., B]."""
+def stepped(learner, queries, feedback, keys=None):
+    """The answers of a learner that is stepped through given episodes, time-major, [T, ..., B].
 
-    def one(queries, feedback):
+    It starts in each of them from its key, or in all from the same.
+    """
+    if keys is None:
+        keys = jnp.repeat(jax.random.key(0)[None], jax.tree.leaves(feedback)[0].shape[-1])
+
+    def one(key, queries, feedback):
         step = lambda state, pair: (learner.update(state, *pair), learner.predict(state, pair[0]))
-        return jax.lax.scan(step, learner.init(jax.random.key(0)), (queries, feedback))[1]
+        return jax.lax.scan(step, learner.init(key), (queries, feedback))[1]
 
-    return jax.jit(jax.vmap(one, -1, -1))(queries, feedback)
+    return jax.jit(jax.vmap(one, (0, -1, -1), -1))(keys, queries, feedback)
 
 
 def step_by_step_is_whole(config, name, scale=0.2):
@@ -85,13 +90,11 @@ def all_parameters_are_trained(config):
             assert np.any(np.asarray(leaf) != 0)
 
 
-def untrained_it_answers_zero(config):
+def untrained_it_answers_zero(meta):
     """The prior mean is answered at first, and seeds start apart."""
-    domain = DOMAINS["linear"]
-    meta = config.make(domain)
     a, b, c = (meta.init(jax.random.key(k)) for k in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     same = jax.tree.map(lambda a, c: bool(jnp.array_equal(a, c)), a["body"], c["body"])
     assert not all(jax.tree.leaves(same))
-    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 5))
+    queries, feedback = inner.observe(meta.domain, jax.random.split(jax.random.key(2), 5))
     np.testing.assert_array_equal(meta.unroll(a, queries, feedback), 0)

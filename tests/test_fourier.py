@@ -162,17 +162,6 @@ def test_power_at_nyquist_counts_as_outside():
     np.testing.assert_allclose(readings["outside"], 0.25, rtol=1e-4)
 
 
-def test_curves_are_the_answers_and_the_target():
-    domain = FourierRegression(band(1, 3))
-    probe = domain.probe(domain.amplitudes(), 32, curves=True)
-    task = domain.evaluation_task(jax.random.key(3), jnp.float32(domain.amplitudes()))
-    answers = jax.random.normal(jax.random.key(0), (32, 1))
-    readings = probe.read(task, answers)
-    np.testing.assert_allclose(readings["target"], f64(task, uniform_grid(32)), atol=1e-5)
-    np.testing.assert_array_equal(readings["answer"], answers[:, 0])
-    assert set(readings) == {"strength", *probe.extras}
-
-
 def test_every_task_and_step_is_probed_in_one_compiled_call():
     domain = FourierRegression(band(1, 3), steps=6)
     learner = bayes_fourier(domain)

@@ -21,7 +21,7 @@ def plan():
 
 def test_every_learner_is_trained_on_each_domain_that_it_can_serve(plan):
     trained = {part.name: [meta.name for meta in part.metas] for part in plan.comparisons}
-    networks = ["lstm", "gru", "minlstm", "transformer", "linear_attention", "delta"]
+    networks = ["lstm", "gru", "minlstm", "transformer", "linear_attention", "deltanet"]
     both = [*networks, "maml", "learned_optimizer"]
     assert trained == {"linear": both, "nonlinear": both, "bandit": networks}
 
@@ -36,9 +36,9 @@ def test_all_learners_of_a_domain_are_measured_on_the_same_tasks(plan):
 def test_settings_of_a_learners_own_take_the_place_of_the_outer_loops(plan):
     own = {name: (each.own or plan.outer) for name, each in plan.trained.items()}
     assert own["lstm_linear"].learning_rate == QUICK.outer.learning_rate
-    assert own["delta_linear"].learning_rate == QUICK.delta.outer_learning_rate
+    assert own["deltanet_linear"].learning_rate == QUICK.deltanet.outer_learning_rate
     assert own["maml_linear"].batch == QUICK.maml.outer_batch == 8
-    assert own["lstm_linear"].batch == own["delta_linear"].batch == QUICK.outer.batch
+    assert own["lstm_linear"].batch == own["deltanet_linear"].batch == QUICK.outer.batch
 
 
 def test_the_study_is_rehearsed_without_complaint():
@@ -74,7 +74,7 @@ def test_a_batch_of_its_own_takes_the_first_episodes_and_leaves_the_others_alone
     [
         (["--learners", "lstm", "elman"], "learners"),
         (["--transformer.attention-heads", "5"], "--transformer.attention-heads 5: must divide"),
-        (["--delta.layers", "0"], "--delta.layers 0: must be positive"),
+        (["--deltanet.layers", "0"], "--deltanet.layers 0: must be positive"),
         (["--maml.outer-batch", "0"], "--maml.outer-batch 0: must be positive"),
         (["--outer.b2", "1.5"], "--outer.b2 1.5: must be above 0 and below 1"),
     ],

@@ -3,13 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import (
-    DOMAINS,
-    all_parameters_are_trained,
-    step_by_step_is_whole,
-    the_future_is_not_read,
-    untrained_it_answers_zero,
-)
 from flax import nnx
 
 from metadyn.errors import ConfigError
@@ -17,20 +10,6 @@ from metadyn.learners.linear_recurrent import MinLSTM, MinLSTMConfig
 
 H = 8
 CONFIG = MinLSTMConfig(hidden=H)
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
-    step_by_step_is_whole(CONFIG, domain)
-
-
-def test_training_reads_the_past_alone_and_reaches_every_parameter():
-    the_future_is_not_read(CONFIG)
-    all_parameters_are_trained(CONFIG)
-
-
-def test_untrained_networks_answer_zero_and_seeds_start_apart():
-    untrained_it_answers_zero(CONFIG)
 
 
 @pytest.mark.parametrize("T", [1, 2, 21, 300])

@@ -5,6 +5,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import stepped, untrained_it_answers_zero
 from flax import nnx
 
 from metadyn import inner
@@ -76,27 +77,13 @@ def test_step_by_step_and_whole_episode_give_the_same_numbers(name, heads):
     assert isinstance(meta, MetaLearner)
     assert whole.shape == (7, 2 + heads, 5)
     assert np.std(whole, axis=(0, 2)).min() > 0.1
-    learner = meta.learner(params)
-    predict, update = jax.jit(learner.predict), jax.jit(learner.update)
-    for episode in range(5):
-        state = learner.init(jax.random.key(0))
-        for t in range(7):
-            x, y = queries[t, :, episode], feedback[t, :, episode]
-            np.testing.assert_allclose(
-                predict(state, x), whole[t, :2, episode], rtol=1e-5, atol=1e-6
-            )
-            state = update(state, x, y)
+    found = stepped(meta.learner(params), queries, feedback)
+    np.testing.assert_allclose(found, whole[:, :2], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_untrained_networks_answer_zero_and_seeds_start_apart(name):
-    meta = made(name)
-    a, b, c = (meta.init(jax.random.key(k)) for k in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    same = jax.tree.map(lambda a, c: bool(jnp.array_equal(a, c)), a["body"], c["body"])
-    assert not all(jax.tree.leaves(same))
-    queries, feedback = inner.observe(DOMAIN, jax.random.split(jax.random.key(2), 5))
-    np.testing.assert_array_equal(meta.unroll(a, queries, feedback), 0)
+    untrained_it_answers_zero(made(name))
 
 
 def test_a_gru_is_that_of_pytorch_s_formulae():

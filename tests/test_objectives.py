@@ -3,48 +3,54 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from jax.flatten_util import ravel_pytree
 
 from metadyn import inner
 from metadyn.base import indexed_keys
 from metadyn.domains.linear import LinearRegression
+from metadyn.learners.attention import OneLayerAttentionConfig
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
-from metadyn.objectives import predicting, prediction_loss
+from metadyn.objectives import prediction_loss
 
 DOMAIN = LinearRegression(2, 2, sigma=0.5, steps=4)
 META = LSTMConfig(hidden=4).make(DOMAIN)
 
 
-@pytest.fixture(scope="module")
-def gradients():
-    """Of 64 batches of 128 episodes: [batch, parameters], with y and with Bayes' answers."""
+BAYES = bayes_linear(DOMAIN)
+# One that is wrong by a fifth, which the test of Bayes must be able to tell.
+SHRUNK = BAYES._replace(predict=lambda state, x: 0.8 * BAYES.predict(state, x))
+
+
+def gradients(meta, params, teacher=None):
+    """Of 64 batches of 1 024 episodes, [batch, parameters]."""
+    loss = prediction_loss(DOMAIN, meta, teacher).loss
+    gradient = jax.jit(jax.grad(lambda p, batch: loss(p, batch)[0]))
+    keys = indexed_keys(jax.random.key(2), jnp.arange(64 * 1024)).reshape(64, 1024)
+    return np.array([ravel_pytree(gradient(params, batch))[0] for batch in keys], np.float64)
+
+
+def apart(one, other):
+    """How many standard errors two expected gradients are apart, root mean square: 1 by chance."""
+    difference = one - other  # on the same episodes
+    error = difference.std(0, ddof=1) / np.sqrt(len(difference))
+    return np.sqrt(np.mean((difference.mean(0) / np.maximum(error, 1e-12)) ** 2))
+
+
+def test_bayes_answers_have_the_same_expected_gradient_as_the_feedback():
+    # Of a step of gradient descent, whose answers go with Bayes', so that a wrong teacher shows.
+    meta = OneLayerAttentionConfig(1, merged=True).make(DOMAIN)
+    params = {"value": jnp.eye(2)[None], "key_query": 0.5 * jnp.eye(2)[None]}
+    feedback, bayes, shrunk = (gradients(meta, params, each) for each in (None, BAYES, SHRUNK))
+    assert apart(feedback, bayes) < 1.5
+    assert apart(feedback, shrunk) > 5
+
+
+def test_bayes_answers_have_a_less_noisy_gradient():
     params = META.init(jax.random.key(0))
     noise = jax.random.normal(jax.random.key(1), params["readout"].shape)
     params = params | {"readout": 0.3 * noise}  # it is zero at first, and then teaches little
-    bayes = bayes_linear(DOMAIN)
-    found = []
-    for target in ("feedback", "bayes"):
-        loss = predicting(target, bayes)(DOMAIN, META).loss
-        keys = indexed_keys(jax.random.key(2), jnp.arange(64 * 128)).reshape(64, 128)
-        gradient = jax.jit(jax.grad(lambda p, k, f=loss: f(p, k)[0]))
-        each = [gradient(params, batch) for batch in keys]
-        flat = [np.concatenate([np.ravel(a) for a in jax.tree.leaves(g)]) for g in each]
-        found.append(np.array(flat, np.float64))
-    return found
-
-
-def test_bayes_answers_have_the_same_expected_gradient_as_the_feedback(gradients):
-    apart = gradients[0] - gradients[1]  # on the same episodes
-    error = apart.std(0, ddof=1) / np.sqrt(len(apart))
-    score = apart.mean(0) / np.maximum(error, 1e-12)
-    assert np.sqrt(np.mean(score**2)) < 1.5  # about 1 if they are equal in expectation
-    signal = gradients[1].mean(0) / (gradients[1].std(0, ddof=1) / np.sqrt(len(apart)))
-    assert np.sqrt(np.mean(signal**2)) > 5  # so that a difference would have been seen
-
-
-def test_bayes_answers_have_a_less_noisy_gradient(gradients):
-    feedback, bayes = (np.sum(each.var(0)) for each in gradients)
+    feedback, bayes = (np.sum(gradients(META, params, each).var(0)) for each in (None, BAYES))
     assert bayes < 0.8 * feedback
 
 

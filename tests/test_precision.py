@@ -1,6 +1,7 @@
 """What is computed in float32 proper, as the programs for GPUs and TPUs say: neither is needed."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +70,11 @@ def test_all_that_measures_is_float32(name, lowered):
     assert "stablehlo.fft" not in text
 
 
-def loop_of(domain, precision, backend="auto"):
+def loop_of(domain, precision, backend="auto", teacher=None):
     critic = domain is BANDIT
     meta = LSTMConfig(hidden=16, backend=backend).make(domain, heads=int(critic))
-    objective = (actor_critic if critic else prediction_loss)(domain, meta)
+    make = actor_critic if critic else partial(prediction_loss, teacher=teacher)
+    objective = make(domain, meta)
     config = OuterConfig(steps=4, batch=32, seeds=2, warmup=1, precision=precision)
     return OuterLoop({"lstm": MetaTraining(meta, objective)}, config, jax.random.key(0))
 
@@ -93,6 +95,12 @@ def test_training_rounds_what_its_configuration_says(domain, precision, asked, l
     loop = loop_of(domain, precision)
     found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
     assert found == {(asked, asked)} | (EXACT if domain is LINEAR else set())
+
+
+def test_bayes_is_exact_where_it_teaches(lowered):
+    loop = loop_of(FOURIER, "bfloat16", teacher=bayes.bayes_fourier(FOURIER))
+    found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
+    assert found == {("DEFAULT", "DEFAULT")} | EXACT
 
 
 @pytest.mark.parametrize("backend", ["scan", "backward"])

@@ -126,12 +126,19 @@ def test_bad_process_options_are_one_line(options, says, refused):
     refused([STUDY, *options], says)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--outer.batch", "6"], "--outer.batch 6: must be a multiple of 4"),
+        (["--meta", "maml", "--maml.outer-batch", "6"], "--maml.outer-batch 6: must be a multiple"),
+    ],
+)
 def test_accelerators_that_cannot_share_the_batch_are_refused_before_dir_exists(
-    refused, monkeypatch
+    options, says, refused, monkeypatch
 ):
     monkeypatch.setattr(mesh.jax, "device_count", lambda: 4)
     monkeypatch.setattr(mesh.jax, "default_backend", lambda: "gpu")
-    refused([STUDY, "--outer.batch", "6"], "--outer.batch 6: must be a multiple of 4")
+    refused([STUDY, *options], says)
 
 
 def test_a_bad_process_variable_is_named(monkeypatch):

@@ -145,12 +145,10 @@ class FourierRegression(Regression):
             case "fourier":
                 return fourier_features(query, self.support)
 
-    def evaluation(
-        self, points: int = 32, frequencies: Sequence[int] | None = None, curves: bool = False
-    ) -> TaskSet:
+    def evaluation(self, points: int = 32, frequencies: Sequence[int] | None = None) -> TaskSet:
         """Sets up functions of fixed `amplitudes` and random phases (`evaluation_task`)."""
         amplitudes = self.amplitudes(frequencies)
-        probes = {STRENGTH: self.probe(amplitudes, points, curves)}
+        probes = {STRENGTH: self.probe(amplitudes, points)}
         sample = self.evaluation_task
         return TaskSet("in_distribution", self, sample, np.array(amplitudes, np.float32), probes)
 
@@ -171,15 +169,15 @@ class FourierRegression(Regression):
         variances[here] = [v[k] if k in self.support else v.max() for k in here]
         return tuple(float(A) for A in np.sqrt(2 * variances * v.sum() / variances.sum()))
 
-    def probe(self, amplitudes: Spectrum, points: int = 32, curves: bool = False) -> Probe:
+    def probe(self, amplitudes: Spectrum, points: int = 32) -> Probe:
         """Reads the strength of each frequency that evaluation tasks of these amplitudes contain.
 
         The answers on a uniform grid of `points` inputs are Fourier-transformed, on the device.
 
         Readings: the strengths, a_k = Re(conj(F_k) F̂_k) / |F_k|², of those frequencies k in
         order; `outside`, the power of the answers at all other frequencies that the grid resolves,
-        relative to the target's whole power. With `curves` also the `answer` and the `target` on
-        the grid. Raises `ConfigError` for a grid too coarse for the highest frequency.
+        relative to the target's whole power. Raises `ConfigError` for a grid too coarse for the
+        highest frequency.
         """
         highest = max(len(amplitudes), len(self.spectrum)) - 1
         least = 2 * highest + 1
@@ -193,16 +191,13 @@ class FourierRegression(Regression):
             F, F_hat = coefficients(target[:, 0]), coefficients(answers[:, 0])
             projection = jnp.real(jnp.conj(F) * F_hat)[contained]
             outside = jnp.sum(jnp.delete(power_spectrum(F_hat, points), contained))
-            readings = {
+            return {
                 "strength": projection / jnp.abs(F[contained]) ** 2,
                 "outside": outside / jnp.sum(power_spectrum(F, points)),
             }
-            return readings | ({"answer": answers[:, 0], "target": target[:, 0]} if curves else {})
 
         modes = Modes(contained.tolist(), "frequency $k$", "frequency", "cycles")
-        drawn = {"answer": ("x",), "target": ("x",)} if curves else {}
-        coords = {"x": ("x", tuple(uniform_grid(points)))} if curves else {}
-        return Probe(grid, read, modes, {"outside": (), **drawn}, coords)
+        return Probe(grid, read, modes, {"outside": ()})
 
 
 def uniform_grid(points: int) -> Float[np.ndarray, " P"]:

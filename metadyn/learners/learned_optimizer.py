@@ -18,9 +18,14 @@ from jaxtyping import Array, Float, Int
 
 from metadyn import inner, prng
 from metadyn.base import Domain, Key, Keys, MetaLearner, Params
-from metadyn.errors import check_positive
 from metadyn.learners.gradient import Network, Weights
-from metadyn.learners.maml import Descent, InnerDescent, check_regression, ordinary_network
+from metadyn.learners.maml import (
+    Descent,
+    InnerDescent,
+    InnerDescentConfig,
+    check_regression,
+    ordinary_network,
+)
 from metadyn.objectives import Metrics, Objective
 
 DECAYS = (0.5, 0.9)  # our choice: what a step leaves of each momentum
@@ -154,34 +159,20 @@ def antithetic(loss, theta: Array, noise: Array, sigma: float) -> tuple[Array, A
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnedOptimizerConfig:
+class LearnedOptimizerConfig(InnerDescentConfig):
     """A learned optimiser of the networks of ordinary learners. The values are our choice."""
 
     label = "learned optimiser"
-    inner_steps: int = 3
-    """K, full-batch steps after each observation."""
     hidden: int = 8
     """Hidden units of the perceptron that every weight has."""
-    depth: int = 2
-    """Layers of the linear network that is trained; hidden layers of the MLP."""
-    width: int = 32
-    """Units of each of its hidden layers."""
     scale: float = 1e-3
     """Standard deviation of the linear network's initial weights."""
     learning_rate: float = 0.03
     """Size of the steps at outer step 0."""
-    clip: float = 3.0
-    """Greatest norm of an inner gradient."""
     sigma: float = 0.03
     """Standard deviation of the outer parameters' perturbations."""
     outer_learning_rate: float = 2e-2
     """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
-    outer_batch: int = 8
-    """Episodes in an outer step, in the place of `--outer.batch`: each costs as much as dozens of
-    an LSTM's."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, *(field.name for field in dataclasses.fields(self)))
 
     def make(self, domain: Domain, heads: int = 0) -> LearnedOptimizer:
         """The meta-learner for a domain; raises `ConfigError` if it is no regression."""

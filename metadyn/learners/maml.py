@@ -55,9 +55,8 @@ class InnerDescent:
     After each observation it takes `inner_steps` full-batch steps on the mean of ½ ‖y − ŷ‖² over
     the pairs seen so far, from where it stands, as an ordinary learner goes on from where it
     stands. In few-shot learning MAML goes back to its start for each set of pairs; here that would
-    leave it K steps in all, however many pairs have come, which are too few to fit them: 3 × 3,
-    K = 3, 400 outer steps of 32 episodes, excess loss 0.44 against 0.22. Gradients are clipped at a
-    norm of `clip`.
+    leave it K steps in all, however many pairs have come, which are too few to fit them. Gradients
+    are clipped at a norm of `clip`.
 
     Raises `ConfigError` for domains that are no regression, and where heads are asked for.
     """
@@ -225,18 +224,15 @@ def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None
 
 
 @dataclasses.dataclass(frozen=True)
-class MAMLConfig:
-    """Gradient descent from a learned start. The values are our choice."""
+class InnerDescentConfig:
+    """What all meta-learners have that train a network within the episode. Values: our choice."""
 
-    label = "MAML"
     inner_steps: int = 3
-    """K, full-batch gradient steps after each observation."""
+    """K, full-batch steps after each observation."""
     depth: int = 2
     """Layers of the linear network; hidden layers of the MLP."""
     width: int = 32
     """Units of each hidden layer."""
-    learning_rate: float = 0.1
-    """Every inner rate at outer step 0, for the loss ½‖y − ŷ‖²."""
     clip: float = 3.0
     """Greatest norm of an inner gradient."""
     outer_learning_rate: float = 1e-2
@@ -247,6 +243,15 @@ class MAMLConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, *(field.name for field in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MAMLConfig(InnerDescentConfig):
+    """Gradient descent from a learned start. The values are our choice."""
+
+    label = "MAML"
+    learning_rate: float = 0.1
+    """Every inner rate at outer step 0, for the loss ½‖y − ŷ‖²."""
 
     def make(self, domain: Domain, heads: int = 0) -> MAML:
         """The meta-learner for a domain; raises `ConfigError` if it is no regression."""

@@ -13,7 +13,7 @@ from metadyn.cli import main
 from metadyn.errors import ConfigError
 from metadyn.store import RunFolder
 
-STUDY = str(Path(__file__).parent.parent / "experiments" / "start.py")
+STUDY = str(Path(__file__).parent.parent / "experiments" / "learned_start.py")
 SMALL = [
     *("--interpolations", "0", "1", "--factors", "1", "--linear.steps", "4"),
     *("--nonlinear.steps", "4", "--nonlinear-maml.width", "4", "--linear-maml.inner-steps", "1"),

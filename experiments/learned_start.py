@@ -1,6 +1,6 @@
 """The start alone: where between a small random one and MAML's learned one the staggering goes.
 
-    metadyn run start [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run learned_start [--preset quick|paper] [--out DIR] [overrides]
 
 The two-layer linear network of linear regression and the MLP of nonlinear regression are trained by
 plain gradient descent, always in the same way, from starts (1 − α) · random + α · learned, and from
@@ -240,7 +240,7 @@ QUICK = Config(
 )
 PAPER = Config(outer=md.OuterConfig(steps=50_000, batch=512, learning_rate=3e-3, warmup=1000))
 study = md.Study(
-    "start",
+    "learned_start",
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,

@@ -3,34 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import (
-    DOMAINS,
-    all_parameters_are_trained,
-    step_by_step_is_whole,
-    the_future_is_not_read,
-    untrained_it_answers_zero,
-)
 from flax import nnx
 
 from metadyn.errors import ConfigError
-from metadyn.learners.delta import DeltaNetConfig, DeltaRule
+from metadyn.learners.deltanet import DeltaNetConfig, DeltaRule
 
 H, HEADS, D = 8, 2, 4
 CONFIG = DeltaNetConfig(hidden=H, attention_heads=HEADS)
-
-
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
-    step_by_step_is_whole(CONFIG, domain)
-
-
-def test_training_reads_the_past_alone_and_reaches_every_parameter():
-    the_future_is_not_read(CONFIG)
-    all_parameters_are_trained(CONFIG)
-
-
-def test_untrained_networks_answer_zero_and_seeds_start_apart():
-    untrained_it_answers_zero(CONFIG)
 
 
 def projected(mixer, x):

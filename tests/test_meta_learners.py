@@ -1,0 +1,46 @@
+"""What every meta-learner that is a network is held to (`contract.py`), whatever it is made of."""
+
+import pytest
+from contract import (
+    DOMAINS,
+    all_parameters_are_trained,
+    step_by_step_is_whole,
+    the_future_is_not_read,
+    untrained_it_answers_zero,
+)
+from test_attention import ONE_LAYER
+
+from metadyn.learners.attention import LinearAttentionConfig, TransformerConfig
+from metadyn.learners.deltanet import DeltaNetConfig
+from metadyn.learners.linear_recurrent import MinLSTMConfig
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.learners.networks import GRUConfig
+
+HEADED = {"hidden": 8, "attention_heads": 2}
+NETWORKS = {
+    "lstm": LSTMConfig(hidden=8),
+    "gru": GRUConfig(hidden=8),
+    "minlstm": MinLSTMConfig(hidden=8),
+    "transformer": TransformerConfig(**HEADED),
+    "linear_attention": LinearAttentionConfig(**HEADED),
+    "merged_linear_attention": LinearAttentionConfig(merged=True, **HEADED),
+    "deltanet": DeltaNetConfig(**HEADED),
+}
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("name", NETWORKS | ONE_LAYER)
+def test_step_by_step_and_whole_episode_give_the_same_numbers(name, domain):
+    scale = 1.0 if name in ONE_LAYER else 0.2  # answers of one layer are products of three weights
+    step_by_step_is_whole((NETWORKS | ONE_LAYER)[name], domain, scale)
+
+
+@pytest.mark.parametrize("name", NETWORKS | ONE_LAYER)
+def test_training_reads_the_past_alone_and_reaches_every_parameter(name):
+    the_future_is_not_read((NETWORKS | ONE_LAYER)[name])
+    all_parameters_are_trained((NETWORKS | ONE_LAYER)[name])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_untrained_networks_answer_zero_and_seeds_start_apart(name):
+    untrained_it_answers_zero(NETWORKS[name].make(DOMAINS["linear"]))
