@@ -73,7 +73,7 @@ def collect(run: RunFolder, progress: Progress = SILENT) -> dict[str, Any]:
     return {
         "title": f"{about['study']}, preset {about['preset']}, seed {about['seed']}",
         "done": bool(summary),
-        "criteria": [r | {k: _rounded(r[k]) for k in ("value", "low", "high")} for r in rows],
+        "criteria": rows,
         "groups": groups,
         "losses": losses,
         "colours": list(figures.COLOURS),
@@ -176,10 +176,10 @@ def _thinned(n: int, most: int) -> np.ndarray:
 
 
 def _rounded(values: Any) -> Any:
-    """Nested lists of four digits, None for what is not finite."""
+    """Nested lists of six digits, which the page rounds to three; None for what is not finite."""
     if np.ndim(values):
         return [_rounded(each) for each in values]
-    return None if values is None or not math.isfinite(values) else float(f"{values:.4g}")
+    return None if values is None or not math.isfinite(values) else float(f"{values:.6g}")
 
 
 class _Watched:
