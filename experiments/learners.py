@@ -12,6 +12,7 @@ from typing import get_args
 
 import jax
 import numpy as np
+from matplotlib.ticker import NullLocator
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, labelled
@@ -181,6 +182,10 @@ def slope_against_excess(results):
         what = "staggering" if labelled.modes(bayes).exchangeable else "slope"
         axis.set(title=title, xlabel="excess loss over Bayes", ylabel=f"{what} minus Bayes'")
         axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        axis.set_xticks([x for x in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low < x < high])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)
     return figure
 
@@ -223,7 +228,7 @@ study = md.Study(
     criteria,
     {f"learners_{name}": side_by_side(name) for name in TITLES}
     | {"slope_against_excess": slope_against_excess},
-    section="§6, ours",
+    section="ours",
     claims=md.study.claims(
         slope_against_excess={
             "near_bayes_worst": "Whoever comes near Bayes' loss staggers no more than Bayes (ours)"

@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
 
 def text(estimate: Estimate, digits: int = 2) -> str:
     """A figure of merit as text: value [low, high]."""
-    return "{:.{n}f} [{:.{n}f}, {:.{n}f}]".format(*estimate, n=digits)
+    return "{:.{n}f} [{:.{n}f}, {:.{n}f}]".format(*estimate, n=digits).replace("nan", "–")
 
 
 def estimate(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> Estimate:
