@@ -365,7 +365,7 @@ def _as_json(criterion: Criterion) -> dict[str, Any]:
     for name in ("value", "low", "high"):
         row[name] = row[name] if math.isfinite(row[name]) else None
     if criterion.passed is None:
-        del row["passed"]
+        del row["passed"], row["verdict"]
     return row
 
 

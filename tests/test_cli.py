@@ -55,7 +55,7 @@ def test_the_run_folder_is_as_the_contract_says(finished):
     assert names >= {"sgd_slope", "lstm_minus_bayes_slope", "bayes_slope", "saxe_balanced"}
     assert names >= {"lstm_excess_loss", "lstm_out_of_distribution_x4"}
     for row in summary["criteria"]:
-        assert set(row) == {"name", "value", "low", "high", "expected", "passed"}
+        assert set(row) == {"name", "value", "low", "high", "expected", "passed", "verdict"}
         assert isinstance(row["passed"], bool)
         if row["low"] is not None:
             assert row["low"] <= row["high"]
