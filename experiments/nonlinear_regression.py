@@ -1,6 +1,6 @@
 """Nonlinear regression: an MLP learns low frequencies first, an LSTM and Bayes all at once.
 
-    metadyn run nonlinear_regression [--preset quick|paper] [--meta lstm|gru|…] [overrides]
+    metadyn run nonlinear_regression [--preset quick|workstation|paper] [--meta NAME] [overrides]
 
 After Rahaman et al. (2018), arXiv:1806.08734, and Rabinowitz (2019), arXiv:1905.01320, §3. A second
 LSTM is trained on a band of frequencies and tested in its stop band, beside Bayes with that prior.
@@ -176,6 +176,14 @@ QUICK = Config(
         chunk=1024,
     ),
 )
+WORKSTATION = Config(
+    lstm=LSTMConfig(hidden=192),
+    domain=FourierRegression(steps=40),
+    target="bayes",
+    outer=md.OuterConfig(steps=12_000, batch=32, optimizer="nadam", b2=0.98, learning_rate=1e-2),
+    measure=md.MeasureConfig(updating_tasks=64, tracked_tasks=256, heldout_tasks=1024),
+    excess_at_most=0.3,
+)
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),
     outer=md.OuterConfig(
@@ -188,7 +196,7 @@ PAPER = Config(
 )
 study = md.Study(
     "nonlinear_regression",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {"mode_strength_by_optimizer": by_optimizer, "band_gain": band_gain},
