@@ -387,7 +387,10 @@ def _options(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
 
 
 def _figures(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from metadyn import figures
+    from metadyn.progress import Progress
     from metadyn.store import RunFolder
     from metadyn.study import known, load_study
 
@@ -395,7 +398,7 @@ def _figures(arguments: argparse.Namespace) -> int:
     name = arguments.study or run.config["study"]
     found = arguments.study or name in known()
     own = load_study(name).own_figures() if found else {}
-    for path in figures.draw(run.figures, run.results(), own):
+    for path in figures.draw(run.figures, run.results(), own, Progress(Console(stderr=True))):
         print(path)
     if not found:
         _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
