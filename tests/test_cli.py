@@ -209,14 +209,14 @@ WRONG = "study = 'linear regression'\n"
         (["run", "nowhere.py"], "no such file"),
         (
             ["run", "linear"],
-            "no such study: choose from contextual_bandit, learned_start, learners, linear_reg",
+            "no such study: choose from amortised_bayes, ",
         ),
         (["run", "."], "the folder holds no studies"),
         (["run", "EMPTY"], "defines no `study"),
         (["run", "WRONG"], "defines no `study"),
         (["run", "BROKEN"], "nonsense_that_is_not_there"),
         (["run", "LEAVES"], "cannot be imported"),
-        (["run", STUDY, "--preset", "huge"], "choose from quick, paper"),
+        (["run", STUDY, "--preset", "huge"], "choose from quick, workstation, paper"),
         (["run", STUDY, "--seed", "-1"], "--seed -1"),
         (["run", STUDY, "--seed", "4294967296"], "--seed 4294967296: must be from 0"),
         (
