@@ -46,7 +46,7 @@ def take_apart(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]:
     Programs of one form do the same, given the same arguments and the same numbers.
     """
     numbers: dict[Place, np.ndarray] = {}
-    form = [_form(program.jaxpr, (), numbers)]
+    form: list[Any] = [_form(program.jaxpr, (), numbers)]
     for i, value in enumerate(program.consts):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             form.append(np.asarray(jax.random.key_data(value)).tobytes())
@@ -72,7 +72,7 @@ def _form(jaxpr: Jaxpr, at: Place, numbers: dict[Place, np.ndarray]) -> list[Any
 
     def name(place: Place, atom: Any) -> tuple[Any, str]:
         if isinstance(atom, Literal):
-            numbers[place] = np.asarray(atom.val, atom.aval.dtype)
+            numbers[place] = np.asarray(atom.val, jnp.result_type(atom.aval))
             return "number", str(atom.aval)
         return names.setdefault(atom, len(names)), str(atom.aval)
 

@@ -126,6 +126,6 @@ class Rows:
 
             each = range(len(self.loops))
             yield (
-                [TrainState(np.int32(step), of(i, params), of(i, moments)) for i in each],
+                [TrainState(jnp.int32(step), of(i, params), of(i, moments)) for i in each],
                 [of(i, metrics) for i in each],
             )

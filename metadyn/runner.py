@@ -9,7 +9,7 @@ import platform
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
@@ -188,16 +188,20 @@ def train(
     start: Callable[[], Sequence[TrainState]],
     run: Callable[[Sequence[TrainState], int], Trained],
     lost: Callable[[int, ConfigError], None] | None = None,
+    gone: Collection[int] = (),
 ) -> None:
     """Trains the meta-learners of a plan, or of several side by side; stores as it goes.
 
     It goes on from the newest checkpoint that all have. Their outer steps and checkpoints are the
     same. `start()` gives their states at outer step 0, and `run(states, step)` yields, after each
     dispatch up to an outer step, their states and metrics. A plan of which a metric is no longer
-    finite stops all, unless there is `lost(which, error)`, which is told: others then go on.
+    finite stops all, unless there is `lost(which, error)`, which is told: others then go on. Those
+    that are `gone` were lost before.
     """
     outer, progress = runners[0].plan.outer, runners[0].progress
-    going = dict(enumerate(runners))
+    going = {i: each for i, each in enumerate(runners) if i not in gone}
+    if not going:
+        return
 
     def stored() -> set[int]:
         return set.intersection(*(set(each.stored) for each in going.values()))
@@ -219,7 +223,7 @@ def train(
 
     if 0 not in stored():
         save(start())
-    for each in runners:
+    for each in going.values():
         each.measure_bayes()
     missing = [step for step in outer.checkpoint_steps if step not in stored()]
     reached = max(step for step in stored() if step < min(missing, default=outer.steps + 1))
@@ -229,7 +233,7 @@ def train(
         scalars(runners[0].tensorboard, max(stored())) as log,
         _held() as held,
     ):
-        for target in missing if going else ():
+        for target in missing:
             newest = max(step for step in stored() if step < target)
             at = {i: each.at(newest) for i, each in going.items()}
             spare = next(iter(at.values()))  # stands in for those that are lost
@@ -306,6 +310,12 @@ def outline(plan: Plan) -> dict[str, Any]:
     return asked
 
 
+def asked_for(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> dict[str, Any]:
+    """What is kept with a run, and compared when one is to go on."""
+    identity = {"study": study.name, "preset": preset, "seed": seed}
+    return {**identity, "config": dataclasses.asdict(config), "plan": outline(plan)}
+
+
 def check_compiled(loop: OuterLoop, name: str) -> None:
     """Compiles the outer step of a meta-learner; raises `ConfigError` if by its account it cannot
     fit into the memory."""
@@ -379,7 +389,7 @@ def run_study(
         check_installed()
     plan = study.plan(config)
     identity = {"study": study.name, "preset": preset, "seed": seed}
-    asked = {**identity, "config": dataclasses.asdict(config), "plan": outline(plan)}
+    asked = asked_for(study, preset, seed, config, plan)
     check_memory(plan)
     rehearse(study, config, plan)
     try:
