@@ -279,7 +279,9 @@ def run_sweep(
                 raise ConfigError(f"{sweep.called(i)}: {as_typed(error, i)}") from error
         rehearse(study, configs[mine[0]], plans[mine[0]])
     folder = SweepFolder.create(out, sweep, part.of)
+    summary = folder.path / "summary.json"
     if plans:
+        summary.unlink(missing_ok=True)
         with ExitStack() as stack:
             shared = programs.Shared()
             runners: dict[int, Runner] = {}
@@ -287,11 +289,12 @@ def run_sweep(
                 asked = asked_for(study, sweep.preset, sweep.seed, configs[i], plan)
                 run = RunFolder.create(folder.setting(i), asked)
                 stack.enter_context(run.locked())
-                run.set_aside_damaged()
+                if not run.set_aside_damaged():
+                    (run.path / "summary.json").unlink(missing_ok=True)
                 measure = _measuring(shared)
                 runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
             _run(study, sweep, configs, folder, runners, shared, progress)
-    if all(map(folder.ended, range(len(configs)))):
+    if not summary.exists() and all(map(folder.ended, range(len(configs)))):
         swept.conclude(folder)
     return folder
 

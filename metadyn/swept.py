@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from metadyn import dynamics, figures, labelled, store
 from metadyn.claims import number
 from metadyn.errors import ConfigError
-from metadyn.store import write_json
+from metadyn.store import read_json, write_json
 from metadyn.sweep import SweepFolder
 
 MERITS = {
@@ -85,6 +85,17 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
 
 
 def rows(folder: SweepFolder) -> list[Row]:
+    """The figures of merit of every setting (`measured`), as written or as far as they are there.
+
+    In the place of NaN is None.
+    """
+    path = folder.path / "summary.json"
+    if path.exists():
+        return read_json(path, f"{path} cannot be read")["settings"]
+    return _finite(measured(folder))
+
+
+def measured(folder: SweepFolder) -> list[Row]:
     """What each setting has come to: for each meta-learner that is followed, once trained, how far
     it staggers, its excess loss on held-out tasks, and the seconds its training took.
 
@@ -118,10 +129,9 @@ def rows(folder: SweepFolder) -> list[Row]:
 
 def conclude(folder: SweepFolder) -> None:
     """Writes summary.json and the figures of a sweep of which all settings have ended."""
-    found = rows(folder)
-    sweep = folder.sweep
+    sweep, found = folder.sweep, _finite(measured(folder))
     about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
-    write_json(folder.path / "summary.json", {**about, "settings": _finite(found)})
+    write_json(folder.path / "summary.json", {**about, "settings": found})
     draw(folder, found)
 
 
@@ -154,11 +164,11 @@ def report(folder: SweepFolder) -> Iterator[str]:
 
 def _excess(row: Row) -> float:
     value = row["excess"][0]
-    return value if math.isfinite(value) else math.inf
+    return math.inf if value is None else value
 
 
-def _number(estimate: Sequence[float]) -> str:
-    return number(dict(zip(("value", "low", "high"), _finite([*estimate]), strict=True)))
+def _number(estimate: Sequence[float | None]) -> str:
+    return number(dict(zip(("value", "low", "high"), estimate, strict=True)))
 
 
 def _said(folder: SweepFolder, row: Row) -> str:
@@ -233,7 +243,7 @@ def heat_map(found: Sequence[Row], across: str, down: str) -> Figure:
         values = np.full((len(lines), len(columns)), np.nan)
         for row in found:
             place = lines.index(row["options"][down]), columns.index(row["options"][across])
-            values[place] = row[name][0]
+            values[place] = np.array(row[name][0], float)  # None: NaN
         axis.imshow(values, cmap="viridis", aspect="auto")
         for (i, k), value in np.ndenumerate(values):
             box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
