@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--preset", default="quick", help="quick (default), paper, ...")
     sweep.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED-sweep")
     sweep.add_argument("--seed", type=int, default=0)
-    sweep.add_argument("--seeds", metavar="N", help="the same as --outer.seeds N")
+    sweep.add_argument("--seeds", nargs="+", metavar="N", help="the same as --outer.seeds")
     ways = sweep.add_mutually_exclusive_group()
     ways.add_argument(
         "--zip", action="store_true", help="first with first, second with second, ..."
@@ -272,7 +272,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     _check_preset(study, preset)
     default, words = study.presets[preset], list(arguments.overrides)
     if arguments.seeds:
-        words = ["--outer.seeds", arguments.seeds, *words]
+        words = ["--outer.seeds", *arguments.seeds, *words]
     options, known = sweep.parsed(words), dict(_options(default))
     sweep.check_known(options, [*known])
     kind: sweep.Kind = (
