@@ -251,7 +251,7 @@ class OuterLoop:
         """Episodes in one outer step of a meta-learner."""
         return (self.trained[name].own or self.config).batch
 
-    def check_finite(self, step: int, metrics: Mapping[str, Metrics]) -> None:
+    def check_finite(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises `ConfigError`, which names the learning rate, when a metric is not finite."""
         for name, each in metrics.items():
             if not all(np.isfinite(value).all() for value in each.values()):

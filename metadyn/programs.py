@@ -118,8 +118,8 @@ def _evaluate(jaxpr: Jaxpr, at: Place, numbers: Numbers, given: Sequence[Any]) -
             else:
                 params = eqn.primitive.get_bind_params(eqn.params)
                 found = eqn.primitive.bind(*operands, **params)
-        several = isinstance(found, list | tuple)
-        values |= zip(eqn.outvars, found if several else [found], strict=True)
+        several = eqn.primitive.multiple_results
+        values |= zip(eqn.outvars, list(found) if several else [found], strict=True)
     return [read((*at, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)]
 
 

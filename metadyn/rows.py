@@ -17,7 +17,6 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from metadyn import mesh, programs
-from metadyn.objectives import Metrics
 from metadyn.outer import OuterLoop, TrainState
 
 
@@ -98,7 +97,7 @@ class Rows:
 
     def run(
         self, states: Sequence[TrainState], target: int
-    ) -> Iterator[tuple[list[TrainState], list[Mapping[str, Metrics]]]]:
+    ) -> Iterator[tuple[list[TrainState], list[Mapping[str, Any]]]]:
         """Yields the state and metrics of each after every dispatch up to an outer step.
 
         The time that a dispatch takes is shared out evenly (`OuterLoop.seconds`). Whatever the
@@ -111,7 +110,7 @@ class Rows:
         moments = jax.tree.map(join, *(state.moments for state in states))
         while step < target:
             count = min(dispatch, target - step)
-            metrics: dict[str, Metrics] = {}
+            metrics: dict[str, Any] = {}
             for name, advance in self._advance.items():
                 now, start = (np.int32(step), np.int32(count)), time.perf_counter()
                 found = jax.block_until_ready(advance(now, params[name], moments[name]))

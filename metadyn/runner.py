@@ -24,7 +24,6 @@ from metadyn import dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
 from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls, described, fits, readings
-from metadyn.objectives import Metrics
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
 from metadyn.store import Results, RunFolder
@@ -129,7 +128,7 @@ class Runner:
             self.loop.seconds[name] = self.store.about(step)[task_set][learner]["about"]["seconds"]
         return self.store.restore_state(step, self.loop.abstract)
 
-    def means(self, metrics: Mapping[str, Metrics]) -> dict[str, dict[str, float]]:
+    def means(self, metrics: Reported) -> dict[str, dict[str, float]]:
         """Means over seeds of what training reports, with excess loss over Bayes."""
         shown = {
             name: {what: float(np.mean(value)) for what, value in each.items()}
@@ -180,7 +179,9 @@ class Runner:
         self.store.finish()
 
 
-Trained = Iterator[tuple[Sequence[TrainState], Sequence[Mapping[str, Metrics]]]]
+Reported = Mapping[str, Mapping[str, Any]]
+"""Metrics of each seed by meta-learner, on the devices or as NumPy arrays."""
+Trained = Iterator[tuple[Sequence[TrainState], Sequence[Reported]]]
 
 
 def train(
@@ -211,7 +212,7 @@ def train(
             if int(states[i].step) not in each.stored:
                 each.save(states[i])
 
-    def finite(step: int, metrics: Sequence[Mapping[str, Metrics]]) -> None:
+    def finite(step: int, metrics: Sequence[Reported]) -> None:
         for i, each in [*going.items()]:
             try:
                 each.loop.check_finite(step, metrics[i])

@@ -110,6 +110,13 @@ def test_other_random_keys_are_of_another_form():
     assert len(forms) == 2
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_that_stands_alone_computes_the_same(name):
+    program, reference = PROGRAMS[name]
+    found = Shared()(jax.jit(lambda x: program(0.5, x)).trace(X), X)
+    np.testing.assert_allclose(found, reference(0.5, X.astype(np.float64)), rtol=1e-5)
+
+
 def test_unannounced_numbers_are_taken_in_too():
     shared = Shared()
     for c in (2.0, 3.0, 4.0):
