@@ -1,4 +1,4 @@
-"""The command line: metadyn run, list, view, figures, report, claims, devices, completion.
+"""The command line: metadyn run, sweep, list, view, figures, report, claims, devices, completion.
 
 Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
 is not there (one line on stderr), 130 interrupted, or another process of the run, or whoever read
@@ -40,6 +40,7 @@ PATIENCE = 6.0  # seconds
 _RUN = "runs/linear_regression-quick-0"
 _EXAMPLES = {
     "run": "linear_regression --domain.sigma 0.3",
+    "sweep": "linear_regression --domain.sigma 0.1 0.3 --outer.learning-rate 1e-2 3e-2",
     "figures": _RUN,
     "report": _RUN,
     "view": f"{_RUN} --serve 8000",
@@ -82,6 +83,28 @@ def _parser() -> argparse.ArgumentParser:
         "--no-cache", action="store_true", help="compile anew, and keep nothing compiled"
     )
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
+    sweep = commands.add_parser(
+        "sweep",
+        help="do a study under many settings, which share their compiled programs",
+        description="Does a study under every combination of the values that are given. Any option "
+        "of the study may have several. The same command on the same DIR goes on.",
+    )
+    sweep.set_defaults(do=_sweep)
+    sweep.add_argument("study", help="a study's name, or a Python file that defines one")
+    sweep.add_argument("--preset", default="quick", help="quick (default), paper, ...")
+    sweep.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED-sweep")
+    sweep.add_argument("--seed", type=int, default=0)
+    sweep.add_argument("--seeds", nargs="+", metavar="N", help="the same as --outer.seeds")
+    ways = sweep.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--zip", action="store_true", help="first with first, second with second, ..."
+    )
+    said = "N settings drawn from the ranges that pairs of values give, by --seed"
+    ways.add_argument("--random", type=int, metavar="N", help=said)
+    said = "do the I-th of N parts, which share DIR: for job arrays"
+    sweep.add_argument("--part", metavar="I/N", default="1/1", help=said)
+    sweep.add_argument("--yes", action="store_true", help="do more than 10,000 settings")
+    sweep.add_argument("--no-cache", action="store_true", help="keep nothing compiled")
     devices = commands.add_parser("devices", help="say what a run would use")
     devices.set_defaults(do=_devices)
     for command in (run, devices):
@@ -132,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _parser().print_help()
             return DONE
         arguments, overrides = _parser().parse_known_args(argv)
-        if overrides and arguments.do is not _run:
+        if overrides and arguments.do not in (_run, _sweep):
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
         arguments.overrides = overrides
         return arguments.do(arguments)
@@ -142,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, said = INTERRUPTED, STOPPED
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code, said = INTERRUPTED if arguments.do is _run else DONE, ""
+        code, said = INTERRUPTED if arguments.do in (_run, _sweep) else DONE, ""
     except Exception as error:
         from metadyn import mesh
 
@@ -218,14 +241,72 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 def _run(arguments: argparse.Namespace) -> int:
     from metadyn import mesh
 
+    _begin(arguments)
+    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
+    with _in_time():
+        return _studies(arguments)
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    """What comes before anything is run."""
+    from metadyn import mesh
+
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
     mesh.use_compilation_cache(not arguments.no_cache)
-    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
+    if not 0 <= arguments.seed < 2**32:  # of which JAX makes a key
+        raise ConfigError(f"--seed {arguments.seed}: must be from 0 to {2**32 - 1}")
+
+
+def _check_preset(study: Study, preset: str) -> None:
+    if preset not in study.presets:
+        known, near = ", ".join(study.presets), meant(preset, study.presets)
+        raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}{near}")
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from metadyn import sweep, swept
+    from metadyn.progress import Progress, Terminal
+    from metadyn.study import load_study
+
+    _begin(arguments)
+    study, preset, seed = load_study(arguments.study), arguments.preset, arguments.seed
+    _check_preset(study, preset)
+    default, words = study.presets[preset], list(arguments.overrides)
+    if arguments.seeds:
+        words = ["--outer.seeds", *arguments.seeds, *words]
+    options, known = sweep.parsed(words), dict(_options(default))
+    sweep.check_known(options, [*known])
+    kind: sweep.Kind = (
+        "random" if arguments.random is not None else "zip" if arguments.zip else "grid"
+    )
+    whole = {name: type(known[name]) is int for name in options}
+    count = arguments.random or 0
+    if kind == "random" and count < 1:
+        raise ConfigError(f"--random {count}: must be 1 or more")
+    total = sweep.size(options, kind, count)
+    if total > sweep.MOST and not arguments.yes:
+        raise ConfigError(f"{total:,} settings are more than {sweep.MOST:,}: confirm with --yes")
+    settings = sweep.settings(options, kind, whole, count, seed)
+    asked = sweep.Sweep(study.name, preset, seed, kind, options, settings)
+    configs = []
+    for i in range(len(settings)):
+        try:
+            configs.append(configured(default, asked.overrides(i)))
+        except ConfigError as error:
+            raise ConfigError(f"{asked.called(i)}: {error}") from error
+    out = arguments.out or str(Path("runs") / f"{study.name}-{preset}-{seed}-sweep")
+    progress = Progress(Terminal())
+    progress.say(f"metadyn: {len(settings)} settings of {study.name}, preset {preset}, into {out}")
     with _in_time():
-        return _studies(arguments)
+        part = sweep.part_of(arguments.part)
+        typed = lambda error, i: as_typed(error, configs[i], asked.overrides(i))
+        folder = sweep.run_sweep(asked, study, configs, out, progress, part, typed)
+    progress.say("\n".join(swept.report(folder)))
+    progress.say(f"figures: {folder.figures}")
+    return DONE
 
 
 def _studies(arguments: argparse.Namespace) -> int:
@@ -234,17 +315,12 @@ def _studies(arguments: argparse.Namespace) -> int:
     from metadyn.study import load_studies, load_study
 
     preset, seed = arguments.preset, arguments.seed
-    if not 0 <= seed < 2**32:  # of which JAX makes a key
-        raise ConfigError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
     several = os.path.isdir(arguments.study)  # False too for what cannot be a path
     if several and (arguments.overrides or arguments.options):
         raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
     studies = load_studies(arguments.study) if several else [load_study(arguments.study)]
     for study in studies:
-        if preset not in study.presets:
-            known = ", ".join(study.presets)
-            near = meant(preset, study.presets)
-            raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}{near}")
+        _check_preset(study, preset)
     progress = Progress(Terminal() if mesh.first() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:
@@ -393,7 +469,15 @@ def _figures(arguments: argparse.Namespace) -> int:
     from metadyn.progress import Progress
     from metadyn.store import RunFolder
     from metadyn.study import known, load_study
+    from metadyn.sweep import SweepFolder, is_sweep
 
+    if is_sweep(arguments.dir):
+        from metadyn import swept
+
+        sweep = SweepFolder(arguments.dir)
+        for path in swept.draw(sweep, swept.rows(sweep)):
+            print(path)
+        return DONE
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
     found = arguments.study or name in known()
@@ -408,7 +492,14 @@ def _figures(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from metadyn import report
     from metadyn.store import RunFolder
+    from metadyn.sweep import SweepFolder, is_sweep
 
+    if is_sweep(arguments.dir):
+        from metadyn import swept
+
+        for line in swept.report(SweepFolder(arguments.dir)):
+            print(line)
+        return DONE
     run = RunFolder(arguments.dir)
     summary = run.summary()
     for line in report.so_far(run) if summary is None else report.verdict(summary):

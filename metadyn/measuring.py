@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,18 +18,23 @@ from metadyn.study import Contender
 
 
 def readings(
-    tasks: TaskSet, contender: Contender, params: Params, key: Key, chunk: int = 4096
+    tasks: TaskSet,
+    contender: Contender,
+    params: Params,
+    key: Key,
+    chunk: int = 4096,
+    measure: Callable[..., Any] = inner.measure,
 ) -> dict[str, Any]:
     """Measures a learner on tasks: every reading by name, [seed,] task, time, ....
 
     `params` are those of a meta-learner, with a leading seed axis; otherwise an empty tuple. Tasks
-    are taken `chunk` at a time, which bounds the memory; sets of more tasks share one program. The
-    closed form of the mode strengths is given beside them where there is one.
+    are taken `chunk` at a time, which bounds the memory; sets of more tasks share one program.
+    `measure` runs it. The closed form of the mode strengths is given beside them, if there is one.
     """
     # One program at a time: several at once on several CPU devices, which share a pool of threads,
     # can wait for each other for ever (seen with jaxlib 0.10.2).
     parts = [
-        jax.block_until_ready(inner.measure(*given))
+        jax.block_until_ready(measure(*given))
         for given in calls(tasks, contender, params, key, chunk)
     ]
     whole = parts[0]

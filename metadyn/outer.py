@@ -160,49 +160,56 @@ class OuterLoop:
             moments = {name: jax.vmap(optimizers[name].init)(p) for name, p in params.items()}
             return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
+        def one_seed(name, now, one):
+            objective, optimizer = trained[name].objective, optimizers[name]
+            key, params, moments = one
+            step, count = now
+
+            def episodes(i):
+                share = mesh.my_share(self.batch(name))
+                return indexed_keys(jax.random.fold_in(key, step + i), share)
+
+            def outer_step(i, carry):
+                params, moments, total = carry
+                gradient, metrics = mesh.mean(_gradient(objective, params, episodes(i)))
+                updates, moments = optimizer.update(gradient, moments, params)
+                total = jax.tree.map(jnp.add, total, metrics)
+                return optax.apply_updates(params, updates), moments, total
+
+            _, metrics = jax.eval_shape(objective.loss, params, episodes(0))
+            nothing = jax.tree.map(jnp.zeros_like, metrics)
+            params, moments, total = jax.lax.fori_loop(
+                0, count, outer_step, (params, moments, nothing)
+            )
+            return params, moments, jax.tree.map(lambda leaf: leaf / count, total)
+
         @jax.default_matmul_precision(config.precision)
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Metrics]]:
-            def one_seed(objective, optimizer, batch, now, one):
-                key, params, moments = one
-                step, count = now
-
-                def episodes(i):
-                    return indexed_keys(jax.random.fold_in(key, step + i), mesh.my_share(batch))
-
-                def outer_step(i, carry):
-                    params, moments, total = carry
-                    gradient, metrics = mesh.mean(_gradient(objective, params, episodes(i)))
-                    updates, moments = optimizer.update(gradient, moments, params)
-                    total = jax.tree.map(jnp.add, total, metrics)
-                    return optax.apply_updates(params, updates), moments, total
-
-                _, metrics = jax.eval_shape(objective.loss, params, episodes(0))
-                nothing = jax.tree.map(jnp.zeros_like, metrics)
-                params, moments, total = jax.lax.fori_loop(
-                    0, count, outer_step, (params, moments, nothing)
-                )
-                return params, moments, jax.tree.map(lambda leaf: leaf / count, total)
-
-            keys = indexed_keys(key_episodes, seeds)
             params, moments, metrics = {}, {}, {}
             for name in state.params:
-                objective, batch = trained[name].objective, (trained[name].own or config).batch
                 params[name], moments[name], metrics[name] = mesh.train_seeds(
-                    partial(one_seed, objective, optimizers[name], batch),
+                    partial(one_seed, name),
                     (state.step, count),
-                    (keys, state.params[name], state.moments[name]),
+                    (self.keys(), state.params[name], state.moments[name]),
                     config.seeds,
-                    batch,
-                    objective.group,
+                    self.batch(name),
+                    trained[name].objective.group,
                 )
             return TrainState(state.step + count, params, moments), metrics
 
+        self.keys = lambda: indexed_keys(key_episodes, seeds)
+        """The key of each seed's episodes."""
+        self.one_seed = jax.default_matmul_precision(config.precision)(one_seed)
+        """`one_seed(name, (step, count), (key, params, moments))`: outer steps of one seed of a
+        meta-learner, inside `mesh.train_seeds`; (params, moments, mean metrics)."""
+        self.starting = jax.jit(init)
+        """The program that makes the state at outer step 0."""
         # Computed on one device, one seed at a time: decompositions in batches, or on several CPU
         # devices at once, as in orthogonal initialisation, can wait for each other's threads for
         # ever (jaxlib 0.10.2).
-        self.init = lambda: mesh.replicate(jax.jit(init)())
+        self.init = lambda: mesh.replicate(self.starting())
         """The state at outer step 0."""
         self.abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh.replicated()),
@@ -237,12 +244,20 @@ class OuterLoop:
                     params, moments = params | now.params, moments | now.moments
                     metrics |= found
                 step, state = step + count, TrainState(now.step, params, moments)
-                for name, each in metrics.items():
-                    if not all(np.isfinite(value).all() for value in each.values()):
-                        own = self.trained[name].own
-                        rate = (own or self.config).learning_rate
-                        field = self.trained[name].rate if own else "outer.learning_rate"
-                        field = field or f"learning rate of {name}"
-                        now = f"is no longer finite at outer step {step}"
-                        check(False, field, rate, f"the loss of {name} {now}; lower it")
+                self.check_finite(step, metrics)
                 yield state, metrics
+
+    def batch(self, name: str) -> int:
+        """Episodes in one outer step of a meta-learner."""
+        return (self.trained[name].own or self.config).batch
+
+    def check_finite(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises `ConfigError`, which names the learning rate, when a metric is not finite."""
+        for name, each in metrics.items():
+            if not all(np.isfinite(value).all() for value in each.values()):
+                own = self.trained[name].own
+                rate = (own or self.config).learning_rate
+                field = self.trained[name].rate if own else "outer.learning_rate"
+                field = field or f"learning rate of {name}"
+                now = f"is no longer finite at outer step {step}"
+                check(False, field, rate, f"the loss of {name} {now}; lower it")

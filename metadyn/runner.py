@@ -9,7 +9,7 @@ import platform
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
@@ -38,128 +38,114 @@ def stream(key: Key, name: str) -> Key:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-class _Runner:
-    """One plan being run into one folder."""
+class Runner:
+    """One plan being run into one folder, alone or beside others that are trained with it."""
 
     def __init__(
-        self, plan: Plan, run: RunFolder, seed: int, progress: Progress, tensorboard: bool
+        self,
+        plan: Plan,
+        run: RunFolder,
+        seed: int,
+        progress: Progress,
+        tensorboard: bool = False,
+        measure: Callable[..., Any] = inner.measure,
     ):
         self.plan, self.store, self.progress = plan, run, progress
         self.tensorboard = run.tensorboard if tensorboard else None
         self.key, chunk = jax.random.key(seed), plan.comparisons[0].measure.chunk
         self.given: dict[str, Any] = {"key": stream(self.key, "evaluation"), "chunk": chunk}
-        self.compiling = ThreadPoolExecutor(os.cpu_count())
+        self._measure = measure
+        self.loop = OuterLoop(plan.trained, plan.outer, stream(self.key, "training"))
+        self.state: TrainState | None = None
+        self.stored: list[int] = mesh.by_first(run.steps)
+        """The outer steps whose state is stored."""
+        self.watched = [(part, tasks) for part in plan.comparisons for tasks in part.watched]
+        self.described = {
+            (tasks.name, meta.name): (meta.name + part.suffix, _described(part, tasks, meta))
+            for part, tasks in self.watched
+            for meta in part.metas
+        }
+        self.bayes: dict[str, tuple[float, float]] = {}
 
-    def prepare(self, loop: OuterLoop) -> None:
+    def calls(self) -> Iterator[tuple[Any, ...]]:
+        """Yields the arguments of all that is measured, with shapes for outer parameters."""
+        for part, tasks, contender in self.plan.every:
+            name = (contender.of or contender.name) + part.suffix
+            params = self.loop.abstract.params.get(name, ())
+            if not self.store.has_measurement(tasks.name, contender.name):
+                yield calls(tasks, contender, params, **self.given)[0]
+
+    def prepare(self, compiling: ThreadPoolExecutor) -> None:
         """Begins to compile all programs, on every core, and waits for that of the outer step.
 
         Raises `ConfigError` if that cannot fit into the memory, by the compiler's own account.
         """
         if jax.process_count() > 1:
             return
-
-        def compiled(part: Comparison, tasks: TaskSet, contender: Contender) -> None:
-            params = loop.abstract.params.get((contender.of or contender.name) + part.suffix, ())
-            inner.measure.lower(*calls(tasks, contender, params, **self.given)[0]).compile()
-
-        outer_steps = [self.compiling.submit(check_compiled, loop, name) for name in loop.trained]
-        for part, tasks, contender in self.plan.every:
-            if not self.store.has_measurement(tasks.name, contender.name):
-                self.compiling.submit(compiled, part, tasks, contender)
+        loop = self.loop
+        outer_steps = [compiling.submit(check_compiled, loop, name) for name in loop.trained]
+        for given in self.calls():
+            compiling.submit(lambda given: inner.measure.lower(*given).compile(), given)
         with self.progress.counting("compiling", len(outer_steps)) as show:
             for name, each in zip(loop.trained, outer_steps, strict=True):
                 show(name)
                 each.result()
 
-    def train(self) -> Mapping[str, Params]:
-        """Trains from the newest checkpoint, or from the start; stores as it goes."""
-        plan, store = self.plan, self.store
-        if not plan.trained:
-            return {}
-        loop = OuterLoop(plan.trained, plan.outer, stream(self.key, "training"))
-        watched = [(part, tasks) for part in plan.comparisons for tasks in part.watched]
-        described = {
-            (tasks.name, meta.name): (meta.name + part.suffix, _described(part, tasks, meta))
-            for part, tasks in watched
-            for meta in part.metas
-        }
-        scheduled, end = plan.outer.checkpoint_steps, plan.outer.steps
-        stored = mesh.by_first(store.steps)
-        state: TrainState | None = None
+    def train_alone(self, compiling: ThreadPoolExecutor) -> None:
+        """Trains its meta-learners, from the newest checkpoint or from the start."""
+        loop = self.loop
+        if not {*self.plan.outer.checkpoint_steps} <= {*self.stored}:
+            self.prepare(compiling)
 
-        def save(state: TrainState) -> None:
-            step, trajectories = int(state.step), None
-            if step in scheduled:
-                trajectories = {
-                    tasks.name: {
-                        meta.name: readings(
-                            tasks, meta, state.params[meta.name + part.suffix], **self.given
-                        )
-                        for meta in part.metas
-                    }
-                    for part, tasks in watched
+        def run(states: Sequence[TrainState], target: int) -> Trained:
+            return (([state], [metrics]) for state, metrics in loop.run(states[0], [target]))
+
+        train([self], lambda: [loop.init()], run)
+
+    def save(self, state: TrainState) -> None:
+        """Stores the state and, at outer steps for which they are planned, mode trajectories."""
+        step, trajectories = int(state.step), None
+        if step in self.plan.outer.checkpoint_steps:
+            trajectories = {
+                tasks.name: {
+                    meta.name: self.readings(tasks, meta, state.params[meta.name + part.suffix])
+                    for meta in part.metas
                 }
-            about: dict[str, dict[str, Any]] = {}
-            for (task_set, learner), (name, each) in described.items():
-                taken = {"seconds": round(loop.seconds[name], 3)}
-                about.setdefault(task_set, {})[learner] = each | {"about": each["about"] | taken}
-            store.save_checkpoint(step, state, trajectories, about)
-            stored.append(step)
+                for part, tasks in self.watched
+            }
+        about: dict[str, dict[str, Any]] = {}
+        for (task_set, learner), (name, each) in self.described.items():
+            taken = {"seconds": round(self.loop.seconds[name], 3)}
+            about.setdefault(task_set, {})[learner] = each | {"about": each["about"] | taken}
+        self.store.save_checkpoint(step, state, trajectories, about)
+        self.stored.append(step)
+        self.state = state
 
-        def newest(before: int) -> TrainState:
-            """The last stored state before an outer step: the one at hand, or one that is read."""
-            step = max(each for each in stored if each < before)
-            if state is not None and int(state.step) == step:
-                return state
-            store.finish()
-            for (task_set, learner), (name, _) in described.items():
-                loop.seconds[name] = store.about(step)[task_set][learner]["about"]["seconds"]
-            return store.restore_state(step, loop.abstract)
+    def at(self, step: int) -> TrainState:
+        """The state at a stored outer step: the one at hand, or one that is read."""
+        if self.state is not None and int(self.state.step) == step:
+            return self.state
+        self.store.finish()
+        for (task_set, learner), (name, _) in self.described.items():
+            self.loop.seconds[name] = self.store.about(step)[task_set][learner]["about"]["seconds"]
+        return self.store.restore_state(step, self.loop.abstract)
 
-        if not set(scheduled) <= set(stored):
-            self.prepare(loop)
-        if 0 not in stored:
-            state = loop.init()
-            save(state)
-        bayes = self.measure_bayes()
-        missing = [step for step in scheduled if step not in stored]
-        reached = max(step for step in stored if step < min(missing, default=end + 1))
-        batches = [(each.own or plan.outer).batch for each in plan.trained.values()]
-        episodes = sum(batches) * plan.outer.seeds
-        with (
-            self.progress.training(end, reached) as show,
-            scalars(self.tensorboard, max(stored)) as log,
-            _held() as held,
-        ):
-            for target in missing:
-                for state, metrics in loop.run(newest(target), [target]):
-                    step = int(state.step)
-                    shown = {
-                        name: {what: float(np.mean(value)) for what, value in each.items()}
-                        for name, each in metrics.items()
-                    }
-                    for name, each in shown.items():
-                        if "loss" in each:
-                            excess = dynamics.excess_loss(each["loss"], *bayes[name])
-                            each["excess_loss"] = float(excess)
-                        log(step, {f"{what}/{name}": value for what, value in each.items()})
-                    show(step, shown, episodes)
-                    stop = mesh.anywhere(held())
-                    if step == target or stop:
-                        save(state)
-                    if stop:
-                        store.finish()
-                        mesh.leave()
-                        raise KeyboardInterrupt
-        store.finish()
-        return newest(end + 1).params
+    def means(self, metrics: Reported) -> dict[str, dict[str, float]]:
+        """Means over seeds of what training reports, with excess loss over Bayes."""
+        shown = {
+            name: {what: float(np.mean(value)) for what, value in each.items()}
+            for name, each in metrics.items()
+        }
+        for name, each in shown.items():
+            if "loss" in each:
+                each["excess_loss"] = float(dynamics.excess_loss(each["loss"], *self.bayes[name]))
+        return shown
 
-    def measure_bayes(self) -> dict[str, tuple[float, float]]:
+    def measure_bayes(self) -> None:
         """Measures Bayes where meta-learners are followed, so that a live run can be compared.
 
-        Returns Bayes' loss on the training distribution and its floor, by the meta-learner's name.
+        Keeps Bayes' loss on the training distribution and its floor, by the meta-learner's name.
         """
-        found = {}
         for part in self.plan.comparisons:
             for tasks in part.watched:
                 self.measure(part, tasks, part.bayes)
@@ -168,8 +154,11 @@ class _Runner:
                 losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
                 best = float(losses.isel(step=slice(1, None)).mean())
                 for meta in part.metas:
-                    found[meta.name + part.suffix] = best, part.domain.loss_floor
-        return found
+                    self.bayes[meta.name + part.suffix] = best, part.domain.loss_floor
+
+    def readings(self, tasks: TaskSet, contender: Contender, params: Params) -> dict[str, Any]:
+        """Measures one learner on one set of tasks."""
+        return readings(tasks, contender, params, **self.given, measure=self._measure)
 
     def measure(
         self, part: Comparison, tasks: TaskSet, contender: Contender, params: Params = ()
@@ -177,11 +166,12 @@ class _Runner:
         """Makes and stores a measurement, unless it is stored already."""
         names = tasks.name, contender.name
         if not mesh.by_first(lambda: self.store.has_measurement(*names)):
-            arrays = readings(tasks, contender, params, **self.given)
+            arrays = self.readings(tasks, contender, params)
             self.store.save_measurement(*names, arrays, _described(part, tasks, contender))
 
-    def measure_all(self, params: Mapping[str, Params]) -> None:
-        """Makes every measurement of the plan that is not stored yet."""
+    def measure_all(self) -> None:
+        """Makes every measurement of the plan that is not stored yet, once it is trained."""
+        params = self.at(self.plan.outer.steps).params if self.plan.trained else {}
         wanted = [(part, *pair) for part in self.plan.comparisons for pair in part.measurements]
         with self.progress.counting("measuring", len(wanted)) as show:
             for part, tasks, contender in wanted:
@@ -189,6 +179,89 @@ class _Runner:
                 name = (contender.of or contender.name) + part.suffix
                 self.measure(part, tasks, contender, params.get(name, ()))
         self.store.finish()
+
+
+Reported = Mapping[str, Mapping[str, Any]]
+"""Metrics of each seed by meta-learner, on the devices or as NumPy arrays."""
+Trained = Iterator[tuple[Sequence[TrainState], Sequence[Reported]]]
+
+
+def train(
+    runners: Sequence[Runner],
+    start: Callable[[], Sequence[TrainState]],
+    run: Callable[[Sequence[TrainState], int], Trained],
+    lost: Callable[[int, ConfigError], None] | None = None,
+    gone: Collection[int] = (),
+) -> None:
+    """Trains the meta-learners of a plan, or of several side by side; stores as it goes.
+
+    It goes on from the newest checkpoint that all have. Their outer steps and checkpoints are the
+    same. `start()` gives their states at outer step 0, and `run(states, step)` yields, after each
+    dispatch up to an outer step, their states and metrics. A plan of which a metric is no longer
+    finite stops all, unless there is `lost(which, error)`, which is told: others then go on. Those
+    that are `gone` were lost before.
+    """
+    outer, progress = runners[0].plan.outer, runners[0].progress
+    going = {i: each for i, each in enumerate(runners) if i not in gone}
+    if not going:
+        return
+
+    def stored() -> set[int]:
+        return set.intersection(*(set(each.stored) for each in going.values()))
+
+    def save(states: Sequence[TrainState]) -> None:
+        for i, each in going.items():
+            if int(states[i].step) not in each.stored:
+                each.save(states[i])
+
+    def finite(step: int, metrics: Sequence[Reported]) -> None:
+        for i, each in [*going.items()]:
+            try:
+                each.loop.check_finite(step, metrics[i])
+            except ConfigError as error:
+                if lost is None:
+                    raise
+                lost(i, error)
+                del going[i]
+
+    if 0 not in stored():
+        save(start())
+    for each in going.values():
+        each.measure_bayes()
+    missing = [step for step in outer.checkpoint_steps if step not in stored()]
+    reached = max(step for step in stored() if step < min(missing, default=outer.steps + 1))
+    episodes = outer.seeds * sum(r.loop.batch(name) for r in runners for name in r.plan.trained)
+    with (
+        progress.training(outer.steps, reached) as show,
+        scalars(runners[0].tensorboard, max(stored())) as log,
+        _held() as held,
+    ):
+        for target in missing:
+            newest = max(step for step in stored() if step < target)
+            at = {i: each.at(newest) for i, each in going.items()}
+            spare = next(iter(at.values()))  # stands in for those that are lost
+            for states, metrics in run([at.get(i, spare) for i in range(len(runners))], target):
+                step = int(states[0].step)
+                finite(step, metrics)
+                if not going:
+                    break
+                shown = {i: each.means(metrics[i]) for i, each in going.items()}
+                for values in shown.values():
+                    log(step, {f"{w}/{n}": v for n, of in values.items() for w, v in of.items()})
+                named = {f"{n}{i or ''}": of for i, each in shown.items() for n, of in each.items()}
+                show(step, named, episodes)
+                stop = mesh.anywhere(held())
+                if step == target or stop:
+                    save(states)
+                if stop:
+                    for each in runners:
+                        each.store.finish()
+                    mesh.leave()
+                    raise KeyboardInterrupt
+            if not going:
+                break
+    for each in runners:
+        each.store.finish()
 
 
 def _described(part: Comparison, tasks: TaskSet, contender: Contender) -> dict[str, Any]:
@@ -238,6 +311,12 @@ def outline(plan: Plan) -> dict[str, Any]:
             "modes": {name: list(probe.modes.values) for name, probe in tasks.probes.items()},
         }
     return asked
+
+
+def asked_for(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> dict[str, Any]:
+    """What is kept with a run, and compared when one is to go on."""
+    identity = {"study": study.name, "preset": preset, "seed": seed}
+    return {**identity, "config": dataclasses.asdict(config), "plan": outline(plan)}
 
 
 def check_compiled(loop: OuterLoop, name: str) -> None:
@@ -313,7 +392,7 @@ def run_study(
         check_installed()
     plan = study.plan(config)
     identity = {"study": study.name, "preset": preset, "seed": seed}
-    asked = {**identity, "config": dataclasses.asdict(config), "plan": outline(plan)}
+    asked = asked_for(study, preset, seed, config, plan)
     check_memory(plan)
     rehearse(study, config, plan)
     try:
@@ -325,24 +404,18 @@ def run_study(
             if mesh.by_first(run.set_aside_damaged) and done:
                 return done
             begun = time.monotonic()
-            runner = _Runner(plan, run, seed, progress, tensorboard and mesh.first())
-            stack.callback(runner.compiling.shutdown, wait=False, cancel_futures=True)
-            runner.measure_all(runner.train())
+            runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())
+            compiling = ThreadPoolExecutor(os.cpu_count())
+            stack.callback(compiling.shutdown, wait=False, cancel_futures=True)
+            if plan.trained:
+                runner.train_alone(compiling)
+            runner.measure_all()
 
             def conclude() -> dict[str, Any]:
-                results = run.results()
+                figures.draw(run.figures, run.results(), study.own_figures(), progress)
                 with progress.counting("judging", 1) as show:
                     show("criteria")
-                    criteria = study.judged(config, results)
-                figures.draw(run.figures, results, study.own_figures(), progress)
-                seconds = round(time.monotonic() - begun, 1)
-                summary = {
-                    **identity,
-                    "environment": environment() | {"seconds": seconds},
-                    "criteria": [_as_json(c) for c in criteria if c.passed is not None],
-                    "reported": [_as_json(c) for c in criteria if c.passed is None],
-                }
-                run.write_summary(summary)
+                    summary = judge(study, config, run, identity, time.monotonic() - begun)
                 view.write(run)
                 return summary
 
@@ -351,6 +424,21 @@ def run_study(
         raise
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
+
+
+def judge(
+    study: Study, config: Any, run: RunFolder, identity: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Judges what is measured, and writes the summary of a run."""
+    criteria = study.judged(config, run.results())
+    summary = {
+        **identity,
+        "environment": environment() | {"seconds": round(seconds, 1)},
+        "criteria": [_as_json(c) for c in criteria if c.passed is not None],
+        "reported": [_as_json(c) for c in criteria if c.passed is None],
+    }
+    run.write_summary(summary)
+    return summary
 
 
 def environment() -> dict[str, Any]:

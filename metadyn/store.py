@@ -93,7 +93,7 @@ class RunFolder:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._sound: set[Path] = set()
-        self.config = _read_json(self.path / "config.json", f"{path} holds no run of metadyn")
+        self.config = read_json(self.path / "config.json", f"{path} holds no run of metadyn")
         if missing := {"study", "preset", "seed", "config"} - set(self.config):
             raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
         if (found := self.config.get("format")) != FORMAT:
@@ -114,7 +114,7 @@ class RunFolder:
         config = json.loads(json.dumps({"format": FORMAT, **config}))
         if os.path.exists(folder / "config.json"):  # False too for what cannot be a path
             run = cls(path)
-            for name, theirs, ours in _differences(run.config, config):
+            for name, theirs, ours in differences(run.config, config):
                 raise ConfigError(
                     f"--out {path} holds a run with {name} = {theirs!r}, not {ours!r}: "
                     f"{other}, or run with that value to resume it"
@@ -384,7 +384,7 @@ class RunFolder:
 
 def read_summary(path: Path) -> dict[str, Any]:
     """A summary.json. Raises `ConfigError` if it is damaged."""
-    summary = _read_json(path, f"{path} cannot be read")
+    summary = read_json(path, f"{path} cannot be read")
     row: dict[str, Any] = {"name": str, "expected": str}
     row |= dict.fromkeys(("value", "low", "high"), (int, float, type(None)))
     for name, kinds in (("criteria", {**row, "passed": bool, "verdict": str}), ("reported", row)):
@@ -406,9 +406,13 @@ def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
     there is one of each, such as "tracked_bandit" and "heldout_bandit". Any other
     ("in_distribution", "x4", …; `RunFolder(path).results().sets()` lists them) gives every learner
     measured on it once training was done, (learner, seed, task, mode, step). `labelled.merge` says
-    what is repeated and padded. Raises `ConfigError` for a folder that holds no run and a set that
-    it does not hold.
+    what is repeated and padded. Of a sweep, what is swept are dimensions too (`swept.load`). Raises
+    `ConfigError` for a folder that holds no run and a set that it does not hold.
     """
+    if (Path(path) / "sweep.json").exists():
+        from metadyn import swept
+
+        return swept.load(Path(path), task_set)
     results = RunFolder(path).results()
     parts = results.learners(task_set)
     if not parts:
@@ -432,10 +436,11 @@ def _sums(folder: Path) -> bytes:
     return "".join(lines).encode()
 
 
-def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields where two trees of JSON differ: by which name, and the two values."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted({*theirs, *ours}):
-            yield from _differences(theirs.get(key), ours.get(key), f"{name}.{key}")
+            yield from differences(theirs.get(key), ours.get(key), f"{name}.{key}")
     elif theirs != ours:
         yield name.removeprefix(".config").removeprefix("."), theirs, ours
 
@@ -452,7 +457,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def _read_json(path: Path, complaint: str) -> dict[str, Any]:
+def read_json(path: Path, complaint: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises `ConfigError` that begins with `complaint`."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -1,0 +1,214 @@
+"""Programs that differ in numbers alone, as one program that is given the numbers.
+
+A configuration's numbers are constants of what JAX traces from it: σ, a learning rate, a prior
+covariance. Traced programs of the same form, operation by operation, that differ in such constants
+alone are compiled once: where they differ, the constant becomes an argument, which may be batched.
+No domain, learner or objective has to know of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.sharding import PartitionSpec
+
+Place = tuple[Any, ...]
+"""Where in a program a number stands: steps down into it, and the position there."""
+Numbers = Mapping[Place, Any]
+CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+"""Operations that do no more than run a program, and the parameter that holds it."""
+OPENED = {
+    **{name: (inner,) for name, inner in CALLS.items()},
+    "scan": ("jaxpr",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "cond": ("branches",),
+    "shard_map": ("jaxpr",),
+}
+"""Operations inside which numbers are looked for. Those of any other are part of the form."""
+
+
+def take_apart(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]:
+    """The form of a program, as a hash, and its numbers by their places.
+
+    Programs of one form do the same, given the same arguments and the same numbers.
+    """
+    numbers: dict[Place, np.ndarray] = {}
+    form: list[Any] = [_form(program.jaxpr, (), numbers)]
+    for i, value in enumerate(program.consts):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            form.append(np.asarray(jax.random.key_data(value)).tobytes())
+        else:
+            numbers["constant", i] = np.asarray(value)
+    return hashlib.sha256(repr(form).encode()).hexdigest(), numbers
+
+
+def _inner(eqn: JaxprEqn) -> dict[Place, Jaxpr]:
+    """The programs inside an operation, by the steps down to them."""
+    found = {}
+    for name in OPENED.get(eqn.primitive.name, ()):
+        held = eqn.params[name]
+        for i, each in enumerate(held if isinstance(held, tuple) else (held,)):
+            # Constants of inner programs are hoisted by JAX: they are closed over nothing.
+            found[name, i] = each.jaxpr if isinstance(each, ClosedJaxpr) else each
+    return found
+
+
+def _form(jaxpr: Jaxpr, at: Place, numbers: dict[Place, np.ndarray]) -> list[Any]:
+    """What a program does, all but its numbers, which are collected."""
+    names: dict[Any, int] = {}
+
+    def name(place: Place, atom: Any) -> tuple[Any, str]:
+        if isinstance(atom, Literal):
+            numbers[place] = np.asarray(atom.val, jnp.result_type(atom.aval))
+            return "number", str(atom.aval)
+        return names.setdefault(atom, len(names)), str(atom.aval)
+
+    form: list[Any] = [[name((), var) for var in (*jaxpr.constvars, *jaxpr.invars)]]
+    for i, eqn in enumerate(jaxpr.eqns):
+        inner, kind = _inner(eqn), eqn.primitive.name
+        params = {} if kind in CALLS else eqn.params
+        said = {k: str(v) for k, v in params.items() if k not in OPENED.get(kind, ())}
+        read = [name((*at, i, k), atom) for k, atom in enumerate(eqn.invars)]
+        opened = [_form(each, (*at, i, *step), numbers) for step, each in inner.items()]
+        form.append([kind, read, said, opened, [name((), var) for var in eqn.outvars]])
+    form.append([name((*at, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)])
+    return form
+
+
+def differing(many: Sequence[Numbers]) -> list[Place]:
+    """The places at which programs of one form have different numbers."""
+    first, *others = many
+    alike = lambda a, b: np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return [p for p in first if not all(alike(first[p], each[p]) for each in others)]
+
+
+def evaluate(program: ClosedJaxpr, numbers: Numbers, arguments: Sequence[Any]) -> list[Any]:
+    """Runs a program with other numbers at some places, which may be traced."""
+    consts = [numbers.get(("constant", i), value) for i, value in enumerate(program.consts)]
+    return _evaluate(program.jaxpr, (), numbers, [*consts, *arguments])
+
+
+def _evaluate(jaxpr: Jaxpr, at: Place, numbers: Numbers, given: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=True))
+
+    def read(place: Place, atom: Any) -> Any:
+        if isinstance(atom, Literal):
+            return numbers.get(place, atom.val)
+        return values[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        here = (*at, i)
+        operands = [read((*here, k), atom) for k, atom in enumerate(eqn.invars)]
+        with eqn.ctx.manager:
+            if any(_within(place, (*here, *step)) for step in _inner(eqn) for place in numbers):
+                found = _again(eqn, here, numbers, operands)
+            else:
+                params = eqn.primitive.get_bind_params(eqn.params)
+                found = eqn.primitive.bind(*operands, **params)
+        several = eqn.primitive.multiple_results
+        values |= zip(eqn.outvars, list(found) if several else [found], strict=True)
+    return [read((*at, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)]
+
+
+def _within(place: Place, step: Place) -> bool:
+    return place[: len(step)] == step
+
+
+def _again(eqn: JaxprEqn, at: Place, numbers: Numbers, operands: list[Any]) -> list[Any]:
+    """Does an operation anew, with other numbers in the programs inside it."""
+    inner, params, kind = _inner(eqn), eqn.params, eqn.primitive.name
+
+    def run(step: Place, *given: Any, numbers: Numbers = numbers) -> list[Any]:
+        return _evaluate(inner[step], (*at, *step), numbers, given)
+
+    if kind in CALLS:
+        return run((CALLS[kind], 0), *operands)
+    if kind == "scan":
+        fixed, carried = params["num_consts"], params["num_carry"]
+        consts, init, xs = _split(operands, fixed, carried)
+
+        def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+            found = run(("jaxpr", 0), *consts, *carry, *x)
+            return found[:carried], found[carried:]
+
+        more = {name: params[name] for name in ("length", "reverse", "unroll")}
+        carry, ys = jax.lax.scan(body, init, xs, **more)
+        return [*carry, *ys]
+    if kind == "while":
+        to_cond, to_body, init = _split(operands, params["cond_nconsts"], params["body_nconsts"])
+        return jax.lax.while_loop(
+            lambda carry: run(("cond_jaxpr", 0), *to_cond, *carry)[0],
+            lambda carry: run(("body_jaxpr", 0), *to_body, *carry),
+            init,
+        )
+    if kind == "cond":
+        which, *rest = operands
+        branches = [functools.partial(run, step) for step in inner]
+        return jax.lax.switch(which, branches, *rest)
+    assert kind == "shard_map", kind
+    mine = {place: value for place, value in numbers.items() if _within(place, at)}
+    places = list(mine)
+    sharded = jax.shard_map(
+        lambda values, *given: run(
+            ("jaxpr", 0), *given, numbers=dict(zip(places, values, strict=True))
+        ),
+        mesh=params["mesh"],
+        in_specs=(PartitionSpec(), *params["in_specs"]),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+    )
+    return sharded([mine[place] for place in places], *operands)
+
+
+def _split(operands: list[Any], *sizes: int) -> tuple[list[Any], list[Any], list[Any]]:
+    one, two = sizes
+    return operands[:one], operands[one : one + two], operands[one + two :]
+
+
+class Shared:
+    """Calls programs, of which those that differ in numbers alone are compiled once.
+
+    What is going to be called is best announced by `expect` before the first call; otherwise
+    programs of one form are compiled again when it shows that they differ.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, Numbers] = {}
+        self._differing: dict[str, set[Place]] = {}
+        self._compiled: dict[tuple[str, int], tuple[list[Place], Callable[..., Any]]] = {}
+        self._taken_apart = functools.cache(take_apart)
+
+    def expect(self, traced: Any) -> tuple[str, Numbers]:
+        """Announces a traced program (`jax.stages.Traced`); returns its form and numbers."""
+        form, numbers = self._taken_apart(traced.jaxpr)
+        first = self._first.setdefault(form, numbers)
+        self._differing.setdefault(form, set()).update(differing([first, numbers]))
+        return form, numbers
+
+    def __call__(self, traced: Any, *arguments: Any) -> Any:
+        """The results of a traced program on its arguments, those that are not static."""
+        form, numbers = self.expect(traced)
+        key = form, len(self._differing[form])
+        if key not in self._compiled:
+            places, program = [*self._differing[form]], traced.jaxpr
+
+            def run(values: list[Any], leaves: list[Any]) -> list[Any]:
+                return evaluate(program, dict(zip(places, values, strict=True)), leaves)
+
+            self._compiled[key] = places, jax.jit(run)
+        places, compiled = self._compiled[key]
+        found = compiled([numbers[place] for place in places], jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), found)

@@ -1,0 +1,130 @@
+"""Outer loops whose programs differ in numbers alone, as one program: a row for each seed of each.
+
+Rows need not communicate: they are split over all devices, and each is trained whole on one.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from metadyn import mesh, programs
+from metadyn.outer import OuterLoop, TrainState
+
+
+class Row(NamedTuple):
+    """The traced outer steps of one seed of one meta-learner."""
+
+    program: ClosedJaxpr
+    form: str
+    numbers: programs.Numbers
+    found: Any
+    """The structure of what it returns."""
+
+
+@functools.cache
+def row_of(loop: OuterLoop, name: str) -> Row:
+    """Traces the outer steps of one seed of a meta-learner, as they are on one device."""
+    one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    state, now = loop.abstract, (jax.ShapeDtypeStruct((), jnp.int32),) * 2
+    stacked = jax.eval_shape(loop.keys), state.params[name], state.moments[name]
+    traced = jax.make_jaxpr(
+        partial(loop.one_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
+    )
+    program, shapes = traced(now, jax.tree.map(one, stacked))
+    return Row(program, *programs.take_apart(program), jax.tree.structure(shapes))
+
+
+def form_of(loop: OuterLoop) -> Hashable:
+    """What outer loops have in common that can be rows of one program."""
+    config = loop.config
+    forms = tuple((name, row_of(loop, name).form) for name in loop.trained)
+    return forms, config.seeds, config.checkpoint_steps, config.dispatch
+
+
+class Rows:
+    """Outer loops of one form (`form_of`), trained side by side from the same keys."""
+
+    def __init__(self, loops: Sequence[OuterLoop]):
+        self.loops = loops
+        self._advance = {name: self._program(name) for name in loops[0].trained}
+
+    def _program(self, name: str) -> Any:
+        """Outer steps of all rows: (step, count, params, moments) to params, moments, metrics."""
+        first, seeds = self.loops[0], self.loops[0].config.seeds
+        rows = [row_of(loop, name) for loop in self.loops]
+        places = programs.differing([row.numbers for row in rows])
+        numbers = [jnp.stack([row.numbers[place] for row in rows]) for place in places]
+        devices = jax.device_count()
+        count = len(rows) * seeds
+        at = np.minimum(np.arange(-(-count // devices) * devices), count - 1)  # the last repeated
+
+        def one_row(everywhere: Any, one: Any) -> Any:
+            now, numbers = everywhere
+            which, *row = one
+            mine = {place: of[which] for place, of in zip(places, numbers, strict=True)}
+            leaves = jax.tree.leaves((now, row))
+            found = programs.evaluate(rows[0].program, mine, leaves)
+            return jax.tree.unflatten(rows[0].found, found)
+
+        def advance(now: Any, params: Any, moments: Any) -> Any:
+            stacked = jax.tree.map(lambda leaf: leaf[at], (params, moments))
+            found = mesh.train_seeds(
+                one_row,
+                (now, numbers),
+                (jnp.asarray(at // seeds), first.keys()[at % seeds], *stacked),
+                len(at),
+                first.batch(name),
+                first.trained[name].objective.group,
+            )
+            return jax.tree.map(lambda leaf: leaf[:count], found)
+
+        return jax.jit(advance, out_shardings=mesh.replicated())
+
+    def start(self, shared: programs.Shared) -> list[TrainState]:
+        """Makes the state of each at outer step 0."""
+        for loop in self.loops:
+            shared.expect(loop.starting.trace())
+        return [jax.tree.map(np.asarray, shared(loop.starting.trace())) for loop in self.loops]
+
+    def run(
+        self, states: Sequence[TrainState], target: int
+    ) -> Iterator[tuple[list[TrainState], list[Mapping[str, Any]]]]:
+        """Yields the state and metrics of each after every dispatch up to an outer step.
+
+        The time that a dispatch takes is shared out evenly (`OuterLoop.seconds`). Whatever the
+        metrics of one come to be, the others go on.
+        """
+        seeds, dispatch = self.loops[0].config.seeds, self.loops[0].config.dispatch
+        join = lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])
+        step = int(states[0].step)
+        params = jax.tree.map(join, *(state.params for state in states))
+        moments = jax.tree.map(join, *(state.moments for state in states))
+        while step < target:
+            count = min(dispatch, target - step)
+            metrics: dict[str, Any] = {}
+            for name, advance in self._advance.items():
+                now, start = (np.int32(step), np.int32(count)), time.perf_counter()
+                found = jax.block_until_ready(advance(now, params[name], moments[name]))
+                for loop in self.loops:
+                    loop.seconds[name] += (time.perf_counter() - start) / len(self.loops)
+                found = jax.tree.map(np.asarray, found)
+                params[name], moments[name], metrics[name] = found
+            step += count
+
+            def of(i: int, tree: Any) -> Any:
+                return jax.tree.map(lambda leaf: leaf[i * seeds : (i + 1) * seeds], tree)
+
+            each = range(len(self.loops))
+            yield (
+                [TrainState(jnp.int32(step), of(i, params), of(i, moments)) for i in each],
+                [of(i, metrics) for i in each],
+            )

@@ -1,0 +1,348 @@
+"""Sweeps: one study under many settings, as few programs, each setting in a run folder of its own.
+
+    DIR/sweep.json          what was asked for; written first, compared on every later run
+    DIR/settings/NUMBER/    the run of one setting, as `metadyn run` with its options would make it
+    DIR/figures/*.png       figures of merit against what is swept (swept.py)
+    DIR/summary.json        figures of merit of every setting
+
+Settings whose programs differ in numbers alone are trained side by side as one program, in rows
+(rows.py), and measured by one; where shapes differ, each has a program of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from metadyn import inner, programs
+from metadyn.errors import ConfigError, check, meant
+from metadyn.progress import Progress
+from metadyn.rows import Rows, form_of
+from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
+from metadyn.store import RunFolder, differences, read_json, write_json
+from metadyn.study import Plan, Study
+
+Kind = Literal["grid", "zip", "random"]
+MOST = 10_000
+"""Settings beyond which a sweep must be confirmed: our choice."""
+FORMAT = 1
+
+
+class Part(NamedTuple):
+    """One of several processes that share a sweep: every `of`-th setting, from `number` - 1 on."""
+
+    number: int
+    of: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep was asked for: values, as they were typed, of the options of one study."""
+
+    study: str
+    preset: str
+    seed: int
+    kind: Kind
+    options: Mapping[str, Sequence[str]]
+    """The values of each option, such as {"--domain.sigma": ("0.1", "0.3")}."""
+    settings: Sequence[Sequence[str]]
+    """The value of each option in each setting."""
+
+    @property
+    def swept(self) -> list[str]:
+        """The options that have several values."""
+        return [name for name, values in self.options.items() if len(values) > 1]
+
+    def overrides(self, i: int) -> list[str]:
+        """What `metadyn run` would be given for a setting."""
+        pairs = zip(self.options, self.settings[i], strict=True)
+        return [word for pair in pairs for word in pair]
+
+    def called(self, i: int) -> str:
+        """What messages call a setting: its place, and the values of what is swept."""
+        pairs = dict(zip(self.options, self.settings[i], strict=True))
+        said = " ".join(f"{name} {pairs[name]}" for name in self.swept)
+        return f"setting {i + 1} of {len(self.settings)}" + (f" ({said})" if said else "")
+
+
+def parsed(words: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each option, as typed: --a 1 2 or --a=1. Raises `ConfigError` naming the word.
+
+    A word that begins with two dashes is an option.
+    """
+    options: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, given, value = word.partition("=")
+            name = name.replace("_", "-")
+            if name in options:
+                raise ConfigError(f"{name}: given twice; give all its values after one")
+            options[name] = [value] if given else []
+        elif not name:
+            raise ConfigError(f"unrecognized arguments: {word}")
+        else:
+            options[name].append(word)
+    for name, values in options.items():
+        if not values:
+            raise ConfigError(f"{name}: give one or more values")
+        for value in values:
+            if values.count(value) > 1:
+                raise ConfigError(f"{name} {value}: given twice")
+    return options
+
+
+def part_of(text: str) -> Part:
+    """The part that "2/4" says. Raises `ConfigError` for anything else."""
+    index, _, of = text.partition("/")
+    right = index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)
+    if not right:
+        raise ConfigError(f"--part {text}: give I/N, such as 2/4, with I from 1 to N")
+    return Part(int(index), int(of))
+
+
+def size(options: Mapping[str, Sequence[str]], kind: Kind, count: int) -> int:
+    """How many settings there are going to be, without making them."""
+    sizes = [len(values) for values in options.values()]
+    return {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
+
+
+def check_known(options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises `ConfigError` for an option that the study does not have."""
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{name}: the study has no such option{meant(name, known)}")
+
+
+def settings(
+    options: Mapping[str, Sequence[str]],
+    kind: Kind,
+    whole: Mapping[str, bool],
+    count: int,
+    seed: int,
+) -> list[tuple[str, ...]]:
+    """Every combination of the values; or "zip", the first of all, the second of all, …; or at
+    "random", `count` combinations from the ranges that pairs of values give.
+
+    Ranges are sampled evenly in logarithm, options that are `whole` numbers rounded. Raises
+    `ConfigError` for options that cannot be combined so.
+    """
+    if kind == "grid":
+        return list(itertools.product(*options.values()))
+    several = {name: values for name, values in options.items() if len(values) > 1}
+    size = count
+    if kind == "zip":
+        sizes = {len(values) for values in several.values()}
+        said = ", ".join(f"{len(values)} of {name}" for name, values in several.items())
+        check(len(sizes) <= 1, "--zip", said, "give as many values of each, or one")
+        size = max(sizes, default=1)
+    rng = np.random.default_rng(seed)
+    columns = []
+    for name, values in options.items():
+        if len(values) == 1:
+            columns.append([values[0]] * size)
+        elif kind == "zip":
+            columns.append([*values])
+        else:
+            low, high = _range(name, values)
+            drawn = np.exp(rng.uniform(math.log(low), math.log(high), size))
+            columns.append([f"{round(x)}" if whole[name] else f"{x:.6g}" for x in drawn.tolist()])
+    return list(zip(*columns, strict=True)) if columns else [()]
+
+
+def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
+    fix = "of a random sweep, give one value, or the least and the greatest, above 0"
+    try:
+        low, high = map(float, values)
+    except ValueError:
+        raise ConfigError(f"{name} {' '.join(values)}: {fix}") from None
+    check(0 < low < high < math.inf, name, " ".join(values), fix)
+    return low, high
+
+
+WHOLE = Part(1, 1)
+
+
+class SweepFolder:
+    """A sweep's DIR. `SweepFolder(path)` opens one for reading."""
+
+    def __init__(self, path: str | Path):
+        """Raises `ConfigError` unless `path` holds a sweep."""
+        self.path = Path(path).absolute()
+        self.figures = self.path / "figures"
+        found = read_json(self.path / "sweep.json", f"{path} holds no sweep of metadyn")
+        if found.pop("format", None) != FORMAT:
+            raise ConfigError(f"{path} holds a sweep of another version of metadyn")
+        self.parts: int = found.pop("parts")
+        self.sweep = Sweep(**found)
+
+    @classmethod
+    def create(cls, path: str | Path, sweep: Sweep, parts: int) -> SweepFolder:
+        """Makes DIR, or opens it to go on. Parts may come at the same time.
+
+        Raises `ConfigError` if it cannot be written, or holds anything but this sweep.
+        """
+        folder, other = Path(path).absolute(), "choose another DIR"
+        asked = _as_json({"format": FORMAT, "parts": parts} | dataclasses.asdict(sweep))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not is_sweep(path) and {each.name for each in folder.iterdir()} - {".lock"}:
+                raise ConfigError(f"--out {path} is not empty and holds no sweep: {other}")
+            with open(folder / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not is_sweep(path):
+                    write_json(folder / "sweep.json", asked)
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
+        found = cls(path)
+        theirs = {"format": FORMAT, "parts": found.parts} | dataclasses.asdict(found.sweep)
+        for name, value, ours in differences(_as_json(theirs), asked):
+            said = f"{name} = {_short(value)}, not {_short(ours)}"
+            raise ConfigError(f"--out {path} holds a sweep with {said}: {other}")
+        return found
+
+    def setting(self, i: int) -> Path:
+        """The run folder of a setting."""
+        return self.path / "settings" / f"{i:0{len(str(len(self.sweep.settings) - 1))}}"
+
+    def run(self, i: int) -> RunFolder | None:
+        """The run of a setting, if it has begun."""
+        path = self.setting(i)
+        return RunFolder(path) if (path / "config.json").exists() else None
+
+    def lost(self, i: int) -> str:
+        """What was said when the loss of a setting was no longer finite; or nothing."""
+        path = self.setting(i) / "lost.json"
+        return read_json(path, f"{path} cannot be read")["said"] if path.exists() else ""
+
+    def set_lost(self, i: int, said: str) -> None:
+        """Marks a setting as lost: it is not trained any further."""
+        write_json(self.setting(i) / "lost.json", {"said": said})
+
+    def ended(self, i: int) -> bool:
+        """Whether a setting is done, or lost."""
+        return (self.setting(i) / "summary.json").exists() or bool(self.lost(i))
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Whether a folder holds a sweep."""
+    return (Path(path) / "sweep.json").exists()
+
+
+def _as_json(value: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def run_sweep(
+    sweep: Sweep,
+    study: Study,
+    configs: Sequence[Any],
+    out: str | Path,
+    progress: Progress,
+    part: Part = WHOLE,
+    as_typed: Callable[[ConfigError, int], ConfigError] = lambda error, i: error,
+) -> SweepFolder:
+    """Runs a part of a sweep into `out`, or what is left of it.
+
+    A setting whose loss is no longer finite is marked, and does not stop the others. Figures of
+    merit are drawn by the part that ends last. `as_typed(error, i)` says why setting i is refused
+    in the words of the command line. Raises `ConfigError` for what can be known not to work before
+    DIR is made, and as `run_study` does.
+    """
+    from metadyn import swept
+
+    mine = range(part.number - 1, len(configs), part.of)
+    check(len(mine) > 0, "--part", f"{part.number}/{part.of}", f"there are {len(configs)} settings")
+    plans: dict[int, Plan] = {}
+    if not (is_sweep(out) and all(map(SweepFolder(out).ended, mine))):
+        for i in mine:
+            try:
+                plans[i] = study.plan(configs[i])
+                check_memory(plans[i])
+            except ConfigError as error:
+                raise ConfigError(f"{sweep.called(i)}: {as_typed(error, i)}") from error
+        rehearse(study, configs[mine[0]], plans[mine[0]])
+    folder = SweepFolder.create(out, sweep, part.of)
+    summary = folder.path / "summary.json"
+    if plans:
+        summary.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            shared = programs.Shared()
+            runners: dict[int, Runner] = {}
+            for i, plan in plans.items():
+                asked = asked_for(study, sweep.preset, sweep.seed, configs[i], plan)
+                run = RunFolder.create(folder.setting(i), asked)
+                stack.enter_context(run.locked())
+                if not run.set_aside_damaged():
+                    (run.path / "summary.json").unlink(missing_ok=True)
+                measure = _measuring(shared)
+                runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
+            _run(study, sweep, configs, folder, runners, shared, progress)
+    if not summary.exists() and all(map(folder.ended, range(len(configs)))):
+        swept.conclude(folder)
+    return folder
+
+
+def _measuring(shared: programs.Shared) -> Any:
+    """`inner.measure`, by programs that are shared with other settings."""
+
+    def measure(*given: Any) -> Any:
+        _, _, params, _, _, argument, key, indices, *_ = given  # those that are not static
+        return shared(inner.measure.trace(*given), params, argument, key, indices)
+
+    return measure
+
+
+def _run(
+    study: Study,
+    sweep: Sweep,
+    configs: Sequence[Any],
+    folder: SweepFolder,
+    runners: Mapping[int, Runner],
+    shared: programs.Shared,
+    progress: Progress,
+) -> None:
+    """Trains and measures settings, those of one form side by side."""
+    forms: dict[Hashable, list[int]] = {}
+    for i, runner in runners.items():
+        forms.setdefault(form_of(runner.loop), []).append(i)
+        for given in () if folder.ended(i) else runner.calls():
+            shared.expect(inner.measure.trace(*given))
+    names = [f"{len(members)} settings" for members in forms.values()]
+    with progress.studies(names) as begin:
+        for k, members in enumerate(forms.values()):
+            begin(k)
+            begun = time.monotonic()
+            several = [runners[i] for i in members]
+            if several[0].plan.trained and not all(map(folder.ended, members)):
+                rows = Rows([runner.loop for runner in several])
+                gone = [k for k, i in enumerate(members) if folder.lost(i)]
+
+                def lost(k: int, error: ConfigError, members: list[int] = members) -> None:
+                    folder.set_lost(members[k], str(error))
+                    progress.say(f"{sweep.called(members[k])}: {error}")
+
+                start = lambda rows=rows: rows.start(shared)
+                train(several, start, rows.run, lost, gone)
+            for i in members:
+                if not folder.ended(i):
+                    runners[i].measure_all()
+                    seconds = (time.monotonic() - begun) / len(members)
+                    identity = {"study": study.name, "preset": sweep.preset, "seed": sweep.seed}
+                    judge(study, configs[i], runners[i].store, identity, seconds)

@@ -1,0 +1,258 @@
+"""What a sweep came to: one dataset, figures of merit against what is swept, a ranking."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from metadyn import dynamics, figures, labelled, store
+from metadyn.claims import number
+from metadyn.errors import ConfigError
+from metadyn.store import read_json, write_json
+from metadyn.sweep import SweepFolder
+
+MERITS = {
+    "staggering": "staggering",
+    "excess": "excess loss over Bayes\n(held-out tasks)",
+    "seconds": "seconds of training\n(the setting's share)",
+}
+"""What figures show of each setting, and what they call it."""
+MOST_LINES = 8  # our choice
+
+Row = Mapping[str, Any]
+
+
+def field(option: str) -> str:
+    """What datasets call an option: "domain.sigma" for --domain.sigma."""
+    return option.removeprefix("--").replace("-", "_")
+
+
+def value_of(text: str) -> float | int | str:
+    """The value of an option as it was typed: a number, if it is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def load(path: str | Path, task_set: str) -> xr.Dataset:
+    """A sweep as one dataset: that of each setting, along dimensions of what is swept.
+
+    The dimensions of a grid are the options that have several values, such as "domain.sigma". Other
+    sweeps have one dimension, "setting", with the options' values along it. Where a setting has
+    nothing stored, was lost, or has fewer seeds, modes or steps than another, there is NaN. Raises
+    `ConfigError` if none has anything stored.
+    """
+    folder, parts = SweepFolder(path), {}
+    sweep = folder.sweep
+    for i in range(len(sweep.settings)):
+        if folder.run(i) is not None and not folder.lost(i):
+            with contextlib.suppress(ConfigError):  # nothing stored yet
+                parts[i] = store.load(folder.setting(i), task_set)
+    if not parts:
+        raise ConfigError(f"task_set = {task_set!r}: no setting of {path} has any yet")
+    whole = xr.concat(
+        parts.values(),
+        xr.Variable("setting", [*parts]),
+        data_vars="all",
+        coords="different",
+        compat="equals",
+        join="outer",
+        combine_attrs="drop_conflicts",
+    ).reindex(setting=range(len(sweep.settings)))
+    columns = dict(zip(sweep.options, zip(*sweep.settings, strict=True), strict=True))
+    values = {field(name): [*map(value_of, columns[name])] for name in sweep.swept}
+    if sweep.kind != "grid":
+        return whole.assign_coords({name: ("setting", of) for name, of in values.items()})
+    grid = {field(name): [*map(value_of, sweep.options[name])] for name in sweep.swept}
+    if not grid:
+        return whole.isel(setting=0, drop=True)
+    sizes = [len(of) for of in grid.values()]
+    places = np.unravel_index(np.arange(math.prod(sizes)), sizes)
+    at = {f"at {name}": ("setting", of) for name, of in zip(grid, places, strict=True)}
+    whole = whole.drop_vars("setting").assign_coords(at).set_index(setting=[*at]).unstack("setting")
+    whole = whole.rename({f"at {name}": name for name in grid}).assign_coords(grid)
+    return whole.transpose(*grid, ...)
+
+
+def rows(folder: SweepFolder) -> list[Row]:
+    """The figures of merit of every setting (`measured`), as written or as far as they are there.
+
+    In the place of NaN is None.
+    """
+    path = folder.path / "summary.json"
+    if path.exists():
+        return read_json(path, f"{path} cannot be read")["settings"]
+    return _finite(measured(folder))
+
+
+def measured(folder: SweepFolder) -> list[Row]:
+    """What each setting has come to: for each meta-learner that is followed, once trained, how far
+    it staggers, its excess loss on held-out tasks, and the seconds its training took.
+
+    Estimates are [value, low, high]. A setting that has none has one row, with what it lacks.
+    """
+    sweep = folder.sweep
+    found: list[Row] = []
+    for i, texts in enumerate(sweep.settings):
+        settings = dict(zip(map(field, sweep.options), map(value_of, texts), strict=True))
+        row = {"setting": i, "folder": folder.setting(i).name, "options": settings, "lost": None}
+        run = folder.run(i)
+        if said := folder.lost(i):
+            found.append(row | {"lost": said})
+        elif run is None or not folder.ended(i):
+            found.append(row | {"lost": "not done"})
+        else:
+            last = run.outer_steps()[-1:]
+            for name, training in figures.trainings(run.results(last)).items():
+                trained, (loss, bayes) = training.trained.isel(outer_step=-1), training.losses
+                estimates: dict[str, Any] = {
+                    "staggering": dynamics.merit(trained),
+                    "excess": dynamics.measured_excess(loss.isel(outer_step=-1), bayes),
+                    "seconds": [labelled.about(training.trained).seconds] * 3,
+                }
+                merits = {n: [float(part) for part in e] for n, e in estimates.items()}
+                called = {"learner": training.called, "ending": name}
+                called |= {"merit": dynamics.merit_name(trained)}
+                found.append(row | called | merits)
+    return found
+
+
+def conclude(folder: SweepFolder) -> None:
+    """Writes summary.json and the figures of a sweep of which all settings have ended."""
+    sweep, found = folder.sweep, _finite(measured(folder))
+    about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
+    write_json(folder.path / "summary.json", {**about, "settings": found})
+    draw(folder, found)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(folder: SweepFolder) -> Iterator[str]:
+    """Yields the settings, best first: by the excess loss of their meta-learner."""
+    sweep, found = folder.sweep, rows(folder)
+    yield f"sweep of {sweep.study}, preset {sweep.preset}, seed {sweep.seed}"
+    there = [row for row in found if not row["lost"]]
+    yield f"{len({row['setting'] for row in there})} of {len(sweep.settings)} settings done"
+    several = len({row["learner"] for row in there}) > 1
+    for place, row in enumerate(sorted(there, key=_excess), 1):
+        merits = [("excess loss", "excess"), (row["merit"], "staggering")]
+        said = "  ".join(f"{called} {_number(row[name])}" for called, name in merits)
+        who = f"  {row['learner']}" if several else ""
+        yield f"{place:4}  {row['folder']}  {_said(folder, row)}{who}  {said}"
+        yield f"{'':6}{row['seconds'][0]:,.0f} s of training"
+    for row in found:
+        if row["lost"]:
+            yield f"   -  {row['folder']}  {_said(folder, row)}  {row['lost']}"
+
+
+def _excess(row: Row) -> float:
+    value = row["excess"][0]
+    return math.inf if value is None else value
+
+
+def _number(estimate: Sequence[float | None]) -> str:
+    return number(dict(zip(("value", "low", "high"), estimate, strict=True)))
+
+
+def _said(folder: SweepFolder, row: Row) -> str:
+    return " ".join(f"{name}={row['options'][name]}" for name in map(field, folder.sweep.swept))
+
+
+def draw(folder: SweepFolder, found: Sequence[Row]) -> list[Path]:
+    """Draws the figures of merit against each swept option; of two, heat maps too."""
+    folder.figures.mkdir(exist_ok=True)
+    names, paths = [field(name) for name in folder.sweep.swept], []
+    there = [row for row in found if not row["lost"]]
+    for ending in dict.fromkeys(row["ending"] for row in there):
+        those = [row for row in there if row["ending"] == ending]
+        drawn = {f"against_{name}": against(those, name, names) for name in names}
+        if len(names) == 2 and folder.sweep.kind == "grid":
+            drawn["map"] = heat_map(those, names[0], names[1])
+        for name, figure in drawn.items():
+            paths.append(folder.figures / f"{name}{ending}.png")
+            FigureCanvasAgg(figure).print_png(paths[-1])
+    return paths
+
+
+@figures.styled
+def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure:
+    """Draws each figure of merit against one option, with a line for all settings that differ in
+    that option alone; if there would be too many, points."""
+    values = sorted(
+        {row["options"][option] for row in found}, key=lambda v: (isinstance(v, str), v)
+    )
+    numeric = not any(isinstance(value, str) for value in values)
+    others = [name for name in options if name != option]
+    lines: dict[str, list[Row]] = {}
+    for row in found:
+        label = ", ".join(f"{name} = {row['options'][name]}" for name in others)
+        lines.setdefault(label, []).append(row)
+    many = len(lines) > MOST_LINES
+    figure, axes = figures.grid(len(MERITS), width=4.2, height=3.8)
+    for axis, (name, label) in zip(axes, MERITS.items(), strict=True):
+        of = found[0]["merit"] if name == "staggering" else label
+        for (called, several), colour in zip(lines.items(), cycle(figures.COLOURS), strict=False):
+            several = sorted(several, key=lambda row: values.index(row["options"][option]))
+            x = [row["options"][option] for row in several]
+            at = np.array(x if numeric else [values.index(each) for each in x], float)
+            merit = dynamics.Estimate(*np.array([row[name] for row in several], float).T)
+            style = {"color": "grey" if many else colour, "fmt": "o" if many else "o-", "ms": 5}
+            axis.errorbar(
+                at, merit.value, figures.bars(merit), label=None if many else called, **style
+            )
+        axis.set(xlabel=option, ylabel=of)
+        if not numeric:
+            axis.set_xticks(range(len(values)), values)
+        elif values[0] > 0 and values[-1] / values[0] >= 4:
+            axis.set_xscale("log")
+            if len(values) <= MOST_LINES:
+                axis.set_xticks(values, [f"{value:g}" for value in values])
+                axis.minorticks_off()
+    if others and not many:
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=4)
+    figure.suptitle(found[0]["learner"])
+    return figure
+
+
+@figures.styled
+def heat_map(found: Sequence[Row], across: str, down: str) -> Figure:
+    """Draws each figure of merit of a grid of two options as a map, with the numbers."""
+    columns, lines = (
+        [*dict.fromkeys(r["options"][name] for r in found)] for name in (across, down)
+    )
+    figure, axes = figures.grid(len(MERITS), width=1.6 + 0.9 * len(columns), height=3.8)
+    for axis, (name, label) in zip(axes, MERITS.items(), strict=True):
+        values = np.full((len(lines), len(columns)), np.nan)
+        for row in found:
+            place = lines.index(row["options"][down]), columns.index(row["options"][across])
+            values[place] = np.array(row[name][0], float)  # None: NaN
+        axis.imshow(values, cmap="viridis", aspect="auto")
+        for (i, k), value in np.ndenumerate(values):
+            box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
+            text = f"{value:.3g}" if np.isfinite(value) else "–"
+            axis.text(k, i, text, ha="center", va="center", fontsize=9, bbox=box)
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_yticks(range(len(lines)), lines)
+        axis.set(xlabel=across, ylabel=down)
+        axis.set_title(found[0]["merit"] if name == "staggering" else label, fontsize=10)
+        axis.grid(False)
+    figure.suptitle(found[0]["learner"])
+    return figure

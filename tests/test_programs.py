@@ -1,0 +1,125 @@
+"""Programs that differ in numbers alone: which do, and what they compute of other numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from metadyn import mesh
+from metadyn.programs import Shared, differing, evaluate, take_apart
+
+X = np.linspace(0.1, 1, 6, dtype=np.float32)
+
+
+@jax.custom_vjp
+def squared(x):
+    return x * x
+
+
+squared.defvjp(lambda x: (x * x, x), lambda x, g: (2 * x * g,))
+
+
+def split(c, x):
+    part = PartitionSpec(mesh.TASKS)
+    scaled = lambda x: jax.lax.scan(lambda total, y: (total + c * y, None), 0.0, x)[0][None]
+    return jax.shard_map(scaled, mesh=mesh.mesh(), in_specs=part, out_specs=part, check_vma=False)(
+        x
+    ).sum()
+
+
+# Each with what it computes, in NumPy.
+PROGRAMS = {
+    "plain": (lambda c, x: c * x + 1, lambda c, x: c * x + 1),
+    "an array": (lambda c, x: jnp.asarray(c * np.arange(6.0), jnp.float32) @ x,
+                 lambda c, x: c * np.arange(6.0) @ x),
+    "jit": (lambda c, x: jax.jit(lambda x: c * x)(x), lambda c, x: c * x),
+    "vmap": (lambda c, x: jax.vmap(lambda y: jnp.exp(c * y))(x), lambda c, x: np.exp(c * x)),
+    "grad": (lambda c, x: jax.grad(lambda x: jnp.sum(c * squared(x)))(x), lambda c, x: 2 * c * x),
+    "custom": (lambda c, x: squared(c + x), lambda c, x: (c + x) ** 2),
+    "scan": (lambda c, x: jax.lax.scan(lambda a, y: (a * y + c, a), 0.0, x, reverse=True)[1],
+             lambda c, x: scanned(c, x)),
+    "while": (lambda c, x: jax.lax.while_loop(lambda a: a.sum() < 9, lambda a: a * (1 + c), x),
+              lambda c, x: grown(c, x)),
+    "fori": (lambda c, x: jax.lax.fori_loop(0, 3, lambda i, a: c * a + i, x),
+             lambda c, x: c * (c * c * x + 1) + 2),
+    "cond": (lambda c, x: jax.lax.cond(x[0] > 0, lambda x: c * x, lambda x: x - c, x),
+             lambda c, x: c * x),
+    "its result": (lambda c, x: (x, c)[1] * jnp.ones(()), lambda c, x: c),
+    "devices": (split, lambda c, x: c * x.sum()),
+}  # fmt: skip
+
+
+def scanned(c, x):
+    total, found = 0.0, []
+    for y in x[::-1]:
+        found.append(total)
+        total = total * y + c
+    return np.array(found[::-1])
+
+
+def grown(c, x):
+    while x.sum() < 9:
+        x = x * (1 + c)
+    return x
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_other_numbers_go_through_one_compiled_program(name):
+    program, reference = PROGRAMS[name]
+    shared = Shared()
+    traced = {c: jax.jit(lambda x, c=c: program(c, x)).trace(X) for c in (0.5, 0.75, 2.0)}
+    forms = {shared.expect(each)[0] for each in traced.values()}
+    assert len(forms) == 1
+    for c, each in traced.items():
+        np.testing.assert_allclose(shared(each, X), reference(c, X.astype(np.float64)), rtol=1e-5)
+    (compiled,) = shared._compiled.values()
+    assert compiled[1]._cache_size() == 1
+
+
+def test_numbers_may_be_batched():
+    program, _ = PROGRAMS["scan"]
+    apart = {c: jax.make_jaxpr(lambda x, c=c: program(c, x))(X) for c in (0.5, 2.0)}
+    (place,) = differing([take_apart(each)[1] for each in apart.values()])
+    run = lambda c: evaluate(apart[0.5], {place: c}, [X])[0]
+    found = jax.vmap(run)(jnp.array([0.5, 2.0, 3.0]))
+    for c, each in zip((0.5, 2.0, 3.0), found, strict=True):
+        np.testing.assert_allclose(each, scanned(c, X), rtol=1e-5)
+
+
+def test_what_does_something_else_is_of_another_form():
+    several = [
+        lambda x: 2.0 * x,
+        lambda x: 2.0 + x,
+        lambda x: 2.0 * x[:5],
+        lambda x: 2.0 * x.astype(jnp.bfloat16),
+        lambda x: jnp.sin(2.0 * x),
+        lambda x: x * x,
+        lambda x: x**3,
+        lambda x: x**4,
+        lambda x: 2.0 * jax.random.uniform(jax.random.key(0), (6,)),
+    ]
+    forms = [take_apart(jax.make_jaxpr(each)(X))[0] for each in several]
+    assert len({*forms}) == len(forms)
+
+
+def test_other_random_keys_are_of_another_form():
+    keys = [jax.random.key(0), jax.random.key(1)]
+    draws = [lambda k=k: jax.random.uniform(k) for k in keys]
+    forms = {take_apart(jax.make_jaxpr(draw)())[0] for draw in draws}
+    assert len(forms) == 2
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_that_stands_alone_computes_the_same(name):
+    program, reference = PROGRAMS[name]
+    found = Shared()(jax.jit(lambda x: program(0.5, x)).trace(X), X)
+    np.testing.assert_allclose(found, reference(0.5, X.astype(np.float64)), rtol=1e-5)
+
+
+def test_unannounced_numbers_are_taken_in_too():
+    shared = Shared()
+    for c in (2.0, 3.0, 4.0):
+        traced = jax.jit(lambda x, c=c: c * x).trace(X)
+        np.testing.assert_array_equal(shared(traced, X), np.float32(c) * X)
+    assert len(shared._compiled) == 2

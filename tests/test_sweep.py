@@ -1,0 +1,204 @@
+"""Sweeps: equal to single runs, read as one dataset, gone on with, and bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import xarray as xr
+
+import metadyn
+from metadyn import sweep
+from metadyn.cli import main
+from metadyn.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+STUDY = str(ROOT / "benchmarks" / "tiny_study.py")
+SMALL = ["--outer.steps", "30", "--outer.checkpoints", "3", "--outer.dispatch", "10"]
+GRID = ["--outer.learning-rate", "1e-2", "3e-2", "--domain.sigma", "0.1", "0.3"]
+SETS = ("tracked", "heldout", "in_distribution")
+
+
+def metadyn_sweep(out, *options):
+    return main(["sweep", STUDY, "--out", str(out), *SMALL, *options])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Two rates by two kinds of noise, with two seeds each."""
+    out = tmp_path_factory.mktemp("sweeps") / "grid"
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
+    return out
+
+
+def test_each_setting_is_what_a_run_with_its_options_gives(done, tmp_path):
+    """To 1e-4: the numbers are arguments of the program instead of constants in it."""
+    single = ["--outer.learning-rate", "3e-2", "--domain.sigma", "0.3", "--outer.seeds", "2"]
+    assert main(["run", STUDY, "--out", str(tmp_path / "one"), *SMALL, *single]) == 0
+    for task_set in SETS:
+        one, other = (metadyn.load(d, task_set) for d in (tmp_path / "one", done / "settings/3"))
+        xr.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    one, other = (
+        json.loads((d / "config.json").read_text()) for d in (tmp_path / "one", done / "settings/3")
+    )
+    assert one == other
+    again = ["run", STUDY, "--out", str(done / "settings" / "3"), *SMALL, *single]
+    assert main(again) == 0  # it is done
+
+
+def test_a_sweep_is_one_dataset_with_what_is_swept_as_dimensions(done):
+    for task_set in SETS:
+        data = metadyn.load(done, task_set)
+        assert data["loss"].dims[:2] == ("outer.learning_rate", "domain.sigma")
+        np.testing.assert_array_equal(data["outer.learning_rate"], [1e-2, 3e-2])
+        np.testing.assert_array_equal(data["domain.sigma"], [0.1, 0.3])
+        for i, (rate, sigma) in enumerate([(1e-2, 0.1), (1e-2, 0.3), (3e-2, 0.1), (3e-2, 0.3)]):
+            one = metadyn.load(done / "settings" / str(i), task_set)
+            of = data.sel({"outer.learning_rate": rate, "domain.sigma": sigma})
+            assert np.isfinite(one["loss"].isel(step=-1)).all()
+            for name in one:
+                np.testing.assert_array_equal(of[name].transpose(*one[name].dims), one[name])
+
+
+def test_what_is_varied_changes_what_it_should(done):
+    """Noise alone changes the tasks' losses before anything is learned; the rate does not."""
+    loss = metadyn.load(done, "heldout")["loss"].sel(learner="lstm").isel(outer_step=0)
+    loss = loss.isel(step=1).mean(["seed", "task"])
+    np.testing.assert_array_equal(loss[0], loss[1])
+    assert float(loss[0, 1] - loss[0, 0]) == pytest.approx(0.3**2 - 0.1**2, rel=0.5)
+
+
+def test_the_report_ranks_by_excess_loss_over_bayes(done, capsys):
+    assert main(["report", str(done)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ranked = [line.split() for line in lines if line.split()[0].isdecimal() and "sigma" in line]
+    loss = metadyn.load(done, "heldout")["loss"].isel(step=slice(1, None), outer_step=-1)
+    lstm, bayes = (loss.sel(learner=n).mean(["seed", "task", "step"]) for n in ("lstm", "bayes"))
+    excess = (lstm - bayes) / (bayes - loss["domain.sigma"] ** 2)
+    best = [excess.to_numpy().ravel()[int(words[1])] for words in ranked]
+    assert len(best) == 4
+    assert best == sorted(best)
+    for words, value in zip(ranked, best, strict=True):
+        said = words[words.index("loss") + 1].replace("−", "-")
+        assert float(said) == pytest.approx(value, rel=1e-2)
+
+
+def test_figures_are_drawn_against_each_option_and_as_a_map(done, capsys):
+    names = {"against_outer.learning_rate", "against_domain.sigma", "map"}
+    assert {path.stem for path in (done / "figures").glob("*.png")} == names
+    shutil.rmtree(done / "figures")
+    assert main(["figures", str(done)]) == 0
+    for path in map(Path, capsys.readouterr().out.split()):
+        assert matplotlib.image.imread(path).std() > 0.02
+
+
+def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path):
+    """One setting lost its end, another all but its start, a third has a damaged measurement."""
+    out = tmp_path / "disturbed"
+    shutil.copytree(done, out)
+    for setting, kept in (("1", {"0", "1", "5"}), ("2", {"0"})):
+        folder = out / "settings" / setting
+        (folder / "summary.json").unlink()
+        shutil.rmtree(folder / "measurements" / "in_distribution")
+        for path in (folder / "checkpoints").iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path)
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
+    for task_set in SETS:
+        xr.testing.assert_identical(metadyn.load(done, task_set), metadyn.load(out, task_set))
+
+
+def test_a_done_sweep_ends_at_once_and_another_is_refused(done, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (done / "settings").rglob("*") if p.is_file()}
+    assert metadyn_sweep(done, *GRID, "--seeds", "2") == 0
+    after = {p: p.stat().st_mtime_ns for p in (done / "settings").rglob("*") if p.is_file()}
+    assert before == after
+    capsys.readouterr()
+    assert metadyn_sweep(done, *GRID, "--seeds", "3") == 2
+    assert metadyn_sweep(done, *GRID, "--seeds", "2", "--part", "1/2") == 2
+    assert main(["run", STUDY, "--out", str(done), *SMALL]) == 2
+    assert metadyn_sweep(done / "settings" / "0", *GRID) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [len(lines), "options.--outer.seeds = ['2'], not ['3']" in lines[0]] == [4, True]
+    assert "holds a sweep with parts = 1, not 2" in lines[1]
+    assert "holds no run" in lines[2]
+    assert "holds no sweep" in lines[3]
+
+
+def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, capsys):
+    """Also other widths are programs of their own, and parts make up the whole."""
+    out, wild = tmp_path / "wild", ["--outer.optimizer", "sgd", "--outer.clip", "1e30"]
+    wild += ["--outer.learning-rate", "1e-2", "1e30", "--lstm.hidden", "4", "5"]
+    assert metadyn_sweep(out, *wild, "--part", "2/2") == 0
+    assert not (out / "summary.json").exists()
+    assert "2 of 4" not in capsys.readouterr().out
+    assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
+    said = capsys.readouterr().out
+    assert "is no longer finite at outer step" in said
+    assert "2 of 4 settings done" in said
+    data = metadyn.load(out, "heldout")["loss"].isel(step=-1)
+    finite = np.isfinite(data.sel(learner="lstm")).all(["outer_step", "seed", "task"])
+    np.testing.assert_array_equal(finite, [[True, True], [False, False]])
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["lost"] is None for row in summary["settings"]] == [True, True, False, False]
+    assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
+
+
+def test_ranges_and_rows_of_values():
+    options = {"--a": ["1e-3", "1e-1"], "--b": ["2", "64"], "--c": ["x"]}
+    whole = {"--a": False, "--b": True, "--c": False}
+    drawn = sweep.settings(options, "random", whole, 400, 0)
+    a, b = (np.array([float(row[i]) for row in drawn]) for i in (0, 1))
+    assert a.min() >= 1e-3
+    assert a.max() <= 1e-1
+    assert np.mean(a < 1e-2) == pytest.approx(0.5, abs=0.1)  # evenly in logarithm
+    assert {row[1] for row in drawn} <= {str(n) for n in range(2, 65)}
+    assert np.mean(b <= 11) == pytest.approx(0.5, abs=0.1)
+    assert {row[2] for row in drawn} == {"x"}
+    assert drawn == sweep.settings(options, "random", whole, 400, 0)
+    assert drawn != sweep.settings(options, "random", whole, 400, 1)
+    zipped = sweep.settings(options, "zip", whole, 0, 0)
+    assert zipped == [("1e-3", "2", "x"), ("1e-1", "64", "x")]
+    with pytest.raises(ConfigError, match="give as many values"):
+        sweep.settings(options | {"--c": ["x", "y", "z"]}, "zip", whole, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--domain.sigma", "1", "--domain.sigma", "2"], "--domain.sigma: given twice"),
+        (["--lstm.forget-bias", "1", "--lstm.forget_bias=2"], "--lstm.forget-bias: given twice"),
+        (["--seeds", "2", "--outer.seeds", "2"], "--outer.seeds: given twice"),
+        (["--domain.sigma", "1", "2", "1"], "--domain.sigma 1: given twice"),
+        (["--domain.sigma"], "--domain.sigma: give one or more values"),
+        (["--domain.sigm", "1"], "no such option; did you mean '--domain.sigma'?"),
+        (["stray"], "stray"),
+        (
+            ["--domain.sigma", "0.1", "-1", "--outer.learning-rate", "1", "2"],
+            "setting 3 of 4 (--domain.sigma -1 --outer.learning-rate 1): --domain.sigma -1: must",
+        ),
+        (["--domain.sigma", "0.1", "loud"], "setting 2 of 2 (--domain.sigma loud): "),
+        (["--measure.probe-points", "6", "3"], "--measure.probe-points 3: must be at least"),
+        (
+            ["--domain.sigma", *map(str, range(1, 102)), "--lstm.hidden", *map(str, range(1, 101))],
+            "10,100 settings are more than 10,000: confirm with --yes",
+        ),
+        (["--zip", "--domain.sigma", "1", "2", "--lstm.hidden", "1", "2", "3"], "--zip"),
+        (["--zip", "--random", "3"], "not allowed with"),
+        (["--random", "0", "--domain.sigma", "1", "2"], "--random 0: must be 1 or more"),
+        (["--random", "3", "--domain.sigma", "2", "1"], "the least and the greatest"),
+        (["--random", "3", "--meta", "lstm", "gru"], "the least and the greatest"),
+        (["--part", "3/2"], "--part 3/2: give I/N"),
+        (["--part", "2/2"], "--part"),
+        (["--preset", "huge"], "choose from quick"),
+        (["--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(options, says, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["sweep", STUDY, "--out", str(out), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not out.exists()
