@@ -11,15 +11,14 @@ arXiv:1410.4615), and none.
 """
 
 import dataclasses
+from dataclasses import fields
 from functools import partial
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
+from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
@@ -33,14 +32,15 @@ TITLES = {
     "bandit": "contextual bandit",
 }
 STUDIES = {name: md.load_study(title.replace(" ", "_")) for name, title in TITLES.items()}
-INPUTS = {"isotropic": "isotropic inputs", "tilted": "inputs of variance ∝ 1 / s_k"}
-ARMS = {
-    "none": "all from the start",
-    "measured": "in the measured order",
-    "mixed": "mixed",
-    "reversed": "in reverse",
+OUTER = ("nonlinear", "bandit")
+ORDINARY = {
+    "isotropic": (", at most -0.7", {"at_most": -0.7}),
+    "tilted": (", 0 to within 0.2", {"at_most": 0.2, "at_least": -0.2}),
 }
-"""The curricula. Contexts are alike, so that in reverse theirs is the same."""
+"""What is expected of gradient descent."""
+INPUTS = {"isotropic": "isotropic inputs", "tilted": "inputs of variance ∝ 1 / s_k"}
+ARMS = {"none": "none", "measured": "measured order", "mixed": "mixed", "reversed": "reverse"}
+"""The curricula of the outer loop. Contexts are alike, so that in reverse theirs is the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +65,12 @@ class Config(md.StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        count = {"nonlinear": len(self.nonlinear.support), "bandit": self.bandit.contexts}
-        for name, modes in count.items():
+        end, contexts = self.outer.steps, self.bandit.contexts
+        for name, modes in (("nonlinear", len(self.nonlinear.support)), ("bandit", contexts)):
             field, steps = f"{name}_steps", getattr(self, f"{name}_steps")
             check(len(steps) == modes, field, steps, f"give one for each of the {modes} modes")
             check(list(steps) == sorted(steps) and steps[0] >= 0, field, steps, "must increase")
-            end = self.outer.steps
-            fix = f"a mode is never admitted: must be below outer.steps = {end}"
+            fix = f"would never admit a mode: must be below outer.steps = {end}"
             check(steps[-1] < end, field, steps, fix)
 
     def base(self, name: str, meta: str) -> md.Comparison:
@@ -80,97 +79,18 @@ class Config(md.StudyConfig):
         return STUDIES[name].comparison(self.of, **fields)
 
 
-class Tilted(LinearRegression):
-    """Linear regression whose inputs have covariance V diag(λ) Vᵀ, λ_k ∝ 1 / s_k, of trace K.
-
-    For evaluation tasks alone, whose modes are known. Directions beyond them keep variance 1.
-    """
-
-    def query(self, task, key):
-        """Draws x ~ N(0, V diag(λ) Vᵀ)."""
-        isotropic = super().query(task, key)
-        stretched = (jnp.sqrt(variances(task.s)) - 1) * (task.V.T @ isotropic)
-        return isotropic + task.V @ stretched
-
-
-def variances(s):
-    """λ_k ∝ 1 / s_k, of mean 1."""
-    return 1 / (s * (1 / s).mean())
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Admission:
-    """Which modes an episode has, at one outer step of a curriculum."""
-
-    steps: tuple[int, ...]
-    """The outer step from which each mode is there."""
-    mixed: bool
-    """Whether each episode takes its modes from a step of its own, drawn evenly from those before
-    the last mode is there: the same exposure to each mode, in no order."""
-    now: Any
-
-    def __call__(self, key):
-        """Whether each mode is there [K], in the episode of a key."""
-        end = max(*self.steps, 1)
-        drawn = jax.random.randint(jax.random.fold_in(key, 1), (), 0, end)
-        now = jnp.where(self.mixed & (self.now < end), drawn, self.now)
-        return now >= jnp.array(self.steps)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SomeFrequencies(FourierRegression):
-    """Functions that lack the frequencies which are not admitted yet; the others are as ever."""
-
-    admission: Any = None
-
-    def sample_task(self, key):
-        """Draws the function that training without a curriculum has, and leaves out the rest."""
-        kept = jnp.zeros(len(self.spectrum)).at[np.array(self.support)].set(self.admission(key))
-        return jax.tree.map(lambda part: kept * part, super().sample_task(key))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SomeContexts(ContextualBandit):
-    """A bandit whose first contexts alone are there, as many as are admitted: (task, number)."""
-
-    admission: Any = None
-
-    def sample_task(self, key):
-        """Draws the correct actions of all contexts."""
-        return super().sample_task(key), self.admission(key).sum()
-
-    def query(self, task, key):
-        """Draws a context, uniformly from those that are there."""
-        return jax.random.randint(key, (), 0, task[1])
-
-    def feedback(self, task, query, answer, key):
-        """Gives the outcome, as ever."""
-        return super().feedback(task[0], query, answer, key)
-
-
-SOME = {"nonlinear": SomeFrequencies, "bandit": SomeContexts}
-
-
-def admitting(domain, meta, objective, some, steps, mixed) -> md.Objective:
-    """An objective on the modes that are admitted at each outer step."""
-    own = {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
-    at = lambda now: objective(some(**own, admission=Admission(steps, mixed, now)), meta)
-    return dataclasses.replace(objective(domain, meta), at=at)
-
-
 def outer_curricula(config: Config, name: str) -> md.Comparison:
     """One meta-learner of a domain, trained under each curriculum."""
-    base = config.base(name, config.meta)
-    (meta,) = base.metas
-    steps = (0, *getattr(config, f"{name}_steps")[1:])
-    orders = {"measured": (steps, False), "mixed": (steps, True)}
+    base, steps = config.base(name, config.meta), (0, *getattr(config, f"{name}_steps")[1:])
+    meta, orders = base.metas[0], {"measured": Admission(steps), "mixed": Admission(steps, True)}
     if name == "nonlinear":
-        orders["reversed"] = steps[::-1], False
-    trained = [dataclasses.replace(meta, name="none", label=ARMS["none"])]
-    for arm, (order, mixed) in orders.items():
-        plain = meta.objective or base.objective
-        own = partial(admitting, objective=plain, some=SOME[name], steps=order, mixed=mixed)
-        trained.append(dataclasses.replace(meta, name=arm, label=ARMS[arm], objective=own))
+        orders["reversed"] = Admission(steps[::-1])
+    plain = meta.objective or base.objective
+    some = {arm: partial(admitting, objective=plain, admission=a) for arm, a in orders.items()}
+    trained = [
+        dataclasses.replace(meta, name=arm, label=f"curriculum: {ARMS[arm]}", objective=objective)
+        for arm, objective in ({"none": plain} | some).items()
+    ]
     changes = {"contenders": [*trained, base.bayes], "followed": False}
     return base.alone(name, TITLES[name], **changes)
 
@@ -178,96 +98,80 @@ def outer_curricula(config: Config, name: str) -> md.Comparison:
 def inner_curriculum(config: Config) -> md.Comparison:
     """SGD, meta-learners that know isotropic inputs alone, and Bayes, on either kind of inputs."""
     bases = [config.base("linear", meta) for meta in config.learners]
-    domain, first, sizes = config.linear, bases[0], config.measure
+    domain, sizes, first = config.linear, config.measure, bases[0]
+    tilted = TiltedRegression(**{f.name: getattr(domain, f.name) for f in fields(domain)})
+    tasks = sizes.sized(domain.evaluation(sizes.probe_points), name="isotropic")
+    sets = [tasks, dataclasses.replace(tasks, name="tilted", domain=tilted)]
     sgd = dataclasses.replace(first.contenders[0], curve=None)
-    tasks = domain.evaluation(sizes.probe_points)
-    domains = (
-        domain,
-        Tilted(**{f.name: getattr(domain, f.name) for f in dataclasses.fields(domain)}),
-    )
-    sets = [
-        sizes.sized(tasks, name=name, domain=each)
-        for name, each in zip(INPUTS, domains, strict=True)
-    ]
     contenders = [sgd, *(base.metas[0] for base in bases), first.bayes]
     return first.alone("linear", TITLES["linear"], contenders=contenders, sets=sets, followed=False)
 
 
 def plan(config: Config) -> md.Plan:
     """One comparison of each domain."""
-    outer = [outer_curricula(config, name) for name in SOME]
+    outer = [outer_curricula(config, name) for name in OUTER]
     return md.Plan(config.outer, [inner_curriculum(config), *outer])
 
 
 def criteria(config: Config, results):
     """What either kind of curriculum gains."""
+    theory = tilt(np.array(config.linear.spectrum()))[-1]
     for learner, plain in results.learners("isotropic").items():
-        pair, called = (
-            {name: results[name, learner] for name in INPUTS},
-            labelled.about(plain).label,
-        )
-        for name, data in pair.items():
-            bounds = {"isotropic": {"at_most": -0.7}, "tilted": {"at_most": 0.2, "at_least": -0.2}}
-            judged = bounds[name] if labelled.about(data).kind == "ordinary" else {}
-            said = f"{called}, {INPUTS[name]}: slope" + f", {judged}" * bool(judged)
-            yield md.criterion(f"{learner}_{name}", dynamics.merit(data), said, **judged)
-            yield censored(f"{learner}_{name}", data)
-        last = [
-            partial(lambda t, mean: t(mean).max(-1), dynamics.times_of(d)) for d in pair.values()
-        ]
-        gain = lambda a, b, last=last: last[0](a) / last[1](b)
-        found = dynamics.estimate(gain, *(dynamics.strength(data) for data in pair.values()))
-        theory = variances(np.array(config.linear.spectrum()))[-1]
-        said = f"{called}: how many times sooner all is learned; SGD in theory {theory:.3g}"
+        pair, about = [results[name, learner] for name in INPUTS], labelled.about(plain)
+        for (name, inputs), data in zip(INPUTS.items(), pair, strict=True):
+            said, row = f"{about.label}, {inputs}: slope of log t_k on log s_k", f"{learner}_{name}"
+            judged = ORDINARY[name] if about.kind == "ordinary" else ("", {})
+            yield md.criterion(row, dynamics.merit(data), said + judged[0], **judged[1])
+            yield censored(row, data)
+        times = [dynamics.times_of(data) for data in pair]
+        gain = lambda a, b, t=times: t[0](a).max(-1) / t[1](b).max(-1)
+        found = dynamics.estimate(gain, *(dynamics.strength(data) for data in pair))
+        said = f"{about.label}: times sooner that all is learned; descent in theory {theory:.3g}"
         yield md.criterion(f"{learner}_gain", found, said)
-    for name in SOME:
+    for name in OUTER:
         yield from outer_gains(config, results, name)
 
 
 def outer_gains(config: Config, results, name: str):
-    """Episodes and seconds to the lowest excess loss that training comes to under all curricula."""
-    arms = results.learners(f"{HELDOUT}_{name}", "meta")
-    reached = to_equal_excess(arms["none"])
-    losses = losses_of(results, name)
-    times = dynamics.estimate(lambda *means: reached(*means)[0], *losses)
-    gains = dynamics.estimate(lambda *means: (t := reached(*means)[0])[..., :1] / t, *losses)
-    level = dynamics.estimate(lambda *means: reached(*means)[1], *losses)
-    yield md.criterion(f"{name}_level", level, f"{TITLES[name]}: excess loss that all come to")
-    for k, (arm, data) in enumerate(arms.items()):
-        taken, gain = (dynamics.Estimate(*(part[k] for part in each)) for each in (times, gains))
-        each_step = labelled.about(data).seconds / config.outer.steps
-        said = f"{TITLES[name]}, {ARMS[arm]}: {{}} to that excess loss"
-        for what, scale in (("episodes", config.outer.batch), ("seconds", each_step)):
-            scaled = dynamics.Estimate(*(scale * part for part in taken))
-            yield md.criterion(f"{name}_{arm}_{what}", scaled, said.format(what))
+    """What each curriculum takes to the lowest excess loss that training comes to under all."""
+    arms, losses = losses_of(results, name)
+    found = dynamics.estimate(equal_excess(arms), *losses)  # [level, steps of each, gain of each]
+    of = lambda i, scale=1.0: dynamics.Estimate(*(scale * part[i] for part in found))
+    yield md.criterion(f"{name}_level", of(0), f"{TITLES[name]}: excess loss that all come to")
+    for k, (arm, data) in enumerate(arms.items(), 1):
+        said, row = f"{TITLES[name]}, {ARMS[arm]}: ", f"{name}_{arm}"
+        seconds = labelled.about(data).seconds / config.outer.steps
+        for what, scale in (("episodes", config.outer.batch), ("seconds", seconds)):
+            yield md.criterion(f"{row}_{what}", of(k, scale), f"{said}{what} to that excess loss")
+        bound = {"at_most": 1.5, "surely": True} if arm == "measured" else {}
+        said += "times fewer episodes than plain training" + ", at most 1.5" * bool(bound)
         if arm != "none":
-            bounds = {"at_most": 1.5, "surely": True} if arm == "measured" else {}
-            said = f"{said.format('times fewer episodes')}" + ", at most 1.5" * bool(bounds)
-            yield md.criterion(f"{name}_{arm}_gain", gain, said, **bounds)
+            yield md.criterion(f"{row}_gain", of(len(arms) + k), said, **bound)
     trained, bayes = (results[f"{TRACKED}_{name}", who] for who in ("none", "bayes"))
     over = dynamics.over_outer_training(trained, bayes)
-    for k, n in enumerate(zip(*dynamics.estimate(dynamics.outer_times_of(trained), *over))):
+    n = dynamics.estimate(dynamics.outer_times_of(trained), *over)
+    for k in range(len(n.value)):
         said = f"{TITLES[name]}: outer step at which mode {k + 1} is half-way to Bayes, plain"
-        yield md.criterion(f"{name}_n_{k + 1}", dynamics.Estimate(*n), said)
+        yield md.criterion(f"{name}_n_{k + 1}", dynamics.Estimate(*(part[k] for part in n)), said)
 
 
-def losses_of(results, name: str) -> list[np.ndarray]:
-    """Losses under each curriculum [seed, task, outer_step], and Bayes' [1, task]."""
-    return [dynamics.episode_loss(d) for d in results.learners(f"{HELDOUT}_{name}").values()]
+def losses_of(results, name: str):
+    """The curricula, and losses under each [seed, task, outer_step], Bayes' [1, task] last."""
+    data = results.learners(f"{HELDOUT}_{name}", "meta")
+    both = *data.values(), results[f"{HELDOUT}_{name}", "bayes"]
+    return data, [dynamics.episode_loss(each) for each in both]
 
 
-def to_equal_excess(data):
-    """Makes the statistic of mean losses, Bayes' last, that gives outer steps and excess loss.
-
-    They are those until the lowest excess loss so far of each curriculum is down to where all come.
-    """
-    steps, floor = data["outer_step"].to_numpy(), labelled.about(data).loss_floor
+def equal_excess(arms):
+    """The statistic of mean losses of `dynamics.to_equal_excess`, with the gains over plain."""
+    steps, floor = arms["none"]["outer_step"].to_numpy(), labelled.about(arms["none"]).loss_floor
 
     def statistic(*means):
-        excess = [dynamics.excess_loss(loss, means[-1][..., None], floor) for loss in means[:-1]]
-        lowest = np.minimum.accumulate(np.stack(excess, -1), -2)
-        level = lowest[..., -1, :].max(-1)
-        return dynamics.learning_times(steps, level[..., None, None] - lowest, p=0.0), level
+        losses = np.stack(means[:-1], -1)
+        level, taken = dynamics.to_equal_excess(steps, losses, means[-1], floor)
+        with np.errstate(all="ignore"):
+            gains = taken[..., :1] / taken
+        return np.concatenate([level[..., None], taken, gains], -1)
 
     return statistic
 
@@ -280,19 +184,17 @@ def inner(inputs: str):
 @figures.styled
 def outer(results):
     """Draws excess loss against outer steps under each curriculum."""
-    figure, axes = figures.grid(len(SOME), "excess loss over Bayes", width=5.2)
-    for axis, name in zip(axes, SOME, strict=True):
-        arms = results.learners(f"{HELDOUT}_{name}", "meta")
-        floor, losses = labelled.about(arms["none"]).loss_floor, losses_of(results, name)
-        for (arm, data), loss, colour in zip(arms.items(), losses, figures.COLOURS, strict=False):
-            over = lambda a, b, f=floor: dynamics.excess_loss(a, b[..., None], f)
-            found = dynamics.estimate(over, loss, losses[-1])
-            steps = np.maximum(data["outer_step"].to_numpy(), 0.5)
+    figure, axes = figures.grid(len(OUTER), "excess loss over Bayes", width=5.2)
+    for axis, name in zip(axes, OUTER, strict=True):
+        arms, (*losses, bayes) = losses_of(results, name)
+        for data, loss, colour in zip(arms.values(), losses, figures.COLOURS, strict=False):
+            about, steps = labelled.about(data), np.maximum(data["outer_step"].to_numpy(), 0.5)
+            over = lambda a, b, f=about.loss_floor: dynamics.excess_loss(a, b[..., None], f)
+            found = dynamics.estimate(over, loss, bayes)
             axis.fill_between(steps, found.low, found.high, color=colour, alpha=0.2, lw=0)
-            axis.plot(steps, found.value, color=colour, label=ARMS[arm])
-        axis.axhline(
-            to_equal_excess(data)(*(each.mean((0, 1)) for each in losses))[1], **figures.LEVEL
-        )
+            axis.plot(steps, found.value, color=colour, label=about.label)
+        level = equal_excess(arms)(*(each.mean((0, 1)) for each in (*losses, bayes)))[0]
+        axis.axhline(level, **figures.LEVEL)
         axis.set(title=TITLES[name], xlabel="outer step", xscale="log", yscale="log")
         axis.legend()
     return figure
@@ -331,7 +233,7 @@ study = md.Study(
         outer={
             f"{name}_measured_gain": "Modes admitted to outer training in its own order save at "
             f"most a third of its episodes: {TITLES[name]} (ours)"
-            for name in SOME
+            for name in OUTER
         },
     ),
 )

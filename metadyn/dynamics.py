@@ -277,6 +277,23 @@ def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:
     return (loss - bayes_loss) / (bayes_loss - floor)
 
 
+def to_equal_excess(
+    outer_steps: Real[np.ndarray, " outer_step"],
+    losses: Float[np.ndarray, "*batch outer_step way"],
+    bayes_loss: Numbers,
+    floor: float,
+) -> tuple[Numbers, Float[np.ndarray, "*batch way"]]:
+    """The lowest excess loss that all ways of training come to, and the outer steps each takes.
+
+    They are linearly interpolated between those at which losses were measured, each the lowest so
+    far. Bayes' loss is [*batch].
+    """
+    excess = excess_loss(losses, np.asarray(bayes_loss)[..., None, None], floor)
+    lowest = np.minimum.accumulate(excess, -2)
+    level = lowest[..., -1, :].max(-1)
+    return level, learning_times(outer_steps, level[..., None, None] - lowest, p=0.0)
+
+
 def episode_loss(data: xr.Dataset) -> np.ndarray:
     """Mean loss over the answers of an episode [seed, task(, outer_step)]."""
     return samples(data, "loss")[..., 1:].mean(-1)
