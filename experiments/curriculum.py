@@ -47,8 +47,9 @@ ARMS = {"none": "none", "measured": "measured order", "mixed": "mixed", "reverse
 class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed. Values are our choice, but for the steps.
 
-    The steps are the reported nonlinear_n_k and bandit_n_k of a run of the same preset, in order:
-    they come from its plain training, which no curriculum changes.
+    Those were measured in plain training, as nonlinear_n_k and bandit_n_k: of the quick preset by
+    `metadyn run curriculum` itself, whose plain training is the same whatever they are; the others
+    by `metadyn run outer_loop_dynamics`. Set them to what a run of other settings reports.
     """
 
     linear: LinearRegression = LinearRegression()
@@ -204,9 +205,9 @@ QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     nonlinear=FourierRegression(band(1, 3), steps=20),
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
-    nonlinear_steps=(200, 500, 1000),
-    bandit_steps=(200, 300, 400),
-    outer=md.OuterConfig(steps=4000, learning_rate=1e-2, schedule="constant", warmup=100),
+    nonlinear_steps=(250, 960, 1850),
+    bandit_steps=(480, 550, 550),
+    outer=md.OuterConfig(steps=3000, learning_rate=1e-2, schedule="constant", warmup=100),
     measure=md.MeasureConfig(
         tasks=2048, updating_tasks=64, tracked_tasks=128, heldout_tasks=1024, probe_points=16
     ),

@@ -148,8 +148,8 @@ def test_the_study_is_rehearsed_without_complaint():
     ("options", "says"),
     [
         (
-            ["--nonlinear-steps", "0", "10", "4000"],
-            "--nonlinear-steps 0 10 4000: would never admit a mode: must be below outer.steps",
+            ["--nonlinear-steps", "0", "10", "3000"],
+            "--nonlinear-steps 0 10 3000: would never admit a mode: must be below outer.steps",
         ),
         (["--bandit-steps", "0", "10"], "--bandit-steps 0 10: give one for each of the 3 modes"),
         (["--bandit-steps", "0", "10", "5"], "--bandit-steps 0 10 5: must increase"),
