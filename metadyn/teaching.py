@@ -171,7 +171,7 @@ def gain(
     end: Real[np.ndarray, ""] | int,
     random: Float[np.ndarray, "*batch time"],
     taught: Float[np.ndarray, "*batch time"],
-) -> Float[np.ndarray, "*batch"]:
+) -> Float[np.ndarray, "*batch"] | np.floating:
     """The teaching gain: steps of random examples over taught ones, to equal error.
 
     The error is that after the examples taught, at time `end`; errors of random examples are the
@@ -188,8 +188,9 @@ class DemonstratedBandit(ContextualBandit):
     """
 
     def feedback(
-        self, task: BanditTask, query: Int[Array, ""], answer: Float[Array, " n"], key: Key
+        self, task: BanditTask, query: Int[Array, ""], answer: object, key: Key
     ) -> Outcome:
         """Shows the correct action of the context, and draws its reward."""
+        del answer
         correct = jnp.arange(self.actions) == task.best[query]
         return super().feedback(task, query, jnp.where(correct, 0.0, -jnp.inf), key)
