@@ -2,17 +2,17 @@
 
     metadyn run curriculum [--preset quick|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
 
-Inner: in linear regression, inputs whose variance along mode k is λ_k ∝ 1 / s_k at the same trace.
-From a small start gradient descent learns mode k after a time ∝ 1 / (s_k λ_k) (Saxe et al. 2013,
-arXiv:1312.6120, with inputs that are not whitened): so it learns all at once. Outer: frequencies
-and contexts that are missing from training until the outer step at which plain training was
-half-way to Bayes in them; against the same in reverse, mixed (Zaremba & Sutskever 2014,
-arXiv:1410.4615), and none.
+Inner: inputs of linear regression with variance λ_k ∝ 1 / s_k along mode k. From a small start
+descent learns mode k in a time ∝ 1 / (s_k λ_k) (after Saxe et al. 2013, arXiv:1312.6120): so all at
+once. Outer: frequencies and contexts that are missing from training until the outer step at which
+plain training was half-way to Bayes in them; the same in reverse; and mixed (Zaremba & Sutskever
+2014, arXiv:1410.4615).
 """
 
 import dataclasses
 from dataclasses import fields
 from functools import partial
+from typing import get_args
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check
 from metadyn.learners.lstm import LSTMConfig
-from metadyn.study import HELDOUT, TRACKED, censored, claims
+from metadyn.study import HELDOUT, TRACKED, Network, censored, claims
 
 TITLES = {
     "linear": "linear regression",
@@ -33,12 +33,11 @@ TITLES = {
 }
 STUDIES = {name: md.load_study(title.replace(" ", "_")) for name, title in TITLES.items()}
 OUTER = ("nonlinear", "bandit")
-ORDINARY = {
-    "isotropic": (", at most -0.7", {"at_most": -0.7}),
-    "tilted": (", 0 to within 0.2", {"at_most": 0.2, "at_least": -0.2}),
+INPUTS = {
+    "isotropic": ("isotropic inputs", "at most -0.7", {"at_most": -0.7}),
+    "tilted": ("inputs ∝ 1 / s_k", "0 to within 0.2", {"at_most": 0.2, "at_least": -0.2}),
 }
-"""What is expected of gradient descent."""
-INPUTS = {"isotropic": "isotropic inputs", "tilted": "inputs of variance ∝ 1 / s_k"}
+"""What they are called, and what the slope of gradient descent on them is expected to be."""
 ARMS = {"none": "none", "measured": "measured order", "mixed": "mixed", "reversed": "reverse"}
 """The curricula of the outer loop. Contexts are alike, so that in reverse theirs is the same."""
 
@@ -73,6 +72,8 @@ class Config(md.StudyConfig):
             check(list(steps) == sorted(steps) and steps[0] >= 0, field, steps, "must increase")
             fix = f"would never admit a mode: must be below outer.steps = {end}"
             check(steps[-1] < end, field, steps, fix)
+        right = self.learners and set(self.learners) <= set(get_args(Network))
+        check(right, "learners", self.learners, f"choose from {', '.join(get_args(Network))}")
 
     def base(self, name: str, meta: str) -> md.Comparison:
         """What a domain's own study compares, with a meta-learner of choice."""
@@ -92,8 +93,7 @@ def outer_curricula(config: Config, name: str) -> md.Comparison:
         dataclasses.replace(meta, name=arm, label=f"curriculum: {ARMS[arm]}", objective=objective)
         for arm, objective in ({"none": plain} | some).items()
     ]
-    changes = {"contenders": [*trained, base.bayes], "followed": False}
-    return base.alone(name, TITLES[name], **changes)
+    return base.alone(name, TITLES[name], contenders=[*trained, base.bayes], followed=False)
 
 
 def inner_curriculum(config: Config) -> md.Comparison:
@@ -119,10 +119,11 @@ def criteria(config: Config, results):
     theory = tilt(np.array(config.linear.spectrum()))[-1]
     for learner, plain in results.learners("isotropic").items():
         pair, about = [results[name, learner] for name in INPUTS], labelled.about(plain)
-        for (name, inputs), data in zip(INPUTS.items(), pair, strict=True):
+        for (name, (inputs, expected, bound)), data in zip(INPUTS.items(), pair, strict=True):
             said, row = f"{about.label}, {inputs}: slope of log t_k on log s_k", f"{learner}_{name}"
-            judged = ORDINARY[name] if about.kind == "ordinary" else ("", {})
-            yield md.criterion(row, dynamics.merit(data), said + judged[0], **judged[1])
+            judged = about.kind == "ordinary"
+            said, bound = (f"{said} {expected}", bound) if judged else (said, {})
+            yield md.criterion(row, dynamics.merit(data), said, **bound)
             yield censored(row, data)
         times = [dynamics.times_of(data) for data in pair]
         gain = lambda a, b, t=times: t[0](a).max(-1) / t[1](b).max(-1)
@@ -135,51 +136,33 @@ def criteria(config: Config, results):
 
 def outer_gains(config: Config, results, name: str):
     """What each curriculum takes to the lowest excess loss that training comes to under all."""
-    arms, losses = losses_of(results, name)
-    found = dynamics.estimate(equal_excess(arms), *losses)  # [level, steps of each, gain of each]
-    of = lambda i, scale=1.0: dynamics.Estimate(*(scale * part[i] for part in found))
-    yield md.criterion(f"{name}_level", of(0), f"{TITLES[name]}: excess loss that all come to")
-    for k, (arm, data) in enumerate(arms.items(), 1):
+    arms, bayes = (
+        results.learners(f"{HELDOUT}_{name}", "meta"),
+        results[f"{HELDOUT}_{name}", "bayes"],
+    )
+    level, steps, gains = dynamics.to_equal_excess([*arms.values()], bayes)
+    of = lambda estimate, k, scale=1.0: dynamics.Estimate(*(scale * part[k] for part in estimate))
+    yield md.criterion(f"{name}_level", level, f"{TITLES[name]}: excess loss that all come to")
+    for k, (arm, data) in enumerate(arms.items()):
         said, row = f"{TITLES[name]}, {ARMS[arm]}: ", f"{name}_{arm}"
         seconds = labelled.about(data).seconds / config.outer.steps
-        for what, scale in (("episodes", config.outer.batch), ("seconds", seconds)):
-            yield md.criterion(f"{row}_{what}", of(k, scale), f"{said}{what} to that excess loss")
+        for what, each in (("episodes", config.outer.batch), ("seconds", seconds)):
+            yield md.criterion(f"{row}_{what}", of(steps, k, each), f"{said}{what} to that loss")
         bound = {"at_most": 1.5, "surely": True} if arm == "measured" else {}
         said += "times fewer episodes than plain training" + ", at most 1.5" * bool(bound)
         if arm != "none":
-            yield md.criterion(f"{row}_gain", of(len(arms) + k), said, **bound)
+            yield md.criterion(f"{row}_gain", of(gains, k), said, **bound)
     trained, bayes = (results[f"{TRACKED}_{name}", who] for who in ("none", "bayes"))
     over = dynamics.over_outer_training(trained, bayes)
     n = dynamics.estimate(dynamics.outer_times_of(trained), *over)
     for k in range(len(n.value)):
         said = f"{TITLES[name]}: outer step at which mode {k + 1} is half-way to Bayes, plain"
-        yield md.criterion(f"{name}_n_{k + 1}", dynamics.Estimate(*(part[k] for part in n)), said)
+        yield md.criterion(f"{name}_n_{k + 1}", of(n, k), said)
 
 
-def losses_of(results, name: str):
-    """The curricula, and losses under each [seed, task, outer_step], Bayes' [1, task] last."""
-    data = results.learners(f"{HELDOUT}_{name}", "meta")
-    both = *data.values(), results[f"{HELDOUT}_{name}", "bayes"]
-    return data, [dynamics.episode_loss(each) for each in both]
-
-
-def equal_excess(arms):
-    """The statistic of mean losses of `dynamics.to_equal_excess`, with the gains over plain."""
-    steps, floor = arms["none"]["outer_step"].to_numpy(), labelled.about(arms["none"]).loss_floor
-
-    def statistic(*means):
-        losses = np.stack(means[:-1], -1)
-        level, taken = dynamics.to_equal_excess(steps, losses, means[-1], floor)
-        with np.errstate(all="ignore"):
-            gains = taken[..., :1] / taken
-        return np.concatenate([level[..., None], taken, gains], -1)
-
-    return statistic
-
-
-def inner(inputs: str):
-    """Makes the figure of mode strengths of all learners on one kind of inputs."""
-    return lambda results: figures.mode_strength(results.learners(inputs, drawn=True))
+def inner(inputs: str, results):
+    """Draws the mode strengths of all learners on one kind of inputs."""
+    return figures.mode_strength(results.learners(inputs, drawn=True))
 
 
 @figures.styled
@@ -187,15 +170,13 @@ def outer(results):
     """Draws excess loss against outer steps under each curriculum."""
     figure, axes = figures.grid(len(OUTER), "excess loss over Bayes", width=5.2)
     for axis, name in zip(axes, OUTER, strict=True):
-        arms, (*losses, bayes) = losses_of(results, name)
-        for data, loss, colour in zip(arms.values(), losses, figures.COLOURS, strict=False):
-            about, steps = labelled.about(data), np.maximum(data["outer_step"].to_numpy(), 0.5)
-            over = lambda a, b, f=about.loss_floor: dynamics.excess_loss(a, b[..., None], f)
-            found = dynamics.estimate(over, loss, bayes)
-            axis.fill_between(steps, found.low, found.high, color=colour, alpha=0.2, lw=0)
-            axis.plot(steps, found.value, color=colour, label=about.label)
-        level = equal_excess(arms)(*(each.mean((0, 1)) for each in (*losses, bayes)))[0]
-        axis.axhline(level, **figures.LEVEL)
+        arms = results.learners(f"{HELDOUT}_{name}", "meta")
+        bayes = results[f"{HELDOUT}_{name}", "bayes"]
+        for data, colour in zip(arms.values(), figures.COLOURS, strict=False):
+            steps = np.maximum(data["outer_step"].to_numpy(), 0.5)
+            found = dynamics.measured_excess(data, bayes)
+            figures.curve(axis, steps, found, labelled.about(data).label, colour)
+        axis.axhline(dynamics.to_equal_excess([*arms.values()], bayes)[0].value, **figures.LEVEL)
         axis.set(title=TITLES[name], xlabel="outer step", xscale="log", yscale="log")
         axis.legend()
     return figure
@@ -225,7 +206,7 @@ study = md.Study(
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
-    {f"mode_strength_{inputs}": inner(inputs) for inputs in INPUTS} | {"outer": outer},
+    {f"mode_strength_{inputs}": partial(inner, inputs) for inputs in INPUTS} | {"outer": outer},
     section="ours",
     claims=claims(
         mode_strength_tilted={

@@ -207,9 +207,7 @@ def draw(axis, data, label: str, colour: str, reading: str) -> None:
     """One curve with its band: a reading, mean over modes if it is of each."""
     values = dynamics.samples(data, reading)
     values = values.mean(-1) if reading == STRENGTH else values
-    found = dynamics.estimate(np.asarray, values)
-    axis.fill_between(data["time"], found.low, found.high, color=colour, alpha=0.2, lw=0)
-    axis.plot(data["time"], found.value, color=colour, label=label)
+    figures.curve(axis, data["time"], dynamics.estimate(np.asarray, values), label, colour)
 
 
 def order(results):

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from metadyn.base import Domain, Key, MetaLearner
-from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
+from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.fourier import FourierRegression, FourierTask
 from metadyn.domains.linear import LinearRegression, LinearTask
-from metadyn.errors import check
+from metadyn.errors import ConfigError, check
 from metadyn.objectives import Objective, ObjectiveOf
 
 
@@ -86,13 +86,11 @@ class SomeContexts(ContextualBandit):
         """Draws the correct actions of all contexts."""
         return super().sample_task(key), self.admission.there(self.step, key).sum()
 
-    def query(self, task: tuple[BanditTask, Any], key: Key) -> Int[Array, ""]:
+    def query(self, task: Any, key: Key) -> Int[Array, ""]:
         """Draws a context, uniformly from those that are there."""
         return jax.random.randint(key, (), 0, task[1])
 
-    def feedback(
-        self, task: tuple[BanditTask, Any], query: Int[Array, ""], answer: Array, key: Key
-    ) -> Outcome:
+    def feedback(self, task: Any, query: Int[Array, ""], answer: Array, key: Key) -> Outcome:
         """Draws an action of the policy, and whether it paid, as ever."""
         return super().feedback(task[0], query, answer, key)
 
@@ -105,12 +103,17 @@ def admitting(
     Once all are there it is the objective itself, bit for bit. Raises `ConfigError` for domains
     without a curriculum, and unless each mode has a step.
     """
-    kinds: dict[type, Any] = {FourierRegression: SomeFrequencies, ContextualBandit: SomeContexts}
-    check(type(domain) in kinds, "domain", type(domain).__name__, "there is no curriculum for it")
-    modes = domain.contexts if isinstance(domain, ContextualBandit) else len(domain.support)
+    kind: Any
+    match domain:
+        case FourierRegression():
+            kind, modes = SomeFrequencies, len(domain.support)
+        case ContextualBandit():
+            kind, modes = SomeContexts, domain.contexts
+        case _:
+            raise ConfigError(f"domain = {type(domain).__name__!r}: there is no curriculum for it")
     fix = f"give a step for each of the {modes} modes"
     check(len(admission.steps) == modes, "steps", admission.steps, fix)
     own = {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
-    some = lambda step: kinds[type(domain)](**own, admission=admission, step=step)
+    some = lambda step: kind(**own, admission=admission, step=step)
     at = lambda step: objective(some(step), meta)
     return dataclasses.replace(objective(domain, meta), at=at)

@@ -11,7 +11,7 @@ import pytest
 
 import metadyn as md
 from metadyn import dynamics, inner
-from metadyn.base import indexed_keys
+from metadyn.base import Learner, indexed_keys
 from metadyn.curriculum import (
     Admission,
     SomeContexts,
@@ -56,7 +56,8 @@ def test_descent_on_tilted_inputs_keeps_to_the_closed_form_sped_up_by_each_varia
     task = domain.aligned_task(jax.random.key(0), jnp.asarray(S))
     probes = (("mode_strength", domain.probe(8)),)
     run = jax.jit(partial(inner.run, domain, learner, times=times, probes=probes))
-    found = dynamics.learning_times(np.array(times), run(task, KEYS[0])["mode_strength"])
+    strength = np.float64(run(task, KEYS[0])["mode_strength"])
+    found = dynamics.learning_times(np.array(times), strength)
     speed = tilt(S) if kind is TiltedRegression else np.ones(3)
     theory = np.log(S / start - 1) / (2 * S * speed * rate)  # a(t) = s / 2 (Saxe et al. 2013)
     np.testing.assert_allclose(found, theory, rtol=0.06)
@@ -87,10 +88,11 @@ def test_functions_lack_what_is_not_admitted_and_are_else_as_ever():
 
 
 def test_contexts_are_drawn_evenly_from_those_admitted():
+    any_action = Learner(lambda key: 0, lambda state, c: jnp.zeros(3), lambda state, c, seen: state)
     for step, count in ((0, 1), (5, 2), (9, 3)):
         some = SomeContexts(3, 3, steps=6, admission=Admission((0, 5, 9)), step=step)
-        queries, outcomes = inner.observe(some, KEYS[:500])
-        assert queries.shape == outcomes.reward.shape == (6, 500)
+        queries, outcomes = jax.vmap(partial(inner.act, some, any_action))(KEYS[:500])
+        np.testing.assert_array_equal(queries, outcomes.context)
         share = np.bincount(queries.ravel(), minlength=3) / queries.size
         np.testing.assert_allclose(share, [1 / count] * count + [0] * (3 - count), atol=0.04)
 
@@ -129,7 +131,7 @@ def test_a_curriculum_needs_a_domain_that_has_modes_and_a_step_for_each():
 def test_steps_to_equal_excess_are_those_of_curves_known_beforehand():
     steps = np.array([0, 10, 20, 30, 40])
     excess = np.array([[8, 8], [6, 4], [7, 2], [2, 1], [4, 1]])  # one that goes up and down again
-    level, taken = dynamics.to_equal_excess(steps, 0.5 + 0.25 * (1 + excess), 0.75, 0.5)
+    level, taken = dynamics.equal_excess(steps, 0.5 + 0.25 * (1 + excess), 0.75, 0.5)
     assert level == pytest.approx(2)
     np.testing.assert_allclose(taken, [30, 20])
 
