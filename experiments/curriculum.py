@@ -10,7 +10,6 @@ plain training was half-way to Bayes in them; the same in reverse; and mixed (Za
 """
 
 import dataclasses
-from dataclasses import fields
 from functools import partial
 from typing import get_args
 
@@ -18,6 +17,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
+from metadyn.base import variant
 from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
@@ -100,9 +100,11 @@ def inner_curriculum(config: Config) -> md.Comparison:
     """SGD, meta-learners that know isotropic inputs alone, and Bayes, on either kind of inputs."""
     bases = [config.base("linear", meta) for meta in config.learners]
     domain, sizes, first = config.linear, config.measure, bases[0]
-    tilted = TiltedRegression(**{f.name: getattr(domain, f.name) for f in fields(domain)})
     tasks = sizes.sized(domain.evaluation(sizes.probe_points), name="isotropic")
-    sets = [tasks, dataclasses.replace(tasks, name="tilted", domain=tilted)]
+    sets = [
+        tasks,
+        dataclasses.replace(tasks, name="tilted", domain=variant(domain, TiltedRegression)),
+    ]
     sgd = dataclasses.replace(first.contenders[0], curve=None)
     contenders = [sgd, *(base.metas[0] for base in bases), first.bayes]
     return first.alone("linear", TITLES["linear"], contenders=contenders, sets=sets, followed=False)

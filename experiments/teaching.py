@@ -18,7 +18,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled, teaching
-from metadyn.base import STRENGTH
+from metadyn.base import STRENGTH, variant
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
@@ -93,10 +93,7 @@ def pupils(config: Config, sgd, bayes, metas) -> list[md.Contender]:
     for name, teacher in (teachers | {"own": partial(through, bayes.learner)}).items():
         add(f"bayes_{name}", f"{bayes.label}\n{SETS[name]}", taught(bayes.learner, teacher))
     for meta in metas:
-        made = {
-            name: lambda learner, teacher=teacher: taught(learner, teacher)
-            for name, teacher in teachers.items()
-        }
+        made = {name: partial(taught, teacher=teacher) for name, teacher in teachers.items()}
         made["own"] = lambda learner: taught(learner, partial(through, learner))
         made["for_bayes"] = lambda learner: taught(bayes.learner, partial(through, learner))
         for name, make in made.items():
@@ -111,27 +108,21 @@ def plan(config: Config) -> md.Plan:
     sizes, domain, bandit = config.measure, config.linear, config.bandit
     bases = [config.base("linear_regression", meta, domain) for meta in config.learners]
     metas, base = [each.metas[0] for each in bases], bases[0]
-    open_domain = teaching.OpenRegression(**_fields(domain))
-    tasks = sizes.sized(domain.evaluation(sizes.probe_points), name="taught", domain=open_domain)
+    tasks = sizes.sized(domain.evaluation(sizes.probe_points), name="taught")
     probes = {STRENGTH: teaching.with_error(tasks.probes[STRENGTH])}
-    tasks = dataclasses.replace(tasks, probes=probes, kinds=("ordinary", "reference"))
-    taught = pupils(config, base.contenders[0], base.bayes, metas)
-    contenders = [*metas, *taught, base.bayes]
-    changes = {"contenders": contenders, "sets": [tasks], "followed": False}
+    shown = {"domain": variant(domain, teaching.OpenRegression), "probes": probes}
+    sets = [dataclasses.replace(tasks, kinds=("ordinary", "reference"), **shown)]
+    contenders = [*metas, *pupils(config, base.contenders[0], base.bayes, metas), base.bayes]
+    changes = {"contenders": contenders, "sets": sets, "followed": False}
     parts = [base.alone("linear", "linear regression", **changes)]
-    able = [meta for meta in config.learners if meta not in DESCENTS]
-    bases = [config.base("contextual_bandit", meta, bandit) for meta in able or ["lstm"]]
-    rewards = sizes.sized(bandit.evaluation(), name="rewards")
-    shown = teaching.DemonstratedBandit(**_fields(bandit))
-    sets = [rewards, dataclasses.replace(rewards, name="demonstrations", domain=shown)]
+    able = [meta for meta in config.learners if meta not in DESCENTS] or ["lstm"]
+    bases = [config.base("contextual_bandit", meta, bandit) for meta in able]
+    rewards = sizes.sized(bandit.evaluation(), name=FEEDBACK[0])
+    shown = {"domain": variant(bandit, teaching.DemonstratedBandit)}
+    sets = [rewards, dataclasses.replace(rewards, name=FEEDBACK[1], **shown)]
     contenders = [bases[0].contenders[0], *(each.metas[0] for each in bases), bases[0].bayes]
     changes = {"contenders": contenders, "sets": sets, "followed": False}
-    parts.append(bases[0].alone("bandit", "contextual bandit", **changes))
-    return md.Plan(config.outer, parts)
-
-
-def _fields(domain):
-    return {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
+    return md.Plan(config.outer, [*parts, bases[0].alone("bandit", "contextual bandit", **changes)])
 
 
 def criteria(config: Config, results):
@@ -141,15 +132,15 @@ def criteria(config: Config, results):
     after = lambda a, b: a[..., m] / b[..., m]
     for who in ("bayes", *config.learners, "sgd"):
         times = data[f"{who}_random"]["time"].to_numpy()
-        gain = partial(teaching.gain, times, m if who != "sgd" else times[-1])
-        for name in ("bayes", "own"):
-            if (row := f"{who}_{name}") in data:
-                found = dynamics.estimate(gain, error(f"{who}_random"), error(row))
-                said = f"{row}: random steps over taught ones to equal error, above 1"
-                yield md.criterion(f"{row}_gain", found, said, at_least=1.0, surely=True)
+        gain = partial(teaching.gain, times, m if who != "sgd" else int(times[-1]))
+        bound = {"at_least": 1.0, "surely": True} if who != "sgd" else {}
+        for row in [row for row in (f"{who}_bayes", f"{who}_own") if row in data]:
+            found = dynamics.estimate(gain, error(f"{who}_random"), error(row))
+            said = f"{row}: random steps over taught ones, to equal error; above 1"
+            yield md.criterion(f"{row}_gain", found, said, **bound)
         for name, sign in (("bayes", -1), ("least", 1)):
             of = data[f"{who}_{name}"]
-            place, t = sign * -np.array(labelled.modes(of).values), dynamics.times_of(of)
+            place, t = sign * np.array(labelled.modes(of).values), dynamics.times_of(of)
             ranks = lambda mean, x=place, t=t: dynamics.rank_correlation(x, t(mean))
             found = dynamics.estimate(ranks, dynamics.strength(of))
             said = f"{who}, {SETS[name]}: modes are learned in the order taught, correlation 1"
@@ -182,8 +173,8 @@ def error(results):
         for (name, label), colour in zip(SETS.items(), figures.COLOURS, strict=False):
             if f"{who}_{name}" in data:
                 draw(axis, data[f"{who}_{name}"], label, colour, "error")
-        clock = labelled.about(data[f"{who}_random"]).clock
-        axis.set(title=who, xlabel=clock, yscale="log")
+        about = labelled.about(data[f"{who}_random"])
+        axis.set(title=about.label.split("\n")[0], xlabel=about.clock, yscale="log")
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

@@ -168,7 +168,7 @@ def with_error(probe: Probe) -> Probe:
 
 def gain(
     times: Real[np.ndarray, " time"],
-    end: Real[np.ndarray, ""] | int,
+    end: float,
     random: Float[np.ndarray, "*batch time"],
     taught: Float[np.ndarray, "*batch time"],
 ) -> Float[np.ndarray, "*batch"] | np.floating:
@@ -178,7 +178,7 @@ def gain(
     lowest so far, linearly interpolated. NaN where they never come down to it.
     """
     below = taught[..., np.searchsorted(times, end), None] - np.minimum.accumulate(random, -1)
-    return dynamics.learning_times(times, below[..., None], p=0.0)[..., 0] / float(end)
+    return dynamics.learning_times(times, below[..., None], p=0.0)[..., 0] / end
 
 
 class DemonstratedBandit(ContextualBandit):
