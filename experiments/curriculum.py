@@ -23,6 +23,7 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check
+from metadyn.learners.gradient import random_start
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.study import HELDOUT, TRACKED, Network, censored, claims
 
@@ -118,7 +119,9 @@ def plan(config: Config) -> md.Plan:
 
 def criteria(config: Config, results):
     """What either kind of curriculum gains."""
-    theory = tilt(np.array(config.linear.spectrum()))[-1]
+    s, sgd = np.array(config.linear.spectrum()), STUDIES["linear"].presets[config.of].sgd
+    alone = np.log(s / random_start(sgd.width, sgd.scale) - 1) / s  # Saxe's t_k but for a factor
+    theory = alone.max() / (alone / tilt(s)).max()
     for learner, plain in results.learners("isotropic").items():
         pair, about = [results[name, learner] for name in INPUTS], labelled.about(plain)
         for (name, (inputs, expected, bound)), data in zip(INPUTS.items(), pair, strict=True):
@@ -188,8 +191,8 @@ QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     nonlinear=FourierRegression(band(1, 3), steps=20),
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
-    nonlinear_steps=(250, 960, 1850),
-    bandit_steps=(480, 550, 550),
+    nonlinear_steps=(270, 980, 1870),
+    bandit_steps=(470, 540, 600),
     outer=md.OuterConfig(steps=3000, learning_rate=1e-2, schedule="constant", warmup=100),
     measure=md.MeasureConfig(
         tasks=2048, updating_tasks=64, tracked_tasks=128, heldout_tasks=1024, probe_points=16

@@ -198,7 +198,9 @@ def draw(axis, data, label: str, colour: str, reading: str) -> None:
     """One curve with its band: a reading, mean over modes if it is of each."""
     values = dynamics.samples(data, reading)
     values = values.mean(-1) if reading == STRENGTH else values
-    figures.curve(axis, data["time"], dynamics.estimate(np.asarray, values), label, colour)
+    figures.curve(
+        axis, data["time"].to_numpy(), dynamics.estimate(np.asarray, values), label, colour
+    )
 
 
 def order(results):

@@ -45,9 +45,8 @@ class Admission:
 
     steps: tuple[int, ...]
     mixed: bool = False
-    """Whether each episode has the modes of a step of its own instead, drawn evenly from those
-    before all modes are there: each mode is seen as often, in no order (the mixed strategy of
-    Zaremba & Sutskever 2014, arXiv:1410.4615)."""
+    """Whether, until all modes are there, each episode has those of a step of its own instead,
+    drawn evenly from `steps` (the mixed strategy of Zaremba & Sutskever 2014, arXiv:1410.4615)."""
 
     def __post_init__(self) -> None:
         right = self.steps and all(step >= 0 for step in self.steps)
@@ -55,10 +54,9 @@ class Admission:
 
     def there(self, step: Int[Array, ""] | int, key: Key) -> Bool[Array, " K"]:
         """Whether each mode is there at an outer step, in the episode of a key."""
-        last = max(*self.steps, 1)
-        drawn = jax.random.randint(jax.random.fold_in(key, 1), (), 0, last)
-        step = jnp.where(self.mixed & (step < last), drawn, step)
-        return step >= jnp.array(self.steps)
+        steps = jnp.array(self.steps)
+        drawn = jax.random.choice(jax.random.fold_in(key, 1), steps)
+        return jnp.where(self.mixed & (step < steps.max()), drawn, step) >= steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
