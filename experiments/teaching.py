@@ -50,7 +50,7 @@ class Config(md.StudyConfig):
     learners: tuple[str, ...] = NETWORKS
     """The meta-learners that are trained and taught."""
     examples: int = 5
-    """Examples that are taught in an episode."""
+    """Examples that are taught in an episode; SGD is shown each for as many of its updates."""
     descent: int = 20
     """Gradient steps in which a set is made through a learner."""
     rate: float = 0.3
@@ -136,7 +136,9 @@ def criteria(config: Config, results):
         bound = {"at_least": 1.0, "surely": True} if who != "sgd" else {}
         for row in [row for row in (f"{who}_bayes", f"{who}_own") if row in data]:
             found = dynamics.estimate(gain, error(f"{who}_random"), error(row))
-            said = f"{row}: random steps over taught ones, to equal error; above 1"
+            said = f"{row}: random steps over taught ones, to equal error" + "; above 1" * bool(
+                bound
+            )
             yield md.criterion(f"{row}_gain", found, said, **bound)
         for name, sign in (("bayes", -1), ("least", 1)):
             of = data[f"{who}_{name}"]
@@ -216,7 +218,7 @@ QUICK = Config(
     examples=3,
     outer=md.OuterConfig(steps=1500, learning_rate=3e-2, warmup=100, checkpoints=6),
     measure=md.MeasureConfig(
-        tasks=512, updating_tasks=32, tracked_tasks=64, heldout_tasks=512, probe_points=16
+        tasks=1024, updating_tasks=32, tracked_tasks=64, heldout_tasks=512, probe_points=16
     ),
 )
 PAPER = Config(
