@@ -177,6 +177,7 @@ def error(results):
                 draw(axis, data[f"{who}_{name}"], label, colour, "error")
         about = labelled.about(data[f"{who}_random"])
         axis.set(title=about.label.split("\n")[0], xlabel=about.clock, yscale="log")
+        axis.set_xscale("log" if about.clock == "updates" else "linear")
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

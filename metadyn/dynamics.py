@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -321,7 +321,7 @@ def to_equal_excess(
     losses = [episode_loss(each) for each in (*ways, bayes)]
     found = lambda *mean: equal_excess(steps, np.stack(mean[:-1], -1), mean[-1], floor)
 
-    def gain(*mean: np.ndarray) -> np.ndarray:
+    def gain(*mean: Any) -> np.ndarray:
         taken = found(*mean)[1]
         with np.errstate(all="ignore"):
             return taken[..., :1] / taken
