@@ -166,44 +166,38 @@ def criteria(config: Config, results):
 
 
 @figures.styled
-def error(results):
-    """Draws the error of each learner against its steps, by what it is taught."""
-    data = results.learners("taught")
-    learners = [name.removesuffix("_random") for name in data if name.endswith("_random")]
-    figure, axes = figures.grid(len(learners), "error ‖Ŵ − W‖² / ‖W‖²", width=4.2)
-    for axis, who in zip(axes, learners, strict=True):
-        for (name, label), colour in zip(SETS.items(), figures.COLOURS, strict=False):
-            if f"{who}_{name}" in data:
-                draw(axis, data[f"{who}_{name}"], label, colour, "error")
-        about = labelled.about(data[f"{who}_random"])
-        axis.set(title=about.label.split("\n")[0], xlabel=about.clock, yscale="log")
-        axis.set_xscale("log" if about.clock == "updates" else "linear")
+def by_learner(panels, reading: str, label: str, **style):
+    """Draws a reading of each learner (panels) against its steps, one curve for what it is told."""
+    figure, axes = figures.grid(len(panels), label, width=4.2)
+    for axis, told in zip(axes, panels, strict=True):
+        for (name, data), colour in zip(told.items(), figures.COLOURS, strict=False):
+            mean = (lambda x: x.mean(-1)) if reading == STRENGTH else np.asarray
+            found = dynamics.estimate(mean, dynamics.samples(data, reading))
+            figures.curve(axis, data["time"].to_numpy(), found, name, colour)
+        about = labelled.about(data)
+        scale = "log" if about.clock == "updates" else "linear"
+        axis.set(title=about.label.split("\n")[0], xlabel=about.clock, xscale=scale, **style)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
-@figures.styled
+def error(results):
+    """Draws the error of each learner by what it is taught."""
+    data = results.learners("taught")
+    whose = [name.removesuffix("_random") for name in data if name.endswith("_random")]
+    panels = [
+        {said: data[f"{who}_{kind}"] for kind, said in SETS.items() if f"{who}_{kind}" in data}
+        for who in whose
+    ]
+    return by_learner(panels, "error", "error ‖Ŵ − W‖² / ‖W‖²", yscale="log")
+
+
 def communication(results):
-    """Draws the probability of the correct action, by what the learner is told."""
-    learners = results.learners("rewards", drawn=True)
-    figure, axes = figures.grid(len(learners), "mean probability of the\ncorrect action", width=4.2)
-    for axis, (who, data) in zip(axes, learners.items(), strict=True):
-        for name, colour in zip(FEEDBACK, figures.COLOURS, strict=False):
-            draw(axis, results[name, who], name, colour, STRENGTH)
-        about = labelled.about(data)
-        scale = "log" if about.clock == "updates" else "linear"
-        axis.set(title=about.label, xlabel=about.clock, xscale=scale, ylim=(0, 1.05))
-    axes[0].legend()
-    return figure
-
-
-def draw(axis, data, label: str, colour: str, reading: str) -> None:
-    """One curve with its band: a reading, mean over modes if it is of each."""
-    values = dynamics.samples(data, reading)
-    values = values.mean(-1) if reading == STRENGTH else values
-    figures.curve(
-        axis, data["time"].to_numpy(), dynamics.estimate(np.asarray, values), label, colour
-    )
+    """Draws the probability of the correct action, mean over contexts, by what is told."""
+    shown = results.learners("rewards", drawn=True)
+    panels = [{told: results[told, who] for told in FEEDBACK} for who in shown]
+    label = "mean probability of the\ncorrect action"
+    return by_learner(panels, STRENGTH, label, ylim=(0, 1.05))
 
 
 def order(results):
