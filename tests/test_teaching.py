@@ -70,6 +70,20 @@ def test_taught_bayes_comes_to_the_expected_error():
     np.testing.assert_allclose(error, [1, *by_hand], rtol=0.04)
 
 
+def test_the_teacher_is_asked_once_for_each_task():
+    asked = []
+
+    def teacher(task):
+        jax.debug.callback(lambda: asked.append(1))
+        return teaching.for_bayes(task, 2)
+
+    learner = teaching.taught(bayes_linear(PLAIN), teacher, n_x=2, examples=2)
+    run = lambda key: inner.run(OPEN, learner, TASK, key, (0, 3, 6))["loss"]
+    jax.block_until_ready(jax.jit(jax.vmap(run))(KEYS[:3]))
+    jax.effects_barrier()
+    assert 0 < len(asked) <= 3
+
+
 @pytest.mark.parametrize("each", [1, 2])
 def test_what_is_taught_comes_first_and_is_answered_with_the_noise_of_what_was_posed(each):
     def remember(state, x, y):
