@@ -209,7 +209,7 @@ def order(results):
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
-    learners=("lstm", "transformer", "maml"),
+    learners=("lstm", "maml"),
     examples=3,
     outer=md.OuterConfig(steps=1500, learning_rate=3e-2, warmup=100, checkpoints=6),
     measure=md.MeasureConfig(
