@@ -1,6 +1,6 @@
 """Contextual bandits: policy gradient stalls on plateaus, a meta-trained LSTM and Bayes do not.
 
-    metadyn run contextual_bandit [--preset quick|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
+    metadyn run contextual_bandit [--preset quick|workstation|paper] [--meta NAME] [overrides]
 
 After Schaul et al. (2019), arXiv:1904.11455, and Rabinowitz (2019), arXiv:1905.01320, §4. A bias
 shared by all contexts couples them; without it they are decoupled.
@@ -38,10 +38,6 @@ class PolicyConfig:
     """Of the exact expected policy gradient."""
     scale: float = 1.0
     """Standard deviation of the initial weights."""
-    scales: tuple[float, ...] = (0.1, 0.3, 3.0)
-    """Other such standard deviations, tried at `scale_contexts` contexts."""
-    scale_contexts: int = 4
-    """K at which the initial scale is varied."""
     most_contexts: int = 6
     """K up to which the growth of learning time is measured, with as many actions, all distinct."""
     updates: int = 30_000
@@ -53,12 +49,8 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate", "expected_learning_rate", "scale", "records")
-        check_positive(self, "updates", "expected_updates", "scale_contexts")
-        most, few, scales = self.most_contexts, self.scale_contexts, self.scales
-        check(most >= 2, "most_contexts", most, "must be at least 2")
-        check(few <= most, "scale_contexts", few, f"must be at most most_contexts = {most}")
-        right = len({self.scale, *scales}) == 1 + len(scales) and all(s > 0 for s in scales)
-        check(right, "scales", scales, "must be positive, each once, and other than scale")
+        check_positive(self, "updates", "expected_updates")
+        check(self.most_contexts >= 2, "most_contexts", self.most_contexts, "must be at least 2")
         named_optimizer(self.optimizer, self.learning_rate)
 
 
@@ -73,13 +65,15 @@ class Config(md.StudyConfig):
     """Least mean reward of the LSTM, from 0 for chance to 1 for Bayes, to pass the criterion."""
 
 
-def policies(config: PolicyConfig, domain: ContextualBandit, scale: float) -> list[md.Contender]:
+def policies(config: PolicyConfig, domain: ContextualBandit) -> list[md.Contender]:
     """Coupled and decoupled policies under REINFORCE and the exact expected gradient."""
     rates = config.learning_rate, config.expected_learning_rate
     sampled, expected = (named_optimizer(config.optimizer, rate) for rate in rates)
     made = []
     for coupling in ("coupled", "decoupled"):
-        policy = gd.softmax_policy(domain.contexts, domain.actions, coupling == "coupled", scale)
+        policy = gd.softmax_policy(
+            domain.contexts, domain.actions, coupling == "coupled", config.scale
+        )
         exact = gd.expected_policy_gradient(policy, expected, domain.contexts)
         for name, label, learner, updates in (
             ("reinforce", "REINFORCE", gd.reinforce(policy, sampled, 1), config.updates),
@@ -101,23 +95,17 @@ def plan(config: Config) -> md.Plan:
             md.Contender("bayes", f"{said}Thompson sampling", thompson, "bayes"),
             md.Contender("bayes_greedy", f"{said}most probable action", likeliest, "reference"),
         ]
-    ordinary = policies(policy, domain, policy.scale)[::2]
+    ordinary = policies(policy, domain)[::2]
     contenders = [*ordinary, config.meta_learner(domain, heads=1), *posteriors]
     objective = partial(md.actor_critic, config=config.actor_critic)
     sets = [sizes.sized(domain.evaluation())]
     comparisons = [md.Comparison(domain, contenders, sets, (), sizes, objective, heads=1)]
-    grown = [(k, policy.scale) for k in range(1, policy.most_contexts + 1)]
-    for k, scale in grown + [(policy.scale_contexts, scale) for scale in policy.scales]:
+    for k in range(1, policy.most_contexts + 1):
         # As many actions as there can be contexts, all of them distinct.
         few = ContextualBandit(k, policy.most_contexts, steps=k, permutation=True)
-        tasks = sizes.sized(few.evaluation(), "updating_tasks", named(policy, k, scale))
-        comparisons.append(md.Comparison(few, policies(policy, few, scale), [tasks], (), sizes))
+        tasks = sizes.sized(few.evaluation(), "updating_tasks", f"{k}_contexts")
+        comparisons.append(md.Comparison(few, policies(policy, few), [tasks], (), sizes))
     return md.Plan(config.outer, comparisons)
-
-
-def named(policy: PolicyConfig, contexts: int, scale: float) -> str:
-    """What the tasks of so many contexts are called, on which weights of a scale start."""
-    return f"{contexts}_contexts" + (f"_scale_{scale:g}" if scale != policy.scale else "")
 
 
 def criteria(config: Config, results):
@@ -149,13 +137,6 @@ def criteria(config: Config, results):
         share = over_runs(np.mean, np.isinf(runs[name][-1]))
         said = f"share of runs that had not learned all {half} contexts by the last update"
         yield md.criterion(f"{name}_censored_runs", share, said)
-    for scale in sorted((policy.scale, *policy.scales)):
-        among = named(policy, policy.scale_contexts, scale)
-        for kind in ("reinforce", "expected"):
-            times = [last(among, f"{kind}_{each}") for each in ("coupled", "decoupled")]
-            ratio = over_runs(lambda a, b: np.median(a) / np.median(b), *times)
-            said = f"time to learn all, coupled over decoupled, from initial weights of {scale:g}"
-            yield md.criterion(f"{kind}_coupled_over_decoupled_scale_{scale:g}", ratio, said)
     yield from beyond_bayes(results, within=0.15)
     for name in results.learners("in_distribution", "ordinary", "bayes"):
         yield from staggering(results, name, "(t_K - t_1) / t_K, contexts in order of learning")
@@ -198,6 +179,12 @@ QUICK = Config(
     outer=md.OuterConfig(steps=4000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100),
     measure=md.MeasureConfig(tasks=4096, updating_tasks=256, tracked_tasks=128, heldout_tasks=512),
 )
+WORKSTATION = Config(
+    lstm=LSTMConfig(hidden=128),
+    outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=2e-2, schedule="linear", warmup=100),
+    measure=md.MeasureConfig(updating_tasks=2048, tracked_tasks=256, heldout_tasks=2048),
+    reward_at_least=0.97,
+)
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),
     outer=md.OuterConfig(steps=50_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40),
@@ -207,7 +194,7 @@ PAPER = Config(
 )
 study = md.Study(
     "contextual_bandit",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {"growth": growth},
@@ -218,10 +205,7 @@ study = md.Study(
             "contexts grows exponentially with their number",
             "reinforce_decoupled_growth_linear_over_exponential": "Decoupled, it grows linearly",
         },
-        mode_strength={
-            "lstm_minus_bayes_staggering": "A meta-trained LSTM has no plateaus beyond those of "
-            "Bayes"
-        },
+        mode_strength={"lstm_minus_bayes_staggering": "A meta-trained LSTM plateaus as Bayes does"},
         distance_to_bayes={"lstm_relative_reward": "Its reward is near that of the optimal policy"},
     ),
 )

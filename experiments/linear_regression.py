@@ -1,6 +1,6 @@
 """Linear regression: SGD learns mode after mode, a meta-trained LSTM and Bayes learn all at once.
 
-    metadyn run linear_regression [--preset quick|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
+    metadyn run linear_regression [--preset quick|workstation|paper] [--meta NAME] [overrides]
 
 After Saxe et al. (2013), arXiv:1312.6120, and Rabinowitz (2019), arXiv:1905.01320, §2. To make a
 study of your own, copy this file and change the contenders, the sets of tasks or the criteria.
@@ -158,6 +158,13 @@ QUICK = Config(
         chunk=1024,
     ),
 )
+WORKSTATION = Config(
+    lstm=LSTMConfig(hidden=256),
+    target="bayes",
+    outer=md.OuterConfig(steps=20_000, batch=32, optimizer="nadam", b2=0.98, learning_rate=1e-2),
+    measure=md.MeasureConfig(updating_tasks=512, tracked_tasks=256, heldout_tasks=1024),
+    excess_at_most=0.2,
+)
 PAPER = Config(
     lstm=LSTMConfig(hidden=256),
     outer=md.OuterConfig(
@@ -170,7 +177,7 @@ PAPER = Config(
 )
 study = md.Study(
     "linear_regression",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {"learned_spectrum": learned_spectrum},

@@ -54,28 +54,42 @@ def _figure(study: str, preset: str, file: str) -> str:
 
 
 def tables(folder: Path) -> str:
-    """Markdown: each claim with its verdict and interval, then the studies' own tables."""
-    claims = [
-        "| claim | study | command | verdict [95 % interval] | figure | measured on |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    beside, lacking = [], []
-    for study in load_studies(str(folder)):
-        for preset in study.presets:
-            path = folder / "results" / f"{study.name}-{preset}.json"
-            if not path.exists():
-                lacking.append(f"{study.name} {preset}")
-                continue
-            summary = read_summary(path)
-            rows = {row["name"]: row for row in (*summary["criteria"], *summary["reported"])}
-            claims += [_claim(study, claim, summary, rows) for claim in study.claims]
-            for table in study.tables:
-                figure = _figure(study.name, preset, f"{table.figure}.png")
-                title = f"**{table.title}** ({preset}; [figure]({figure}))"
-                beside += ["", title, "", *_table(table, rows)]
+    """Markdown: each claim with its verdict by preset, then the studies' own tables."""
+    studies = load_studies(str(folder))
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    lacking, measured, beside = [], [], []
+    for name, preset in ((study.name, preset) for study in studies for preset in study.presets):
+        path = folder / "results" / f"{name}-{preset}.json"
+        if path.exists():
+            runs[name, preset] = summary = read_summary(path)
+            seed = f" --seed {summary['seed']}" * (summary["seed"] != 0)
+            command = f"metadyn run {name}" + f" --preset {preset}" * (preset != "quick") + seed
+            measured.append(f"`{command}` on {summary['environment']['processor']}")
+        else:
+            lacking.append(f"{name} {preset}")
+    shown = [each for each in ("quick", "workstation", "paper") if each in {p for _, p in runs}]
+    claims = [f"| claim | study | {' | '.join(shown)} |", f"{'| --- ' * (2 + len(shown))}|"]
+    for study in studies:
+        here = {
+            preset: runs[study.name, preset] for preset in shown if (study.name, preset) in runs
+        }
+        rows = {preset: _by_name(summary) for preset, summary in here.items()}
+        for claim in study.claims if here else ():
+            cells = [_verdict(study, claim, preset, rows.get(preset)) for preset in shown]
+            claims.append(f"| {claim.says} | {study.name}, {study.section} | {' | '.join(cells)} |")
+        for table, preset in ((table, preset) for table in study.tables for preset in rows):
+            figure = _figure(study.name, preset, f"{table.figure}.png")
+            title = f"**{table.title}** ({preset}; [figure]({figure}))"
+            beside += ["", title, "", *_table(table, rows[preset])]
+    if measured:
+        claims += ["", f"Measured: {'; '.join(measured)}."]
     if lacking:
         claims += ["", f"Not measured: {', '.join(lacking)}."]
     return "\n".join([*claims, *beside])
+
+
+def _by_name(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {row["name"]: row for row in (*summary["criteria"], *summary["reported"])}
 
 
 def write(folder: Path) -> Path:
@@ -92,17 +106,17 @@ def write(folder: Path) -> Path:
     return path
 
 
-def _claim(study: Study, claim: Claim, summary: dict[str, Any], rows: dict[str, Any]) -> str:
-    preset, row = summary["preset"], rows.get(claim.criterion)
+def _verdict(study: Study, claim: Claim, preset: str, rows: Mapping[str, Any] | None) -> str:
+    """One cell of the table: the verdict in bold if it is not that the claim holds."""
+    if rows is None:
+        return "not measured"
+    row = rows.get(claim.criterion)
     if row is None:
         raise ConfigError(f"{study.name}-{preset}: its summary lacks {claim.criterion!r}")
-    command = f"metadyn run {study.name}" + f" --preset {preset}" * (preset != "quick")
-    command += f" --seed {seed}" if (seed := summary["seed"]) else ""
-    verdict = f"{'holds' if row.get('passed') else '**not shown**'}: {number(row)}"
-    figure = f"[{claim.figure}]({_figure(study.name, preset, f'{claim.figure}.png')})"
-    device = f"{summary['environment']['processor']}, {preset}"
-    cells = (claim.says, f"{study.name}, {study.section}", f"`{command}`", verdict, figure, device)
-    return f"| {' | '.join(cells)} |"
+    found, _, would_decide = row["verdict"].partition(": ")
+    said = f"{found if found == 'holds' else f'**{found}**'}: {number(row)}"
+    said += f"; {would_decide}" * bool(would_decide)
+    return f"{said} [({claim.figure})]({_figure(study.name, preset, f'{claim.figure}.png')})"
 
 
 def _table(table: Table, rows: dict[str, Any]) -> Iterator[str]:

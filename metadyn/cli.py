@@ -1,4 +1,4 @@
-"""The command line: metadyn run | list | view | figures | report | claims | devices.
+"""The command line: metadyn run, list, view, figures, report, claims, devices, completion.
 
 Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
 is not there (one line on stderr), 130 interrupted, or another process of the run, or whoever read
@@ -46,6 +46,7 @@ _EXAMPLES = {
     "claims": f"experiments/ {_RUN}",
     "devices": "",
     "list": "",
+    "completion": "bash > ~/.local/share/bash-completion/completions/metadyn",
 }
 
 
@@ -114,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     claims.set_defaults(do=_claims)
     claims.add_argument("folder", help="a folder of studies")
     claims.add_argument("dir", metavar="DIR", nargs="*", help="runs that are done")
+    completion = commands.add_parser("completion", help="print a shell's completion script")
+    completion.set_defaults(do=_completion)
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     for name, example in _EXAMPLES.items():
         commands.choices[name].epilog = f"Example: metadyn {name} {example}".rstrip()
     return parser
@@ -383,7 +387,10 @@ def _options(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
 
 
 def _figures(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from metadyn import figures
+    from metadyn.progress import Progress
     from metadyn.store import RunFolder
     from metadyn.study import known, load_study
 
@@ -391,7 +398,7 @@ def _figures(arguments: argparse.Namespace) -> int:
     name = arguments.study or run.config["study"]
     found = arguments.study or name in known()
     own = load_study(name).own_figures() if found else {}
-    for path in figures.draw(run.figures, run.results(), own):
+    for path in figures.draw(run.figures, run.results(), own, Progress(Console(stderr=True))):
         print(path)
     if not found:
         _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
@@ -407,6 +414,14 @@ def _report(arguments: argparse.Namespace) -> int:
     for line in report.so_far(run) if summary is None else report.verdict(summary):
         print(line)
     return DONE if summary is None or all(c["passed"] for c in summary["criteria"]) else FAILED
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from metadyn import completion
+
+    (commands,) = (a.choices for a in _parser()._actions if isinstance(a.choices, dict))
+    print(completion.script(commands, arguments.shell), end="")
+    return DONE
 
 
 def _view(arguments: argparse.Namespace) -> int:

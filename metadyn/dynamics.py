@@ -14,7 +14,6 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Real
 from scipy.special import ndtri, stdtrit
-from scipy.stats import rankdata
 
 from metadyn import labelled
 from metadyn.base import STRENGTH
@@ -149,8 +148,13 @@ def rank_correlation(
     x: Real[np.ndarray, "*#batch mode"], t: Float[np.ndarray, "*batch mode"]
 ) -> Float[np.ndarray, "*batch"] | np.floating:
     """Spearman's rank correlation of t_k with x_k; censored modes (NaN) rank as learned last."""
-    ranks = [rankdata(np.where(np.isnan(each), np.inf, each), axis=-1) for each in (x, t)]
-    x, t = (each - each.mean(-1, keepdims=True) for each in ranks)
+
+    def centred_ranks(each: np.ndarray) -> np.ndarray:  # those of equals are their mean
+        each = np.where(np.isnan(each), np.inf, each)
+        one, other = each[..., :, None], each[..., None, :]
+        return ((one > other).sum(-1) - (one < other).sum(-1)) / 2
+
+    x, t = centred_ranks(x), centred_ranks(t)
     with np.errstate(all="ignore"):  # NaN where all are learned at the same time
         return (x * t).sum(-1) / np.sqrt((x**2).sum(-1) * (t**2).sum(-1))
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from PIL import Image
 from metadyn import dynamics, labelled
 from metadyn.base import STRENGTH
 from metadyn.dynamics import Estimate
+from metadyn.progress import Progress
 from metadyn.store import NotMeasured, Results
 
 MARKERS = "osD^vP"
@@ -52,40 +54,45 @@ styled = matplotlib.rc_context(STYLE)  # as a decorator
 
 
 @styled
-def draw(folder: Path, results: Results, own: Own) -> list[Path]:
+def draw(folder: Path, results: Results, own: Own, progress: Progress) -> list[Path]:
     """Draws what every run has, and a study's own figures, into a folder; returns their paths.
 
-    What has not been measured yet is left out.
+    What has not been measured yet, in a run that was stopped, is left out.
     """
     folder.mkdir(exist_ok=True)
     trained, paths = trainings(results), []
-    drawn = of_every_run(results, trained)
-    for name, figure in own.items():
-        with contextlib.suppress(NotMeasured):  # in a run that was stopped
-            drawn[name] = figure(results)
-    for name, each in drawn.items():
-        paths.append(folder / f"{name}.png")
-        FigureCanvasAgg(each).print_png(paths[-1])
-    for name, training in trained.items():
-        paths.append(folder / f"inner_curves{name}.gif")
-        animation(training, paths[-1])
+    wanted = of_every_run(results, trained)
+    wanted |= {name: partial(figure, results) for name, figure in own.items()}
+    with progress.counting("drawing", len(wanted) + len(trained)) as show:
+        for name, figure in wanted.items():
+            show(name)
+            with contextlib.suppress(NotMeasured):
+                FigureCanvasAgg(figure()).print_png(path := folder / f"{name}.png")
+                paths.append(path)
+        for name, training in trained.items():
+            show(f"inner_curves{name}.gif")
+            paths.append(folder / f"inner_curves{name}.gif")
+            animation(training, paths[-1])
     return paths
 
 
-def of_every_run(results: Results, trained: dict[str, OuterTraining]) -> dict[str, Figure]:
-    """Draws the figures that every run has, by name."""
-    measured, found = results.learners("in_distribution", drawn=True), {}
+def of_every_run(
+    results: Results, trained: dict[str, OuterTraining]
+) -> dict[str, Callable[[], Figure]]:
+    """Lists what draws the figures that every run has, by name."""
+    measured = results.learners("in_distribution", drawn=True)
+    found: dict[str, Callable[[], Figure]] = {}
     first = next(iter(measured.values()), xr.Dataset())
     for probe in labelled.probes(first):
         suffix = "" if probe == STRENGTH else f"_{probe}"
         alike = labelled.modes(first, probe).exchangeable
         for figure in (mode_strength, single_runs if alike else learning_times):
-            found[figure.__name__ + suffix] = figure(measured, probe)
+            found[figure.__name__ + suffix] = partial(figure, measured, probe)
     for suffix, training in trained.items():
         for of_training in (inner_curves, outer_learning, distance_to_bayes):
-            found[of_training.__name__ + suffix] = of_training(training)
+            found[of_training.__name__ + suffix] = partial(of_training, training)
     if trained:
-        found["orders"] = orders(list(trained.values()))
+        found["orders"] = partial(orders, list(trained.values()))
     return found
 
 

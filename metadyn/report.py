@@ -20,7 +20,7 @@ def verdict(summary: Mapping[str, Any]) -> Iterator[str]:
     for row in (*summary["criteria"], *summary["reported"]):
         mark = {True: "passed", False: "FAILED", None: ""}[row.get("passed")]
         yield f"{mark:7} {row['name']:28} {number(row)}"
-        yield f"        {row['expected']}"
+        yield f"        {row['expected']}" + (f" ({row['verdict']})" if "verdict" in row else "")
 
 
 def so_far(run: RunFolder) -> Iterator[str]:

@@ -66,8 +66,10 @@ class _Runner:
         for part, tasks, contender in self.plan.every:
             if not self.store.has_measurement(tasks.name, contender.name):
                 self.compiling.submit(compiled, part, tasks, contender)
-        for each in outer_steps:
-            each.result()
+        with self.progress.counting("compiling", len(outer_steps)) as show:
+            for name, each in zip(loop.trained, outer_steps, strict=True):
+                show(name)
+                each.result()
 
     def train(self) -> Mapping[str, Params]:
         """Trains from the newest checkpoint, or from the start; stores as it goes."""
@@ -329,8 +331,10 @@ def run_study(
 
             def conclude() -> dict[str, Any]:
                 results = run.results()
-                criteria = study.judged(config, results)
-                figures.draw(run.figures, results, study.own_figures())
+                with progress.counting("judging", 1) as show:
+                    show("criteria")
+                    criteria = study.judged(config, results)
+                figures.draw(run.figures, results, study.own_figures(), progress)
                 seconds = round(time.monotonic() - begun, 1)
                 summary = {
                     **identity,
@@ -365,7 +369,7 @@ def _as_json(criterion: Criterion) -> dict[str, Any]:
     for name in ("value", "low", "high"):
         row[name] = row[name] if math.isfinite(row[name]) else None
     if criterion.passed is None:
-        del row["passed"]
+        del row["passed"], row["verdict"]
     return row
 
 

@@ -387,7 +387,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     summary = _read_json(path, f"{path} cannot be read")
     row: dict[str, Any] = {"name": str, "expected": str}
     row |= dict.fromkeys(("value", "low", "high"), (int, float, type(None)))
-    for name, kinds in (("criteria", {**row, "passed": bool}), ("reported", row)):
+    for name, kinds in (("criteria", {**row, "passed": bool, "verdict": str}), ("reported", row)):
         rows = summary.get(name, [])
         if not isinstance(rows, list) or not all(
             isinstance(r, dict) and all(k in r and isinstance(r[k], t) for k, t in kinds.items())

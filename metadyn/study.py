@@ -374,6 +374,30 @@ class Criterion:
     """What the science says, in words and numbers."""
     passed: bool | None
     """None: reported beside the criteria, with nothing to pass."""
+    verdict: str = ""
+    """What the whole interval says of the bounds (`verdict`); "" without bounds."""
+
+
+def verdict(estimate: dynamics.Estimate, at_least: float, at_most: float) -> str:
+    """Says whether a statement "holds", is "refuted", or is "undecided: " and what would decide it.
+
+    It holds if the whole interval lies within the bounds, is refuted if the whole interval lies
+    beyond one of them, and is undecided in between. More tasks and seeds, n times as many, narrow
+    an interval by about √n; a value that is not there needs other runs.
+    """
+    value, low, high = (float(np.asarray(part)) for part in estimate)
+    if not all(map(math.isfinite, (value, low, high))):
+        return "undecided: it has no value or no interval; longer training may give it one"
+    if at_least <= low and high <= at_most:
+        return "holds"
+    if high < at_least or low > at_most:
+        return "refuted"
+    ends = [(bound, low if bound < value else high) for bound in (at_least, at_most)]
+    crossed = [(bound, end) for bound, end in ends if min(value, end) <= bound <= max(value, end)]
+    more = max(((end - value) / (bound - value or math.nan)) ** 2 for bound, end in crossed)
+    if not more <= 100:
+        return "undecided: the value is at the bound, too near for any number of tasks and seeds"
+    return f"undecided: about {max(more, 1.1):.2g} times the tasks and seeds would decide it"
 
 
 def criterion(
@@ -389,10 +413,11 @@ def criterion(
     A value that does not exist (NaN) passes nothing.
     """
     value, low, high = (float(np.asarray(part)) for part in estimate)
-    bounded = math.isfinite(at_most) or math.isfinite(at_least)
-    judged = (low, value, high) if surely else (value,)
-    passed = all(at_least <= each <= at_most for each in judged) if bounded else None
-    return Criterion(name, value, low, high, expected, passed)
+    if not (math.isfinite(at_most) or math.isfinite(at_least)):
+        return Criterion(name, value, low, high, expected, None)
+    found = verdict(estimate, at_least, at_most)
+    passed = found == "holds" if surely else at_least <= value <= at_most
+    return Criterion(name, value, low, high, expected, passed, found)
 
 
 def censored(name: str, data: Any) -> Criterion:

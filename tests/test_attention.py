@@ -9,9 +9,7 @@ import pytest
 from contract import DOMAINS, scattered, stepped
 from flax import nnx
 
-import metadyn
 from metadyn import inner
-from metadyn.domains.linear import LinearRegression, Matrix
 from metadyn.errors import ConfigError
 from metadyn.learners.attention import (
     LinearAttention,
@@ -19,7 +17,6 @@ from metadyn.learners.attention import (
     OneLayerAttentionConfig,
     TransformerConfig,
 )
-from metadyn.objectives import Objective
 
 H, HEADS, T = 8, 2, 9
 SMALL = {"hidden": H, "attention_heads": HEADS}
@@ -153,75 +150,6 @@ def test_small_weights_are_where_training_starts():
     }
     for leaf in params.values():
         assert np.std(leaf) == pytest.approx(1e-3, rel=0.1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Components(LinearRegression):
-    """y = w · x + ε with w ~ N(0, I) and inputs of three variances, as Zhang et al. train on."""
-
-    n_x: int = 3
-    n_y: int = 1
-    steps: int = 31  # 30 pairs in context, then the query
-    column_covariance: Matrix = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
-    variances = (1.0, 0.5, 0.25)
-
-    def query(self, task, key):
-        return jnp.sqrt(jnp.array(self.variances)) * jax.random.normal(key, (3,))
-
-    def plateaus(self):
-        """The least loss with the first 0 … 3 principal components in use.
-
-        Component d answers a x_d b with b = Σ_s y_s x_sd / N, of E[b w_d] = λ_d and, by Wick's
-        theorem, E[b²] = λ_d² + λ_d (λ_d + Σλ + σ²) / N; the best a is the ratio of the two.
-        """
-        each, N = np.array(self.variances), self.steps - 1
-        power = each**2 + each * (each + each.sum() + self.sigma**2) / N
-        learned = np.concatenate([[0.0], np.cumsum(each**3 / power)])
-        return each.sum() + self.sigma**2 - learned
-
-
-def last_answer(domain, meta):
-    """Half the squared error of the last answer, which has all other pairs in context."""
-
-    def loss(params, keys):
-        queries, feedback = inner.observe(domain, keys)
-        answers = meta.unroll(params, queries, feedback)
-        mean = jnp.mean((answers[-1] - feedback[-1]) ** 2)
-        return mean / 2, {"loss": mean}
-
-    return Objective(loss)
-
-
-@pytest.mark.parametrize("merged", [True, False])
-def test_training_drops_once_if_merged_and_goes_down_a_staircase_if_separate(merged):
-    """Small steps of gradient descent from small weights rest at the plateaus that theory has.
-
-    Merged keys and queries rest at the first and the last alone.
-    """
-    domain = Components()
-    config = OneLayerAttentionConfig(4, merged, scale=2e-2 if merged else 4e-2)
-    trained = metadyn.train(
-        config.make(domain),
-        domain,
-        objective=last_answer,
-        optimizer="sgd",
-        schedule="constant",
-        learning_rate=0.06,
-        clip=1e6,
-        warmup=0,
-        steps=2000 if merged else 8000,
-        batch=128,
-        seeds=1,
-        dispatch=50,
-        progress=False,
-    )
-    loss = np.concatenate(list(trained.losses.values()))
-    rests = [(np.abs(loss / level - 1) < 0.06).sum() for level in domain.plateaus()]
-    if merged:
-        assert rests[-1] > 10
-        assert max(rests[1:3]) <= 2, rests
-    else:
-        assert min(rests[1:]) >= 3, rests
 
 
 # Longer episodes, bad input.

@@ -494,7 +494,7 @@ SMALL = [
     *("--lstm.hidden", "4", "--outer.steps", "30", "--outer.batch", "16", "--outer.seeds", "2"),
     *("--outer.warmup", "1", "--outer.checkpoints", "3", "--actor-critic.group", "8"),
     *("--policy.updates", "40", "--policy.expected-updates", "10", "--policy.records", "8"),
-    *("--policy.most-contexts", "2", "--policy.scale-contexts", "2", "--policy.scales"),
+    *("--policy.most-contexts", "2"),
     *("--measure.tasks", "32", "--measure.updating-tasks", "16", "--measure.tracked-tasks", "4"),
     *("--measure.heldout-tasks", "16"),
 ]
@@ -550,8 +550,7 @@ def test_a_bernoulli_study_names_its_approximations():
         (["--domain.p-low", "1"], "--domain.p-low 1: must be below"),
         (["--domain.permutation", "True", "--domain.contexts", "4"], "with permutation"),
         (["--outer.batch", "12"], "--outer.batch 12: must be a multiple of 8"),
-        (["--policy.scale-contexts", "3"], "--policy.scale-contexts 3: must be"),
-        (["--policy.scales", "0"], "--policy.scales 0: must"),
+        (["--policy.scale", "0"], "--policy.scale 0: must"),
         (["--policy.most-contexts", "1"], "--policy.most-contexts 1: must be"),
         (["--actor-critic.baseline", "magic"], "magic"),
     ],

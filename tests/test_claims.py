@@ -60,7 +60,7 @@ def plan(config):
     return dataclasses.replace(whole, comparisons=[whole.comparisons[0].alone("")])
 def criteria(config, results):
     last = float(results["tracked", "lstm"]["outer_step"][-1])
-    steps = Estimate(*(np.array(last * by) for by in (1, 0.5, 2)))
+    steps = Estimate(*(np.array(last * by) for by in (1, 3.5 / 6, 2)))
     yield criterion("steps", steps, "fewer than 3", at_most=3.0)
 study = dataclasses.replace(
     linear, name={name!r}, section={section!r}, presets={{"quick": small}}, plan=plan,
@@ -113,7 +113,8 @@ def test_claims_are_collected_judged_and_written(folder, capsys):
     assert text.endswith("\nafter\n")
     lines = between(text).splitlines()[2:]
     assert ["first" in lines[0], "a_second" in lines[1]] == [True, True]
-    assert "| **not shown**: 6 [3, 12] | [orders](figures/first_orders.png) |" in lines[0]
+    assert "| **undecided**: 6 [3, 12]; the value is" not in lines[0]
+    assert lines[0].endswith("| **refuted**: 6 [3.5, 12] [(orders)](figures/first_orders.png) |")
     assert (folder / "figures" / "first_orders.png").is_file()
     assert "Not measured" not in text
 

@@ -90,6 +90,30 @@ def test_surely_asks_the_whole_interval():
     assert criterion("c", without_value, "reported").passed is None
 
 
+@pytest.mark.parametrize(
+    ("estimate", "bounds", "found"),
+    [
+        ((1, 0.5, 2), (0, 2), "holds"),  # the bounds themselves are within
+        ((1, 0.5, 2), (0.5, 3), "holds"),
+        ((1, 0.5, 2), (-np.inf, 0.49), "refuted"),
+        ((1, 0.5, 2), (2.01, np.inf), "refuted"),
+        ((1, 0.5, 2), (2, np.inf), "undecided"),
+        ((1, 0.5, 3), (0.9, np.inf), "undecided: about 25 times"),  # (0.5 / 0.1)²
+        ((1, 0.5, 3), (-np.inf, 2), "undecided: about 4 times"),  # (2 / 1)²
+        ((1, 0, 3), (0.5, 2.5), "undecided: about 4 times"),  # of 4 and 1.8
+        ((1, 0.5, 3), (1, np.inf), "undecided: the value is at the bound"),
+        ((np.nan, 0.5, 3), (0, 4), "undecided: it has no value"),
+        ((1, np.nan, np.nan), (0, 4), "undecided: it has no value"),
+    ],
+)
+def test_a_verdict_is_of_the_whole_interval(estimate, bounds, found):
+    estimate = dynamics.Estimate(*(np.array(float(each)) for each in estimate))
+    at_least, at_most = bounds
+    said = criterion("c", estimate, "", at_most=at_most, at_least=at_least).verdict
+    assert said.startswith(found)
+    assert criterion("c", estimate, "reported").verdict == ""
+
+
 def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
     """Trajectories of contexts that jump from 0.2 to 1 at an outer step of their own [seed, c]."""
     rng, steps = np.random.default_rng(1), np.arange(0, 101, 5)

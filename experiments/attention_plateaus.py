@@ -1,0 +1,244 @@
+"""Linear attention's outer loop: one abrupt drop if keys and queries are merged, else a staircase.
+
+    metadyn run attention_plateaus [--preset quick|workstation|paper] [--out DIR] [overrides]
+
+One layer of linear attention is trained from small weights on y = w · x + ε with inputs of several
+variances, as Zhang, Singh, Latham & Saxe (2025), arXiv:2501.16265, analyse it: its components are
+those of the inputs' covariance, which all tasks share, not the singular vectors of one task. Beside
+each, the same weights descend the expected loss itself, which is known in closed form.
+"""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import metadyn as md
+from metadyn import dynamics, figures, inner, labelled
+from metadyn.base import STRENGTH, Modes, Probe, TaskSet
+from metadyn.domains.linear import LinearRegression, LinearTask
+from metadyn.errors import check
+from metadyn.learners.attention import OneLayerAttentionConfig
+from metadyn.learners.bayes import bayes_linear
+from metadyn.objectives import Objective
+from metadyn.study import HELDOUT, TRACKED, claims
+
+KINDS = {"separate": "keys and queries separate", "merged": "keys and queries merged"}
+REST = 1.5
+"""Training rests at a plateau if its outer step grows by this from 5 % above it to 5 % below."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Components(LinearRegression):
+    """Tasks y = w · x + ε with w ~ N(0, I) and inputs x ~ N(0, Λ) of several variances."""
+
+    n_x: int = 3
+    n_y: int = 1
+    steps: int = 31
+    """T: as many pairs in context, but one, as the last answer has."""
+    variances: tuple[float, ...] = (1.0, 0.6, 0.36)
+    """λ_d, of each input, greatest first."""
+
+    def __post_init__(self) -> None:
+        unit = tuple(tuple(float(i == j) for j in range(self.n_x)) for i in range(self.n_x))
+        object.__setattr__(self, "column_covariance", unit)
+        super().__post_init__()
+        right = [*self.variances] == sorted({*self.variances}, reverse=True)
+        right = right and len(self.variances) == self.n_x and self.variances[-1] > 0
+        fix = f"give {self.n_x} positive numbers that fall"
+        check(right and np.isfinite(self.variances[0]), "variances", self.variances, fix)
+        check(self.steps >= 2, "steps", self.steps, "must be at least 2: a pair, and a query")
+
+    def query(self, task, key):
+        """Draws an input x ~ N(0, Λ)."""
+        return jnp.sqrt(jnp.array(self.variances)) * super().query(task, key)
+
+    @cache  # noqa: B019 (domains are few, and hashable)
+    def components(self) -> Probe:
+        """Reads the strength of each component: the answer to its unit input, over the task's."""
+        read = lambda task, answers: {"strength": answers[:, 0] / task.W[0]}
+        modes = Modes(self.variances, "input variance $\\lambda_d$", "variance")
+        return Probe(jnp.eye(self.n_x), read, modes)
+
+    def evaluation(self, points=32, **more):
+        """Sets up tasks whose weights are all 1 or −1, so that components weigh alike."""
+        sign = lambda key, argument: LinearTask(jax.random.rademacher(key, (1, self.n_x), float))
+        return TaskSet("in_distribution", self, sign, None, {STRENGTH: self.components()})
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """The variances λ, and the power E[b_d²] of b = Σ_s y_s x_s / N over the N = T − 1 pairs.
+
+        It is λ_d² + λ_d (λ_d + Σλ + σ²) / N, by Wick's theorem; E[b wᵀ] is Λ.
+        """
+        each = np.array(self.variances)
+        return each, each**2 + each * (each + each.sum() + self.sigma**2) / (self.steps - 1)
+
+    def plateaus(self) -> np.ndarray:
+        """The least expected loss of the last answer with the first 0, 1, …, n_x components."""
+        each, power = self.moments()
+        learned = np.concatenate([[0.0], np.cumsum(each**3 / power)])
+        return each.sum() + self.sigma**2 - learned
+
+
+def last_answer(domain, meta):
+    """Trains on half the squared error of the last answer, which has all other pairs in context."""
+
+    def loss(params, keys):
+        queries, feedback = inner.observe(domain, keys)
+        mean = jnp.mean((meta.unroll(params, queries, feedback)[-1] - feedback[-1]) ** 2)
+        return mean / 2, {"loss": mean}
+
+    return Objective(loss)
+
+
+def expected(domain, meta):
+    """Trains on the expectation of the same, in closed form.
+
+    The answer is bᵀ A x, with A = Σ_h V_h U_h, and so the mean squared error is
+    Σλ + σ² − 2 tr(A Λ²) + tr(Aᵀ E[b bᵀ] A Λ).
+    """
+    each, power = (jnp.asarray(of, jnp.float32) for of in domain.moments())
+
+    def loss(params, keys):
+        if meta.config.merged:
+            key_query = params["key_query"]
+        else:
+            key_query = jnp.einsum("hri,hrj->hij", params["key"], params["query"])
+        A = jnp.einsum("h,hij->ij", params["value"][:, 0, 0], key_query)
+        squared = jnp.sum(power[:, None] * A**2 * each)
+        mean = each.sum() + domain.sigma**2 - 2 * jnp.sum(jnp.diag(A) * each**2) + squared
+        return mean / 2, {"loss": mean}
+
+    return Objective(loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything the study depends on, beside its seed. Values are our choice."""
+
+    domain: Components = Components()
+    separate: OneLayerAttentionConfig = OneLayerAttentionConfig(4, scale=4e-2)
+    merged: OneLayerAttentionConfig = OneLayerAttentionConfig(4, merged=True, scale=2e-2)
+    outer: md.OuterConfig = md.OuterConfig(
+        optimizer="sgd", schedule="constant", learning_rate=0.06, clip=1e6, warmup=0, batch=128,
+        steps=12_000, checkpoints=80,
+    )  # fmt: skip
+    """Plain gradient descent at a constant rate, which the theory is of."""
+    measure: md.MeasureConfig = md.MeasureConfig(tracked_tasks=16, heldout_tasks=2048)
+
+
+def plan(config: Config) -> md.Plan:
+    """Both networks, each on episodes and on the expected loss, from the same initial weights."""
+    domain, metas = config.domain, []
+    times = sorted({0, 1, 2, 4, 8, 16, domain.steps - 1, domain.steps} & {*range(domain.steps + 1)})
+    for name, label in KINDS.items():
+        meta = getattr(config, name).make(domain)
+        objectives = {"": last_answer, "_expected": expected}
+        for ending, objective in objectives.items():
+            called = label + ", expected loss" * bool(ending)
+            more = {"times": times, "objective": objective, "option": f"{name}.attention-heads"}
+            metas.append(md.Contender(name + ending, called, meta, **more))
+    bayes = md.Contender("bayes", "Bayes-optimal", bayes_linear(domain), "bayes", times)
+    return md.Plan(config.outer, [md.Comparison(domain, [*metas, bayes], measure=config.measure)])
+
+
+def last_loss(data) -> np.ndarray:
+    """The loss of the last answer over what it is at outer step 0, of each seed [seed, outer_step].
+
+    Answers are 0 there, but for the small weights: so it is over the mean of y² on these tasks.
+    """
+    loss = dynamics.samples(data, "loss")[..., -1].mean(1)
+    return loss / loss[:, :1]
+
+
+def first_below(data, levels) -> np.ndarray:
+    """The outer steps at which the loss of each seed first falls to each level [seed, level]."""
+    steps, loss = data["outer_step"].to_numpy(), last_loss(data)
+    each = [dynamics.learning_times(steps, -loss[..., None], -level) for level in levels]
+    return np.concatenate(each, -1)
+
+
+def over_seeds(values) -> dynamics.Estimate:
+    """The mean over seeds of what each has [seed, …]."""
+    return dynamics.estimate(lambda mean: mean, np.asarray(values, float)[:, None])
+
+
+def criteria(config: Config, results):
+    """How many plateaus training rests at, when it leaves them, and the order of components."""
+    levels = config.domain.plateaus() / config.domain.plateaus()[0]
+    halfway = (levels[1:] + levels[:-1]) / 2
+    between, scale = levels[1:-1], np.array(config.domain.variances)
+    for name, label in KINDS.items():
+        trained, theory = (results[HELDOUT, name + ending] for ending in ("", "_expected"))
+        rest = first_below(trained, 0.95 * between) / first_below(trained, 1.05 * between)
+        many = len(between) if name == "separate" else 0
+        said = f"{label}: training rests at {many} of the {len(between)} plateaus in between"
+        count = over_seeds((rest >= REST).sum(-1))
+        yield md.criterion(f"{name}_plateaus", count, said, at_least=many, at_most=many)
+        ratio = first_below(trained, halfway) / first_below(theory, halfway)
+        said = f"{label}: the drops come when descent on the expected loss has them, to within 10 %"
+        for k, each in enumerate(ratio.T if name == "separate" else ratio.T[-1:]):
+            found, nth = over_seeds(each), f"_{k + 1}" * (name == "separate")
+            yield md.criterion(f"{name}_drop{nth}", found, said, 1.1, 0.9, surely=True)
+        end = over_seeds(last_loss(trained)[:, -1] / levels[-1])
+        yield md.criterion(f"{name}_end", end, f"{label}: last loss over the last plateau's")
+        over = dynamics.outer_times_of(results[TRACKED, name])
+        both = dynamics.over_outer_training(results[TRACKED, name], results[TRACKED, "bayes"])
+        order = lambda *means, n=over: dynamics.staggering_slope(scale, n(*means))
+        bounds = {"at_most": -0.2} if name == "separate" else {}
+        said = f"{label}: over outer training greater components come first: slope of log n_d"
+        yield md.criterion(f"{name}_outer", dynamics.estimate(order, *both), said, **bounds)
+        within = dynamics.merit(results[TRACKED, name].isel(outer_step=-1))
+        yield md.criterion(f"{name}_inner", within, f"{label}: slope of log t_d within an episode")
+
+
+def plateaus(results):
+    """Draws the loss of each seed over outer training, with the plateaus, and the components."""
+    about, modes = (of(results[TRACKED, "merged"]) for of in (labelled.about, labelled.modes))
+    steps, sigma = int(results[TRACKED, "merged"]["time"][-1]), about.loss_floor**0.5
+    domain = Components(len(modes.values), sigma=sigma, steps=steps, variances=modes.values)
+    figure, axes = figures.grid(4, columns=2, width=5.2, height=3.4)
+    for (name, label), top, below in zip(KINDS.items(), axes[:2], axes[2:], strict=True):
+        trained, tracked = results[HELDOUT, name], results[TRACKED, name]
+        steps = np.maximum(trained["outer_step"].to_numpy(), 0.5)
+        for data, style in ((trained, "-"), (results[HELDOUT, f"{name}_expected"], "k--")):
+            lines = top.plot(steps, last_loss(data).T, style, lw=1.2)
+            lines[0].set_label("expected loss" if "--" in style else "each seed")
+        for level in domain.plateaus() / domain.plateaus()[0]:
+            top.axhline(level, **figures.LEVEL)
+        strength = dynamics.estimate(np.asarray, dynamics.strength(tracked)[:, :, :, -1])
+        figures.curves(below, steps, strength, [f"{value:g}" for value in domain.variances])
+        top.set(title=label, yscale="log", ylabel="loss of the last answer\n(1 at outer step 0)")
+        below.set(ylabel="strength of each component", ylim=figures.UP_TO)
+        below.legend(title=modes.label)
+        top.legend()
+        for axis in (top, below):
+            axis.set(xscale="log", xlabel="outer step")
+    return figure
+
+
+PAPER = Config(
+    separate=OneLayerAttentionConfig(8),
+    merged=OneLayerAttentionConfig(8, merged=True),
+    outer=dataclasses.replace(Config().outer, steps=60_000, batch=1024, seeds=8, checkpoints=120),
+    measure=md.MeasureConfig(tracked_tasks=64, heldout_tasks=8192),
+)
+study = md.Study(
+    "attention_plateaus",
+    {"quick": Config(), "paper": PAPER},
+    plan,
+    criteria,
+    {"plateaus": plateaus},
+    section="ours",
+    claims=claims(
+        plateaus={
+            "separate_plateaus": "With separate keys and queries training goes down a staircase "
+            "(Zhang et al. 2025)",
+            "separate_drop_1": "Its first drop comes when descent on the expected loss has it",
+            "merged_plateaus": "With merged ones it drops once (Zhang et al. 2025)",
+            "separate_outer": "Components come in order of their input variance",
+        }
+    ),
+)
