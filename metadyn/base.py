@@ -235,6 +235,12 @@ class TaskSet:
         return min(self.size, self.updating_size or 0) if updating else self.size
 
 
+def variant(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
+    """Makes a domain of another kind, with the settings of a given one and more of its own."""
+    own = {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
+    return kind(**own, **more)
+
+
 def training_tasks(domain: Domain, name: str = "heldout", size: int = 0) -> TaskSet:
     """Tasks of a domain's meta-training distribution itself, on which losses are measured."""
     return TaskSet(name, domain, Sampler(domain), size=size)

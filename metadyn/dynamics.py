@@ -7,8 +7,8 @@ outer parameters has one seed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -287,6 +287,49 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
 
 
 def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
-    """`excess_loss` of a meta-learner on the tasks that Bayes was measured on, with interval."""
-    excess = functools.partial(excess_loss, floor=labelled.about(trained).loss_floor)
+    """`excess_loss` of a meta-learner on the tasks that Bayes was measured on, with interval.
+
+    Of one at each outer step, if it was measured over outer training.
+    """
+    floor, over = labelled.about(trained).loss_floor, "outer_step" in trained.dims
+    excess = lambda loss, best: excess_loss(loss, best[..., None] if over else best, floor)
     return estimate(excess, episode_loss(trained), episode_loss(bayes))
+
+
+def equal_excess(
+    outer_steps: Real[np.ndarray, " outer_step"],
+    losses: Float[np.ndarray, "*batch outer_step way"],
+    bayes_loss: Numbers,
+    floor: float,
+) -> tuple[Numbers, Float[np.ndarray, "*batch way"]]:
+    """The lowest excess loss that all ways of training come to, and the outer steps each takes.
+
+    They are linearly interpolated between those at which losses were measured, each the lowest so
+    far. Bayes' loss is [*batch].
+    """
+    excess = excess_loss(losses, np.asarray(bayes_loss)[..., None, None], floor)
+    lowest = np.minimum.accumulate(excess, -2)
+    level = lowest[..., -1, :].max(-1)
+    return level, learning_times(outer_steps, level[..., None, None] - lowest, p=0.0)
+
+
+def to_equal_excess(
+    ways: Sequence[xr.Dataset], bayes: xr.Dataset
+) -> tuple[Estimate, Estimate, Estimate]:
+    """The excess loss of `equal_excess`, the outer steps each way takes, and what it gains.
+
+    Ways of training are measured over it, on the tasks that Bayes was measured on. The gain [way]
+    is how many times fewer outer steps it takes than the first.
+    """
+    steps, floor = ways[0]["outer_step"].to_numpy(), labelled.about(ways[0]).loss_floor
+    losses = [episode_loss(each) for each in (*ways, bayes)]
+    found = lambda *mean: equal_excess(steps, np.stack(mean[:-1], -1), mean[-1], floor)
+
+    def gain(*mean: Any) -> np.ndarray:
+        taken = found(*mean)[1]
+        with np.errstate(all="ignore"):
+            return taken[..., :1] / taken
+
+    statistics = lambda *mean: found(*mean)[0], lambda *mean: found(*mean)[1], gain
+    level, taken, gained = (estimate(each, *losses) for each in statistics)
+    return level, taken, gained

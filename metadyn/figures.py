@@ -393,8 +393,13 @@ def curves(
 ) -> None:
     """Draws estimates [x, curve] as lines on their bands, each with its colour and label."""
     for k, (label, colour) in enumerate(zip(labels, colours(labels, palette), strict=True)):
-        axis.fill_between(x, y.low[:, k], y.high[:, k], color=colour, alpha=0.2, lw=0)
-        axis.plot(x, y.value[:, k], color=colour, label=label, **style)
+        curve(axis, x, Estimate(*(part[:, k] for part in y)), label, colour, **style)
+
+
+def curve(axis: Any, x: np.ndarray, y: Estimate, label: str, colour: Any, **style: Any) -> None:
+    """Draws an estimate [x] as a line on its band."""
+    axis.fill_between(x, y.low, y.high, color=colour, alpha=0.2, lw=0)
+    axis.plot(x, y.value, color=colour, label=label, **style)
 
 
 def colours(values: Sequence[Any] | np.ndarray, palette: str = "viridis") -> list:

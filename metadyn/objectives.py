@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from metadyn import inner
 from metadyn.base import Answer, Domain, Feedback, Keys, Learner, MetaLearner, Params, Query
@@ -27,6 +27,9 @@ class Objective:
     """`loss(params, keys)` is the mean over the episodes of what is minimised, and the metrics."""
     group: int = 1
     """Episodes that must be together on one device, in a row."""
+    at: Callable[[Int[Array, ""]], Objective] | None = None
+    """The objective of one outer step, for a curriculum: of the same group, with the same metrics.
+    None: this one throughout."""
 
 
 ObjectiveOf = Callable[[Domain, MetaLearner], Objective]

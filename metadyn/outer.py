@@ -171,7 +171,8 @@ class OuterLoop:
 
             def outer_step(i, carry):
                 params, moments, total = carry
-                gradient, metrics = mesh.mean(_gradient(objective, params, episodes(i)))
+                current = objective.at(step + i) if objective.at else objective
+                gradient, metrics = mesh.mean(_gradient(current, params, episodes(i)))
                 updates, moments = optimizer.update(gradient, moments, params)
                 total = jax.tree.map(jnp.add, total, metrics)
                 return optax.apply_updates(params, updates), moments, total

@@ -1,0 +1,226 @@
+"""Curricula: inputs made for the modes of a task, and modes that outer training admits in order.
+
+    metadyn run curriculum [--preset quick|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
+
+Inner: inputs of linear regression with variance λ_k ∝ 1 / s_k along mode k. From a small start
+descent learns mode k in a time ∝ 1 / (s_k λ_k) (after Saxe et al. 2013, arXiv:1312.6120): so all at
+once. Outer: frequencies and contexts that are missing from training until the outer step at which
+plain training was half-way to Bayes in them; the same in reverse; and mixed (Zaremba & Sutskever
+2014, arXiv:1410.4615).
+"""
+
+import dataclasses
+from functools import partial
+from typing import get_args
+
+import numpy as np
+
+import metadyn as md
+from metadyn import dynamics, figures, labelled
+from metadyn.base import variant
+from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.fourier import FourierRegression, band
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import check
+from metadyn.learners.gradient import random_start
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.study import HELDOUT, TRACKED, Network, censored, claims
+
+TITLES = {
+    "linear": "linear regression",
+    "nonlinear": "nonlinear regression",
+    "bandit": "contextual bandit",
+}
+STUDIES = {name: md.load_study(title.replace(" ", "_")) for name, title in TITLES.items()}
+OUTER = ("nonlinear", "bandit")
+INPUTS = {
+    "isotropic": ("isotropic inputs", "at most -0.7", {"at_most": -0.7}),
+    "tilted": ("inputs ∝ 1 / s_k", "0 to within 0.2", {"at_most": 0.2, "at_least": -0.2}),
+}
+"""What they are called, and what the slope of gradient descent on them is expected to be."""
+ARMS = {"none": "none", "measured": "measured order", "mixed": "mixed", "reversed": "reverse"}
+"""The curricula of the outer loop. Contexts are alike, so that in reverse theirs is the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(md.StudyConfig):
+    """Everything the study depends on, beside its seed. Values are our choice, but for the steps.
+
+    Those were measured in plain training, as nonlinear_n_k and bandit_n_k: of the quick preset by
+    `metadyn run curriculum` itself, whose plain training is the same whatever they are; the others
+    by `metadyn run outer_loop_dynamics`. Set them to what a run of other settings reports.
+    """
+
+    linear: LinearRegression = LinearRegression()
+    nonlinear: FourierRegression = FourierRegression()
+    bandit: ContextualBandit = ContextualBandit()
+    of: str = "quick"
+    """The preset of the domains' own studies, for the ordinary learner and the objectives."""
+    learners: tuple[str, ...] = ("lstm", "maml")
+    """The meta-learners that are given the inner curriculum."""
+    nonlinear_steps: tuple[int, ...] = (330, 750, 1100, 1600, 2500)
+    """Outer steps from which frequencies are there, in order; the first is from the start."""
+    bandit_steps: tuple[int, ...] = (510, 610, 640, 670, 840)
+    """Outer steps from which contexts are there, likewise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        end, contexts = self.outer.steps, self.bandit.contexts
+        for name, modes in (("nonlinear", len(self.nonlinear.support)), ("bandit", contexts)):
+            field, steps = f"{name}_steps", getattr(self, f"{name}_steps")
+            check(len(steps) == modes, field, steps, f"give one for each of the {modes} modes")
+            check(list(steps) == sorted(steps) and steps[0] >= 0, field, steps, "must increase")
+            fix = f"would never admit a mode: must be below outer.steps = {end}"
+            check(steps[-1] < end, field, steps, fix)
+        right = self.learners and set(self.learners) <= set(get_args(Network))
+        check(right, "learners", self.learners, f"choose from {', '.join(get_args(Network))}")
+
+    def base(self, name: str, meta: str) -> md.Comparison:
+        """What a domain's own study compares, with a meta-learner of choice."""
+        fields = self.common() | {"domain": getattr(self, name), "meta": meta}
+        return STUDIES[name].comparison(self.of, **fields)
+
+
+def outer_curricula(config: Config, name: str) -> md.Comparison:
+    """One meta-learner of a domain, trained under each curriculum."""
+    base, steps = config.base(name, config.meta), (0, *getattr(config, f"{name}_steps")[1:])
+    meta, orders = base.metas[0], {"measured": Admission(steps), "mixed": Admission(steps, True)}
+    if name == "nonlinear":
+        orders["reversed"] = Admission(steps[::-1])
+    plain = meta.objective or base.objective
+    some = {arm: partial(admitting, objective=plain, admission=a) for arm, a in orders.items()}
+    trained = [
+        dataclasses.replace(meta, name=arm, label=f"curriculum: {ARMS[arm]}", objective=objective)
+        for arm, objective in ({"none": plain} | some).items()
+    ]
+    return base.alone(name, TITLES[name], contenders=[*trained, base.bayes], followed=False)
+
+
+def inner_curriculum(config: Config) -> md.Comparison:
+    """SGD, meta-learners that know isotropic inputs alone, and Bayes, on either kind of inputs."""
+    bases = [config.base("linear", meta) for meta in config.learners]
+    domain, sizes, first = config.linear, config.measure, bases[0]
+    tasks = sizes.sized(domain.evaluation(sizes.probe_points), name="isotropic")
+    sets = [
+        tasks,
+        dataclasses.replace(tasks, name="tilted", domain=variant(domain, TiltedRegression)),
+    ]
+    sgd = dataclasses.replace(first.contenders[0], curve=None)
+    contenders = [sgd, *(base.metas[0] for base in bases), first.bayes]
+    return first.alone("linear", TITLES["linear"], contenders=contenders, sets=sets, followed=False)
+
+
+def plan(config: Config) -> md.Plan:
+    """One comparison of each domain."""
+    outer = [outer_curricula(config, name) for name in OUTER]
+    return md.Plan(config.outer, [inner_curriculum(config), *outer])
+
+
+def criteria(config: Config, results):
+    """What either kind of curriculum gains."""
+    s, sgd = np.array(config.linear.spectrum()), STUDIES["linear"].presets[config.of].sgd
+    alone = np.log(s / random_start(sgd.width, sgd.scale) - 1) / s  # Saxe's t_k but for a factor
+    theory = alone.max() / (alone / tilt(s)).max()
+    for learner, plain in results.learners("isotropic").items():
+        pair, about = [results[name, learner] for name in INPUTS], labelled.about(plain)
+        for (name, (inputs, expected, bound)), data in zip(INPUTS.items(), pair, strict=True):
+            said, row = f"{about.label}, {inputs}: slope of log t_k on log s_k", f"{learner}_{name}"
+            judged = about.kind == "ordinary"
+            said, bound = (f"{said} {expected}", bound) if judged else (said, {})
+            yield md.criterion(row, dynamics.merit(data), said, **bound)
+            yield censored(row, data)
+        times = [dynamics.times_of(data) for data in pair]
+        gain = lambda a, b, t=times: t[0](a).max(-1) / t[1](b).max(-1)
+        found = dynamics.estimate(gain, *(dynamics.strength(data) for data in pair))
+        said = f"{about.label}: times sooner that all is learned; descent in theory {theory:.3g}"
+        yield md.criterion(f"{learner}_gain", found, said)
+    for name in OUTER:
+        yield from outer_gains(config, results, name)
+
+
+def outer_gains(config: Config, results, name: str):
+    """What each curriculum takes to the lowest excess loss that training comes to under all."""
+    arms, bayes = (
+        results.learners(f"{HELDOUT}_{name}", "meta"),
+        results[f"{HELDOUT}_{name}", "bayes"],
+    )
+    level, steps, gains = dynamics.to_equal_excess([*arms.values()], bayes)
+    of = lambda estimate, k, scale=1.0: dynamics.Estimate(*(scale * part[k] for part in estimate))
+    yield md.criterion(f"{name}_level", level, f"{TITLES[name]}: excess loss that all come to")
+    for k, (arm, data) in enumerate(arms.items()):
+        said, row = f"{TITLES[name]}, {ARMS[arm]}: ", f"{name}_{arm}"
+        seconds = labelled.about(data).seconds / config.outer.steps
+        for what, each in (("episodes", config.outer.batch), ("seconds", seconds)):
+            yield md.criterion(f"{row}_{what}", of(steps, k, each), f"{said}{what} to that loss")
+        bound = {"at_most": 1.5, "surely": True} if arm == "measured" else {}
+        said += "times fewer episodes than plain training" + ", at most 1.5" * bool(bound)
+        if arm != "none":
+            yield md.criterion(f"{row}_gain", of(gains, k), said, **bound)
+    trained, bayes = (results[f"{TRACKED}_{name}", who] for who in ("none", "bayes"))
+    over = dynamics.over_outer_training(trained, bayes)
+    n = dynamics.estimate(dynamics.outer_times_of(trained), *over)
+    for k in range(len(n.value)):
+        said = f"{TITLES[name]}: outer step at which mode {k + 1} is half-way to Bayes, plain"
+        yield md.criterion(f"{name}_n_{k + 1}", of(n, k), said)
+
+
+def inner(inputs: str, results):
+    """Draws the mode strengths of all learners on one kind of inputs."""
+    return figures.mode_strength(results.learners(inputs, drawn=True))
+
+
+@figures.styled
+def outer(results):
+    """Draws excess loss against outer steps under each curriculum."""
+    figure, axes = figures.grid(len(OUTER), "excess loss over Bayes", width=5.2)
+    for axis, name in zip(axes, OUTER, strict=True):
+        arms = results.learners(f"{HELDOUT}_{name}", "meta")
+        bayes = results[f"{HELDOUT}_{name}", "bayes"]
+        for data, colour in zip(arms.values(), figures.COLOURS, strict=False):
+            steps = np.maximum(data["outer_step"].to_numpy(), 0.5)
+            found = dynamics.measured_excess(data, bayes)
+            figures.curve(axis, steps, found, labelled.about(data).label, colour)
+        axis.axhline(dynamics.to_equal_excess([*arms.values()], bayes)[0].value, **figures.LEVEL)
+        axis.set(title=TITLES[name], xlabel="outer step", xscale="log", yscale="log")
+        axis.legend()
+    return figure
+
+
+QUICK = Config(
+    linear=LinearRegression(n_x=3, n_y=3),
+    nonlinear=FourierRegression(band(1, 3), steps=20),
+    bandit=ContextualBandit(contexts=3, actions=3, steps=20),
+    nonlinear_steps=(270, 980, 1870),
+    bandit_steps=(470, 540, 600),
+    outer=md.OuterConfig(steps=3000, learning_rate=1e-2, schedule="constant", warmup=100),
+    measure=md.MeasureConfig(
+        tasks=2048, updating_tasks=64, tracked_tasks=128, heldout_tasks=1024, probe_points=16
+    ),
+)
+PAPER = Config(
+    of="paper",
+    lstm=LSTMConfig(hidden=256),
+    outer=md.OuterConfig(
+        steps=50_000, batch=256, learning_rate=2e-3, schedule="constant", warmup=1000
+    ),
+    measure=md.MeasureConfig(tasks=16_384, tracked_tasks=1024, heldout_tasks=8192, probe_points=64),
+)
+study = md.Study(
+    "curriculum",
+    {"quick": QUICK, "paper": PAPER},
+    plan,
+    criteria,
+    {f"mode_strength_{inputs}": partial(inner, inputs) for inputs in INPUTS} | {"outer": outer},
+    section="ours",
+    claims=claims(
+        mode_strength_tilted={
+            "sgd_tilted": "Inputs of variance ∝ 1 / s_k make SGD learn all modes at once (ours)"
+        },
+        outer={
+            f"{name}_measured_gain": "Modes admitted to outer training in its own order save at "
+            f"most a third of its episodes: {TITLES[name]} (ours)"
+            for name in OUTER
+        },
+    ),
+)

@@ -1,0 +1,196 @@
+"""Teaching: examples chosen by a teacher who knows the task, for a learner who does not.
+
+After Zhu (2013), "Machine teaching for Bayesian learners in the exponential family", and Liu & Zhu
+(2015): which few examples bring a learner, whose inner workings the teacher knows, nearest to the
+truth? Here inputs are chosen, and answered as ever, with noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Real
+
+from metadyn import dynamics
+from metadyn.base import Key, Learner, MetaLearner, Params, Probe
+from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
+from metadyn.domains.linear import LinearRegression, LinearTask
+from metadyn.errors import check
+
+Lesson = Float[Array, "m n_x"]
+Teacher = Callable[[LinearTask], Lesson]
+"""Chooses the inputs of the first examples for a task."""
+
+
+class Shown(NamedTuple):
+    """A target, and beside it the task, which is there for teachers."""
+
+    y: Float[Array, "*batch n_y"]
+    task: LinearTask
+
+
+class OpenRegression(LinearRegression):
+    """Linear regression whose feedback shows the task too: for `taught` learners alone.
+
+    Losses are those of answers to the inputs that the domain poses, whatever is taught.
+    """
+
+    def feedback(self, task: LinearTask, query: Array, answer: object, key: Key) -> Any:
+        """Gives the target as ever, and the task."""
+        return Shown(super().feedback(task, query, answer, key), task)
+
+    def loss(self, answer: Float[Array, " n_y"], feedback: Any) -> Array:
+        """Squared error, mean over outputs."""
+        return super().loss(answer, feedback.y)
+
+
+def taught(
+    learner: Learner, teacher: Teacher | None, n_x: int, examples: int, each: int = 1
+) -> Learner:
+    """A learner of `OpenRegression` that is shown a teacher's examples first, then what is posed.
+
+    Each example is shown for so many updates, with noise of its own each time; no teacher: what is
+    posed from the start. The teacher is asked once for each task.
+    """
+    check(examples >= 1, "examples", examples, "must be at least 1")
+    check(each >= 1, "each", each, "must be at least 1")
+
+    def init(key: Key) -> tuple[Array, Lesson, Any]:
+        return jnp.int32(0), jnp.zeros((examples, n_x)), learner.init(key)
+
+    def predict(state: tuple, query: Array) -> Array:
+        return learner.predict(state[2], query)
+
+    def update(state: tuple, query: Float[Array, "*batch n_x"], seen: Shown) -> tuple:
+        t, lesson, own = state
+        if teacher is None:
+            return t + 1, lesson, learner.update(own, query, seen.y)
+        one = (lambda leaf: leaf) if learner.batch is None else (lambda leaf: leaf[0])
+        task = jax.tree.map(one, seen.task)
+        lesson = jax.lax.cond(t == 0, lambda: teacher(task), lambda: lesson)
+        now = lesson[jnp.minimum(t // each, examples - 1)]
+        x = jnp.where(t < examples * each, now, query)
+        y = seen.y + (x - query) @ task.W.T  # as posed, with the same noise
+        return t + 1, lesson, learner.update(own, x, y)
+
+    return learner._replace(init=init, predict=predict, update=update, diagnose=None)
+
+
+def for_bayes(task: LinearTask, examples: int, least_first: bool = False) -> Lesson:
+    """Inputs of norm √n_x along the right singular vectors, the greatest mode first, over and over.
+
+    After one input x the posterior mean under an iid prior is a share of W x̂ x̂ᵀ, and noise: so it
+    is nearest to W for the x̂ along which W is longest, its first right singular vector.
+    """
+    assert task.V is not None
+    V = task.V[:, ::-1] if least_first else task.V
+    n_x, K = V.shape
+    return (n_x**0.5 * V.T)[jnp.arange(examples) % K]
+
+
+def through(
+    learner: Learner, task: LinearTask, start: Lesson, queries: Array, steps: int, rate: float
+) -> Lesson:
+    """Inputs of norm √n_x that leave a learner with the least error on given queries.
+
+    By gradient descent through the learner's own updates, without noise, from `start`: so many
+    steps whose length falls from `rate` times the norm of all inputs to zero. The best inputs on
+    the way are kept.
+    """
+    size = start.shape[1] ** 0.5
+
+    def error(lesson: Lesson) -> Array:
+        def read(state: Any, x: Array) -> tuple[Any, None]:
+            return learner.update(state, x, task.W @ x), None
+
+        state, _ = jax.lax.scan(read, learner.init(jax.random.key(0)), lesson)
+        answers = jax.vmap(learner.predict, (None, 0))(state, queries)
+        return jnp.mean((answers - queries @ task.W.T) ** 2)
+
+    def step(carry: tuple, i: Int[Array, ""]) -> tuple[tuple, None]:
+        lesson, best, least = carry
+        found, slope = jax.value_and_grad(error)(lesson)
+        best, least = jnp.where(found < least, lesson, best), jnp.minimum(found, least)
+        length = rate * (1 - i / steps) * jnp.linalg.norm(lesson)
+        lesson = lesson - length * slope / jnp.maximum(jnp.linalg.norm(slope), 1e-12)
+        lesson = size * lesson / jnp.linalg.norm(lesson, axis=1, keepdims=True)
+        return (lesson, best, least), None
+
+    first = start, start, jnp.asarray(jnp.inf)
+    return jax.lax.scan(step, first, jnp.arange(steps + 1))[0][1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pupil:
+    """The learners that are taught, given the outer parameters of a trained meta-learner."""
+
+    meta: MetaLearner
+    """Whose parameters they are."""
+    make: Callable[[Params], Learner]
+    """The learner that is taught, with its teacher (`taught`)."""
+    heads = 0
+
+    def init(self, key: Key) -> Params:
+        """The meta-learner's outer parameters."""
+        return self.meta.init(key)
+
+    def learner(self, params: Params) -> Learner:
+        """The learner that is taught."""
+        return self.make(params)
+
+    def unroll(self, params: Params, queries: Any, feedback: Any) -> Array:
+        """It is not trained."""
+        raise NotImplementedError
+
+
+def with_error(probe: Probe) -> Probe:
+    """A probe of linear regression that also reads `error`, ‖Ŵ − W‖² / ‖W‖².
+
+    From the answers themselves, so it counts what is not linear in them too: for isotropic tasks,
+    the expected squared error at inputs N(0, I) over ‖W‖².
+    """
+
+    def read(task: LinearTask, answers: Float[Array, "P n_y"]) -> dict[str, Array]:
+        X = probe.queries
+        wrong = jnp.sum((answers - X @ task.W.T) ** 2)
+        return {
+            **probe.read(task, answers),
+            "error": wrong / (jnp.sum(task.W**2) * jnp.sum(X**2) / X.shape[1]),
+        }
+
+    return dataclasses.replace(probe, read=read, extras={**probe.extras, "error": ()})
+
+
+def gain(
+    times: Real[np.ndarray, " time"],
+    end: float,
+    random: Float[np.ndarray, "*batch time"],
+    taught: Float[np.ndarray, "*batch time"],
+) -> Float[np.ndarray, "*batch"] | np.floating:
+    """The teaching gain: steps of random examples over taught ones, to equal error.
+
+    The error is that after the examples taught, at time `end`; errors of random examples are the
+    lowest so far, linearly interpolated. NaN where they never come down to it.
+    """
+    below = taught[..., np.searchsorted(times, end), None] - np.minimum.accumulate(random, -1)
+    return dynamics.learning_times(times, below[..., None], p=0.0)[..., 0] / end
+
+
+class DemonstratedBandit(ContextualBandit):
+    """A bandit whose feedback is what the correct action led to, whatever the learner chose.
+
+    After Ho et al. (2018): communication in place of reinforcement. Losses are those of answers.
+    """
+
+    def feedback(
+        self, task: BanditTask, query: Int[Array, ""], answer: object, key: Key
+    ) -> Outcome:
+        """Shows the correct action of the context, and draws its reward."""
+        del answer
+        correct = jnp.arange(self.actions) == task.best[query]
+        return super().feedback(task, query, jnp.where(correct, 0.0, -jnp.inf), key)

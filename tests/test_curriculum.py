@@ -1,0 +1,161 @@
+"""Curricula: tilted inputs against Saxe's closed form, modes there when they are said to be."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import metadyn as md
+from metadyn import dynamics, inner
+from metadyn.base import Learner, indexed_keys
+from metadyn.curriculum import (
+    Admission,
+    SomeContexts,
+    SomeFrequencies,
+    TiltedRegression,
+    admitting,
+    tilt,
+)
+from metadyn.domains.bandit import ContextualBandit
+from metadyn.domains.fourier import FourierRegression, band
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
+from metadyn.learners import gradient as gd
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import prediction_loss
+from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
+from metadyn.runner import rehearse
+
+S = np.array([2.0, 1.0, 0.5], np.float32)
+FOURIER = FourierRegression(band(1, 3), steps=6)
+BANDIT = ContextualBandit(contexts=3, actions=3, steps=6)
+KEYS = indexed_keys(jax.random.key(5), jnp.arange(2000))
+
+
+def test_tilted_inputs_have_the_variances_that_are_said_and_the_same_trace():
+    domain = TiltedRegression(n_x=4, n_y=3)
+    task = domain.evaluation_task(jax.random.key(0), jnp.asarray(S))
+    x = np.float64(jax.vmap(partial(domain.query, task))(indexed_keys(KEYS[0], jnp.arange(20_000))))
+    V = np.float64(task.V)
+    by_hand = np.eye(4) + V @ np.diag([3 / 7 - 1, 6 / 7 - 1, 12 / 7 - 1]) @ V.T
+    np.testing.assert_allclose(tilt(S), [3 / 7, 6 / 7, 12 / 7], rtol=1e-6)
+    np.testing.assert_allclose(np.cov(x.T), by_hand, atol=0.06)
+    assert np.trace(by_hand) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("kind", [LinearRegression, TiltedRegression])
+def test_descent_on_tilted_inputs_keeps_to_the_closed_form_sped_up_by_each_variance(kind):
+    domain, start, rate = kind(3, 3, sigma=0.01), 1e-3, 0.01
+    times = inner.log_spaced(1200, 80)
+    network = gd.balanced_deep_linear(3, 3, width=3, strength=start)
+    learner = gd.gradient(network, optax.sgd(rate), batch=128)
+    task = domain.aligned_task(jax.random.key(0), jnp.asarray(S))
+    probes = (("mode_strength", domain.probe(8)),)
+    run = jax.jit(partial(inner.run, domain, learner, times=times, probes=probes))
+    strength = np.float64(run(task, KEYS[0])["mode_strength"])
+    found = dynamics.learning_times(np.array(times), strength)
+    speed = tilt(S) if kind is TiltedRegression else np.ones(3)
+    theory = np.log(S / start - 1) / (2 * S * speed * rate)  # a(t) = s / 2 (Saxe et al. 2013)
+    np.testing.assert_allclose(found, theory, rtol=0.06)
+
+
+def test_modes_are_there_from_their_steps_on():
+    admission = Admission((0, 5, 9))
+    for step in range(12):
+        there = admission.there(jnp.int32(step), KEYS[0])
+        assert there.tolist() == [True, step >= 5, step >= 9]
+
+
+def test_mixed_episodes_have_the_modes_of_any_stage_until_all_are_there():
+    admission = Admission((0, 5, 20), mixed=True)
+    share = lambda step: jax.vmap(partial(admission.there, jnp.int32(step)))(KEYS).mean(0)
+    for step in (0, 7, 19):  # one mode, two or three, each in a third of the episodes
+        np.testing.assert_allclose(share(step), [1, 2 / 3, 1 / 3], atol=0.04)
+    np.testing.assert_array_equal(share(20), [1, 1, 1])
+
+
+def test_functions_lack_what_is_not_admitted_and_are_else_as_ever():
+    plain = jax.vmap(FOURIER.sample_task)(KEYS)
+    for step, there in ((0, [0, 1, 0, 0]), (5, [0, 1, 0, 1]), (9, [0, 1, 1, 1])):
+        some = SomeFrequencies(band(1, 3), steps=6, admission=Admission((0, 9, 5)), step=step)
+        found = jax.vmap(some.sample_task)(KEYS)
+        for part, whole in zip(found, plain, strict=True):
+            np.testing.assert_array_equal(part, np.array(there) * np.asarray(whole))
+
+
+def test_contexts_are_drawn_evenly_from_those_admitted():
+    any_action = Learner(lambda key: 0, lambda state, c: jnp.zeros(3), lambda state, c, seen: state)
+    for step, count in ((0, 1), (5, 2), (9, 3)):
+        some = SomeContexts(3, 3, steps=6, admission=Admission((0, 5, 9)), step=step)
+        queries, outcomes = jax.vmap(partial(inner.act, some, any_action))(KEYS[:500])
+        np.testing.assert_array_equal(queries, outcomes.context)
+        share = np.bincount(queries.ravel(), minlength=3) / queries.size
+        np.testing.assert_allclose(share, [1 / count] * count + [0] * (3 - count), atol=0.04)
+
+
+def trained(objective, steps):
+    config = OuterConfig(steps=20, batch=4, seeds=2, warmup=0, dispatch=3, schedule="constant")
+    loop = OuterLoop({"lstm": MetaTraining(META, objective)}, config, jax.random.key(0))
+    (*_, (state, _)) = loop.run(loop.init(), [steps])
+    return jax.tree.map(np.asarray, state.params)
+
+
+META = LSTMConfig(hidden=4).make(FOURIER)
+
+
+def test_training_takes_up_a_mode_at_its_step_and_not_before():
+    """Up to it, it is training on the prior without the mode; with all from 0, plain training."""
+    without = dataclasses.replace(FOURIER, spectrum=(*FOURIER.spectrum[:3], 0.0))
+    under = lambda *steps: admitting(FOURIER, META, prediction_loss, Admission(steps))
+    same = partial(jax.tree.map, np.testing.assert_array_equal)
+    curriculum, fewer = under(0, 0, 7), prediction_loss(without, META)
+    same(trained(curriculum, 7), trained(fewer, 7))
+    with pytest.raises(AssertionError):
+        same(trained(curriculum, 8), trained(fewer, 8))
+    same(trained(under(0, 0, 0), 8), trained(prediction_loss(FOURIER, META), 8))
+
+
+def test_a_curriculum_needs_a_domain_that_has_modes_and_a_step_for_each():
+    with pytest.raises(ConfigError, match="give a step for each of the 3 modes"):
+        admitting(FOURIER, META, prediction_loss, Admission((0, 5)))
+    with pytest.raises(ConfigError, match="domain = 'LinearRegression': there is no curriculum"):
+        admitting(LinearRegression(), META, prediction_loss, Admission((0, 5)))
+    with pytest.raises(ConfigError, match="steps = \\(0, -1\\)"):
+        Admission((0, -1))
+
+
+def test_steps_to_equal_excess_are_those_of_curves_known_beforehand():
+    steps = np.array([0, 10, 20, 30, 40])
+    excess = np.array([[8, 8], [6, 4], [7, 2], [2, 1], [4, 1]])  # one that goes up and down again
+    level, taken = dynamics.equal_excess(steps, 0.5 + 0.25 * (1 + excess), 0.75, 0.5)
+    assert level == pytest.approx(2)
+    np.testing.assert_allclose(taken, [30, 20])
+
+
+def test_the_study_is_rehearsed_without_complaint():
+    study = md.load_study("curriculum")
+    config = dataclasses.replace(study.presets["quick"], learners=("lstm",))
+    plan = study.plan(config)
+    arms = ["none", "measured", "mixed", "reversed"]
+    trains = {part.name: [meta.name for meta in part.metas] for part in plan.comparisons}
+    assert trains == {"linear": ["lstm"], "nonlinear": arms, "bandit": arms[:-1]}
+    rehearse(study, config, plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--nonlinear-steps", "0", "10", "3000"],
+            "--nonlinear-steps 0 10 3000: would never admit a mode: must be below outer.steps",
+        ),
+        (["--bandit-steps", "0", "10"], "--bandit-steps 0 10: give one for each of the 3 modes"),
+        (["--bandit-steps", "0", "10", "5"], "--bandit-steps 0 10 5: must increase"),
+    ],
+)
+def test_bad_curricula_are_one_line_and_exit_code_2(options, says, refused):
+    refused(["curriculum", *options], says)

@@ -1,0 +1,158 @@
+"""Teaching: sets for Bayes against brute force, what taught learners see, demonstrations."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metadyn as md
+from metadyn import inner, teaching
+from metadyn.base import STRENGTH, Learner, indexed_keys
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.bayes import bayes_bandit, bayes_linear
+from metadyn.runner import rehearse
+
+SIGMA = 0.3
+PLAIN, OPEN = (kind(2, 2, SIGMA, steps=6) for kind in (LinearRegression, teaching.OpenRegression))
+TASK = PLAIN.evaluation_task(jax.random.key(3), jnp.array([1.5, 0.7]))
+W, V = np.float64(TASK.W), np.float64(TASK.V)
+KEYS = indexed_keys(jax.random.key(7), jnp.arange(4000))
+ANGLES = np.linspace(0, np.pi, 181)
+CIRCLE = np.sqrt(2) * np.stack([np.cos(ANGLES), np.sin(ANGLES)], -1)
+
+
+def expected_error(X):
+    """E ‖M − W‖² / ‖W‖² of the posterior mean after inputs [..., m, 2], in closed form."""
+    A = np.swapaxes(X, -1, -2) @ X
+    P = np.linalg.inv(A + 2 * SIGMA**2 * np.eye(2))  # the prior variance is 1 / n_x
+    bias = ((W @ (A @ P - np.eye(2))) ** 2).sum((-1, -2))
+    noise = 2 * SIGMA**2 * np.trace(P @ A @ P, axis1=-2, axis2=-1)
+    return (bias + noise) / (W**2).sum()
+
+
+def test_sets_for_bayes_are_the_best_there_are_by_brute_force():
+    lesson = np.float64(teaching.for_bayes(TASK, 3))
+    np.testing.assert_allclose(lesson, np.sqrt(2) * V.T[[0, 1, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(teaching.for_bayes(TASK, 2, least_first=True), lesson[[1, 0]])
+    one = expected_error(CIRCLE[:, None])
+    assert expected_error(lesson[:1]) <= one.min()
+    assert expected_error(lesson[1:2]) == pytest.approx(one.max(), rel=1e-3)
+    x, y = np.broadcast_arrays(CIRCLE[:, None], CIRCLE[None])
+    two = expected_error(np.stack([x, y], -2))
+    assert two.shape == (181, 181)
+    assert expected_error(lesson[:2]) <= 1.03 * two.min() < 0.3 * two.max()
+
+
+def test_gradient_through_bayes_finds_the_closed_form_from_anywhere():
+    find = partial(teaching.through, bayes_linear(PLAIN), TASK, steps=60, rate=0.3)
+    starts = jnp.asarray(CIRCLE[[20, 80, 150]], jnp.float32)[:, None]
+    queries = jax.random.normal(KEYS[0], (400, 2))
+    found = jax.jit(jax.vmap(lambda start: find(start=start, queries=queries)))(starts)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.sqrt(2), rtol=1e-5)
+    along = np.abs(found[:, 0] @ V[:, 0]) / np.sqrt(2)
+    assert (along > 0.99).all()
+    before = np.abs(starts[:, 0] @ V[:, 0]) / np.sqrt(2)
+    assert before.min() < 0.9
+
+
+def test_taught_bayes_comes_to_the_expected_error():
+    probes = ((STRENGTH, teaching.with_error(PLAIN.probe(64))),)
+    teacher = partial(teaching.for_bayes, examples=2)
+    learner = teaching.taught(bayes_linear(PLAIN), teacher, n_x=2, examples=2)
+    run = lambda task, key: inner.run(OPEN, learner, task, key, range(3), probes)["error"]
+    tasks = jax.vmap(lambda k: PLAIN.evaluation_task(k, jnp.array([1.5, 0.7])))(KEYS)
+    error = np.float64(jax.jit(jax.vmap(run))(tasks, KEYS)).mean(0)
+    lesson = np.float64(teaching.for_bayes(TASK, 2))
+    by_hand = [expected_error(lesson[:m]) for m in (1, 2)]
+    np.testing.assert_allclose(error, [1, *by_hand], rtol=0.04)
+
+
+def test_the_teacher_is_asked_once_for_each_task():
+    asked = []
+
+    def teacher(task):
+        jax.debug.callback(lambda: asked.append(1))
+        return teaching.for_bayes(task, 2)
+
+    learner = teaching.taught(bayes_linear(PLAIN), teacher, n_x=2, examples=2)
+    run = lambda key: inner.run(OPEN, learner, TASK, key, (0, 3, 6))["loss"]
+    jax.block_until_ready(jax.jit(jax.vmap(run))(KEYS[:3]))
+    jax.effects_barrier()
+    assert 0 < len(asked) <= 3
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_what_is_taught_comes_first_and_is_answered_with_the_noise_of_what_was_posed(each):
+    def remember(state, x, y):
+        t, seen = state
+        return t + 1, seen.at[t].set(jnp.concatenate([x, y]))
+
+    start = lambda key: (jnp.int32(0), jnp.zeros((6, 4)))
+    witness = Learner(start, lambda state, x: state[1].ravel()[:2], remember)
+    teacher = partial(teaching.for_bayes, examples=2)
+
+    def seen(teacher):
+        learner = teaching.taught(witness, teacher, n_x=2, examples=2, each=each)
+        state = learner.init(KEYS[0])
+        for t in range(6):
+            x, _, said = inner.interact(
+                OPEN, TASK, lambda q: jnp.zeros(2), jax.random.split(KEYS[t])
+            )
+            state = learner.update(state, x, said)
+        return np.split(np.float64(state[2][1]), 2, axis=1)
+
+    (x, y), (posed, told) = seen(teacher), seen(None)
+    count = 2 * each
+    np.testing.assert_allclose(x[:count], np.repeat(np.sqrt(2) * V.T, each, axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(x[count:], posed[count:])
+    np.testing.assert_allclose(y - x @ W.T, told - posed @ W.T, atol=1e-5)
+    assert np.std(y - x @ W.T) == pytest.approx(SIGMA, rel=0.6)
+
+
+def test_the_teaching_gain_is_that_of_curves_known_beforehand():
+    times = np.arange(7)
+    random = np.array([[1, 0.9, 0.8, 0.4, 0.5, 0.2, 0.1], [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
+    taught = np.array([[1, 0.5, 0.3, 0, 0, 0, 0], [1, 0.5, 0.3, 0, 0, 0, 0]])
+    np.testing.assert_allclose(teaching.gain(times, 2, random, taught), [4.5 / 2, np.nan])
+
+
+def test_demonstrations_show_the_correct_action_and_bayes_learns_it_at_once():
+    domain = teaching.DemonstratedBandit(contexts=3, actions=4, steps=8)
+    _, outcomes = inner.observe(domain, KEYS[:200])
+    assert (outcomes.reward == 1).all()
+    probes = tuple(domain.evaluation().probes.items())
+    run = lambda key: inner.run(
+        domain, bayes_bandit(domain), domain.sample_task(key), key, range(9), probes
+    )[STRENGTH]
+    found = np.float64(jax.jit(jax.vmap(run))(KEYS)).mean((0, 2))
+    by_hand = 1 - (1 - 1 / 4) * (1 - 1 / 3) ** np.arange(9)  # known once seen, a chance until then
+    np.testing.assert_allclose(found, by_hand, atol=0.02)
+
+
+def test_the_study_is_rehearsed_without_complaint():
+    study = md.load_study("teaching")
+    config = dataclasses.replace(study.presets["quick"], learners=("maml", "lstm"))
+    plan = study.plan(config)
+    linear, bandit = plan.comparisons
+    assert [meta.name for meta in linear.metas] == ["maml", "lstm"]
+    assert [meta.name for meta in bandit.metas] == ["lstm"]
+    assert {c.of for t, c in linear.measurements if c.name.endswith("_for_bayes")} == {
+        "maml",
+        "lstm",
+    }
+    rehearse(study, config, plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--examples", "21"], "--examples 21: more examples than steps: must be at most"),
+        (["--examples", "0"], "--examples 0: must be positive"),
+        (["--learners", "elman"], "learners"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):
+    refused(["teaching", *options], says)
