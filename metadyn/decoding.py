@@ -1,0 +1,131 @@
+"""Decoding: how much of one thing can be read out of another, on tasks held out from the fit.
+
+Works on stored arrays [seed, task, step, number]; a fit is made for each seed and step on every
+other task, and judged on the tasks between. R² is 1 where all is decoded and 0 where nothing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from metadyn import dynamics
+
+Samples = Float[np.ndarray, "seed task step number"]
+Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""`decode(x [..., n, p], y [..., n, q], new [..., m, p])` fits y to x; what it says of `new`."""
+PENALTIES = 10.0 ** np.arange(-7, 4)
+"""Of ridge regression, times the number of samples: that of least cross-validated error is taken."""
+HIDDEN, UPDATES, RATE, DECAY = 64, 400, 1e-2, 1e-1
+"""Of the perceptron: its width, and updates, peak rate and weight decay of AdamW. Our choice."""
+
+
+class Decoded(NamedTuple):
+    """What decoding leaves unexplained on held-out tasks, and what there was to explain."""
+
+    left: Float[np.ndarray, "seed task step"]
+    """Squared error of what was decoded, summed over its numbers."""
+    total: Float[np.ndarray, "seed task step"]
+    """Squared distance from the mean over the tasks of the fit."""
+
+
+def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Ridge regression with an intercept, on standardised x; a `Decoder`.
+
+    The penalty is that of `PENALTIES` with the least generalised cross-validation error (Golub,
+    Heath & Wahba 1979), for each of the leading axes. Computed in float64.
+    """
+    n, centre = x.shape[-2], y.mean(-2, keepdims=True)
+    z, z_new = _standard(x, new)
+    eigenvalues, V = np.linalg.eigh(np.swapaxes(z, -1, -2) @ z / n)
+    a, residual = z @ V, y - centre
+    b = np.swapaxes(a, -1, -2) @ residual / n
+
+    def coefficients(penalty: np.ndarray) -> np.ndarray:
+        return b / (np.maximum(eigenvalues, 0) + penalty)[..., None]
+
+    def error(penalty: float) -> np.ndarray:
+        used = 1 + (eigenvalues / (eigenvalues + penalty)).sum(-1)  # degrees of freedom
+        left = ((residual - a @ coefficients(np.asarray(penalty))) ** 2).sum((-1, -2))
+        return left / np.maximum(1 - used / n, 1e-6) ** 2
+
+    best = PENALTIES[np.argmin([error(penalty) for penalty in PENALTIES], axis=0)]
+    return centre + z_new @ (V @ coefficients(best[..., None]))
+
+
+def perceptron(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """A perceptron with one hidden layer on standardised x, trained by AdamW; a `Decoder`."""
+    centre, spread = y.mean(-2, keepdims=True), y.std(-2, keepdims=True)
+    spread = np.where(spread > 0, spread, 1.0)
+    parts = *_standard(x, new), (y - centre) / spread
+    flat = [jnp.asarray(a.reshape(-1, *a.shape[-2:]), jnp.float32) for a in parts]
+    found = np.asarray(_perceptrons(*flat), np.float64)
+    return centre + spread * found.reshape(*new.shape[:-1], y.shape[-1])
+
+
+@jax.jit
+def _perceptrons(
+    x: Float[Array, "fit n p"], new: Float[Array, "fit m p"], y: Float[Array, "fit n q"]
+) -> Float[Array, "fit m q"]:
+    """One for each fit, in turn."""
+    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE, UPDATES), weight_decay=DECAY)
+    sizes = x.shape[-1], HIDDEN, y.shape[-1]
+    keys = jax.random.split(jax.random.key(0))
+    both = zip(keys, sizes, sizes[1:], strict=False)
+    start = [(jax.random.normal(key, (n, m)) / jnp.sqrt(n), jnp.zeros(m)) for key, n, m in both]
+
+    def answer(weights, x):
+        (W1, b1), (W2, b2) = weights
+        return jax.nn.gelu(x @ W1 + b1) @ W2 + b2
+
+    def fit(given):
+        x, new, y = given
+        loss = lambda weights: jnp.mean((answer(weights, x) - y) ** 2)
+
+        def step(carry, _):
+            weights, moments = carry
+            changes, moments = optimizer.update(jax.grad(loss)(weights), moments, weights)
+            return (optax.apply_updates(weights, changes), moments), None
+
+        first = start, optimizer.init(start)
+        return answer(jax.lax.scan(step, first, None, UPDATES)[0][0], new)
+
+    return jax.lax.map(fit, (x, new, y))
+
+
+def held_out(x: Samples, y: Samples, decode: Decoder = ridge) -> Decoded:
+    """Decodes y from x of the same task: fitted on even tasks, judged on odd ones."""
+    x, y = (np.swapaxes(np.asarray(each, np.float64), 1, 2) for each in (x, y))
+    fit, new = (y[:, :, each] for each in (slice(0, None, 2), slice(1, None, 2)))
+    found = decode(x[:, :, ::2], fit, x[:, :, 1::2])
+    parts = new - found, new - fit.mean(2, keepdims=True)
+    return Decoded(*(np.swapaxes((each**2).sum(-1), 1, 2) for each in parts))
+
+
+def shuffled(y: Samples) -> Samples:
+    """The same numbers with those of other tasks in their place: a control, where R² is 0."""
+    return np.roll(y, 2, axis=1)
+
+
+def explained(left: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """R² = 1 − left / total, of means over seeds and held-out tasks; NaN with nothing to explain."""
+    with np.errstate(all="ignore"):
+        return np.where(total > 0, 1 - left / total, np.nan)
+
+
+def r_squared(decoded: Decoded) -> dynamics.Estimate:
+    """R² at each step, with its interval over held-out tasks and seeds."""
+    return dynamics.estimate(explained, *decoded)
+
+
+def _standard(x: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in units of the standard deviation of x from its mean; constants are left alone."""
+    mean, spread = x.mean(-2, keepdims=True), x.std(-2, keepdims=True)
+    spread = np.where(spread > 1e-12, spread, 1.0)
+    return (x - mean) / spread, (new - mean) / spread
