@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,40 +33,59 @@ class Beliefs:
     """Exact Bayes, with what is read of its state and how far other answers are from its own."""
 
     learner: Learner
-    read: Callable[[State], Float[Array, " b"]]
-    """The posterior as numbers, the mean first."""
+    read: Callable[[State], Mapping[str, Float[Array, " _"]]]
+    """The posterior as vectors by name: its "mean", its "uncertainty", and what else there is."""
     distance: Callable[[Answer, Answer], Float[Array, ""]]
     """`distance(answer, best)` of an answer from the best one."""
 
 
 def linear_beliefs(domain: LinearRegression) -> Beliefs:
-    """The posterior of W: its mean [n_y n_x], then the covariance of a row [n_x n_x].
+    """The posterior of W: its mean [n_y n_x], covariance [n_x n_x], and the latter's log det [1].
 
     In the eigenbasis of R; the covariance is that of the first row, which is that of all if R is
     the identity. Distances are mean squared errors.
     """
 
-    def read(state: State) -> Array:
-        root = state.root[0]
-        return jnp.concatenate([state.mean.ravel(), (root @ root.T).ravel()])
+    def read(state: State) -> Mapping[str, Array]:
+        covariance = state.root[0] @ state.root[0].T
+        uncertainty = _log_determinant(covariance)[None]
+        mean, flat = state.mean.ravel(), covariance.ravel()
+        return {"mean": mean, "covariance": flat, "uncertainty": uncertainty}
 
     return Beliefs(bayes_linear(domain), read, lambda answer, best: jnp.mean((answer - best) ** 2))
 
 
+def _log_determinant(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
+    """Of a positive definite matrix, by elimination: with no library call, for any number of them.
+
+    Such calls, on several CPU devices at once, can wait for each other's threads for ever.
+    """
+    total = jnp.zeros(())
+    for k in range(len(matrix)):
+        pivot = matrix[k, k]
+        total = total + jnp.log(pivot)
+        matrix = matrix - jnp.outer(matrix[:, k], matrix[k]) / pivot
+    return total
+
+
 def bandit_beliefs(domain: ContextualBandit) -> Beliefs:
-    """The posterior probability of each action in each context [K n].
+    """The posterior: of each action in each context [K n], and the entropy in each context [K].
 
     Distances are KL(best policy ‖ policy), in nats. Raises `ConfigError` for permutations, whose
     contexts are not independent.
     """
     check(not domain.permutation, "permutation", True, "contexts must be independent")
 
+    def read(state: State) -> Mapping[str, Array]:
+        posterior = jax.nn.softmax(state)
+        entropy = jax.scipy.special.entr(posterior).sum(-1)
+        return {"mean": posterior.ravel(), "uncertainty": entropy}
+
     def distance(answer: Answer, best: Answer) -> Array:
         log_p, log_q = jax.nn.log_softmax(best), jax.nn.log_softmax(answer)
         p = jnp.exp(log_p)
         return jnp.sum(jnp.where(p > 0, p * (jnp.where(p > 0, log_p, 0) - log_q), 0))
 
-    read = lambda state: jax.nn.softmax(state).ravel()
     return Beliefs(bayes_bandit(domain), read, distance)
 
 
@@ -99,8 +118,9 @@ class Beside:
     """A meta-learner that Bayes accompanies through its own episodes, for the record.
 
     It answers as it would alone. Recorded at time t are `state`, read of the carry, in which are
-    x_1 … x_t and y_1 … y_{t−1}; `belief`, that of Bayes after the same t − 1 pairs; `query`, x_t as
-    the network reads it; and `distance`, of its t-th answer from that of Bayes.
+    x_1 … x_t and y_1 … y_{t−1}; what is read of Bayes after the same t − 1 pairs; `query`, x_t as the
+    network reads it; and `distance`, of its t-th answer from that of Bayes. States are recorded in
+    half precision, which is more than decoding can tell.
     """
 
     meta: MetaLearner
@@ -134,8 +154,8 @@ class Beside:
         def init(key: Key) -> Both:
             before = network.init(key), bayes.init(key)
             said = {
+                **self.beliefs.read(before[1]),
                 "state": self.read(before[0].carry),
-                "belief": self.beliefs.read(before[1]),
                 "query": jax.eval_shape(asked, key),
                 "distance": jnp.zeros(()),
             }
@@ -148,14 +168,17 @@ class Beside:
             answer, best = predict(state, query), bayes.predict(state.bayes, query)
             after = network.update(state.network, query, feedback)
             said = {
+                **self.beliefs.read(state.bayes),
                 "state": self.read(after.carry),
-                "belief": self.beliefs.read(state.bayes),
                 "query": domain.encode_query(query),
                 "distance": self.beliefs.distance(answer, best),
             }
             return Both(after, bayes.update(state.bayes, query, feedback), said)
 
-        return Learner(init, predict, update, diagnose=lambda state: state.said)
+        def diagnose(state: Both) -> Mapping[str, Array]:
+            return {**state.said, "state": state.said["state"].astype(jnp.float16)}
+
+        return Learner(init, predict, update, diagnose=diagnose)
 
 
 class Operated(NamedTuple):
@@ -178,8 +201,9 @@ class Implanted:
     Controls are the belief of another task in its place, "other"; the carry of an episode's
     beginning, "fresh"; and "none". The last feedback, which no carry holds yet, stays.
 
-    Recorded are `shift`, the distance of its answer from that of the same network left alone, on
-    the same pairs, and `size`, the mean square of the latter's answer.
+    Recorded are `shift`, the distance of its last answer from that of the same network left alone,
+    on the same pairs; `size`, the mean square of the latter; and `after`, whether it gave that
+    answer after the replacement, 1 or 0.
     """
 
     beside: Beside
@@ -230,7 +254,7 @@ class Implanted:
         def init(key: Key) -> Operated:
             both = network.init(key)
             donor = jax.random.randint(key, (), 0, self.episodes)
-            said = {"shift": jnp.zeros(()), "size": jnp.zeros(())}
+            said = dict.fromkeys(("after", "shift", "size"), jnp.zeros(()))
             return Operated(both, both.network, jnp.int32(0), donor, said)
 
         def predict(state: Operated, query: Query) -> Answer:
@@ -241,6 +265,7 @@ class Implanted:
             untouched = Both(state.alone, *state.network[1:])
             whole, answer = network.predict(untouched, query), predict(state, query)
             said = {
+                "after": jnp.where(state.time >= self.at, 1.0, 0.0),
                 "shift": self.beside.beliefs.distance(answer, whole),
                 "size": jnp.mean(whole**2),
             }
@@ -249,9 +274,10 @@ class Implanted:
             if self.source != "none":
                 carry = empty
                 if self.source != "fresh":
-                    told = dict(after.said)
+                    told = after.said
                     if self.source == "other":
-                        told["belief"] = seen["belief"][state.donor]
+                        others = jax.tree.map(lambda a: a[state.donor], seen)
+                        told = {**others, "query": told["query"]}
                     carry = mapped(_features(told))
                 put = lambda new, old: jnp.where(time == self.at, new, old)
                 carry = jax.tree.map(put, carried(carry), after.network.carry)
@@ -262,7 +288,8 @@ class Implanted:
 
 
 def _features(said: Mapping[str, Array]) -> Float[Array, "*episodes p"]:
-    return jnp.concatenate([said["belief"], said["query"]], axis=-1)
+    told = [said[name] for name in sorted({*said} - {"state", "distance"})]
+    return jnp.concatenate(told, axis=-1)
 
 
 def _ridge(x: Float[Array, "n p"], y: Float[Array, "n q"]) -> Callable[[Array], Array]:
@@ -277,6 +304,3 @@ def _ridge(x: Float[Array, "n p"], y: Float[Array, "n q"]) -> Callable[[Array], 
         pairs,
     )
     return lambda x: centre + online.predict(fitted, standard(x))
-
-
-SOURCES = get_args(Source)
