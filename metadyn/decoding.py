@@ -29,12 +29,19 @@ HIDDEN, UPDATES, RATE, DECAY = 32, 150, 1e-2, 1e-1
 
 
 class Decoded(NamedTuple):
-    """What decoding leaves unexplained on held-out tasks, and what there was to explain."""
+    """What decoding leaves unexplained on held-out tasks, and what there was to explain.
 
-    left: Float[np.ndarray, "seed task step"]
+    Over outer training there is an axis of checkpoints before the steps.
+    """
+
+    left: Float[np.ndarray, "seed task *checkpoint step"]
     """Squared error of what was decoded, summed over its numbers."""
-    total: Float[np.ndarray, "seed task step"]
+    total: Float[np.ndarray, "seed task *checkpoint step"]
     """Squared distance from the mean over the tasks of the fit."""
+
+    def at(self, checkpoint: int) -> Decoded:
+        """What was decoded at one checkpoint."""
+        return Decoded(*(part[:, :, checkpoint] for part in self))
 
 
 def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -112,12 +119,6 @@ def _perceptrons(
     return jax.lax.map(fit, (x, y))
 
 
-def vectors(data: xr.Dataset, *names: str) -> Samples:
-    """Vectors that were recorded, end to end, at each time but the first; what is not is left out."""
-    found = [dynamics.samples(data, name) for name in names if name in data]
-    return np.concatenate(found, -1)[..., 1:, :]
-
-
 def held_out(x: Samples, y: Samples, decode: Decoder = ridge) -> Decoded:
     """Decodes y from x of the same task: fitted on even tasks, judged on odd ones."""
     x, y = (np.swapaxes(np.asarray(each, np.float64), 1, 2) for each in (x, y))
@@ -127,13 +128,36 @@ def held_out(x: Samples, y: Samples, decode: Decoder = ridge) -> Decoded:
     return Decoded(*(np.swapaxes((each**2).sum(-1), 1, 2) for each in parts))
 
 
+def vectors(data: xr.Dataset, *names: str) -> Samples:
+    """Vectors that were recorded, end to end, at each time but the first, so far as there are."""
+    found = [dynamics.samples(data, name) for name in names if name in data]
+    return np.concatenate(found, -1)[:, :, 1:]
+
+
+def of_state(data: xr.Dataset, what: str, decode: Decoder = ridge) -> Decoded:
+    """Decodes a vector recorded beside a network's state from that state, at each checkpoint."""
+    each = [data.isel(outer_step=i) for i in range(data.sizes["outer_step"])]
+    found = [held_out(vectors(one, "state"), vectors(one, what), decode) for one in each]
+    return Decoded(*(np.stack(parts, 2) for parts in zip(*found, strict=True)))
+
+
+def both_ways(data: xr.Dataset) -> tuple[Decoded, Decoded]:
+    """Simulates Bayes' state from a network's, and a network's from Bayes' and its last query.
+
+    After Mikulik et al. (2020), arXiv:2010.11223, whose dissimilarity of states is 1 − R².
+    """
+    state, bayes = vectors(data, "state"), vectors(data, "mean", "covariance", "uncertainty")
+    told = np.concatenate([bayes, vectors(data, "query")], -1)
+    return held_out(state, bayes), held_out(told, state)
+
+
 def shuffled(y: Samples) -> Samples:
     """The same numbers with those of other tasks in their place: a control, where R² is 0."""
     return np.roll(y, 2, axis=1)
 
 
 def explained(left: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """R² = 1 − left / total, of means over seeds and tasks; NaN where there is nothing to explain."""
+    """R² = 1 − left / total, of means over seeds and tasks; NaN with nothing to explain."""
     with np.errstate(all="ignore"):
         return np.where(total > 0, 1 - left / total, np.nan)
 
@@ -153,3 +177,16 @@ def _standard(x: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean, spread = x.mean(-2, keepdims=True), x.std(-2, keepdims=True)
     spread = np.where(spread > 1e-12, spread, 1.0)
     return (x - mean) / spread, (new - mean) / spread
+
+
+def delay(steps: np.ndarray, r2: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """How many doublings of the outer step what is decoded appears after the behaviour.
+
+    From R² and excess loss [..., outer_step], each timed half-way from untrained to trained: R² on
+    a linear scale, excess loss on a logarithmic one.
+    """
+    with np.errstate(all="ignore"):
+        both = np.stack([r2, -np.log(excess)], -1)
+        share = (both - both[..., :1, :]) / (both[..., -1:, :] - both[..., :1, :])
+    t = dynamics.learning_times(np.log2(1 + steps), share)
+    return t[..., 0] - t[..., 1]

@@ -118,9 +118,9 @@ class Beside:
     """A meta-learner that Bayes accompanies through its own episodes, for the record.
 
     It answers as it would alone. Recorded at time t are `state`, read of the carry, in which are
-    x_1 … x_t and y_1 … y_{t−1}; what is read of Bayes after the same t − 1 pairs; `query`, x_t as the
-    network reads it; and `distance`, of its t-th answer from that of Bayes. States are recorded in
-    half precision, which is more than decoding can tell.
+    x_1 … x_t and y_1 … y_{t−1}; what is read of Bayes after the same t − 1 pairs; `query`, x_t as
+    the network reads it; and `distance`, of its t-th answer from that of Bayes. States are recorded
+    in half precision, which is more than decoding can tell.
     """
 
     meta: MetaLearner
