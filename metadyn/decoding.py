@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from metadyn import dynamics
 
-Samples = Float[np.ndarray, "seed task step number"]
+Samples = Float[np.ndarray, "seed task step _"]
 Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """`decode(x [..., n, p], y [..., n, q], new [..., m, p])` fits y to x; what it says of `new`."""
 PENALTIES = 10.0 ** np.arange(-7, 4)
@@ -189,4 +189,4 @@ def delay(steps: np.ndarray, r2: np.ndarray, excess: np.ndarray) -> np.ndarray:
         both = np.stack([r2, -np.log(excess)], -1)
         share = (both - both[..., :1, :]) / (both[..., -1:, :] - both[..., :1, :])
     t = dynamics.learning_times(np.log2(1 + steps), share)
-    return t[..., 0] - t[..., 1]
+    return np.asarray(t[..., 0] - t[..., 1])

@@ -209,7 +209,7 @@ WRONG = "study = 'linear regression'\n"
         (["run", "nowhere.py"], "no such file"),
         (
             ["run", "linear"],
-            "no such study: choose from contextual_bandit, learned_start, learners, linear_reg",
+            "no such study: choose from amortised_bayes, contextual_bandit, learned_start, le",
         ),
         (["run", "."], "the folder holds no studies"),
         (["run", "EMPTY"], "defines no `study"),
