@@ -20,7 +20,7 @@ from metadyn import inner
 from metadyn.base import Answer, Domain, Feedback, Key, Learner, MetaLearner, Params, Query, State
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import check, check_choice, check_positive
+from metadyn.errors import check, check_positive
 from metadyn.learners.bayes import bayes_bandit, bayes_linear, ridge
 from metadyn.learners.networks import Carry
 
@@ -214,7 +214,6 @@ class Implanted:
     heads = 0
 
     def __post_init__(self) -> None:
-        check_choice("source", self.source, Source)
         check_positive(self, "at", "episodes")
         T = self.beside.domain.steps
         check(self.at < T, "at", self.at, f"must be below the {T} steps of an episode")
