@@ -193,7 +193,7 @@ def merits(results, name: str, network: str):
         for source, said in GOES_ON.items():
             found = estimate(excess, *after(results, name, network, source))
             yield f"from_{source}", f"excess loss, going on from {said}", found
-        kept = lambda own, none, fresh, bayes: (fresh - own) / (fresh - none)
+        kept = lambda own, none, fresh, bayes: decoding.explained(own - none, fresh - none)
         found = estimate(kept, *after(results, name, network, "own", "none", "fresh"))
         yield "kept", "share of what its state is worth that Bayes', mapped, keeps", found
 
