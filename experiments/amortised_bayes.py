@@ -8,6 +8,7 @@ a causal test: an LSTM and a GRU that go on, in mid-episode, from Bayes' state m
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ LABELS = {
     "transformer": "transformer",
     "control": "LSTM far from Bayes",
 }
-GOES_ON = {
+GOES_ON: dict[beside.Source, str] = {
     "none": "its own state",
     "own": "Bayes' state, mapped",
     "other": "that of another task",
@@ -47,6 +48,17 @@ SURELY = {
     "linear_lstm_kept": {"at_least": 0.5},
 }
 """Criteria of what is expected, each of the whole interval; the others are reported."""
+COLUMNS = {
+    "excess": "excess loss",
+    "mean": "posterior mean",
+    "untrained": "untrained",
+    "uncertainty": "uncertainty, at the end",
+    "nonlinear": "by a perceptron too",
+    "to_bayes": "network simulates Bayes",
+    "from_bayes": "Bayes simulates network",
+    "delay": "doublings later than behaviour",
+    "kept": "kept of its state",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +87,28 @@ class Config(md.StudyConfig):
     def network(self, name: str, domain, beliefs, heads: int) -> md.Contender:
         """A network to train, beside Bayes; its state is recorded."""
         rate = f"{name}_learning_rate"
-        base = dataclasses.replace(self, meta="lstm" if name == "control" else name)
-        made = base.meta_learner(domain, heads)
+        meta: Any = "lstm" if name == "control" else name
+        made = dataclasses.replace(self, meta=meta).meta_learner(domain, heads)
         read = beside.mean_values if name == "transformer" else beside.whole
-        changes = {"learner": beside.Beside(made.learner, domain, beliefs, read)}
-        changes |= {"name": name, "label": LABELS[name]}
+        network: Any = made.learner
+        changes: dict[str, Any] = {"name": name, "label": LABELS[name]}
+        changes["learner"] = beside.Beside(network, domain, beliefs, read)
         changes["times"] = sorted({0, *(n + 1 for n in self.pairs), domain.steps})
         if hasattr(self, rate):
             own = dataclasses.replace(self.outer, learning_rate=getattr(self, rate))
             changes |= {"own": own, "rate": rate}
         return dataclasses.replace(made, **changes)
+
+    def operated(self, meta: md.Contender) -> list[md.Contender]:
+        """A trained network that goes on from each state, in its own learner's place."""
+        network: Any = meta.learner
+        return [
+            md.Contender(
+                f"{meta.name}_{source}", f"{meta.label} from {said}",
+                beside.Implanted(network, source, self.at), "reference", of=meta.name,
+            )
+            for source, said in GOES_ON.items()
+        ]  # fmt: skip
 
 
 def plan(config: Config) -> md.Plan:
@@ -99,13 +123,8 @@ def plan(config: Config) -> md.Plan:
         policy = lambda domain, meta: md.actor_critic(domain, meta.meta)  # Bayes has no part in it
         objective = predicting("bayes", beliefs.learner) if linear else policy
         metas = [config.network(each, domain, beliefs, 0 if linear else 1) for each in LABELS]
-        operated = [
-            md.Contender(
-                f"{meta.name}_{source}", f"{meta.label} from {said}",
-                beside.Implanted(meta.learner, source, config.at), "reference", of=meta.name,
-            )
-            for meta in metas if meta.name in RECURRENT for source, said in GOES_ON.items()
-        ]  # fmt: skip
+        recurrent = [meta for meta in metas if meta.name in RECURRENT]
+        operated = [each for meta in recurrent for each in config.operated(meta)]
         bayes = md.Contender("bayes", "Bayes-optimal", beliefs.learner, "bayes")
         tasks, far = training_tasks(domain), dataclasses.replace(shifted[name], probes={})
         kinds = {"kinds": ("reference", "bayes")}
@@ -191,11 +210,11 @@ def merits(results, name: str, network: str):
     yield "delay", said, estimate(when, *mean, *loss)
     if network in RECURRENT:
         for source, said in GOES_ON.items():
-            found = estimate(excess, *after(results, name, network, source))
-            yield f"from_{source}", f"excess loss, going on from {said}", found
+            worse = estimate(excess, *after(results, name, network, source))
+            yield f"from_{source}", f"excess loss, going on from {said}", worse
         kept = lambda own, none, fresh, bayes: decoding.explained(own - none, fresh - none)
-        found = estimate(kept, *after(results, name, network, "own", "none", "fresh"))
-        yield "kept", "share of what its state is worth that Bayes', mapped, keeps", found
+        share = estimate(kept, *after(results, name, network, "own", "none", "fresh"))
+        yield "kept", "share of what its state is worth that Bayes', mapped, keeps", share
 
 
 def criteria(config: Config, results):
@@ -215,7 +234,8 @@ def criteria(config: Config, results):
         pairs = zip(parts[::2], parts[1::2], strict=True)
         return np.min([decoding.explained(*pair)[..., 1:].min(-1) for pair in pairs], axis=0)
 
-    found = dynamics.estimate(least, *near) if near else dynamics.Estimate(*[np.float64("nan")] * 3)
+    none = dynamics.Estimate(*[np.asarray(np.nan)] * 3)
+    found = dynamics.estimate(least, *near) if near else none
     said = f"least R² of the posterior mean from the second step, recurrent, excess up to {NEAR:g}"
     row = "linear_near_bayes_mean"
     yield md.criterion(row, found, said, **SURELY[row], surely=True)
@@ -322,6 +342,18 @@ study = md.Study(
     criteria,
     {"decoded": panels(by_step), "over_outer_training": panels(by_outer_step), "causal": causal},
     section="ours",
+    tables=[
+        md.Table(
+            "Amortised Bayes: R² of decoding and of simulation, and the causal test",
+            {
+                f"{name}_{n}": f"{title}, {LABELS[n]}"
+                for name, title in TITLES.items()
+                for n in LABELS
+            },
+            COLUMNS,
+            "decoded",
+        )
+    ],
     claims=md.study.claims(
         decoded={
             "linear_near_bayes_mean": "Ours: whoever is near Bayes' loss holds the posterior mean "
