@@ -32,7 +32,7 @@ LABELS = {
     "transformer": "transformer",
     "control": "LSTM far from Bayes",
 }
-GOES_ON: dict[beside.Source, str] = {
+GOES_ON = {
     "none": "its own state",
     "own": "Bayes' state, mapped",
     "other": "that of another task",
@@ -99,16 +99,11 @@ class Config(md.StudyConfig):
             changes |= {"own": own, "rate": rate}
         return dataclasses.replace(made, **changes)
 
-    def operated(self, meta: md.Contender) -> list[md.Contender]:
-        """A trained network that goes on from each state, in its own learner's place."""
+    def operated(self, meta: md.Contender) -> md.Contender:
+        """A trained network, and copies of it that go on from other states."""
         network: Any = meta.learner
-        return [
-            md.Contender(
-                f"{meta.name}_{source}", f"{meta.label} from {said}",
-                beside.Implanted(network, source, self.at), "reference", of=meta.name,
-            )
-            for source, said in GOES_ON.items()
-        ]  # fmt: skip
+        learner = beside.Implanted(network, self.at)
+        return md.Contender(f"{meta.name}_operated", meta.label, learner, "reference", of=meta.name)
 
 
 def plan(config: Config) -> md.Plan:
@@ -123,13 +118,11 @@ def plan(config: Config) -> md.Plan:
         policy = lambda domain, meta: md.actor_critic(domain, meta.meta)  # Bayes has no part in it
         objective = predicting("bayes", beliefs.learner) if linear else policy
         metas = [config.network(each, domain, beliefs, 0 if linear else 1) for each in LABELS]
-        recurrent = [meta for meta in metas if meta.name in RECURRENT]
-        operated = [each for meta in recurrent for each in config.operated(meta)]
+        operated = [config.operated(meta) for meta in metas if meta.name in RECURRENT]
         bayes = md.Contender("bayes", "Bayes-optimal", beliefs.learner, "bayes")
         tasks, far = training_tasks(domain), dataclasses.replace(shifted[name], probes={})
-        kinds = {"kinds": ("reference", "bayes")}
         sets = [
-            sizes.sized(tasks, "tasks", f"causal_{name}", **kinds),
+            sizes.sized(tasks, "tasks", f"causal_{name}", kinds=("reference",)),
             sizes.sized(far, "shifted_tasks", f"shifted_{name}", kinds=("meta",)),
         ]
         part = md.Comparison(
@@ -161,10 +154,10 @@ def losses(results, name: str, network: str) -> list[np.ndarray]:
 
 def after(results, name: str, network: str, *sources: str) -> list[np.ndarray]:
     """Losses [seed, task] of the answers after states were replaced, and last those of Bayes."""
-    every = [results[f"causal_{name}", f"{network}_{source}"] for source in sources]
-    given = dynamics.samples(every[0], "after")[0, 0] > 0
-    every.append(results[f"causal_{name}", "bayes"])
-    return [dynamics.samples(data, "loss")[..., given].mean(-1) for data in every]
+    data = results[f"causal_{name}", f"{network}_operated"]
+    given = dynamics.samples(data, "after")[0, 0] > 0
+    losses = dynamics.samples(data, "losses")[:, :, given].mean(2)
+    return [losses[..., beside.SOURCES.index(source)] for source in (*sources, "bayes")]
 
 
 def over_bayes(results, name: str):
@@ -212,6 +205,12 @@ def merits(results, name: str, network: str):
         for source, said in GOES_ON.items():
             worse = estimate(excess, *after(results, name, network, source))
             yield f"from_{source}", f"excess loss, going on from {said}", worse
+        data = results[f"causal_{name}", f"{network}_operated"]
+        first = np.flatnonzero(dynamics.samples(data, "after")[0, 0])[0]
+        parts = (dynamics.samples(data, each)[:, :, first] for each in ("shift", "size"))
+        shift, size = next(parts)[..., 0], next(parts)
+        outputs = estimate(lambda a, b: a / b, shift, size)
+        yield "outputs", "shift of the next answer on Bayes' state, mapped, over its size", outputs
         kept = lambda own, none, fresh, bayes: decoding.explained(own - none, fresh - none)
         share = estimate(kept, *after(results, name, network, "own", "none", "fresh"))
         yield "kept", "share of what its state is worth that Bayes', mapped, keeps", share

@@ -43,7 +43,7 @@ def episode(meta, params, seed=0, steps=6):
         return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
     states = jax.tree.map(np.asarray, run(params, x, y))
-    at = lambda t: jax.tree.map(lambda leaf: leaf[t], states)
+    at = lambda t: jax.tree.map(lambda leaf: jnp.asarray(leaf[t]), states)
     return [at(t) for t in range(steps + 1)], x, y
 
 
@@ -110,8 +110,8 @@ def test_of_a_transformer_the_mean_of_what_its_cache_holds_is_read():
 @pytest.mark.parametrize("config", [LSTMConfig(hidden=4), GRUConfig(hidden=5)])
 def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
     both, params = made(config)
-    operated = beside.Implanted(both, "own", at=3, episodes=64)
-    states, _, y = episode(operated, params)
+    operated = beside.Implanted(both, at=3, episodes=64)
+    states, x, y = episode(operated, params)
     plain, _, _ = episode(both, params)
     # The episodes of the fit, and ridge regression on them in float64.
     keys = jax.random.split(jax.random.key(0), 64)
@@ -122,32 +122,34 @@ def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
     mean, spread = features.mean(0), features.std(0)
     z, target = (features - mean) / spread, np.float64(seen["state"])
     weights = np.linalg.solve(z.T @ z + np.eye(z.shape[1]), z.T @ (target - target.mean(0)))
-    own = np.concatenate([np.float64(plain[3].said[name]) for name in names])
-    expected = target.mean(0) + (own - mean) / spread @ weights
-    found = beside.whole(states[3].network.network.carry)
-    np.testing.assert_allclose(found, expected, atol=2e-3)
-    np.testing.assert_array_equal(states[3].network.network.feedback, y[2])
-    for t in (1, 2):  # until then it is left alone, and the one left alone always is
-        np.testing.assert_array_equal(
-            beside.whole(states[t].network.network.carry), plain[t].said["state"]
-        )
-    alone = [beside.whole(state.alone.carry) for state in states]
-    np.testing.assert_allclose(alone[6], plain[6].said["state"], rtol=1e-5, atol=1e-6)
-    after = [float(state.said["after"]) for state in states]
-    assert after == [0, 0, 0, 0, 1, 1, 1]
-    shift = [float(state.said["shift"]) for state in states]
-    assert max(shift[:4]) < 1e-10 < min(shift[4:])
-
-
-def test_controls_are_a_fresh_state_another_tasks_and_its_own():
-    both, params = made()
-    run = lambda source: episode(beside.Implanted(both, source, 3, 16), params)[0]
-    states = {source: run(source) for source in ("none", "own", "other", "fresh")}
-    carry = {k: beside.whole(each[3].network.network.carry) for k, each in states.items()}
-    np.testing.assert_array_equal(carry["fresh"], 0)
-    np.testing.assert_array_equal(carry["none"], beside.whole(states["none"][3].alone.carry))
-    assert np.abs(carry["other"] - carry["own"]).max() > 1e-3
-    assert max(float(state.said["shift"]) for state in states["none"]) == 0
+    donor = int(states[3].donor)
+    mapped = []
+    for source in (plain[3].said, {name: each[donor] for name, each in seen.items()}):
+        told = {**source, "query": plain[3].said["query"]}
+        of_source = np.concatenate([np.float64(told[name]) for name in names])
+        mapped.append(target.mean(0) + (of_source - mean) / spread @ weights)
+    carries = [jax.vmap(beside.whole)(state.copies.carry) for state in states]
+    np.testing.assert_allclose(carries[3], [*mapped, np.zeros_like(mapped[0])], atol=2e-3)
+    assert np.abs(mapped[0] - mapped[1]).max() > 0.01
+    np.testing.assert_array_equal(states[3].copies.feedback, np.tile(y[2], (3, 1)))
+    for t in (1, 2):  # until then they are left alone, and the one left alone always is
+        expected = np.tile(plain[t].said["state"], (3, 1))
+        np.testing.assert_allclose(carries[t], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states[6].alone.said["state"], plain[6].said["state"], rtol=1e-5)
+    assert [float(state.said["after"]) for state in states] == [0, 0, 0, 0, 1, 1, 1]
+    shift = np.array([state.said["shift"] for state in states])
+    assert shift[:4].max() < 1e-10 < shift[4:].min()
+    # The losses after the fourth pair, of which the answers are to the fourth query.
+    network = both.meta.learner(params)
+    copies = [jax.tree.map(lambda leaf, k=k: leaf[k], states[3].copies) for k in range(3)]
+    each = [plain[3].network, *copies]
+    answers = [np.float64(network.predict(one, jnp.asarray(x[3]))) for one in each]
+    answers.append(posterior(x[:3], y[:3])[0] @ x[3])
+    losses = [np.mean((answer - y[3]) ** 2) for answer in answers]
+    np.testing.assert_allclose(states[4].said["losses"], losses, rtol=1e-3)
+    apart = [np.mean((answer - answers[0]) ** 2) for answer in answers[1:4]]
+    np.testing.assert_allclose(states[4].said["shift"], apart, rtol=1e-3)
+    np.testing.assert_allclose(states[4].said["size"], np.mean(answers[0] ** 2), rtol=1e-4)
 
 
 def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
@@ -175,4 +177,4 @@ def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
 @pytest.mark.parametrize("at", [0, 6])
 def test_a_state_is_replaced_within_the_episode_alone(at):
     with pytest.raises(ConfigError, match=f"at = {at}: must be"):
-        beside.Implanted(made()[0], "own", at)
+        beside.Implanted(made()[0], at)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,6 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
 from metadyn.learners.bayes import bayes_bandit, bayes_linear, ridge
 from metadyn.learners.networks import Carry
-
-Source = Literal["none", "own", "other", "fresh"]
-"""Whose state a network goes on from (`Implanted`)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,33 +178,39 @@ class Beside:
         return Learner(init, predict, update, diagnose=diagnose)
 
 
-class Operated(NamedTuple):
-    """A network whose state is replaced in mid-episode, and the same network left alone."""
+SOURCES = ("none", "own", "other", "fresh", "bayes")
+"""Whose losses `Implanted` records: of copies that go on from one state or another, and Bayes'."""
 
-    network: Both
-    alone: State
+
+class Operated(NamedTuple):
+    """A network left alone beside Bayes, and copies of it whose states are replaced."""
+
+    alone: Both
+    copies: State
+    """Three of the network's states, stacked: those of "own", "other" and "fresh"."""
     time: Int[Array, ""]
     donor: Int[Array, ""]
-    """The episode, among those of the fit, whose belief is put in the place of its own."""
+    """The episode, among those of the fit, whose posterior is put in the place of its own."""
     said: Mapping[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Implanted:
-    """A trained recurrent network whose carry is replaced, after update `at`, by another.
+    """A trained recurrent network, and copies of it whose carry is replaced after update `at`.
 
-    From "own" the carry is that to which ridge regression, fitted on episodes of training, maps
-    Bayes' belief after the same pairs and the query last read: all else that it held is lost.
-    Controls are the belief of another task in its place, "other"; the carry of an episode's
-    beginning, "fresh"; and "none". The last feedback, which no carry holds yet, stays.
+    The carry of the copy "own" is that to which ridge regression, fitted on episodes of training,
+    maps Bayes' posterior after the same pairs and the query last read: all else that it held is
+    lost. Controls are the posterior of another task in its place, "other"; the carry at an
+    episode's beginning, "fresh"; and the network left alone, "none". The last feedback, which no
+    carry holds yet, stays. All see the same pairs, which where answers count are those of the
+    network left alone.
 
-    Recorded are `shift`, the distance of its last answer from that of the same network left alone,
-    on the same pairs; `size`, the mean square of the latter; and `after`, whether it gave that
-    answer after the replacement, 1 or 0.
+    Recorded are `losses`, of `SOURCES`; `shift`, the distances of the three copies' last answers
+    from that of the network left alone; `size`, the mean square of the latter; and `after`, whether
+    they were given after the replacement, 1 or 0.
     """
 
     beside: Beside
-    source: Source
     at: int = 5
     episodes: int = 512
     """Episodes of the fit: our choice."""
@@ -242,46 +245,50 @@ class Implanted:
 
     def learner(self, params: Params) -> Learner:
         """The learner that these parameters are, to be operated on."""
-        network = self.beside.learner(params)
-        empty, carried = ravel_pytree(network.init(jax.random.key(0)).network.carry)
-        seen: Any = None
-        if self.source in ("own", "other"):
-            keys = jax.random.split(jax.random.key(0), self.episodes)
-            seen = jax.vmap(partial(self._episode, network))(keys)
-            mapped = _ridge(_features(seen), seen["state"])
+        learner = self.beside.learner(params)
+        network, beliefs = self.beside.meta.learner(params), self.beside.beliefs
+        domain, bayes = self.beside.domain, beliefs.learner
+        empty, carried = ravel_pytree(learner.init(jax.random.key(0)).network.carry)
+        keys = jax.random.split(jax.random.key(0), self.episodes)
+        seen = jax.vmap(partial(self._episode, learner))(keys)
+        mapped = _ridge(_features(seen), seen["state"])
 
         def init(key: Key) -> Operated:
-            both = network.init(key)
+            both = learner.init(key)
+            copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), both.network)
             donor = jax.random.randint(key, (), 0, self.episodes)
-            said = dict.fromkeys(("after", "shift", "size"), jnp.zeros(()))
-            return Operated(both, both.network, jnp.int32(0), donor, said)
+            said = {
+                "after": jnp.zeros(()),
+                "losses": jnp.zeros(len(SOURCES)),
+                "shift": jnp.zeros(3),
+                "size": jnp.zeros(()),
+            }
+            return Operated(both, copies, jnp.int32(0), donor, said)
 
         def predict(state: Operated, query: Query) -> Answer:
-            return network.predict(state.network, query)
+            return learner.predict(state.alone, query)
 
         def update(state: Operated, query: Query, feedback: Feedback) -> Operated:
-            after = network.update(state.network, query, feedback)
-            untouched = Both(state.alone, *state.network[1:])
-            whole, answer = network.predict(untouched, query), predict(state, query)
+            answer, best = predict(state, query), bayes.predict(state.alone.bayes, query)
+            answers = jax.vmap(network.predict, (0, None))(state.copies, query)
+            every = jnp.concatenate([answer[None], answers, best[None]])
             said = {
                 "after": jnp.where(state.time >= self.at, 1.0, 0.0),
-                "shift": self.beside.beliefs.distance(answer, whole),
-                "size": jnp.mean(whole**2),
+                "losses": jax.vmap(domain.loss, (0, None))(every, feedback),
+                "shift": jax.vmap(beliefs.distance, (0, None))(answers, answer),
+                "size": jnp.mean(answer**2),
             }
-            alone = network.update(untouched, query, feedback).network
-            time = state.time + 1
-            if self.source != "none":
-                carry = empty
-                if self.source != "fresh":
-                    told = after.said
-                    if self.source == "other":
-                        others = jax.tree.map(lambda a: a[state.donor], seen)
-                        told = {**others, "query": told["query"]}
-                    carry = mapped(_features(told))
-                put = lambda new, old: jnp.where(time == self.at, new, old)
-                carry = jax.tree.map(put, carried(carry), after.network.carry)
-                after = after._replace(network=after.network._replace(carry=carry))
-            return Operated(after, alone, time, state.donor, said)
+            alone = learner.update(state.alone, query, feedback)
+            copies = jax.vmap(network.update, (0, None, None))(state.copies, query, feedback)
+            donor = jax.tree.map(lambda leaf: leaf[state.donor], seen)
+            own, other = (
+                carried(mapped(_features(told)))
+                for told in (alone.said, {**donor, "query": alone.said["query"]})
+            )
+            new = jax.tree.map(lambda *three: jnp.stack(three), own, other, carried(empty))
+            put = lambda new, old: jnp.where(state.time + 1 == self.at, new, old)
+            copies = copies._replace(carry=jax.tree.map(put, new, copies.carry))
+            return Operated(alone, copies, state.time + 1, state.donor, said)
 
         return Learner(init, predict, update, diagnose=lambda state: state.said)
 
