@@ -82,6 +82,9 @@ class Config(md.StudyConfig):
         steps = min(self.linear.steps, self.bandit.steps)
         right = self.pairs and all(0 < n < steps for n in self.pairs)
         check(right, "pairs", self.pairs, f"from 1 to {steps - 1}, one less than there are steps")
+        K, n = self.bandit.contexts, self.bandit.actions
+        fix = f"must be at most actions = {n}: outside the training distribution all are distinct"
+        check(K <= n, "contexts", K, fix)
         check(0 < self.at < steps, "at", self.at, f"must be from 1 to {steps - 1}")
 
     def network(self, name: str, domain, beliefs, heads: int) -> md.Contender:

@@ -164,7 +164,7 @@ def explained(left: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 def over_steps(left: np.ndarray, total: np.ndarray) -> np.ndarray:
     """R², mean over the steps."""
-    return explained(left, total).mean(-1)
+    return np.asarray(explained(left, total).mean(-1))
 
 
 def r_squared(decoded: Decoded) -> dynamics.Estimate:
