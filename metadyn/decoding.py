@@ -156,7 +156,7 @@ def shuffled(y: Samples) -> Samples:
     return np.roll(y, 2, axis=1)
 
 
-def explained(left: np.ndarray, total: np.ndarray) -> np.ndarray:
+def explained(left: dynamics.Numbers, total: dynamics.Numbers) -> np.ndarray:
     """R² = 1 − left / total, of means over seeds and tasks; NaN with nothing to explain."""
     with np.errstate(all="ignore"):
         return np.where(total > 0, 1 - left / total, np.nan)
