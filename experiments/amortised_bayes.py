@@ -320,7 +320,6 @@ QUICK = Config(
     outer=md.OuterConfig(
         steps=4000,
         batch=32,
-        seeds=3,
         optimizer="nadam",
         b2=0.98,
         learning_rate=3e-2,
