@@ -84,7 +84,7 @@ class Config(md.StudyConfig):
         check(right, "pairs", self.pairs, f"from 1 to {steps - 1}, one less than there are steps")
         K, n = self.bandit.contexts, self.bandit.actions
         fix = f"must be at most actions = {n}: outside the training distribution all are distinct"
-        check(K <= n, "contexts", K, fix)
+        check(n >= K, "contexts", K, fix)
         check(0 < self.at < steps, "at", self.at, f"must be from 1 to {steps - 1}")
 
     def network(self, name: str, domain, beliefs, heads: int) -> md.Contender:
@@ -310,7 +310,8 @@ def causal(results):
             axis.bar(np.arange(len(RECURRENT)) + 0.2 * i, found.value, 0.2, **style)
         axis.set(title=TITLES[name], yscale="log")
         axis.set_xticks(np.arange(len(RECURRENT)) + 0.3, [LABELS[each] for each in RECURRENT])
-    axes[0].legend(title="going on from")
+    entries = axes[0].get_legend_handles_labels()
+    figure.legend(*entries, title="going on from", loc="outside lower center", ncols=4)
     return figure
 
 
