@@ -44,7 +44,7 @@ class Learner(NamedTuple):
     clock: str = "observations"
     """What the learner's time t counts: "observations" in the episode, or optimiser "updates"."""
     diagnose: Callable[[State], Mapping[str, Array]] | None = None
-    """Scalars about the state, by name, that are recorded beside the probes' readings."""
+    """Numbers about the state, or arrays of them, by name: recorded beside the probes' readings."""
 
 
 @runtime_checkable

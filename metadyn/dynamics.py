@@ -282,8 +282,12 @@ def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:
 
 
 def episode_loss(data: xr.Dataset) -> np.ndarray:
-    """Mean loss over the answers of an episode [seed, task(, outer_step)]."""
-    return samples(data, "loss")[..., 1:].mean(-1)
+    """Mean loss over the answers of an episode [seed, task(, outer_step)].
+
+    A stored loss is the mean since the time before, however many answers that is of.
+    """
+    answers = np.diff(data["time"].to_numpy())
+    return np.average(samples(data, "loss")[..., 1:], -1, answers)
 
 
 def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:

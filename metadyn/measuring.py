@@ -73,8 +73,10 @@ def described(
     Raises `ConfigError` unless the probes read what they say.
     """
     lead, probes = ("seed",) if contender.seeded else (), tasks.probes.items()
-    axes = {n: (*lead, "task", "step", *rest) for n, rest in _axes(tasks, contender).items()}
+    found, sizes = _axes(tasks, contender)
+    axes = {n: (*lead, "task", "step", *rest) for n, rest in found.items()}
     coords: dict[str, Any] = {"time": ("step", contender.times_in(tasks.domain))}
+    coords |= {axis: (axis, range(n)) for axis, n in sizes.items()}
     for name, probe in probes:
         prefix = "" if name == STRENGTH else f"{name}_"
         coords[prefix + probe.modes.coordinate] = (inner.mode_axis(name), probe.modes.values)
@@ -88,17 +90,23 @@ def described(
 
 
 @functools.cache
-def _axes(tasks: TaskSet, contender: Contender) -> Mapping[str, tuple[str, ...]]:
-    """Axes of each reading, beyond those of seeds, tasks and times; traced, not computed.
+def _axes(
+    tasks: TaskSet, contender: Contender
+) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, int]]:
+    """Axes of each reading, beyond those of seeds, tasks and times, and the sizes of diagnoses'.
 
-    Raises `ConfigError` unless each probe reads what it says, of that learner's answers.
+    Traced, not computed. Raises `ConfigError` unless each probe reads what it says, of that
+    learner's answers.
     """
     found: dict[str, tuple[str, ...]] = {}
+    sizes: dict[str, int] = {}
 
     def trace(key: Key) -> None:
         meta = contender.learner
         learner = contender.make(() if isinstance(meta, Learner) else meta.init(key))
         found.update(inner.reading_axes(learner, tuple(tasks.probes.items())))
+        for of_array in inner.diagnosed(learner).values():
+            sizes.update(of_array)
         for name, probe in tasks.probes.items():
             with naming(f"probe {name!r} on {tasks.name!r} cannot be read"):
                 answers = jax.vmap(learner.predict, (None, 0))(learner.init(key), probe.queries)
@@ -108,7 +116,7 @@ def _axes(tasks: TaskSet, contender: Contender) -> Mapping[str, tuple[str, ...]]
             _check_read(name, probe, shapes)
 
     jax.eval_shape(trace, jax.random.key(0))
-    return found
+    return found, sizes
 
 
 def _check_read(name: str, probe: Probe, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -125,12 +133,11 @@ def _check_read(name: str, probe: Probe, shapes: dict[str, tuple[int, ...]]) -> 
 def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     """Reckons up the memory that the readings of a contender take, from shapes alone."""
     probes = tasks.probes.items()
-    sizes = {"step": 1} | {inner.mode_axis(n): len(p.modes.values) for n, p in probes}
+    axes, sizes = _axes(tasks, contender)
+    sizes = {**sizes, "step": 1} | {inner.mode_axis(n): len(p.modes.values) for n, p in probes}
     for _, probe in probes:
         sizes |= {axis: len(values) for axis, values in probe.coords.values()}
-    each = sum(
-        math.prod(sizes.get(axis, 1) for axis in axes) for axes in _axes(tasks, contender).values()
-    )
+    each = sum(math.prod(sizes.get(axis, 1) for axis in of_one) for of_one in axes.values())
     times = len(contender.times_in(tasks.domain))
     return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * each
 

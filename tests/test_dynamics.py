@@ -1,8 +1,11 @@
 """Figures of merit on planted trajectories, and intervals against SciPy's bootstrap."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.stats
+import xarray as xr
 
 from metadyn import dynamics
 from metadyn.labelled import About, Modes, describe, labelled
@@ -173,3 +176,13 @@ def test_there_is_no_interval_where_many_draws_have_no_value():
     found = dynamics.estimate_over_runs(np.median, runs)
     assert found.value == 1
     assert np.isnan([found.low, found.high]).all()
+
+
+def test_the_loss_of_an_episode_counts_every_answer_once_however_seldom_it_is_recorded():
+    losses = np.random.default_rng(0).random((2, 5, 20))  # seed, task, answer
+    for times in (range(21), (0, 2, 3, 10, 20)):
+        spans = [losses[..., a:b].mean(-1) for a, b in pairwise(times)]
+        stored = np.stack([np.full((2, 5), np.nan), *spans])
+        dims = ("step", "seed", "task")
+        data = xr.Dataset({"loss": (dims, stored)}, {"time": ("step", list(times))})
+        np.testing.assert_allclose(dynamics.episode_loss(data), losses.mean(-1))

@@ -1,0 +1,114 @@
+"""The amortised-Bayes study: what it compares, its figures of merit on planted states, refusals."""
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import metadyn as md
+from metadyn import labelled
+from metadyn.learners import beside
+from metadyn.store import Results
+
+STUDY = md.load_study("amortised_bayes")
+QUICK = STUDY.presets["quick"]
+MODULE = sys.modules[STUDY.plan.__module__]
+TIMES, STEPS, TASKS = (0, 2, 3), (0, 1, 3, 7, 15), 400
+RNG = np.random.default_rng(0)
+
+
+def test_every_network_is_trained_in_both_domains_and_recurrent_ones_are_operated_on():
+    plan = STUDY.plan(QUICK)
+    for part in plan.comparisons:
+        assert [meta.name for meta in part.metas] == ["lstm", "gru", "transformer", "control"]
+        assert all(list(meta.times) == [0, 2, 3, 5, 10, 20] for meta in part.metas)
+        operated = {c.name: c.of for c in part.contenders if c.kind == "reference"}
+        assert operated == {"lstm_operated": "lstm", "gru_operated": "gru"}
+    rates = {name: (each.own or plan.outer).learning_rate for name, each in plan.trained.items()}
+    assert rates["control_linear"] == QUICK.control_learning_rate < rates["lstm_linear"] / 50
+    sizes = {n: sum(x.size for x in _leaves(each.meta)) for n, each in plan.trained.items()}
+    assert sizes["control_bandit"] == sizes["lstm_bandit"]
+
+
+def _leaves(meta):
+    return jax.tree.leaves(jax.eval_shape(meta.init, jax.random.key(0)))
+
+
+def measured(arrays, axes, learner="lstm", kind="meta", times=TIMES, outer=True):
+    about = labelled.About(learner, learner, kind, "observations", 0.5)
+    coords = {"time": ("step", times)} | ({"outer_step": ("outer_step", STEPS)} if outer else {})
+    return labelled.labelled(arrays, labelled.describe(about, axes, coords, {}))
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """An LSTM into whose state the mean comes half-way through outer training, and nothing else.
+
+    Excess loss is 4, 4, 2, 1, 1 over outer training; copies lose 1, 2, 5 and 3 where Bayes loses 1.
+    """
+    shape = (len(STEPS), 1, TASKS, len(TIMES))
+    mean, uncertainty, noise = (RNG.standard_normal((*shape, n)) for n in (2, 1, 4))
+    share = np.array([0, 0, 0, 1, 1])[:, None, None, None, None]
+    state = np.concatenate([share * mean + (1 - share) * noise[..., :2], noise[..., 2:]], -1)
+    loss = 1 + 0.5 * np.array([4, 4, 2, 1, 1.0])[:, None, None, None] + np.zeros(shape)
+    lead = ("outer_step", "seed", "task", "step")
+    vectors = {"state": state, "mean": mean, "uncertainty": uncertainty, "query": noise[..., :1]}
+    axes = {name: (*lead, f"{name}_0") for name in vectors} | {"loss": lead, "distance": lead}
+    trained = measured(vectors | {"loss": loss, "distance": loss}, axes)
+    ones, few = np.ones((TASKS, 4)), {"loss": ("task", "step"), "distance": ("task", "step")}
+    bayes = {"loss": ones}, {"loss": ("task", "step")}, "bayes", "bayes", (0, 1, 2, 3), False
+    copies = {
+        "after": np.tile([0, 0, 1, 1.0], (1, 8, 1)),
+        "losses": np.tile([1, 2, 5, 3, 1.0], (1, 8, 4, 1)),
+        "shift": np.tile([0.5, 2, 1.0], (1, 8, 4, 1)),
+        "size": np.full((1, 8, 4), 2.0),
+    }
+    of = {name: ("seed", "task", "step", name + "_0")[: a.ndim] for name, a in copies.items()}
+    data = {
+        ("heldout_linear", "lstm"): trained,
+        ("heldout_linear", "bayes"): measured(*bayes),
+        ("shifted_linear", "lstm"): measured(
+            {"loss": 3 * ones, "distance": 3 * ones}, few, times=(0, 1, 2, 3), outer=False
+        ),
+        ("causal_linear", "lstm_operated"): measured(
+            copies, of, "lstm_operated", "reference", (0, 1, 2, 3), False
+        ),
+    }
+    sets = {}
+    for task_set, learner in data:
+        sets.setdefault(task_set, []).append(learner)
+    return Results(sets, lambda *names: data[names])
+
+
+def test_figures_of_merit_are_those_that_were_planted(planted):
+    found = {what: each for what, _, each in MODULE.merits(planted, "linear", "lstm")}
+    value = {what: float(each.value) for what, each in found.items()}
+    assert value["mean"] > 0.999
+    for nothing in ("untrained", "shuffled", "uncertainty", "nonlinear"):
+        assert abs(value[nothing]) < 0.1, nothing
+    np.testing.assert_allclose(value["excess"], 1.0)
+    assert (value["distance_inside"], value["distance_outside"]) == (1.5, 3.0)
+    # R² is half-way between steps 3 and 7, at 2½ doublings of 1 + step; excess loss at step 3.
+    np.testing.assert_allclose(value["delay"], 0.5, atol=0.02)
+    # Of Bayes' three numbers the state holds two; of the state's four Bayes and the query hold two.
+    np.testing.assert_allclose(value["to_bayes"], 2 / 3, atol=0.03)
+    assert value["direction"] == pytest.approx(value["to_bayes"] - value["from_bayes"])
+    bayes = {source: value[f"from_{source}"] for source in ("none", "own", "other", "fresh")}
+    assert bayes == {"none": 0.0, "own": 2.0, "other": 8.0, "fresh": 4.0}
+    assert (value["kept"], value["outputs"]) == (0.5, 0.25)
+    assert set(MODULE.GOES_ON) == set(beside.SOURCES) - {"bayes"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--pairs", "0", "4"], "--pairs"),
+        (["--pairs", "20"], "from 1 to 19"),
+        (["--at", "0"], "--at 0: must be from 1 to 19"),
+        (["--gru-learning-rate", "0"], "--gru-learning-rate 0: must be positive"),
+        (["--bandit.actions", "2"], "contexts 3: must be at most actions = 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):
+    refused(["amortised_bayes", *options], says)

@@ -1,0 +1,180 @@
+"""Networks beside Bayes: what is recorded, and what a replaced state does, in float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+
+import metadyn as md
+from metadyn import decoding, labelled, measuring
+from metadyn.base import training_tasks
+from metadyn.domains.bandit import ContextualBandit, Outcome
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import ConfigError
+from metadyn.learners import beside
+from metadyn.learners.attention import TransformerConfig
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.learners.networks import GRUConfig
+
+DOMAIN = LinearRegression(2, 3, steps=6)
+BELIEFS = beside.linear_beliefs(DOMAIN)
+
+
+def made(config=LSTMConfig(hidden=4), read=beside.whole):  # noqa: B008 (it is frozen)
+    meta = config.make(DOMAIN)
+    params = meta.init(jax.random.key(3))
+    params["readout"] = 0.5 * jax.random.normal(jax.random.key(4), params["readout"].shape)
+    return beside.Beside(meta, DOMAIN, BELIEFS, read), params
+
+
+def episode(meta, params, seed=0, steps=6):
+    """States after each of some pairs, from the one before the first, and the pairs."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(steps, 2)).astype(np.float32)
+    y = rng.normal(size=(steps, 3)).astype(np.float32)
+
+    @jax.jit
+    def run(params, x, y):
+        learner = meta.learner(params)
+        first = learner.init(jax.random.key(seed))
+        step = lambda state, pair: (learner.update(state, *pair),) * 2
+        _, rest = jax.lax.scan(step, first, (x, y))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+    states = jax.tree.map(np.asarray, run(params, x, y))
+    at = lambda t: jax.tree.map(lambda leaf: jnp.asarray(leaf[t]), states)
+    return [at(t) for t in range(steps + 1)], x, y
+
+
+def posterior(x, y):
+    """Mean [n_y, n_x] and covariance of a row, in float64."""
+    x, y = np.float64(x), np.float64(y)
+    covariance = np.linalg.inv(2 * np.eye(2) + x.T @ x / DOMAIN.sigma**2)
+    return y.T @ x @ covariance / DOMAIN.sigma**2, covariance
+
+
+def test_the_network_is_as_alone_and_bayes_is_recorded_after_the_pairs_its_state_has_read():
+    both, params = made()
+    learner, network = both.learner(params), both.meta.learner(params)
+    alone = jax.jit(
+        lambda state, *pair: (network.predict(state, pair[0]), network.update(state, *pair))
+    )
+    states, x, y = episode(both, params)
+    plain = network.init(jax.random.key(0))
+    for t in range(6):
+        answer, plain = alone(plain, x[t], y[t])
+        said = learner.predict(states[t], jnp.asarray(x[t]))
+        np.testing.assert_allclose(said, answer, rtol=1e-5)
+        said = learner.diagnose(states[t + 1])
+        mean, covariance = posterior(x[:t], y[:t])
+        np.testing.assert_allclose(said["mean"], mean.ravel(), atol=2e-4)
+        np.testing.assert_allclose(said["covariance"], covariance.ravel(), atol=1e-5)
+        np.testing.assert_allclose(said["uncertainty"], np.linalg.slogdet(covariance)[1], atol=0.01)
+        np.testing.assert_array_equal(said["query"], x[t])
+        distance = np.mean((np.float64(answer) - mean @ x[t]) ** 2)
+        np.testing.assert_allclose(said["distance"], distance, rtol=1e-2, atol=1e-6)
+        h, c = plain.carry
+        np.testing.assert_allclose(said["state"], np.concatenate([h, c]), atol=1e-3)
+        assert said["state"].dtype == jnp.float16
+    nothing = learner.diagnose(states[0])
+    assert all(np.all(np.asarray(each) == 0) for each in nothing.values())
+
+
+def test_posterior_and_divergence_in_the_bandit():
+    domain = ContextualBandit(2, 3, steps=5)
+    beliefs = beside.bandit_beliefs(domain)
+    state = beliefs.learner.init(jax.random.key(0))
+    pay = jnp.eye(3)[jnp.array([2, 1])]
+    tried = Outcome(jnp.int32(0), jnp.int32(0), jnp.float32(0), pay)
+    state = beliefs.learner.update(state, jnp.int32(0), tried)
+    said = beliefs.read(state)
+    np.testing.assert_allclose(said["mean"], [0, 0.5, 0.5, 1 / 3, 1 / 3, 1 / 3], atol=1e-6)
+    np.testing.assert_allclose(said["uncertainty"], np.log([2, 3]), atol=1e-6)
+    best = beliefs.learner.predict(state, jnp.int32(0))
+    found = beliefs.distance(jnp.log(jnp.array([0.5, 0.25, 0.25])), best)
+    np.testing.assert_allclose(found, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(beliefs.distance(best, best), 0, atol=1e-6)
+    with pytest.raises(ConfigError, match="permutation"):
+        beside.bandit_beliefs(ContextualBandit(2, 3, steps=5, permutation=True))
+
+
+def test_of_a_transformer_the_mean_of_what_its_cache_holds_is_read():
+    config = TransformerConfig(hidden=8, layers=2, attention_heads=2)
+    both, params = made(config, beside.mean_values)
+    states, _, _ = episode(both, params)
+    values = [np.asarray(memory[1])[:4].mean(0).ravel() for memory in states[4].network.carry[1]]
+    np.testing.assert_allclose(states[4].said["state"], np.concatenate(values), rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [LSTMConfig(hidden=4), GRUConfig(hidden=5)])
+def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
+    both, params = made(config)
+    operated = beside.Implanted(both, at=3, episodes=64)
+    states, x, y = episode(operated, params)
+    plain, _, _ = episode(both, params)
+    # The episodes of the fit, and ridge regression on them in float64.
+    keys = jax.random.split(jax.random.key(0), 64)
+    fit = jax.vmap(lambda key: operated._episode(both.learner(params), key))
+    seen = jax.jit(fit)(keys)
+    names = ("covariance", "mean", "query", "uncertainty")
+    features = np.concatenate([np.float64(seen[name]) for name in names], 1)
+    mean, spread = features.mean(0), features.std(0)
+    z, target = (features - mean) / spread, np.float64(seen["state"])
+    weights = np.linalg.solve(z.T @ z + np.eye(z.shape[1]), z.T @ (target - target.mean(0)))
+    donor = int(states[3].donor)
+    mapped = []
+    for source in (plain[3].said, {name: each[donor] for name, each in seen.items()}):
+        told = {**source, "query": plain[3].said["query"]}
+        of_source = np.concatenate([np.float64(told[name]) for name in names])
+        mapped.append(target.mean(0) + (of_source - mean) / spread @ weights)
+    carries = [jax.vmap(beside.whole)(state.copies.carry) for state in states]
+    np.testing.assert_allclose(carries[3], [*mapped, np.zeros_like(mapped[0])], atol=2e-3)
+    assert np.abs(mapped[0] - mapped[1]).max() > 0.01
+    np.testing.assert_array_equal(states[3].copies.feedback, np.tile(y[2], (3, 1)))
+    for t in (1, 2):  # until then they are left alone, and the one left alone always is
+        expected = np.tile(plain[t].said["state"], (3, 1))
+        np.testing.assert_allclose(carries[t], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states[6].alone.said["state"], plain[6].said["state"], rtol=1e-5)
+    assert [float(state.said["after"]) for state in states] == [0, 0, 0, 0, 1, 1, 1]
+    shift = np.array([state.said["shift"] for state in states])
+    assert shift[:4].max() < 1e-10 < shift[4:].min()
+    # The losses after the fourth pair, of which the answers are to the fourth query.
+    network = both.meta.learner(params)
+    copies = [jax.tree.map(lambda leaf, k=k: leaf[k], states[3].copies) for k in range(3)]
+    each = [plain[3].network, *copies]
+    answers = [np.float64(network.predict(one, jnp.asarray(x[3]))) for one in each]
+    answers.append(posterior(x[:3], y[:3])[0] @ x[3])
+    losses = [np.mean((answer - y[3]) ** 2) for answer in answers]
+    np.testing.assert_allclose(states[4].said["losses"], losses, rtol=1e-3)
+    apart = [np.mean((answer - answers[0]) ** 2) for answer in answers[1:4]]
+    np.testing.assert_allclose(states[4].said["shift"], apart, rtol=1e-3)
+    np.testing.assert_allclose(states[4].said["size"], np.mean(answers[0] ** 2), rtol=1e-4)
+
+
+def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
+    both, params = made()
+    contender = md.Contender("lstm", "LSTM", both, times=(0, 2, 4, 6))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    tasks = training_tasks(DOMAIN, "some", 20)
+    arrays = measuring.readings(tasks, contender, stacked, jax.random.key(0))
+    data = labelled.labelled(arrays, measuring.described(tasks, contender))
+    assert data["state"].dims == ("seed", "task", "step", "state_0")
+    sizes = {name: data.sizes[f"{name}_0"] for name in ("state", "mean", "covariance", "query")}
+    assert sizes == {"state": 8, "mean": 6, "covariance": 4, "query": 2}
+    readings = 8 + 6 + 4 + 2 + 1 + 1 + 1  # and uncertainty, distance, loss
+    assert measuring.bytes_needed(tasks, contender, seeds=2) == 4 * 2 * 20 * 4 * readings
+    assert decoding.vectors(data, "state", "query", "absent").shape == (2, 20, 3, 10)
+    forth, back = decoding.both_ways(data)
+    assert forth.left.shape == back.left.shape == (2, 10, 3)
+    over = xr.concat([data, data], "outer_step")
+    found = decoding.of_state(over, "mean")
+    np.testing.assert_array_equal(found.at(0).left, found.at(1).left)
+    again = decoding.held_out(decoding.vectors(data, "state"), decoding.vectors(data, "mean"))
+    np.testing.assert_array_equal(found.at(1).left, again.left)
+
+
+@pytest.mark.parametrize("at", [0, 6])
+def test_a_state_is_replaced_within_the_episode_alone(at):
+    with pytest.raises(ConfigError, match=f"at = {at}: must be"):
+        beside.Implanted(made()[0], at)

@@ -1,0 +1,96 @@
+"""Decoding against planted codes, noise and float64 least squares."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+
+from metadyn import decoding
+
+RNG = np.random.default_rng(0)
+
+
+def samples(*shape):
+    return RNG.standard_normal(shape)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_planted_linear_code_is_decoded_exactly(scale):
+    x, code = samples(2, 80, 3, 6), scale * samples(6, 4)
+    found = decoding.held_out(x, x @ code + 5.0)
+    assert found.left.shape == found.total.shape == (2, 40, 3)
+    np.testing.assert_allclose(decoding.r_squared(found).value, 1.0, atol=1e-9)
+
+
+def test_nothing_is_found_in_noise_or_in_other_tasks():
+    x, y = samples(2, 400, 3, 50), samples(2, 400, 3, 4)
+    for target in (y, decoding.shuffled(x[..., :4])):
+        found = decoding.r_squared(decoding.held_out(x, target))
+        assert np.all(np.abs(found.value) < 0.05)
+        assert np.all(found.low < 0.02)
+    overfitted = np.linalg.lstsq(x[0, ::2, 0], y[0, ::2, 0])[0]  # what the penalty is there for
+    left = ((y[0, 1::2, 0] - x[0, 1::2, 0] @ overfitted) ** 2).mean()
+    assert left > 1.15 * (y[0, 1::2, 0] ** 2).mean()
+
+
+def test_a_code_under_noise_is_decoded_as_far_as_least_squares_can():
+    x = samples(1, 4000, 1, 5)
+    y = x @ samples(5, 2) + samples(1, 4000, 1, 2)
+    found = decoding.held_out(x, y)
+    fit, new = slice(0, None, 2), slice(1, None, 2)
+    design = lambda which: np.concatenate([x[0, which, 0], np.ones((2000, 1))], 1)
+    weights = np.linalg.lstsq(design(fit), y[0, fit, 0])[0]
+    left = ((y[0, new, 0] - design(new) @ weights) ** 2).sum(-1)
+    np.testing.assert_allclose(found.left[0, :, 0].mean(), left.mean(), rtol=1e-3)
+    total = ((y[0, new, 0] - y[0, fit, 0].mean(0)) ** 2).sum(-1)
+    np.testing.assert_allclose(found.total[0, :, 0], total)
+    value = decoding.explained(*(part.mean((0, 1)) for part in found))
+    np.testing.assert_allclose(decoding.r_squared(found).value, value)
+
+
+def test_ridge_is_that_of_scikit_learn_at_the_penalty_it_chooses():
+    x, y, new = samples(2, 60, 30), samples(2, 60, 3), samples(2, 10, 30)
+    found = decoding.ridge(x, y, new)
+    for each, one in enumerate(found):
+        mean, spread = x[each].mean(0), x[each].std(0)
+        candidates = [
+            Ridge(60 * penalty).fit((x[each] - mean) / spread, y[each])
+            for penalty in decoding.PENALTIES
+        ]
+        said = [fit.predict((new[each] - mean) / spread) for fit in candidates]
+        assert min(np.abs(one - other).max() for other in said) < 1e-9
+
+
+def test_a_constant_number_in_a_state_says_nothing_and_does_no_harm():
+    x, y = samples(1, 60, 1, 4), samples(1, 60, 1, 2)
+    constant = np.concatenate([x, np.full_like(x, 3.0)], -1)
+    for one, other in zip(decoding.held_out(x, y), decoding.held_out(constant, y), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_a_perceptron_finds_what_is_there_in_another_form_and_loses_nothing_linear():
+    x = samples(1, 1200, 1, 3)
+    square = x[..., :1] ** 2
+    linear, found = (
+        decoding.r_squared(decoding.held_out(x, square, decode)).value
+        for decode in (decoding.ridge, decoding.perceptron)
+    )
+    assert abs(linear[0]) < 0.05
+    assert found[0] > 0.8
+    both = decoding.held_out(x, x @ samples(3, 2), decoding.perceptron)
+    np.testing.assert_allclose(decoding.r_squared(both).value, 1.0, atol=1e-3)
+    noise = decoding.held_out(x, samples(1, 1200, 1, 2), decoding.perceptron)
+    assert abs(decoding.r_squared(noise).value[0]) < 0.1
+
+
+def test_delay_counts_doublings_of_the_outer_step():
+    steps = np.array([0, 1, 3, 7, 15, 31])  # log2(1 + step) = 0 … 5
+    later = np.array([0.1, 0.1, 0.1, 0.5, 0.9, 0.9])  # half-way at 3
+    sooner = np.exp(-np.array([0.0, 1.0, 2.0, 2.0, 2.0, 2.0]))  # half-way at 1
+    np.testing.assert_allclose(decoding.delay(steps, later, sooner), 2.0)
+    both = decoding.delay(steps, np.stack([later, later]), np.stack([sooner, sooner]))
+    np.testing.assert_allclose(both, [2.0, 2.0])
+
+
+def test_with_nothing_to_explain_there_is_no_r_squared():
+    found = decoding.held_out(samples(1, 20, 1, 2), np.ones((1, 20, 1, 1)))
+    assert np.isnan(decoding.explained(*(part.mean((0, 1)) for part in found))).all()
