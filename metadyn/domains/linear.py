@@ -122,6 +122,13 @@ class LinearRegression(Regression):
         s[0] *= outsize
         return tuple(float(value) for value in s)
 
+    def scaled(self, scale: float) -> LinearRegression:
+        """The same domain with every matrix W of its prior multiplied by a number above 0."""
+        check(0 < scale < float("inf"), "scale", scale, "must be positive and finite")
+        rows = lambda matrix: tuple(map(tuple, matrix.tolist()))
+        mean, C = rows(scale * self.M), rows(scale**2 * self.C)
+        return dataclasses.replace(self, mean=mean, column_covariance=C)
+
     # The contract of `base.Domain`.
 
     @property
