@@ -286,3 +286,16 @@ def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
     """`excess_loss` of a meta-learner on the tasks that Bayes was measured on, with interval."""
     excess = functools.partial(excess_loss, floor=labelled.about(trained).loss_floor)
     return estimate(excess, episode_loss(trained), episode_loss(bayes))
+
+
+Pair = tuple[xr.Dataset, xr.Dataset]
+
+
+def excess_growth(shifted: Pair, within: Pair) -> Estimate:
+    """How much greater a learner's excess over Bayes is on shifted tasks than on those of training.
+
+    Each pair is the learner's measurement and Bayes' on the same tasks.
+    """
+    excess = functools.partial(excess_loss, floor=labelled.about(shifted[0]).loss_floor)
+    losses = [episode_loss(each) for each in (*shifted, *within)]
+    return estimate(lambda a, b, c, d: excess(a, b) - excess(c, d), *losses)

@@ -32,7 +32,10 @@ class Posterior(NamedTuple):
 
 
 def condition(
-    posterior: Posterior, x: Float[Array, " n"], y: Float[Array, " rows"], variance: float
+    posterior: Posterior,
+    x: Float[Array, " n"],
+    y: Float[Array, " rows"],
+    variance: float | Float[Array, ""],
 ) -> Posterior:
     """The posterior after y = mean · x + noise of the given variance on each row.
 
