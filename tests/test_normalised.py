@@ -39,15 +39,17 @@ def test_step_by_step_is_whole(meta, scale):
 
 
 def test_the_network_inside_reads_what_numpy_says(meta):
-    """Its queries are x with log r before, its feedback is y / r after; r by its definition."""
+    """Feedback over r after; queries with 1 / r before and log of its last change, by definition."""
     made, params = meta
     queries, feedback = pairs(made.domain, 3.0)
     y = np.float64(feedback)
     r = np.array([np.sqrt((y[:t] ** 2).mean((0, 1))) for t in range(1, len(y) + 1)])
     before = np.concatenate([np.ones((1, 7)), r[:-1]])
-    inside = (queries, jnp.log(jnp.float32(before))), jnp.float32(y / r[:, None])
-    expected = made.inside.unroll(params, *inside) * before[:, None]
-    np.testing.assert_allclose(made.unroll(params, queries, feedback), expected, 1e-4, 1e-5)
+    change = np.concatenate([np.zeros((2, 7)), np.diff(np.log(r), axis=0)[:-1]])
+    read = jnp.float32(np.stack([1 / before, change], axis=1))
+    expected = made.inside.unroll(params, (queries, read), jnp.float32(y / r[:, None]))
+    found = made.unroll(params, queries, feedback)
+    np.testing.assert_allclose(found, expected * before[:, None], 1e-4, 1e-5)
 
 
 def test_answers_do_not_depend_on_the_feedback_to_come(meta):
@@ -60,7 +62,7 @@ def test_answers_do_not_depend_on_the_feedback_to_come(meta):
 
 
 def test_but_for_what_is_read_of_the_size_answers_grow_as_the_feedback_does():
-    """With no weight on log r, answers from the second on are equivariant: all r grow alike."""
+    """With no weight on 1 / r, answers from the second on are equivariant: all r grow alike."""
     made = Normalised(DOMAINS["linear"], NETWORKS["lstm"].make)
     params = scattered(made)
     params["body"]["input"] = params["body"]["input"].at[:, 3].set(0.0)  # after the 3 of x

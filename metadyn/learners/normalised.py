@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,13 +11,12 @@ from jaxtyping import Array, Float
 
 from metadyn.base import Answer, Domain, Feedback, Key, Learner, MetaLearner, Params, Query, State
 
-LEVEL = (lambda l: 10*0.1*jnp.exp(-l)) if os.environ.get("RATIO") else (lambda l: l)
-Size = Float[Array, "*T_B"]
+LEAST = 1e-6  # what mean squares are at least, so that feedback of zero can be divided
 
 
 @dataclasses.dataclass(frozen=True)
 class _Inside:
-    """A domain as the meta-learner inside sees it: each query comes with log r of the feedback."""
+    """A domain as the meta-learner inside sees it: each query comes with two numbers on sizes."""
 
     domain: Any
 
@@ -28,47 +26,35 @@ class _Inside:
             object.__setattr__(self, name, getattr(self.domain, name))
 
     def query(self, task: Any, key: Key) -> Query:
-        return self.domain.query(task, key), jnp.zeros(())
+        return self.domain.query(task, key), jnp.zeros(2)
 
     def feedback(self, task: Any, query: Query, answer: Answer, key: Key) -> Feedback:
         return self.domain.feedback(task, query[0], answer, key)
 
     def encode_query(self, query: Query) -> Float[Array, " n"]:
-        return jnp.append(self.domain.encode_query(query[0]), LEVEL(query[1]))
-
-
-class Seen(NamedTuple):
-    """The feedback so far, in two numbers."""
-
-    count: Size
-    squares: Size
-    """Sum of y² over all outputs."""
-
-    def add(self, y: Feedback) -> Seen:
-        """Adds the feedback of one step."""
-        return Seen(self.count + y.size, self.squares + (y**2).sum())
-
-    @property
-    def size(self) -> Size:
-        """r, its root-mean-square; 1 before any has come."""
-        mean = self.squares / jnp.maximum(self.count, 1)
-        return jnp.sqrt(jnp.where(self.count > 0, mean + 1e-12, 1.0))
+        return jnp.concatenate([self.domain.encode_query(query[0]), query[1]])
 
 
 class NormalisedState(NamedTuple):
-    """What the meta-learner inside knows, and the feedback so far."""
+    """What the meta-learner inside knows, and how large the feedback was."""
 
     inside: State
-    seen: Seen
+    count: Float[Array, ""]
+    """Steps so far."""
+    mean_square: Float[Array, ""]
+    """r² of the feedback so far; 1 before any."""
+    before: Float[Array, ""]
+    """r² one step before."""
 
 
 class Normalised:
     """A meta-learner whose feedback is divided by r_t, its root-mean-square up to then.
 
-    `make(domain)` makes the meta-learner inside, such as `LSTMConfig().make`. It reads log r_{t−1}
-    beside x_t, and y_{t−1} / r_{t−1}; its answers are multiplied by r_{t−1}, which does not know
-    y_t. For domains whose feedback and answers are vectors of one unit. It is not exactly
-    equivariant: the noise has a size of its own, and past feedback was divided by past r.
+    `make(domain)` makes the meta-learner inside, such as `LSTMConfig().make`. It reads y_{t−1} /
+    r_{t−1}, and its answers are multiplied by r_{t−1}, which does not know y_t; r_0 = 1. Beside x_t
+    it reads 1 / r_{t−1}, to which the noise is proportional in the new units and which stays
+    bounded as r grows; and log r_{t−1} / r_{t−2}, by which what it remembers has changed its unit.
+    It is not exactly equivariant. For domains whose feedback and answers are vectors of one unit.
     """
 
     heads = 0
@@ -84,16 +70,20 @@ class Normalised:
         """The learner that these parameters are, stepped through an episode."""
         inside = self.inside.learner(params)
 
+        def asked(state: NormalisedState, x: Query) -> Query:
+            return x, _read(state.mean_square, state.before, state.count)
+
         def init(key: Key) -> NormalisedState:
-            return NormalisedState(inside.init(key), Seen(jnp.zeros(()), jnp.zeros(())))
+            return NormalisedState(inside.init(key), jnp.zeros(()), jnp.ones(()), jnp.ones(()))
 
         def predict(state: NormalisedState, x: Query) -> Answer:
-            r = state.seen.size
-            return r * inside.predict(state.inside, (x, jnp.log(r)))
+            return jnp.sqrt(state.mean_square) * inside.predict(state.inside, asked(state, x))
 
         def update(state: NormalisedState, x: Query, y: Feedback) -> NormalisedState:
-            seen, level = state.seen.add(y), jnp.log(state.seen.size)
-            return NormalisedState(inside.update(state.inside, (x, level), y / seen.size), seen)
+            t, now = state.count, jnp.maximum((y**2).mean(), LEAST)
+            after = jnp.where(t > 0, (t * state.mean_square + now) / (t + 1), now)
+            known = inside.update(state.inside, asked(state, x), y / jnp.sqrt(after))
+            return NormalisedState(known, t + 1, after, state.mean_square)
 
         said = inside.diagnose
         diagnose = None if said is None else lambda state: said(state.inside)
@@ -103,9 +93,17 @@ class Normalised:
         self, params: Params, queries: Query, feedback: Float[Array, "T m B"]
     ) -> Float[Array, "T outputs B"]:
         """Runs whole episodes at once: the answers."""
-        T, m, B = feedback.shape
-        count = jnp.broadcast_to(m * jnp.arange(1.0, T + 1)[:, None], (T, B))
-        r = Seen(count, jnp.cumsum((feedback**2).sum(1), axis=0)).size
-        before = jnp.concatenate([jnp.ones((1, B)), r[:-1]])
-        outputs = self.inside.unroll(params, (queries, jnp.log(before)), feedback / r[:, None])
-        return outputs * before[:, None]
+        t = jnp.arange(len(feedback))[:, None]
+        squares = jnp.maximum((feedback**2).mean(1), LEAST)
+        after = jnp.cumsum(squares, axis=0) / (t + 1)
+        late = lambda squares: jnp.concatenate([jnp.ones_like(squares[:1]), squares[:-1]])
+        now = late(after)
+        read = jnp.moveaxis(_read(now, late(now), t), 0, 1)
+        answers = self.inside.unroll(params, (queries, read), feedback / jnp.sqrt(after)[:, None])
+        return answers * jnp.sqrt(now)[:, None]
+
+
+def _read(now: Array, before: Array, t: Array) -> Float[Array, "2 *any"]:
+    """1 / r, and the logarithm of its change, 0 until there was one, from mean squares."""
+    change = jnp.where(t > 1, 0.5 * jnp.log(now / before), 0.0)
+    return jnp.stack([now**-0.5, change])
