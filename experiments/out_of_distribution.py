@@ -9,6 +9,7 @@ arXiv:2306.15063); and in nonlinear regression training on a mixture of bands.
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +27,19 @@ from metadyn.learners.normalised import Normalised
 from metadyn.objectives import Target, predicting
 from metadyn.study import HELDOUT, Network
 
-WITHIN, OUTSIZE = "in_distribution", (1, 8)
-SETS = {WITHIN: (1, 1), "x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "x16": (16, 1)}
-SETS["outsize"] = OUTSIZE
+WITHIN = "in_distribution"
+SETS: dict[str, tuple[float, float]] = {
+    WITHIN: (1, 1),
+    "x2": (2, 1),
+    "x4": (4, 1),
+    "x8": (8, 1),
+    "x16": (16, 1),
+}
+SETS["outsize"] = (1, 8)
 """Sets of tasks: factor on the whole spectrum, factor on its greatest mode alone."""
 REMEDIES = {"": "plain", "mixture": "mixture", "normalised": "normalised", "both": "both"}
+RIGHT = "bayes_right"
+BAYES_OF = {"memorising_{}": "memorising", "bayes": "generalising"}
 REFERENCES = {"bayes": "Bayes, prior of training", "bayes_mixture": "Bayes, mixture"}
 GROWTH, COST = {"x4": 0.1, "x16": 0.2}, 1.15
 """Greatest growth of the excess with both remedies, and excess within over the plain LSTM's."""
@@ -83,20 +92,24 @@ def linear(config: Config) -> md.Comparison:
         network = getattr(config, name)
         plain = dataclasses.replace(config, meta=name).meta_learner(domain)
         if name == config.other:
-            own = dataclasses.replace(plain.own or config.outer, batch=config.other_batch)
-            plain = dataclasses.replace(plain, own=own)
+            outer = dataclasses.replace(plain.own or config.outer, batch=config.other_batch)
+            plain = dataclasses.replace(plain, own=outer)
         normalised = Normalised(domain, network.make)
         for remedy, called in REMEDIES.items():
-            fields = {"name": f"{name}_{remedy}".strip("_"), "label": f"{network.label}, {called}"}
+            fields: dict[str, Any] = {
+                "name": f"{name}_{remedy}".strip("_"),
+                "label": f"{network.label}, {called}",
+            }
             fields["objective"] = mixed if remedy in ("mixture", "both") else objective
             fields["learner"] = normalised if remedy in ("normalised", "both") else plain.learner
             if name == config.meta or remedy in ("", "both"):
                 contenders.append(dataclasses.replace(plain, **fields))
-    for name, factors in SETS.items():
-        tasks = sizes.sized(domain.evaluation(points, *factors), "shifted_tasks", name)
-        size = np.linalg.norm(domain.spectrum(*factors)) / np.linalg.norm(domain.spectrum())
+    for called, factors in SETS.items():
+        tasks = sizes.sized(domain.evaluation(points, *factors), "shifted_tasks", called)
+        norms = [np.linalg.norm(domain.spectrum(*each)) for each in (factors, (1, 1))]
         sets.append(tasks)
-        pairs.append((tasks, right_bayes(bayes.bayes_linear(domain.scaled(float(size))))))
+        right = bayes.bayes_linear(domain.scaled(float(norms[0] / norms[1])))
+        pairs.append((tasks, right_bayes(right)))
     probes = {STRENGTH: domain.answers(points)}
     fresh = md.TaskSet("fresh", domain, Sampler(domain), probes=probes)
     sets.append(fresh := sizes.sized(fresh, "heldout_tasks", kinds=("meta", "bayes")))
@@ -116,7 +129,7 @@ def linear(config: Config) -> md.Comparison:
 
 def right_bayes(learner) -> md.Contender:
     """Bayes under the prior of a set of tasks, which is measured on that set alone."""
-    return md.Contender("bayes_right", "Bayes, right prior", learner, "reference")
+    return md.Contender(RIGHT, "Bayes, right prior", learner, "reference")
 
 
 def bands(config: Config) -> md.Comparison:
@@ -141,9 +154,10 @@ def bands(config: Config) -> md.Comparison:
         for each, called in zip(domains, band_sets(config), strict=True)
     ]
     right = [right_bayes(bayes.bayes_fourier(each)) for each in domains]
-    own = {"name": "band", "title": "bands", "followed": False}
     pairs = list(zip(sets, right, strict=True))
-    return md.Comparison(domains[0], contenders, sets, pairs, sizes, **own)
+    return md.Comparison(
+        domains[0], contenders, sets, pairs, sizes, name="band", title="bands", followed=False
+    )
 
 
 def band_sets(config: Config) -> list[str]:
@@ -158,14 +172,14 @@ def plan(config: Config) -> md.Plan:
 
 def over_right(results, task_set: str, name: str) -> dynamics.Estimate:
     """Excess loss over Bayes under the right prior for a set of tasks."""
-    return dynamics.measured_excess(results[task_set, name], results[task_set, "bayes_right"])
+    return dynamics.measured_excess(results[task_set, name], results[task_set, RIGHT])
 
 
-def distance(results, task_set: str, name: str, other: str) -> dynamics.Estimate:
-    """Mean-square distance between the answers of two learners to the same queries."""
-    one, two = (dynamics.samples(results[task_set, who], "answers") for who in (name, other))
-    apart = ((one - two) ** 2)[:, :, :-1].mean((2, 3, 4))
-    return dynamics.estimate(np.asarray, apart)
+def distance(results, where: str, size: int, bayes_of: str) -> dynamics.Estimate:
+    """Mean-square distance of the answers of the network of a pool to those of a Bayes."""
+    pair = [results[where.format(size), who.format(size)] for who in ("pool_{}", bayes_of)]
+    one, two = (dynamics.samples(data, "answers") for data in pair)
+    return dynamics.estimate(np.asarray, ((one - two) ** 2)[:, :, :-1].mean((2, 3, 4)))
 
 
 def criteria(config: Config, results):
@@ -200,45 +214,41 @@ def criteria(config: Config, results):
     for task_set in (*SETS, *band_sets(config)):
         kinds = ("bayes", "reference") if task_set in SETS else ("meta", "bayes", "reference")
         for name, data in results.learners(task_set, *kinds).items():
-            if name != "bayes_right":
+            if name != RIGHT:
                 said = f"{labelled.about(data).label}: excess over the right prior, {task_set}"
                 found = over_right(results, task_set, name)
                 yield md.criterion(f"{name}_{task_set}_over_right", found, said)
-    who = (f"{config.meta}_mixture", config.meta, "bayes_right")
+    who = (f"{config.meta}_mixture", config.meta, RIGHT)
     losses = [dynamics.episode_loss(results[band_sets(config)[1], name]) for name in who]
     said = "a mixture of bands at least halves the excess in another band: surely at most 0.5"
     over = partial(dynamics.excess_loss, floor=config.nonlinear.loss_floor)
     yield md.criterion("bands_gain", dynamics.estimate(ratio, *losses), said, 0.5, surely=True)
     for size in config.pools:
-        for where in ("fresh", f"pool_{size}"):
-            for kind, bayes_of in (("memorising", f"memorising_{size}"), ("generalising", "bayes")):
-                found = distance(results, where, f"pool_{size}", bayes_of)
-                said = f"{size} tasks: mean-square distance to the {kind} Bayes, {where} tasks"
-                tasks = "fresh" if where == "fresh" else "own"
+        for where, tasks in (("fresh", "fresh"), ("pool_{}", "own")):
+            for to, kind in BAYES_OF.items():
+                said = f"{size} tasks: mean-square distance to the {kind} Bayes, on {tasks} tasks"
+                found = distance(results, where, size, to)
                 yield md.criterion(f"pool_{size}_{tasks}_{kind}", found, said)
 
 
 def excess_by_scale(results):
-    """Draws excess over Bayes under the right prior by scale; at the right, one outsize mode."""
-    names = [*results.learners(WITHIN, "meta", "bayes", "reference")]
-    names = [name for name in names if name != "bayes_right"]
+    """Draws excess over Bayes under the right prior by scale; at the right, of one outsize mode."""
+    names = [n for n in results.learners(WITHIN, "meta", "bayes", "reference") if n != RIGHT]
     pools = [name for name in names if name.startswith("pool")]
     panels = {"remedies": [name for name in names if name not in pools]}
     panels["distinct tasks"] = [names[0], *pools, "bayes"]
-    figure, axes = figures.grid(2, "excess loss over Bayes\nunder the right prior", 5.6, 4.6)
-    at = [*range(len(SETS) - 1), len(SETS) - 0.5]
+    label = "excess loss over Bayes\nunder the right prior"
+    figure, axes = figures.grid(len(panels), label, 5.6, 4.6, sharey=True)
+    x = np.arange(len(SETS))
     for axis, (title, shown) in zip(axes, panels.items(), strict=True):
-        for i, name in enumerate(shown):
-            found = [over_right(results, each, name) for each in SETS]
-            sides = np.transpose([figures.bars(each) for each in found])
-            data, value = results[WITHIN, name], [float(each.value) for each in found]
-            style = {"color": "grey"} if name.startswith("bayes") else {"color": f"C{i}"}
-            style |= {"ls": ":" if name.startswith("bayes") else "-", "marker": "o", "ms": 4}
-            line = axis.errorbar(at[:-1], value[:-1], sides[:, :-1], **style)
-            line.set_label(labelled.about(data).label)
-            axis.errorbar(at[-1:], value[-1:], sides[:, -1:], **style)
+        y = stacked([[over_right(results, each, name) for name in shown] for each in SETS])
+        labels = [labelled.about(results[WITHIN, name]).label for name in shown]
+        scales = dynamics.Estimate(*(part[:-1] for part in y))
+        figures.curves(axis, x[:-1], scales, labels, "turbo", marker="o", ms=4)
+        for k, colour in enumerate(figures.colours(shown, "turbo")):
+            axis.errorbar(x[-1], y.value[-1, k], figures.bars(y)[:, -1:, k], fmt="o", color=colour)
         axis.set_yscale("symlog", linthresh=0.05)
-        axis.set_xticks(at, [f"× {scale}" for scale, _ in list(SETS.values())[:-1]] + ["one × 8"])
+        axis.set_xticks(x, [f"× {scale}" for scale, _ in [*SETS.values()][:-1]] + ["one × 8"])
         axis.set(title=title, xlabel="factor on the spectrum of the tasks")
         axis.legend(fontsize=8)
     return figure
@@ -248,39 +258,38 @@ def diversity(results):
     """Draws distances to the memorising and to the generalising Bayes by the number of tasks."""
     sizes = [int(each.removeprefix("pool_")) for each in results.sets() if each.startswith("pool_")]
     figure, axes = figures.grid(2, "mean-square distance of answers", 4.6, 4, sharey=True)
-    for axis, where in zip(axes, ("fresh tasks", "tasks of the pool"), strict=True):
-        for kind, colour in (("memorising", figures.COLOURS[1]), ("generalising", "black")):
-            found = []
-            for size in sizes:
-                task_set = "fresh" if where.startswith("fresh") else f"pool_{size}"
-                other = "bayes" if kind == "generalising" else f"memorising_{size}"
-                found.append(distance(results, task_set, f"pool_{size}", other))
-            sides = np.transpose([figures.bars(each) for each in found])
-            value = [float(each.value) for each in found]
-            axis.errorbar(sizes, value, sides, fmt="o-", color=colour, label=f"to the {kind} Bayes")
+    for axis, where in zip(axes, ("fresh", "pool_{}"), strict=True):
+        rows = [[distance(results, where, size, to) for to in BAYES_OF] for size in sizes]
+        labels = [f"to the {kind} Bayes" for kind in BAYES_OF.values()]
+        figures.curves(axis, np.array(sizes), stacked(rows), labels, marker="o")
         axis.set_xscale("log", base=2)
-        axis.set(title=where, xlabel="distinct tasks in training", yscale="log")
+        title = "fresh tasks" if where == "fresh" else "tasks of the pool"
+        axis.set(title=title, xlabel="distinct tasks in training", yscale="log")
         axis.legend()
     return figure
 
 
 def by_band(results):
-    """Draws excess over Bayes under the right prior by band of the target."""
+    """Draws excess over Bayes under the right prior by the band of the tasks."""
     sets = [each for each in results.sets() if each.startswith("band_")]
-    figure, (axis,) = figures.grid(1, "excess loss over Bayes\nunder the right prior", 7, 4)
-    names = [name for name in results.learners(sets[0]) if name != "bayes_right"]
+    label = "excess loss over Bayes\nunder the right prior"
+    figure, (axis,) = figures.grid(1 if sets else 0, label, 7, 4)
+    names = [name for name in results.learners(sets[0]) if name != RIGHT]
+    y = stacked([[over_right(results, each, name) for name in names] for each in sets])
     for i, (name, colour) in enumerate(zip(names, figures.COLOURS, strict=False)):
-        found = [over_right(results, each, name) for each in sets]
         at = np.arange(len(sets)) + 0.2 * (i - (len(names) - 1) / 2)
-        sides = np.transpose([figures.bars(each) for each in found])
-        label = labelled.about(results[sets[0], name]).label
-        value = [float(each.value) for each in found]
-        axis.bar(at, value, 0.2, yerr=sides, color=colour, label=label)
+        style = {"color": colour, "label": labelled.about(results[sets[0], name]).label}
+        axis.bar(at, y.value[:, i], 0.2, yerr=figures.bars(y)[..., i], **style)
     called = ["–".join(each.split("_")[1:]) for each in sets]
     axis.set_xticks(range(len(sets)), [f"frequencies {each}" for each in called])
     axis.set_yscale("symlog", linthresh=0.1)
     axis.legend()
     return figure
+
+
+def stacked(rows) -> dynamics.Estimate:
+    """Estimates in rows as one of arrays [row, column]."""
+    return dynamics.Estimate(*np.moveaxis(np.array(rows, np.float64), -1, 0))
 
 
 QUICK = Config(

@@ -26,7 +26,10 @@ def test_the_table_in_the_repository_is_that_of_the_stored_summaries():
 def test_every_claim_has_a_measured_verdict_and_its_figure():
     for study in load_studies(str(EXPERIMENTS)):
         path = EXPERIMENTS / "results" / f"{study.name}-quick.json"
-        if study.name == "learned_start":  # not measured yet, and listed as such
+        if study.name in (
+            "learned_start",
+            "out_of_distribution",
+        ):  # not measured yet, and listed as such
             assert f"{study.name} quick" in (EXPERIMENTS / "README.md").read_text()
             continue
         summary = json.loads(path.read_text())

@@ -39,7 +39,7 @@ def test_step_by_step_is_whole(meta, scale):
 
 
 def test_the_network_inside_reads_what_numpy_says(meta):
-    """Feedback over r after; queries with 1 / r before and log of its last change, by definition."""
+    """Feedback over r after; with queries 1 / r before and the log of its last change."""
     made, params = meta
     queries, feedback = pairs(made.domain, 3.0)
     y = np.float64(feedback)

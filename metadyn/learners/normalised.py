@@ -39,8 +39,8 @@ class NormalisedState(NamedTuple):
     """What the meta-learner inside knows, and how large the feedback was."""
 
     inside: State
-    count: Float[Array, ""]
-    """Steps so far."""
+    t: Float[Array, ""]
+    """Observations so far."""
     mean_square: Float[Array, ""]
     """r² of the feedback so far; 1 before any."""
     before: Float[Array, ""]
@@ -71,7 +71,7 @@ class Normalised:
         inside = self.inside.learner(params)
 
         def asked(state: NormalisedState, x: Query) -> Query:
-            return x, _read(state.mean_square, state.before, state.count)
+            return x, _read(state.mean_square, state.before, state.t)
 
         def init(key: Key) -> NormalisedState:
             return NormalisedState(inside.init(key), jnp.zeros(()), jnp.ones(()), jnp.ones(()))
@@ -80,7 +80,7 @@ class Normalised:
             return jnp.sqrt(state.mean_square) * inside.predict(state.inside, asked(state, x))
 
         def update(state: NormalisedState, x: Query, y: Feedback) -> NormalisedState:
-            t, now = state.count, jnp.maximum((y**2).mean(), LEAST)
+            t, now = state.t, jnp.maximum((y**2).mean(), LEAST)
             after = jnp.where(t > 0, (t * state.mean_square + now) / (t + 1), now)
             known = inside.update(state.inside, asked(state, x), y / jnp.sqrt(after))
             return NormalisedState(known, t + 1, after, state.mean_square)
@@ -103,7 +103,7 @@ class Normalised:
         return answers * jnp.sqrt(now)[:, None]
 
 
-def _read(now: Array, before: Array, t: Array) -> Float[Array, "2 *any"]:
+def _read(now: Array, before: Array, t: Array) -> Float[Array, " read *any"]:
     """1 / r, and the logarithm of its change, 0 until there was one, from mean squares."""
     change = jnp.where(t > 1, 0.5 * jnp.log(now / before), 0.0)
     return jnp.stack([now**-0.5, change])
