@@ -88,10 +88,12 @@ def linear(config: Config) -> md.Comparison:
         for remedy in REMEDIES if name == config.meta else ("", "both"):
             called = f"{name}_{remedy}".strip("_"), f"{network.label}, {REMEDIES[remedy]}"
             meta = normalised if remedy in ("normalised", "both") else plain.learner
-            trained = {"objective": mixed if remedy in ("mixture", "both") else objective}
+            trained: dict[str, Any] = {
+                "objective": mixed if remedy in ("mixture", "both") else objective
+            }
             contenders.append(named(plain, *called, learner=meta, **trained))
-    for name, factors in SETS.items():
-        sets.append(sizes.sized(domain.evaluation(points, *factors), "shifted_tasks", name))
+    for shift, factors in SETS.items():
+        sets.append(sizes.sized(domain.evaluation(points, *factors), "shifted_tasks", shift))
         norms = [np.linalg.norm(domain.spectrum(*each)) for each in (factors, (1, 1))]
         pairs.append((sets[-1], right_bayes(domain.scaled(float(norms[0] / norms[1])))))
     probes = {STRENGTH: domain.answers(points)}
@@ -121,8 +123,10 @@ def references(alone: md.Learner, mix: md.Learner) -> tuple[md.Contender, md.Con
 
 def right_bayes(domain: LinearRegression | FourierRegression) -> md.Contender:
     """Bayes under the prior that a set of tasks is of, which is measured on that set alone."""
-    linear = isinstance(domain, LinearRegression)
-    learner = bayes.bayes_linear(domain) if linear else bayes.bayes_fourier(domain)
+    if isinstance(domain, LinearRegression):
+        learner = bayes.bayes_linear(domain)
+    else:
+        learner = bayes.bayes_fourier(domain)
     return md.Contender(RIGHT, "Bayes, right prior", learner, "reference")
 
 
@@ -146,8 +150,10 @@ def bands(config: Config) -> md.Comparison:
     for domain, name in zip(domains, band_sets(config), strict=True):
         tasks = sizes.sized(domain.evaluation(sizes.probe_points), "shifted_tasks", name)
         pairs.append((tasks, right_bayes(domain)))
-    sets, title = [tasks for tasks, _ in pairs], {"name": "band", "title": "bands"}
-    return md.Comparison(domains[0], contenders, sets, pairs, sizes, followed=False, **title)
+    sets = [tasks for tasks, _ in pairs]
+    return md.Comparison(
+        domains[0], contenders, sets, pairs, sizes, name="band", title="bands", followed=False
+    )
 
 
 def band_sets(config: Config) -> list[str]:
