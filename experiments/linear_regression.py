@@ -119,18 +119,16 @@ def criteria(config: Config, results):
             yield md.criterion(f"saxe_{start}", found, said, at_most=bound)
     yield from excess(results, config.excess_at_most)
     for name in results.learners("in_distribution", "meta"):
-        yield from out_of_distribution(config, results, name)
+        yield from out_of_distribution(results, name)
 
 
-def out_of_distribution(config: Config, results, name):
+def out_of_distribution(results, name):
     """How far one meta-learner falls behind Bayes on shifted spectra, and its saturated gates."""
-    floor, called = config.domain.loss_floor, labelled.about(results["in_distribution", name]).label
-    losses = lambda shift: (dynamics.episode_loss(results[shift, who]) for who in (name, "bayes"))
-    over = lambda loss, bayes: dynamics.excess_loss(loss, bayes, floor)
+    called = labelled.about(results["in_distribution", name]).label
+    pair = lambda tasks: (results[tasks, name], results[tasks, "bayes"])
     for shift, what in TITLES.items():
         if shift in SHIFTS:
-            both = *losses(shift), *losses("in_distribution")
-            found = dynamics.estimate(lambda a, b, c, d: over(a, b) - over(c, d), *both)
+            found = dynamics.excess_growth(pair(shift), pair("in_distribution"))
             said = f"{what}: the {called} falls behind Bayes; its excess exceeds that within"
             yield md.criterion(f"{name}_out_of_distribution_{shift}", found, said, at_least=0.0)
         if "saturated_gates" in results[shift, name]:

@@ -25,6 +25,7 @@ Answer = Any  # what a learner replies: a prediction, the logits of a policy
 Feedback = Any  # what a domain says then: a target y_t, a reward
 State = Any  # all that a learner knows
 Params = Any  # the outer parameters of a meta-learner
+Sample = Callable[[Key, Any], Task]  # draws a task, as it depends on numbers given beside the key
 
 
 class Learner(NamedTuple):
@@ -213,7 +214,7 @@ class TaskSet:
 
     name: str
     domain: Domain
-    sample: Callable[[Key, Any], Task]
+    sample: Sample
     argument: Any = None
     """Numbers that `sample` depends on: sets that differ in these alone share compiled programs."""
     probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)

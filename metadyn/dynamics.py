@@ -337,3 +337,16 @@ def to_equal_excess(
     statistics = lambda *mean: found(*mean)[0], lambda *mean: found(*mean)[1], gain
     level, taken, gained = (estimate(each, *losses) for each in statistics)
     return level, taken, gained
+
+
+Pair = tuple[xr.Dataset, xr.Dataset]
+
+
+def excess_growth(shifted: Pair, within: Pair) -> Estimate:
+    """How much greater a learner's excess over Bayes is on shifted tasks than on those of training.
+
+    Each pair is the learner's measurement and Bayes' on the same tasks.
+    """
+    excess = functools.partial(excess_loss, floor=labelled.about(shifted[0]).loss_floor)
+    losses = [episode_loss(each) for each in (*shifted, *within)]
+    return estimate(lambda a, b, c, d: excess(a, b) - excess(c, d), *losses)

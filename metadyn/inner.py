@@ -28,6 +28,8 @@ from metadyn.base import (
     Params,
     Probe,
     Query,
+    Sample,
+    Sampler,
     Task,
     indexed_keys,
 )
@@ -50,19 +52,20 @@ def interact(
 
 
 @full_precision
-def observe(domain: Domain, keys: Keys) -> tuple[Query, Feedback]:
+def observe(domain: Domain, keys: Keys, sample: Sample | None = None) -> tuple[Query, Feedback]:
     """Poses the T pairs of an episode for each key, on tasks of training: leaves [T, ..., B].
 
     For domains whose feedback ignores the answers. `measure` poses the same task and pairs under
-    the same key.
+    the same key. `sample(key, None)` draws the tasks; by default the domain does.
     """
     T, B = domain.steps, len(keys)
+    sample = sample or Sampler(domain)
     key_task, key_episode = jax.vmap(jax.random.split)(keys).T
     _, key_steps = jax.vmap(jax.random.split)(key_episode).T
 
     # All pairs along one axis: on a CPU XLA draws more slowly along two short ones.
     repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])
-    tasks = jax.tree.map(repeated, jax.vmap(domain.sample_task)(key_task))
+    tasks = jax.tree.map(repeated, jax.vmap(lambda key: sample(key, None))(key_task))
     keys = jax.vmap(jax.random.fold_in)(repeated(key_steps), jnp.repeat(jnp.arange(T), B))
     pose = lambda task, pair: interact(domain, task, lambda query: None, pair)
     query, _, feedback = jax.vmap(pose)(tasks, jax.vmap(jax.random.split)(keys))

@@ -5,14 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from metadyn import inner
-from metadyn.base import Answer, Domain, Feedback, Keys, Learner, MetaLearner, Params, Query
+from metadyn.base import (
+    Answer,
+    Domain,
+    Feedback,
+    Key,
+    Keys,
+    Learner,
+    MetaLearner,
+    Params,
+    Query,
+    Sample,
+)
 from metadyn.errors import check, check_choice
 
 Metrics = Mapping[str, Array]
@@ -37,13 +48,22 @@ Target = Literal["feedback", "bayes"]
 """What predictions are compared with in training (`prediction_loss`)."""
 
 
-def prediction_loss(domain: Domain, meta: MetaLearner, teacher: Learner | None = None) -> Objective:
+def prediction_loss(
+    domain: Domain,
+    meta: MetaLearner,
+    teacher: Learner | None = None,
+    sample: Sample | None = None,
+    weight: Callable[[Key], Array] | None = None,
+) -> Objective:
     """Trains on the domain's loss of each answer before its feedback, mean over whole episodes.
 
     For domains whose feedback does not depend on the answers. With a `teacher` the answers are
     compared with its answers instead of the feedback, and the loss on the feedback is reported. If
     the teacher is Bayes and the loss is squared error the expected gradient is the same, as Bayes'
     answer is the mean of the feedback given the episode so far; but it varies less.
+
+    `sample(key, None)` draws the tasks, in the domain's place, and `weight(key)`, of the same key,
+    says how much an episode's losses count: 1 without it.
     """
 
     @inner.full_precision
@@ -57,21 +77,26 @@ def prediction_loss(domain: Domain, meta: MetaLearner, teacher: Learner | None =
         return jax.lax.scan(step, teacher.init(jax.random.key(0)), (queries, feedback))[1]
 
     def loss(params: Params, keys: Keys) -> tuple[Array, Metrics]:
-        queries, feedback = inner.observe(domain, keys)
+        queries, feedback = inner.observe(domain, keys, sample)
         answers = meta.unroll(params, queries, feedback)[:, : domain.answer_size]
-        mean = lambda targets: jnp.mean(jax.vmap(jax.vmap(domain.loss, -1))(answers, targets))
-        metrics = {"loss": mean(feedback)}
-        if teacher is None:
-            return metrics["loss"], metrics
-        return mean(jax.vmap(taught, -1, -1)(queries, feedback)), metrics
+        losses = lambda targets: jax.vmap(jax.vmap(domain.loss, -1))(answers, targets)
+        targets = feedback if teacher is None else jax.vmap(taught, -1, -1)(queries, feedback)
+        counted = losses(targets)
+        if weight is not None:
+            key_task = jax.vmap(jax.random.split)(keys)[:, 0]
+            counted = counted * jax.vmap(weight)(key_task)
+        return jnp.mean(counted), {"loss": jnp.mean(losses(feedback))}
 
     return Objective(loss)
 
 
-def predicting(target: Target, bayes: Learner) -> ObjectiveOf:
-    """Makes the objective of predicting either target, as studies configure it."""
+def predicting(target: Target, bayes: Learner, **more: Any) -> ObjectiveOf:
+    """Makes the objective of predicting either target, as studies configure it.
+
+    `more` is the rest of what `prediction_loss` takes.
+    """
     check_choice("target", target, Target)
-    return partial(prediction_loss, teacher=bayes if target == "bayes" else None)
+    return partial(prediction_loss, teacher=bayes if target == "bayes" else None, **more)
 
 
 @dataclasses.dataclass(frozen=True)

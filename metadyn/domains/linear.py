@@ -122,6 +122,13 @@ class LinearRegression(Regression):
         s[0] *= outsize
         return tuple(float(value) for value in s)
 
+    def scaled(self, scale: float) -> LinearRegression:
+        """The same domain with every matrix W of its prior multiplied by a number above 0."""
+        check(0 < scale < float("inf"), "scale", scale, "must be positive and finite")
+        rows = lambda matrix: tuple(map(tuple, matrix.tolist()))
+        mean, C = rows(scale * self.M), rows(scale**2 * self.C)
+        return dataclasses.replace(self, mean=mean, column_covariance=C)
+
     # The contract of `base.Domain`.
 
     @property
@@ -214,6 +221,27 @@ class LinearRegression(Regression):
 
         extras: dict[str, tuple[str, ...]] = {"off_diagonal": (), "unexplained": ()}
         return Probe(inputs[:, :-1], read, _modes(self.spectrum()), extras)
+
+    @cache  # noqa: B019
+    def answers(self, points: int = 32) -> Probe:
+        """Records the answers themselves at the inputs of `probe`, to be set against Bayes'.
+
+        For any tasks. Readings: `answers` [points, n_y], and as the one strength how far they go
+        along the task's own, ⟨ŷ, W x'⟩ / ‖W x'‖².
+        """
+        inputs = self.probe(points).queries
+
+        def read(task: LinearTask, answers: Float[Array, "P n_y"]) -> dict[str, Array]:
+            targets = inputs @ task.W.T
+            strength = jnp.sum(answers * targets) / jnp.sum(targets**2)
+            return {"strength": strength[None], "answers": answers}
+
+        modes = Modes((1,), "task", strength="projection on the task")
+        coords = {
+            "point": ("point", tuple(range(points))),
+            "output": ("output", tuple(range(self.n_y))),
+        }
+        return Probe(inputs, read, modes, {"answers": ("point", "output")}, coords)
 
 
 def _modes(spectrum: tuple[float, ...]) -> Modes:

@@ -32,7 +32,10 @@ class Posterior(NamedTuple):
 
 
 def condition(
-    posterior: Posterior, x: Float[Array, " n"], y: Float[Array, " rows"], variance: float
+    posterior: Posterior,
+    x: Float[Array, " n"],
+    y: Float[Array, " rows"],
+    variance: float | Float[Array, ""],
 ) -> Posterior:
     """The posterior after y = mean · x + noise of the given variance on each row.
 
@@ -49,43 +52,63 @@ def condition(
     return Posterior(*jax.vmap(row)(posterior.mean, posterior.root, y))
 
 
-def bayes_linear(domain: LinearRegression) -> Learner:
-    """The posterior mean of W under the domain's own prior MN(M, R, C) and noise σ².
+class Gaussian(NamedTuple):
+    """Bayesian linear regression y = Q W φ(x) + noise, with independent rows of W."""
+
+    prior: Posterior
+    variance: float
+    """Of the noise on each output."""
+    features: Callable[[Query], Array]
+    """φ."""
+    basis: Float[Array, "rows rows"]
+    """Q, orthogonal."""
+
+
+def gaussian_linear(domain: LinearRegression) -> Gaussian:
+    """The domain's own prior MN(M, R, C) and noise σ².
 
     In the eigenbasis of R the outputs are independent: row i has prior covariance λ_i C.
     """
     eigenvalues, basis = np.linalg.eigh(domain.R)
-    Q = jnp.asarray(basis, jnp.float32)
     mean = jnp.asarray(basis.T @ domain.M, jnp.float32)
     roots = np.sqrt(eigenvalues)[:, None, None] * np.linalg.cholesky(domain.C)
     prior = Posterior(mean, jnp.asarray(roots, jnp.float32))
+    return Gaussian(prior, domain.sigma**2, lambda x: x, jnp.asarray(basis, jnp.float32))
 
-    rotated = _regression(prior, domain.sigma**2)
-    predict = lambda state, x: Q @ rotated.predict(state, x)
-    update = lambda state, x, y: rotated.update(state, x, Q.T @ y)
-    return Learner(rotated.init, predict, update)
+
+def gaussian_fourier(
+    domain: FourierRegression, frequencies: tuple[int, ...] | None = None
+) -> Gaussian:
+    """The domain's own prior on the Fourier features of the frequencies, by default its support.
+
+    Without noise the update has σ² = 1e-6 Σ_k v_k: in float32, its limit.
+    """
+    support, v = frequencies or domain.support, np.asarray(domain.spectrum)
+    variances = [*v[list(support)], *(v[k] for k in support if k > 0)]
+    noise = max(domain.sigma**2, 1e-6 * float(v.sum()))
+    roots = jnp.asarray(np.diag(np.sqrt(variances))[None], jnp.float32)
+    prior = Posterior(jnp.zeros((1, len(variances))), roots)
+    return Gaussian(prior, noise, lambda x: fourier_features(x, support), jnp.eye(1))
+
+
+def bayes_linear(domain: LinearRegression) -> Learner:
+    """The posterior mean of W under the domain's own prior MN(M, R, C) and noise σ²."""
+    return _regression(gaussian_linear(domain))
 
 
 def bayes_fourier(domain: FourierRegression) -> Learner:
     """The posterior mean of f: Bayesian linear regression on the Fourier features of the prior.
 
-    It is the Gaussian process with kernel Σ_k v_k cos 2πk(x − x'). Without noise the update has
-    σ² = 1e-6 Σ_k v_k: in float32, its limit.
+    It is the Gaussian process with kernel Σ_k v_k cos 2πk(x − x').
     """
-    support, v = domain.support, np.asarray(domain.spectrum)
-    variances = [*v[list(support)], *(v[k] for k in support if k > 0)]
-    noise = max(domain.sigma**2, 1e-6 * float(v.sum()))
-    roots = jnp.asarray(np.diag(np.sqrt(variances))[None], jnp.float32)
-    prior = Posterior(jnp.zeros((1, len(variances))), roots)
-    return _regression(prior, noise, lambda x: fourier_features(x, support))
+    return _regression(gaussian_fourier(domain))
 
 
-def _regression(
-    prior: Posterior, variance: float, features: Callable[[Query], Array] = lambda x: x
-) -> Learner:
-    """Bayesian linear regression on features of the query."""
-    predict = lambda state, x: state.mean @ features(x)
-    update = lambda state, x, y: condition(state, features(x), y, variance)
+def _regression(model: Gaussian) -> Learner:
+    """The learner that answers with the posterior mean."""
+    prior, variance, features, Q = model
+    predict = lambda state, x: Q @ (state.mean @ features(x))
+    update = lambda state, x, y: condition(state, features(x), Q.T @ y, variance)
     return Learner(lambda key: prior, predict, update)
 
 
@@ -146,7 +169,8 @@ def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
     """
     check(penalty > 0, "penalty", penalty, "must be positive")
     roots = jnp.broadcast_to(jnp.eye(n_x) / penalty**0.5, (n_y, n_x, n_x))
-    return _regression(Posterior(jnp.zeros((n_y, n_x)), roots), 1.0)
+    prior = Posterior(jnp.zeros((n_y, n_x)), roots)
+    return _regression(Gaussian(prior, 1.0, lambda x: x, jnp.eye(n_y)))
 
 
 def least_squares(n_x: int, n_y: int) -> Learner:

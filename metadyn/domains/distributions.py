@@ -1,0 +1,76 @@
+"""Other distributions of a domain's tasks to train on: a mixture of priors, a pool of fixed tasks.
+
+Each is a frozen dataclass that draws a task when it is called, as the `sample` of `base.TaskSet`
+and of `objectives.prediction_loss`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from metadyn.base import Key, Task
+from metadyn.errors import check, check_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Tasks of one of several domains, each as likely, that differ in nothing but their priors.
+
+    Raises `ConfigError` for no domains, for other than one weight for each, and for weights that
+    are not above 0.
+    """
+
+    domains: tuple[Any, ...]
+    """Domains whose tasks are of the same shapes."""
+    weights: tuple[float, ...] = ()
+    """How much losses count in tasks of each. None given: alike."""
+
+    def __post_init__(self) -> None:
+        check(len(self.domains) > 0, "domains", self.domains, "mix at least one")
+        given = len(self.weights) in (0, len(self.domains))
+        right = given and all(0 < weight < float("inf") for weight in self.weights)
+        check(right, "weights", self.weights, "give one above 0 for each domain, or none")
+
+    def component(self, key: Key) -> Int[Array, ""]:
+        """Which of the domains the task of a key is of."""
+        return jax.random.randint(jax.random.split(key)[0], (), 0, len(self.domains))
+
+    def __call__(self, key: Key, argument: None = None) -> Task:
+        del argument
+        samplers = [domain.sample_task for domain in self.domains]
+        return jax.lax.switch(self.component(key), samplers, jax.random.split(key)[1])
+
+    def weight(self, key: Key) -> Float[Array, ""]:
+        """How much losses count in the task of a key."""
+        weights = self.weights or (1.0,) * len(self.domains)
+        return jnp.asarray(weights, jnp.float32)[self.component(key)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """A number of tasks of one domain, drawn once and for all; each as likely.
+
+    Raises `ConfigError` for an empty pool.
+    """
+
+    domain: Any
+    size: int
+    """Tasks in it. Smaller pools are the beginnings of larger ones."""
+    seed: int = 0
+    """Which tasks they are."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "size")
+
+    def task(self, index: Int[Array, ""]) -> Task:
+        """Task number `index`, from 0."""
+        return self.domain.sample_task(jax.random.fold_in(jax.random.key(self.seed), index))
+
+    def __call__(self, key: Key, argument: None = None) -> Task:
+        del argument
+        return self.task(jax.random.randint(key, (), 0, self.size))

@@ -1,0 +1,78 @@
+"""Normalised feedback: both forms agree, against NumPy, and what does and does not change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import DOMAINS, scattered, stepped
+
+from metadyn import inner
+from metadyn.base import MetaLearner
+from metadyn.learners.deltanet import DeltaNetConfig
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.learners.normalised import Normalised
+
+NETWORKS = {"lstm": LSTMConfig(hidden=5), "deltanet": DeltaNetConfig(hidden=8, layers=1)}
+
+
+@pytest.fixture(params=NETWORKS)
+def meta(request):
+    """A normalised network in linear regression, with some parameters."""
+    made = Normalised(DOMAINS["linear"], NETWORKS[request.param].make)
+    assert isinstance(made, MetaLearner)
+    return made, scattered(made)
+
+
+def pairs(domain, scale=1.0):
+    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(1), 7))
+    return queries, scale * feedback
+
+
+@pytest.mark.parametrize("scale", [1.0, 16.0])
+def test_step_by_step_is_whole(meta, scale):
+    made, params = meta
+    queries, feedback = pairs(made.domain, scale)
+    whole = made.unroll(params, queries, feedback)
+    assert np.std(whole[1:]) > 1e-2 * scale
+    found = stepped(made.learner(params), queries, feedback)
+    np.testing.assert_allclose(found, whole, 1e-4, 1e-5 * scale)
+
+
+def test_the_network_inside_reads_what_numpy_says(meta):
+    """Feedback over r after; with queries 1 / r before and the log of its last change."""
+    made, params = meta
+    queries, feedback = pairs(made.domain, 3.0)
+    y = np.float64(feedback)
+    r = np.array([np.sqrt((y[:t] ** 2).mean((0, 1))) for t in range(1, len(y) + 1)])
+    before = np.concatenate([np.ones((1, 7)), r[:-1]])
+    change = np.concatenate([np.zeros((2, 7)), np.diff(np.log(r), axis=0)[:-1]])
+    read = jnp.float32(np.stack([1 / before, change], axis=1))
+    expected = made.inside.unroll(params, (queries, read), jnp.float32(y / r[:, None]))
+    found = made.unroll(params, queries, feedback)
+    np.testing.assert_allclose(found, expected * before[:, None], 1e-4, 1e-5)
+
+
+def test_answers_do_not_depend_on_the_feedback_to_come(meta):
+    made, params = meta
+    queries, feedback = pairs(made.domain)
+    before = made.unroll(params, queries, feedback)
+    after = made.unroll(params, queries, feedback.at[3:].multiply(5.0))
+    np.testing.assert_allclose(after[:4], before[:4], 1e-6)
+    assert np.abs(after[4:] - before[4:]).max() > 1e-3
+
+
+def test_but_for_what_is_read_of_the_size_answers_grow_as_the_feedback_does():
+    """With no weight on 1 / r, answers from the second on are equivariant: all r grow alike."""
+    made = Normalised(DOMAINS["linear"], NETWORKS["lstm"].make)
+    params = scattered(made)
+    params["body"]["input"] = params["body"]["input"].at[:, 3].set(0.0)  # after the 3 of x
+    queries, feedback = pairs(made.domain)
+    one, tenfold = (made.unroll(params, queries, k * feedback)[1:] for k in (1, 10))
+    np.testing.assert_allclose(tenfold, 10 * one, 1e-4, 1e-5)
+
+
+def test_no_feedback_but_zero_is_no_division_by_zero(meta):
+    made, params = meta
+    queries, feedback = pairs(made.domain, 0.0)
+    gradient = jax.grad(lambda params: made.unroll(params, queries, feedback).sum())(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
