@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--no-cache", action="store_true", help="compile anew, and keep nothing compiled"
     )
+    said = "say what it would need, without running it: here, or on a device such as h100:8"
+    run.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=said)
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
     devices = commands.add_parser("devices", help="say what a run would use")
     devices.set_defaults(do=_devices)
@@ -217,6 +219,10 @@ def _run(arguments: argparse.Namespace) -> int:
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
+    if arguments.plan not in (None, "here"):
+        from metadyn import elsewhere
+
+        elsewhere.alone()
     mesh.use_every_core()
     mesh.use_compilation_cache(not arguments.no_cache)
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
@@ -254,7 +260,7 @@ def _studies(arguments: argparse.Namespace) -> int:
 
 
 def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Progress) -> int:
-    from metadyn import report
+    from metadyn import planning, report
     from metadyn.runner import run_study
 
     preset, seed, overrides = arguments.preset, arguments.seed, arguments.overrides
@@ -263,6 +269,9 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
         return DONE
     progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
     try:
+        if arguments.plan:
+            planning.report(study, config, arguments.plan, out, progress.say)
+            return DONE
         summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)
     except ConfigError as error:
         raise as_typed(error, config, overrides) from error

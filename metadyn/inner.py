@@ -173,7 +173,7 @@ def measure(
 
     Task i, `sample_task(key_i, argument)`, and all that happens in it come from `key` folded with
     its global index i. Tasks are spread over the devices and taken at most `chunk` at a time on
-    each, which bounds the memory. All of it is computed in float32 proper on every backend.
+    each, or fewer if its memory is small. All of it is computed in float32 proper on every backend.
     """
 
     def some(everywhere, indices):
@@ -187,9 +187,10 @@ def measure(
         return jax.vmap(one)(indices)
 
     key = prng.fast(key)
+    seeds = len(jax.tree.leaves(params)[0]) if seeded else 1
 
     def one_seed(params):
-        at_a_time = mesh.tasks_at_a_time(chunk, _held(make_learner(params), probes))
+        at_a_time = mesh.tasks_at_a_time(chunk, _held(make_learner(params), probes), seeds)
         return mesh.over_tasks(some, (params, argument, key), indices, at_a_time)
 
     return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)

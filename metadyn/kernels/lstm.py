@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from metadyn import mesh
 from metadyn.errors import check_choice
 
 Backend = Literal["auto", "scan", "backward"]
@@ -83,7 +84,7 @@ def lstm(
                 weight gradients are summed in it, while what they are products of is in the cache.
     """
     if backend == "auto":
-        few = jax.default_backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
+        few = mesh.backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
         backend = "scan" if few else "backward"
     check_choice("backend", backend, Backend)
     backends: dict[str, Any] = {"scan": _scan, "backward": _lstm}
@@ -132,7 +133,7 @@ class Local(NamedTuple):
 def _lstm_forward(weights, inputs):
     both = _both(weights)
     # Elsewhere than on a CPU one array is kept in place of six: each is a launch a step.
-    kept = tuple if jax.default_backend() == "cpu" else jnp.stack
+    kept = tuple if mesh.backend() == "cpu" else jnp.stack
 
     def step(carry, x):
         c_before = carry[1]
