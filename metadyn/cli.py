@@ -269,7 +269,7 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
         return DONE
     progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
     try:
-        if arguments.plan:
+        if arguments.plan is not None:
             planning.report(study, config, arguments.plan, out, progress.say)
             return DONE
         summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)

@@ -85,4 +85,6 @@ def find(name: str) -> Elsewhere:
 def alone() -> None:
     """Keeps JAX, before it has started, from looking for devices here beyond CPUs."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    # What the TPU's compiler would ask the network for, and complain of not being told.
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
     jax.config.update("jax_platforms", "cpu")
