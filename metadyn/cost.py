@@ -47,6 +47,14 @@ def _count(equation: Any, turns: float) -> float:
     return 2 * made * math.prod(shape[axis] for axis in contracted)
 
 
+def largest(jaxpr: Any) -> int:
+    """Bytes of the greatest array that a traced program makes on its way."""
+    made = [out.aval for equation in jaxpr.eqns for out in equation.outvars]
+    sizes = [each.size * each.dtype.itemsize for each in made if hasattr(each, "dtype")]
+    inner = [largest(each) for equation in jaxpr.eqns for each in _inner(equation.params)]
+    return max(sizes + inner, default=0)
+
+
 def _inner(params: Any) -> Iterator[Any]:
     """The programs that stand in an equation's parameters."""
     for value in params.values():

@@ -31,6 +31,7 @@ from metadyn.base import (
     Task,
     indexed_keys,
 )
+from metadyn.cost import largest
 from metadyn.errors import check
 
 full_precision = jax.default_matmul_precision("highest")
@@ -190,17 +191,22 @@ def measure(
     seeds = len(jax.tree.leaves(params)[0]) if seeded else 1
 
     def one_seed(params):
-        at_a_time = mesh.tasks_at_a_time(chunk, _held(make_learner(params), probes), seeds)
+        held, taken = _held(make_learner(params), probes)
+        at_a_time = mesh.tasks_at_a_time(chunk, held, seeds * taken)
         return mesh.over_tasks(some, (params, argument, key), indices, at_a_time)
 
     return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)
 
 
-def _held(learner: Learner, probes: Probes) -> int:
-    """Bytes of a learner's state, and as many again for each query of a probe but one."""
-    state = jax.tree.leaves(jax.eval_shape(learner.init, jax.random.key(0)))
+def _held(learner: Learner, probes: Probes) -> tuple[int, int]:
+    """Bytes of a learner's state, and as many again for each query of a probe but one; and those
+    of its state and the greatest array in answering a probe."""
+    state = jax.eval_shape(learner.init, jax.random.key(0))
+    size = max(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), 1)
     queries = max((len(jax.tree.leaves(probe.queries)[0]) for _, probe in probes), default=1)
-    return max(queries * sum(leaf.size * leaf.dtype.itemsize for leaf in state), 1)
+    answer = jax.make_jaxpr(jax.vmap(learner.predict, (None, 0)))
+    answered = [largest(answer(state, probe.queries).jaxpr) for _, probe in probes]
+    return queries * size, size + max(answered, default=0)
 
 
 def recorded(probe: str, reading: str) -> str:

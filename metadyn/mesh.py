@@ -32,7 +32,7 @@ from metadyn.errors import ConfigError, check
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 CACHED_EPISODES, LEAST_TASKS, CACHE = 128, 16, 1 << 20  # our choice; the last in bytes
-TAKEN = 8  # times what a task holds that measuring it takes: `benchmarks/compiled.md` has at most 6
+TAKEN = 2  # times its state and the greatest array that measuring a task takes: our choice
 
 
 def start(
@@ -338,14 +338,14 @@ def over_tasks(
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 
 
-def tasks_at_a_time(most: int, held: int, seeds: int = 1) -> int:
-    """How many of a device's tasks to measure at a time, each of which holds so many bytes.
+def tasks_at_a_time(most: int, held: int, taken: int) -> int:
+    """How many of a device's tasks to measure at a time.
 
-    On a CPU core about as many as its cache holds, but enough to fill its products. Elsewhere
-    what measuring them takes, of all seeds at once, is bounded by half of the device's memory.
+    On a CPU core about as many as its cache holds, at `held` bytes each, but enough to fill its
+    products. Elsewhere as many as take half of the device's memory, at `taken` bytes each.
     """
     if backend() != "cpu":
-        return max(1, min(most, memory(split=False) // (2 * TAKEN * held * seeds)))
+        return max(1, min(most, memory(split=False) // (2 * TAKEN * taken)))
     return min(most, max(LEAST_TASKS, CACHE // held))
 
 

@@ -150,18 +150,21 @@ def disk(plan: Plan, loop: OuterLoop) -> int:
 
 
 def estimated(loop: OuterLoop) -> dict[str, float]:
-    """Seconds that training each meta-learner would take here, from steps that are timed."""
-    last, end = 1, loop.config.steps
-    ((state, _),) = loop.run(loop.init(), [last])
+    """Seconds that training each meta-learner would take here, from steps that are timed.
+
+    So many that they take `SECONDS`, or one dispatch; the first, in which all is compiled, is not.
+    """
+    done, count, end = 1, 1, loop.config.steps
+    ((state, _),) = loop.run(loop.init(), [done])
     while True:
+        count = min(count, end - done)
         loop.seconds = dict.fromkeys(loop.trained, 0.0)
-        count = min(last, end - last, loop.config.dispatch)
-        if not count:
-            return loop.seconds
-        ((state, _),) = loop.run(state, [last + count])
-        last += count
-        if sum(loop.seconds.values()) > SECONDS or last == end:
-            return {name: end * each / count for name, each in loop.seconds.items()}
+        for reached, _ in loop.run(state, [done + count]):
+            state, done = reached, done + count
+        timed = sum(loop.seconds.values())
+        if timed > SECONDS or count == loop.config.dispatch or done == end:
+            return {name: end * each / max(count, 1) for name, each in loop.seconds.items()}
+        count = min(2 * count, loop.config.dispatch)
 
 
 def _existing(path: str) -> Path:

@@ -61,13 +61,15 @@ def test_stored_bytes_are_those_of_state_and_readings(plan):
     assert least < planning.disk(found, loop) < 4 * least
 
 
-def test_time_is_estimated_from_steps_that_are_run(plan, monkeypatch):
-    """To the last step if they are few: then it is what they took."""
+def test_time_is_estimated_from_few_steps(plan, monkeypatch):
+    """One, then twice as many until they take a while, or fill a dispatch."""
     _, loop = plan
-    monkeypatch.setattr(planning, "SECONDS", 0.0)
+    ran, run = [], loop.run
+    monkeypatch.setattr(loop, "run", lambda state, to: (ran.append(to[0]), run(state, to))[1])
     found = planning.estimated(loop)
     assert found.keys() == {"lstm"}
     assert 0 < found["lstm"] < 600
+    assert ran in ([1, 2, 4, 8, 16, 32, 52][:n] for n in range(2, 8))  # dispatches of 20
 
 
 @pytest.mark.parametrize("name", ["h200", "h100:3", "v5e:x", "", "here:2"])
@@ -143,24 +145,23 @@ def planned(**outer):
 
 
 def test_a_small_memory_bounds_the_tasks_that_are_measured_at_a_time(monkeypatch):
-    """To half of it, for all seeds at once: the state of each query, times what measuring takes."""
+    """To half of it, for all seeds at once: of an LSTM, its state and the gates of all queries."""
     two_seeds = planned(seeds=2)
-    held = 3000
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
-    monkeypatch.setattr(mesh, "memory", lambda split: 2 * mesh.TAKEN * held * 5)
-    assert mesh.tasks_at_a_time(24, held) == 5
-    assert mesh.tasks_at_a_time(24, held, seeds=2) == 2
-    assert mesh.tasks_at_a_time(3, held) == 3
-    assert mesh.tasks_at_a_time(24, 1 << 60) == 1
+    monkeypatch.setattr(mesh, "memory", lambda split: 2 * mesh.TAKEN * 300 * 5)
+    assert mesh.tasks_at_a_time(24, 1, taken=300) == 5
+    assert mesh.tasks_at_a_time(24, 1, taken=600) == 2
+    assert mesh.tasks_at_a_time(3, 1, taken=300) == 3
+    assert mesh.tasks_at_a_time(24, 1, taken=1 << 60) == 1
     asked = []
     monkeypatch.setattr(mesh, "tasks_at_a_time", lambda *given: asked.append(given) or 4)
     jax.clear_caches()
     for program in planning.programs(*two_seeds)[1:]:
         program.trace()
     jax.clear_caches()
-    chunk, queries, state = 4096, 6, 4 * (4 + 4 + 2 + 1)  # h, c, feedback, diagnosis
-    assert {(chunk, queries * state, 2), (chunk, state, 2)} < set(asked)
-    assert {seeds for _, held, seeds in asked if held not in (state, queries * state)} == {1}
+    state = 4 * (4 + 4 + 2 + 1)  # h, c, feedback, diagnosis
+    gates = 4 * 6 * 4 * 4  # of 6 queries
+    assert {(4096, state, 2 * state), (4096, 6 * state, 2 * (state + gates))} < set(asked)
 
 
 def test_devices_elsewhere_stand_in_and_leave():
