@@ -39,7 +39,8 @@ class Program(NamedTuple):
 
 def programs(plan: Plan, loop: OuterLoop) -> list[Program]:
     """Lists every program of a plan's run, each once, whatever it is of."""
-    one, found = jax.ShapeDtypeStruct((), jnp.int32), {}
+    one = jax.ShapeDtypeStruct((), jnp.int32)
+    found: dict[Any, Program] = {}
     for name, each in plan.trained.items():
         trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
         own = each.own is not None and each.own.batch != plan.outer.batch
