@@ -140,8 +140,14 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
                 if wanted(name) and target not in found:
                     found[target] = compiled(program, there)
                     print(f"{target}, {name}: {found[target]}", flush=True)
-                    FILE.write_text(json.dumps(rows, indent=1) + "\n")
-                    FILE.with_suffix(".md").write_text("\n".join(table(rows)) + "\n")
+                    store(rows)
+    store(rows)  # with the names of those that were not wanted
+
+
+def store(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes what is known of the programs, and the table of it."""
+    FILE.write_text(json.dumps(rows, indent=1) + "\n")
+    FILE.with_suffix(".md").write_text("\n".join(table(rows)) + "\n")
 
 
 def main() -> None:
