@@ -32,7 +32,7 @@ FULL = tuple(
 """Hidden units, batch, T; up to what 16 GiB of memory hold of the other sides' activations."""
 
 
-def config_of(model: str, hidden: int) -> Any:
+def config_of(model: str, hidden: int, **more: Any) -> Any:
     """The configuration of one of metadyn's own networks, by the names of `rivals`."""
     from metadyn.learners.attention import TransformerConfig
     from metadyn.learners.deltanet import DeltaNetConfig
@@ -45,11 +45,18 @@ def config_of(model: str, hidden: int) -> Any:
         "deltanet": DeltaNetConfig,
         "minlstm": MinLSTMConfig,
     }
-    return made[model](hidden=hidden)
+    return made[model](hidden=hidden, **more)
 
 
-def loop(hidden: int, batch: int, steps: int, model: str = "lstm") -> Any:
-    """The `OuterLoop` that studies use."""
+def loop(
+    hidden: int,
+    batch: int,
+    steps: int,
+    model: str = "lstm",
+    precision: Any = "float32",
+    **more: Any,
+) -> Any:
+    """The `OuterLoop` that studies use; `more` are fields of the network's configuration."""
     from metadyn import mesh
 
     mesh.use_every_core()
@@ -60,17 +67,23 @@ def loop(hidden: int, batch: int, steps: int, model: str = "lstm") -> Any:
     from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
     domain = LinearRegression(N, N, sigma=SIGMA, steps=steps)
-    meta = config_of(model, hidden).make(domain)
+    meta = config_of(model, hidden, **more).make(domain)
     outer = OuterConfig(
-        steps=1_000_000, batch=batch, seeds=1, learning_rate=RATE, schedule="constant", clip=CLIP
+        steps=1_000_000,
+        batch=batch,
+        seeds=1,
+        learning_rate=RATE,
+        schedule="constant",
+        clip=CLIP,
+        precision=precision,
     )
     trained = {model: MetaTraining(meta, prediction_loss(domain, meta))}
     return OuterLoop(trained, outer, jax.random.key(0))
 
 
-def metadyn_side(hidden: int, batch: int, steps: int, model: str = "lstm") -> Run:
-    """metadyn, on every core."""
-    ours = loop(hidden, batch, steps, model)
+def metadyn_side(hidden: int, batch: int, steps: int, model: str = "lstm", **more: Any) -> Run:
+    """metadyn, on every core or on the accelerator; `more` are options of `loop`."""
+    ours = loop(hidden, batch, steps, model, **more)
     import jax
     import jax.numpy as jnp
 

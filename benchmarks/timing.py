@@ -26,6 +26,7 @@ import numpy as np
 
 REPEATS = 9
 SECONDS = 0.25  # of one repeat, at least: our choice
+PATIENCE = 600.0  # seconds that a side may take to be prepared, or to repeat
 
 Run = Callable[[int], Any]
 """`run(count)` does the work `count` times and returns when it is done."""
@@ -44,26 +45,38 @@ class Unavailable(Exception):
 
 
 class Worker:
-    """A side in a process of its own. Raises `Unavailable` if it cannot be made."""
+    """A side in a process of its own.
 
-    def __init__(self, side: Side, seconds: float = SECONDS):
-        context = multiprocessing.get_context("spawn")
+    Raises `Unavailable` if it cannot be made, dies, or does not answer within `patience` seconds.
+    """
+
+    def __init__(self, side: Side, seconds: float = SECONDS, patience: float = PATIENCE):
+        self._patience, context = patience, multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, side, seconds), daemon=True)
         self._process.start()
         theirs.close()
-        try:
-            complaint = self._pipe.recv()
-        except EOFError:
-            complaint = "it died while being prepared"
+        complaint = self._answer()
         if complaint:
             self.close()
             raise Unavailable(complaint)
 
     def repeat(self) -> float:
         """Seconds for one unit of work, mean over one repeat."""
-        self._pipe.send(True)
-        return self._pipe.recv()
+        with contextlib.suppress(BrokenPipeError):  # if it is dead, the missing answer says so
+            self._pipe.send(True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        why = f"it did not answer within {self._patience:g} s"
+        try:
+            if self._pipe.poll(self._patience):
+                return self._pipe.recv()
+        except (EOFError, ConnectionError):
+            why = "it died"
+        self._process.kill()
+        self.close()
+        raise Unavailable(why)
 
     def close(self) -> None:
         """Ends the process."""
@@ -109,26 +122,40 @@ def _seconds(run: Run, count: int) -> float:
 
 
 def alternate(
-    sides: Mapping[str, Side], repeats: int = REPEATS, seconds: float = SECONDS
+    sides: Mapping[str, Side],
+    repeats: int = REPEATS,
+    seconds: float = SECONDS,
+    patience: float = PATIENCE,
 ) -> dict[str, np.ndarray]:
     """Seconds per unit of work [repeats] of each side, repeat by repeat in turn.
 
-    A side that cannot run here is left out, and why is printed.
+    A side that cannot run here, or fails on the way, is left out, and why is printed.
     """
     workers: dict[str, Worker] = {}
+    taken: dict[str, list[float]] = {}
     try:
         for name, side in sides.items():
-            try:
-                workers[name] = Worker(side, seconds)
-            except Unavailable as why:
-                print(f"{name}: not measured ({why})", flush=True)
-        taken = [
-            {name: worker.repeat() for name, worker in workers.items()} for _ in range(repeats)
-        ]
+            with _left_out(name, taken):
+                workers[name] = Worker(side, seconds, patience)
+                taken[name] = []
+        for _ in range(repeats):
+            for name in [*taken]:
+                with _left_out(name, taken):
+                    taken[name].append(workers[name].repeat())
     finally:
         for worker in workers.values():
             worker.close()
-    return {name: np.array([each[name] for each in taken]) for name in workers}
+    return {name: np.array(each) for name, each in taken.items()}
+
+
+@contextlib.contextmanager
+def _left_out(name: str, taken: dict[str, list[float]]) -> Iterator[None]:
+    """Takes a side out of what was measured, and prints why, if it cannot run inside."""
+    try:
+        yield
+    except Unavailable as why:
+        print(f"{name}: not measured ({why})", flush=True)
+        taken.pop(name, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +232,17 @@ def limits() -> Limits:
     return Limits(2 * PARTS * SIZE**3 / best["products"], 2 * 4 * PARTS * ENTRIES / best["copies"])
 
 
-def products() -> Run:
-    """PARTS products of SIZE × SIZE matrices, split over the devices."""
-    return _everywhere((SIZE, SIZE), lambda a: a @ a / SIZE)
+def products(size: int = SIZE, precision: str = "float32") -> Run:
+    """PARTS products of size × size matrices, split over the devices."""
+    import jax
+
+    product = jax.default_matmul_precision(precision)(lambda a: a @ a / size)
+    return _everywhere((size, size), product)
 
 
-def copies() -> Run:
-    """PARTS arrays of ENTRIES negated in place, split over the devices."""
-    return _everywhere((ENTRIES,), lambda a: -a)
+def copies(entries: int = ENTRIES) -> Run:
+    """PARTS arrays of so many entries negated in place, split over the devices."""
+    return _everywhere((entries,), lambda a: -a)
 
 
 def _everywhere(shape: tuple[int, ...], change: Callable[[Any], Any]) -> Run:

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,28 +17,14 @@ import time
 import jax
 import jax.numpy as jnp
 
+from metadyn.cost import reduced
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
-WIDTH = {"f32": 4, "bf16": 2, "f64": 8, "s32": 4}
 # Assumed, not measured: GB/s that one GPU sends, and the latency of one message in seconds.
 LINKS = {"8 GPUs, NVLink": (8, 450e9, 3e-6), "256 GPUs, 400 Gb/s InfiniBand": (256, 50e9, 10e-6)}
-
-
-def reduced_bytes(program: str) -> list[int]:
-    """Bytes of each all-reduce in a compiled program."""
-    sizes = []
-    for shapes in re.findall(r"= (.*?) all-reduce(?:-start)?\(", program):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        sizes.append(
-            sum(
-                WIDTH[kind] * math.prod(int(n) for n in dims.split(",") if n)
-                for kind, dims in arrays
-            )
-        )
-    return sizes
 
 
 def measure(steps: int, batch: int, hidden: int) -> dict:
@@ -61,7 +46,7 @@ def measure(steps: int, batch: int, hidden: int) -> dict:
         "devices": jax.device_count(),
         "parameters": parameters,
         "seconds": min(times[1:]),
-        "reduced": reduced_bytes(program),
+        "reduced": reduced(program),
     }
 
 

@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--no-cache", action="store_true", help="compile anew, and keep nothing compiled"
     )
+    said = "say what it would need, without running it: here, or on a device such as h100:8"
+    run.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=said)
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
     sweep = commands.add_parser(
         "sweep",
@@ -254,6 +256,10 @@ def _begin(arguments: argparse.Namespace) -> None:
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
+    if arguments.plan not in (None, "here"):
+        from metadyn import elsewhere
+
+        elsewhere.alone()
     mesh.use_every_core()
     mesh.use_compilation_cache(not arguments.no_cache)
     if not 0 <= arguments.seed < 2**32:  # of which JAX makes a key
@@ -334,7 +340,7 @@ def _studies(arguments: argparse.Namespace) -> int:
 
 
 def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Progress) -> int:
-    from metadyn import report
+    from metadyn import planning, report
     from metadyn.runner import run_study
 
     preset, seed, overrides = arguments.preset, arguments.seed, arguments.overrides
@@ -343,6 +349,9 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
         return DONE
     progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
     try:
+        if arguments.plan is not None:
+            planning.report(study, config, arguments.plan, out, progress.say)
+            return DONE
         summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)
     except ConfigError as error:
         raise as_typed(error, config, overrides) from error

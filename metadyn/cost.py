@@ -1,10 +1,11 @@
-"""What a computation costs: its floating-point operations, counted from its program."""
+"""What a computation costs: operations counted from its program, and what its compiler says."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,18 +17,24 @@ def operations(f: Callable[..., Any], *args: Any) -> int:
     for each number that it makes. Loops count as often as they run; of the branches of a condition
     the costliest counts, and a loop of unknown length once.
     """
-    return _count(jax.make_jaxpr(f)(*args).jaxpr)
+    return round(operations_of(jax.make_jaxpr(f)(*args).jaxpr))
 
 
-def _count(jaxpr: Any) -> int:
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def operations_of(jaxpr: Any, turns: float = 1) -> float:
+    """Counts them in a traced program; a loop of unknown length counts for so many turns.
+
+    What is split over devices counts as it is on each of them.
+    """
+    return sum(_count(equation, turns) for equation in jaxpr.eqns)
 
 
-def _count_equation(equation: Any) -> int:
-    inner = [_count(each) for each in _inner(equation.params)]
+def _count(equation: Any, turns: float) -> float:
+    inner = [operations_of(each, turns) for each in _inner(equation.params)]
     name = equation.primitive.name
     if name == "scan":
         return equation.params["length"] * sum(inner)
+    if name == "while":
+        return turns * sum(inner)
     if name == "cond":
         return max(inner)
     if inner:
@@ -38,6 +45,14 @@ def _count_equation(equation: Any) -> int:
     contracted = equation.params["dimension_numbers"][0][0]
     shape = equation.invars[0].aval.shape
     return 2 * made * math.prod(shape[axis] for axis in contracted)
+
+
+def largest(jaxpr: Any) -> int:
+    """Bytes of the greatest array that a traced program makes on its way."""
+    made = [out.aval for equation in jaxpr.eqns for out in equation.outvars]
+    sizes = [each.size * each.dtype.itemsize for each in made if hasattr(each, "dtype")]
+    inner = [largest(each) for equation in jaxpr.eqns for each in _inner(equation.params)]
+    return max(sizes + inner, default=0)
 
 
 def _inner(params: Any) -> Iterator[Any]:
@@ -56,3 +71,56 @@ ARITHMETIC = {
     *("sqrt", "rsqrt", "pow", "integer_pow", "reduce_sum", "reduce_max", "reduce_min"),
 }
 """Operations that count, by JAX's names; those that only move or compare numbers do not."""
+
+
+class Account(NamedTuple):
+    """What a compiled program takes on each device, by its compiler's account."""
+
+    memory: int
+    """Bytes of its arguments, of results that take no argument's place, and of what is between."""
+    reduced: tuple[int, ...]
+    """Bytes of each all-reduce that stands in the program."""
+    launches: tuple[int, ...]
+    """Operations on arrays in one turn of each innermost loop, such as a step of an episode."""
+
+
+def account(compiled: Any) -> Account:
+    """Reads a compiled program."""
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Account(taken, reduced(text), launches(text))
+
+
+WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f64": 8, "s64": 8, "u64": 8}
+"""Bytes of a number, by XLA's names of types; of the others 4."""
+
+
+def reduced(program: str) -> tuple[int, ...]:
+    """Bytes of each all-reduce in the text of a compiled program."""
+    sizes = []
+    for shapes in re.findall(r"= (.*?) all-reduce(?:-start)?\(", program):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        counts = [(WIDTH.get(kind, 4), dims.split(",")) for kind, dims in arrays]
+        sizes.append(sum(w * math.prod(int(n) for n in dims if n) for w, dims in counts))
+    return tuple(sizes)
+
+
+FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast"}
+"""XLA's operations that nothing is done for."""
+
+
+def launches(program: str) -> tuple[int, ...]:
+    """Operations on arrays in one turn of each innermost loop in the text of a compiled program.
+
+    Counters of loops, and the waiting for what was begun before, are left out.
+    """
+    parts = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S))
+    bodies = [parts[name] for name in re.findall(r" while\(.*?body=%?([\w.-]+)", program)]
+    found = []
+    for body in bodies:
+        operations = re.findall(r" = (\(.*?\)|\S+) ([\w-]+)\(", body)
+        if all(kind != "while" for _, kind in operations):
+            done = [kind for shape, kind in operations if re.search(r"\[\d", shape)]
+            found.append(sum(k not in FREE and not k.endswith("-done") for k in done))
+    return tuple(found)

@@ -33,6 +33,7 @@ from metadyn.base import (
     Task,
     indexed_keys,
 )
+from metadyn.cost import largest
 from metadyn.errors import check
 
 full_precision = jax.default_matmul_precision("highest")
@@ -176,7 +177,7 @@ def measure(
 
     Task i, `sample_task(key_i, argument)`, and all that happens in it come from `key` folded with
     its global index i. Tasks are spread over the devices and taken at most `chunk` at a time on
-    each, which bounds the memory. All of it is computed in float32 proper on every backend.
+    each, or fewer if its memory is small. All of it is computed in float32 proper on every backend.
     """
 
     def some(everywhere, indices):
@@ -190,19 +191,25 @@ def measure(
         return jax.vmap(one)(indices)
 
     key = prng.fast(key)
+    seeds = len(jax.tree.leaves(params)[0]) if seeded else 1
 
     def one_seed(params):
-        at_a_time = mesh.tasks_at_a_time(chunk, _held(make_learner(params), probes))
+        held, taken = _held(make_learner(params), probes)
+        at_a_time = mesh.tasks_at_a_time(chunk, held, seeds * taken)
         return mesh.over_tasks(some, (params, argument, key), indices, at_a_time)
 
     return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)
 
 
-def _held(learner: Learner, probes: Probes) -> int:
-    """Bytes of a learner's state, and as many again for each query of a probe but one."""
-    state = jax.tree.leaves(jax.eval_shape(learner.init, jax.random.key(0)))
+def _held(learner: Learner, probes: Probes) -> tuple[int, int]:
+    """Bytes of a learner's state, and as many again for each query of a probe but one; and those
+    of its state and the greatest array in answering a probe."""
+    state = jax.eval_shape(learner.init, jax.random.key(0))
+    size = max(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), 1)
     queries = max((len(jax.tree.leaves(probe.queries)[0]) for _, probe in probes), default=1)
-    return max(queries * sum(leaf.size * leaf.dtype.itemsize for leaf in state), 1)
+    answer = jax.make_jaxpr(jax.vmap(learner.predict, (None, 0)))
+    answered = [largest(answer(state, probe.queries).jaxpr) for _, probe in probes]
+    return queries * size, size + max(answered, default=0)
 
 
 def recorded(probe: str, reading: str) -> str:

@@ -50,11 +50,15 @@ def _has_curve(tasks: TaskSet, contender: Contender) -> bool:
 
 
 def calls(
-    tasks: TaskSet, contender: Contender, params: Params, key: Key, chunk: int
+    tasks: TaskSet,
+    contender: Contender,
+    params: Params,
+    key: Key | jax.ShapeDtypeStruct,
+    chunk: int,
 ) -> list[tuple[Any, ...]]:
     """Lists the arguments of `inner.measure` that `readings` calls it with, once for each chunk.
 
-    `params` may be shapes, to compile the program before there are any.
+    `params` and `key` may be shapes, to compile the program before there are any.
     """
     size = tasks.size_for(contender.clock)
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Devices and processes: the one module that knows how many there are.
+"""Devices and processes: the one module that knows how many there are, and of which kind.
 
 Tasks are split over all devices; in training seeds are, and the episodes of a seed over what
 devices are left. Parameters are replicated. All processes run the same program; what is to be done
@@ -14,10 +14,10 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from metadyn.errors import ConfigError, check
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 CACHED_EPISODES, LEAST_TASKS, CACHE = 128, 16, 1 << 20  # our choice; the last in bytes
+TAKEN = 2  # times its state and the greatest array that measuring a task takes: our choice
 
 
 def start(
@@ -186,9 +187,48 @@ def _cpu() -> dict[str, str]:
     return {}
 
 
+class Elsewhere(NamedTuple):
+    """Devices that are not here, and for which programs can be made all the same."""
+
+    devices: Sequence[Any]
+    memory: int
+    """Bytes that each of them has."""
+    options: Mapping[str, str]
+    """What their compiler is told."""
+
+
+_elsewhere: list[Elsewhere] = []
+
+
+@contextlib.contextmanager
+def standing_in(there: Elsewhere) -> Iterator[None]:
+    """Makes programs for devices elsewhere as long as it is entered; they cannot be run."""
+    jax.clear_caches()  # of what was traced for the devices here
+    _elsewhere.append(there)
+    try:
+        yield
+    finally:
+        _elsewhere.pop()
+        jax.clear_caches()
+
+
+def devices() -> Sequence[Any]:
+    """The devices that programs are made for: those of all processes, if not some elsewhere."""
+    return _elsewhere[-1].devices if _elsewhere else jax.devices()
+
+
+def backend() -> str:
+    """What these devices are: "cpu", "gpu" or "tpu"."""
+    return _elsewhere[-1].devices[0].platform if _elsewhere else jax.default_backend()
+
+
 def mesh() -> Mesh:
     """All devices of all processes along one axis."""
-    return jax.make_mesh((jax.device_count(),), (TASKS,), (AxisType.Auto,))
+    return _made((len(devices()),), (TASKS,))
+
+
+def _made(shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
+    return jax.make_mesh(shape, axes, (AxisType.Auto,) * len(axes), devices=devices())
 
 
 def replicated() -> NamedSharding:
@@ -219,7 +259,7 @@ def train_seeds(
     by_seed = PartitionSpec(SEEDS)
     sharded = jax.shard_map(
         lambda everywhere, stacked: over_seeds(lambda one: f(everywhere, one), stacked),
-        mesh=jax.make_mesh(shape, axes, (AxisType.Auto,) * 3),
+        mesh=_made(shape, axes),
         in_specs=(PartitionSpec(), by_seed),
         out_specs=by_seed,
         check_vma=False,
@@ -236,10 +276,10 @@ def shares(
     the devices of a group can share a batch, which `field` sets, equally, `together` episodes at a
     time; CPU cores that cannot repeat each other's work.
     """
-    groups = math.gcd(seeds, jax.device_count())
-    group = jax.device_count() // groups
+    groups = math.gcd(seeds, len(devices()))
+    group = len(devices()) // groups
     sharing = math.gcd(batch // together, group)
-    equal = sharing == group or jax.default_backend() == "cpu"
+    equal = sharing == group or backend() == "cpu"
     fix = f"must be a multiple of {group * together}, as {group} devices share it"
     check(equal, field, batch, fix)
     return groups, sharing, group // sharing
@@ -256,7 +296,7 @@ def at_a_time(episodes: int, together: int = 1) -> int:
 
     On a CPU core so many that what the backward pass needs stays in its cache; elsewhere all.
     """
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         return episodes
     parts = range(together, CACHED_EPISODES + 1, together)
     whole = [n for n in parts if episodes % n == 0 and 2 * n > CACHED_EPISODES]
@@ -279,9 +319,9 @@ def over_tasks(
 
     Each device takes its own in equal parts of at most `at_a_time`.
     """
-    devices = jax.device_count()
-    parts = -(-len(indices) // (devices * at_a_time))
-    padded = jnp.pad(indices, (0, -len(indices) % (devices * parts)), mode="edge")
+    count = len(devices())
+    parts = -(-len(indices) // (count * at_a_time))
+    padded = jnp.pad(indices, (0, -len(indices) % (count * parts)), mode="edge")
 
     def part_by_part(everywhere, indices):
         found = jax.lax.map(partial(f, everywhere), indices.reshape(parts, -1))
@@ -298,13 +338,14 @@ def over_tasks(
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 
 
-def tasks_at_a_time(most: int, held: int) -> int:
-    """How many of a device's tasks to measure at a time, each of which holds so many bytes.
+def tasks_at_a_time(most: int, held: int, taken: int) -> int:
+    """How many of a device's tasks to measure at a time.
 
-    On a CPU core about as many as its cache holds, but enough to fill its products.
+    On a CPU core about as many as its cache holds, at `held` bytes each, but enough to fill its
+    products. Elsewhere as many as take half of the device's memory, at `taken` bytes each.
     """
-    if jax.default_backend() != "cpu":
-        return most
+    if backend() != "cpu":
+        return max(1, min(most, memory(split=False) // (2 * TAKEN * taken)))
     return min(most, max(LEAST_TASKS, CACHE // held))
 
 
@@ -313,7 +354,7 @@ def over_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
 
     A CPU gains little from batching matrix products that already fill its cores.
     """
-    if jax.default_backend() == "cpu":
+    if backend() == "cpu":
         return jax.lax.map(f, stacked)
     return jax.vmap(f)(stacked)
 
@@ -339,10 +380,10 @@ def describe() -> dict[str, Any]:
 
 def processor() -> str:
     """What a reader would call the hardware: "2 × AMD EPYC 7B13" or "8 × NVIDIA H100"."""
-    kind = jax.devices()[0].device_kind
-    if jax.default_backend() == "cpu":
+    kind = devices()[0].device_kind
+    if backend() == "cpu":
         kind = _cpu().get("model name", kind)
-    return f"{jax.device_count()} × {kind}"
+    return f"{len(devices())} × {kind}"
 
 
 def memory(split: bool) -> int:
@@ -350,6 +391,8 @@ def memory(split: bool) -> int:
 
     Accelerators have memory of their own; CPU devices share this machine's.
     """
+    if _elsewhere:
+        return _elsewhere[-1].memory * (len(devices()) if split else 1)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if jax.default_backend() != "cpu" and limit:
         return limit * jax.device_count() if split else limit

@@ -63,7 +63,7 @@ class Rows:
         rows = [row_of(loop, name) for loop in self.loops]
         places = programs.differing([row.numbers for row in rows])
         numbers = [jnp.stack([row.numbers[place] for row in rows]) for place in places]
-        devices = jax.device_count()
+        devices = len(mesh.devices())
         count = len(rows) * seeds
         at = np.minimum(np.arange(-(-count // devices) * devices), count - 1)  # the last repeated
 

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
-from metadyn.cost import operations
+from metadyn import mesh
+from metadyn.cost import account, launches, operations, operations_of, reduced
 
 
 def test_products_count_two_for_each_multiplication_and_addition():
@@ -30,3 +32,56 @@ def test_only_the_costliest_branch_counts_and_moving_numbers_is_free():
     x = jnp.ones(6)
     assert operations(branches, x) == 12
     assert operations(lambda x: x.reshape(2, 3).T, x) == 0
+
+
+def test_loops_of_unknown_length_count_for_the_turns_that_are_given():
+    f = lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x * 2 + 1, x)
+    jaxpr = jax.make_jaxpr(f)(jnp.int32(3), jnp.ones(6)).jaxpr
+    one = operations_of(jaxpr)
+    assert operations_of(jaxpr, turns=5) == 5 * one
+    assert 12 <= one <= 14  # with the counter and its comparison
+
+
+def test_an_account_is_of_one_device():
+    """What is split is counted once for its part; what is reduced, whole."""
+    count = jax.device_count()
+    x = jax.ShapeDtypeStruct((64 * count, 32), jnp.float32)
+    parts = PartitionSpec(mesh.TASKS)
+    add = lambda x: jax.lax.psum(jnp.sin(x).sum(0), mesh.TASKS)
+    whole = jax.shard_map(add, mesh=mesh.mesh(), in_specs=parts, out_specs=PartitionSpec())
+    found = account(jax.jit(whole).trace(x).lower().compile())
+    assert found.reduced == ((32 * 4,) if count > 1 else found.reduced)
+    assert 64 * 32 * 4 + 32 * 4 <= found.memory < 2 * 64 * 32 * 4 + 4096
+
+
+PROGRAM = """HloModule jit_f
+
+%inner (p: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
+  %p = (s32[], f32[4,2]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4,2]{1,0} get-tuple-element(%p), index=1
+  %next = s32[] add(%i, %i)
+  %copy-start = (f32[4,2]{1,0}, f32[4,2]{1,0}, u32[]) copy-start(%x)
+  %copy-done = f32[4,2]{1,0} copy-done(%copy-start)
+  %y = f32[4,2]{1,0} fusion(%copy-done), kind=kLoop, calls=%f
+  ROOT %t = (s32[], f32[4,2]{1,0}) tuple(%next, %y)
+}
+
+%outer (q: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
+  %q = (s32[], f32[4,2]{1,0}) parameter(0)
+  %w = (s32[], f32[4,2]{1,0}) while(%q), condition=%c, body=%inner
+  ROOT %z = (s32[], f32[4,2]{1,0}) fusion(%w), kind=kLoop, calls=%g
+}
+
+ENTRY %main (a: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
+  %a = (s32[], f32[4,2]{1,0}) parameter(0)
+  %r = f32[10]{0} all-reduce(%a), to_apply=%sum
+  %s = (bf16[3,2]{1,0}, f32[]) all-reduce-start(%a), to_apply=%sum
+  ROOT %v = (s32[], f32[4,2]{1,0}) while(%a), condition=%d, body=%outer
+}
+"""
+
+
+def test_programs_are_read_for_what_is_reduced_and_for_innermost_loops():
+    assert reduced(PROGRAM) == (40, 2 * 6 + 4)
+    assert launches(PROGRAM) == (2,)  # the copy that is begun, the fusion

@@ -111,8 +111,9 @@ def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
-def test_accelerators_store_two_arrays_a_step_and_join_weights_once(backend, monkeypatch):
-    """Forward h and all derivatives, backward the gradient of x; what is computed is the same."""
+def test_accelerators_store_three_arrays_a_step_and_join_weights_once(backend, monkeypatch):
+    """Forward h and all derivatives, backward those by z, of which products after all steps make
+    those by the weights and by x; what is computed is the same."""
     weights, inputs, direction = single(random_case(1))
     gradient = jax.grad(lambda w, x: jnp.sum(direction * lstm(w, x)), (0, 1))
     expected = gradient(weights, inputs)
@@ -121,6 +122,7 @@ def test_accelerators_store_two_arrays_a_step_and_join_weights_once(backend, mon
     platform = "cuda" if backend == "gpu" else backend
     text = there.trace(weights, inputs).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.dynamic_update_slice") == 3
+    assert f"tensor<{4 * H}x{N + H + 1}xf32>" in text[text.rindex("stablehlo.while") :]
     joined = [line for line in text.splitlines() if f"tensor<{4 * H}x{N + H}xf32>" in line]
     assert sum("stablehlo.concatenate" in line for line in joined) == 1
     before = text[: text.index("stablehlo.while")].splitlines()

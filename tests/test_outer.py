@@ -266,9 +266,9 @@ def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(at_a_time):
 
 
 def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds():
-    assert mesh.tasks_at_a_time(4096, mesh.CACHE // 100) == 100
-    assert mesh.tasks_at_a_time(4096, mesh.CACHE) == mesh.LEAST_TASKS
-    assert mesh.tasks_at_a_time(64, 1) == 64
+    assert mesh.tasks_at_a_time(4096, mesh.CACHE // 100, 1) == 100
+    assert mesh.tasks_at_a_time(4096, mesh.CACHE, 1) == mesh.LEAST_TASKS
+    assert mesh.tasks_at_a_time(64, 1, 1) == 64
 
 
 def test_an_own_optimiser_is_scheduled_over_the_runs_steps():

@@ -10,15 +10,17 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float
 
+from metadyn import mesh
+
 
 def apply(W: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
     """W x. Under `jax.vmap` over x alone it is one product, X Wᵀ."""
-    return _apply(W, x) if jax.default_backend() == "cpu" else W @ x
+    return _apply(W, x) if mesh.backend() == "cpu" else W @ x
 
 
 def times(A: Float[Array, "i j"], B: Float[Array, "j k"]) -> Float[Array, "i k"]:
     """A B."""
-    return _times(A, B) if jax.default_backend() == "cpu" else A @ B
+    return _times(A, B) if mesh.backend() == "cpu" else A @ B
 
 
 @jax.custom_batching.custom_vmap

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from metadyn import mesh
 from metadyn.errors import check_choice
 
 Backend = Literal["auto", "scan", "backward"]
@@ -79,11 +80,12 @@ def lstm(
       auto      that of the next two which `benchmarks/kernels.py` found the faster for H and B.
       scan      `lax.scan` under autodiff, the reference.
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
-                so that the reverse recurrence is two products and a few multiplications; the
-                weight gradients are summed in it, while what they are products of is in the cache.
+                so that the reverse recurrence is a product and a few multiplications; on a CPU the
+                weight gradients are summed in it, while what they are products of is in the cache,
+                elsewhere they are one product after it.
     """
     if backend == "auto":
-        few = jax.default_backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
+        few = mesh.backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
         backend = "scan" if few else "backward"
     check_choice("backend", backend, Backend)
     backends: dict[str, Any] = {"scan": _scan, "backward": _lstm}
@@ -132,7 +134,7 @@ class Local(NamedTuple):
 def _lstm_forward(weights, inputs):
     both = _both(weights)
     # Elsewhere than on a CPU one array is kept in place of six: each is a launch a step.
-    kept = tuple if jax.default_backend() == "cpu" else jnp.stack
+    kept = tuple if mesh.backend() == "cpu" else jnp.stack
 
     def step(carry, x):
         c_before = carry[1]
@@ -157,6 +159,7 @@ def _lstm_backward(residuals, dh_out):
     zeros, _ = _start(weights, inputs)
     ones = jnp.ones((1, zeros.shape[1]), zeros.dtype)
     H, n = len(zeros), inputs.shape[1]
+    on_cpu = mesh.backend() == "cpu"
 
     def gradient(dz, x, h_before):
         """Of all weights by one product: columns are those of the input, the state, the bias."""
@@ -166,21 +169,31 @@ def _lstm_backward(residuals, dh_out):
         dh, dc, dz_after, total = carry
         dh_out, h, x_after, kept = now
         local = Local(*kept)
-        # h is what the step after saw, so its gradient is taken now: no shifted copy of h is made.
-        total = total + gradient(dz_after, x_after, h)
+        if on_cpu:
+            # h is what the step after saw, so its gradient is taken now: no shifted copy of h is
+            # made.
+            total = total + gradient(dz_after, x_after, h)
         dh = dh + dh_out
         dc = dc + dh * local.h_by_c
         dz = jnp.stack(
             [dc * local.c_by_i, dc * local.c_by_f, dh * local.h_by_o, dc * local.c_by_g]
         ).reshape(4 * H, -1)
-        dx = weights.input.T @ dz
-        return (weights.recurrent.T @ dz, dc * local.c_by_c, dz, total), dx
+        carry = weights.recurrent.T @ dz, dc * local.c_by_c, dz if on_cpu else None, total
+        return carry, weights.input.T @ dz if on_cpu else dz
 
     inputs_after = jnp.concatenate([inputs[1:], jnp.zeros_like(inputs[:1])])
-    nothing = (zeros, zeros, jnp.tile(zeros, (4, 1)), jnp.zeros((4 * H, n + H + 1), zeros.dtype))
+    nothing = jnp.tile(zeros, (4, 1)), jnp.zeros((4 * H, n + H + 1), zeros.dtype)
     xs = (dh_out, h, inputs_after, local)
-    (_, _, dz, total), dx = jax.lax.scan(step, nothing, xs, reverse=True)
-    total = total + gradient(dz, inputs[0], zeros)
+    start = (zeros, zeros, *(nothing if on_cpu else (None, None)))
+    (_, _, dz, total), found = jax.lax.scan(step, start, xs, reverse=True)
+    if on_cpu:
+        total, dx = total + gradient(dz, inputs[0], zeros), found
+    else:
+        # Where a launch costs more than memory: one product over all steps and episodes.
+        before = jnp.concatenate([zeros[None], h[:-1]])
+        seen = jnp.concatenate([inputs, before, jnp.broadcast_to(ones, (len(h), *ones.shape))], 1)
+        total = jnp.einsum("tzb,tsb->zs", found, seen)
+        dx = jnp.einsum("zn,tzb->tnb", weights.input, found)
     return LSTMWeights(total[:, :n], total[:, n : n + H], total[:, n + H]), dx
 
 

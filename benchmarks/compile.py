@@ -1,0 +1,177 @@
+"""Compiles the programs of every study's `paper` preset for GPUs and TPUs that are not here.
+
+    python -m benchmarks.compile [--platform cuda|tpu] [--only REGEX] [--lower]
+
+Needs the extra `aot`, some 5 GB of XLA's compilers: `pip install -e '.[aot]' -c constraints.txt`.
+Prints each program as it is compiled, and stores it in compiled.json and the table compiled.md
+beside this file. What these hold already is not compiled again: delete them to begin anew. REGEX is
+searched for in "STUDY: PROGRAM", such as "linear_regression: outer step". With `--lower` programs
+are lowered alone, which needs no compiler and stores nothing: CI does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+TARGETS = {"cuda": ("h100:1", "h100:8"), "tpu": ("v5e:1", "v5e:4")}
+BACKENDS = {"cuda": "gpu", "tpu": "tpu"}
+FILE = Path(__file__).with_name("compiled.json")
+PRESET = "paper"
+HEAD = """# Programs compiled for devices that were not there
+
+Written by `python -m benchmarks.compile`, whose docstring says how; on such devices nothing was
+timed. A cell has the memory that a program takes of each device; the operations on arrays in one
+turn of each of its innermost loops, such as a step of an episode forwards + backwards; the bytes
+that are all-reduced; and seconds of compiling on a share of one CPU core. FLOPs are those of one
+call on the first of the devices that has a cell. A dash: not compiled yet."""
+
+
+def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
+    """Every program of a study, for the devices that stand in or are said to be here."""
+    import jax
+
+    from metadyn import planning
+    from metadyn.outer import OuterLoop
+    from metadyn.study import load_study
+
+    found = load_study(study)
+    plan = found.plan(found.presets[preset])
+    loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
+    yield from planning.programs(plan, loop)
+
+
+def lowered(program: Any, platform: str) -> str:
+    """The text of a program for a platform, with the choices that are made there."""
+    return program.trace().lower(lowering_platforms=(platform,)).as_text()
+
+
+@contextmanager
+def said_to_be_here(platform: str) -> Iterator[None]:
+    """Makes the choices that are made on a platform, for the devices that are here."""
+    import jax
+
+    jax.clear_caches()
+    with patch.object(jax, "default_backend", lambda: BACKENDS[platform]):
+        yield
+    jax.clear_caches()
+
+
+def compiled(program: Any, there: Any) -> dict[str, Any]:
+    """What is stored of a program."""
+    from metadyn import planning
+
+    try:
+        row = planning.compiled(program, there)
+    except Exception as error:  # costs this program alone
+        return {"fails": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    found = row.account._asdict() | {"operations": row.operations, "seconds": round(row.seconds, 1)}
+    return found | {"calls": program.times}
+
+
+def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """Lines of Markdown: a table for each study, in which each program is a line."""
+    from metadyn.planning import number
+
+    targets = [target for each in TARGETS.values() for target in each]
+    yield HEAD
+    studies = sorted({name.partition(": ")[0] for name in rows})
+    for study in studies:
+        yield ""
+        yield f"## {study}, preset {PRESET}"
+        yield ""
+        yield f"| program | calls | FLOPs | {' | '.join(targets)} |"
+        yield f"| --- | --- | --- |{' --- |' * len(targets)}"
+        for name, found in rows.items():
+            if name.startswith(f"{study}: "):
+                right = [found[t] for t in targets if "fails" not in found.get(t, {"fails": ""})]
+                flops = number(right[0]["operations"]) if right else ""
+                calls = f"{right[0]['calls']:,}" if right else ""
+                cells = [_cell(found.get(target)) for target in targets]
+                yield f"| {name.partition(': ')[2]} | {calls} | {flops} | {' | '.join(cells)} |"
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    from metadyn.planning import size
+
+    if row is None:
+        return "–"
+    if "fails" in row:
+        return row["fails"].replace("|", "/")
+    steps = " + ".join(map(str, row["launches"])) or "no loop"
+    reduced = f"; {size(sum(row['reduced']))} reduced" if row["reduced"] else ""
+    return f"{size(row['memory'])}; {steps}{reduced}; {row['seconds']:.0f} s"
+
+
+def lower_all(platform: str, wanted: Callable[[str], Any]) -> None:
+    """Lowers programs for a platform, and prints how long each took."""
+    from metadyn.study import known
+
+    with said_to_be_here(platform):
+        for study in known():
+            for program in programs(study):
+                name, start = f"{study}: {program.name}", time.monotonic()
+                if wanted(name):
+                    lowered(program, platform)
+                    print(f"{platform}, {name}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
+    """Compiles programs for devices elsewhere, and stores each as it is done."""
+    from metadyn import elsewhere, mesh
+    from metadyn.study import known
+
+    rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    there = elsewhere.find(target)
+    with mesh.standing_in(there):
+        for study in known():
+            for program in programs(study):
+                name = f"{study}: {program.name}"
+                found = rows.setdefault(name, {})
+                if wanted(name) and target not in found:
+                    found[target] = compiled(program, there)
+                    print(f"{target}, {name}: {found[target]}", flush=True)
+                    store(rows)
+    store(rows)  # with the names of those that were not wanted
+
+
+def store(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes what is known of the programs, and the table of it."""
+    FILE.write_text(json.dumps(rows, indent=1) + "\n")
+    FILE.with_suffix(".md").write_text("\n".join(table(rows)) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    from metadyn import elsewhere
+    from metadyn.errors import ConfigError
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--platform", choices=[*TARGETS], help="default: both")
+    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--lower", action="store_true", help="lower alone, store nothing")
+    arguments = parser.parse_args()
+    elsewhere.alone()
+    wanted = partial(re.search, arguments.only)
+    for platform in [arguments.platform] if arguments.platform else [*TARGETS]:
+        if arguments.lower:
+            lower_all(platform, wanted)
+            continue
+        try:
+            for target in TARGETS[platform]:
+                compile_all(target, wanted)
+        except ConfigError as error:
+            sys.exit(f"compile: {error}".replace("--plan ", ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The benchmark for a GPU, gone through at tiny sizes on a CPU: a failure costs only itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu, timing
+from benchmarks.timing import Side
+from metadyn import mesh
+
+ROOT = Path(gpu.__file__).parent.parent
+
+
+def test_a_dry_run_goes_through_all_of_it(tmp_path):
+    """PyTorch's side too, where it is installed, which it is not in CI."""
+    command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path), "--dry"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads((tmp_path / "results.json").read_text())
+    names = " ".join(each["name"] for each in found)
+    for part in ("float32: metadyn, ms", "copies", "share of", "backward", "scan", "flax"):
+        assert part in names
+    assert all(each["value"] > 0 for each in found)
+    kind = mesh.processor().partition(" × ")[2]
+    assert {each["device"].partition(" × ")[2] for each in found} == {kind}
+    assert "suite.txt: 0\npaper.txt: 0\n" in done.stdout
+    assert "passed" in (tmp_path / "suite.txt").read_text()
+    assert (tmp_path / "paper" / "summary.json").exists()
+
+
+def dying_side(after):
+    """A side that leaves without a word."""
+    calls = []
+
+    def run(count):
+        calls.append(count)
+        if len(calls) > after:
+            os._exit(3)
+
+    return run
+
+
+def silent_side():
+    """A side that is never prepared."""
+    import time
+
+    time.sleep(60)
+
+
+def whole_side():
+    return lambda count: None
+
+
+def test_a_side_that_dies_or_says_nothing_costs_only_itself(capsys):
+    sides = {
+        "dies at once": Side(__name__, "dying_side", {"after": 0}),
+        "dies later": Side(__name__, "dying_side", {"after": 2}),
+        "whole": Side(__name__, "whole_side"),
+    }
+    taken = timing.alternate(sides, repeats=4, seconds=0)
+    assert list(taken) == ["whole"]
+    assert len(taken["whole"]) == 4
+    with pytest.raises(timing.Unavailable, match=r"did not answer within 0\.5 s"):
+        timing.Worker(Side(__name__, "silent_side"), patience=0.5)
+    said = capsys.readouterr().out
+    assert "dies at once: not measured (it died)" in said
+    assert "dies later: not measured (it died)" in said
+
+
+def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+    def broken():
+        yield timing.result("before it broke", [1.0])
+        raise RuntimeError("no such card")
+
+    parts = [("broken", broken()), ("whole", iter([timing.result("whole", [2.0])]))]
+    monkeypatch.setattr(gpu, "measured", lambda sizes: parts)
+    commands = {"fails.txt": (9, ["-c", "raise SystemExit(3)"])}
+    commands["slow.txt"] = (0.2, ["-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(gpu, "commands", lambda sizes, out: commands)
+    monkeypatch.setenv("BENCHMARK_DEVICE", "a card")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")
+    gpu.programme(tmp_path, gpu.DRY)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [each["name"] for each in found] == ["before it broke", "whole"]
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    said = capsys.readouterr().out
+    assert "broken: RuntimeError: no such card" in said
+    assert "fails.txt: 3\nslow.txt: stopped for time\n" in said
+
+
+def test_shares_are_of_the_products_that_the_problem_needs(monkeypatch):
+    """An outer step that does as many operations as were timed, in twice the time, has a half."""
+    sizes = gpu.Sizes(hidden=(3,), batch=2, steps=5, product=10, precisions=("float32",))
+    taken = {"copies": np.array([1.0]), "float32": np.array([4.0])}
+    monkeypatch.setattr(gpu.Sizes, "sides", lambda self, sides: dict(taken))
+    n, h = 5, 3  # numbers in x and in y; hidden units
+    step = 3 * 2 * 5 * 2 * (4 * h * (2 * n + h) + h * n)
+    rate = 8 * 2 * 10**3 / 4.0
+    *_, share = gpu.shares(sizes, {"float32": np.array([2 * step / rate])})
+    assert share.value == pytest.approx(0.5)

@@ -1,0 +1,209 @@
+"""What a plan says of a run, against the run itself, and what it refuses."""
+
+import dataclasses
+import json
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import compile as compiling
+from benchmarks import tiny_study
+from metadyn import cost, elsewhere, inner, mesh, planning
+from metadyn.cli import main
+from metadyn.errors import ConfigError
+from metadyn.outer import OuterLoop
+
+STUDY = str(Path(tiny_study.__file__))
+SHORT = ["--outer.steps", "40"]
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return planned()
+
+
+def test_a_plan_says_what_a_run_needs_and_runs_nothing(tmp_path, capsys):
+    assert main(["run", STUDY, "--plan", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    for part in ("outer step of lstm", "bayes on tracked", "FLOPs in all", "on disk", "training"):
+        assert part in said
+
+
+def test_programs_are_those_that_a_run_compiles(plan, tmp_path):
+    inner.measure.clear_cache()
+    assert main(["run", STUDY, "--out", str(tmp_path / "out"), *SHORT]) == 0
+    programs = planning.programs(*plan)
+    assert inner.measure._cache_size() == sum("outer step" not in each.name for each in programs)
+    needed = planning.disk(*plan)
+    assert needed > 0
+
+
+def test_operations_are_those_of_the_products_and_a_little_more(plan):
+    """An outer step of 8 episodes of 3 steps at 4 units, forwards once and backwards twice."""
+    step = planning.programs(*plan)[0]
+    devices = len(mesh.devices())
+    n, h, share = 2, 4, 8 // devices
+    products = 3 * 2 * 3 * share * (4 * h * (2 * n + h) + h * n)
+    assert products < planning.compiled(step).operations < 4 * products
+
+
+def test_stored_bytes_are_those_of_state_and_readings(plan):
+    """8 episodes of 4 probed times, two modes; weights, two moments, two counts and a step."""
+    found, loop = plan
+    checkpoints = len(found.outer.checkpoint_steps)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(loop.abstract.params))
+    state = sum(leaf.size for leaf in jax.tree.leaves(loop.abstract))
+    assert 3 * weights < state < 3 * weights + 6
+    least = 4 * checkpoints * (state + 2 * 8 * 4)
+    assert least < planning.disk(found, loop) < 4 * least
+
+
+def test_time_is_estimated_from_few_steps(plan, monkeypatch):
+    """One, then twice as many until they take a while, or fill a dispatch."""
+    _, loop = plan
+    ran, run = [], loop.run
+    monkeypatch.setattr(loop, "run", lambda state, to: (ran.append(to[0]), run(state, to))[1])
+    found = planning.estimated(loop)
+    assert found.keys() == {"lstm"}
+    assert 0 < found["lstm"] < 600
+    assert ran in ([1, 2, 4, 8, 16, 32, 52][:n] for n in range(2, 8))  # dispatches of 20
+
+
+@pytest.mark.parametrize("name", ["h200", "h100:3", "v5e:x", "", "here:2"])
+def test_an_unknown_device_is_refused(name, refused):
+    refused([STUDY, f"--plan={name}"], f"--plan {name}: is not known: choose from h100:1")
+
+
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
+    def missing(**told):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(elsewhere, "get_topology_desc", missing)
+    with pytest.raises(ConfigError, match=r"--plan h100:8: .*metadyn\[aot\]"):
+        elsewhere.find("h100:8")
+
+
+@pytest.fixture
+def accounts(monkeypatch):
+    """Programs that take 5 GiB each, by an account that is made up."""
+    account = cost.Account(5 << 30, (), ())
+    row = lambda program, there: planning.Row(program, 1.0, account, 0.0)
+    monkeypatch.setattr(planning, "compiled", row)
+    monkeypatch.setattr(planning, "estimated", lambda loop: {})
+
+
+def test_what_does_not_fit_is_refused_once_all_is_said(accounts, refused, monkeypatch):
+    monkeypatch.setattr(mesh, "memory", lambda split: 4 << 30)
+    said = refused([STUDY, "--plan"], "--outer.batch 8: outer step of lstm would take 5 GiB of 4")
+    assert "lower it" in said
+
+
+def test_a_full_disk_is_refused(accounts, refused, monkeypatch):
+    monkeypatch.setattr(mesh, "memory", lambda split: 6 << 30)
+    usage = namedtuple("usage", "total used free")(100, 99, 1)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: usage)
+    refused([STUDY, "--plan"], "the run may take")
+
+
+def test_a_compiler_that_runs_out_of_memory_is_told_apart(plan):
+    """From other failures of a compiler, which are raised as they are."""
+    for said, raised in {
+        "RESOURCE_EXHAUSTED: Used 17.2G of 15.75G hbm": ConfigError,
+        "INTERNAL: something else": jax.errors.JaxRuntimeError,
+    }.items():
+
+        def trace(said=said):
+            class Lowered:
+                def lower(self):
+                    raise jax.errors.JaxRuntimeError(said)
+
+            return Lowered()
+
+        with pytest.raises(raised):
+            planning.compiled(planning.programs(*plan)[0]._replace(trace=trace))
+
+
+def test_sizes_are_said_in_units():
+    assert [planning.size(each) for each in (0, 1023, 1536, 5 << 30)] == [
+        "0 B",
+        "1,023 B",
+        "1.5 KiB",
+        "5 GiB",
+    ]
+    assert [planning.number(each) for each in (7, 1500, 2.5e13)] == ["7", "1.5 k", "25 T"]
+
+
+def planned(**outer):
+    """The least study there is, with some settings of its outer loop."""
+    config = tiny_study.Config()
+    config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, **outer))
+    plan = tiny_study.study.plan(config)
+    return plan, OuterLoop(plan.trained, plan.outer, jax.random.key(0))
+
+
+def test_a_small_memory_bounds_the_tasks_that_are_measured_at_a_time(monkeypatch):
+    """To half of it, for all seeds at once: of an LSTM, its state and the gates of all queries."""
+    two_seeds = planned(seeds=2)
+    monkeypatch.setattr(mesh, "backend", lambda: "gpu")
+    monkeypatch.setattr(mesh, "memory", lambda split: 2 * mesh.TAKEN * 300 * 5)
+    assert mesh.tasks_at_a_time(24, 1, taken=300) == 5
+    assert mesh.tasks_at_a_time(24, 1, taken=600) == 2
+    assert mesh.tasks_at_a_time(3, 1, taken=300) == 3
+    assert mesh.tasks_at_a_time(24, 1, taken=1 << 60) == 1
+    asked = []
+    monkeypatch.setattr(mesh, "tasks_at_a_time", lambda *given: asked.append(given) or 4)
+    jax.clear_caches()
+    for program in planning.programs(*two_seeds)[1:]:
+        program.trace()
+    jax.clear_caches()
+    state = 4 * (4 + 4 + 2 + 1)  # h, c, feedback, diagnosis
+    gates = 4 * 6 * 4 * 4  # of 6 queries
+    assert {(4096, state, 2 * state), (4096, 6 * state, 2 * (state + gates))} < set(asked)
+
+
+def test_devices_elsewhere_stand_in_and_leave():
+    class Device:
+        platform = "tpu"
+        device_kind = "TPU v5 lite"
+
+    here = mesh.devices(), mesh.backend(), mesh.memory(True)
+    with mesh.standing_in(mesh.Elsewhere([Device()] * 4, 10, {})):
+        assert (len(mesh.devices()), mesh.backend()) == (4, "tpu")
+        assert (mesh.memory(split=False), mesh.memory(split=True)) == (10, 40)
+        assert mesh.processor() == "4 × TPU v5 lite"
+        assert mesh.shares(2, 8) == (2, 2, 1)
+    assert (mesh.devices(), mesh.backend(), mesh.memory(True)) == here
+
+
+# Of `benchmarks.compile`.
+
+
+@pytest.mark.parametrize("platform", compiling.TARGETS)
+def test_programs_are_lowered_with_the_choices_of_their_platform(platform, plan):
+    """Those of linear regression at `paper` size; CI lowers those of all studies by the command."""
+    with compiling.said_to_be_here(platform):
+        programs = {each.name: each for each in compiling.programs("linear_regression")}
+        text = compiling.lowered(programs["outer step of lstm"], platform)
+        assert "f64" not in text
+        devices = len(mesh.devices())
+        assert f"tensor<6x{4 // devices}x256x{1024}xf32>" in text or devices != 2
+        text = compiling.lowered(programs["lstm on in_distribution"], platform)
+        assert "f64" not in text
+        assert "custom_call @lapack" not in text
+
+
+def test_the_stored_table_is_of_the_stored_programs():
+    rows = json.loads(compiling.FILE.read_text())
+    lines = "\n".join(compiling.table(rows)) + "\n"
+    assert compiling.FILE.with_suffix(".md").read_text() == lines
+
+
+def test_a_table_says_what_was_compiled_what_failed_and_what_was_not():
+    row = {"memory": 1536, "reduced": [8], "launches": [6, 5], "operations": 2e9, "seconds": 1.4}
+    found = {"h100:1": row | {"calls": 7}, "h100:8": {"fails": "Error: a | b"}}
+    *_, line = compiling.table({"study: outer step of x": found})
+    said = "| outer step of x | 7 | 2 G | 1.5 KiB; 6 + 5; 8 B reduced; 1 s | Error: a / b | – | – |"
+    assert line == said
