@@ -243,6 +243,10 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 def _run(arguments: argparse.Namespace) -> int:
     from metadyn import mesh
 
+    if arguments.plan not in (None, "here"):
+        from metadyn import elsewhere
+
+        elsewhere.alone()
     _begin(arguments)
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     with _in_time():
@@ -256,10 +260,6 @@ def _begin(arguments: argparse.Namespace) -> None:
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
-    if arguments.plan not in (None, "here"):
-        from metadyn import elsewhere
-
-        elsewhere.alone()
     mesh.use_every_core()
     mesh.use_compilation_cache(not arguments.no_cache)
     if not 0 <= arguments.seed < 2**32:  # of which JAX makes a key
