@@ -178,6 +178,8 @@ def test_a_run_whose_output_is_no_longer_read_ends_quietly(tmp_path):
     """As in `metadyn run … | head -1`."""
     run = start(tmp_path / "r")
     assert run.stdout.readline().startswith("metadyn: linear_regression")
+    while not run.stdout.readline().startswith("training"):  # until the first state is stored
+        pass
     run.stdout.close()
     assert run.stderr.read() == ""
     assert run.wait(timeout=60) == 130
