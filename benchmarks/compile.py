@@ -84,20 +84,23 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
 
     targets = [target for each in TARGETS.values() for target in each]
     yield HEAD
-    studies = sorted({name.partition(": ")[0] for name in rows})
-    for study in studies:
+    for study in sorted({name.partition(": ")[0] for name in rows}):
+        mine = {n.partition(": ")[2]: of for n, of in rows.items() if n.startswith(f"{study}: ")}
         yield ""
         yield f"## {study}, preset {PRESET}"
-        yield ""
-        yield f"| program | calls | FLOPs | {' | '.join(targets)} |"
-        yield f"| --- | --- | --- |{' --- |' * len(targets)}"
-        for name, found in rows.items():
-            if name.startswith(f"{study}: "):
-                right = [found[t] for t in targets if "fails" not in found.get(t, {"fails": ""})]
-                flops = number(right[0]["operations"]) if right else ""
-                calls = f"{right[0]['calls']:,}" if right else ""
-                cells = [_cell(found.get(target)) for target in targets]
-                yield f"| {name.partition(': ')[2]} | {calls} | {flops} | {' | '.join(cells)} |"
+        if some := {name: found for name, found in mine.items() if found}:
+            yield ""
+            yield f"| program | calls | FLOPs | {' | '.join(targets)} |"
+            yield f"| --- | --- | --- |{' --- |' * len(targets)}"
+        for name, found in some.items():
+            right = [found[t] for t in targets if "fails" not in found.get(t, {"fails": ""})]
+            flops = number(right[0]["operations"]) if right else ""
+            calls = f"{right[0]['calls']:,}" if right else ""
+            cells = [_cell(found.get(target)) for target in targets]
+            yield f"| {name} | {calls} | {flops} | {' | '.join(cells)} |"
+        if left := len(mine) - len(some):
+            yield ""
+            yield f"Not compiled yet: {left} of {len(mine)} programs."
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
