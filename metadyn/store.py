@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,9 @@ Arrays = Mapping[str, Any]
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
 FORMAT = 3
 """Of the layout. Runs of metadyn 0.1 had none."""
+_one_save = threading.Lock()
+"""Orbax's threads signal each other by names that all saves of a process share: two at once, as in
+a sweep, can wait for ever (orbax-checkpoint 0.12.8)."""
 
 
 class NotMeasured(ConfigError):
@@ -169,7 +173,7 @@ class RunFolder:
     def _write(self, folder: Path, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
         part = folder.with_name(folder.name + PART)
         try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with _one_save, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 checkpointer.save(part, args=ocp.args.Composite(**items))
         except ValueError as error:  # TensorStore's way to say that a file cannot be written
             if code := re.search(r"os_error_code='(\d+)'", str(error)):
