@@ -491,7 +491,9 @@ def _figures(arguments: argparse.Namespace) -> int:
     name = arguments.study or run.config["study"]
     found = arguments.study or name in known()
     own = load_study(name).own_figures() if found else {}
-    for path in figures.draw(run.figures, run.results(), own, Progress(Console(stderr=True))):
+    console = Console(stderr=True)
+    progress = Progress(console if console.is_terminal else None)
+    for path in figures.draw(run.figures, run.results(), own, progress):
         print(path)
     if not found:
         _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
