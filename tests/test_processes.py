@@ -136,8 +136,8 @@ def test_bad_process_options_are_one_line(options, says, refused):
 def test_accelerators_that_cannot_share_the_batch_are_refused_before_dir_exists(
     options, says, refused, monkeypatch
 ):
-    monkeypatch.setattr(mesh.jax, "device_count", lambda: 4)
-    monkeypatch.setattr(mesh.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(mesh, "devices", lambda: [None] * 4)
+    monkeypatch.setattr(mesh, "backend", lambda: "gpu")
     refused([STUDY, *options], says)
 
 
