@@ -116,7 +116,8 @@ def _verdict(study: Study, claim: Claim, preset: str, rows: Mapping[str, Any] | 
     found, _, would_decide = row["verdict"].partition(": ")
     said = f"{found if found == 'holds' else f'**{found}**'}: {number(row)}"
     said += f"; {would_decide}" * bool(would_decide)
-    return f"{said} [({claim.figure})]({_figure(study.name, preset, f'{claim.figure}.png')})"
+    figure = _figure(study.name, preset, f"{claim.figure}.png")
+    return f"{said} ([{claim.figure}]({figure}))"
 
 
 def _table(table: Table, rows: dict[str, Any]) -> Iterator[str]:

@@ -111,7 +111,7 @@ def test_claims_are_collected_judged_and_written(folder, capsys):
     lines = between(text).splitlines()[2:]
     assert ["first" in lines[0], "a_second" in lines[1]] == [True, True]
     assert "| **undecided**: 6 [3, 12]; the value is" not in lines[0]
-    assert lines[0].endswith("| **refuted**: 6 [3.5, 12] [(orders)](figures/first_orders.png) |")
+    assert lines[0].endswith("| **refuted**: 6 [3.5, 12] ([orders](figures/first_orders.png)) |")
     assert (folder / "figures" / "first_orders.png").is_file()
     assert "Not measured" not in text
 
