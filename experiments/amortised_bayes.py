@@ -105,7 +105,7 @@ class Config(md.StudyConfig):
     def operated(self, meta: md.Contender) -> md.Contender:
         """A trained network, and copies of it that go on from other states."""
         network: Any = meta.learner
-        learner = beside.Implanted(network, self.at)
+        learner = beside.implanted(network, self.at)
         return md.Contender(f"{meta.name}_operated", meta.label, learner, "reference", of=meta.name)
 
 

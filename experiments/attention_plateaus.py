@@ -1,6 +1,6 @@
 """Linear attention's outer loop: one abrupt drop if keys and queries are merged, else a staircase.
 
-    metadyn run attention_plateaus [--preset quick|workstation|paper] [--out DIR] [overrides]
+    metadyn run attention_plateaus [--preset quick|paper] [--out DIR] [overrides]
 
 One layer of linear attention is trained from small weights on y = w · x + ε with inputs of several
 variances, as Zhang, Singh, Latham & Saxe (2025), arXiv:2501.16265, analyse it: its components are

@@ -11,7 +11,6 @@ on that very network. Saxe et al. (2013), arXiv:1312.6120, derive the staggering
 import dataclasses
 from functools import reduce
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,31 +69,18 @@ class Config:
         check(right, "factors", self.factors, "must be positive and finite")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Interpolated:
-    """The learners that descend from between a random start and MAML's, given its parameters."""
+def interpolated(maml, random: gd.Network, alpha: float, descend) -> md.Derived:
+    """Gradient descent from (1 − α) · random + α · learned, which is MAML's start.
 
-    maml: Any
-    random: gd.Network
-    alpha: float
-    descend: Any
-    """`descend(network)` is the learner."""
-    clock = "updates"
-    heads = 0
+    `descend(network)` is the learner.
+    """
+    between = lambda a, b: (1 - alpha) * a + alpha * b
 
-    def init(self, key):
-        """MAML's outer parameters."""
-        return self.maml.init(key)
+    def make(params):
+        start = lambda key: jax.tree.map(between, random.init(key), params["start"])
+        return descend(gd.Network(start, random.apply), interpolation=alpha)
 
-    def learner(self, params):
-        """Gradient descent from (1 − α) · random + α · learned."""
-        between = lambda a, b: (1 - self.alpha) * a + self.alpha * b
-        start = lambda key: jax.tree.map(between, self.random.init(key), params["start"])
-        return self.descend(gd.Network(start, self.random.apply), interpolation=self.alpha)
-
-    def unroll(self, params, queries, feedback):
-        """It is not trained."""
-        raise NotImplementedError
+    return md.Derived(maml, make, "updates")
 
 
 def properties(weights) -> dict[str, jax.Array]:
@@ -131,7 +117,7 @@ def compared(config: Config, name: str, bayes) -> md.Comparison:
         *(
             md.Contender(
                 f"interpolated_{alpha:g}", f"α = {alpha:g}",
-                Interpolated(trained, random, alpha, descend), "ordinary", times, of="maml",
+                interpolated(trained, random, alpha, descend), "ordinary", times, of="maml",
             )
             for alpha in config.interpolations
         ),

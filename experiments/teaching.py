@@ -97,7 +97,7 @@ def pupils(config: Config, sgd, bayes, metas) -> list[md.Contender]:
         made["own"] = lambda learner: taught(learner, partial(through, learner))
         made["for_bayes"] = lambda learner: taught(bayes.learner, partial(through, learner))
         for name, make in made.items():
-            learner = teaching.Pupil(meta.learner, lambda p, f=make, g=meta.make: f(g(p)))
+            learner = md.Derived(meta.learner, lambda p, f=make, g=meta.make: f(g(p)))
             label = f"{meta.label}\n{SETS.get(name, 'its set for Bayes')}"
             add(f"{meta.name}_{name}", label, learner, of=meta.name)
     return found

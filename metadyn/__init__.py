@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metadyn.api import Trained, measure, train
-    from metadyn.base import Domain, Learner, MetaLearner, Modes, Probe, Regression, TaskSet
+    from metadyn.base import (
+        Derived,
+        Domain,
+        Learner,
+        MetaLearner,
+        Modes,
+        Probe,
+        Regression,
+        TaskSet,
+    )
     from metadyn.errors import ConfigError
     from metadyn.inner import observe, run
     from metadyn.learners.networks import Recurrent, Sequence
@@ -34,7 +43,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "api": "Trained measure train",
-    "base": "Domain Learner MetaLearner Modes Probe Regression TaskSet",
+    "base": "Derived Domain Learner MetaLearner Modes Probe Regression TaskSet",
     "errors": "ConfigError",
     "inner": "observe run",
     "learners.networks": "Recurrent Sequence",

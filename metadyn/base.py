@@ -72,6 +72,36 @@ class MetaLearner(Protocol):
         """
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Derived:
+    """The learners that are made of a meta-learner's outer parameters, once these are trained.
+
+    A `MetaLearner` that is not trained itself.
+    """
+
+    meta: MetaLearner
+    """Whose outer parameters they are."""
+    make: Callable[[Params], Learner]
+    """Makes the learner."""
+    clock: str = "observations"
+    """What its time counts."""
+    heads = 0
+
+    def init(self, key: Key) -> Params:
+        """Draws the meta-learner's outer parameters."""
+        return self.meta.init(key)
+
+    def learner(self, params: Params) -> Learner:
+        """Makes the learner of these parameters."""
+        return self.make(params)
+
+    def unroll(
+        self, params: Params, queries: Query, feedback: Feedback
+    ) -> Float[Array, "T outputs B"]:
+        """It is not trained."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
 class Modes:
     """The modes of a task are the parts whose strengths are followed, one by one.

@@ -71,17 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(do=_run)
     run.add_argument("study", help="a study's name, a Python file that defines one, or a folder")
-    run.add_argument("--preset", default="quick", help="quick (default), paper, ...")
     run.add_argument(
         "--out",
         metavar="DIR",
         help="default runs/STUDY-PRESET-SEED; of a folder of studies, what stands for runs",
     )
-    run.add_argument("--seed", type=int, default=0)
     run.add_argument("--options", action="store_true", help="list what can be overridden")
-    run.add_argument(
-        "--no-cache", action="store_true", help="compile anew, and keep nothing compiled"
-    )
     said = "say what it would need, without running it: here, or on a device such as h100:8"
     run.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=said)
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
@@ -93,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.set_defaults(do=_sweep)
     sweep.add_argument("study", help="a study's name, or a Python file that defines one")
-    sweep.add_argument("--preset", default="quick", help="quick (default), paper, ...")
     sweep.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED-sweep")
-    sweep.add_argument("--seed", type=int, default=0)
     sweep.add_argument("--seeds", nargs="+", metavar="N", help="the same as --outer.seeds")
     ways = sweep.add_mutually_exclusive_group()
     ways.add_argument(
@@ -106,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     said = "do the I-th of N parts, which share DIR: for job arrays"
     sweep.add_argument("--part", metavar="I/N", default="1/1", help=said)
     sweep.add_argument("--yes", action="store_true", help="do more than 10,000 settings")
-    sweep.add_argument("--no-cache", action="store_true", help="keep nothing compiled")
+    for command in (run, sweep):
+        command.add_argument("--preset", default="quick", help="quick (default), paper, ...")
+        command.add_argument("--seed", type=int, default=0)
+        said = "compile anew, and keep nothing compiled"
+        command.add_argument("--no-cache", action="store_true", help=said)
     devices = commands.add_parser("devices", help="say what a run would use")
     devices.set_defaults(do=_devices)
     for command in (run, devices):

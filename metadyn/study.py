@@ -179,8 +179,7 @@ class Contender:
     """The option that sets its size, for messages."""
     of: str = ""
     """The meta-learner of the comparison from whose outer parameters its own learner is made, once
-    these are trained. Its `learner` is then a `MetaLearner` of such parameters that is not trained
-    itself, with a `clock` if that is not "observations"."""
+    these are trained. Its `learner` is then `Derived` from that meta-learner."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "contender")

@@ -218,6 +218,8 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
                 at, merit.value, figures.bars(merit), label=None if many else called, **style
             )
         axis.set(xlabel=option, ylabel=of)
+        if name != "staggering":  # amounts, whose differences are to be seen against the whole
+            axis.set_ylim(bottom=0)
         if not numeric:
             axis.set_xticks(range(len(values)), values)
         elif values[0] > 0 and values[-1] / values[0] >= 4:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from metadyn import dynamics
-from metadyn.base import Key, Learner, MetaLearner, Params, Probe
+from metadyn.base import Key, Learner, Probe
 from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression, LinearTask
 from metadyn.errors import check
@@ -123,29 +123,6 @@ def through(
 
     first = start, start, jnp.asarray(jnp.inf)
     return jax.lax.scan(step, first, jnp.arange(steps + 1))[0][1]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pupil:
-    """The learners that are taught, given the outer parameters of a trained meta-learner."""
-
-    meta: MetaLearner
-    """Whose parameters they are."""
-    make: Callable[[Params], Learner]
-    """The learner that is taught, with its teacher (`taught`)."""
-    heads = 0
-
-    def init(self, key: Key) -> Params:
-        """The meta-learner's outer parameters."""
-        return self.meta.init(key)
-
-    def learner(self, params: Params) -> Learner:
-        """The learner that is taught."""
-        return self.make(params)
-
-    def unroll(self, params: Params, queries: Any, feedback: Any) -> Array:
-        """It is not trained."""
-        raise NotImplementedError
 
 
 def with_error(probe: Probe) -> Probe:

@@ -110,7 +110,7 @@ def test_of_a_transformer_the_mean_of_what_its_cache_holds_is_read():
 @pytest.mark.parametrize("config", [LSTMConfig(hidden=4), GRUConfig(hidden=5)])
 def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
     both, params = made(config)
-    operated = beside.Implanted(both, at=3, episodes=64)
+    operated = beside.implanted(both, at=3, episodes=64)
     states, x, y = episode(operated, params)
     plain, _, _ = episode(both, params)
     # The episodes of the fit, and ridge regression on them in float64.
@@ -177,4 +177,4 @@ def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
 @pytest.mark.parametrize("at", [0, 6])
 def test_a_state_is_replaced_within_the_episode_alone(at):
     with pytest.raises(ConfigError, match=f"at = {at}: must be"):
-        beside.Implanted(made()[0], at)
+        beside.implanted(made()[0], at)

@@ -17,10 +17,21 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from metadyn import inner
-from metadyn.base import Answer, Domain, Feedback, Key, Learner, MetaLearner, Params, Query, State
+from metadyn.base import (
+    Answer,
+    Derived,
+    Domain,
+    Feedback,
+    Key,
+    Learner,
+    MetaLearner,
+    Params,
+    Query,
+    State,
+)
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import check, check_positive
+from metadyn.errors import check
 from metadyn.learners.bayes import bayes_bandit, bayes_linear, ridge
 from metadyn.learners.networks import Carry
 
@@ -179,7 +190,7 @@ class Beside:
 
 
 SOURCES = ("none", "own", "other", "fresh", "bayes")
-"""Whose losses `Implanted` records: of copies that go on from one state or another, and Bayes'."""
+"""Whose losses `implanted` records: of copies that go on from one state or another, and Bayes'."""
 
 
 class Operated(NamedTuple):
@@ -194,9 +205,8 @@ class Operated(NamedTuple):
     said: Mapping[str, Array]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Implanted:
-    """A trained recurrent network, and copies of it whose carry is replaced after update `at`.
+def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
+    """Makes of a trained recurrent network copies whose carry is replaced after update `at`.
 
     The carry of the copy "own" is that to which ridge regression, fitted on episodes of training,
     maps Bayes' posterior after the same pairs and the query last read: all else that it held is
@@ -207,31 +217,16 @@ class Implanted:
 
     Recorded are `losses`, of `SOURCES`; `shift`, the distances of the three copies' last answers
     from that of the network left alone; `size`, the mean square of the latter; and `after`, whether
-    they were given after the replacement, 1 or 0.
+    they were given after the replacement, 1 or 0. The ridge regression is fitted on so many
+    `episodes`, 512 by our choice.
     """
+    domain, beliefs = beside.domain, beside.beliefs
+    check(at >= 1, "at", at, "must be 1 or more")
+    check(at < domain.steps, "at", at, f"must be below the {domain.steps} steps of an episode")
+    check(episodes >= 1, "episodes", episodes, "must be 1 or more")
 
-    beside: Beside
-    at: int = 5
-    episodes: int = 512
-    """Episodes of the fit: our choice."""
-    heads = 0
-
-    def __post_init__(self) -> None:
-        check_positive(self, "at", "episodes")
-        T = self.beside.domain.steps
-        check(self.at < T, "at", self.at, f"must be below the {T} steps of an episode")
-
-    def init(self, key: Key) -> Params:
-        """The outer parameters of the network that it is made of."""
-        return self.beside.init(key)
-
-    def unroll(self, params: Params, queries: Query, feedback: Feedback) -> Array:
-        """It is not trained."""
-        raise NotImplementedError
-
-    def _episode(self, learner: Learner, key: Key) -> Mapping[str, Array]:
+    def episode(learner: Learner, key: Key) -> Mapping[str, Array]:
         """What is recorded at time `at` of an episode of training."""
-        domain = self.beside.domain
         key_task, key_init, key_steps = jax.random.split(key, 3)
         task = domain.sample_task(key_task)
 
@@ -240,23 +235,21 @@ class Implanted:
             query, _, feedback = inner.interact(domain, task, answer, keys)
             return learner.update(state, query, feedback), None
 
-        keys = jax.random.split(key_steps, self.at)
+        keys = jax.random.split(key_steps, at)
         return jax.lax.scan(step, learner.init(key_init), keys)[0].said
 
-    def learner(self, params: Params) -> Learner:
-        """The learner that these parameters are, to be operated on."""
-        learner = self.beside.learner(params)
-        network, beliefs = self.beside.meta.learner(params), self.beside.beliefs
-        domain, bayes = self.beside.domain, beliefs.learner
+    def make(params: Params) -> Learner:
+        learner = beside.learner(params)
+        network, bayes = beside.meta.learner(params), beliefs.learner
         empty, carried = ravel_pytree(learner.init(jax.random.key(0)).network.carry)
-        keys = jax.random.split(jax.random.key(0), self.episodes)
-        seen = jax.vmap(partial(self._episode, learner))(keys)
+        keys = jax.random.split(jax.random.key(0), episodes)
+        seen = jax.vmap(partial(episode, learner))(keys)
         mapped = _ridge(_features(seen), seen["state"])
 
         def init(key: Key) -> Operated:
             both = learner.init(key)
             copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), both.network)
-            donor = jax.random.randint(key, (), 0, self.episodes)
+            donor = jax.random.randint(key, (), 0, episodes)
             said = {
                 "after": jnp.zeros(()),
                 "losses": jnp.zeros(len(SOURCES)),
@@ -273,7 +266,7 @@ class Implanted:
             answers = jax.vmap(network.predict, (0, None))(state.copies, query)
             every = jnp.concatenate([answer[None], answers, best[None]])
             said = {
-                "after": jnp.where(state.time >= self.at, 1.0, 0.0),
+                "after": jnp.where(state.time >= at, 1.0, 0.0),
                 "losses": jax.vmap(domain.loss, (0, None))(every, feedback),
                 "shift": jax.vmap(beliefs.distance, (0, None))(answers, answer),
                 "size": jnp.mean(answer**2),
@@ -286,11 +279,13 @@ class Implanted:
                 for told in (alone.said, {**donor, "query": alone.said["query"]})
             )
             new = jax.tree.map(lambda *three: jnp.stack(three), own, other, carried(empty))
-            put = lambda new, old: jnp.where(state.time + 1 == self.at, new, old)
+            put = lambda new, old: jnp.where(state.time + 1 == at, new, old)
             copies = copies._replace(carry=jax.tree.map(put, new, copies.carry))
             return Operated(alone, copies, state.time + 1, state.donor, said)
 
         return Learner(init, predict, update, diagnose=lambda state: state.said)
+
+    return Derived(beside, make)
 
 
 def _features(said: Mapping[str, Array]) -> Float[Array, "*episodes p"]:
