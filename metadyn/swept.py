@@ -219,7 +219,7 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
             )
         axis.set(xlabel=option, ylabel=of)
         if name != "staggering":  # amounts, whose differences are to be seen against the whole
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         if not numeric:
             axis.set_xticks(range(len(values)), values)
         elif values[0] > 0 and values[-1] / values[0] >= 4:
