@@ -115,7 +115,7 @@ def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
     plain, _, _ = episode(both, params)
     # The episodes of the fit, and ridge regression on them in float64.
     keys = jax.random.split(jax.random.key(0), 64)
-    fit = jax.vmap(lambda key: operated._episode(both.learner(params), key))
+    fit = jax.vmap(lambda key: beside._told(both.domain, 3, both.learner(params), key))
     seen = jax.jit(fit)(keys)
     names = ("covariance", "mean", "query", "uncertainty")
     features = np.concatenate([np.float64(seen[name]) for name in names], 1)

@@ -225,25 +225,12 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
     check(at < domain.steps, "at", at, f"must be below the {domain.steps} steps of an episode")
     check(episodes >= 1, "episodes", episodes, "must be 1 or more")
 
-    def episode(learner: Learner, key: Key) -> Mapping[str, Array]:
-        """What is recorded at time `at` of an episode of training."""
-        key_task, key_init, key_steps = jax.random.split(key, 3)
-        task = domain.sample_task(key_task)
-
-        def step(state: Both, key: Key) -> tuple[Both, None]:
-            answer, keys = partial(learner.predict, state), jax.random.split(key)
-            query, _, feedback = inner.interact(domain, task, answer, keys)
-            return learner.update(state, query, feedback), None
-
-        keys = jax.random.split(key_steps, at)
-        return jax.lax.scan(step, learner.init(key_init), keys)[0].said
-
     def make(params: Params) -> Learner:
         learner = beside.learner(params)
         network, bayes = beside.meta.learner(params), beliefs.learner
         empty, carried = ravel_pytree(learner.init(jax.random.key(0)).network.carry)
         keys = jax.random.split(jax.random.key(0), episodes)
-        seen = jax.vmap(partial(episode, learner))(keys)
+        seen = jax.vmap(partial(_told, domain, at, learner))(keys)
         mapped = _ridge(_features(seen), seen["state"])
 
         def init(key: Key) -> Operated:
@@ -286,6 +273,20 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
         return Learner(init, predict, update, diagnose=lambda state: state.said)
 
     return Derived(beside, make)
+
+
+def _told(domain: Domain, at: int, learner: Learner, key: Key) -> Mapping[str, Array]:
+    """What is recorded at time `at` of an episode of training."""
+    key_task, key_init, key_steps = jax.random.split(key, 3)
+    task = domain.sample_task(key_task)
+
+    def step(state: Both, key: Key) -> tuple[Both, None]:
+        answer, keys = partial(learner.predict, state), jax.random.split(key)
+        query, _, feedback = inner.interact(domain, task, answer, keys)
+        return learner.update(state, query, feedback), None
+
+    keys = jax.random.split(key_steps, at)
+    return jax.lax.scan(step, learner.init(key_init), keys)[0].said
 
 
 def _features(said: Mapping[str, Array]) -> Float[Array, "*episodes p"]:
