@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print the verdict, or how far a run has come")
     report.set_defaults(do=_report)
     report.add_argument("dir", metavar="DIR")
-    view = commands.add_parser("view", help="make DIR/report.html, a page to look at a run")
+    view = commands.add_parser(
+        "view", help="make DIR/report.html, a page to look at a run or sweep"
+    )
     view.set_defaults(do=_view)
     view.add_argument("dir", metavar="DIR")
     said = "show it at 127.0.0.1:PORT instead, while it goes on"
@@ -529,12 +531,17 @@ def _view(arguments: argparse.Namespace) -> int:
     from metadyn import view
     from metadyn.progress import Progress
     from metadyn.store import RunFolder
+    from metadyn.sweep import SweepFolder, is_sweep
 
-    run = RunFolder(arguments.dir)
+    of = SweepFolder(arguments.dir) if is_sweep(arguments.dir) else RunFolder(arguments.dir)
     if arguments.serve is None:
-        print(view.write(run, Progress(Console(stderr=True))))
+        if isinstance(of, SweepFolder) and not any(map(of.ended, range(len(of.sweep.settings)))):
+            raise ConfigError(
+                f"{arguments.dir}: no setting is done yet; --serve PORT shows how far"
+            )
+        print(view.write(of, Progress(Console(stderr=True))))
         return DONE
-    with view.server(run, arguments.serve) as served, contextlib.suppress(KeyboardInterrupt):
+    with view.server(of, arguments.serve) as served, contextlib.suppress(KeyboardInterrupt):
         print(f"http://{view.LOCAL}:{served.server_port}/ until Ctrl-C", flush=True)
         served.serve_forever()
     return DONE

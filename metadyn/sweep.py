@@ -3,6 +3,7 @@
     DIR/sweep.json          what was asked for; written first, compared on every later run
     DIR/settings/NUMBER/    the run of one setting, as `metadyn run` with its options would make it
     DIR/figures/*.png       figures of merit against what is swept (swept.py)
+    DIR/report.html         a page to look at, with what is swept as controls (view.py)
     DIR/summary.json        figures of merit of every setting
 
 Settings whose programs differ in numbers alone are trained side by side as one program, in rows
@@ -25,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from metadyn import inner, programs
-from metadyn.errors import ConfigError, check, meant
+from metadyn.errors import ConfigError, check, meant, naming
 from metadyn.progress import Progress
 from metadyn.rows import Rows, form_of
 from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
@@ -183,8 +184,9 @@ class SweepFolder:
         found = read_json(self.path / "sweep.json", f"{path} holds no sweep of metadyn")
         if found.pop("format", None) != FORMAT:
             raise ConfigError(f"{path} holds a sweep of another version of metadyn")
-        self.parts: int = found.pop("parts")
-        self.sweep = Sweep(**found)
+        with naming(f"{path}/sweep.json: is not as metadyn writes it"):
+            self.parts: int = found.pop("parts")
+            self.sweep = Sweep(**found)
 
     @classmethod
     def create(cls, path: str | Path, sweep: Sweep, parts: int) -> SweepFolder:
@@ -295,7 +297,7 @@ def run_sweep(
                 runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
             _run(study, sweep, configs, folder, runners, shared, progress)
     if not summary.exists() and all(map(folder.ended, range(len(configs)))):
-        swept.conclude(folder)
+        swept.conclude(folder, progress)
     return folder
 
 

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from metadyn import dynamics, figures, labelled, store
 from metadyn.claims import number
-from metadyn.errors import ConfigError
+from metadyn.errors import ConfigError, check, naming
+from metadyn.progress import Progress
 from metadyn.store import read_json, write_json
 from metadyn.sweep import SweepFolder
 
@@ -26,7 +27,13 @@ MERITS = {
     "seconds": "seconds of training\n(the setting's share)",
 }
 """What figures show of each setting, and what they call it."""
+SETTING, MEASURED = (
+    {"setting", "folder", "options", "lost"},
+    {"learner", "ending", "merit", *MERITS},
+)
+"""What is said of each setting, and of one that was not lost."""
 MOST_LINES = 8  # our choice
+SILENT = Progress(None)
 
 Row = Mapping[str, Any]
 
@@ -84,18 +91,24 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
     return whole.transpose(*grid, ...)
 
 
-def rows(folder: SweepFolder) -> list[Row]:
+def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     """The figures of merit of every setting (`measured`), as written or as far as they are there.
 
-    In the place of NaN is None.
+    In the place of NaN is None. Raises `ConfigError` if what is written is damaged.
     """
     path = folder.path / "summary.json"
-    if path.exists():
-        return read_json(path, f"{path} cannot be read")["settings"]
-    return _finite(measured(folder))
+    if not path.exists():
+        return _finite(measured(folder, progress))
+    fix = "is not as metadyn writes it; remove the file"
+    with naming(f"{path} {fix}"):
+        found = read_json(path, "it cannot be read")["settings"]
+        for row in found:
+            named = SETTING if row["lost"] else SETTING | MEASURED
+            check(named <= {*row}, "rows", [*row], f"must be of {sorted(named)}")
+        return found
 
 
-def measured(folder: SweepFolder) -> list[Row]:
+def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     """What each setting has come to: for each meta-learner that is followed, once trained, how far
     it staggers, its excess loss on held-out tasks, and the seconds its training took.
 
@@ -103,36 +116,45 @@ def measured(folder: SweepFolder) -> list[Row]:
     """
     sweep = folder.sweep
     found: list[Row] = []
-    for i, texts in enumerate(sweep.settings):
-        settings = dict(zip(map(field, sweep.options), map(value_of, texts), strict=True))
-        row = {"setting": i, "folder": folder.setting(i).name, "options": settings, "lost": None}
-        run = folder.run(i)
-        if said := folder.lost(i):
-            found.append(row | {"lost": said})
-        elif run is None or not folder.ended(i):
-            found.append(row | {"lost": "not done"})
-        else:
-            last = run.outer_steps()[-1:]
-            for name, training in figures.trainings(run.results(last)).items():
-                trained, (loss, bayes) = training.trained.isel(outer_step=-1), training.losses
-                estimates: dict[str, Any] = {
-                    "staggering": dynamics.merit(trained),
-                    "excess": dynamics.measured_excess(loss.isel(outer_step=-1), bayes),
-                    "seconds": [labelled.about(training.trained).seconds] * 3,
-                }
-                merits = {n: [float(part) for part in e] for n, e in estimates.items()}
-                called = {"learner": training.called, "ending": name}
-                called |= {"merit": dynamics.merit_name(trained)}
-                found.append(row | called | merits)
+    with progress.counting("estimating", len(sweep.settings)) as show:
+        for i in range(len(sweep.settings)):
+            show(sweep.called(i))
+            found += _measured(folder, i)
     return found
 
 
-def conclude(folder: SweepFolder) -> None:
-    """Writes summary.json and the figures of a sweep of which all settings have ended."""
-    sweep, found = folder.sweep, _finite(measured(folder))
+def _measured(folder: SweepFolder, i: int) -> Iterator[Row]:
+    sweep = folder.sweep
+    settings = dict(zip(map(field, sweep.options), map(value_of, sweep.settings[i]), strict=True))
+    row = {"setting": i, "folder": folder.setting(i).name, "options": settings, "lost": None}
+    run = folder.run(i)
+    if said := folder.lost(i):
+        yield row | {"lost": said}
+    elif run is None or not folder.ended(i):
+        yield row | {"lost": "not done"}
+    else:
+        last = run.outer_steps()[-1:]
+        for name, training in figures.trainings(run.results(last)).items():
+            trained, (loss, bayes) = training.trained.isel(outer_step=-1), training.losses
+            estimates: dict[str, Any] = {
+                "staggering": dynamics.merit(trained),
+                "excess": dynamics.measured_excess(loss.isel(outer_step=-1), bayes),
+                "seconds": [labelled.about(training.trained).seconds] * 3,
+            }
+            merits = {n: [float(part) for part in e] for n, e in estimates.items()}
+            called = {"learner": training.called, "ending": name}
+            yield row | called | {"merit": dynamics.merit_name(trained)} | merits
+
+
+def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
+    """Writes summary.json, figures and page of a sweep of which all settings have ended."""
+    from metadyn import view
+
+    sweep, found = folder.sweep, _finite(measured(folder, progress))
     about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
     write_json(folder.path / "summary.json", {**about, "settings": found})
     draw(folder, found)
+    view.write(folder, progress)
 
 
 def _finite(value: Any) -> Any:
@@ -151,7 +173,7 @@ def report(folder: SweepFolder) -> Iterator[str]:
     there = [row for row in found if not row["lost"]]
     yield f"{len({row['setting'] for row in there})} of {len(sweep.settings)} settings done"
     several = len({row["learner"] for row in there}) > 1
-    for place, row in enumerate(sorted(there, key=_excess), 1):
+    for place, row in enumerate(ranked(there), 1):
         merits = [("excess loss", "excess"), (row["merit"], "staggering")]
         said = "  ".join(f"{called} {_number(row[name])}" for called, name in merits)
         who = f"  {row['learner']}" if several else ""
@@ -162,9 +184,14 @@ def report(folder: SweepFolder) -> Iterator[str]:
             yield f"   -  {row['folder']}  {_said(folder, row)}  {row['lost']}"
 
 
-def _excess(row: Row) -> float:
-    value = row["excess"][0]
-    return math.inf if value is None else value
+def ranked(found: Sequence[Row]) -> list[Row]:
+    """The settings, best first: by excess loss, those that were lost at the end."""
+
+    def place(row: Row) -> tuple[bool, float]:
+        value = None if row["lost"] else row["excess"][0]
+        return bool(row["lost"]), math.inf if value is None else value
+
+    return sorted(found, key=place)
 
 
 def _number(estimate: Sequence[float | None]) -> str:

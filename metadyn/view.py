@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file to look at, and a server for runs that are still going.
+"""The page of a run or a sweep: one HTML file to look at, and a server while it still goes on.
 
 All numbers are worked out here, from what is stored, and go into the page as JSON; `view.html` is
 the page itself, which draws them as SVG in a few hundred lines of its own. Plotly would add 4 MB to
@@ -15,7 +15,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -25,40 +25,43 @@ import matplotlib.colors
 import numpy as np
 import xarray as xr
 
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, labelled, swept
 from metadyn.base import STRENGTH
 from metadyn.errors import ConfigError, check
 from metadyn.progress import Progress
 from metadyn.store import Results, RunFolder, write_whole
 from metadyn.study import HELDOUT, TRACKED
+from metadyn.sweep import SweepFolder
 
 MOST_TIMES, MOST_STEPS = 150, 60
 """Times and outer steps beyond which some are left out. Our choice."""
+MOST_SETTINGS, MOST_BYTES = 64, 5_000_000
+"""Settings and size beyond which a sweep's page has no curves of the worst. Our choice."""
 LOCAL, SILENT = "127.0.0.1", Progress(None)
 
 
-def write(run: RunFolder, progress: Progress = SILENT) -> Path:
+def write(of: RunFolder | SweepFolder, progress: Progress = SILENT) -> Path:
     """Writes DIR/report.html in one step, and returns its path."""
-    path = run.path / "report.html"
-    write_whole(path, page(collect(run, progress)))
+    path = of.path / "report.html"
+    write_whole(path, page(collect(of, progress)))
     return path
 
 
 def page(data: Mapping[str, Any]) -> str:
     """The whole page of what `collect` found. Text of the run is escaped wherever it stands."""
     template = (files("metadyn") / "view.html").read_text(encoding="utf-8")
-    embedded = json.dumps(data, allow_nan=False, ensure_ascii=True)
+    embedded = json.dumps({**data, "colours": figures.COLOURS}, allow_nan=False)
     for sign in "<>&":  # so that no text can end the script that it is in
         embedded = embedded.replace(sign, f"\\u{ord(sign):04x}")
     pieces = {"TITLE": html.escape(data["title"]), "DATA": embedded}
     return re.sub(r"\{\{(TITLE|DATA)\}\}", lambda found: pieces[found[1]], template)
 
 
-def collect(run: RunFolder, progress: Progress = SILENT) -> dict[str, Any]:
-    """All that the page shows, as JSON: of a run that is done, stopped or still going.
+Read = Callable[[RunFolder, Progress, int], dict[str, Any]]
 
-    Raises `ConfigError` if what is stored is damaged.
-    """
+
+def _run(run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
+    """What is shown of a run, or of one of several that `share` a page: of many it is thinned."""
     about, summary, sets = run.config, run.summary() or {}, list(_sets(run.results()))
     rows = [*summary.get("criteria", []), *summary.get("reported", [])]
     groups: list[dict[str, Any]] = []
@@ -69,17 +72,66 @@ def collect(run: RunFolder, progress: Progress = SILENT) -> dict[str, Any]:
             if name.startswith(HELDOUT):
                 losses += _losses(name, measured)
             else:
-                groups += _groups(name, measured)
+                groups += _groups(name, measured, share)
     return {
         "title": f"{about['study']}, preset {about['preset']}, seed {about['seed']}",
         "done": bool(summary),
         "criteria": rows,
         "groups": groups,
         "losses": losses,
-        "colours": list(figures.COLOURS),
         "config": dict(_options(about["config"])),
         "environment": dict(_options(summary.get("environment"), "")),
     }
+
+
+def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any]:
+    """What is shown of a sweep: figures of merit of all settings, and the runs of the best."""
+    sweep, rows = folder.sweep, swept.rows(folder, progress)
+    places = range(len(sweep.settings))
+    share, left = min(len(places), MOST_SETTINGS), MOST_BYTES - len(json.dumps(rows))
+    best = dict.fromkeys([*(row["setting"] for row in swept.ranked(rows)), *places])
+    runs = {}
+    with progress.counting("reading", len(best)) as show:
+        for i in best:
+            show(sweep.called(i))
+            run = folder.run(i)
+            if run is not None and len(runs) < share and left > 0:
+                runs[i] = read(run, SILENT, share)
+                left -= len(json.dumps(runs[i]))
+    merits: dict[int, list[swept.Row]] = {}
+    for row in rows:
+        if not row["lost"]:
+            merits.setdefault(row["setting"], []).append(row)
+    columns = [[*sweep.options].index(name) for name in sweep.swept]
+    return {
+        "title": f"sweep of {sweep.study}, preset {sweep.preset}, seed {sweep.seed}",
+        "sweep": {
+            "grid": sweep.kind == "grid",
+            "options": {name: sweep.options[name] for name in sweep.swept},
+            "merits": {name: plain(label) for name, label in swept.MERITS.items()},
+            "settings": [
+                {
+                    "values": [sweep.settings[i][column] for column in columns],
+                    "folder": str(folder.setting(i).relative_to(folder.path)),
+                    "lost": folder.lost(i),
+                    "done": folder.ended(i),
+                    "merits": merits.get(i, []),
+                    "run": runs.get(i),
+                }
+                for i in places
+            ],
+        },
+    }
+
+
+def collect(
+    of: RunFolder | SweepFolder, progress: Progress = SILENT, read: Read = _run
+) -> dict[str, Any]:
+    """All that the page shows, as JSON: of what is done, stopped or still going.
+
+    Raises `ConfigError` if what is stored is damaged.
+    """
+    return _sweep(of, progress, read) if isinstance(of, SweepFolder) else read(of, progress, 1)
 
 
 def _sets(results: Results) -> Iterator[tuple[str, dict[str, xr.Dataset]]]:
@@ -93,7 +145,7 @@ def _sets(results: Results) -> Iterator[tuple[str, dict[str, xr.Dataset]]]:
             yield name, measured
 
 
-def _groups(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str, Any]]:
+def _groups(name: str, measured: Mapping[str, xr.Dataset], share: int) -> Iterator[dict[str, Any]]:
     """The inner learning curves of all learners on one set of tasks, by each probe."""
     first = next(iter(measured.values()))
     for probe in labelled.probes(first):
@@ -111,16 +163,18 @@ def _groups(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str,
             "axis": plain(of.axis),
             "strength": plain(of.strength),
             "colours": [matplotlib.colors.to_hex(each) for each in figures.colours(of.values)],
-            "learners": [_learner(data, probe) for data in alike],
+            "learners": [_learner(data, probe, share) for data in alike],
         }
 
 
-def _learner(data: xr.Dataset, probe: str) -> dict[str, Any]:
+def _learner(data: xr.Dataset, probe: str, share: int) -> dict[str, Any]:
     """Mode strengths, learning times and their slope with intervals, at each outer step."""
     about, followed = labelled.about(data), "outer_step" in data.dims
     data = data if followed else data.expand_dims(outer_step=[0])
-    data = data.isel(outer_step=_thinned(data.sizes["outer_step"], MOST_STEPS))
-    kept, strength = _thinned(data.sizes["step"], MOST_TIMES), dynamics.strength(data, probe)
+    # A page of ten runs is as long as ten pages; one of more grows no further by steps and times.
+    steps, times = (most // max(1, share // 10) for most in (MOST_STEPS, MOST_TIMES))
+    data = data.isel(outer_step=_thinned(data.sizes["outer_step"], steps))
+    kept, strength = _thinned(data.sizes["step"], times), dynamics.strength(data, probe)
     found = lambda f: [_rounded(part) for part in dynamics.estimate(f, strength)]
     return {
         "name": about.learner,
@@ -182,27 +236,44 @@ def _rounded(values: Any) -> Any:
     return None if values is None or not math.isfinite(values) else float(f"{values:.6g}")
 
 
-class _Watched:
-    """What a server shows of a run: read anew once something has been stored."""
+def _stored(of: RunFolder | SweepFolder) -> Any:
+    """What is not the same once something has been stored."""
+    if isinstance(of, SweepFolder):
+        places = range(len(of.sweep.settings))
+        runs = [of.run(i) for i in places]
+        return [run and _stored(run) for run in runs], [of.lost(i) for i in places]
+    steps = {path.name for path in of.path.glob("checkpoints/*")}
+    return steps, of.measurements(), (of.path / "summary.json").exists()
 
-    def __init__(self, run: RunFolder):
-        self.run, self.lock = run, threading.Lock()
+
+class _Watched:
+    """What a server shows of a run or a sweep: read anew once something has been stored."""
+
+    def __init__(self, of: RunFolder | SweepFolder):
+        self.of, self.lock = of, threading.Lock()
         self.seen: Any = None
+        self.kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
         self.update()
 
+    def read(self, run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
+        """What is shown of a run: as it was, if nothing has been stored since."""
+        seen = _stored(run)
+        if run.path not in self.kept or self.kept[run.path][0] != seen:
+            self.kept[run.path] = seen, _run(run, progress, share)
+        return self.kept[run.path][1]
+
     def update(self) -> None:
-        """Reads the run if it has changed since."""
-        steps = {path.name for path in self.run.path.glob("checkpoints/*")}
-        seen = (steps, self.run.measurements(), (self.run.path / "summary.json").exists())
+        """Reads what has changed since."""
+        seen = _stored(self.of)
         with self.lock:
             if seen != self.seen:
-                self.data = collect(self.run) | {"live": True}
+                self.data = collect(self.of, read=self.read) | {"live": True}
                 self.body, self.seen = json.dumps(self.data, allow_nan=False), seen
                 self.tag = f'"{hashlib.sha256(self.body.encode()).hexdigest()}"'
 
 
-def server(run: RunFolder, port: int) -> ThreadingHTTPServer:
-    """A server of a run's page on 127.0.0.1, which `serve_forever` starts.
+def server(of: RunFolder | SweepFolder, port: int) -> ThreadingHTTPServer:
+    """A server of the page on 127.0.0.1, which `serve_forever` starts.
 
     The page asks for data.json every two seconds; 304 says that nothing was stored since. Raises
     `ConfigError` for a port that cannot be had, and for what is damaged.
@@ -243,5 +314,5 @@ def server(run: RunFolder, port: int) -> ThreadingHTTPServer:
     except OSError as error:
         said = f"--serve {port}: {error.strerror}: choose another port"
         raise ConfigError(said) from error
-    watched = _Watched(run)
+    watched = _Watched(of)
     return served

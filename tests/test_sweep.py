@@ -1,5 +1,6 @@
 """Sweeps: equal to single runs, read as one dataset, gone on with, and bad input."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +9,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import xarray as xr
+from browser import in_browser, needs_chromium, text_of
 
 import metadyn
-from metadyn import sweep
+from metadyn import sweep, view
 from metadyn.cli import main
 from metadyn.errors import ConfigError
 
@@ -95,6 +97,99 @@ def test_figures_are_drawn_against_each_option_and_as_a_map(done, capsys):
         assert matplotlib.image.imread(path).std() > 0.02
 
 
+def test_a_sweep_ends_with_a_page_of_all_settings(done, capsys, monkeypatch):
+    page = done / "report.html"
+    data = view.collect(sweep.SweepFolder(done))
+    assert page.read_text() == view.page(data)
+    page.unlink()
+    assert main(["view", str(done)]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    assert page.read_text() == view.page(data)
+    options, settings = data["sweep"]["options"], data["sweep"]["settings"]
+    assert [*itertools.chain(*([name, *values] for name, values in options.items()))] == GRID
+    assert [each["values"] for each in settings] == [
+        ["1e-2", "0.1"], ["1e-2", "0.3"], ["3e-2", "0.1"], ["3e-2", "0.3"]
+    ]  # fmt: skip
+    written = json.loads((done / "summary.json").read_text())["settings"]
+    assert [row for each in settings for row in each["merits"]] == written
+    for i, each in enumerate(settings):
+        assert each["run"] == view.collect(metadyn.RunFolder(done / "settings" / str(i)))
+    best = min(written, key=lambda row: row["excess"][0])["setting"]
+    monkeypatch.setattr(view, "MOST_SETTINGS", 1)
+    few = view.collect(sweep.SweepFolder(done))["sweep"]["settings"]
+    assert [i for i, each in enumerate(few) if each["run"]] == [best]
+    assert [each["merits"] for each in few] == [each["merits"] for each in settings]
+    monkeypatch.setattr(view, "MOST_BYTES", 0)
+    assert not any(e["run"] for e in view.collect(sweep.SweepFolder(done))["sweep"]["settings"])
+
+
+@needs_chromium
+def test_in_a_browser_options_choose_what_is_shown(done, tmp_path):
+    address = (done / "report.html").as_uri()
+    settings = view.collect(sweep.SweepFolder(done))["sweep"]["settings"]
+
+    def verdict(document):
+        return text_of(document, "setting"), text_of(document, "criteria")
+
+    shown = [in_browser(f"{address}#setting={i}") for i in range(4)]
+    for each, document in zip(settings, shown, strict=True):
+        rate, sigma = each["values"]
+        said, table = verdict(document)
+        assert said.startswith(f"--outer.learning-rate {rate} --domain.sigma {sigma} (settings/")
+        assert f"{each['run']['criteria'][0]['value']:.3g}" in table
+    assert len({verdict(document) for document in shown}) == 4
+    best = min(range(4), key=lambda i: settings[i]["merits"][0]["excess"][0])
+    assert verdict(in_browser(address)) == verdict(shown[best])
+    # By hand: the event that a browser sends when another value is chosen.
+    change = "const chosen = $('options').querySelectorAll('select')[1];"
+    change += "chosen.value = 1; chosen.dispatchEvent(new Event('change'));"
+    moved = tmp_path / "moved.html"
+    text = (done / "report.html").read_text()
+    moved.write_text(text.replace("if (whole.live) {", f"{change}\nif (whole.live) {{", 1))
+    assert verdict(in_browser(f"{moved.as_uri()}#setting=2")) == verdict(shown[3])
+
+
+def test_a_sweep_that_goes_on_is_served_as_it_grows(done, tmp_path):
+    out = tmp_path / "live"
+    shutil.copytree(done, out)
+    (out / "summary.json").unlink()
+    (out / "settings" / "3" / "summary.json").unlink()
+    last = out / "settings" / "3" / "checkpoints" / "30"
+    last.rename(tmp_path / "30")
+    watched = view._Watched(sweep.SweepFolder(out))
+    before = watched.data["sweep"]["settings"]
+    assert [each["done"] for each in before] == [True, True, True, False]
+    (tmp_path / "30").rename(last)
+    watched.update()
+    after = watched.data["sweep"]["settings"]
+    steps = [each[3]["run"]["groups"][0]["learners"][0]["steps"] for each in (before, after)]
+    assert steps[1] == [*steps[0], 30]
+    assert after[2]["run"] is before[2]["run"]  # which nobody had to read again
+
+
+def test_a_page_that_cannot_be_made_is_one_line(done, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+
+    def refused():
+        assert main(["view", str(out)]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    (out / "summary.json").write_text('{"settings": [{"setting": 0, "lost": null}]}')
+    assert "summary.json is not as metadyn writes it; remove the file" in refused()
+    (out / "summary.json").unlink()
+    array = next(p for p in out.glob("settings/2/measurements/*/*/arrays/**/*") if p.is_file())
+    array.write_bytes(b"damaged")
+    assert "is damaged" in refused()
+    for path in out.glob("settings/*/summary.json"):
+        path.unlink()
+    assert "no setting is done yet" in refused()
+    (out / "sweep.json").write_text('{"format": 1}')
+    assert "sweep.json: is not as metadyn writes it" in refused()
+    (out / "sweep.json").write_text("{")
+    assert "holds no sweep of metadyn" in refused()
+
+
 def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path):
     """One setting lost its end, another all but its start, a third has a damaged measurement."""
     out = tmp_path / "disturbed"
@@ -144,6 +239,13 @@ def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, caps
     np.testing.assert_array_equal(finite, [[True, True], [False, False]])
     summary = json.loads((out / "summary.json").read_text())
     assert [row["lost"] is None for row in summary["settings"]] == [True, True, False, False]
+    settings = view.collect(sweep.SweepFolder(out))["sweep"]["settings"]
+    assert ["is no longer finite" in each["lost"] for each in settings] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
 
 

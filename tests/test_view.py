@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import in_browser, needs_chromium, text_of
 
 import metadyn
 from metadyn import view
@@ -19,7 +19,6 @@ from metadyn.cli import main
 
 TINY = Path(__file__).parent.parent / "benchmarks" / "tiny_study.py"
 EVIL = "</script><script>document.title = 'run'</script>&amp;"
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +110,18 @@ def asked(server, path, **headers):
     return answer.status, answer.headers["ETag"], answer.read().decode()
 
 
-def test_a_run_that_goes_on_is_served_anew_once_a_checkpoint_lands(run, tmp_path):
-    live = tmp_path / "live"
+def going_on(run, folder):
+    """A copy of a run that lacks its summary and its last checkpoint, which stand beside it."""
+    live = folder / "live"
     shutil.copytree(run.path, live)
-    (live / "summary.json").unlink()
     last = max((live / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    last.rename(tmp_path / last.name)
+    (live / "summary.json").rename(folder / "summary.json")
+    last.rename(folder / last.name)
+    return live, last
+
+
+def test_a_run_that_goes_on_is_served_anew_once_a_checkpoint_lands(run, tmp_path):
+    live, last = going_on(run, tmp_path)
     with served(metadyn.RunFolder(live)) as server:
         assert server.server_address[0] == "127.0.0.1"
         code, tag, text = asked(server, "/data.json")
@@ -166,22 +171,14 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
     assert "cannot be read" in refused(broken)
 
 
-def in_browser(page, fragment=""):
-    """The page as headless Chromium leaves it: its document as HTML."""
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000")
-    command = [CHROMIUM, *options, "--dump-dom", f"{page.as_uri()}{fragment}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
 def said(document):
     """What the page says of the slider: the outer step, and the table of slopes."""
-    step = re.search(r'<output id="at">(.*?)</output>', document)[1]
     table = re.search(r'<table id="slopes">(.*?)</table>', document, re.DOTALL)[1]
     rows = re.findall(r"<tr>(.*?)</tr>", table)
-    return step, {re.sub("<.*?>", "", row) for row in rows}
+    return text_of(document, "at"), {re.sub("<.*?>", "", row) for row in rows}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@needs_chromium
 def test_in_a_browser_the_slider_moves_curves_and_slopes(run, tmp_path):
     data = view.collect(run)
     learners = data["groups"][0]["learners"]
@@ -190,7 +187,7 @@ def test_in_a_browser_the_slider_moves_curves_and_slopes(run, tmp_path):
     lstm["merit"] = [[k + shift for k in range(steps)] for shift in (0.25, 0.125, 0.375)]
     page = tmp_path / "report.html"
     page.write_text(view.page(data))
-    last, first = in_browser(page), in_browser(page, "#step=0")
+    last, first = in_browser(page.as_uri()), in_browser(f"{page.as_uri()}#step=0")
     title = re.search(r"<title>(.*?)</title>", page.read_text())[1]
     assert f"<title>{title}</title>" in last  # which the hostile label would have changed
     assert html.escape(EVIL, quote=False) in last
@@ -199,9 +196,9 @@ def test_in_a_browser_the_slider_moves_curves_and_slopes(run, tmp_path):
     # By hand: the event that a browser sends when the slider is moved.
     moved = tmp_path / "moved.html"
     move = "$('step').value = 0; $('step').dispatchEvent(new Event('input'));"
-    text = page.read_text().replace("if (data.live) {", f"{move}\nif (data.live) {{", 1)
+    text = page.read_text().replace("if (whole.live) {", f"{move}\nif (whole.live) {{", 1)
     moved.write_text(text)
-    assert said(in_browser(moved)) == said(first)
+    assert said(in_browser(moved.as_uri())) == said(first)
     assert lstm["curve"][0][0] != lstm["curve"][0][-1]
     curves = [re.search(r'id="curves">(.*?)</div>', each, re.DOTALL)[1] for each in (last, first)]
     panels = [re.findall(r"<svg.*?</svg>", each, re.DOTALL) for each in curves]
@@ -209,3 +206,35 @@ def test_in_a_browser_the_slider_moves_curves_and_slopes(run, tmp_path):
     assert changed == [True, False]  # the LSTM's; Bayes stays
     assert any("LSTM0.25 [0.125, 0.375]" in row for row in said(first)[1])
     assert any(f"LSTM{steps - 1}.25 [" in row for row in said(last)[1])
+
+
+@needs_chromium
+def test_in_a_browser_the_page_follows_a_run_that_goes_on(run, tmp_path):
+    """Its checkpoint lands before the page asks for the second time, its end before the fourth."""
+    live, last = going_on(run, tmp_path)
+    asked_for = []
+    with served(metadyn.RunFolder(live)) as server:
+        answer = server.RequestHandlerClass.do_GET
+
+        def do_GET(handler):
+            asked_for.append(handler.path)
+            if asked_for.count("/data.json") == 2 and not last.exists():
+                (tmp_path / last.name).rename(last)
+            if asked_for.count("/data.json") == 4 and not (live / "summary.json").exists():
+                (tmp_path / "summary.json").rename(live / "summary.json")
+            answer(handler)
+
+        server.RequestHandlerClass.do_GET = do_GET
+        address = f"http://127.0.0.1:{server.server_port}/"
+        before = in_browser(address, 1000)
+        assert asked_for == ["/"]
+        assert re.match("not done: outer step [0-9]+ of 200, refreshed", text_of(before, "state"))
+        assert text_of(before, "at") != "200 of 200"
+        while asked_for.count("/data.json") < 2:
+            landed = in_browser(address, 5000)  # asks at 2 and 4 seconds
+        assert text_of(landed, "state").startswith("not done: outer step 200 of 200, refreshed")
+        assert text_of(landed, "at") == "200 of 200"  # the slider was at the end, and follows
+        assert landed.count("<circle") > before.count("<circle")
+        ended = in_browser(address, 5000)
+        assert text_of(ended, "state") == "1 of 1 criteria passed"
+        server.shutdown()
