@@ -121,9 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print the verdict, or how far a run has come")
     report.set_defaults(do=_report)
     report.add_argument("dir", metavar="DIR")
-    view = commands.add_parser(
-        "view", help="make DIR/report.html, a page to look at a run or sweep"
-    )
+    view = commands.add_parser("view", help="make DIR/report.html, a page of a run or a sweep")
     view.set_defaults(do=_view)
     view.add_argument("dir", metavar="DIR")
     said = "show it at 127.0.0.1:PORT instead, while it goes on"
@@ -536,9 +534,7 @@ def _view(arguments: argparse.Namespace) -> int:
     of = SweepFolder(arguments.dir) if is_sweep(arguments.dir) else RunFolder(arguments.dir)
     if arguments.serve is None:
         if isinstance(of, SweepFolder) and not any(map(of.ended, range(len(of.sweep.settings)))):
-            raise ConfigError(
-                f"{arguments.dir}: no setting is done yet; --serve PORT shows how far"
-            )
+            raise ConfigError(f"{arguments.dir}: no setting is done yet; try --serve PORT")
         print(view.write(of, Progress(Console(stderr=True))))
         return DONE
     with view.server(of, arguments.serve) as served, contextlib.suppress(KeyboardInterrupt):

@@ -27,10 +27,8 @@ MERITS = {
     "seconds": "seconds of training\n(the setting's share)",
 }
 """What figures show of each setting, and what they call it."""
-SETTING, MEASURED = (
-    {"setting", "folder", "options", "lost"},
-    {"learner", "ending", "merit", *MERITS},
-)
+SETTING = {"setting", "folder", "options", "lost"}
+MEASURED = {"learner", "ending", "merit", *MERITS}
 """What is said of each setting, and of one that was not lost."""
 MOST_LINES = 8  # our choice
 SILENT = Progress(None)

@@ -90,7 +90,7 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
     places = range(len(sweep.settings))
     share, left = min(len(places), MOST_SETTINGS), MOST_BYTES - len(json.dumps(rows))
     best = dict.fromkeys([*(row["setting"] for row in swept.ranked(rows)), *places])
-    runs = {}
+    runs: dict[int, Any] = {}
     with progress.counting("reading", len(best)) as show:
         for i in best:
             show(sweep.called(i))

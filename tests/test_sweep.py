@@ -131,22 +131,21 @@ def test_in_a_browser_options_choose_what_is_shown(done, tmp_path):
     def verdict(document):
         return text_of(document, "setting"), text_of(document, "criteria")
 
-    shown = [in_browser(f"{address}#setting={i}") for i in range(4)]
-    for each, document in zip(settings, shown, strict=True):
-        rate, sigma = each["values"]
+    best = min(range(4), key=lambda i: settings[i]["merits"][0]["excess"][0])
+    shown = {fragment: in_browser(f"{address}{fragment}") for fragment in ("", "#setting=3")}
+    for i, document in zip((best, 3), shown.values(), strict=True):
+        rate, sigma = settings[i]["values"]
         said, table = verdict(document)
         assert said.startswith(f"--outer.learning-rate {rate} --domain.sigma {sigma} (settings/")
-        assert f"{each['run']['criteria'][0]['value']:.3g}" in table
-    assert len({verdict(document) for document in shown}) == 4
-    best = min(range(4), key=lambda i: settings[i]["merits"][0]["excess"][0])
-    assert verdict(in_browser(address)) == verdict(shown[best])
+        assert f"{settings[i]['run']['criteria'][0]['value']:.3g}" in table
     # By hand: the event that a browser sends when another value is chosen.
     change = "const chosen = $('options').querySelectorAll('select')[1];"
     change += "chosen.value = 1; chosen.dispatchEvent(new Event('change'));"
     moved = tmp_path / "moved.html"
     text = (done / "report.html").read_text()
     moved.write_text(text.replace("if (whole.live) {", f"{change}\nif (whole.live) {{", 1))
-    assert verdict(in_browser(f"{moved.as_uri()}#setting=2")) == verdict(shown[3])
+    assert verdict(in_browser(f"{moved.as_uri()}#setting=2")) == verdict(shown["#setting=3"])
+    assert verdict(shown[""]) != verdict(shown["#setting=3"])
 
 
 def test_a_sweep_that_goes_on_is_served_as_it_grows(done, tmp_path):
@@ -240,12 +239,8 @@ def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, caps
     summary = json.loads((out / "summary.json").read_text())
     assert [row["lost"] is None for row in summary["settings"]] == [True, True, False, False]
     settings = view.collect(sweep.SweepFolder(out))["sweep"]["settings"]
-    assert ["is no longer finite" in each["lost"] for each in settings] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    for row, each in zip(summary["settings"], settings, strict=True):
+        assert each["lost"] == (row["lost"] or "")
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
 
 
