@@ -308,7 +308,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         typed = lambda error, i: as_typed(error, configs[i], asked.overrides(i))
         folder = sweep.run_sweep(asked, study, configs, out, progress, part, typed)
     progress.say("\n".join(swept.report(folder)))
-    progress.say(f"figures: {folder.figures}")
+    progress.say(f"figures: {folder.figures}, page: {folder.path / 'report.html'}")
     return DONE
 
 
@@ -353,7 +353,7 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
     except ConfigError as error:
         raise as_typed(error, config, overrides) from error
     progress.say("\n".join(report.verdict(summary)))
-    progress.say(f"figures: {Path(out) / 'figures'}")
+    progress.say(f"figures: {Path(out) / 'figures'}, page: {Path(out) / 'report.html'}")
     return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
 
 

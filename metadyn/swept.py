@@ -97,9 +97,9 @@ def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     path = folder.path / "summary.json"
     if not path.exists():
         return _finite(measured(folder, progress))
-    fix = "is not as metadyn writes it; remove the file"
-    with naming(f"{path} {fix}"):
-        found = read_json(path, "it cannot be read")["settings"]
+    written, fix = read_json(path, f"{path} cannot be read"), "is not as metadyn writes it"
+    with naming(f"{path} {fix}; remove the file"):
+        found = written["settings"]
         for row in found:
             named = SETTING if row["lost"] else SETTING | MEASURED
             check(named <= {*row}, "rows", [*row], f"must be of {sorted(named)}")
