@@ -73,7 +73,7 @@ def test_kubernetes_files_keep_to_its_published_schema(name):
         (spec, "completion", 4),
         (spec, "completions", "4"),
         (only, "ports", [{"port": 1}]),
-        (spec["podFailurePolicy"]["rules"][0], "action", "Fail"),
+        (only["resources"]["limits"], "nvidia.com/gpu", [1]),
     ]:
         kept = dict(place)
         place[field] = value
