@@ -301,14 +301,19 @@ def _sweep(arguments: argparse.Namespace) -> int:
         except ConfigError as error:
             raise ConfigError(f"{asked.called(i)}: {error}") from error
     out = arguments.out or str(Path("runs") / f"{study.name}-{preset}-{seed}-sweep")
+    part = sweep.part_of(arguments.part)
     progress = Progress(Terminal())
     progress.say(f"metadyn: {len(settings)} settings of {study.name}, preset {preset}, into {out}")
+    if part.of > 1:
+        mine = len(part.settings(len(settings)))
+        progress.say(f"metadyn: this is part {part.number} of {part.of}, with {mine} of them")
     with _in_time():
-        part = sweep.part_of(arguments.part)
         typed = lambda error, i: as_typed(error, configs[i], asked.overrides(i))
         folder = sweep.run_sweep(asked, study, configs, out, progress, part, typed)
     progress.say("\n".join(swept.report(folder)))
-    progress.say(f"figures: {folder.figures}")
+    drawn = (folder.path / "summary.json").exists()
+    other = "drawn by the part that ends last"
+    progress.say(f"figures: {folder.figures if drawn else other}")
     return DONE
 
 

@@ -44,6 +44,10 @@ class Part(NamedTuple):
     number: int
     of: int
 
+    def settings(self, count: int) -> range:
+        """Which of so many settings it does."""
+        return range(self.number - 1, count, self.of)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
@@ -267,7 +271,7 @@ def run_sweep(
     """
     from metadyn import swept
 
-    mine = range(part.number - 1, len(configs), part.of)
+    mine = part.settings(len(configs))
     check(len(mine) > 0, "--part", f"{part.number}/{part.of}", f"there are {len(configs)} settings")
     plans: dict[int, Plan] = {}
     if not (is_sweep(out) and all(map(SweepFolder(out).ended, mine))):

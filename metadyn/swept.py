@@ -128,11 +128,14 @@ def measured(folder: SweepFolder) -> list[Row]:
 
 
 def conclude(folder: SweepFolder) -> None:
-    """Writes summary.json and the figures of a sweep of which all settings have ended."""
+    """Draws the figures of a sweep of which all settings have ended, and writes summary.json.
+
+    That comes last, as it says that all is done.
+    """
     sweep, found = folder.sweep, _finite(measured(folder))
     about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
-    write_json(folder.path / "summary.json", {**about, "settings": found})
     draw(folder, found)
+    write_json(folder.path / "summary.json", {**about, "settings": found})
 
 
 def _finite(value: Any) -> Any:
