@@ -253,11 +253,14 @@ def rank_killed(folder):
     out = folder / "rank"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     run = subprocess.Popen([*TWO_RANKS, *RUN, "--out", out], **pipes)
-    trains(out)
-    os.kill(process(OMPI_COMM_WORLD_RANK="1"), signal.SIGKILL)
-    began = time.monotonic()
-    said, _ = run.communicate(timeout=90)
-    took = time.monotonic() - began
+    try:
+        trains(out)
+        os.kill(process(OMPI_COMM_WORLD_RANK="1"), signal.SIGKILL)
+        began = time.monotonic()
+        said, _ = run.communicate(timeout=90)
+        took = time.monotonic() - began
+    finally:
+        run.terminate()
     expect(run.returncode >= 128, f"{run.returncode}: {said}")
     done = subprocess.run([*TWO_RANKS, *RUN, "--out", out], capture_output=True, text=True)
     expect(done.returncode == 0, done)

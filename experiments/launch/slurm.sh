@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# From 22.05 on srun has to be told how many cores a task has.
+# From 22.05 on srun does not take a task's cores from sbatch.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 metadyn run "$@"
 code=$?
 # Interrupted, or a process was lost: the same job goes on from the last checkpoint.
