@@ -14,7 +14,7 @@ from metadyn.study import load_study
 
 STUDY = str(Path(__file__).parent.parent / "experiments" / "robustness.py")
 SMALL = [
-    *("--linear.n-x", "3", "--linear.n-y", "3", "--linear.steps", "4", "--linear-updates", "2000"),
+    *("--linear.n-x", "3", "--linear.n-y", "3", "--linear.steps", "4"),
     *("--nonlinear.spectrum", "1", "1", "--nonlinear.steps", "4"),
     *("--bandit.contexts", "3", "--bandit.actions", "3", "--bandit.steps", "20"),
     *("--lstm.hidden", "4", "--widths", "--outer.steps", "20", "--outer.batch", "16"),
