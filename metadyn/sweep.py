@@ -26,6 +26,7 @@ import numpy as np
 
 from metadyn import inner, programs
 from metadyn.errors import ConfigError, check, meant
+from metadyn.options import configured
 from metadyn.progress import Progress
 from metadyn.rows import Rows, form_of
 from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
@@ -78,6 +79,16 @@ class Sweep:
         said = " ".join(f"{name} {pairs[name]}" for name in self.swept)
         return f"setting {i + 1} of {len(self.settings)}" + (f" ({said})" if said else "")
 
+    def configs(self, default: Any) -> list[Any]:
+        """The configuration of each setting. Raises `ConfigError` naming one that is refused."""
+        found = []
+        for i in range(len(self.settings)):
+            try:
+                found.append(configured(default, self.overrides(i)))
+            except ConfigError as error:
+                raise ConfigError(f"{self.called(i)}: {error}") from error
+        return found
+
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
     """The values of each option, as typed: --a 1 2 or --a=1. Raises `ConfigError` naming the word.
@@ -100,9 +111,6 @@ def parsed(words: Sequence[str]) -> dict[str, list[str]]:
     for name, values in options.items():
         if not values:
             raise ConfigError(f"{name}: give one or more values")
-        for value in values:
-            if values.count(value) > 1:
-                raise ConfigError(f"{name} {value}: given twice")
     return options
 
 
@@ -142,6 +150,10 @@ def settings(
     `ConfigError` for options that cannot be combined so.
     """
     if kind == "grid":
+        for name, values in options.items():
+            for value in values:
+                if values.count(value) > 1:
+                    raise ConfigError(f"{name} {value}: given twice")
         return list(itertools.product(*options.values()))
     several = {name: values for name, values in options.items() if len(values) > 1}
     size = count
@@ -162,6 +174,16 @@ def settings(
             drawn = np.exp(rng.uniform(math.log(low), math.log(high), size))
             columns.append([f"{round(x)}" if whole[name] else f"{x:.6g}" for x in drawn.tolist()])
     return list(zip(*columns, strict=True)) if columns else [()]
+
+
+def zipped(default: Any, words: str) -> list[tuple[str, Any]]:
+    """What `metadyn sweep --zip` makes of a configuration and some options, as they are typed.
+
+    For each setting, the value of the first option and the configuration. Raises `ConfigError`.
+    """
+    options = parsed(words.split())
+    asked = Sweep("", "", 0, "zip", options, settings(options, "zip", {}, 0, 0))
+    return list(zip([first for first, *_ in asked.settings], asked.configs(default), strict=True))
 
 
 def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
