@@ -20,9 +20,8 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
 from metadyn.learners import beside
-from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import predicting
-from metadyn.study import HELDOUT
+from metadyn.study import HELDOUT, paper
 
 TITLES = {"linear": "linear regression", "bandit": "contextual bandit"}
 RECURRENT = ("lstm", "gru")
@@ -200,7 +199,7 @@ def merits(results, name: str, network: str):
         ("nonlinear", ", by a perceptron too", nonlinear.at(-1)),
     ):
         said = f"R² of the uncertainty at the end of the episode{said}"
-        yield what, said, dynamics.Estimate(*(part[-1] for part in r_squared(found)))
+        yield what, said, r_squared(found).each()[-1]
     when = lambda a, b, c, d: decoding.delay(steps, over_steps(a, b), excess(c, d))
     said = "doublings of the outer step by which the mean appears after the behaviour"
     yield "delay", said, estimate(when, *mean, *loss)
@@ -236,8 +235,7 @@ def criteria(config: Config, results):
         pairs = zip(parts[::2], parts[1::2], strict=True)
         return np.min([decoding.explained(*pair)[..., 1:].min(-1) for pair in pairs], axis=0)
 
-    none = dynamics.Estimate(*[np.asarray(np.nan)] * 3)
-    found = dynamics.estimate(least, *near) if near else none
+    found = dynamics.estimate(least, *near) if near else dynamics.exact(np.nan)
     said = f"least R² of the posterior mean from the second step, recurrent, excess up to {NEAR:g}"
     row = "linear_near_bayes_mean"
     yield md.criterion(row, found, said, **SURELY[row], surely=True)
@@ -262,8 +260,7 @@ def panels(draw):
 
 def curves(axis, x, found: dict[str, dynamics.Estimate]) -> None:
     """Draws estimates of R² [x], by what they are called."""
-    every = dynamics.Estimate(*(np.stack(part, -1) for part in zip(*found.values(), strict=True)))
-    figures.curves(axis, x, every, [*found], marker="o", ms=3)
+    figures.curves(axis, x, dynamics.stacked(found.values()), [*found], marker="o", ms=3)
     axis.set(ylim=(-0.15, 1.05), ylabel="R² on held-out tasks")
 
 
@@ -304,8 +301,7 @@ def causal(results):
         excess = over_bayes(results, name)
         for i, (source, said) in enumerate(GOES_ON.items()):
             parts = (after(results, name, network, source) for network in RECURRENT)
-            columns = zip(*(dynamics.estimate(excess, *each) for each in parts), strict=True)
-            found = dynamics.Estimate(*(np.array(column) for column in columns))
+            found = dynamics.stacked(dynamics.estimate(excess, *each) for each in parts)
             style = {"color": figures.COLOURS[i], "label": said, "yerr": figures.bars(found)}
             axis.bar(np.arange(len(RECURRENT)) + 0.2 * i, found.value, 0.2, **style)
         axis.set(title=TITLES[name], yscale="log")
@@ -318,21 +314,13 @@ def causal(results):
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
-    outer=md.OuterConfig(
-        steps=4000,
-        batch=32,
-        optimizer="nadam",
-        b2=0.98,
-        learning_rate=3e-2,
-        checkpoints=5,
-    ),
+    outer=md.OuterConfig(steps=4000, optimizer="nadam", b2=0.98, learning_rate=3e-2, checkpoints=5),
     measure=md.MeasureConfig(
         tasks=512, shifted_tasks=256, tracked_tasks=2, heldout_tasks=1024, probe_points=8
     ),
 )
 PAPER = Config(
-    lstm=LSTMConfig(hidden=256),
-    outer=md.OuterConfig(steps=50_000, batch=256, learning_rate=4e-3, warmup=1000, checkpoints=12),
+    **paper(50_000, batch=256, checkpoints=12),
     measure=md.MeasureConfig(
         tasks=8192, shifted_tasks=2048, tracked_tasks=2, heldout_tasks=4096, probe_points=16
     ),

@@ -135,8 +135,7 @@ def plan(config: Config) -> md.Plan:
     times = sorted({0, 1, 2, 4, 8, 16, domain.steps - 1, domain.steps} & {*range(domain.steps + 1)})
     for name, label in KINDS.items():
         meta = getattr(config, name).make(domain)
-        objectives = {"": last_answer, "_expected": expected}
-        for ending, objective in objectives.items():
+        for ending, objective in (("", last_answer), ("_expected", expected)):
             called = label + ", expected loss" * bool(ending)
             more = {"times": times, "objective": objective, "option": f"{name}.attention-heads"}
             metas.append(md.Contender(name + ending, called, meta, **more))
@@ -169,7 +168,7 @@ def criteria(config: Config, results):
     """How many plateaus training rests at, when it leaves them, and the order of components."""
     levels = config.domain.plateaus() / config.domain.plateaus()[0]
     halfway = (levels[1:] + levels[:-1]) / 2
-    between, scale = levels[1:-1], np.array(config.domain.variances)
+    between = levels[1:-1]
     for name, label in KINDS.items():
         trained, theory = (results[HELDOUT, name + ending] for ending in ("", "_expected"))
         rests = lambda data: (
@@ -191,13 +190,12 @@ def criteria(config: Config, results):
             yield md.criterion(f"{name}_drop{nth}", found, said, 1.1, 0.9, surely=True)
         end = over_seeds(last_loss(trained)[:, -1] / levels[-1])
         yield md.criterion(f"{name}_end", end, f"{label}: last loss over the last plateau's")
-        over = dynamics.outer_times_of(results[TRACKED, name])
-        both = dynamics.over_outer_training(results[TRACKED, name], results[TRACKED, "bayes"])
-        order = lambda *means, n=over: dynamics.staggering_slope(scale, n(*means))
+        tracked = results[TRACKED, name]
+        order = dynamics.outer_merit(tracked, results[TRACKED, "bayes"])
         bounds = {"at_most": -0.2} if staircase else {}
         said = f"{label}: over outer training greater components come first: slope of log n_d"
-        yield md.criterion(f"{name}_outer", dynamics.estimate(order, *both), said, **bounds)
-        within = dynamics.merit(results[TRACKED, name].isel(outer_step=-1))
+        yield md.criterion(f"{name}_outer", order, said, **bounds)
+        within = dynamics.merit(tracked.isel(outer_step=-1))
         yield md.criterion(f"{name}_inner", within, f"{label}: slope of log t_d within an episode")
 
 

@@ -7,6 +7,7 @@ shared by all contexts couples them; without it they are decoupled.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,7 @@ from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_bandit
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.optimizers import named_optimizer
-from metadyn.study import HELDOUT, beyond_bayes, claims, staggering
+from metadyn.study import HELDOUT, beyond_bayes, claims, paper, staggering
 
 RATHER = {"reinforce_coupled": {"at_least": 1.0}, "reinforce_decoupled": {"at_most": 1.0}}
 """How the error of a linear fit of learning time compares with that of an exponential one."""
@@ -65,23 +66,20 @@ class Config(md.StudyConfig):
     """Least mean reward of the LSTM, from 0 for chance to 1 for Bayes, to pass the criterion."""
 
 
-def policies(config: PolicyConfig, domain: ContextualBandit) -> list[md.Contender]:
+def policies(config: PolicyConfig, domain: ContextualBandit) -> Iterator[md.Contender]:
     """Coupled and decoupled policies under REINFORCE and the exact expected gradient."""
     rates = config.learning_rate, config.expected_learning_rate
     sampled, expected = (named_optimizer(config.optimizer, rate) for rate in rates)
-    made = []
+    K, n = domain.contexts, domain.actions
     for coupling in ("coupled", "decoupled"):
-        policy = gd.softmax_policy(
-            domain.contexts, domain.actions, coupling == "coupled", config.scale
-        )
-        exact = gd.expected_policy_gradient(policy, expected, domain.contexts)
+        policy = gd.softmax_policy(K, n, coupling == "coupled", config.scale)
+        exact = gd.expected_policy_gradient(policy, expected, K)
         for name, label, learner, updates in (
             ("reinforce", "REINFORCE", gd.reinforce(policy, sampled, 1), config.updates),
             ("expected", "expected gradient", exact, config.expected_updates),
         ):
             times, called = log_spaced(updates, config.records), f"{label}, {coupling}"
-            made.append(md.Contender(f"{name}_{coupling}", called, learner, times=times))
-    return made
+            yield md.Contender(f"{name}_{coupling}", called, learner, times=times)
 
 
 def plan(config: Config) -> md.Plan:
@@ -95,7 +93,7 @@ def plan(config: Config) -> md.Plan:
             md.Contender("bayes", f"{said}Thompson sampling", thompson, "bayes"),
             md.Contender("bayes_greedy", f"{said}most probable action", likeliest, "reference"),
         ]
-    ordinary = policies(policy, domain)[::2]
+    ordinary = [*policies(policy, domain)][::2]
     contenders = [*ordinary, config.meta_learner(domain, heads=1), *posteriors]
     objective = partial(md.actor_critic, config=config.actor_critic)
     sets = [sizes.sized(domain.evaluation())]
@@ -104,38 +102,33 @@ def plan(config: Config) -> md.Plan:
         # As many actions as there can be contexts, all of them distinct.
         few = ContextualBandit(k, policy.most_contexts, steps=k, permutation=True)
         tasks = sizes.sized(few.evaluation(), "updating_tasks", f"{k}_contexts")
-        comparisons.append(md.Comparison(few, policies(policy, few), [tasks], (), sizes))
+        comparisons.append(md.Comparison(few, [*policies(policy, few)], [tasks], (), sizes))
     return md.Plan(config.outer, comparisons)
 
 
 def criteria(config: Config, results):
     """What the science says of what was measured."""
-    policy, over_runs = config.policy, dynamics.estimate_over_runs
-    numbers = np.arange(1, policy.most_contexts + 1)
-    learners = list(results.learners("1_contexts"))
-    last = lambda task_set, name: dynamics.last_times(results[task_set, name])
-    runs = {name: [last(f"{k}_contexts", name) for k in numbers] for name in learners}
+    most, over_runs = config.policy.most_contexts, dynamics.estimate_over_runs
+    numbers = np.arange(1, most + 1)
+    found = [results.learners(f"{k}_contexts") for k in numbers]
+    runs = {name: [dynamics.last_times(each[name]) for each in found] for name in found[0]}
     # How the median time to learn all contexts grows with their number.
     fitted = lambda *times: dynamics.growth(numbers, np.array([np.median(each) for each in times]))
-    half = len(numbers)
-    over = lambda *times: fitted(*times[:half])[0] / fitted(*times[half:])[0]
+    over = lambda *times: fitted(*times[:most])[0] / fitted(*times[most:])[0]
     both = *runs["reinforce_coupled"], *runs["reinforce_decoupled"]
     said = "the factor of growth is 1.5 times, or more, what an exponential fit makes of decoupled"
     yield md.criterion("coupled_over_decoupled_growth", over_runs(over, *both), said, at_least=1.5)
-    for name in learners:
-        found = over_runs(fitted, *runs[name])
-        factor, ratio = (dynamics.Estimate(*parts) for parts in zip(*found, strict=True))
+    for name, times in runs.items():
+        row, (factor, ratio) = f"{name}_growth", over_runs(fitted, *times).each()
         least = {"at_least": 1.5} if name == "reinforce_coupled" else {}
         said = "each context more multiplies the time to learn all by this"
-        yield md.criterion(f"{name}_growth_factor", factor, said, **least, surely=False)
+        yield md.criterion(f"{row}_factor", factor, said, **least)
         said = "linear fit's error of the time to learn all over that of the best exponential"
         said += ": above 1 it grows exponentially, below 1 linearly"
         bounds = RATHER.get(name, {})
-        yield md.criterion(
-            f"{name}_growth_linear_over_exponential", ratio, said, **bounds, surely=True
-        )
-        share = over_runs(np.mean, np.isinf(runs[name][-1]))
-        said = f"share of runs that had not learned all {half} contexts by the last update"
+        yield md.criterion(f"{row}_linear_over_exponential", ratio, said, **bounds, surely=True)
+        share = over_runs(np.mean, np.isinf(times[-1]))
+        said = f"share of runs that had not learned all {most} contexts by the last update"
         yield md.criterion(f"{name}_censored_runs", share, said)
     yield from beyond_bayes(results, within=0.15)
     for name in results.learners("in_distribution", "ordinary", "bayes"):
@@ -152,15 +145,12 @@ def criteria(config: Config, results):
 
 def growth(results):
     """Draws the median time until the last context is learned, against their number."""
-    sets = [name for name in results.sets() if name.endswith("_contexts")]
-    sets.sort(key=lambda name: int(name.split("_")[0]))
-    numbers = np.array([int(name.split("_")[0]) for name in sets])
-    figure, (axis,) = figures.grid(min(len(sets), 1), width=6.6, height=4.6)
-    learners, styles = results.learners(sets[0]), (figures.COLOURS, figures.MARKERS)
+    numbers = 1 + np.arange(sum(name.endswith("_contexts") for name in results.sets()))
+    figure, (axis,) = figures.grid(min(len(numbers), 1), width=6.6, height=4.6)
+    learners, styles = results.learners("1_contexts"), (figures.COLOURS, figures.MARKERS)
     for (name, first), colour, marker in zip(learners.items(), *styles, strict=False):
-        runs = [dynamics.last_times(results[each, name]) for each in sets]
-        found = [dynamics.estimate_over_runs(np.median, each) for each in runs]
-        median = dynamics.Estimate(*(np.array(part) for part in zip(*found, strict=True)))
+        runs = [dynamics.last_times(results[f"{k}_contexts", name]) for k in numbers]
+        median = dynamics.stacked(dynamics.estimate_over_runs(np.median, each) for each in runs)
         done, bars = np.isfinite(median.value), figures.bars(median)
         factor, _ = dynamics.growth(numbers[done], median.value[done])
         never = f"{np.isinf(runs[-1]).mean():.0%} of runs not done at {numbers[-1]}"
@@ -186,8 +176,7 @@ WORKSTATION = Config(
     reward_at_least=0.97,
 )
 PAPER = Config(
-    lstm=LSTMConfig(hidden=256),
-    outer=md.OuterConfig(steps=50_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40),
+    **paper(50_000, batch=1024, checkpoints=40),
     policy=PolicyConfig(updates=200_000, expected_updates=20_000),
     measure=md.MeasureConfig(tasks=65_536, updating_tasks=2048, heldout_tasks=8192),
     reward_at_least=0.95,

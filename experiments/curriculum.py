@@ -17,22 +17,13 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
+from metadyn.across import SMALL, STUDIES, TITLES, DomainsConfig
 from metadyn.base import variant
 from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
-from metadyn.domains.bandit import ContextualBandit
-from metadyn.domains.fourier import FourierRegression, band
-from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check
 from metadyn.learners.gradient import random_start
-from metadyn.learners.lstm import LSTMConfig
-from metadyn.study import HELDOUT, TRACKED, Network, censored, claims
+from metadyn.study import HELDOUT, TRACKED, Network, censored, claims, paper
 
-TITLES = {
-    "linear": "linear regression",
-    "nonlinear": "nonlinear regression",
-    "bandit": "contextual bandit",
-}
-STUDIES = {name: md.load_study(title.replace(" ", "_")) for name, title in TITLES.items()}
 OUTER = ("nonlinear", "bandit")
 INPUTS = {
     "isotropic": ("isotropic inputs", "at most -0.7", {"at_most": -0.7}),
@@ -44,7 +35,7 @@ ARMS = {"none": "none", "measured": "measured order", "mixed": "mixed", "reverse
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(md.StudyConfig):
+class Config(DomainsConfig):
     """Everything the study depends on, beside its seed. Values are our choice, but for the steps.
 
     Those were measured in plain training, as nonlinear_n_k and bandit_n_k: of the quick preset by
@@ -52,11 +43,6 @@ class Config(md.StudyConfig):
     by `metadyn run outer_loop_dynamics`. Set them to what a run of other settings reports.
     """
 
-    linear: LinearRegression = LinearRegression()
-    nonlinear: FourierRegression = FourierRegression()
-    bandit: ContextualBandit = ContextualBandit()
-    of: str = "quick"
-    """The preset of the domains' own studies, for the ordinary learner and the objectives."""
     learners: tuple[str, ...] = ("lstm", "maml")
     """The meta-learners that are given the inner curriculum."""
     nonlinear_steps: tuple[int, ...] = (330, 750, 1100, 1600, 2500)
@@ -76,15 +62,10 @@ class Config(md.StudyConfig):
         right = self.learners and set(self.learners) <= set(get_args(Network))
         check(right, "learners", self.learners, f"choose from {', '.join(get_args(Network))}")
 
-    def base(self, name: str, meta: str) -> md.Comparison:
-        """What a domain's own study compares, with a meta-learner of choice."""
-        fields = self.common() | {"domain": getattr(self, name), "meta": meta}
-        return STUDIES[name].comparison(self.of, **fields)
-
 
 def outer_curricula(config: Config, name: str) -> md.Comparison:
     """One meta-learner of a domain, trained under each curriculum."""
-    base, steps = config.base(name, config.meta), (0, *getattr(config, f"{name}_steps")[1:])
+    base, steps = config.comparison(name), (0, *getattr(config, f"{name}_steps")[1:])
     meta, orders = base.metas[0], {"measured": Admission(steps), "mixed": Admission(steps, True)}
     if name == "nonlinear":
         orders["reversed"] = Admission(steps[::-1])
@@ -99,7 +80,7 @@ def outer_curricula(config: Config, name: str) -> md.Comparison:
 
 def inner_curriculum(config: Config) -> md.Comparison:
     """SGD, meta-learners that know isotropic inputs alone, and Bayes, on either kind of inputs."""
-    bases = [config.base("linear", meta) for meta in config.learners]
+    bases = [config.comparison("linear", meta=meta) for meta in config.learners]
     domain, sizes, first = config.linear, config.measure, bases[0]
     tasks = sizes.sized(domain.evaluation(sizes.probe_points), name="isotropic")
     sets = [
@@ -141,28 +122,24 @@ def criteria(config: Config, results):
 
 def outer_gains(config: Config, results, name: str):
     """What each curriculum takes to the lowest excess loss that training comes to under all."""
-    arms, bayes = (
-        results.learners(f"{HELDOUT}_{name}", "meta"),
-        results[f"{HELDOUT}_{name}", "bayes"],
-    )
+    arms = results.learners(f"{HELDOUT}_{name}", "meta")
+    bayes = results[f"{HELDOUT}_{name}", "bayes"]
     level, steps, gains = dynamics.to_equal_excess([*arms.values()], bayes)
-    of = lambda estimate, k, scale=1.0: dynamics.Estimate(*(scale * part[k] for part in estimate))
     yield md.criterion(f"{name}_level", level, f"{TITLES[name]}: excess loss that all come to")
-    for k, (arm, data) in enumerate(arms.items()):
+    for (arm, data), taken, gain in zip(arms.items(), steps.each(), gains.each(), strict=True):
         said, row = f"{TITLES[name]}, {ARMS[arm]}: ", f"{name}_{arm}"
         seconds = labelled.about(data).seconds / config.outer.steps
         for what, each in (("episodes", config.outer.batch), ("seconds", seconds)):
-            yield md.criterion(f"{row}_{what}", of(steps, k, each), f"{said}{what} to that loss")
+            found = dynamics.Estimate(*(each * part for part in taken))
+            yield md.criterion(f"{row}_{what}", found, f"{said}{what} to that loss")
         bound = {"at_most": 1.5, "surely": True} if arm == "measured" else {}
         said += "times fewer episodes than plain training" + ", at most 1.5" * bool(bound)
         if arm != "none":
-            yield md.criterion(f"{row}_gain", of(gains, k), said, **bound)
-    trained, bayes = (results[f"{TRACKED}_{name}", who] for who in ("none", "bayes"))
-    over = dynamics.over_outer_training(trained, bayes)
-    n = dynamics.estimate(dynamics.outer_times_of(trained), *over)
-    for k in range(len(n.value)):
-        said = f"{TITLES[name]}: outer step at which mode {k + 1} is half-way to Bayes, plain"
-        yield md.criterion(f"{name}_n_{k + 1}", of(n, k), said)
+            yield md.criterion(f"{row}_gain", gain, said, **bound)
+    plain = (results[f"{TRACKED}_{name}", who] for who in ("none", "bayes"))
+    for k, n in enumerate(dynamics.outer_times(*plain).each(), 1):
+        said = f"{TITLES[name]}: outer step at which mode {k} is half-way to Bayes, plain"
+        yield md.criterion(f"{name}_n_{k}", n, said)
 
 
 def inner(inputs: str, results):
@@ -188,9 +165,7 @@ def outer(results):
 
 
 QUICK = Config(
-    linear=LinearRegression(n_x=3, n_y=3),
-    nonlinear=FourierRegression(band(1, 3), steps=20),
-    bandit=ContextualBandit(contexts=3, actions=3, steps=20),
+    **SMALL,
     nonlinear_steps=(270, 980, 1870),
     bandit_steps=(470, 540, 600),
     outer=md.OuterConfig(steps=3000, learning_rate=1e-2, schedule="constant", warmup=100),
@@ -199,11 +174,8 @@ QUICK = Config(
     ),
 )
 PAPER = Config(
+    **paper(50_000, batch=256, learning_rate=2e-3, schedule="constant"),
     of="paper",
-    lstm=LSTMConfig(hidden=256),
-    outer=md.OuterConfig(
-        steps=50_000, batch=256, learning_rate=2e-3, schedule="constant", warmup=1000
-    ),
     measure=md.MeasureConfig(tasks=16_384, tracked_tasks=1024, heldout_tasks=8192, probe_points=64),
 )
 study = md.Study(

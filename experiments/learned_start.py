@@ -9,12 +9,11 @@ on that very network. Saxe et al. (2013), arXiv:1312.6120, derive the staggering
 """
 
 import dataclasses
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
@@ -26,7 +25,7 @@ from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_fourier, bayes_linear
 from metadyn.learners.maml import MAMLConfig, ordinary_network
 from metadyn.optimizers import named_optimizer
-from metadyn.study import HELDOUT, censored
+from metadyn.study import censored, excess_of
 
 TITLES = {"linear": "two-layer linear network", "nonlinear": "MLP"}
 SIGN = {"linear": -1, "nonlinear": 1}
@@ -69,20 +68,6 @@ class Config:
         check(right, "factors", self.factors, "must be positive and finite")
 
 
-def interpolated(maml, random: gd.Network, alpha: float, descend) -> md.Derived:
-    """Gradient descent from (1 − α) · random + α · learned, which is MAML's start.
-
-    `descend(network)` is the learner.
-    """
-    between = lambda a, b: (1 - alpha) * a + alpha * b
-
-    def make(params):
-        start = lambda key: jax.tree.map(between, random.init(key), params["start"])
-        return descend(gd.Network(start, random.apply), interpolation=alpha)
-
-    return md.Derived(maml, make, "updates")
-
-
 def properties(weights) -> dict[str, jax.Array]:
     """What may change in a start: norms, and how far ‖W_{l+1}ᵀ W_{l+1} − W_l W_lᵀ‖ is from 0."""
     W = [getattr(layer, "weight", layer) for layer in weights]  # without biases
@@ -101,32 +86,37 @@ def compared(config: Config, name: str, bayes) -> md.Comparison:
     optimizer = named_optimizer(descent.optimizer, descent.learning_rate)
     times = log_spaced(descent.updates, descent.records)
 
-    def descend(network, **where):
-        points = None if linear else descent.batch
+    def descend(start, **where):
+        network, points = gd.Network(start, ordinary.apply), None if linear else descent.batch
         learner = gd.gradient(network, optimizer, descent.batch, points=points)
         said = {name: jnp.asarray(value, jnp.float32) for name, value in where.items()}
         return learner._replace(diagnose=lambda state: properties(state[0]) | said)
 
     def scaled(factor):
         start = lambda key: jax.tree.map(lambda w: factor * w, ordinary.init(key))
-        return descend(gd.Network(start, ordinary.apply), factor=factor)
+        return descend(start, factor=factor)
+
+    def interpolated(alpha):
+        between = lambda a, b: (1 - alpha) * a + alpha * b
+        start = lambda params, key: jax.tree.map(between, random.init(key), params["start"])
+        make = lambda params: descend(partial(start, params), interpolation=alpha)
+        return md.Derived(trained, make, "updates")
 
     trained = maml.make(domain)
     contenders = [
         md.Contender("maml", "MAML", trained, option=f"--{name}-maml.inner-steps"),
         *(
             md.Contender(
-                f"interpolated_{alpha:g}", f"α = {alpha:g}",
-                interpolated(trained, random, alpha, descend), "ordinary", times, of="maml",
+                f"interpolated_{a:g}", f"α = {a:g}", interpolated(a), "ordinary", times, of="maml"
             )
-            for alpha in config.interpolations
+            for a in config.interpolations
         ),
         *(
             md.Contender(f"random_{f:g}", f"random × {f:g}", scaled(f), "reference", times)
             for f in config.factors
         ),
         md.Contender("bayes", "Bayes-optimal", bayes(domain), "bayes"),
-    ]  # fmt: skip
+    ]
     tasks = config.measure.sized(domain.evaluation(config.measure.probe_points), name=name)
     return md.Comparison(
         domain, contenders, [tasks], measure=config.measure, name=name, title=TITLES[name]
@@ -156,8 +146,7 @@ def criteria(config: Config, results):
             found = dynamics.difference(results[name, learner], results[name, "bayes"])
             said = f"{TITLES[name]}, {said}: slope minus Bayes'"
             yield md.criterion(f"{name}_{called}", found, said, **bounds, surely=True)
-        losses = results[f"{HELDOUT}_{name}", "maml"].isel(outer_step=-1)
-        excess = dynamics.measured_excess(losses, results[f"{HELDOUT}_{name}", "bayes"])
+        excess = excess_of(results, "maml", f"_{name}")
         yield md.criterion(f"{name}_maml_excess", excess, f"{TITLES[name]}: MAML's excess loss")
         for learner in ("interpolated_0", "interpolated_1"):
             for what, said in CHANGES.items():
@@ -173,9 +162,10 @@ def of_start(data, what: str) -> dynamics.Estimate:
 
 def series(results, name: str, along: str):
     """The learners of one series of starts, in order: where they stand in it, and their data."""
-    rows = [data for data in results.learners(name, "ordinary", "reference").values()]
+    rows = results.learners(name, "ordinary", "reference").values()
     at = lambda data: float(dynamics.samples(data, along)[0, 0, 0])
-    return sorted(((at(d), d) for d in rows if along in d), key=lambda row: row[0])
+    rows = sorted((data for data in rows if along in data), key=at)
+    return [*map(at, rows)], rows
 
 
 def start(results):
@@ -186,22 +176,21 @@ def start(results):
     for i, name in enumerate(names):
         row = axes[3 * i : 3 * i + 3]
         for (along, label), colour in zip(kinds.items(), figures.COLOURS, strict=False):
-            found = series(results, name, along)
-            slopes = [dynamics.merit(data) for _, data in found]
-            norms = [float(of_start(data, "norm").value) for _, data in found]
+            at, found = series(results, name, along)
+            slopes = dynamics.stacked(map(dynamics.merit, found))
+            norms = [of_start(data, "norm").value for data in found]
             style = {"fmt": "o-", "color": colour, "capsize": 3, "label": label}
-            for axis, x in ((row[0], [at for at, _ in found]), (row[2], norms)):
+            for axis, x in ((row[0], at), (row[2], norms)):
                 if axis is row[2] or along == "interpolation":
-                    bars = np.transpose([figures.bars(each) for each in slopes])
-                    axis.errorbar(x, [float(each.value) for each in slopes], bars, **style)
+                    axis.errorbar(x, slopes.value, figures.bars(slopes), **style)
         for who, ls in (("maml", "--"), ("bayes", ":")):
             data = results[name, who]
             slope = dynamics.merit(data).value
             row[0].axhline(slope, color="black", ls=ls, label=labelled.about(data).label)
-        between = series(results, name, "interpolation")
+        at, between = series(results, name, "interpolation")
         for what, label in CHANGES.items():
-            sizes = [float(of_start(data, what).value) for _, data in between]
-            row[1].semilogy([at for at, _ in between], sizes, "o-", label=label)
+            sizes = [of_start(data, what).value for data in between]
+            row[1].semilogy(at, sizes, "o-", label=label)
         row[0].set(title=TITLES[name], xlabel="α, random to learned", ylabel="staggering slope")
         row[1].set(xlabel="α, random to learned", ylabel="of the start")
         row[2].set(xscale="log", xlabel="norm of the start", ylabel="staggering slope")

@@ -16,20 +16,11 @@ from matplotlib.ticker import NullLocator
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, labelled
+from metadyn.across import SMALL, TITLES, DomainsConfig
 from metadyn.cost import operations
-from metadyn.domains.bandit import ContextualBandit
-from metadyn.domains.fourier import FourierRegression, band
-from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check
-from metadyn.learners.lstm import LSTMConfig
-from metadyn.study import HELDOUT, TRACKED, Network, censored
+from metadyn.study import HELDOUT, TRACKED, Network, censored, excess_of, paper
 
-TITLES = {
-    "linear": "linear regression",
-    "nonlinear": "nonlinear regression",
-    "bandit": "contextual bandit",
-}
-STUDIES = {name: md.load_study(title.replace(" ", "_")) for name, title in TITLES.items()}
 NETWORKS = get_args(Network)
 DESCENTS = ("maml", "learned_optimizer")
 """Those that train a network on squared errors within the episode: not for the bandit."""
@@ -38,14 +29,9 @@ NEAR, WITHIN = 0.3, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(md.StudyConfig):
+class Config(DomainsConfig):
     """Everything the study depends on, beside its seed. Values are our choice."""
 
-    linear: LinearRegression = LinearRegression()
-    nonlinear: FourierRegression = FourierRegression()
-    bandit: ContextualBandit = ContextualBandit()
-    of: str = "quick"
-    """The preset of the domains' own studies, for the ordinary learners and the objectives."""
     learners: tuple[str, ...] = NETWORKS
     """The meta-learners that are trained."""
 
@@ -56,11 +42,10 @@ class Config(md.StudyConfig):
 
     def contenders(self, name: str) -> tuple[md.Comparison, list[md.Contender]]:
         """What a domain's own study compares, and the meta-learners that can serve there."""
-        study, found = STUDIES[name], []
+        found = []
         for meta in self.learners:
             if name != "bandit" or meta not in DESCENTS:
-                fields = self.common() | {"domain": getattr(self, name), "meta": meta}
-                base = study.comparison(self.of, **fields)
+                base = self.comparison(name, meta=meta)
                 label = getattr(self, meta).label
                 found.append(dataclasses.replace(base.metas[0], label=label))
         return base, found
@@ -93,7 +78,7 @@ def criteria(config: Config, results):
             yield md.criterion(f"{row}_beyond", beyond, f"{what} minus Bayes'")
             yield censored(row, data)
             if learner in metas:
-                excess = excess_of(results, name, learner)
+                excess = excess_of(results, learner, f"_{name}")
                 yield md.criterion(f"{row}_excess", excess, f"excess loss of the {called}")
                 near += [(data, bayes)] if excess.value <= NEAR else []
                 domain = getattr(config, name)
@@ -101,32 +86,16 @@ def criteria(config: Config, results):
                 yield from costs(row, domain, metas[learner].learner, seconds)
                 both = (results[f"{TRACKED}_{name}", who] for who in (learner, "bayes"))
                 said = f"{called}: the same, over outer training"
-                yield md.criterion(f"{row}_outer", outer_order(*both), said)
+                yield md.criterion(f"{row}_outer", dynamics.outer_merit(*both), said)
     said = f"whoever is within {NEAR:g} of Bayes' loss staggers as Bayes does: greatest difference"
-    worst = worst_of(near) if near else dynamics.Estimate(*[np.asarray(np.nan)] * 3)
+    greatest = lambda each: np.abs(each).max(0)
+    worst = dynamics.differences(near, greatest) if near else dynamics.exact(np.nan)
     yield md.criterion("near_bayes_worst", worst, f"{said} at most {WITHIN:g}", at_most=WITHIN)
     if "maml" in config.learners:
         ordinary, *_ = results.learners("inner_linear", "ordinary").values()
         found = dynamics.difference(results["inner_linear", "maml"], ordinary)
         said = "descent from MAML's start staggers less than ordinary descent: slope greater by 0.5"
         yield md.criterion("maml_beyond_descent", found, said, at_least=0.5, surely=True)
-
-
-def excess_of(results, name: str, learner: str) -> dynamics.Estimate:
-    """The excess loss of a meta-learner over Bayes, once it is trained."""
-    data, bayes = (results[f"{HELDOUT}_{name}", who] for who in (learner, "bayes"))
-    return dynamics.measured_excess(data.isel(outer_step=-1), bayes)
-
-
-def worst_of(pairs) -> dynamics.Estimate:
-    """The greatest difference in staggering of several learners from Bayes, with its interval."""
-    merits = [(dynamics.merit_of(data), dynamics.merit_of(bayes)) for data, bayes in pairs]
-
-    def statistic(*means):
-        both = zip(merits, means[::2], means[1::2], strict=True)
-        return np.max([np.abs(f(a) - g(b)) for (f, g), a, b in both], axis=0)
-
-    return dynamics.estimate(statistic, *(dynamics.strength(x) for pair in pairs for x in pair))
 
 
 def costs(row: str, domain, meta, seconds: float):
@@ -145,17 +114,7 @@ def costs(row: str, domain, meta, seconds: float):
         ("operations", count, "floating-point operations in the answers of an episode"),
         ("seconds", seconds, "seconds of training, of all seeds, as measured in this run"),
     ):
-        exact = np.asarray(value, np.float64)
-        yield md.criterion(f"{row}_{what}", dynamics.Estimate(exact, exact, exact), said)
-
-
-def outer_order(trained, bayes) -> dynamics.Estimate:
-    """In what order outer training brings the modes to Bayes."""
-    times, by = dynamics.outer_times_of(trained), np.array(labelled.modes(trained).values)
-    alike = labelled.modes(trained).exchangeable
-    order = dynamics.staggering if alike else lambda n: dynamics.staggering_slope(by, n)
-    over = dynamics.over_outer_training(trained, bayes)
-    return dynamics.estimate(lambda a, b: order(times(a, b)), *over)
+        yield md.criterion(f"{row}_{what}", dynamics.exact(value), said)
 
 
 def side_by_side(name: str):
@@ -172,7 +131,7 @@ def slope_against_excess(results):
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         bayes = results[f"inner_{name}", "bayes"]
         for learner, data in results.learners(f"inner_{name}", "meta").items():
-            x, y = excess_of(results, name, learner), dynamics.difference(data, bayes)
+            x, y = excess_of(results, learner, f"_{name}"), dynamics.difference(data, bayes)
             style = {"fmt": marks[learner], "color": styles[learner], "ms": 8, "capsize": 2}
             bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
             point = axis.errorbar(x.value, y.value, **bars, **style)
@@ -191,18 +150,15 @@ def slope_against_excess(results):
 
 
 QUICK = Config(
-    linear=LinearRegression(n_x=3, n_y=3),
-    nonlinear=FourierRegression(band(1, 3), steps=20),
-    bandit=ContextualBandit(contexts=3, actions=3, steps=20),
-    outer=md.OuterConfig(steps=1000, batch=32, learning_rate=3e-2, warmup=100, checkpoints=8),
+    **SMALL,
+    outer=md.OuterConfig(steps=1000, learning_rate=3e-2, warmup=100, checkpoints=8),
     measure=md.MeasureConfig(
         tasks=1024, updating_tasks=32, tracked_tasks=64, heldout_tasks=512, probe_points=16
     ),
 )
 PAPER = Config(
+    **paper(50_000, batch=256),
     of="paper",
-    lstm=LSTMConfig(hidden=256),
-    outer=md.OuterConfig(steps=50_000, batch=256, learning_rate=4e-3, warmup=1000, checkpoints=25),
     measure=md.MeasureConfig(
         tasks=16_384, updating_tasks=256, tracked_tasks=1024, heldout_tasks=8192, probe_points=64
     ),

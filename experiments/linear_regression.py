@@ -21,7 +21,7 @@ from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Target, predicting
 from metadyn.optimizers import named_optimizer
-from metadyn.study import as_bayes, beyond_bayes, excess, staggering
+from metadyn.study import as_bayes, beyond_bayes, claims, excess, paper, staggering
 
 SHIFTS = {"x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "outsize": (1, 8)}
 """Sets of tasks: factor on the whole spectrum, factor on its greatest mode alone."""
@@ -164,10 +164,7 @@ WORKSTATION = Config(
     excess_at_most=0.2,
 )
 PAPER = Config(
-    lstm=LSTMConfig(hidden=256),
-    outer=md.OuterConfig(
-        steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40
-    ),
+    **paper(100_000, batch=1024, checkpoints=40),
     measure=md.MeasureConfig(
         tasks=65_536, updating_tasks=1024, shifted_tasks=8192, heldout_tasks=8192
     ),
@@ -181,16 +178,16 @@ study = md.Study(
     {"learned_spectrum": learned_spectrum},
     section="§2",
     claims=[
-        md.Claim(
-            "sgd_slope",
-            "SGD on a linear network learns singular modes from greatest to least",
-            "mode_strength",
+        *claims(
+            mode_strength={
+                "sgd_slope": "SGD on a linear network learns singular modes from greatest to least"
+            }
         ),
         *as_bayes("singular modes"),
-        md.Claim(
-            "lstm_out_of_distribution_x4",
-            "Out of distribution it falls behind Bayes",
-            "learned_spectrum",
+        *claims(
+            learned_spectrum={
+                "lstm_out_of_distribution_x4": "Out of distribution it falls behind Bayes"
+            }
         ),
     ],
 )

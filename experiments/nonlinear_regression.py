@@ -20,7 +20,7 @@ from metadyn.learners.gradient import DescentConfig, gradient, mlp
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Target, predicting
 from metadyn.optimizers import named_optimizer
-from metadyn.study import as_bayes, beyond_bayes, claims, excess, staggering
+from metadyn.study import as_bayes, beyond_bayes, claims, excess, paper, staggering
 
 TITLES = {"pass_band": "pass-band targets", "stop_band": "stop-band targets"}
 TITLES["mixture"] = "mixtures of the two"
@@ -177,10 +177,7 @@ WORKSTATION = Config(
     excess_at_most=0.3,
 )
 PAPER = Config(
-    lstm=LSTMConfig(hidden=256),
-    outer=md.OuterConfig(
-        steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=40
-    ),
+    **paper(100_000, batch=1024, checkpoints=40),
     measure=md.MeasureConfig(
         tasks=65_536, updating_tasks=256, shifted_tasks=8192, heldout_tasks=8192, probe_points=64
     ),

@@ -22,10 +22,9 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive, check_unique
 from metadyn.learners import bayes
 from metadyn.learners.bayes_mixture import bayes_memorising, bayes_mixture
-from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.normalised import Normalised
 from metadyn.objectives import Target, predicting
-from metadyn.study import HELDOUT, Network
+from metadyn.study import HELDOUT, Network, excess_of, paper
 
 WITHIN, RIGHT = "in_distribution", "bayes_right"
 SETS = {WITHIN: (1, 1), "x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "x16": (16, 1), "outsize": (1, 8)}
@@ -188,15 +187,15 @@ def criteria(config: Config, results):
         last = [each.isel(outer_step=-1) for each in (trained, plain)]
         called, bounded = labelled.about(data).label, name.endswith("_both")
         bound = lambda most, given=bounded: {"at_most": most} if given else {}
-        found = dynamics.measured_excess(last[0], best)
+        found = excess_of(results, name)
         yield md.criterion(f"{name}_excess", found, f"{called}: excess loss within")
         found = dynamics.estimate(ratio, *map(dynamics.episode_loss, (*last, best)))
         said = f"{called}: excess within over the plain network's; with both at most {COST:g}"
         yield md.criterion(f"{name}_cost", found, said, **bound(COST))
         seconds = [labelled.about(each).seconds for each in (trained, plain)]
-        exact = np.asarray(seconds[0] / max(seconds[1], 1e-3))
+        found = dynamics.exact(seconds[0] / max(seconds[1], 1e-3))
         said = f"{called}: seconds of training over the plain network's"
-        yield md.criterion(f"{name}_seconds", dynamics.Estimate(exact, exact, exact), said)
+        yield md.criterion(f"{name}_seconds", found, said)
         pairs = {each: (results[each, name], results[each, "bayes"]) for each in SETS}
         for shift in [each for each in SETS if each != WITHIN]:
             said = f"{called}: growth of the excess, {shift}"
@@ -235,22 +234,17 @@ def excess_by_scale(results):
     ]
     pools = [name for name in names[0] if name.startswith("pool")]
     scales = [f"× {scale}" for scale, _ in [*SETS.values()][:-1]] + ["one × 8"]
-    called = ["–".join(each.split("_")[1:]) for each in bands]
+    called, factor = ["–".join(each.split("_")[1:]) for each in bands], "factor on the spectrum"
     panels = [
-        (
-            "remedies",
-            SETS,
-            [n for n in names[0] if n not in pools],
-            scales,
-            "factor on the spectrum",
-        ),
-        ("distinct tasks", SETS, [names[0][0], *pools, "bayes"], scales, "factor on the spectrum"),
+        ("remedies", SETS, [n for n in names[0] if n not in pools], scales, factor),
+        ("distinct tasks", SETS, [names[0][0], *pools, "bayes"], scales, factor),
         *[("bands", bands, each, called, "frequencies") for each in names[1:]],
     ]
     label = "excess loss over Bayes\nunder the right prior"
     figure, axes = figures.grid(len(panels), label, 5.2, 4.6)
     for axis, (title, sets, shown, ticks, what) in zip(axes, panels, strict=True):
-        y = stacked([[over_right(results, each, name) for name in shown] for each in sets])
+        rows = [[over_right(results, each, name) for each in sets] for name in shown]
+        y = dynamics.stacked(map(dynamics.stacked, rows))
         x, apart = np.arange(len(ticks)), int(sets is SETS)  # the last of which is no scale
         for k, colour in enumerate(figures.colours(shown, "turbo")):
             style = {"color": colour, "marker": "o", "ms": 4}
@@ -270,19 +264,15 @@ def diversity(results):
     sizes = [int(each.removeprefix("pool_")) for each in results.sets() if each.startswith("pool_")]
     figure, axes = figures.grid(2, "mean-square distance of answers", 4.6, 4, sharey=True)
     for axis, where in zip(axes, ("fresh", "pool_{}"), strict=True):
-        rows = [[distance(results, where, size, to) for to in BAYES_OF] for size in sizes]
+        rows = [[distance(results, where, size, to) for size in sizes] for to in BAYES_OF]
+        y = dynamics.stacked(map(dynamics.stacked, rows))
         labels = [f"to the {kind} Bayes" for kind in BAYES_OF.values()]
-        figures.curves(axis, np.array(sizes), stacked(rows), labels, marker="o")
+        figures.curves(axis, np.array(sizes), y, labels, marker="o")
         axis.set_xscale("log", base=2)
         title = "fresh tasks" if where == "fresh" else "tasks of the pool"
         axis.set(title=title, xlabel="distinct tasks in training", yscale="log")
         axis.legend()
     return figure
-
-
-def stacked(rows) -> dynamics.Estimate:
-    """Estimates in rows as one of arrays [row, column]."""
-    return dynamics.Estimate(*np.moveaxis(np.array(rows, np.float64), -1, 0))
 
 
 QUICK = Config(
@@ -295,11 +285,8 @@ QUICK = Config(
     ),
 )
 PAPER = Config(
-    lstm=LSTMConfig(hidden=256),
+    **paper(100_000, batch=1024, checkpoints=10),
     pools=tuple(4**k for k in range(2, 9)),
-    outer=md.OuterConfig(
-        steps=100_000, batch=1024, learning_rate=4e-3, warmup=1000, checkpoints=10
-    ),
     other_batch=1024,
     measure=md.MeasureConfig(shifted_tasks=8192, heldout_tasks=4096, chunk=1024),
 )

@@ -23,8 +23,7 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
 from metadyn.inner import log_spaced
-from metadyn.learners.lstm import LSTMConfig
-from metadyn.study import Network, claims
+from metadyn.study import Network, claims, paper
 
 STUDIES = {name: md.load_study(name) for name in ("linear_regression", "contextual_bandit")}
 NETWORKS = get_args(Network)
@@ -217,9 +216,8 @@ QUICK = Config(
     ),
 )
 PAPER = Config(
+    **paper(50_000, batch=256),
     of="paper",
-    lstm=LSTMConfig(hidden=256),
-    outer=md.OuterConfig(steps=50_000, batch=256, learning_rate=4e-3, warmup=1000),
     measure=md.MeasureConfig(tasks=8192, tracked_tasks=1024, heldout_tasks=8192, probe_points=64),
 )
 study = md.Study(

@@ -7,7 +7,7 @@ outer parameters has one seed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,21 @@ class Estimate(NamedTuple):
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+    def each(self) -> list[Estimate]:
+        """Takes its last axis apart."""
+        parts = (np.moveaxis(part, -1, 0) for part in self)
+        return [Estimate(*each) for each in zip(*parts, strict=True)]
+
+
+def stacked(estimates: Iterable[Estimate], axis: int = -1) -> Estimate:
+    """Puts several estimates into one, along a new axis."""
+    return Estimate(*(np.stack(parts, axis) for parts in zip(*estimates, strict=True)))
+
+
+def exact(value: float | int) -> Estimate:
+    """A number that is known exactly; NaN for one that there is not."""
+    return Estimate(*[np.asarray(value, np.float64)] * 3)
 
 
 def text(estimate: Estimate, digits: int = 2) -> str:
@@ -184,12 +199,18 @@ def times_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], 
     return lambda strength: learning_times(times, strength, p)
 
 
-def merit_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
-    """The `staggering_slope` of mean mode strengths, or of exchangeable modes `staggering`."""
-    times, modes = times_of(data, probe), labelled.modes(data, probe)
+def order_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
+    """The `staggering_slope` of learning times, or of those of exchangeable modes `staggering`."""
+    modes = labelled.modes(data, probe)
     if modes.exchangeable:
-        return lambda strength: staggering(times(strength))
-    return lambda strength: staggering_slope(np.array(modes.values), times(strength))
+        return staggering
+    return functools.partial(staggering_slope, np.array(modes.values))
+
+
+def merit_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
+    """The same of mean mode strengths."""
+    times, order = times_of(data, probe), order_of(data, probe)
+    return lambda strength: order(times(strength))
 
 
 def merit_name(data: xr.Dataset, probe: str = STRENGTH) -> str:
@@ -204,15 +225,32 @@ def merit(data: xr.Dataset, probe: str = STRENGTH) -> Estimate:
 
 def difference(data: xr.Dataset, other: xr.Dataset) -> Estimate:
     """How far one learner staggers beyond another on the same tasks, with a paired interval."""
-    one, two = merit_of(data), merit_of(other)
-    return estimate(lambda a, b: one(a) - two(b), strength(data), strength(other))
+    return differences([(data, other)])
+
+
+def differences(
+    pairs: Sequence[tuple[xr.Dataset, xr.Dataset | None]],
+    take: Callable[[np.ndarray], Numbers] = lambda each: each[0],
+) -> Estimate:
+    """What `take` makes of how far the first of each pair staggers beyond the second [pair, ...].
+
+    All were measured on the same tasks. None, for a second, is one that does not stagger.
+    """
+    flat = [data for pair in pairs for data in pair if data is not None]
+    merits = [merit_of(data) for data in flat]
+
+    def statistic(*means: np.ndarray) -> Numbers:
+        found = iter([merit(mean) for merit, mean in zip(merits, means, strict=True)])
+        beyond = [next(found) - (0 if other is None else next(found)) for _, other in pairs]
+        return take(np.array(beyond))
+
+    return estimate(statistic, *map(strength, flat))
 
 
 def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) -> xr.Dataset:
     """How far each learner of a dataset staggers (`merit`): value, low and high [learner]."""
     found = {name: merit(each, probe) for name, each in labelled.split(data).items()}
-    columns = np.array([*found.values()]).T
-    named = zip(Estimate._fields, columns, strict=True)
+    named = stacked(found.values())._asdict().items()
     return xr.Dataset({part: ("learner", each) for part, each in named}, {"learner": [*found]})
 
 
@@ -274,6 +312,25 @@ def over_outer_training(trained: xr.Dataset, bayes: xr.Dataset) -> tuple[Outer, 
     found = outer_times_of(trained)(strength[:, one].mean(1), best[:, one].mean(1))
     order = np.argsort(found, axis=-1, kind="stable")[:, None, None, None]  # of each seed
     return np.take_along_axis(strength[:, other], order, -1), best[:, other]
+
+
+def outer_times(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
+    """The outer step at which the outer loop comes to learn each mode [mode] (`outer_times_of`)."""
+    return estimate(outer_times_of(trained), *over_outer_training(trained, bayes))
+
+
+def outer_merit(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
+    """How far the modes stagger over outer training (`order_of` those steps)."""
+    times, order = outer_times_of(trained), order_of(trained)
+    statistic = lambda mean, best: order(times(mean, best))
+    return estimate(statistic, *over_outer_training(trained, bayes))
+
+
+def outer_correlation(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
+    """How learning times within the last episodes and over outer training correlate in rank."""
+    inner, outer = times_of(trained), outer_times_of(trained)
+    ranks = lambda mean, best: rank_correlation(inner(mean[..., -1, :, :]), outer(mean, best))
+    return estimate(ranks, *over_outer_training(trained, bayes))
 
 
 def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:

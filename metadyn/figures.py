@@ -366,14 +366,15 @@ def orders(trainings: Sequence[OuterTraining]) -> Figure:
     label = "outer learning time $n_k$\n(outer step half-way to Bayes)"
     figure, axes = grid(len(trainings), label, width=4.4, height=4.3)
     for axis, training in zip(axes, trainings, strict=True):
-        modes, over = labelled.modes(training.trained), training.over
+        modes = labelled.modes(training.trained)
         at_end, outer = (f(training.trained) for f in (dynamics.times_of, dynamics.outer_times_of))
         inner = lambda mean, t=at_end: t(mean[..., -1, :, :])
-        ranks = lambda a, b, inner=inner, t=outer: dynamics.rank_correlation(inner(a), t(a, b))
         title = "contexts by their rank in either order"
         if not modes.exchangeable:
-            title = f"rank correlation {dynamics.text(dynamics.estimate(ranks, *over))}"
-        x, y = dynamics.estimate(inner, training.strengths[0]), dynamics.estimate(outer, *over)
+            ranks = dynamics.outer_correlation(training.trained, training.bayes)
+            title = f"rank correlation {dynamics.text(ranks)}"
+        x = dynamics.estimate(inner, training.strengths[0])
+        y = dynamics.estimate(outer, *training.over)
         styles = zip(colours(modes.values), cycle(MARKERS), _named(modes), strict=False)
         for k, (colour, marker, name) in enumerate(styles):
             sides = {"yerr": bars(y)[:, [k]], "xerr": bars(x)[:, [k]], "lw": 1.2}
@@ -392,8 +393,8 @@ def curves(
     axis: Any, x: np.ndarray, y: Estimate, labels: list[str], palette: str = "viridis", **style: Any
 ) -> None:
     """Draws estimates [x, curve] as lines on their bands, each with its colour and label."""
-    for k, (label, colour) in enumerate(zip(labels, colours(labels, palette), strict=True)):
-        curve(axis, x, Estimate(*(part[:, k] for part in y)), label, colour, **style)
+    for each, label, colour in zip(y.each(), labels, colours(labels, palette), strict=True):
+        curve(axis, x, each, label, colour, **style)
 
 
 def curve(axis: Any, x: np.ndarray, y: Estimate, label: str, colour: Any, **style: Any) -> None:

@@ -149,6 +149,15 @@ class StudyConfig:
         )
 
 
+def paper(steps: int, **outer: Any) -> dict[str, Any]:
+    """The settings of an LSTM as wide, and an outer loop as long, as presets called "paper" have.
+
+    `outer` changes those of the outer loop. All of it is our choice.
+    """
+    outer = {"learning_rate": 4e-3, "warmup": 1000} | outer
+    return {"lstm": LSTMConfig(hidden=256), "outer": OuterConfig(steps, **outer)}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Contender:
     """A learner to compare with others, or a meta-learner to train and then compare.
@@ -422,9 +431,8 @@ def criterion(
 def censored(name: str, data: Any) -> Criterion:
     """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
     t = dynamics.times_of(data)(dynamics.strength(data).mean((0, 1)))
-    count = float(np.isnan(t).sum())
     said = f"modes that never reach {labelled.modes(data).p:g}: a slope is of the others"
-    return Criterion(f"{name}_censored_modes", count, count, count, said, None)
+    return criterion(f"{name}_censored_modes", dynamics.exact(float(np.isnan(t).sum())), said)
 
 
 def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Iterator[Criterion]:
@@ -452,14 +460,19 @@ def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
         yield from staggering(results, name, "its own, for the record")
 
 
+def excess_of(results: Results, name: str, suffix: str = "") -> dynamics.Estimate:
+    """The excess loss of one meta-learner on held-out tasks, once training is done."""
+    (bayes,) = results.learners(HELDOUT + suffix, "bayes").values()
+    return dynamics.measured_excess(results[HELDOUT + suffix, name].isel(outer_step=-1), bayes)
+
+
 def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Iterator[Criterion]:
     """Judges the excess loss of each meta-learner on held-out tasks, once training is done."""
-    (bayes,) = results.learners(HELDOUT + suffix, "bayes").values()
     for name, data in results.learners(HELDOUT + suffix, "meta").items():
         bound = f" at most {at_most:g}" if math.isfinite(at_most) else ", for the record"
         yield criterion(
             f"{name}{suffix}_excess_loss",
-            dynamics.measured_excess(data.isel(outer_step=-1), bayes),
+            excess_of(results, name, suffix),
             f"the {labelled.about(data).label} is near Bayes on held-out tasks: excess loss{bound}",
             at_most=at_most,
         )
@@ -520,10 +533,14 @@ class Study:
     """Of the paper, for `metadyn claims`."""
     tables: Sequence[Table] = ()
 
+    def config(self, preset: str, **fields: Any) -> Any:
+        """Returns the configuration of a preset, with some fields changed."""
+        check(preset in self.presets, "of", preset, f"choose from {', '.join(self.presets)}")
+        return dataclasses.replace(self.presets[preset], **fields)
+
     def comparison(self, preset: str, **fields: Any) -> Comparison:
         """Returns the first comparison of its plan, with some fields of a preset changed."""
-        check(preset in self.presets, "of", preset, f"choose from {', '.join(self.presets)}")
-        return self.plan(dataclasses.replace(self.presets[preset], **fields)).comparisons[0]
+        return self.plan(self.config(preset, **fields)).comparisons[0]
 
     def beside(self, name: str, *more: Callable[[Comparison], Contender]) -> Study:
         """Returns this study, called `name`, with more contenders beside its own.

@@ -27,6 +27,7 @@ import numpy as np
 
 from metadyn import inner, programs
 from metadyn.errors import ConfigError, check, meant, naming
+from metadyn.options import configured
 from metadyn.progress import Progress
 from metadyn.rows import Rows, form_of
 from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
@@ -44,6 +45,10 @@ class Part(NamedTuple):
 
     number: int
     of: int
+
+    def settings(self, count: int) -> range:
+        """Which of so many settings it does."""
+        return range(self.number - 1, count, self.of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,16 @@ class Sweep:
         said = " ".join(f"{name} {pairs[name]}" for name in self.swept)
         return f"setting {i + 1} of {len(self.settings)}" + (f" ({said})" if said else "")
 
+    def configs(self, default: Any) -> list[Any]:
+        """The configuration of each setting. Raises `ConfigError` naming one that is refused."""
+        found = []
+        for i in range(len(self.settings)):
+            try:
+                found.append(configured(default, self.overrides(i)))
+            except ConfigError as error:
+                raise ConfigError(f"{self.called(i)}: {error}") from error
+        return found
+
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
     """The values of each option, as typed: --a 1 2 or --a=1. Raises `ConfigError` naming the word.
@@ -97,9 +112,6 @@ def parsed(words: Sequence[str]) -> dict[str, list[str]]:
     for name, values in options.items():
         if not values:
             raise ConfigError(f"{name}: give one or more values")
-        for value in values:
-            if values.count(value) > 1:
-                raise ConfigError(f"{name} {value}: given twice")
     return options
 
 
@@ -139,6 +151,10 @@ def settings(
     `ConfigError` for options that cannot be combined so.
     """
     if kind == "grid":
+        for name, values in options.items():
+            for value in values:
+                if values.count(value) > 1:
+                    raise ConfigError(f"{name} {value}: given twice")
         return list(itertools.product(*options.values()))
     several = {name: values for name, values in options.items() if len(values) > 1}
     size = count
@@ -159,6 +175,16 @@ def settings(
             drawn = np.exp(rng.uniform(math.log(low), math.log(high), size))
             columns.append([f"{round(x)}" if whole[name] else f"{x:.6g}" for x in drawn.tolist()])
     return list(zip(*columns, strict=True)) if columns else [()]
+
+
+def zipped(default: Any, words: str) -> list[tuple[str, Any]]:
+    """What `metadyn sweep --zip` makes of a configuration and some options, as they are typed.
+
+    For each setting, the value of the first option and the configuration. Raises `ConfigError`.
+    """
+    options = parsed(words.split())
+    asked = Sweep("", "", 0, "zip", options, settings(options, "zip", {}, 0, 0))
+    return list(zip([first for first, *_ in asked.settings], asked.configs(default), strict=True))
 
 
 def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
@@ -269,7 +295,7 @@ def run_sweep(
     """
     from metadyn import swept
 
-    mine = range(part.number - 1, len(configs), part.of)
+    mine = part.settings(len(configs))
     check(len(mine) > 0, "--part", f"{part.number}/{part.of}", f"there are {len(configs)} settings")
     plans: dict[int, Plan] = {}
     if not (is_sweep(out) and all(map(SweepFolder(out).ended, mine))):

@@ -145,14 +145,18 @@ def _measured(folder: SweepFolder, i: int) -> Iterator[Row]:
 
 
 def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
-    """Writes summary.json, figures and page of a sweep of which all settings have ended."""
+    """Makes the figures and the page of a sweep of which all settings have ended, and writes
+    summary.json.
+
+    That comes last, as it says that all is done.
+    """
     from metadyn import view
 
     sweep, found = folder.sweep, _finite(measured(folder, progress))
     about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
-    write_json(folder.path / "summary.json", {**about, "settings": found})
     draw(folder, found)
     view.write(folder, progress)
+    write_json(folder.path / "summary.json", {**about, "settings": found})
 
 
 def _finite(value: Any) -> Any:

@@ -1,14 +1,12 @@
 """Runs damaged, out of disk space or badly asked for: the fast part of benchmarks/faults.py."""
 
 import contextlib
-import json
 import pickle
 import random
 import resource
 import shutil
 
 import pytest
-import yaml
 
 import metadyn
 from benchmarks import faults
@@ -128,15 +126,3 @@ def test_reading_a_run_unpickles_and_executes_nothing(whole, tmp_path, monkeypat
 def test_nothing_is_lost(name, tmp_path):
     fault, count = faults.FAULTS[name]
     fault(tmp_path, count, random.Random(2))
-
-
-def test_launch_files_are_well_formed():
-    (job,) = yaml.safe_load_all((faults.ROOT / "experiments/launch/jobset.yaml").read_text())
-    (replicated,) = job["spec"]["replicatedJobs"]
-    spec = replicated["template"]["spec"]
-    (container,) = spec["template"]["spec"]["containers"]
-    told = {each["name"]: each.get("value") for each in container["env"]}
-    assert told["JAX_NUM_PROCESSES"] == str(spec["parallelism"]) == str(spec["completions"])
-    host = f"{job['metadata']['name']}-{replicated['name']}-0-0.{job['metadata']['name']}"
-    assert told["JAX_COORDINATOR_ADDRESS"] == f"{host}:{container['ports'][0]['containerPort']}"
-    assert json.dumps(container["args"]).startswith('["run", "experiments/linear_regression.py"')

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from metadyn import figures
+from metadyn import figures, sweep
 from metadyn.cli import main
+from metadyn.errors import ConfigError
 from metadyn.store import RunFolder
 from metadyn.study import load_study
 
 STUDY = str(Path(__file__).parent.parent / "experiments" / "robustness.py")
 SMALL = [
-    *("--linear.n-x", "3", "--linear.n-y", "3", "--linear.steps", "4", "--linear-updates", "2000"),
+    *("--linear.n-x", "3", "--linear.n-y", "3", "--linear.steps", "4"),
     *("--nonlinear.spectrum", "1", "1", "--nonlinear.steps", "4"),
     *("--bandit.contexts", "3", "--bandit.actions", "3", "--bandit.steps", "20"),
     *("--lstm.hidden", "4", "--widths", "--outer.steps", "20", "--outer.batch", "16"),
@@ -86,6 +87,20 @@ def test_the_worst_case_is_the_greatest_of_its_variants(found):
     for name in ("linear", "nonlinear"):
         one, worst = (found[f"{name}_noise_{part}"][0] for part in ("0.5_staggering", "worst"))
         assert worst == (None if one is None else pytest.approx(abs(one)))
+
+
+def test_a_setting_is_made_of_the_nth_value_of_each_option():
+    """Values may come twice: two optimisers may share a rate. In a grid they may not."""
+    default = load_study("nonlinear_regression").presets["quick"]
+    words = "--mlp.optimizer sgd adam rmsprop --mlp.learning-rate 0.2 1e-3 1e-3 --mlp.width 64"
+    found = sweep.zipped(default, words)
+    assert [first for first, _ in found] == ["sgd", "adam", "rmsprop"]
+    assert [config.mlp.learning_rate for _, config in found] == [0.2, 1e-3, 1e-3]
+    assert all(config.mlp.width == 64 for _, config in found)
+    with pytest.raises(ConfigError, match=r"setting 2 of 2 .*: --mlp.width -1: must be positive"):
+        sweep.zipped(default, "--mlp.width 8 -1")
+    with pytest.raises(ConfigError, match="1e-3: given twice"):
+        sweep.settings(sweep.parsed(words.split()), "grid", {}, 0, 0)
 
 
 def test_what_is_never_learned_is_counted_and_gives_no_verdict(found):

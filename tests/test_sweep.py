@@ -12,7 +12,7 @@ import xarray as xr
 from browser import in_browser, needs_chromium, text_of
 
 import metadyn
-from metadyn import sweep, view
+from metadyn import sweep, swept, view
 from metadyn.cli import main
 from metadyn.errors import ConfigError
 
@@ -206,6 +206,24 @@ def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path):
         xr.testing.assert_identical(metadyn.load(done, task_set), metadyn.load(out, task_set))
 
 
+def test_figures_are_drawn_after_all_if_the_last_part_died_drawing_them(
+    done, tmp_path, monkeypatch
+):
+    out = tmp_path / "undrawn"
+    shutil.copytree(done, out, ignore=shutil.ignore_patterns("figures"))
+    (out / "summary.json").unlink()
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(swept, "draw", killed)
+        assert metadyn_sweep(out, *GRID, "--seeds", "2") == 130
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
+    assert len(list((out / "figures").glob("*.png"))) == 3
+    assert (out / "summary.json").read_text() == (done / "summary.json").read_text()
+
+
 def test_a_done_sweep_ends_at_once_and_another_is_refused(done, capsys):
     before = {p: p.stat().st_mtime_ns for p in (done / "settings").rglob("*") if p.is_file()}
     assert metadyn_sweep(done, *GRID, "--seeds", "2") == 0
@@ -229,7 +247,9 @@ def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, caps
     wild += ["--outer.learning-rate", "1e-2", "1e30", "--lstm.hidden", "4", "5"]
     assert metadyn_sweep(out, *wild, "--part", "2/2") == 0
     assert not (out / "summary.json").exists()
-    assert "2 of 4" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "this is part 2 of 2, with 2 of them" in said
+    assert "figures: drawn by the part that ends last" in said
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
     said = capsys.readouterr().out
     assert "is no longer finite at outer step" in said

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# sbatch experiments/launch/slurm.sh: two nodes of eight GPUs, one process a GPU.
+# sbatch experiments/launch/slurm.sh linear_regression --preset paper --out runs/paper
+# is `metadyn run` with these arguments on two nodes of eight GPUs, one process a GPU.
 #SBATCH --job-name=metadyn
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -10,11 +11,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-study=${STUDY:-experiments/linear_regression.py}
-srun --kill-on-bad-exit=1 metadyn run "$study" --preset paper --out "runs/$SLURM_JOB_NAME"
+# From 22.05 on srun does not take a task's cores from sbatch.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 metadyn run "$@"
 code=$?
 # Interrupted, or a process was lost: the same job goes on from the last checkpoint.
-if [ "$code" -ge 128 ]; then
+if [ "$code" -ge 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

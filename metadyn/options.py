@@ -1,0 +1,125 @@
+"""Options: the settings of a study as they are typed, such as --domain.sigma 0.2."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from metadyn.errors import ConfigError, meant
+
+
+def configured(default: Any, overrides: Sequence[str]) -> Any:
+    """`default` with command-line overrides, such as ["--domain.sigma", "0.2"].
+
+    None when only help was asked for (and printed). Raises `ConfigError` for unknown names and
+    values that do not parse.
+    """
+    import tyro
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                type(default),
+                prog="metadyn run STUDY",
+                default=default,
+                args=list(overrides),
+                config=(tyro.conf.FlagConversionOff,),
+                registry=_matrices(),
+            )
+    except ConfigError as error:
+        raise as_typed(error, default, overrides) from None
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+        text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]|-{3,}", " ", errors.getvalue())
+        text = re.sub(r"^\s*(Value error|Parsing error|Unrecognized options)\s", "", text)
+        text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
+        known = [option for option, _ in options_of(default)]
+        words = (word.partition("=")[0].replace("_", "-") for word in overrides)
+        unknown = (word for word in words if word.startswith("--") and word not in known)
+        near = next((hint for word in unknown if (hint := meant(word, known))), "")
+        said = " ".join(text.split()) + near
+        form = r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\."
+        said = re.sub(form, r"\2 \1: choose from \3", said)
+        raise ConfigError(said if said.startswith("--") else f"override: {said}") from None
+
+
+def _matrices() -> Any:
+    """How matrices are given on the command line: as JSON, [[1, 0], [0, 2]], or null."""
+    import tyro
+
+    from metadyn.domains.linear import Matrix
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def parse(texts: list[str]) -> Any:
+        try:
+            rows = json.loads(texts[0])
+            return None if rows is None else tuple(tuple(map(float, row)) for row in rows)
+        except (ValueError, TypeError, RecursionError):
+            said = f"give rows such as [[1, 0], [0, 2]], not {texts[0]!r}"
+            raise ValueError(said) from None
+
+    @registry.primitive_rule
+    def _(info: Any) -> Any:
+        if info.type != Matrix:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="[[ROW],[ROW],...]",
+            instance_from_str=parse,
+            is_instance=lambda value: value is None or isinstance(value, tuple),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    return registry
+
+
+def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> ConfigError:
+    """The same complaint about the option as it was typed: --domain.sigma -1: must be positive.
+
+    Or, if it was not typed, about the option that would set it. Errors about anything else remain.
+    """
+    ending = error.field.removeprefix("--").replace("_", "-")
+    values = {o: v for o, v in options_of(config) if ending and f".{o[2:]}".endswith(f".{ending}")}
+    words = [part for word in overrides for part in word.split("=", int(word.startswith("--")))]
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    typed = {
+        words[i].replace("_", "-"): " ".join(words[i + 1 : end])
+        for i, end in pairwise([*starts, len(words)])
+    }
+
+    def likely(option: str) -> tuple[bool, bool, bool]:
+        """How surely this is the option that is complained about, of several that end alike."""
+        text = typed.get(option)
+        meant = text is not None and _reads_as(text, error.value)
+        return meant, values[option] == error.value, text is not None
+
+    best = max(values, key=likely, default=None)
+    if best is None or not (any(likely(best)) or error.value is None):
+        return error
+    return ConfigError(f"{best} {typed.get(best, values[best])}: {error.fix}")
+
+
+def _reads_as(text: str, value: Any) -> bool:
+    """Whether an option's text is that of a value."""
+    with contextlib.suppress(ValueError):
+        return text == str(value) or float(text) == value
+    return False
+
+
+def options_of(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Every option of a configuration, with its value."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from options_of(value, f"{name}.")
+        else:
+            yield name, value
