@@ -183,6 +183,9 @@ class Domain(Protocol):
     def answer_size(self) -> int:
         """Numbers in one answer, for learners that must size an output layer."""
 
+    def __hash__(self) -> int:
+        """Domains are hashable, as frozen dataclasses are: equal ones share compiled programs."""
+
     def sample_task(self, key: Key) -> Task:
         """Draws a task of the meta-training distribution."""
 

@@ -10,7 +10,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -67,27 +67,37 @@ class Runner:
         }
         self.bayes: dict[str, tuple[float, float]] = {}
 
-    def calls(self) -> Iterator[tuple[Any, ...]]:
-        """Yields the arguments of all that is measured, with shapes for outer parameters."""
+    def calls(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Yields what is measured, and the arguments, with shapes for outer parameters."""
         for part, tasks, contender in self.plan.every:
             name = (contender.of or contender.name) + part.suffix
             params = self.loop.abstract.params.get(name, ())
             if not self.store.has_measurement(tasks.name, contender.name):
-                yield calls(tasks, contender, params, **self.given)[0]
+                called = f"{contender.name} on {tasks.name}"
+                yield called, calls(tasks, contender, params, **self.given)[0]
 
     def prepare(self, compiling: ThreadPoolExecutor) -> None:
-        """Begins to compile all programs, on every core, and waits for that of the outer step.
+        """Begins to compile all programs, on every core, and waits for those that are needed first.
 
-        Raises `ConfigError` if that cannot fit into the memory, by the compiler's own account.
+        Those train, or measure at outer step 0. Raises `ConfigError` if one that trains cannot fit
+        into the memory, by the compiler's own account.
         """
         if jax.process_count() > 1:
             return
-        loop = self.loop
-        outer_steps = [compiling.submit(check_compiled, loop, name) for name in loop.trained]
-        for given in self.calls():
-            compiling.submit(lambda given: inner.measure.lower(*given).compile(), given)
-        with self.progress.counting("compiling", len(outer_steps)) as show:
-            for name, each in zip(loop.trained, outer_steps, strict=True):
+        loop, lower = self.loop, inner.measure.lower
+        first: dict[str, Future[Any]] = {
+            name: compiling.submit(check_compiled, loop, name) for name in loop.trained
+        }
+        early = {
+            f"{each.name} on {tasks.name}"
+            for part, tasks in self.watched
+            for each in (*part.metas, part.bayes)
+        }
+        for called, given in self.calls():
+            future = compiling.submit(lambda given: lower(*given).compile(), given)
+            first |= {called: future} if called in early else {}
+        with self.progress.counting("compiling", len(first)) as show:
+            for name, each in first.items():
                 show(name)
                 each.result()
 

@@ -141,12 +141,18 @@ class StudyConfig:
         return Contender(
             self.meta,
             f"meta-trained {network.label}",
-            network.make(domain, heads),
+            _made(network, domain, heads),
             objective=getattr(network, "objective", None),
             own=dataclasses.replace(self.outer, **own) if own else None,
             rate=f"{self.meta}.outer_learning_rate",
             option=f"{self.meta}.{'hidden' if 'hidden' in fields else 'width'}",
         )
+
+
+@functools.cache
+def _made(network: Any, domain: Domain, heads: int) -> MetaLearner:
+    """One object for all that train the same network, so that what measures it is compiled once."""
+    return network.make(domain, heads)
 
 
 def paper(steps: int, **outer: Any) -> dict[str, Any]:

@@ -350,7 +350,7 @@ def _run(
     forms: dict[Hashable, list[int]] = {}
     for i, runner in runners.items():
         forms.setdefault(form_of(runner.loop), []).append(i)
-        for given in () if folder.ended(i) else runner.calls():
+        for _, given in () if folder.ended(i) else runner.calls():
             shared.expect(inner.measure.trace(*given))
     names = [f"{len(members)} settings" for members in forms.values()]
     with progress.studies(names) as begin:

@@ -1,6 +1,5 @@
-"""The study of linear attention's outer loop: its theory, and a small run of it."""
+"""The study of linear attention's outer loop: its theory, and a rehearsal of the study."""
 
-import json
 import sys
 
 import jax
@@ -11,17 +10,13 @@ import pytest
 import scipy.optimize
 
 from metadyn.base import indexed_keys
-from metadyn.cli import main
 from metadyn.errors import ConfigError
-from metadyn.study import folder, load_study
+from metadyn.runner import rehearse
+from metadyn.study import load_study
 
 STUDY = load_study("attention_plateaus")
 MODULE = sys.modules["metadyn_study_attention_plateaus"]
 DOMAIN = MODULE.Components(steps=6, variances=(1.5, 0.6, 0.2), sigma=0.5)
-SMALL = [
-    *("--domain.steps", "5", "--outer.steps", "20", "--outer.batch", "8", "--outer.seeds", "2"),
-    *("--outer.checkpoints", "6", "--measure.tracked-tasks", "4", "--measure.heldout-tasks", "8"),
-]
 
 
 @pytest.mark.parametrize("kind", ["separate", "merged"])
@@ -64,14 +59,9 @@ def test_plateaus_are_the_least_losses_with_so_many_components():
         assert least == pytest.approx(level, rel=1e-8)
 
 
-def test_a_whole_small_study(tmp_path):
-    out = tmp_path / "r"
-    path = str(folder() / "attention_plateaus.py")
-    assert main(["run", path, "--out", str(out), *SMALL]) == 1  # in 20 steps it drops nowhere
-    rows = {row["name"]: row for row in json.loads((out / "summary.json").read_text())["criteria"]}
-    assert rows["separate_plateaus"]["value"] == 0
-    assert rows["merged_plateaus"]["passed"]
-    assert (out / "figures" / "plateaus.png").is_file()
+def test_the_study_is_rehearsed_without_complaint():
+    quick = STUDY.presets["quick"]
+    rehearse(STUDY, quick, STUDY.plan(quick))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def test_there_are_five_tutorials():
     assert all(f"tutorials/{path.name}" in navigation for path in NOTEBOOKS)
 
 
+@pytest.mark.slow  # the strict build of the site runs them too, and fails where one does
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

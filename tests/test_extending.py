@@ -11,6 +11,7 @@ from test_cli import SMALL
 
 import metadyn
 from metadyn.cli import main
+from metadyn.runner import rehearse
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"`(\w+\.py)`.*?\n```python\n(.*?)```", PAGE, re.DOTALL))
@@ -58,7 +59,7 @@ def test_the_table_of_costs_is_of_these_files():
 
 @pytest.mark.parametrize(
     ("name", "learner"),
-    [("gru.py", "gru"), ("transformer.py", "transformer"), ("late.py", "late")],
+    [("transformer.py", "transformer"), ("late.py", "late")],
 )
 def test_meta_learners_are_trained_beside_the_studys_own(name, learner, run):
     out = run(name)
@@ -75,6 +76,16 @@ def test_meta_learners_are_trained_beside_the_studys_own(name, learner, run):
     both = [results["in_distribution", each]["mode_strength"] for each in ("lstm", learner)]
     assert both[0].shape == both[1].shape
     assert not np.array_equal(*both)
+
+
+def test_a_gru_is_planned_beside_the_studys_own_and_rehearsed(tmp_path):
+    (tmp_path / "gru.py").write_text(FILES["gru.py"])
+    study = metadyn.load_study(str(tmp_path / "gru.py"))
+    config = study.presets["quick"]
+    plan = study.plan(config)
+    for tasks in ("in_distribution", "x4", "tracked", "heldout"):
+        assert {"lstm", "gru", "bayes"} <= {c.name for _, t, c in plan.every if t.name == tasks}
+    rehearse(study, config, plan)
 
 
 def test_the_nearest_neighbours_learn(run):

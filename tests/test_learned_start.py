@@ -1,4 +1,4 @@
-"""The start experiment: its starts against their definition, the whole study once, small."""
+"""The start experiment: its starts against their definition, and a rehearsal of the study."""
 
 import dataclasses
 from pathlib import Path
@@ -9,19 +9,11 @@ import pytest
 
 import metadyn
 from metadyn.base import Learner
-from metadyn.cli import main
 from metadyn.errors import ConfigError
-from metadyn.store import RunFolder
+from metadyn.measuring import readings
+from metadyn.runner import rehearse
 
 STUDY = str(Path(__file__).parent.parent / "experiments" / "learned_start.py")
-SMALL = [
-    *("--interpolations", "0", "1", "--factors", "1", "--linear.steps", "4"),
-    *("--nonlinear.steps", "4", "--nonlinear-maml.width", "4", "--linear-maml.inner-steps", "1"),
-    *("--linear-descent.updates", "100", "--nonlinear-descent.updates", "20"),
-    *("--outer.steps", "10", "--outer.warmup", "2", "--outer.batch", "4", "--outer.seeds", "2"),
-    *("--outer.checkpoints", "2", "--measure.updating-tasks", "6", "--measure.tasks", "32"),
-    *("--measure.heldout-tasks", "16", "--measure.tracked-tasks", "4"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +58,19 @@ def test_only_maml_is_trained_and_what_is_made_of_it_counts_updates(linear):
         dataclasses.replace(comparison, contenders=others)
 
 
-def test_the_whole_study_runs(tmp_path):
-    out = tmp_path / "start"
-    assert main(["run", STUDY, "--out", str(out), *SMALL]) == 1  # so small a study fails
-    run = RunFolder(out)
-    figures = {path.stem for path in run.figures.iterdir()}
-    assert {"start", "mode_strength_linear"} <= figures
-    named = {row["name"] for row in run.summary()["criteria"]}
-    assert {claim.criterion for claim in metadyn.load_study(STUDY).claims} == named
-    norm = run.measurement("linear", "interpolated_1")["norm"].transpose("seed", "task", "step")
-    first = norm.to_numpy()[:, :, 0]
-    assert first.shape == (2, 6)
-    np.testing.assert_array_equal(first, first[:, :1].repeat(6, axis=1))  # each seed has one start
-    assert first[0, 0] != first[1, 0]
+def test_the_study_is_rehearsed_without_complaint():
+    study = metadyn.load_study(STUDY)
+    quick = study.presets["quick"]
+    few = dataclasses.replace(quick, interpolations=(0.0, 1.0), factors=(1.0,))
+    rehearse(study, few, study.plan(few))
+
+
+def test_each_seed_has_one_start(linear):
+    contenders, comparison = linear
+    params = jax.vmap(contenders["maml"].learner.init)(jax.random.split(jax.random.key(0)))
+    contender = dataclasses.replace(contenders["interpolated_1"], times=(0, 1))
+    tasks = dataclasses.replace(comparison.sets[0], size=3, updating_size=3)
+    norm = np.asarray(readings(tasks, contender, params, jax.random.key(1))["norm"])
+    assert norm.shape == (2, 3, 2)
+    np.testing.assert_array_equal(norm[:, :, 0], norm[:, :1, 0].repeat(3, axis=1))
+    assert norm[0, 0, 0] != norm[1, 0, 0]
