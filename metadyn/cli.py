@@ -312,6 +312,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _studies(arguments: argparse.Namespace) -> int:
     from metadyn import mesh
     from metadyn.progress import Progress, Terminal
+    import jax
+
     from metadyn.study import load_studies, load_study
 
     preset, seed = arguments.preset, arguments.seed
@@ -330,6 +332,7 @@ def _studies(arguments: argparse.Namespace) -> int:
             if several or not out:
                 out = str(Path(out or "runs") / f"{study.name}-{preset}-{seed}")
             codes.append(_run_one(study, arguments, out, progress))
+            jax.clear_caches()  # of a study that is done; a process can hold only so many programs
     return max(codes)
 
 

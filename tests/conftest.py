@@ -4,6 +4,7 @@ What is compiled is kept for later tests, and for the processes that tests start
 time is compiling: LLVM optimises less here than for users, which takes a quarter of it away.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
 )
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -24,6 +26,17 @@ from metadyn import mesh  # noqa: E402
 from metadyn.cli import main  # noqa: E402
 
 mesh.use_every_core()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Drops the programs of a module's tests, of which a process can hold only so many.
+
+    Each takes several maps of memory, and Linux gives a process 65 530; beyond, LLVM crashes.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
