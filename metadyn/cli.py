@@ -310,10 +310,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _studies(arguments: argparse.Namespace) -> int:
-    from metadyn import mesh
-    from metadyn.progress import Progress, Terminal
     import jax
 
+    from metadyn import mesh
+    from metadyn.progress import Progress, Terminal
     from metadyn.study import load_studies, load_study
 
     preset, seed = arguments.preset, arguments.seed
