@@ -328,11 +328,12 @@ def _studies(arguments: argparse.Namespace) -> int:
     with progress.studies([study.name for study in studies]) as begin:
         for i, study in enumerate(studies):
             begin(i)
+            if i:  # a process can hold only so many programs, and those of a study are done with
+                jax.clear_caches()
             out = arguments.out
             if several or not out:
                 out = str(Path(out or "runs") / f"{study.name}-{preset}-{seed}")
             codes.append(_run_one(study, arguments, out, progress))
-            jax.clear_caches()  # of a study that is done; a process can hold only so many programs
     return max(codes)
 
 
