@@ -160,9 +160,14 @@ def trains(out, until=3):
     expect(not (out / "summary.json").exists(), f"{out} was done too soon")
 
 
+def submitted(out, *options):
+    """A run of two tasks, given to sbatch with more options."""
+    return Job(out.parent, "slurm.sh", [*TWO_TASKS, *options], [*RUN, "--out", out])
+
+
 def two_tasks(folder):
     """A run of two tasks."""
-    job = Job(folder, "slurm.sh", TWO_TASKS, [*RUN, "--out", folder / "whole"])
+    job = submitted(folder / "whole")
     job.end()
     summary = json.loads((folder / "whole" / "summary.json").read_text())
     expect(summary["environment"]["processes"] == 2, summary["environment"])
@@ -173,9 +178,7 @@ def two_tasks(folder):
 def time_limit(folder):
     """The same with a time limit of a minute, told to stop some 15 s before."""
     out = folder / "late"
-    job = Job(
-        folder, "slurm.sh", [*TWO_TASKS, "--time=1", "--signal=TERM@15"], [*RUN, "--out", out]
-    )
+    job = submitted(out, "--time=1", "--signal=TERM@15")
     (record,) = job.end()
     expect(int(record["Restarts"]) >= 1 and STOPPED in job.said(), "it was not told to stop")
     same(folder / "whole", out)
@@ -185,7 +188,7 @@ def time_limit(folder):
 def task_killed(folder):
     """Task 1 of two is killed."""
     out = folder / "bereft"
-    job = Job(folder, "slurm.sh", TWO_TASKS, [*RUN, "--out", out])
+    job = submitted(out)
     trains(out)
     os.kill(process(SLURM_JOB_ID=job.id, SLURM_PROCID="1"), signal.SIGKILL)
     began = time.monotonic()
@@ -200,14 +203,14 @@ def task_killed(folder):
 def cancelled(folder):
     """`scancel` of a run of two tasks, then the same command."""
     out = folder / "cancelled"
-    job = Job(folder, "slurm.sh", TWO_TASKS, [*RUN, "--out", out])
+    job = submitted(out)
     trains(out)
     told("scancel", job.id)
     (record,) = job.end("CANCELLED", "0:15")
     expect(record["Restarts"] == "0" and STOPPED in job.said(), job.said()[-2000:])
     time.sleep(10)
     job.end("CANCELLED", "0:15")
-    Job(folder, "slurm.sh", TWO_TASKS, [*RUN, "--out", out]).end()
+    submitted(out).end()
     same(folder / "whole", out)
     return (
         "saved, not requeued; the same command came to the same bits",

@@ -341,8 +341,10 @@ def check_compiled(loop: OuterLoop, name: str) -> None:
         fits(f"an outer step of {name}", used, field)
 
 
-def rehearse(study: Study, config: Any, plan: Plan) -> None:
-    """Raises `ConfigError` unless the criteria and the study's figures can be had of the plan.
+def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
+    """Returns the criteria, had of made-up numbers, and draws the study's figures.
+
+    Raises `ConfigError` if they cannot be had of the plan.
 
     They are made of measurements of the shapes planned, with few tasks and made-up numbers: so a
     name that is not measured, or a figure that cannot be drawn, is found before training.
@@ -356,9 +358,10 @@ def rehearse(study: Study, config: Any, plan: Plan) -> None:
         made_of = _described(part, tasks, contender), min(4, tasks.size), at
         planned[tasks.name, contender.name] = made_of
     results = Results(sets, lambda *names: _made_up(*planned[names]))
-    study.judged(config, results)
+    criteria = study.judged(config, results)
     for draw in study.own_figures().values():
         draw(results)
+    return criteria
 
 
 def _made_up(about: dict[str, Any], tasks: int, outer_steps: np.ndarray | None) -> xr.Dataset:

@@ -61,7 +61,8 @@ def test_plateaus_are_the_least_losses_with_so_many_components():
 
 def test_the_study_is_rehearsed_without_complaint():
     quick = STUDY.presets["quick"]
-    rehearse(STUDY, quick, STUDY.plan(quick))
+    named = {each.name for each in rehearse(STUDY, quick, STUDY.plan(quick))}
+    assert {claim.criterion for claim in STUDY.claims} <= named
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def test_the_study_is_rehearsed_without_complaint():
     study = metadyn.load_study(STUDY)
     quick = study.presets["quick"]
     few = dataclasses.replace(quick, interpolations=(0.0, 1.0), factors=(1.0,))
-    rehearse(study, few, study.plan(few))
+    named = {each.name for each in rehearse(study, few, study.plan(few))}
+    assert {claim.criterion for claim in study.claims} <= named
 
 
 def test_each_seed_has_one_start(linear):

@@ -1,5 +1,6 @@
 """The robustness study, run whole and small: its slopes, its worst cases, its figure."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -129,3 +130,13 @@ def test_the_figure_shows_each_variant_at_its_value_and_says_what_has_none(finis
             value = found[f"{name}_staggering"][0]
             np.testing.assert_allclose(shown[label], np.nan if value is None else value, rtol=1e-6)
     assert set(shown) <= set(table.rows.values())
+
+
+def test_networks_that_differ_in_their_training_alone_are_one_object():
+    """So that one compiled program measures them all."""
+    quick = load_study(STUDY).presets["quick"]
+    other = dataclasses.replace(quick, outer=dataclasses.replace(quick.outer, learning_rate=1.0))
+    wider = dataclasses.replace(quick, lstm=dataclasses.replace(quick.lstm, hidden=7))
+    one, two, three = (each.meta_learner(each.linear).learner for each in (quick, other, wider))
+    assert one is two
+    assert one is not three
