@@ -96,10 +96,12 @@ def refused(study, out, monkeypatch):
 
 def test_a_study_that_is_right_is_rehearsed_silently_and_runs(tmp_path):
     config = STUDY.presets["quick"]
-    assert runner.rehearse(STUDY, config, plan(config)) is None
+    rehearsed = runner.rehearse(STUDY, config, plan(config))
     assert list(tmp_path.iterdir()) == []
-    names = {row["name"] for row in run(STUDY, tmp_path / "r")["criteria"]}
-    assert names == {"loss", "lstm_minus_bayes_slope"}
+    summary = run(STUDY, tmp_path / "r")
+    rows = [*summary["criteria"], *summary["reported"]]
+    assert {each.name for each in rehearsed} == {row["name"] for row in rows}
+    assert {row["name"] for row in summary["criteria"]} == {"loss", "lstm_minus_bayes_slope"}
     assert (tmp_path / "r" / "figures" / "own.png").is_file()
 
 
