@@ -37,6 +37,8 @@ def _count(equation: Any, turns: float) -> float:
         return turns * sum(inner)
     if name == "cond":
         return max(inner)
+    if name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid) * sum(inner)
     if inner:
         return sum(inner)
     made = sum(math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)

@@ -40,6 +40,12 @@ def forget():
 
 
 @pytest.fixture
+def on_cpu(monkeypatch):
+    """Makes the choices that are made on a CPU, on a GPU too."""
+    monkeypatch.setattr(mesh, "backend", lambda: "cpu")
+
+
+@pytest.fixture
 def refused(tmp_path, capsys):
     """`refused(arguments, says)`: `metadyn run` leaves with one line, exit code 2 and no folder.
 

@@ -20,6 +20,7 @@ def begin(command, processes=1, devices=1, **options):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
+    environment["JAX_PLATFORMS"] = "cpu"
     started = []
     for index in range(processes):
         if processes > 1:

@@ -207,7 +207,8 @@ def test_each_core_is_a_device_of_one_thread_unless_told_otherwise(given, device
         "from metadyn import mesh; mesh.use_every_core()\n"
         "import jax; print(jax.device_count(), os.environ.get('XLA_FLAGS'))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | given
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= given | {"JAX_PLATFORMS": "cpu"}
     found = subprocess.run(
         [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
     )

@@ -238,7 +238,7 @@ def test_the_answer_does_not_depend_on_the_number_of_devices_or_processes():
         np.testing.assert_allclose(one["losses"], each["losses"], rtol=1e-4)
 
 
-def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once():
+def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once(on_cpu):
     """320 of them, 80 at a time, each with the loss of its own."""
     keys = indexed_keys(jax.random.key(1), jnp.arange(320))
     params = META.init(jax.random.key(0))
@@ -255,7 +255,7 @@ def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once():
     ("episodes", "together", "some"),
     [(32, 1, 32), (128, 1, 128), (2048, 16, 128), (192, 1, 96), (257, 1, 257), (480, 48, 96)],
 )
-def test_parts_are_equal_whole_groups_that_the_cache_holds(episodes, together, some):
+def test_parts_are_equal_whole_groups_that_the_cache_holds(episodes, together, some, on_cpu):
     assert mesh.at_a_time(episodes, together) == some
 
 
@@ -265,7 +265,7 @@ def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(at_a_time):
     np.testing.assert_array_equal(found["twice"], 2 * np.arange(101))
 
 
-def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds():
+def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds(on_cpu):
     assert mesh.tasks_at_a_time(4096, mesh.CACHE // 100, 1) == 100
     assert mesh.tasks_at_a_time(4096, mesh.CACHE, 1) == mesh.LEAST_TASKS
     assert mesh.tasks_at_a_time(64, 1, 1) == 64

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from metadyn import mesh
-from metadyn.errors import check_choice
+from metadyn.errors import check, check_choice
+from metadyn.kernels import fused
 
-Backend = Literal["auto", "scan", "backward"]
+Backend = Literal["auto", "scan", "backward", "fused"]
 FEW = 8  # on a CPU, scan is the faster for H >= FEW B: `python -m benchmarks.kernels --full`
 
 
@@ -77,19 +78,36 @@ def lstm(
     """Hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0.
 
     Backends agree in value and gradient (tested):
-      auto      that of the next two which `benchmarks/kernels.py` found the faster for H and B.
+      auto      that of the next three which was found the fastest for H and B: on GPUs `fused`
+                where it fits (`benchmarks/gpu.py`), on CPUs what `benchmarks/kernels.py` says.
       scan      `lax.scan` under autodiff, the reference.
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
                 so that the reverse recurrence is a product and a few multiplications; on a CPU the
                 weight gradients are summed in it, while what they are products of is in the cache,
-                elsewhere they are one product after it.
+                elsewhere they are made after it.
+      fused     on GPUs, a kernel for each direction (`metadyn.kernels.fused`).
     """
+    H, B = weights.recurrent.shape[1], inputs.shape[2]
     if backend == "auto":
-        few = mesh.backend() == "cpu" and weights.recurrent.shape[1] >= FEW * inputs.shape[2]
-        backend = "scan" if few else "backward"
-    check_choice("backend", backend, Backend)
+        few = mesh.backend() == "cpu" and H >= FEW * B
+        backend = "fused" if has_fused(H) else "scan" if few else "backward"
+    check_backend(backend, H)
+    if backend == "fused":
+        return fused.lstm(weights.input, weights.recurrent, weights.bias, inputs)
     backends: dict[str, Any] = {"scan": _scan, "backward": _lstm}
     return backends[backend](weights, inputs)
+
+
+def has_fused(hidden: int) -> bool:
+    """Whether the devices that programs are made for have the fused kernels of so many units."""
+    return mesh.backend() == "gpu" and fused.fits(hidden)
+
+
+def check_backend(backend: str, hidden: int) -> None:
+    """Raises `ConfigError` for a backend that is unknown, or not for these devices or this H."""
+    check_choice("backend", backend, Backend)
+    there = backend != "fused" or has_fused(hidden)
+    check(there, "backend", backend, "is for GPUs and 16, 32, 64 or 128 hidden units; leave it out")
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
@@ -189,10 +207,10 @@ def _lstm_backward(residuals, dh_out):
     if on_cpu:
         total, dx = total + gradient(dz, inputs[0], zeros), found
     else:
-        # Where a launch costs more than memory: one product over all steps and episodes.
-        before = jnp.concatenate([zeros[None], h[:-1]])
-        seen = jnp.concatenate([inputs, before, jnp.broadcast_to(ones, (len(h), *ones.shape))], 1)
-        total = jnp.einsum("tzb,tsb->zs", found, seen)
+        # Where a launch costs more than memory: after all steps, for all of them.
+        x = jnp.concatenate([inputs, jnp.broadcast_to(ones, (len(h), *ones.shape))], 1)
+        by_x, by_h = fused.summed(found, x), fused.summed(found, fused.before(h))
+        total = jnp.concatenate([by_x[:, :n], by_h, by_x[:, n:]], 1)
         dx = jnp.einsum("zn,tzb->tnb", weights.input, found)
     return LSTMWeights(total[:, :n], total[:, n : n + H], total[:, n + H]), dx
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from metadyn.base import Domain
 from metadyn.errors import check_positive
-from metadyn.kernels.lstm import Backend, LSTMWeights, cell, lstm
+from metadyn.kernels.lstm import Backend, LSTMWeights, cell, check_backend, lstm
 from metadyn.learners.networks import EpisodeCell, Recurrent
 
 SATURATED = 0.05  # our choice: a gate this close to 0 or 1 has at most a fifth of its full slope
@@ -29,13 +29,14 @@ class LSTMConfig:
     forget_bias: float = 1.0
     """Initial bias of the forget gate (Jozefowicz et al. 2015)."""
     backend: Backend = "auto"
-    """Kernel of the whole-episode form."""
+    """Kernel of the whole-episode form: `metadyn.kernels.lstm.lstm` says which there are."""
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden")
 
     def make(self, domain: Domain, heads: int = 0) -> Recurrent:
         """Makes the meta-learner for a domain."""
+        check_backend(self.backend, self.hidden)
         return Recurrent(domain, lambda n, rngs: LSTMCell(n, self, rngs=rngs), heads)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from metadyn import mesh
 from metadyn.base import Answer, Domain, Feedback, Key, Learner, Params, Query
 from metadyn.errors import check, check_positive
 from metadyn.kernels.lstm import apply
@@ -68,8 +69,19 @@ class _Readout(nnx.Module):
 
     def outputs(self, hidden: Float[Array, " F *B"]) -> Float[Array, " n_out *B"]:
         """Reads the answer and the heads out of what the network gives."""
-        offset = self.offset[...].reshape(-1, *[1] * (hidden.ndim - 1))
-        return apply(self.readout[...], hidden) + offset
+        return self._read(self.readout[...], hidden)
+
+    def episodes(self, hidden: Float[Array, "T F B"]) -> Float[Array, "T n_out B"]:
+        """Reads them out of whole episodes."""
+        readout = self.readout[...]
+        if mesh.backend() == "cpu":
+            return jax.vmap(self.outputs)(hidden)
+        # A product for each step: one product of all would transpose the episodes for it.
+        each = jnp.broadcast_to(readout, (len(hidden), *readout.shape))
+        return jax.vmap(self._read)(each, hidden)
+
+    def _read(self, readout: Array, hidden: Array) -> Array:
+        return apply(readout, hidden) + self.offset[...].reshape(-1, *[1] * (hidden.ndim - 1))
 
 
 class _NetworkMetaLearner:
@@ -169,7 +181,7 @@ class _NetworkMetaLearner:
         y = over_batch_and_time(self.domain.encode_feedback)(feedback)
         y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
         inputs = jnp.concatenate([x, y_before], axis=1)
-        return jax.vmap(network.outputs)(self._whole(network.body, inputs))
+        return network.episodes(self._whole(network.body, inputs))
 
 
 class Recurrent(_NetworkMetaLearner):

@@ -1,0 +1,79 @@
+"""The fused LSTM kernels against the reference: on a GPU as they are, elsewhere interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metadyn import cost
+from metadyn.kernels import fused
+from metadyn.kernels.lstm import LSTMWeights, lstm
+
+INTERPRET = jax.default_backend() != "gpu"
+TINY = ["linear_regression", "--lstm.backend", "fused"]
+
+
+def case(hidden, batch, steps, inputs):
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = ((4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,))
+    scales = (0.3, hidden**-0.5, 0.3)
+    weights = LSTMWeights(
+        *(
+            s * jax.random.normal(k, shape)
+            for s, k, shape in zip(scales, keys, shapes, strict=False)
+        )
+    )
+    x = jax.random.normal(keys[3], (steps, inputs, batch))
+    return weights, x, jax.random.normal(keys[4], (steps, hidden, batch))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "batch", "steps", "inputs"),
+    [(16, 1, 5, 10), (32, 64, 1, 15), (64, 70, 20, 3), (128, 33, 4, 16)],
+    ids=["one episode", "whole blocks", "part of a block", "more inputs"],
+)
+@jax.default_matmul_precision("float32")
+def test_values_and_gradients_are_those_of_the_reference(hidden, batch, steps, inputs):
+    """To 1e-5 of the greatest entry, at float32."""
+    weights, x, direction = case(hidden, batch, steps, inputs)
+
+    def found(run):
+        h, vjp = jax.vjp(run, weights, x)
+        return h, vjp(direction)
+
+    ours = jax.jit(lambda: found(lambda w, x: fused.lstm(*w, x, INTERPRET)))()
+    theirs = jax.jit(lambda: found(lambda w, x: lstm(w, x, "scan")))()
+    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+@jax.default_matmul_precision("float32")
+def test_seeds_are_one_more_axis_of_the_blocks():
+    weights, x, _ = case(16, 5, 3, 4)
+    two = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), weights)
+    both = jax.vmap(lambda w: fused.lstm(*w, x, INTERPRET))(two)
+    for seed in range(2):
+        each = lstm(jax.tree.map(lambda a, seed=seed: a[seed], two), x, "scan")
+        np.testing.assert_allclose(both[seed], each, atol=1e-6)
+
+
+def test_operations_of_a_kernel_count_for_each_block():
+    """What a whole block more costs, and the products of a step."""
+    counts = [
+        cost.operations(lambda w, x: fused.lstm(*w, x, True), *case(16, batch, 3, 4)[:2])
+        for batch in (64, 128)
+    ]
+    block = counts[1] - counts[0]
+    products = 3 * 2 * 64 * (4 * 16 * (16 + 16))
+    assert products < block < 1.2 * products
+
+
+@pytest.mark.parametrize(("hidden", "there"), [(8, False), (16, True), (96, False), (128, True)])
+def test_powers_of_two_fit(hidden, there):
+    assert fused.fits(hidden) == there
+    assert not fused.fits(256)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="where there is no GPU")
+def test_no_gpu_is_one_line_and_exit_code_2(refused):
+    refused(TINY, "metadyn: --lstm.backend fused: is for GPUs and 16, 32, 64 or 128 hidden units")
