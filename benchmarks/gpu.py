@@ -211,7 +211,6 @@ def programme(out: Path, sizes: Sizes) -> None:
     start, results = time.monotonic(), []
     out.mkdir(parents=True, exist_ok=True)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # sides share the card
-    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # where nothing says what, as in tests
     if "BENCHMARK_DEVICE" not in os.environ:
         os.environ["BENCHMARK_DEVICE"] = ask(Side("metadyn.mesh", "processor"))
     print(f"{os.environ['BENCHMARK_DEVICE']}; {versions()}", flush=True)
@@ -231,9 +230,10 @@ def programme(out: Path, sizes: Sizes) -> None:
 
 def _run(into: Path, command: list[str], seconds: float) -> int | str:
     """Runs a command of Python for so many seconds at most; returns its exit code, or why none."""
+    exact = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}  # where nothing else is said
     with open(into, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=exact
         )
         try:
             return process.wait(max(seconds, 0))

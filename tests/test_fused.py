@@ -29,8 +29,8 @@ def case(hidden, batch, steps, inputs):
 
 @pytest.mark.parametrize(
     ("hidden", "batch", "steps", "inputs"),
-    [(16, 1, 5, 10), (32, 64, 1, 15), (64, 70, 20, 3), (128, 33, 4, 16)],
-    ids=["one episode", "whole blocks", "part of a block", "more inputs"],
+    [(16, 1, 5, 10), (32, 64, 1, 15), (64, 70, 20, 3), (128, 33, 4, 16), (192, 2, 3, 2)],
+    ids=["one episode", "whole blocks", "part of a block", "two tiles", "three tiles"],
 )
 @jax.default_matmul_precision("float32")
 def test_values_and_gradients_are_those_of_the_reference(hidden, batch, steps, inputs):
@@ -68,12 +68,14 @@ def test_operations_of_a_kernel_count_for_each_block():
     assert products < block < 1.2 * products
 
 
-@pytest.mark.parametrize(("hidden", "there"), [(8, False), (16, True), (96, False), (128, True)])
-def test_powers_of_two_fit(hidden, there):
-    assert fused.fits(hidden) == there
-    assert not fused.fits(256)
+@pytest.mark.parametrize(
+    ("hidden", "inputs", "there"),
+    [(8, 2, False), (16, 2, True), (48, 2, False), (192, 63, True), (64, 64, False)],
+)
+def test_what_fits_is_whole_tiles(hidden, inputs, there):
+    assert fused.fits(hidden, inputs) == there
 
 
 @pytest.mark.skipif(not INTERPRET, reason="where there is no GPU")
 def test_no_gpu_is_one_line_and_exit_code_2(refused):
-    refused(TINY, "metadyn: --lstm.backend fused: is for GPUs and 16, 32, 64 or 128 hidden units")
+    refused(TINY, "metadyn: --lstm.backend fused: is for GPUs, 16, 32 or a multiple of 64")

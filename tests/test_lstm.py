@@ -26,7 +26,7 @@ BACKENDS = ("scan", "backward")
         ("cpu", 256, 32, "scan"),
         ("gpu", 64, 16, "fused"),
         ("gpu", 65, 16, "backward"),
-        ("gpu", 256, 32, "backward"),
+        ("gpu", 256, 32, "fused"),
         ("tpu", 64, 16, "backward"),
     ],
 )

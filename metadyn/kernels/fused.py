@@ -1,8 +1,8 @@
 """The LSTM over whole episodes as two GPU kernels, one forwards and one backwards, by Triton.
 
-A block of threads takes some episodes from their first step to their last, so that states never
-leave the chip between steps, and a step costs no launch. What the backward kernel finds are the
-derivatives by the gates' arguments; those by the weights are products over all steps after it.
+A block of threads takes some episodes from their first step to their last, so that a step costs no
+launch; what it leaves for its next step is still in the caches beside it. What the backward kernel
+finds are the derivatives by the gates' arguments; those by the weights are products after it.
 
 Arrays are laid out as in `metadyn.kernels.lstm`. Through Pallas, whose Triton backend JAX 0.11
 calls deprecated; 0.10 to 0.12 have it.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +21,15 @@ from jax.experimental.pallas import triton
 from jax.lax import DotAlgorithmPreset as Algorithm
 from jaxtyping import Array, Float
 
-GATES = 4
-LEAST, MOST = 16, 128  # hidden units: Triton's least product, and what shared memory holds
-FEW = 64  # hidden units up to which four warps have registers enough
+GATES, LEAST, TILE, WARPS = 4, 16, 64, 4
+FORWARD, BACKWARD = 64, 32  # episodes of a block; with TILE and WARPS our choice, fast on an H100
 
 
-class Launch(NamedTuple):
-    """How a kernel is laid out on the device: our choice, by what was fast on an H100."""
-
-    episodes: int
-    """In a block."""
-    warps: int
-
-    @classmethod
-    def forward(cls, hidden: int) -> Launch:
-        """Of the forward kernel."""
-        return cls(64, 4) if hidden <= FEW else cls(32, 8)
-
-    @classmethod
-    def backward(cls, hidden: int) -> Launch:
-        """Of the backward kernel, which holds more in registers."""
-        return cls(32, 4) if hidden <= FEW else cls(32, 8)
-
-
-def fits(hidden: int) -> bool:
-    """Whether there are kernels for so many hidden units: powers of two from 16 to 128."""
-    return LEAST <= hidden <= MOST and hidden & (hidden - 1) == 0
+def fits(hidden: int, inputs: int) -> bool:
+    """Whether there are kernels for so many: 16, 32 or a multiple of 64 hidden units, and few
+    enough inputs, 63, for a tile of their weights."""
+    whole = hidden in (LEAST, 2 * LEAST) or (hidden > 0 and hidden % TILE == 0)
+    return whole and inputs < TILE
 
 
 def exact(interpret: bool) -> Algorithm | None:
@@ -55,77 +38,125 @@ def exact(interpret: bool) -> Algorithm | None:
     As three products in TensorFloat32, of the leading and the trailing bits of the factors: as
     exact as float32, and on the matrix units. None where JAX says all that there is to say.
     """
-    full = jax.config.jax_default_matmul_precision in ("float32", "highest")
+    said = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    full = said in ("float32", "highest")
     return Algorithm.TF32_TF32_F32_X3 if full and not interpret else None
-
-
-def _dot(precision: Any) -> Callable[[Array, Array], Array]:
-    return partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _sigmoid(z: Array) -> Array:
     return 0.5 + 0.5 * jnp.tanh(0.5 * z)
 
 
-def _forward_kernel(x, w_x, w_h, h_out, c_out, gates_out, *, dot):
-    """Refs of x [T, K, E], w_x [4, H, K], w_h [4, H, H]; h, c [T, H, E], gates [T, 4, H, E]."""
+def _over(tiles: int, body: Callable[[Any, Any], Any], start: Any = 0) -> Any:
+    """`body(p, carry)` for each tile of hidden units; one tile needs no loop."""
+    return jax.lax.fori_loop(0, tiles, body, start) if tiles > 1 else body(0, start)
+
+
+def _forward_kernel(x, w_x, w_h, h_out, c_out, gates_out, *, dot, wait):
+    """Refs of x [T, K, E], w_x [4, H, K], w_h [4, H, H]; h, c [T, H, E], gates [T, 4, H, E].
+
+    Hidden units are taken in tiles. `wait()` until all threads of the block have written theirs.
+    """
+    T, H, E = h_out.shape
+    rows, tiles = _tiled(H)
+
+    def clear(p, carry):
+        h_out[0, rows(p)] = c_out[0, rows(p)] = jnp.zeros((H // tiles, E), jnp.float32)
+        return carry
 
     def step(t, carry):
-        h, c = carry
-        z = [dot(w_x[k], x[t]) + dot(w_h[k], h) for k in range(GATES)]
-        i, f, o, g = *map(_sigmoid, z[:3]), jnp.tanh(z[3])
-        c = f * c + i * g
-        h = o * jnp.tanh(c)
-        h_out[t], c_out[t] = h, c
-        for k, gate in enumerate((i, f, o, g)):
-            gates_out[t, k] = gate
-        return h, c
+        x_t, last, later = x[t], jnp.maximum(t - 1, 0), (t > 0).astype(jnp.float32)
 
-    zeros = jnp.zeros(h_out.shape[1:], jnp.float32)
-    jax.lax.fori_loop(0, len(h_out), step, (zeros, zeros))
+        def unit(p, carry):
+            def add(q, z):
+                h = h_out[last, rows(q)] * later
+                return tuple(z[k] + dot(w_h[k, rows(p), rows(q)], h) for k in range(GATES))
+
+            z = _over(tiles, add, tuple(dot(w_x[k, rows(p)], x_t) for k in range(GATES)))
+            i, f, o, g = gates = (*map(_sigmoid, z[:3]), jnp.tanh(z[3]))
+            c = f * (c_out[last, rows(p)] * later) + i * g
+            h_out[t, rows(p)], c_out[t, rows(p)] = o * jnp.tanh(c), c
+            for k in range(GATES):
+                gates_out[t, k, rows(p)] = gates[k]
+            return carry
+
+        _over(tiles, unit)
+        wait()
+        return carry
+
+    _over(tiles, clear)  # what step 0 reads, and makes nothing of
+    wait()
+    jax.lax.fori_loop(0, T, step, 0)
 
 
-def _backward_kernel(c, gates, dh_out, w_h, dz_out, *, dot):
-    """Refs of c, dh [T, H, E], gates [T, 4, H, E], w_h [4, H, H] transposed; dz as the gates."""
-    T = len(c)
+def _backward_kernel(c, gates, dh_out, w_h, dz_out, dc_out, *, dot, wait):
+    """Refs of c, dh [T, H, E], gates [T, 4, H, E], w_h [4, H, H] transposed; dz as the gates, dc
+    [H, E], by the c of the step before."""
+    T, H, E = c.shape
+    rows, tiles = _tiled(H)
+
+    def clear(p, carry):
+        zeros = jnp.zeros((H // tiles, E), jnp.float32)
+        dc_out[rows(p)] = zeros
+        for k in range(GATES):
+            dz_out[T - 1, k, rows(p)] = zeros
+        return carry
 
     def step(n, carry):
-        dh, dc, c_now = carry
         t = T - 1 - n
-        c_before = jnp.where(t > 0, c[jnp.maximum(t - 1, 0)], 0.0)
-        i, f, o, g = (gates[t, k] for k in range(GATES))
-        tanh_c = jnp.tanh(c_now)
-        dh = dh + dh_out[t]
-        dc = dc + dh * o * (1 - tanh_c**2)
-        dz = (
-            dc * g * i * (1 - i),
-            dc * c_before * f * (1 - f),
-            dh * tanh_c * o * (1 - o),
-            dc * i * (1 - g**2),
-        )
-        for k in range(GATES):
-            dz_out[t, k] = dz[k]
-        return sum(dot(w_h[k], dz[k]) for k in range(GATES)), dc * f, c_before
+        last, later = jnp.maximum(t - 1, 0), (t > 0).astype(jnp.float32)
+        after, more = jnp.minimum(t + 1, T - 1), (t < T - 1).astype(jnp.float32)
 
-    zeros = jnp.zeros(c.shape[1:], jnp.float32)
-    jax.lax.fori_loop(0, T, step, (zeros, zeros, c[T - 1]))
+        def unit(p, carry):
+            def add(q, dh):
+                dz = (dz_out[after, k, rows(q)] * more for k in range(GATES))
+                return dh + sum(dot(w_h[k, rows(p), rows(q)], each) for k, each in enumerate(dz))
+
+            dh = _over(tiles, add, dh_out[t, rows(p)])
+            i, f, o, g = (gates[t, k, rows(p)] for k in range(GATES))
+            tanh_c = jnp.tanh(c[t, rows(p)])
+            dc = dc_out[rows(p)] + dh * o * (1 - tanh_c**2)
+            dz = (
+                dc * g * i * (1 - i),
+                dc * (c[last, rows(p)] * later) * f * (1 - f),
+                dh * tanh_c * o * (1 - o),
+                dc * i * (1 - g**2),
+            )
+            dc_out[rows(p)] = dc * f
+            for k in range(GATES):
+                dz_out[t, k, rows(p)] = dz[k]
+            return carry
+
+        _over(tiles, unit)
+        wait()
+        return carry
+
+    _over(tiles, clear)
+    wait()
+    jax.lax.fori_loop(0, T, step, 0)
 
 
-def _call(kernel, launch: Launch, inputs, weights, outputs, interpret: bool):
+def _tiled(hidden: int) -> tuple[Callable[[Any], Any], int]:
+    """`rows(p)` are the hidden units of tile p; and how many tiles there are."""
+    size = min(hidden, TILE)
+    return lambda p: pl.ds(p * size, size), hidden // size
+
+
+def _call(kernel, episodes: int, inputs, weights, outputs, interpret: bool):
     """Runs a kernel over blocks of episodes, which are the last axis of inputs and outputs."""
-    last = lambda shape: pl.BlockSpec(
-        (*shape[:-1], launch.episodes), lambda b: (*[0] * (len(shape) - 1), b)
-    )
+    last = lambda shape: pl.BlockSpec((*shape[:-1], episodes), lambda b: (*[0] * len(shape[1:]), b))
     whole = lambda shape: pl.BlockSpec(shape, lambda b: (0,) * len(shape))
+    dot = partial(jnp.dot, precision=exact(interpret), preferred_element_type=jnp.float32)
+    wait = (lambda: None) if interpret else triton.debug_barrier
     return pl.pallas_call(
-        kernel,
-        grid=(inputs[0].shape[-1] // launch.episodes,),
+        partial(kernel, dot=dot, wait=wait),
+        grid=(inputs[0].shape[-1] // episodes,),
         in_specs=[*(last(a.shape) for a in inputs), *(whole(a.shape) for a in weights)],
         out_specs=[last(shape) for shape in outputs],
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs],
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=launch.warps, num_stages=1),
-        name=kernel.func.__name__.strip("_"),
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+        name=kernel.__name__.strip("_"),
     )(*inputs, *weights)
 
 
@@ -147,30 +178,25 @@ def lstm(
 
 def _forward(w_x, w_h, bias, inputs, interpret):
     (T, n, B), H = inputs.shape, w_h.shape[1]
-    launch = Launch.forward(H)
     K = max(LEAST, pl.next_power_of_2(n + 1))
-    blocks = -(-B // launch.episodes) * launch.episodes
+    blocks = -(-B // FORWARD) * FORWARD
     ones = jnp.ones((T, 1, B), jnp.float32)
     # The bias is the weight of an input that is 1; widths are powers of two, as Triton asks.
     x = jnp.pad(jnp.concatenate([inputs, ones], 1), ((0, 0), (0, K - n - 1), (0, blocks - B)))
     w = jnp.pad(jnp.concatenate([w_x, bias[:, None]], 1), ((0, 0), (0, K - n - 1)))
-    kernel = partial(_forward_kernel, dot=_dot(exact(interpret)))
     weights = w.reshape(GATES, H, K), w_h.reshape(GATES, H, H)
     states, gates = (T, H, blocks), (T, GATES, H, blocks)
-    h, c, gates = _call(kernel, launch, [x], weights, [states, states, gates], interpret)
+    h, c, gates = _call(_forward_kernel, FORWARD, [x], weights, [states, states, gates], interpret)
     return h[..., :B], (w_x, w_h, x, h, c, gates)
 
 
 def _backward(interpret, kept, dh):
     w_x, w_h, x, h, c, gates = kept
     (T, H, blocks), B, n = h.shape, dh.shape[-1], w_x.shape[1]
-    precision = exact(interpret)
-    kernel = partial(_backward_kernel, dot=_dot(precision))
     dh = jnp.pad(dh, ((0, 0), (0, 0), (0, blocks - B)))
-    transposed = w_h.reshape(GATES, H, H).transpose(0, 2, 1)
-    inputs = [c, gates, dh]
-    (dz,) = _call(kernel, Launch.backward(H), inputs, [transposed], [gates.shape], interpret)
-    dz = dz.reshape(T, GATES * H, blocks)
+    transposed, found = w_h.reshape(GATES, H, H).transpose(0, 2, 1), [gates.shape, c.shape[1:]]
+    dz, _ = _call(_backward_kernel, BACKWARD, [c, gates, dh], [transposed], found, interpret)
+    dz, precision = dz.reshape(T, GATES * H, blocks), exact(interpret)
     d_x, d_h = summed(dz, x, precision), summed(dz, before(h), precision)
     dx = jnp.einsum("zn,tzb->tnb", w_x, dz[..., :B], precision=precision)
     return d_x[:, :n], d_h, d_x[:, n], dx

@@ -87,27 +87,28 @@ def lstm(
                 elsewhere they are made after it.
       fused     on GPUs, a kernel for each direction (`metadyn.kernels.fused`).
     """
-    H, B = weights.recurrent.shape[1], inputs.shape[2]
+    H, n, B = weights.recurrent.shape[1], *inputs.shape[1:]
     if backend == "auto":
         few = mesh.backend() == "cpu" and H >= FEW * B
-        backend = "fused" if has_fused(H) else "scan" if few else "backward"
-    check_backend(backend, H)
+        backend = "fused" if has_fused(H, n) else "scan" if few else "backward"
+    check_backend(backend, H, n)
     if backend == "fused":
         return fused.lstm(weights.input, weights.recurrent, weights.bias, inputs)
     backends: dict[str, Any] = {"scan": _scan, "backward": _lstm}
     return backends[backend](weights, inputs)
 
 
-def has_fused(hidden: int) -> bool:
-    """Whether the devices that programs are made for have the fused kernels of so many units."""
-    return mesh.backend() == "gpu" and fused.fits(hidden)
+def has_fused(hidden: int, inputs: int) -> bool:
+    """Whether the devices that programs are made for have fused kernels of these sizes."""
+    return mesh.backend() == "gpu" and fused.fits(hidden, inputs)
 
 
-def check_backend(backend: str, hidden: int) -> None:
-    """Raises `ConfigError` for a backend that is unknown, or not for these devices or this H."""
+def check_backend(backend: str, hidden: int, inputs: int) -> None:
+    """Raises `ConfigError` for a backend that is unknown, or not for these devices or sizes."""
     check_choice("backend", backend, Backend)
-    there = backend != "fused" or has_fused(hidden)
-    check(there, "backend", backend, "is for GPUs and 16, 32, 64 or 128 hidden units; leave it out")
+    there = backend != "fused" or has_fused(hidden, inputs)
+    fix = "is for GPUs, 16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs"
+    check(there, "backend", backend, fix)
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:

@@ -36,7 +36,6 @@ class LSTMConfig:
 
     def make(self, domain: Domain, heads: int = 0) -> Recurrent:
         """Makes the meta-learner for a domain."""
-        check_backend(self.backend, self.hidden)
         return Recurrent(domain, lambda n, rngs: LSTMCell(n, self, rngs=rngs), heads)
 
 
@@ -45,6 +44,7 @@ class LSTMCell(EpisodeCell):
 
     def __init__(self, n_in: int, config: LSTMConfig, *, rngs: nnx.Rngs):
         H = config.hidden
+        check_backend(config.backend, H, n_in)
         scaled = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
         orthogonal = nnx.initializers.orthogonal()
         self.input = nnx.Param(scaled(rngs.params(), (4 * H, n_in)))
