@@ -60,7 +60,7 @@ class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed."""
 
     domain: ContextualBandit = ContextualBandit()
-    actor_critic: md.ActorCriticConfig = md.ActorCriticConfig()
+    actor_critic: md.ActorCriticConfig = md.ActorCriticConfig(annealed=True)
     policy: PolicyConfig = PolicyConfig()
     reward_at_least: float = 0.7
     """Least mean reward of the LSTM, from 0 for chance to 1 for Bayes, to pass the criterion."""
@@ -95,7 +95,8 @@ def plan(config: Config) -> md.Plan:
         ]
     ordinary = [*policies(policy, domain)][::2]
     contenders = [*ordinary, config.meta_learner(domain, heads=1), *posteriors]
-    objective = partial(md.actor_critic, config=config.actor_critic)
+    outer = config.outer
+    objective = partial(md.actor_critic, config=config.actor_critic, steps=outer.steps)
     sets = [sizes.sized(domain.evaluation())]
     comparisons = [md.Comparison(domain, contenders, sets, (), sizes, objective, heads=1)]
     for k in range(1, policy.most_contexts + 1):
@@ -103,7 +104,7 @@ def plan(config: Config) -> md.Plan:
         few = ContextualBandit(k, policy.most_contexts, steps=k, permutation=True)
         tasks = sizes.sized(few.evaluation(), "updating_tasks", f"{k}_contexts")
         comparisons.append(md.Comparison(few, [*policies(policy, few)], [tasks], (), sizes))
-    return md.Plan(config.outer, comparisons)
+    return md.Plan(outer, comparisons)
 
 
 def criteria(config: Config, results):

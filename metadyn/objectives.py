@@ -111,6 +111,9 @@ class ActorCriticConfig:
     entropy: float = 0.2
     """Weight of the policy's entropy: it keeps the policy from settling before the network has
     learned to remember."""
+    annealed: bool = False
+    """Whether that weight falls to zero, linearly, over the outer steps; a weight that stays keeps
+    the policy from ever being sure."""
     immediate: Literal["expected", "sampled"] = "expected"
     """The reward of a choice: in expectation over actions, which the simulator knows and which
     has a gradient of its own; or as it was drawn."""
@@ -131,7 +134,10 @@ class ActorCriticConfig:
 
 
 def actor_critic(
-    domain: Domain, meta: MetaLearner, config: ActorCriticConfig = ActorCriticConfig()
+    domain: Domain,
+    meta: MetaLearner,
+    config: ActorCriticConfig = ActorCriticConfig(),
+    steps: int | None = None,
 ) -> Objective:
     """Trains by advantage actor-critic through whole episodes, with entropy regularisation.
 
@@ -146,13 +152,15 @@ def actor_critic(
 
     F and b held fixed: what a choice pays at once needs no sampling, and what it teaches is
     credited by the score function. With "sampled", rewards r_t stand for J_t and the score function
-    credits r_t + F_t. The critic learns F_t minus the group's mean. Raises `ConfigError` if there
-    is no head for it.
+    credits r_t + F_t. The critic learns F_t minus the group's mean. An annealed weight of the
+    entropy falls for `steps` outer steps. Raises `ConfigError` if it is not told how many, and if
+    there is no head for the critic.
     """
     n = domain.answer_size
     check(meta.heads >= 1, "heads", meta.heads, "actor_critic needs 1, for the critic")
+    check(steps or not config.annealed, "annealed", True, "actor_critic needs the outer `steps`")
 
-    def loss(params: Params, keys: Keys) -> tuple[Array, Metrics]:
+    def loss(params: Params, keys: Keys, weight: Any = config.entropy) -> tuple[Array, Metrics]:
         fixed = jax.lax.stop_gradient
         learner = meta.learner(fixed(params))
         queries, seen = fixed(jax.vmap(partial(inner.act, domain, learner), out_axes=-1)(keys))
@@ -173,11 +181,19 @@ def actor_critic(
         critic = jnp.mean((values - advantage) ** 2)
         if config.baseline != "none":
             advantage = advantage - fixed(values)
-        gain = chosen * advantage + config.entropy * entropy - (regret if expected else 0.0)
+        gain = chosen * advantage + weight * entropy - (regret if expected else 0.0)
         metrics = {"loss": jnp.mean(regret), "critic": critic, "entropy": jnp.mean(entropy)}
         return config.value_weight * critic - jnp.mean(gain), metrics
 
-    return Objective(loss, config.group if config.baseline == "leave_one_out" else 1)
+    group = config.group if config.baseline == "leave_one_out" else 1
+    if not config.annealed:
+        return Objective(loss, group)
+
+    def at(step: Array) -> Objective:
+        left = config.entropy * jnp.maximum(1 - step / steps, 0)
+        return Objective(partial(loss, weight=left), group)
+
+    return Objective(loss, group, at)
 
 
 def discounted(rewards: Float[Array, "T B"], discount: float) -> Float[Array, "T B"]:

@@ -447,6 +447,19 @@ def test_entropy_is_what_the_objective_is_lowered_by():
     np.testing.assert_allclose(value(0.0) - value(1.0), np.log(2), rtol=1e-5)
 
 
+def test_the_weight_of_the_entropy_falls_to_zero_over_the_outer_steps():
+    """Linearly: what it takes off the objective at steps 0, 25 and 200 of 100."""
+    params, keys = META.init(jax.random.key(0)), indexed_keys(jax.random.key(1), jnp.arange(16))
+    plain = actor_critic(TINY, META, ActorCriticConfig(entropy=0.0)).loss(params, keys)[0]
+    annealed = ActorCriticConfig(entropy=1.0, annealed=True)
+    objective = actor_critic(TINY, META, annealed, steps=100)
+    for step, share in ((0, 1.0), (25, 0.75), (200, 0.0)):
+        taken = plain - objective.at(jnp.int32(step)).loss(params, keys)[0]
+        np.testing.assert_allclose(taken, share * np.log(2), atol=1e-6)
+    with pytest.raises(ConfigError, match="annealed = True: .* needs the outer `steps`"):
+        actor_critic(TINY, META, annealed)
+
+
 def test_acting_is_what_measuring_sees():
     domain = ContextualBandit(2, 3, steps=6)
     meta = LSTMConfig(hidden=4).make(domain, heads=1)
