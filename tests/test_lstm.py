@@ -25,8 +25,9 @@ BACKENDS = ("scan", "backward")
         ("cpu", 128, 32, "backward"),
         ("cpu", 256, 32, "scan"),
         ("gpu", 64, 16, "fused"),
+        ("gpu", 128, 16, "fused"),
         ("gpu", 65, 16, "backward"),
-        ("gpu", 256, 32, "fused"),
+        ("gpu", 256, 32, "backward"),
         ("tpu", 64, 16, "backward"),
     ],
 )

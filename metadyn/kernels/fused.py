@@ -22,7 +22,7 @@ from jax.lax import DotAlgorithmPreset as Algorithm
 from jaxtyping import Array, Float
 
 GATES, LEAST, TILE, WARPS = 4, 16, 64, 4
-FORWARD, BACKWARD = 64, 32  # episodes of a block; with TILE and WARPS our choice, fast on an H100
+FEW, MANY = 32, 64  # episodes of a block; with TILE and WARPS our choice, fast on an H100
 
 
 def fits(hidden: int, inputs: int) -> bool:
@@ -179,14 +179,15 @@ def lstm(
 def _forward(w_x, w_h, bias, inputs, interpret):
     (T, n, B), H = inputs.shape, w_h.shape[1]
     K = max(LEAST, pl.next_power_of_2(n + 1))
-    blocks = -(-B // FORWARD) * FORWARD
+    episodes = FEW if exact(interpret) else MANY  # three products take more registers than one
+    blocks = -(-B // episodes) * episodes
     ones = jnp.ones((T, 1, B), jnp.float32)
     # The bias is the weight of an input that is 1; widths are powers of two, as Triton asks.
     x = jnp.pad(jnp.concatenate([inputs, ones], 1), ((0, 0), (0, K - n - 1), (0, blocks - B)))
     w = jnp.pad(jnp.concatenate([w_x, bias[:, None]], 1), ((0, 0), (0, K - n - 1)))
     weights = w.reshape(GATES, H, K), w_h.reshape(GATES, H, H)
     states, gates = (T, H, blocks), (T, GATES, H, blocks)
-    h, c, gates = _call(_forward_kernel, FORWARD, [x], weights, [states, states, gates], interpret)
+    h, c, gates = _call(_forward_kernel, episodes, [x], weights, [states, states, gates], interpret)
     return h[..., :B], (w_x, w_h, x, h, c, gates)
 
 
@@ -195,7 +196,7 @@ def _backward(interpret, kept, dh):
     (T, H, blocks), B, n = h.shape, dh.shape[-1], w_x.shape[1]
     dh = jnp.pad(dh, ((0, 0), (0, 0), (0, blocks - B)))
     transposed, found = w_h.reshape(GATES, H, H).transpose(0, 2, 1), [gates.shape, c.shape[1:]]
-    dz, _ = _call(_backward_kernel, BACKWARD, [c, gates, dh], [transposed], found, interpret)
+    dz, _ = _call(_backward_kernel, FEW, [c, gates, dh], [transposed], found, interpret)
     dz, precision = dz.reshape(T, GATES * H, blocks), exact(interpret)
     d_x, d_h = summed(dz, x, precision), summed(dz, before(h), precision)
     dx = jnp.einsum("zn,tzb->tnb", w_x, dz[..., :B], precision=precision)

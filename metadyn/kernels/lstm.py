@@ -17,6 +17,7 @@ from metadyn.errors import check, check_choice
 from metadyn.kernels import fused
 
 Backend = Literal["auto", "scan", "backward", "fused"]
+WIDE = 128  # beyond, a batch of a thousand episodes has too few blocks for a GPU: our choice
 FEW = 8  # on a CPU, scan is the faster for H >= FEW B: `python -m benchmarks.kernels --full`
 
 
@@ -79,7 +80,7 @@ def lstm(
 
     Backends agree in value and gradient (tested):
       auto      that of the next three which was found the fastest for H and B: on GPUs `fused`
-                where it fits (`benchmarks/gpu.py`), on CPUs what `benchmarks/kernels.py` says.
+                up to 128 units (`benchmarks/gpu.py`), on CPUs what `benchmarks/kernels.py` says.
       scan      `lax.scan` under autodiff, the reference.
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
                 so that the reverse recurrence is a product and a few multiplications; on a CPU the
@@ -90,7 +91,8 @@ def lstm(
     H, n, B = weights.recurrent.shape[1], *inputs.shape[1:]
     if backend == "auto":
         few = mesh.backend() == "cpu" and H >= FEW * B
-        backend = "fused" if has_fused(H, n) else "scan" if few else "backward"
+        narrow = H <= WIDE and has_fused(H, n)
+        backend = "fused" if narrow else "scan" if few else "backward"
     check_backend(backend, H, n)
     if backend == "fused":
         return fused.lstm(weights.input, weights.recurrent, weights.bias, inputs)
