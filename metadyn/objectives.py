@@ -186,7 +186,7 @@ def actor_critic(
         return config.value_weight * critic - jnp.mean(gain), metrics
 
     group = config.group if config.baseline == "leave_one_out" else 1
-    if not config.annealed:
+    if not (config.annealed and steps):
         return Objective(loss, group)
 
     def at(step: Array) -> Objective:

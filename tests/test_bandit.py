@@ -456,7 +456,7 @@ def test_the_weight_of_the_entropy_falls_to_zero_over_the_outer_steps():
     for step, share in ((0, 1.0), (25, 0.75), (200, 0.0)):
         taken = plain - objective.at(jnp.int32(step)).loss(params, keys)[0]
         np.testing.assert_allclose(taken, share * np.log(2), atol=1e-6)
-    with pytest.raises(ConfigError, match="annealed = True: .* needs the outer `steps`"):
+    with pytest.raises(ConfigError, match=r"annealed = True: .* needs the outer `steps`"):
         actor_critic(TINY, META, annealed)
 
 
