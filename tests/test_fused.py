@@ -1,13 +1,15 @@
 """The fused LSTM kernels against the reference: on a GPU as they are, elsewhere interpreted."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metadyn import cost
+from metadyn import cost, mesh
 from metadyn.kernels import fused
-from metadyn.kernels.lstm import LSTMWeights, lstm
+from metadyn.kernels.lstm import LSTMWeights, has_fused, lstm
 
 INTERPRET = jax.default_backend() != "gpu"
 TINY = ["linear_regression", "--lstm.backend", "fused"]
@@ -76,6 +78,13 @@ def test_what_fits_is_whole_tiles(hidden, inputs, there):
     assert fused.fits(hidden, inputs) == there
 
 
+@pytest.mark.parametrize(("made", "there"), [("7.5", False), ("8.0", True), ("gfx942", False)])
+def test_cards_before_ampere_and_of_others_have_none(made, there, monkeypatch):
+    monkeypatch.setattr(mesh, "backend", lambda: "gpu")
+    monkeypatch.setattr(mesh, "devices", lambda: [SimpleNamespace(compute_capability=made)])
+    assert has_fused(64, 10) == there
+
+
 @pytest.mark.skipif(not INTERPRET, reason="where there is no GPU")
 def test_no_gpu_is_one_line_and_exit_code_2(refused):
-    refused(TINY, "metadyn: --lstm.backend fused: is for GPUs, 16, 32 or a multiple of 64")
+    refused(TINY, "metadyn: --lstm.backend fused: is for NVIDIA GPUs, 16, 32 or a multiple of 64")

@@ -101,15 +101,18 @@ def lstm(
 
 
 def has_fused(hidden: int, inputs: int) -> bool:
-    """Whether the devices that programs are made for have fused kernels of these sizes."""
-    return mesh.backend() == "gpu" and fused.fits(hidden, inputs)
+    """Whether the devices that programs are made for have fused kernels of these sizes: NVIDIA's
+    do, from Ampere on."""
+    made = str(getattr(mesh.devices()[0], "compute_capability", "9.0"))  # AMD's are such as gfx942
+    recent = made[0].isdigit() and float(made) >= 8
+    return mesh.backend() == "gpu" and recent and fused.fits(hidden, inputs)
 
 
 def check_backend(backend: str, hidden: int, inputs: int) -> None:
     """Raises `ConfigError` for a backend that is unknown, or not for these devices or sizes."""
     check_choice("backend", backend, Backend)
     there = backend != "fused" or has_fused(hidden, inputs)
-    fix = "is for GPUs, 16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs"
+    fix = "is for NVIDIA GPUs, 16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs"
     check(there, "backend", backend, fix)
 
 
