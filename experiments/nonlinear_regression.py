@@ -164,7 +164,10 @@ def band_gain(results):
 
 
 QUICK = Config(
-    outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
+    target="bayes",
+    outer=md.OuterConfig(
+        8000, batch=32, optimizer="nadam", b2=0.98, learning_rate=4e-2, schedule="linear"
+    ),
     measure=md.MeasureConfig(
         tasks=4096, updating_tasks=16, shifted_tasks=1024, tracked_tasks=64, heldout_tasks=512
     ),
