@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from benchmarks.compile import as_hopper
+from benchmarks.rounding import rounded
 from metadyn import inner
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression
@@ -115,3 +116,17 @@ def test_every_backend_of_the_lstm_is_rounded_alike(backend, lowered):
     loop = loop_of(FOURIER, "bfloat16", backend)
     found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
     assert found == {("DEFAULT", "DEFAULT")}
+
+
+def test_the_emulation_rounds_the_factors_of_every_product_and_nothing_after_it():
+    """Of a product inside a scan under vmap: 1 + 2^-9 has one bit more than bfloat16."""
+    near_one = jnp.full((2, 3, 3), 1 + 2.0**-9)
+
+    def twice(A):
+        return jax.lax.scan(lambda x, _: (A @ x, None), jnp.ones(3), None, 2)[0]
+
+    exact = jax.jit(jax.vmap(twice))(near_one)
+    with rounded(7):
+        np.testing.assert_array_equal(jax.jit(jax.vmap(twice))(near_one), 9.0)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(twice))(near_one), exact)
+    assert float(exact.min()) > 9
