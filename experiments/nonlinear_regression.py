@@ -164,8 +164,7 @@ def band_gain(results):
 
 
 QUICK = Config(
-    target="bayes",
-    outer=md.OuterConfig(8000, optimizer="nadam", b2=0.98, learning_rate=4e-2, schedule="linear"),
+    outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
     measure=md.MeasureConfig(
         tasks=4096, updating_tasks=16, shifted_tasks=1024, tracked_tasks=64, heldout_tasks=512
     ),
