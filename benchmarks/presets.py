@@ -43,7 +43,7 @@ def train(study: str, before: bool) -> tuple[list[float], list[float]]:
     from metadyn import dynamics
     from metadyn.measuring import readings
     from metadyn.outer import OuterLoop
-    from metadyn.study import load_study
+    from metadyn.study import HELDOUT, load_study
 
     found = load_study(study)
     config = found.presets["quick"]
@@ -57,8 +57,9 @@ def train(study: str, before: bool) -> tuple[list[float], list[float]]:
     loop = OuterLoop({"lstm": plan.trained["lstm"]}, outer, jax.random.key(0))
     jax.block_until_ready(loop.advance(loop.init(), jnp.int32(0)))
     bayes = next(each for each in part.contenders if each.kind == "bayes")
-    tasks = dataclasses.replace(part.domain.evaluation(), size=4096, probes={})
-    best = readings(tasks, bayes, (), jax.random.key(1), 4096)["loss"]
+    heldout = next(tasks for _, tasks, _ in plan.every if tasks.name == HELDOUT)
+    tasks = dataclasses.replace(heldout, size=16_384, probes={})
+    best = readings(tasks, bayes, (), jax.random.key(1))["loss"]
     over = lambda loss: dynamics.excess_loss(
         float(np.mean(loss)), float(np.asarray(best)[:, 1:].mean()), part.domain.loss_floor
     )
