@@ -14,7 +14,8 @@ and without one, from wheels brought along in a folder: on a machine of the same
 About 7 GB, most of it NVIDIA's libraries. OUT/results.json has every figure as soon as it is there,
 suite.txt the tests, paper.txt and paper/ linear regression's paper preset for as long as time is
 left. A side, or a part, that fails costs itself alone. `--dry` goes through all of it at tiny
-sizes, on a CPU too, where nothing that it says counts. Not run on a GPU yet: none was at hand.
+sizes, on a CPU too, where nothing that it says counts. What an H100 gave is in README.md
+beside this file.
 """
 
 from __future__ import annotations
