@@ -52,7 +52,8 @@ EXACT = {("HIGHEST", "HIGHEST")}
 def roundings(text):
     """The precisions that the products of a program ask for; None, if one asks for none.
 
-    Three products in TensorFloat32 in the place of one are as exact as float32 (test_fused.py).
+    Three products in TensorFloat32 in the place of one are as exact as float32: test_fused.py sees
+    it on a GPU.
     """
     products = [line for line in text.splitlines() if "stablehlo.dot" in line]
     threefold = r"algorithm = <lhs_precision_type = tf32.*num_primitive_operations = 3,"

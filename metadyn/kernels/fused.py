@@ -52,22 +52,43 @@ def _over(tiles: int, body: Callable[[Any, Any], Any], start: Any = 0) -> Any:
     return jax.lax.fori_loop(0, tiles, body, start) if tiles > 1 else body(0, start)
 
 
+def _steps(T: int, tiles: int, clear: Any, step: Any, wait: Callable[[], None]) -> None:
+    """`clear(p)` for each tile, then `step(n)(p)` for each tile at each of T steps in turn.
+
+    `wait()` until all threads of the block have written theirs, between steps.
+    """
+
+    def each(body):
+        def visit(p, carry):
+            body(p)
+            return carry
+
+        _over(tiles, visit)
+        wait()
+
+    def turn(n, carry):
+        each(step(n))
+        return carry
+
+    each(clear)
+    jax.lax.fori_loop(0, T, turn, 0)
+
+
 def _forward_kernel(x, w_x, w_h, h_out, c_out, gates_out, *, dot, wait):
     """Refs of x [T, K, E], w_x [4, H, K], w_h [4, H, H]; h, c [T, H, E], gates [T, 4, H, E].
 
-    Hidden units are taken in tiles. `wait()` until all threads of the block have written theirs.
+    Hidden units are taken in tiles.
     """
     T, H, E = h_out.shape
     rows, tiles = _tiled(H)
 
-    def clear(p, carry):
+    def clear(p):  # what step 0 reads, and makes nothing of
         h_out[0, rows(p)] = c_out[0, rows(p)] = jnp.zeros((H // tiles, E), jnp.float32)
-        return carry
 
-    def step(t, carry):
+    def step(t):
         x_t, last, later = x[t], jnp.maximum(t - 1, 0), (t > 0).astype(jnp.float32)
 
-        def unit(p, carry):
+        def unit(p):
             def add(q, z):
                 h = h_out[last, rows(q)] * later
                 return tuple(z[k] + dot(w_h[k, rows(p), rows(q)], h) for k in range(GATES))
@@ -78,15 +99,10 @@ def _forward_kernel(x, w_x, w_h, h_out, c_out, gates_out, *, dot, wait):
             h_out[t, rows(p)], c_out[t, rows(p)] = o * jnp.tanh(c), c
             for k in range(GATES):
                 gates_out[t, k, rows(p)] = gates[k]
-            return carry
 
-        _over(tiles, unit)
-        wait()
-        return carry
+        return unit
 
-    _over(tiles, clear)  # what step 0 reads, and makes nothing of
-    wait()
-    jax.lax.fori_loop(0, T, step, 0)
+    _steps(T, tiles, clear, step, wait)
 
 
 def _backward_kernel(c, gates, dh_out, w_h, dz_out, dc_out, *, dot, wait):
@@ -95,19 +111,18 @@ def _backward_kernel(c, gates, dh_out, w_h, dz_out, dc_out, *, dot, wait):
     T, H, E = c.shape
     rows, tiles = _tiled(H)
 
-    def clear(p, carry):
+    def clear(p):
         zeros = jnp.zeros((H // tiles, E), jnp.float32)
         dc_out[rows(p)] = zeros
         for k in range(GATES):
             dz_out[T - 1, k, rows(p)] = zeros
-        return carry
 
-    def step(n, carry):
+    def step(n):
         t = T - 1 - n
         last, later = jnp.maximum(t - 1, 0), (t > 0).astype(jnp.float32)
         after, more = jnp.minimum(t + 1, T - 1), (t < T - 1).astype(jnp.float32)
 
-        def unit(p, carry):
+        def unit(p):
             def add(q, dh):
                 dz = (dz_out[after, k, rows(q)] * more for k in range(GATES))
                 return dh + sum(dot(w_h[k, rows(p), rows(q)], each) for k, each in enumerate(dz))
@@ -125,15 +140,10 @@ def _backward_kernel(c, gates, dh_out, w_h, dz_out, dc_out, *, dot, wait):
             dc_out[rows(p)] = dc * f
             for k in range(GATES):
                 dz_out[t, k, rows(p)] = dz[k]
-            return carry
 
-        _over(tiles, unit)
-        wait()
-        return carry
+        return unit
 
-    _over(tiles, clear)
-    wait()
-    jax.lax.fori_loop(0, T, step, 0)
+    _steps(T, tiles, clear, step, wait)
 
 
 def _tiled(hidden: int) -> tuple[Callable[[Any], Any], int]:
