@@ -1,101 +1,177 @@
-"""Wall-clock to a given excess loss over Bayes: the figure that users feel.
+"""Excess loss over Bayes and seconds of training: how soon is a meta-learner near Bayes?
 
-    python -m benchmarks.excess_loss [--full] [--json FILE]
+    python -m benchmarks.excess_loss [--full] [--only PROBLEM ...] [--json FILE]
 
-Linear regression, 3 × 3, T = 20, σ = 0.1, one outer seed at a time on every core. Each row trains
-SEEDS LSTMs, with the schedule stretched over the steps it is given, and says the seconds of
-training (compilation left out) after which the mean loss of 200 outer steps first came under the
-given excess, and the excess that they ended with: medians over seeds. The first row is the base;
-each other changes what it names. The schedule decays to zero, so a row reaches its best at the end.
-A setting with a seed that does not come under it has no seconds. `outer_loop.py` asks the
-same of nonlinear regression in outer steps.
+A problem is a study's preset: `quick` (3 × 3 tasks and the like) or `workstation` (the paper's own
+sizes). Its LSTM is trained anew in every row, all seeds together on every device, with what the row
+names changed; the schedule is stretched over the steps it is given. A row says the seconds of
+training, compiling left out, the seconds after which the mean over seeds first came under the
+problem's TARGET on training episodes, if it did, and the excess at the end on held-out tasks
+of each seed. The first row of a quick problem has the settings of version 0.1; without `--full`
+there are no rows but that and the settings of now.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks.timing import Result, Side, ask, main, result
 
-EXCESS, STEPS, SEEDS = 1.0, 3000, 5
-APART = 1_000_000  # outer steps from which the seeds count on: the step decides the episodes
-BASE: dict[str, Any] = {"hidden": 64, "batch": 32, "learning_rate": 2e-2, "steps": STEPS}
-SHORT: dict[str, dict[str, Any]] = {
-    "base: 64 units, batch 32, Adam at 2e-2, cosine": {},
-    "32 units": {"hidden": 32},
-    "batch 128, a quarter of the steps": {"batch": 128, "steps": STEPS // 4},
+TARGET = {
+    "linear_regression": 0.256,
+    "nonlinear_regression": 0.557,
+    "contextual_bandit": 0.113,
+    "linear_regression workstation": 0.2,
+    "nonlinear_regression workstation": 0.3,
+    "contextual_bandit workstation": 0.03,
 }
-FULL = SHORT | {
-    "128 units": {"hidden": 128},
-    "batch 16, twice the steps": {"batch": 16, "steps": 2 * STEPS},
-    "batch 256, an eighth of the steps": {"batch": 256, "steps": STEPS // 8},
-    "learning rate 1e-2": {"learning_rate": 1e-2},
-    "learning rate 5e-3": {"learning_rate": 5e-3},
-    "linear decay": {"schedule": "linear"},
-    "constant rate": {"schedule": "constant"},
-    "RMSProp at 3e-3": {"optimizer": "rmsprop", "learning_rate": 3e-3},
-    "AdaBelief": {"optimizer": "adabelief"},
-    "products in bfloat16": {"precision": "bfloat16"},
-}
+"""Excess at which version 0.1's quick presets ended, and that the paper's sizes are asked for; of
+the bandit, 0.03 of the regret of chance is a reward of 0.97."""
+BEFORE: dict[str, dict[str, Any]] = {
+    "linear_regression": {
+        "target": "feedback", "outer.steps": 12_000, "outer.optimizer": "adam", "outer.b2": None,
+        "outer.learning_rate": 2e-2,
+    },
+    "nonlinear_regression": {},
+    "contextual_bandit": {"actor_critic.annealed": False, "outer.steps": 4000},
+}  # fmt: skip
+"""What version 0.1's quick presets had instead."""
+STAGES = "stages"
+"""Changes of the stages that training has, one after another and equally long, in a row."""
+AVERAGED = "averaged"
+"""Whether the weights at the end are the mean over the last third of the steps."""
 
 
-def train(hidden: int, precision: str | None = None, **outer: Any) -> list[tuple[float, float]]:
-    """Of each seed, seconds until the excess is below EXCESS, and the excess at the end."""
-    from metadyn import mesh
-
-    mesh.use_every_core()
-    import time
-
-    import jax
-    import jax.numpy as jnp
-
-    from metadyn import inner
-    from metadyn.domains.linear import LinearRegression
-    from metadyn.dynamics import excess_loss
-    from metadyn.learners.bayes import bayes_linear
-    from metadyn.learners.lstm import LSTMConfig
-    from metadyn.objectives import prediction_loss
-    from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
-
-    jax.config.update("jax_default_matmul_precision", precision)
-    domain = LinearRegression(3, 3)
-    meta, bayes = LSTMConfig(hidden=hidden).make(domain), bayes_linear(domain)
-    sample = lambda key, _: domain.sample_task(key)
-    losses = inner.measure(
-        domain, lambda params: bayes, (), False, sample, None,
-        jax.random.key(1), jnp.arange(16_384), (0, domain.steps),
-    )  # fmt: skip
-    best = float(losses["loss"][:, 1].mean())
-    config = OuterConfig(seeds=1, dispatch=200, **outer)
-    trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
-    loop = OuterLoop(trained, config, jax.random.key(0))
-    found = []
-    for seed in range(SEEDS):
-        first = jnp.int32(seed * APART)
-        state = OuterLoop(trained, config, jax.random.key(seed)).init()._replace(step=first)
-        state = jax.block_until_ready(loop.advance(state, jnp.int32(0))[0])
-        start, reached, excess = time.perf_counter(), np.inf, np.inf
-        for _, metrics in loop.run(state, [seed * APART + config.steps]):
-            excess = float(
-                excess_loss(float(metrics["lstm"]["loss"].mean()), best, domain.loss_floor)
-            )
-            if excess <= EXCESS:
-                reached = min(reached, time.perf_counter() - start)
-        found.append((reached, excess))
+def rows(problem: str) -> dict[str, dict[str, Any]]:
+    """What is changed in each row, by dotted field of the study's configuration."""
+    study, _, preset = problem.partition(" ")
+    config = settings(problem)
+    steps, batch, rate = config.outer.steps, config.outer.batch, config.outer.learning_rate
+    hidden, bandit = config.lstm.hidden, study == "contextual_bandit"
+    found = {} if preset else {"version 0.1": BEFORE[study]}
+    found["as it is"] = {}
+    found |= {
+        f"{hidden // 2} units, twice the steps": {
+            "lstm.hidden": hidden // 2, "outer.steps": 2 * steps,
+        },
+        f"{2 * hidden} units, a third of the steps": {
+            "lstm.hidden": 2 * hidden, "outer.steps": steps // 3,
+        },
+        "Muon at 3e-2": {"outer.optimizer": "muon", "outer.b2": None, "outer.learning_rate": 3e-2},
+        "Muon at 1e-1": {"outer.optimizer": "muon", "outer.b2": None, "outer.learning_rate": 1e-1},
+        f"learning rate {2 * rate:g}": {"outer.learning_rate": 2 * rate},
+        f"learning rate {4 * rate:g}": {"outer.learning_rate": 4 * rate},
+        f"learning rate {rate / 2:g}": {"outer.learning_rate": rate / 2},
+        "mean of the last third's weights": {AVERAGED: True},
+        "the same, constant rate": {AVERAGED: True, "outer.schedule": "constant"},
+        f"batch {batch // 2} growing to {3 * batch // 2}": {
+            STAGES: [{"outer.batch": batch // 2}, {"outer.batch": 3 * batch // 2}],
+        },
+        "first half on episodes of half the length": {
+            STAGES: [{"domain.steps": config.domain.steps // 2}, {}],
+        },
+    }  # fmt: skip
+    if not bandit:
+        other = "feedback" if config.target == "bayes" else "bayes"
+        found[f"target: {other}"] = {"target": other}
     return found
 
 
+def settings(problem: str, changes: Mapping[str, Any] = {}) -> Any:
+    """A problem's configuration, with fields changed by their dotted names."""
+    from metadyn.study import load_study
+
+    study, _, preset = problem.partition(" ")
+    config = load_study(study).presets[preset or "quick"]
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        part, _, field = name.rpartition(".")
+        parts.setdefault(part, {})[field] = value
+    whole = {
+        part: dataclasses.replace(getattr(config, part), **each)
+        for part, each in parts.items()
+        if part
+    }
+    return dataclasses.replace(config, **parts.get("", {}), **whole)
+
+
+def train(problem: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains as a row says: seconds and excess [dispatch], and the excess at the end [seed]."""
+    from metadyn import mesh
+
+    mesh.use_every_core()
+    import jax
+    import jax.numpy as jnp
+
+    from metadyn import dynamics
+    from metadyn.measuring import readings
+    from metadyn.outer import OuterLoop
+    from metadyn.study import HELDOUT, load_study
+
+    rest = {name: value for name, value in changes.items() if name not in (STAGES, AVERAGED)}
+    stages = changes.get(STAGES, [{}])
+    study = load_study(problem.partition(" ")[0])
+    loops = []
+    for stage in stages:
+        config = settings(problem, rest | stage)
+        plan = study.plan(config)
+        loops.append(OuterLoop({"lstm": plan.trained["lstm"]}, config.outer, jax.random.key(0)))
+        jax.block_until_ready(loops[-1].advance(loops[-1].init(), jnp.int32(0)))
+    part, steps = plan.comparisons[0], config.outer.steps
+    bayes = next(each for each in part.contenders if each.kind == "bayes")
+    lstm = next(each for each in part.contenders if each.name == "lstm")
+    heldout = next(tasks for _, tasks, _ in plan.every if tasks.name == HELDOUT)
+    tasks = dataclasses.replace(heldout, size=8192, probes={})
+
+    def loss(contender, params):
+        found = readings(tasks, contender, params, jax.random.key(1), 2048)
+        return np.asarray(found["loss"])[..., 1:].mean((-2, -1))
+
+    best = loss(bayes, ())
+    over = lambda loss: dynamics.excess_loss(loss, best, part.domain.loss_floor)
+    state, seconds, excess, mean, parts = loops[0].init(), [], [], None, 0
+    start = time.perf_counter()
+    for i, loop in enumerate(loops):
+        for now, metrics in loop.run(state, [steps * (i + 1) // len(loops)]):
+            seconds.append(time.perf_counter() - start)
+            excess.append(float(over(np.mean(metrics["lstm"]["loss"]))))
+            state = now
+            if changes.get(AVERAGED) and int(now.step) > 2 * steps / 3:
+                copy, parts = jax.tree.map(jnp.copy, now.params["lstm"]), parts + 1
+                mean = copy if mean is None else jax.tree.map(jnp.add, mean, copy)
+    params = state.params["lstm"] if mean is None else jax.tree.map(lambda x: x / parts, mean)
+    return {"seconds": seconds, "excess": excess, "ends": [*map(float, over(loss(lstm, params)))]}
+
+
+def table(problem: str, full: bool = False) -> Iterator[Result]:
+    """Seconds and excess of a problem's rows; one that fails costs itself alone."""
+    for name, changes in [*rows(problem).items()][: None if full else 2]:
+        where = f"{problem}, {name}"
+        try:
+            found = ask(Side(__name__, "train", {"problem": problem, "changes": changes}))
+        except Exception as error:
+            print(f"{where}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            continue
+        smooth = np.convolve(found["excess"], [0.5, 0.5], "valid")  # of two dispatches
+        under = np.flatnonzero(smooth <= TARGET[problem])
+        yield result(f"{where}: seconds", found["seconds"][-1])
+        if len(under):
+            at = found["seconds"][under[0] + 1]
+            yield result(f"{where}: seconds to an excess of {TARGET[problem]:g}", at)
+        yield result(f"{where}: excess at the end", found["ends"])
+
+
 def benchmark(full: bool = False) -> Iterator[Result]:
-    """Seconds and excess loss of each setting."""
-    for name, changes in (FULL if full else SHORT).items():
-        reached, excess = np.transpose(ask(Side(__name__, "train", BASE | changes)))
-        if np.isfinite(reached).all():
-            yield result(f"{name}: seconds to an excess loss of {EXCESS:g}", reached)
-        yield result(f"{name}: excess loss at the end", excess)
+    """That of linear regression, 3 × 3; with `full` of all problems."""
+    for problem in TARGET if full else ("linear_regression",):
+        yield from table(problem, full)
 
 
 if __name__ == "__main__":
-    main({"excess_loss": benchmark}, __doc__ or "")
+    main({problem: partial(table, problem) for problem in TARGET}, __doc__ or "")

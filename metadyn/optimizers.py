@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from metadyn.errors import ConfigError
 
@@ -20,7 +21,7 @@ def named_optimizer(
     field: str = "optimizer",
     b2: float | None = None,
 ) -> optax.GradientTransformation:
-    """Any optimiser of optax that a learning rate suffices to make, by its name there.
+    """Any optimiser of optax or optax.contrib that a learning rate suffices to make, by its name.
 
     "momentum" is sgd with a momentum of 0.9. `b2` replaces the default decay of the second moment
     in optimisers that take one, such as adam. Raises `ConfigError`, which names `field`, for other
@@ -28,7 +29,7 @@ def named_optimizer(
     """
     if name == "momentum":
         return optax.sgd(learning_rate, momentum=0.9)
-    make = getattr(optax, name, None) if name.isidentifier() else None
+    make = getattr(optax, name, getattr(optax.contrib, name, None))
     with contextlib.suppress(TypeError, AttributeError, ValueError):
         more = {} if b2 is None else {"b2": b2}
         made = make(learning_rate, **more) if callable(make) else None
