@@ -73,8 +73,6 @@ def _parser() -> argparse.ArgumentParser:
         help="default runs/STUDY-PRESET-SEED; of a folder of studies, what stands for runs",
     )
     run.add_argument("--options", action="store_true", help="list what can be overridden")
-    said = "say what it would need, without running it: here, or on a device such as h100:8"
-    run.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=said)
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
     sweep = commands.add_parser(
         "sweep",
@@ -100,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0)
         said = "compile anew, and keep nothing compiled"
         command.add_argument("--no-cache", action="store_true", help=said)
+        said = "say what it would need, without running it: here, or on a device such as h100:8"
+        command.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=said)
     devices = commands.add_parser("devices", help="say what a run would use")
     devices.set_defaults(do=_devices)
     for command in (run, devices):
@@ -236,10 +236,6 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 def _run(arguments: argparse.Namespace) -> int:
     from metadyn import mesh
 
-    if arguments.plan not in (None, "here"):
-        from metadyn import elsewhere
-
-        elsewhere.alone()
     _begin(arguments)
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     with _in_time():
@@ -250,6 +246,10 @@ def _begin(arguments: argparse.Namespace) -> None:
     """What comes before anything is run."""
     from metadyn import mesh
 
+    if arguments.plan not in (None, "here"):
+        from metadyn import elsewhere
+
+        elsewhere.alone()
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
@@ -266,7 +266,7 @@ def _check_preset(study: Study, preset: str) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from metadyn import sweep, swept
+    from metadyn import planning, sweep, swept
     from metadyn.progress import Progress, Terminal
     from metadyn.study import load_study
 
@@ -300,6 +300,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
         progress.say(f"metadyn: this is part {part.number} of {part.of}, with {mine} of them")
     with _in_time():
         typed = lambda error, i: as_typed(error, configs[i], asked.overrides(i))
+        if arguments.plan is not None:
+
+            def planned() -> list[planning.Planned]:
+                plans = sweep.planned(asked, study, configs, part, typed)
+                return planning.of_sweep(plans, arguments.part, typed)
+
+            planning.report(planned, arguments.plan, out, progress.say)
+            return DONE
         folder = sweep.run_sweep(asked, study, configs, out, progress, part, typed)
     progress.say("\n".join(swept.report(folder)))
     drawn = (folder.path / "summary.json").exists()
@@ -348,7 +356,8 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
     progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
     try:
         if arguments.plan is not None:
-            planning.report(study, config, arguments.plan, out, progress.say)
+            planned = lambda: planning.of_run(study, config)
+            planning.report(planned, arguments.plan, out, progress.say)
             return DONE
         summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)
     except ConfigError as error:

@@ -1,12 +1,13 @@
-"""What a run would need, here or on devices elsewhere, without running it: `metadyn run --plan`."""
+"""What a run or a sweep would need, here or on devices elsewhere, without running it: `--plan`."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from metadyn import cost, elsewhere, inner, mesh
 from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls
 from metadyn.outer import OuterLoop
+from metadyn.programs import Shared, take_apart
+from metadyn.rows import Rows, by_form
 from metadyn.runner import check_memory
 from metadyn.study import Plan, Study
 
@@ -34,18 +37,30 @@ class Program(NamedTuple):
     turns: float = 1
     """Of its loops of unknown length, in one call."""
     option: str = "measure.chunk"
-    """What to lower if it does not fit."""
+    """What to change if it does not fit."""
+    fix: str = "lower it"
+    settings: int = 0
+    """Of a sweep, that it trains side by side."""
 
 
 def programs(plan: Plan, loop: OuterLoop) -> list[Program]:
     """Lists every program of a plan's run, each once, whatever it is of."""
+    return [*training(plan, loop), *measuring(plan, loop)]
+
+
+def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
+    """Yields the programs that train."""
     one = jax.ShapeDtypeStruct((), jnp.int32)
-    found: dict[Any, Program] = {}
     for name, each in plan.trained.items():
         trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
         own = each.own is not None and each.own.batch != plan.outer.batch
         option = "outer_batch" if own else "outer.batch"
-        found[name] = Program(f"outer step of {name}", trace, plan.outer.steps, option=option)
+        yield Program(f"outer step of {name}", trace, plan.outer.steps, option=option)
+
+
+def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
+    """Lists the programs that measure, each once, whatever it is of."""
+    found: dict[Any, Program] = {}
     key, chunk = jax.eval_shape(lambda: jax.random.key(0)), plan.comparisons[0].measure.chunk
     for part, tasks, contender in plan.every:
         params = loop.abstract.params.get((contender.of or contender.name) + part.suffix, ())
@@ -86,46 +101,128 @@ def compiled(program: Program, there: mesh.Elsewhere | None = None) -> Row:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = f"{program.name} does not fit into the memory, says its compiler; lower it"
-        raise ConfigError(f"{program.option}: {said}", program.option, None, said) from error
+        said = "does not fit into the memory, says its compiler"
+        raise refused(program, said) from error
     account, taken = cost.account(made), time.monotonic() - start
     operations = cost.operations_of(traced.jaxpr.jaxpr, program.turns)
     return Row(program, operations, account, taken)
 
 
-def report(study: Study, config: Any, device: str, out: str, say: Callable[[str], None]) -> None:
-    """Says what a run would need of each device, and of the disk that DIR is on.
+class Planned(NamedTuple):
+    """What is to be run as a whole: a run, or settings of a sweep that are trained side by side."""
+
+    called: str
+    programs: Sequence[Program]
+    disk: int
+    """Bytes."""
+    timed: Callable[[], dict[str, float]] | None
+    """Seconds that training each meta-learner would take here (`estimated`), if any is trained."""
+    as_typed: Callable[[ConfigError], ConfigError] = lambda error: error
+    """Says in the words of the command line why it is refused."""
+
+
+def of_run(study: Study, config: Any) -> list[Planned]:
+    """A run. Raises `ConfigError` for what cannot fit whatever the device."""
+    plan = study.plan(config)
+    check_memory(plan)
+    loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
+    run = lambda state, target: loop.run(state, [target])
+    timed = lambda: estimated([loop], loop.init(), run)
+    needed = disk(plan, loop)
+    return [Planned("", programs(plan, loop), needed, timed if plan.trained else None)]
+
+
+def of_sweep(
+    plans: Mapping[int, Plan],
+    part: str,
+    as_typed: Callable[[ConfigError, int], ConfigError] = lambda error, i: error,
+) -> list[Planned]:
+    """The settings of a part of a sweep, by their numbers, in groups of one form."""
+    key = jax.random.key(0)
+    loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
+    return [
+        _of_group(
+            {i: plans[i] for i in members},
+            Rows([loops[i] for i in members]),
+            part,
+            lambda error, first=members[0]: as_typed(error, first),
+        )
+        for members in by_form(loops)
+    ]
+
+
+def _of_group(
+    plans: Mapping[int, Plan], rows: Rows, part: str, as_typed: Callable[[ConfigError], ConfigError]
+) -> Planned:
+    count, several = len(plans), list(zip(plans.values(), rows.loops, strict=True))
+    plan, loop = several[0]
+    found: dict[str, Program] = {}
+    for program, name in zip(training(plan, loop), plan.trained, strict=True):
+        all_rows = program._replace(trace=partial(rows.trace, name), settings=count)
+        if count > 1:
+            called, fix = f"{program.name} × {count} settings", "divide them into more parts"
+            all_rows = all_rows._replace(name=called, option=f"--part {part}", fix=fix)
+        found[name] = all_rows
+    for program in (each for pair in several for each in measuring(*pair)):
+        form, _ = take_apart(program.trace().jaxpr)
+        before = found[form].times if form in found else 0
+        found[form] = program._replace(times=program.times + before)
+    needed = sum(disk(*pair) for pair in several)
+    timed = lambda: estimated(rows.loops, rows.start(Shared()), rows.run)
+    called = f"{count} settings side by side, from setting {min(plans) + 1} on"
+    used = timed if plan.trained else None
+    return Planned(called, [*found.values()], needed, used, as_typed)
+
+
+def report(
+    wanted: Callable[[], Sequence[Planned]], device: str, out: str, say: Callable[[str], None]
+) -> None:
+    """Says what is needed of each device, and of the disk that DIR is on.
 
     Raises `ConfigError`, once all is said, for what cannot fit.
     """
     there = None if device == HERE else elsewhere.find(device)
     with mesh.standing_in(there) if there else nullcontext():
-        plan = study.plan(config)
-        check_memory(plan)
-        loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
+        found = wanted()
         limit = mesh.memory(split=False)
         where = f"{mesh.processor()}, {size(limit)} for each"
         say(f"on {where}{', not here' if there else ''}; of each device and call:")
-        say(LINE.format("", "memory", "FLOPs", "all-reduced", "calls"))
-        total, over = 0.0, []
-        for program in programs(plan, loop):
-            row = compiled(program, there)
-            total += row.operations * program.times
-            over += [row] if row.account.memory > limit else []
-            say(line(row))
-        say(f"{number(total)} FLOPs in all on each device")
-        needed, free = disk(plan, loop), shutil.disk_usage(_existing(out)).free
-        say(f"on disk at most {size(needed)}, of {size(free)} that are free")
-        if there is None and mesh.backend() == "cpu" and plan.trained:
-            said = ", ".join(f"{name} {each:.3g} s" for name, each in estimated(loop).items())
-            say(f"training takes about {said}, by a few outer steps; measuring comes beside it")
-    for row in over:
-        said = (
-            f"{row.program.name} would take {size(row.account.memory)} of {size(limit)}; lower it"
-        )
-        raise ConfigError(f"{row.program.option}: {said}", row.program.option, None, said)
+        rows: list[tuple[Planned, Row]] = []
+        for planned in found:
+            if planned.called:
+                say(planned.called)
+            say(LINE.format("", "memory", "FLOPs", "all-reduced", "calls"))
+            for program in planned.programs:
+                try:
+                    row = compiled(program, there)
+                except ConfigError as error:
+                    raise planned.as_typed(error) from error
+                say(line(row))
+                rows.append((planned, row))
+            trained = [row for of, row in rows if of is planned and row.program.settings]
+            if trained:
+                most = max(row.account.memory / row.program.settings for row in trained)
+                say(f"about {number(limit // most)} settings at a time fit into the memory")
+            if there is None and mesh.backend() == "cpu" and planned.timed:
+                said = ", ".join(f"{name} {each:.3g} s" for name, each in planned.timed().items())
+                say(f"training takes about {said}, by a few outer steps; measuring comes beside it")
+    total = sum(row.operations * row.program.times for _, row in rows)
+    say(f"{number(total)} FLOPs in all on each device")
+    needed = sum(planned.disk for planned in found)
+    free = shutil.disk_usage(_existing(out)).free
+    say(f"on disk at most {size(needed)}, of {size(free)} that are free")
+    for planned, row in rows:
+        if row.account.memory > limit:
+            said = f"would take {size(row.account.memory)} of {size(limit)}"
+            raise planned.as_typed(refused(row.program, said))
     if needed > free:
-        raise ConfigError(f"--out {out}: the run may take {size(needed)} of {size(free)} there")
+        raise ConfigError(f"--out {out}: it may take {size(needed)} of {size(free)} there")
+
+
+def refused(program: Program, said: str) -> ConfigError:
+    """What is said of a program that cannot fit, and what to change."""
+    said = f"{program.name} {said}; {program.fix}"
+    return ConfigError(f"{program.option}: {said}", program.option, None, said)
 
 
 LINE = "{:44} {:>11} {:>9} {:>13} {:>9}"
@@ -150,22 +247,27 @@ def disk(plan: Plan, loop: OuterLoop) -> int:
     return total
 
 
-def estimated(loop: OuterLoop) -> dict[str, float]:
-    """Seconds that training each meta-learner would take here, from steps that are timed.
+def estimated(
+    loops: Sequence[OuterLoop], state: Any, run: Callable[[Any, int], Iterator[tuple[Any, Any]]]
+) -> dict[str, float]:
+    """Seconds that training each meta-learner of all loops would take here, from timed steps.
 
     So many that they take `SECONDS`, or one dispatch; the first, in which all is compiled, is not.
+    `run(state, step)` yields the state, and metrics, after each dispatch up to an outer step.
     """
-    done, count, end = 1, 1, loop.config.steps
-    ((state, _),) = loop.run(loop.init(), [done])
+    config = loops[0].config
+    done, count, end = 1, 1, config.steps
+    ((state, _),) = run(state, done)
     while True:
         count = min(count, end - done)
-        loop.seconds = dict.fromkeys(loop.trained, 0.0)
-        for reached, _ in loop.run(state, [done + count]):
+        for loop in loops:
+            loop.seconds = dict.fromkeys(loop.trained, 0.0)
+        for reached, _ in run(state, done + count):
             state, done = reached, done + count
-        timed = sum(loop.seconds.values())
-        if timed > SECONDS or count == loop.config.dispatch or done == end:
-            return {name: end * each / max(count, 1) for name, each in loop.seconds.items()}
-        count = min(2 * count, loop.config.dispatch)
+        timed = {name: sum(loop.seconds[name] for loop in loops) for name in loops[0].trained}
+        if sum(timed.values()) > SECONDS or count == config.dispatch or done == end:
+            return {name: end * each / max(count, 1) for name, each in timed.items()}
+        count = min(2 * count, config.dispatch)
 
 
 def _existing(path: str) -> Path:

@@ -50,6 +50,14 @@ def form_of(loop: OuterLoop) -> Hashable:
     return forms, config.seeds, config.checkpoint_steps, config.dispatch
 
 
+def by_form(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
+    """Which outer loops, by their numbers, can be rows of one program."""
+    forms: dict[Hashable, list[int]] = {}
+    for i, loop in loops.items():
+        forms.setdefault(form_of(loop), []).append(i)
+    return list(forms.values())
+
+
 class Rows:
     """Outer loops of one form (`form_of`), trained side by side from the same keys."""
 
@@ -88,6 +96,17 @@ class Rows:
             return jax.tree.map(lambda leaf: leaf[:count], found)
 
         return jax.jit(advance, out_shardings=mesh.replicated())
+
+    def trace(self, name: str) -> Any:
+        """Traces the outer steps of all rows of a meta-learner (`jax.stages.Traced`)."""
+
+        def all_rows(leaf: Any) -> Any:
+            shape = len(self.loops) * leaf.shape[0], *leaf.shape[1:]
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+        state, now = self.loops[0].abstract, (jax.ShapeDtypeStruct((), jnp.int32),) * 2
+        params, moments = jax.tree.map(all_rows, (state.params[name], state.moments[name]))
+        return self._advance[name].trace(now, params, moments)
 
     def start(self, shared: programs.Shared) -> list[TrainState]:
         """Makes the state of each at outer step 0."""

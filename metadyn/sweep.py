@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,7 @@ from metadyn import inner, programs
 from metadyn.errors import ConfigError, check, meant, naming
 from metadyn.options import configured
 from metadyn.progress import Progress
-from metadyn.rows import Rows, form_of
+from metadyn.rows import Rows, by_form
 from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
 from metadyn.store import RunFolder, differences, read_json, write_json
 from metadyn.study import Plan, Study
@@ -277,6 +277,26 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
+def planned(
+    sweep: Sweep,
+    study: Study,
+    configs: Sequence[Any],
+    part: Part,
+    as_typed: Callable[[ConfigError, int], ConfigError],
+) -> dict[int, Plan]:
+    """The plan of each setting that a part does, by its number. Raises `ConfigError`, as
+    `run_sweep` does."""
+    mine, plans = part.settings(len(configs)), {}
+    check(len(mine) > 0, "--part", f"{part.number}/{part.of}", f"there are {len(configs)} settings")
+    for i in mine:
+        try:
+            plans[i] = study.plan(configs[i])
+            check_memory(plans[i])
+        except ConfigError as error:
+            raise ConfigError(f"{sweep.called(i)}: {as_typed(error, i)}") from error
+    return plans
+
+
 def run_sweep(
     sweep: Sweep,
     study: Study,
@@ -296,15 +316,9 @@ def run_sweep(
     from metadyn import swept
 
     mine = part.settings(len(configs))
-    check(len(mine) > 0, "--part", f"{part.number}/{part.of}", f"there are {len(configs)} settings")
     plans: dict[int, Plan] = {}
-    if not (is_sweep(out) and all(map(SweepFolder(out).ended, mine))):
-        for i in mine:
-            try:
-                plans[i] = study.plan(configs[i])
-                check_memory(plans[i])
-            except ConfigError as error:
-                raise ConfigError(f"{sweep.called(i)}: {as_typed(error, i)}") from error
+    if not (mine and is_sweep(out) and all(map(SweepFolder(out).ended, mine))):
+        plans = planned(sweep, study, configs, part, as_typed)
         rehearse(study, configs[mine[0]], plans[mine[0]])
     folder = SweepFolder.create(out, sweep, part.of)
     summary = folder.path / "summary.json"
@@ -347,14 +361,13 @@ def _run(
     progress: Progress,
 ) -> None:
     """Trains and measures settings, those of one form side by side."""
-    forms: dict[Hashable, list[int]] = {}
+    forms = by_form({i: runner.loop for i, runner in runners.items()})
     for i, runner in runners.items():
-        forms.setdefault(form_of(runner.loop), []).append(i)
         for _, given in () if folder.ended(i) else runner.calls():
             shared.expect(inner.measure.trace(*given))
-    names = [f"{len(members)} settings" for members in forms.values()]
+    names = [f"{len(members)} settings" for members in forms]
     with progress.studies(names) as begin:
-        for k, members in enumerate(forms.values()):
+        for k, members in enumerate(forms):
             begin(k)
             begun = time.monotonic()
             several = [runners[i] for i in members]
