@@ -54,6 +54,9 @@ def loop(
     steps: int,
     model: str = "lstm",
     precision: Any = "float32",
+    n: int = N,
+    seeds: int = 1,
+    rate: float = RATE,
     **more: Any,
 ) -> Any:
     """The `OuterLoop` that studies use; `more` are fields of the network's configuration."""
@@ -66,13 +69,13 @@ def loop(
     from metadyn.objectives import prediction_loss
     from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 
-    domain = LinearRegression(N, N, sigma=SIGMA, steps=steps)
+    domain = LinearRegression(n, n, sigma=SIGMA, steps=steps)
     meta = config_of(model, hidden, **more).make(domain)
     outer = OuterConfig(
         steps=1_000_000,
         batch=batch,
-        seeds=1,
-        learning_rate=RATE,
+        seeds=seeds,
+        learning_rate=rate,
         schedule="constant",
         clip=CLIP,
         precision=precision,
@@ -96,18 +99,18 @@ def metadyn_side(hidden: int, batch: int, steps: int, model: str = "lstm", **mor
     return run
 
 
-def torch_network(hidden: int, model: str = "lstm") -> Any:
+def torch_network(hidden: int, model: str = "lstm", n: int = N) -> Any:
     """A network with a linear readout, and its loss over whole episodes."""
     import torch
 
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = torch_body(model, 2 * N, hidden)
-            self.readout = torch.nn.Linear(hidden, N)
+            self.body = torch_body(model, 2 * n, hidden)
+            self.readout = torch.nn.Linear(hidden, n)
 
         def forward(self, x: Any, y: Any) -> Any:
-            """Mean squared error; x and y are [T, B, N]."""
+            """Mean squared error; x and y are [T, B, n]."""
             before = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
             answers = self.readout(self.body(torch.cat([x, before], -1)))
             return torch.nn.functional.mse_loss(answers, y)

@@ -3,6 +3,7 @@
 Each is made by name, and maps inputs [T, B, n_in] to hidden states [T, B, hidden]:
 
 lstm         nn.LSTM; nnx.RNN of an OptimizedLSTMCell.
+lstm loop    PyTorch alone: the LSTM as a plain loop over time, which torch.func.vmap takes.
 transformer  pre-norm blocks with RMS normalisation and a GELU perceptron of four times the width;
              scaled_dot_product_attention; nnx.MultiHeadAttention.
 deltanet     the same blocks, with fast weights under the delta rule in the place of attention,
@@ -34,6 +35,26 @@ def torch_body(name: str, n_in: int, hidden: int) -> Any:
                 return self.lstm(x)[0]
 
         return Recurrent()
+
+    if name == "lstm loop":
+
+        class Looped(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.input = nn.Linear(n_in, 4 * hidden)
+                self.recurrent = nn.Linear(hidden, 4 * hidden, bias=False)
+
+            def forward(self, x: Any) -> Any:
+                h = c = torch.zeros(x.shape[1], hidden, device=x.device)
+                found = []
+                for z in self.input(x).unbind():
+                    i, f, g, o = (z + self.recurrent(h)).chunk(4, -1)
+                    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                    h = torch.sigmoid(o) * torch.tanh(c)
+                    found.append(h)
+                return torch.stack(found)
+
+        return Looped()
 
     def heads(x: Any, parts: int) -> tuple[Any, ...]:
         """[T, B, parts · hidden] as `parts` arrays [B, heads, T, size]."""

@@ -140,20 +140,21 @@ def of_sweep(
     """The settings of a part of a sweep, by their numbers, in groups of one form."""
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
+    groups = by_form(loops)
+    rows = [Rows([loops[i] for i in members]) for members in groups]
     return [
-        _of_group(
-            {i: plans[i] for i in members},
-            Rows([loops[i] for i in members]),
-            part,
-            lambda error, first=members[0]: as_typed(error, first),
-        )
-        for members in by_form(loops)
+        _of_group({i: plans[i] for i in members}, each, part, as_typed)
+        for members, each in zip(groups, rows, strict=True)
     ]
 
 
 def _of_group(
-    plans: Mapping[int, Plan], rows: Rows, part: str, as_typed: Callable[[ConfigError], ConfigError]
+    plans: Mapping[int, Plan],
+    rows: Rows,
+    part: str,
+    as_typed: Callable[[ConfigError, int], ConfigError],
 ) -> Planned:
+    first = min(plans)
     count, several = len(plans), list(zip(plans.values(), rows.loops, strict=True))
     plan, loop = several[0]
     found: dict[str, Program] = {}
@@ -169,9 +170,10 @@ def _of_group(
         found[form] = program._replace(times=program.times + before)
     needed = sum(disk(*pair) for pair in several)
     timed = lambda: estimated(rows.loops, rows.start(Shared()), rows.run)
-    called = f"{count} settings side by side, from setting {min(plans) + 1} on"
+    called = f"{count} settings side by side, from setting {first + 1} on"
     used = timed if plan.trained else None
-    return Planned(called, [*found.values()], needed, used, as_typed)
+    typed = lambda error: as_typed(error, first)
+    return Planned(called, [*found.values()], needed, used, typed)
 
 
 def report(
