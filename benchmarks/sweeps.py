@@ -129,12 +129,12 @@ def rows_side(settings: int) -> Run:
 def torch_side(settings: int, compiled: bool = False) -> Run:
     """PyTorch's vmap over all networks, on CPU cores."""
     import torch
-    from torch.func import stack_module_state
 
     torch.set_num_threads(cores())
     of_each = torch.tensor(rates(settings)).repeat_interleave(SEEDS)
     networks = [torch_network(HIDDEN, "lstm loop", N) for _ in of_each]
-    weights = {name: leaf.detach() for name, leaf in stack_module_state(networks)[0].items()}
+    states = [network.state_dict() for network in networks]
+    weights = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     zeros = {name: torch.zeros_like(leaf) for name, leaf in weights.items()}
     update = torch_step(networks[0], of_each)
 

@@ -204,7 +204,9 @@ def report(
             trained = [row for of, row in rows if of is planned and row.program.settings]
             if trained:
                 most = max(row.account.memory / row.program.settings for row in trained)
-                say(f"about {number(limit // most)} settings at a time fit into the memory")
+                say(
+                    f"settings that would fit into the memory side by side: {number(limit // most)}"
+                )
             if there is None and mesh.backend() == "cpu" and planned.timed:
                 said = ", ".join(f"{name} {each:.3g} s" for name, each in planned.timed().items())
                 say(f"training takes about {said}, by a few outer steps; measuring comes beside it")

@@ -18,8 +18,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -226,8 +226,7 @@ class SweepFolder:
             folder.mkdir(parents=True, exist_ok=True)
             if not is_sweep(path) and {each.name for each in folder.iterdir()} - {".lock"}:
                 raise ConfigError(f"--out {path} is not empty and holds no sweep: {other}")
-            with open(folder / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with _alone(folder):
                 if not is_sweep(path):
                     write_json(folder / "sweep.json", asked)
         except (OSError, ValueError) as error:
@@ -266,6 +265,14 @@ class SweepFolder:
 def is_sweep(path: str | Path) -> bool:
     """Whether a folder holds a sweep."""
     return (Path(path) / "sweep.json").exists()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One part at a time comes in."""
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _as_json(value: Mapping[str, Any]) -> Any:
@@ -336,8 +343,9 @@ def run_sweep(
                 measure = _measuring(shared)
                 runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
             _run(study, sweep, configs, folder, runners, shared, progress)
-    if not summary.exists() and all(map(folder.ended, range(len(configs)))):
-        swept.conclude(folder, progress)
+    with _alone(folder.path):  # of parts that end together the first draws
+        if not summary.exists() and all(map(folder.ended, range(len(configs)))):
+            swept.conclude(folder, progress)
     return folder
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import outer_step, timing
+from benchmarks import outer_step, sweeps, timing
 from benchmarks.table import table
 from benchmarks.timing import Side
 from metadyn.domains.linear import LinearRegression
@@ -92,27 +92,69 @@ def test_loss_and_gradient_equal_those_of_flax(ours):
     check_gradient(gradient, {name: np.asarray(leaf[...]).T for name, leaf in leaves.items()})
 
 
-def test_loss_and_gradient_equal_those_of_pytorch(ours):
+@pytest.mark.parametrize("model", ["lstm", "lstm loop"])
+def test_loss_and_gradient_equal_those_of_pytorch(model, ours):
     """On the same weights and episodes; where PyTorch is installed."""
     torch = pytest.importorskip("torch")
     params, x, y, loss, gradient = ours
-    network = outer_step.torch_network(H)
-    theirs = {
-        "input": network.body.lstm.weight_ih_l0,
-        "recurrent": network.body.lstm.weight_hh_l0,
-        "bias": network.body.lstm.bias_ih_l0,
-        "readout": network.readout.weight,
-        "offset": network.readout.bias,
-    }
+    network = outer_step.torch_network(H, model)
+    of = dict(network.body.named_parameters())
+    if model == "lstm":
+        of = {name.removeprefix("lstm."): leaf for name, leaf in of.items()}
+        names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0"
+        torch.nn.init.zeros_(of["bias_hh_l0"])
+    else:
+        names = "input.weight", "recurrent.weight", "input.bias"
+    theirs = dict(zip(("input", "recurrent", "bias"), (of[name] for name in names), strict=True))
+    theirs |= {"readout": network.readout.weight, "offset": network.readout.bias}
 
     with torch.no_grad():
-        network.body.lstm.bias_hh_l0.zero_()
         for name, leaf in theirs.items():
             leaf.copy_(torch.tensor(by_gate(name, params[name])))
     found = network(torch.tensor(x), torch.tensor(y))
     found.backward()
     np.testing.assert_allclose(loss, found.item(), rtol=1e-6)
     check_gradient(gradient, {name: np.asarray(leaf.grad) for name, leaf in theirs.items()})
+
+
+def test_networks_under_vmap_take_the_steps_that_each_takes_by_itself():
+    """Two networks with rates of their own, three steps of PyTorch's own Adam."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    rates, network = (1e-2, 3e-2), outer_step.torch_network(4, "lstm loop", 2)
+    x, y = torch.randn(2, 2, T, B, 2)
+    y = 30 * y  # so that gradients are clipped
+    weights = {name: torch.stack([leaf, leaf + 0.1]) for name, leaf in network.state_dict().items()}
+    zeros = {name: torch.zeros_like(leaf) for name, leaf in weights.items()}
+    state, step = (weights, zeros, zeros), sweeps.torch_step(network, torch.tensor(rates))
+    for t in (1.0, 2.0, 3.0):
+        state = step(*state, torch.tensor(t), x, y)
+    for i, rate in enumerate(rates):
+        network.load_state_dict({name: leaf[i] for name, leaf in weights.items()})
+        adam = torch.optim.Adam(network.parameters(), lr=rate)
+        for _ in range(3):
+            adam.zero_grad()
+            network(x[i], y[i]).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), outer_step.CLIP)
+            adam.step()
+        for name, leaf in network.state_dict().items():
+            torch.testing.assert_close(state[0][name][i], leaf, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_says_what_each_setting_takes(monkeypatch, capsys):
+    """100 MiB and 3 MiB a setting, a second a setting; 50 s of them compiling."""
+
+    def twice(command, *options):
+        (rates, noise) = (options.index(f"--{o}") for o in ("outer.learning-rate", "domain.sigma"))
+        count = (noise - rates - 1) * (len(options) - noise - 1)
+        return 50.0 + count, float(count), 100.0 + 3 * count
+
+    monkeypatch.setattr(sweeps, "twice", twice)
+    sweeps.main(["--settings", "1", "4", "64"])
+    *_, one, four, many = capsys.readouterr().out.splitlines()
+    assert one == "| 1 | 51 | 1 | 103 | – | 51 | 1 |"
+    assert four == "| 4 | 54 | 4 | 112 | 3 | 204 | 4 |"
+    assert many == "| 64 | 114 | 64 | 292 | 3 | 3264 | 64 |"
 
 
 def sleeping_side(seconds, log):

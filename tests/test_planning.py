@@ -66,7 +66,7 @@ def test_time_is_estimated_from_few_steps(plan, monkeypatch):
     _, loop = plan
     ran, run = [], loop.run
     monkeypatch.setattr(loop, "run", lambda state, to: (ran.append(to[0]), run(state, to))[1])
-    found = planning.estimated(loop)
+    found = planning.estimated([loop], loop.init(), lambda state, to: loop.run(state, [to]))
     assert found.keys() == {"lstm"}
     assert 0 < found["lstm"] < 600
     assert ran in ([1, 2, 4, 8, 16, 32, 52][:n] for n in range(2, 8))  # dispatches of 20
@@ -92,13 +92,41 @@ def accounts(monkeypatch):
     account = cost.Account(5 << 30, (), ())
     row = lambda program, there: planning.Row(program, 1.0, account, 0.0)
     monkeypatch.setattr(planning, "compiled", row)
-    monkeypatch.setattr(planning, "estimated", lambda loop: {})
+    monkeypatch.setattr(planning, "estimated", lambda *given: {})
 
 
 def test_what_does_not_fit_is_refused_once_all_is_said(accounts, refused, monkeypatch):
     monkeypatch.setattr(mesh, "memory", lambda split: 4 << 30)
     said = refused([STUDY, "--plan"], "--outer.batch 8: outer step of lstm would take 5 GiB of 4")
     assert "lower it" in said
+
+
+def test_a_sweep_is_planned_by_its_shapes_and_refused_once_all_is_said(
+    accounts, monkeypatch, tmp_path, capsys
+):
+    """Two settings of 4 units are trained as one program, which does twice what each does."""
+    monkeypatch.setattr(mesh, "memory", lambda split: 4 << 30)
+    found, of_sweep = [], planning.of_sweep
+    monkeypatch.setattr(
+        planning, "of_sweep", lambda *given: found.extend(of_sweep(*given)) or found
+    )
+    options = ["--zip", "--lstm.hidden", "4", "4", "5", "--outer.learning-rate", "1", "2", "3"]
+    out = tmp_path / "out"
+    assert main(["sweep", STUDY, *options, "--plan", "--out", str(out)]) == 2
+    said, errors = capsys.readouterr()
+    assert not out.exists()
+    (line,) = errors.splitlines()
+    refused = "--part 1/1: outer step of lstm × 2 settings would take 5 GiB of 4 GiB; divide them"
+    assert refused in line
+    assert "memory side by side: 1" in said
+    assert "3 settings" not in said
+    two, one = ({each.name: each for each in planned.programs} for planned in found)
+    assert two["bayes on tracked"].times == 2 * one["bayes on tracked"].times
+    devices, flops = len(mesh.devices()), lambda program: cost.operations_of(program.trace().jaxpr)
+    alone = planning.programs(*planned(steps=4000))[0]
+    rows_of_each = -(-2 // devices)
+    ratio = flops(two["outer step of lstm × 2 settings"]) / flops(alone)
+    assert ratio == pytest.approx(rows_of_each * devices, rel=0.1)
 
 
 def test_a_full_disk_is_refused(accounts, refused, monkeypatch):

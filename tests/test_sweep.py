@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -222,6 +224,31 @@ def test_figures_are_drawn_after_all_if_the_last_part_died_drawing_them(
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
     assert len(list((out / "figures").glob("*.png"))) == 3
     assert (out / "summary.json").read_text() == (done / "summary.json").read_text()
+
+
+def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
+    out = tmp_path / "together"
+    shutil.copytree(done, out)
+    (out / "summary.json").unlink()
+    drew, both = [], threading.Barrier(2)
+    found = sweep.SweepFolder(out)
+
+    def conclude(folder, progress):
+        drew.append(folder)
+        time.sleep(0.2)
+        (folder.path / "summary.json").write_text("{}")
+
+    def end():
+        both.wait()
+        sweep.run_sweep(found.sweep, None, [None] * 4, out, None)
+
+    monkeypatch.setattr(swept, "conclude", conclude)
+    parts = [threading.Thread(target=end) for _ in range(2)]
+    for part in parts:
+        part.start()
+    for part in parts:
+        part.join()
+    assert len(drew) == 1
 
 
 def test_a_done_sweep_ends_at_once_and_another_is_refused(done, capsys):
