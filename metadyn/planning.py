@@ -39,8 +39,9 @@ class Program(NamedTuple):
     option: str = "measure.chunk"
     """What to change if it does not fit."""
     fix: str = "lower it"
+    """How to change it."""
     settings: int = 0
-    """Of a sweep, that it trains side by side."""
+    """Of a sweep, that it trains side by side. 0: it measures, or is not of a sweep."""
 
 
 def programs(plan: Plan, loop: OuterLoop) -> list[Program]:
@@ -135,9 +136,13 @@ def of_run(study: Study, config: Any) -> list[Planned]:
 def of_sweep(
     plans: Mapping[int, Plan],
     part: str,
-    as_typed: Callable[[ConfigError, int], ConfigError] = lambda error, i: error,
+    as_typed: Callable[[ConfigError, int], ConfigError],
 ) -> list[Planned]:
-    """The settings of a part of a sweep, by their numbers, in groups of one form."""
+    """The settings of a part of a sweep, by their numbers, in groups of one form.
+
+    `part` is "1/1", as it is typed; `as_typed(error, i)` says why setting i is refused in the words
+    of the command line.
+    """
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
     groups = by_form(loops)
@@ -154,6 +159,8 @@ def _of_group(
     part: str,
     as_typed: Callable[[ConfigError, int], ConfigError],
 ) -> Planned:
+    """Settings of one form. They are trained at once, and measured one after another by programs
+    that those of one form share."""
     first = min(plans)
     count, several = len(plans), list(zip(plans.values(), rows.loops, strict=True))
     plan, loop = several[0]
@@ -204,9 +211,8 @@ def report(
             trained = [row for of, row in rows if of is planned and row.program.settings]
             if trained:
                 most = max(row.account.memory / row.program.settings for row in trained)
-                say(
-                    f"settings that would fit into the memory side by side: {number(limit // most)}"
-                )
+                many = number(limit // most)
+                say(f"settings that would fit into the memory side by side: {many}")
             if there is None and mesh.backend() == "cpu" and planned.timed:
                 said = ", ".join(f"{name} {each:.3g} s" for name, each in planned.timed().items())
                 say(f"training takes about {said}, by a few outer steps; measuring comes beside it")

@@ -101,39 +101,38 @@ def test_what_does_not_fit_is_refused_once_all_is_said(accounts, refused, monkey
     assert "lower it" in said
 
 
-def test_a_sweep_is_planned_by_its_shapes_and_refused_once_all_is_said(
-    accounts, monkeypatch, tmp_path, capsys
+def test_a_sweep_is_planned_and_refused_once_all_is_said(
+    accounts, plan, monkeypatch, tmp_path, capsys
 ):
-    """Two settings of 4 units are trained as one program, which does twice what each does."""
+    """Two settings are trained as one program, which does twice what that of a run does."""
     monkeypatch.setattr(mesh, "memory", lambda split: 4 << 30)
     found, of_sweep = [], planning.of_sweep
     monkeypatch.setattr(
         planning, "of_sweep", lambda *given: found.extend(of_sweep(*given)) or found
     )
-    options = ["--zip", "--lstm.hidden", "4", "4", "5", "--outer.learning-rate", "1", "2", "3"]
-    out = tmp_path / "out"
-    assert main(["sweep", STUDY, *options, "--plan", "--out", str(out)]) == 2
+    out, rates = tmp_path / "out", ["--outer.learning-rate", "1e-2", "3e-2"]
+    assert main(["sweep", STUDY, *rates, "--plan", "--out", str(out)]) == 2
     said, errors = capsys.readouterr()
     assert not out.exists()
     (line,) = errors.splitlines()
     refused = "--part 1/1: outer step of lstm × 2 settings would take 5 GiB of 4 GiB; divide them"
     assert refused in line
-    assert "memory side by side: 1" in said
-    assert "3 settings" not in said
-    two, one = ({each.name: each for each in planned.programs} for planned in found)
-    assert two["bayes on tracked"].times == 2 * one["bayes on tracked"].times
-    devices, flops = len(mesh.devices()), lambda program: cost.operations_of(program.trace().jaxpr)
-    alone = planning.programs(*planned(steps=4000))[0]
-    rows_of_each = -(-2 // devices)
-    ratio = flops(two["outer step of lstm × 2 settings"]) / flops(alone)
-    assert ratio == pytest.approx(rows_of_each * devices, rel=0.1)
+    assert "2 settings side by side, from setting 1 on" in said
+    assert "fit into the memory side by side: 1\n" in said
+    both, alone = found[0].programs, planning.programs(*plan)
+    assert [each.times for each in both[1:]] == [2 * each.times for each in alone[1:]]
+    assert found[0].disk == 2 * planning.disk(*plan)
+    flops = lambda program: cost.operations_of(program.trace().jaxpr)
+    devices = len(mesh.devices())  # rows are split over them, of a run its episodes
+    ratio = devices * -(-2 // devices)
+    assert flops(both[0]) / flops(alone[0]) == pytest.approx(ratio, rel=0.1)
 
 
 def test_a_full_disk_is_refused(accounts, refused, monkeypatch):
     monkeypatch.setattr(mesh, "memory", lambda split: 6 << 30)
     usage = namedtuple("usage", "total used free")(100, 99, 1)
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: usage)
-    refused([STUDY, "--plan"], "the run may take")
+    refused([STUDY, "--plan"], "it may take")
 
 
 def test_a_compiler_that_runs_out_of_memory_is_told_apart(plan):

@@ -17,6 +17,8 @@ import metadyn
 from metadyn import sweep, swept, view
 from metadyn.cli import main
 from metadyn.errors import ConfigError
+from metadyn.progress import Progress
+from metadyn.study import load_study
 
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "benchmarks" / "tiny_study.py")
@@ -231,7 +233,7 @@ def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
     shutil.copytree(done, out)
     (out / "summary.json").unlink()
     drew, both = [], threading.Barrier(2)
-    found = sweep.SweepFolder(out)
+    found, study = sweep.SweepFolder(out), load_study(STUDY)
 
     def conclude(folder, progress):
         drew.append(folder)
@@ -240,7 +242,7 @@ def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
 
     def end():
         both.wait()
-        sweep.run_sweep(found.sweep, None, [None] * 4, out, None)
+        sweep.run_sweep(found.sweep, study, [None] * 4, out, Progress(None))
 
     monkeypatch.setattr(swept, "conclude", conclude)
     parts = [threading.Thread(target=end) for _ in range(2)]
