@@ -7,7 +7,7 @@ a causal test: an LSTM and a GRU that go on, in mid-episode, from Bayes' state m
 """
 
 import dataclasses
-import functools
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -70,10 +70,9 @@ def compared(config: Config, name: str) -> md.Comparison:
         if network in RECURRENT:
             copies = f"{network}_operated", label, beside.implanted(learner), "reference"
             contenders.append(md.Contender(*copies, of=network))  # type: ignore[arg-type]
-    tasks = training_tasks(domain)
-    causal = sizes.sized(tasks, "tasks", f"causal_{name}", kinds=("reference",))
-    labels = name, TITLES[name], False
-    return md.Comparison(domain, contenders, [causal], (), sizes, objective, heads, *labels)
+    causal = sizes.sized(training_tasks(domain), name=f"causal_{name}", kinds=("reference",))
+    how = sizes, objective, heads, name, TITLES[name], False
+    return md.Comparison(domain, contenders, [causal], (), *how)
 
 
 def plan(config: Config) -> md.Plan:
@@ -81,7 +80,7 @@ def plan(config: Config) -> md.Plan:
     return md.Plan(config.outer, [compared(config, name) for name in TITLES])
 
 
-@functools.lru_cache(maxsize=16)  # criteria and figures both ask for it
+@lru_cache(maxsize=16)  # criteria and figures both ask for it
 def decoded(results, name: str, network: str) -> dict[str, decoding.Decoded]:
     """How much of Bayes' posterior is in a network's state."""
     return decoding.of_state(results[f"{HELDOUT}_{name}", network])
@@ -110,20 +109,10 @@ def criteria(config: Config, results):
     yield md.criterion("linear_near_bayes_mean", worst, said, at_least=0.9, surely=True)
 
 
-def panels(read, **how):
-    """Makes a figure of R² with a panel for each network of each domain: `read` gives curves."""
-
-    def figure(results):
-        figure, axes = figures.grid(len(ROWS), "R² on held-out tasks", 3.8, 3.4, sharey=True)
-        for axis, (who, title) in zip(axes, ROWS.items(), strict=True):
-            x, found = read(results, *who)
-            figures.curves(axis, x, dynamics.stacked(found.values()), [*found], marker="o", ms=3)
-            axis.set(ylim=(-0.15, 1.05), **how)
-            axis.set_title(title, fontsize=10)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        return figure
-
-    return figure
+def panels(read, results, **axes):
+    """Draws R², with a panel for each network of each domain, of what `read` gives."""
+    shown = {called: read(results, *who) for who, called in ROWS.items()}
+    return figures.panels(shown, "R² on held-out tasks", ylim=(-0.15, 1.05), **axes)
 
 
 def by_step(results, name: str, network: str):
@@ -132,7 +121,7 @@ def by_step(results, name: str, network: str):
     found = {
         "mean": of["mean"].at(-1),
         "mean, untrained": of["mean"].at(0),
-        "mean of another task": of["shuffled"].at(-1),
+        "mean of a shuffled task": of["shuffled"].at(-1),
         "uncertainty": of["uncertainty"].at(-1),
         "uncertainty, by a perceptron too": of["nonlinear"].at(-1),
         "uncertainty, untrained": of["uncertainty"].at(0),
@@ -144,13 +133,12 @@ def by_step(results, name: str, network: str):
 def by_outer_step(results, name: str, network: str):
     """How much is decoded over outer training, and how far behaviour is that of Bayes."""
     data, bayes = (results[f"{HELDOUT}_{name}", who] for who in (network, "bayes"))
-    of = decoded(results, name, network)
-    shown = {"mean": "mean", "mean of another task": "shuffled", "uncertainty": "uncertainty"}
-    over = functools.partial(dynamics.estimate, decoding.over_steps)
-    found = {called: over(*of[what]) for called, what in shown.items()}
+    of, over = decoded(results, name, network), decoding.over_steps
+    shown = ("mean", "shuffled", "uncertainty")
+    found = {what: dynamics.estimate(over, *of[what]) for what in shown}
     value, low, high = (1 / (1 + part) for part in dynamics.measured_excess(data, bayes))
     found["behaviour: 1 / (1 + excess loss), 1 as Bayes"] = dynamics.Estimate(value, high, low)
-    return np.maximum(data["outer_step"].to_numpy(), 0.5), found
+    return data["outer_step"].to_numpy(), found
 
 
 def causal(results):
@@ -187,8 +175,8 @@ study = md.Study(
     plan,
     criteria,
     {
-        "decoded": panels(by_step, xlabel="pairs that the state has read"),
-        "over_outer_training": panels(by_outer_step, xscale="log", xlabel="outer step (left: 0)"),
+        "decoded": partial(panels, by_step, xlabel="pairs that the state has read"),
+        "over_outer_training": partial(panels, by_outer_step, xscale="symlog", xlabel="outer step"),
         "causal": causal,
     },
     section="ours",
@@ -202,17 +190,11 @@ study = md.Study(
     ],
     claims=claims(
         decoded={
-            "linear_near_bayes_mean": "Ours: whoever is near Bayes' loss holds the posterior mean "
-            "in linear form",
-            "linear_lstm_uncertainty": "Ours: late in an episode the uncertainty is hardly in the "
-            "LSTM's state in linear form",
+            "linear_near_bayes_mean": "Ours: whoever is near Bayes holds its mean in linear form",
+            "linear_lstm_uncertainty": "Ours: late on, an LSTM hardly holds uncertainty linearly",
             "linear_lstm_nonlinear": "Ours: nor in another form, that a small perceptron finds",
-            "linear_lstm_direction": "Ours: the LSTM's state simulates that of Bayes better than "
-            "it is simulated",
+            "linear_lstm_direction": "Ours: an LSTM simulates Bayes better than Bayes an LSTM",
         },
-        causal={
-            "linear_lstm_kept": "Ours: it is what the LSTM uses, which goes on from Bayes' state "
-            "mapped into its own"
-        },
+        causal={"linear_lstm_kept": "Ours: an LSTM goes on from Bayes' state mapped into its own"},
     ),
 )

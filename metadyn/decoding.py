@@ -45,7 +45,7 @@ MERITS = {
     "untrained": "R² of the posterior mean, untrained",
     "shuffled": "R² of the posterior mean of another task",
     "uncertainty": "R² of the uncertainty, at the end",
-    "nonlinear": "R² of the uncertainty, at the end, by a perceptron too",
+    "nonlinear": "R² of the uncertainty, by a perceptron too",
     "to_bayes": "R² of Bayes' state from its own",
     "from_bayes": "R² of its own state from Bayes'",
     "direction": "difference of R² of Bayes' state from its own and the other way",

@@ -25,6 +25,7 @@ def test_every_network_is_trained_in_both_domains_and_recurrent_ones_are_operate
         assert all(list(meta.times) == [0, 2, 3, 5, 10, 20] for meta in part.metas)
         operated = {c.name: c.of for c in part.contenders if c.kind == "reference"}
         assert operated == {"lstm_operated": "lstm", "gru_operated": "gru"}
+    assert not any(tasks.probes for _, tasks, _ in plan.every)  # no tracked tasks
     rates = {name: (each.own or plan.outer).learning_rate for name, each in plan.trained.items()}
     assert rates["control_linear"] < rates["lstm_linear"] / 50
     sizes = {n: sum(x.size for x in _leaves(each.meta)) for n, each in plan.trained.items()}
