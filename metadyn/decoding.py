@@ -251,7 +251,8 @@ def merits(
     yield "direction", estimate(way, *forth, *back)
     for what in ("uncertainty", "nonlinear"):
         yield what, r_squared(of[what].at(-1)).each()[-1]
-    losses = (dynamics.episode_loss(each)[:, 1::2] for each in (data, bayes))  # of tasks held out
+    # Of the tasks held out. The scale of excess loss makes no difference to when it falls.
+    losses = (dynamics.episode_loss(each)[:, 1::2] for each in (data, bayes))
     when = lambda a, b, c, d: delay(steps, over_steps(a, b), c - d[..., None])
     yield "delay", estimate(when, *of["mean"], *losses)
 

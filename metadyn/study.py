@@ -91,8 +91,8 @@ class MeasureConfig:
     """Tasks measured at a time, which bounds the memory."""
 
     def __post_init__(self) -> None:
-        tracked, names = self.tracked_tasks, {field.name for field in dataclasses.fields(self)}
-        check_positive(self, *(names - {"tracked_tasks"}))
+        names, tracked = [field.name for field in dataclasses.fields(self)], self.tracked_tasks
+        check_positive(self, *(name for name in names if name != "tracked_tasks"))
         fix = "must be at least 2, as halves are compared, or 0 for none"
         check(tracked == 0 or tracked >= 2, "tracked_tasks", tracked, fix)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import metadyn as md
-from metadyn import decoding, labelled
+from metadyn import decoding, figures, labelled
+from metadyn.dynamics import Estimate
 from metadyn.learners import beside
 from metadyn.store import Results
 
@@ -96,6 +97,16 @@ def test_figures_of_merit_are_those_that_were_planted(planted):
     assert bayes == {"none": 0.0, "own": 2.0, "other": 8.0, "fresh": 4.0}
     assert (value["kept"], value["outputs"]) == (0.5, 0.25)
     assert set(decoding.GOES_ON) == set(beside.SOURCES) - {"bayes"}
+
+
+def test_panels_show_the_curves_that_they_are_given_and_what_they_are_called():
+    value = np.array([0.1, 0.5, 0.9])
+    curves = {"mean": Estimate(value, value - 0.1, value + 0.1)}
+    figure = figures.panels({"LSTM": (np.arange(3), curves)}, "R²", ylim=(0, 1))
+    (axis,), (legend,) = figure.axes, figure.legends
+    assert (axis.get_title(), axis.get_ylabel(), axis.get_ylim()) == ("LSTM", "R²", (0, 1))
+    np.testing.assert_array_equal(axis.get_lines()[0].get_xydata().T, [np.arange(3), value])
+    assert [text.get_text() for text in legend.get_texts()] == ["mean"]
 
 
 @pytest.mark.parametrize(
