@@ -130,7 +130,7 @@ def by_step(results, name: str, network: str):
     return pairs, {called: decoding.r_squared(each) for called, each in found.items()}
 
 
-def by_outer_step(results, name: str, network: str):
+def by_training(results, name: str, network: str):
     """How much is decoded over outer training, and how far behaviour is that of Bayes."""
     data, bayes = (results[f"{HELDOUT}_{name}", who] for who in (network, "bayes"))
     of, over = decoded(results, name, network), decoding.over_steps
@@ -138,7 +138,7 @@ def by_outer_step(results, name: str, network: str):
     found = {what: dynamics.estimate(over, *of[what]) for what in shown}
     value, low, high = (1 / (1 + part) for part in dynamics.measured_excess(data, bayes))
     found["behaviour: 1 / (1 + excess loss), 1 as Bayes"] = dynamics.Estimate(value, high, low)
-    return data["outer_step"].to_numpy(), found
+    return 1 + data["outer_step"].to_numpy(), found
 
 
 def causal(results):
@@ -176,7 +176,7 @@ study = md.Study(
     criteria,
     {
         "decoded": partial(panels, by_step, xlabel="pairs that the state has read"),
-        "over_outer_training": partial(panels, by_outer_step, xscale="symlog", xlabel="outer step"),
+        "over_outer_training": partial(panels, by_training, xscale="log", xlabel="1 + outer step"),
         "causal": causal,
     },
     section="ours",
