@@ -82,7 +82,7 @@ class MeasureConfig:
     shifted_tasks: int = 2048
     """Evaluation tasks of each set that is out of distribution."""
     tracked_tasks: int = 128
-    """Evaluation tasks probed at every checkpoint."""
+    """Evaluation tasks probed at every checkpoint; 0 for none."""
     heldout_tasks: int = 2048
     """Tasks of the training distribution on which the excess loss is measured."""
     probe_points: int = 32
@@ -91,9 +91,10 @@ class MeasureConfig:
     """Tasks measured at a time, which bounds the memory."""
 
     def __post_init__(self) -> None:
-        check_positive(self, *(field.name for field in dataclasses.fields(self)))
-        tracked = self.tracked_tasks
-        check(tracked >= 2, "tracked_tasks", tracked, "must be at least 2: halves are compared")
+        names, tracked = [field.name for field in dataclasses.fields(self)], self.tracked_tasks
+        check_positive(self, *(name for name in names if name != "tracked_tasks"))
+        fix = "must be at least 2, as halves are compared, or 0 for none"
+        check(tracked == 0 or tracked >= 2, "tracked_tasks", tracked, fix)
 
     def sized(
         self, tasks: TaskSet, field: str = "tasks", name: str | None = None, **changes: Any
@@ -300,7 +301,8 @@ class Comparison:
     @property
     def watched(self) -> tuple[TaskSet, ...]:
         """The sets on which its meta-learners are measured at every checkpoint, and Bayes once."""
-        return (self.tracked, self.heldout) if self.metas else ()
+        tracked = (self.tracked,) if self.measure.tracked_tasks else ()
+        return (*tracked, self.heldout) if self.metas else ()
 
     @functools.cached_property
     def measurements(self) -> list[tuple[TaskSet, Contender]]:
