@@ -29,10 +29,11 @@ def test_each_remedy_is_what_it_is_called(plan):
     assert normalised == ["lstm_normalised", "lstm_both", "deltanet_both"]
     trained_on = {name: each.objective.keywords.get("sample") for name, each in metas.items()}
     mixture = trained_on.pop("lstm_mixture")
-    assert [d.C[0, 0] * 3 for d in mixture.domains] == pytest.approx([0.25, 1, 4, 16, 64])
-    assert mixture.weights == pytest.approx([4, 1, 1 / 4, 1 / 16, 1 / 64])
+    assert [d.C[0, 0] * 3 for d in mixture.domains] == pytest.approx([1, 64])
+    assert mixture.weights == pytest.approx([1, 1 / 64])
     assert trained_on["lstm_both"] == trained_on["deltanet_both"] == mixture
     assert (trained_on["pool_4"].size, trained_on["pool_64"].size) == (4, 64)
+    assert {name for name, each in metas.items() if each.pace != 1} == {"lstm"}
     assert trained_on["lstm"] is trained_on["lstm_normalised"] is trained_on["deltanet"] is None
     assert [each.name for each in bands.metas] == ["lstm", "lstm_mixture"]
     supports = [d.support for d in bands.metas[1].objective.keywords["sample"].domains]
@@ -53,10 +54,18 @@ def test_the_right_prior_of_a_set_has_the_mean_square_of_its_tasks(plan):
 
 def test_memorising_bayes_knows_the_pool_that_was_trained_on(plan):
     linear, _ = plan.comparisons
-    sampled = {t.name: t.sample for t, c in linear.measurements if c.name == "memorising_64"}
+    sets = {t.name: t for t, c in linear.measurements if c.name == "memorising_64"}
+    assert set(sets) == {"fresh", "pool_64"}
+    keys = jax.random.split(jax.random.key(0), 256)
+    drawn, fresh = (
+        np.asarray(jax.vmap(sets[name].sample, (0, None))(keys, sets[name].argument).W)
+        for name in ("pool_64", "fresh")
+    )
     (trained,) = (each for each in linear.metas if each.name == "pool_64")
-    assert sampled["pool_64"] == trained.objective.keywords["sample"]
-    assert set(sampled) == {"fresh", "pool_64"}
+    pool = trained.objective.keywords["sample"]
+    own = np.asarray(jax.vmap(pool.task)(np.arange(64)).W)
+    assert (drawn[:, None] == own).all((2, 3)).any(1).all()
+    assert not (fresh[:, None] == own).all((2, 3)).any()
 
 
 def test_the_study_is_rehearsed_without_complaint(plan):
@@ -68,9 +77,9 @@ def test_the_study_is_rehearsed_without_complaint(plan):
     [
         (["--pools", "0"], "--pools"),
         (["--scales", "1", "0"], "--scales"),
-        (["--scales", "2", "2"], "--scales"),
         (["--other-batch", "0"], "--other-batch 0"),
-        (["--other", "lstm"], "other"),
+        (["--pace", "0"], "--pace 0"),
+        (["--meta", "deltanet"], "deltanet"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):

@@ -280,3 +280,14 @@ def test_an_own_optimiser_is_scheduled_over_the_runs_steps():
     after = last(loop, jax.device_put(before, mesh.replicated()), [30])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params, after.params)
     assert max(jax.tree.leaves(moved)) > 1e-6
+
+
+def test_a_pace_of_its_own_is_as_many_steps_of_a_longer_run():
+    """Half as many again, from dispatch to dispatch, under the longer run's schedule."""
+    longer, config = (dataclasses.replace(CONFIG, steps=n, warmup=2, dispatch=3) for n in (15, 10))
+    training = MetaTraining(META, prediction_loss(DOMAIN, META))
+    ends = []
+    for pace, each in ((1.0, longer), (1.5, config)):
+        loop = OuterLoop({"lstm": training._replace(pace=pace)}, each, jax.random.key(0))
+        ends.append(last(loop, loop.init(), [each.steps]).params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), *ends)
