@@ -83,20 +83,18 @@ def linear(config: Config) -> md.Comparison:
         plain, network = replace(config, meta=name).meta_learner(domain), getattr(config, name)
         if name == OTHER:
             plain = replace(plain, own=replace(plain.own or config.outer, batch=config.other_batch))
-        normalised = replace(plain, learner=Normalised(domain, network.make))
         longer = replace(plain, pace=config.pace if name == config.meta else 1.0)
-        for remedy, made, objective in (
-            ("", longer, one_scale),
-            ("mixture", plain, mixed),
-            ("normalised", normalised, one_scale),
-            ("both", normalised, mixed),
-        ):
-            if name == config.meta or remedy in ("", "both"):
-                label, called = (
-                    f"{network.label}, {remedy or 'plain'}",
-                    f"{name}_{remedy}".strip("_"),
-                )
-                contenders.append(replace(made, name=called, label=label, objective=objective))
+        normalised = replace(plain, learner=Normalised(domain, network.make))
+        remedies = {
+            "plain": (longer, one_scale),
+            "mixture": (plain, mixed),
+            "normalised": (normalised, one_scale),
+            "both": (normalised, mixed),
+        }
+        for remedy in remedies if name == config.meta else ("plain", "both"):
+            called, (made, objective) = f"{name}_{remedy}", remedies[remedy]
+            made = replace(made, name=called.removesuffix("_plain"), objective=objective)
+            contenders.append(replace(made, label=f"{network.label}, {remedy}"))
     for shift, factors in SETS.items():
         sets.append(sizes.sized(domain.evaluation(points, *factors), "shifted_tasks", shift))
         norms = [np.linalg.norm(domain.spectrum(*each)) for each in (factors, (1, 1))]
