@@ -14,13 +14,12 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
-from metadyn.base import STRENGTH
+from metadyn.base import STRENGTH, Sampler
 from metadyn.domains.distributions import Mixture, Pool
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
@@ -31,12 +30,13 @@ from metadyn.learners.normalised import Normalised
 from metadyn.objectives import prediction_loss
 from metadyn.study import HELDOUT, Network, claims, excess_of, paper
 
-WITHIN, RIGHT, ENDLESS = "in_distribution", "bayes_right", np.int32(2**31 - 1)
+WITHIN, RIGHT = "in_distribution", "bayes_right"
 SETS = {WITHIN: (1, 1), "x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "x16": (16, 1), "outsize": (1, 8)}
 """Sets of tasks: factor on the whole spectrum, factor on its greatest mode alone."""
 BANDS = {"band_1_2": (1, 2), "band_3_4": (3, 4), "band_1_4": (1, 4)}
 """Lowest and highest frequency of each band in the mixture; the first is trained on alone."""
-POOLS, KINDS = ("fresh", "own"), ("memorising", "generalising")
+KNOWING = {"memorising": "memorising_{}", "generalising": "bayes"}
+"""Bayes that knows the pool of tasks, and that knows the prior."""
 OTHER: Network = "deltanet"
 """The other network."""
 GROWTH, COST = {"x4": 0.1, "x16": 0.2}, 1.15
@@ -97,22 +97,24 @@ def linear(config: Config) -> md.Comparison:
             contenders.append(replace(made, label=f"{network.label}, {remedy}"))
     for shift, factors in SETS.items():
         sets.append(sizes.sized(domain.evaluation(points, *factors), "shifted_tasks", shift))
-        norms = [np.linalg.norm(domain.spectrum(*each)) for each in (factors, (1, 1))]
-        right = bayes.bayes_linear(domain.scaled(float(norms[0] / norms[1])))
-        pairs.append((sets[-1], md.Contender(RIGHT, "Bayes, right prior", right, "reference")))
+        norms = [math.hypot(*domain.spectrum(*each)) for each in (factors, (1, 1))]
+        pairs.append((sets[-1], right(bayes.bayes_linear(domain.scaled(norms[0] / norms[1])))))
     probes = {STRENGTH: domain.answers(points)}
-    fresh = md.TaskSet("fresh", domain, Pool(domain, 1), ENDLESS, probes, kinds=("bayes",))
+    fresh = md.TaskSet("fresh", domain, Sampler(domain), probes=probes, kinds=("bayes",))
     sets.append(fresh := sizes.sized(fresh, "heldout_tasks"))
     for size in config.pools:
         pool, label = Pool(domain, size), f"{getattr(config, config.meta).label}, {size} tasks"
-        fields: dict[str, Any] = {"objective": partial(prediction_loss, sample=pool), "pace": 1.0}
-        fields |= {"name": f"pool_{size}", "label": label, "drawn": False}
-        contenders.append(replace(contenders[0], **fields))
+        made = replace(contenders[0], name=f"pool_{size}", label=label, drawn=False, pace=1.0)
+        contenders.append(replace(made, objective=partial(prediction_loss, sample=pool)))
         known = md.Contender(f"memorising_{size}", label, bayes_memorising(pool), "reference")
-        sets.append(replace(fresh, name=f"pool_{size}", argument=np.int32(size)))
-        pairs += [(tasks, each) for tasks in (fresh, sets[-1]) for each in (contenders[-1], known)]
+        pairs += [(fresh, contenders[-1]), (fresh, known)]
     contenders += references(alone, mix)
     return md.Comparison(domain, contenders, sets, pairs, sizes, followed=False)
+
+
+def right(learner: md.Learner) -> md.Contender:
+    """Bayes under the prior that a set of tasks is of, which is measured on that set alone."""
+    return md.Contender(RIGHT, "Bayes, right prior", learner, "reference")
 
 
 def references(alone: md.Learner, mix: md.Learner) -> list[md.Contender]:
@@ -129,8 +131,7 @@ def bands(config: Config) -> md.Comparison:
         spectrum = (*band(low, high), *(0.0,) * (highest - high))
         domains.append(domain := replace(config.nonlinear, spectrum=spectrum))
         tasks = sizes.sized(domain.evaluation(sizes.probe_points), "shifted_tasks", name)
-        right = bayes.bayes_fourier(domain)
-        pairs.append((tasks, md.Contender(RIGHT, "Bayes, right prior", right, "reference")))
+        pairs.append((tasks, right(bayes.bayes_fourier(domain))))
     frequencies = tuple(range(1, highest + 1))
     mix = bayes_mixture([bayes.gaussian_fourier(each, frequencies) for each in domains])
     plain, alone = config.meta_learner(domains[0]), bayes.bayes_fourier(domains[0])
@@ -157,13 +158,10 @@ def over_right(results, task_set: str, name: str) -> dynamics.Estimate:
     return dynamics.measured_excess(results[task_set, name], results[task_set, RIGHT])
 
 
-def distance(results, size: int, where: str, kind: str) -> dynamics.Estimate:
-    """Mean-square distance of the answers of the network of a pool to those of a Bayes."""
-    known = f"memorising_{size}" if kind == "memorising" else "bayes"
-    task_set = f"pool_{size}" if where == "own" else where
-    one, two = (
-        dynamics.samples(results[task_set, name], "answers") for name in (f"pool_{size}", known)
-    )
+def distance(results, size: int, kind: str) -> dynamics.Estimate:
+    """Mean-square distance of answers of a pool's network, on fresh tasks, to those of a Bayes."""
+    pair = [results["fresh", name.format(size)] for name in ("pool_{}", KNOWING[kind])]
+    one, two = (dynamics.samples(data, "answers") for data in pair)
     return dynamics.estimate(np.asarray, ((one - two) ** 2)[:, :, :-1].mean((2, 3, 4)))
 
 
@@ -178,13 +176,13 @@ def criteria(config: Config, results):
     """What each remedy gains outside, what it costs within, and what exact Bayes pays."""
     plain, best = (results[HELDOUT, name] for name in (config.meta, "bayes"))
     for name, data in results.learners(WITHIN, "meta").items():
-        bounds = GROWTH | {"cost": COST} if name.endswith("_both") else {}
+        bounds: dict[str, float] = GROWTH if name.endswith("_both") else {}
         yield row(data, "excess", excess_of(results, name), "excess loss within")
         trained = [each.isel(outer_step=-1) for each in (results[HELDOUT, name], plain)]
         seconds = [labelled.about(each).seconds for each in trained]
-        said = "excess within over the plain network's, which has had more outer steps"
         found = dynamics.excess_ratio(trained[0], trained[1], best)
-        yield row(data, "cost", found, said, bounds.get("cost", math.inf))
+        said = "excess within over the plain network's, which trains as long as with both remedies"
+        yield row(data, "cost", found, said, COST if name == f"{config.meta}_both" else math.inf)
         found = dynamics.exact(seconds[0] / max(seconds[1], 1e-3))
         yield row(data, "seconds", found, "seconds of training over the plain network's")
         pairs = {each: (results[each, name], results[each, "bayes"]) for each in SETS}
@@ -205,17 +203,16 @@ def criteria(config: Config, results):
     found = dynamics.excess_ratio(*(results["band_3_4", name] for name in who))
     said = "a mixture of bands at least halves the excess in another band: surely at most 0.5"
     yield md.criterion("bands_gain", found, said, 0.5, surely=True)
-    for size, where, kind in product(config.pools, POOLS, KINDS):
-        found = distance(results, size, where, kind)
-        said = f"mean-square distance to the {kind} Bayes, on {where} tasks"
-        yield row(results["fresh", f"pool_{size}"], f"{where}_{kind}", found, said)
+    for size, kind in product(config.pools, KNOWING):
+        said = f"mean-square distance to the {kind} Bayes, on fresh tasks"
+        data = results["fresh", f"pool_{size}"]
+        yield row(data, f"fresh_{kind}", distance(results, size, kind), said)
 
 
-def lines(axis, x, found, labels, **settings):
+def lines(axis, x, found, labels):
     """Draws estimates [[of one point] of one line] with their bands."""
     y = dynamics.stacked(map(dynamics.stacked, found))
     figures.curves(axis, np.asarray(x), y, labels, "turbo", marker="o")
-    axis.set(**settings)
     axis.legend(fontsize=8)
 
 
@@ -237,19 +234,20 @@ def excess_by_scale(results):
         labels = [labelled.about(results[sets[0], name]).label for name in shown]
         axis.set_xticks(range(len(sets)), [each.replace("_", " ") for each in sets])
         axis.set_yscale("symlog", linthresh=0.05)
-        lines(axis, range(len(sets)), found, labels, title=title, xlabel="tasks")
+        axis.set(title=title, xlabel="tasks")
+        lines(axis, range(len(sets)), found, labels)
     return figure
 
 
 def diversity(results):
     """Draws distances to the memorising and to the generalising Bayes by the number of tasks."""
-    sizes = sorted(int(each[5:]) for each in results.sets() if each.startswith("pool_"))
-    figure, axes = figures.grid(2, "mean-square distance of answers", 4.6, 4, sharey=True)
-    for axis, where in zip(axes, POOLS, strict=True):
-        found = [[distance(results, size, where, kind) for size in sizes] for kind in KINDS]
-        axis.set_xscale("log", base=2)
-        settings = {"title": f"on {where} tasks", "xlabel": "distinct tasks in training"}
-        lines(axis, sizes, found, [f"to {kind} Bayes" for kind in KINDS], yscale="log", **settings)
+    pools = [name for name in results.learners("fresh") if name.startswith("pool_")]
+    sizes = sorted(int(name.removeprefix("pool_")) for name in pools)
+    figure, (axis,) = figures.grid(bool(pools), "mean-square distance on fresh tasks", 5.2, 4)
+    found = [[distance(results, size, kind) for size in sizes] for kind in KNOWING]
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="distinct tasks in training", yscale="log")
+    lines(axis, sizes, found, [f"to the {kind} Bayes" for kind in KNOWING])
     return figure
 
 

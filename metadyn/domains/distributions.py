@@ -71,6 +71,6 @@ class Pool:
         """Task number `index`, from 0."""
         return self.domain.sample_task(jax.random.fold_in(jax.random.key(self.seed), index))
 
-    def __call__(self, key: Key, size: Int[Array, ""] | None = None) -> Task:
-        """Draws one of its tasks, or of the first `size` of a larger pool of the same seed."""
-        return self.task(jax.random.randint(key, (), 0, self.size if size is None else size))
+    def __call__(self, key: Key, argument: None = None) -> Task:
+        del argument
+        return self.task(jax.random.randint(key, (), 0, self.size))
