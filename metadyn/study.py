@@ -193,6 +193,8 @@ class Contender:
     """The field of the study's configuration that sets `own`'s learning rate, for messages."""
     option: str = ""
     """The option that sets its size, for messages."""
+    pace: float = 1.0
+    """Outer steps that a meta-learner takes in one of the run's: 1.1 is a tenth more in all."""
     of: str = ""
     """The meta-learner of the comparison from whose outer parameters its own learner is made, once
     these are trained. Its `learner` is then `Derived` from that meta-learner."""
@@ -203,6 +205,7 @@ class Contender:
         object.__setattr__(self, "kind", self.kind or kinds[0])
         fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
         check(self.kind in kinds, "kind", self.kind, fix)
+        check_positive(self, "pace")
 
     @property
     def trained(self) -> bool:
@@ -322,7 +325,7 @@ class Comparison:
         meta = contender.learner
         assert not isinstance(meta, Learner)
         objective = (contender.objective or self.objective)(self.domain, meta)
-        return MetaTraining(meta, objective, contender.own, contender.rate)
+        return MetaTraining(meta, objective, contender.own, contender.rate, contender.pace)
 
     def joined(self, contender: Contender) -> Comparison:
         """Adds a contender behind those of its kind; returns itself if there are none.
