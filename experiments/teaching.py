@@ -169,8 +169,9 @@ QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
     examples=3,
-    outer=md.OuterConfig(steps=1000, seeds=3, learning_rate=3e-2, warmup=100, checkpoints=1),
-    measure=md.MeasureConfig(tasks=256, updating_tasks=32, probe_points=16),
+    descent=10,
+    outer=md.OuterConfig(steps=500, seeds=3, learning_rate=3e-2, warmup=50, checkpoints=1),
+    measure=md.MeasureConfig(tasks=128, updating_tasks=32, probe_points=16),
 )
 PAPER = Config(
     **paper(50_000, batch=256), of="paper", measure=md.MeasureConfig(tasks=8192, probe_points=64)
