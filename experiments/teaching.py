@@ -17,7 +17,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled, teaching
-from metadyn.across import LearnersConfig
+from metadyn.across import NETWORKS, LearnersConfig
 from metadyn.base import STRENGTH, variant
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
@@ -86,7 +86,7 @@ def plan(config: Config) -> md.Plan:
     base, metas = config.contenders("linear")
     tasks = config.linear.evaluation(sizes.probe_points)
     *sets, own = teaching.sets(sizes.sized(tasks, kinds=("ordinary", "reference")), *SETS)
-    sets.append(dataclasses.replace(own, kinds=("reference",)))
+    sets.append(sizes.sized(own, "shifted_tasks", kinds=("reference",)))  # fewer: it is dear
     taught = pupils(config, base.contenders[0], base.bayes, metas)
     changes = {"contenders": [*metas, *taught, base.bayes], "sets": sets, "tracking": False}
     linear = base.alone("linear", "linear regression", **changes)
@@ -170,8 +170,9 @@ QUICK = Config(
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
     examples=3,
     descent=10,
-    outer=md.OuterConfig(steps=500, seeds=3, learning_rate=3e-2, warmup=50, checkpoints=1),
-    measure=md.MeasureConfig(tasks=128, updating_tasks=32, probe_points=16),
+    learners=tuple(name for name in NETWORKS if name != "deltanet"),  # for which there is no time
+    outer=md.OuterConfig(steps=1000, seeds=3, learning_rate=3e-2, warmup=100, checkpoints=1),
+    measure=md.MeasureConfig(tasks=1024, updating_tasks=32, shifted_tasks=128, probe_points=16),
 )
 PAPER = Config(
     **paper(50_000, batch=256), of="paper", measure=md.MeasureConfig(tasks=8192, probe_points=64)
