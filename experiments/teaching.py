@@ -164,7 +164,7 @@ def order(results):
 
 
 ERROR = partial(by_learner, SETS, "error", "error ‖Ŵ − W‖² / ‖W‖²", {"yscale": "log"})
-CORRECT = partial(by_learner, FEEDBACK, STRENGTH, "probability of correct action", {"ylim": (0, 1)})
+TOLD = partial(by_learner, FEEDBACK, STRENGTH, "probability of correct action", {"ylim": (0, 1.05)})
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
@@ -182,7 +182,7 @@ study = md.Study(
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
-    {"error": ERROR, "mode_strength_least": order, "communication": CORRECT},
+    {"error": ERROR, "mode_strength_least": order, "communication": TOLD},
     section="ours",
     claims=claims(
         error={
