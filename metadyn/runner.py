@@ -115,7 +115,7 @@ class Runner:
     def save(self, state: TrainState) -> None:
         """Stores the state and, at outer steps for which they are planned, mode trajectories."""
         step, trajectories = int(state.step), None
-        if step in self.plan.outer.checkpoint_steps:
+        if step in self.plan.outer.checkpoint_steps and self.watched:
             trajectories = {
                 tasks.name: {
                     meta.name: self.readings(tasks, meta, state.params[meta.name + part.suffix])
@@ -147,7 +147,7 @@ class Runner:
             for name, each in metrics.items()
         }
         for name, each in shown.items():
-            if "loss" in each:
+            if "loss" in each and name in self.bayes:
                 each["excess_loss"] = float(dynamics.excess_loss(each["loss"], *self.bayes[name]))
         return shown
 
@@ -159,7 +159,7 @@ class Runner:
         for part in self.plan.comparisons:
             for tasks in part.watched:
                 self.measure(part, tasks, part.bayes)
-            if part.metas:
+            if part.watched:
                 self.store.finish()
                 losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
                 best = float(losses.isel(step=slice(1, None)).mean())

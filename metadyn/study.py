@@ -258,6 +258,8 @@ class Comparison:
     """What figures call it."""
     followed: bool = True
     """Whether figures follow its meta-learners over outer training."""
+    tracking: bool = True
+    """Whether these are measured at every checkpoint at all, or once they are trained alone."""
     probes: Mapping[str, Callable[[TaskSet], Probe]] = dataclasses.field(default_factory=dict)
     """What is read beside the main probe, by name, wherever that is read."""
 
@@ -305,7 +307,7 @@ class Comparison:
     def watched(self) -> tuple[TaskSet, ...]:
         """The sets on which its meta-learners are measured at every checkpoint, and Bayes once."""
         tracked = (self.tracked,) if self.measure.tracked_tasks else ()
-        return (*tracked, self.heldout) if self.metas else ()
+        return (*tracked, self.heldout) if self.metas and self.tracking else ()
 
     @functools.cached_property
     def measurements(self) -> list[tuple[TaskSet, Contender]]:
