@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import signal
-import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -416,7 +415,6 @@ def run_study(
             done = mesh.by_first(run.summary)
             if mesh.by_first(run.set_aside_damaged) and done:
                 return done
-            begun = time.monotonic()
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())
             compiling = ThreadPoolExecutor(os.cpu_count())
             stack.callback(compiling.shutdown, wait=False, cancel_futures=True)
@@ -428,7 +426,7 @@ def run_study(
                 figures.draw(run.figures, run.results(), study.own_figures(), progress)
                 with progress.counting("judging", 1) as show:
                     show("criteria")
-                    summary = judge(study, config, run, identity, time.monotonic() - begun)
+                    summary = judge(study, config, run, identity, run.seconds())
                 view.write(run)
                 return summary
 
