@@ -19,7 +19,6 @@ from metadyn import figures, runner
 from metadyn.cli import main
 from metadyn.store import RunFolder
 
-WRITTEN_OUT = True  # random bits, as in the processes that tests start
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "linear_regression.py")
 SMALL = [

@@ -19,7 +19,6 @@ from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Objective, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop, _gradient
 
-WRITTEN_OUT = True  # random bits, as in the processes that tests start
 DOMAIN = LinearRegression(2, 2, steps=5)
 META = LSTMConfig(hidden=8).make(DOMAIN)
 CONFIG = OuterConfig(steps=40, batch=8, seeds=2, warmup=4, checkpoints=3, dispatch=7)
