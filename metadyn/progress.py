@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-LINE_EVERY = 10.0  # seconds, away from a terminal
+LINE_EVERY = 5.0  # seconds, away from a terminal: the longest that a phase is silent
 MANY = 3  # meta-learners, beyond which a line does not name each
 SAYS = {"excess_loss": "excess over Bayes"}  # what a line calls a metric
 
@@ -34,7 +35,8 @@ class Progress:
         self._bars = None
         if console is not None and console.is_terminal:
             name, facts = TextColumn("{task.description}"), TextColumn("{task.fields[facts]}")
-            self._bars = Bars(name, BarColumn(), MofNCompleteColumn(), facts, console=console)
+            columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), facts)
+            self._bars = Bars(*columns, console=console)
 
     def say(self, line: str) -> None:
         """Prints one line."""
@@ -68,8 +70,8 @@ class Progress:
         def show(step: int, metrics: Mapping[str, Mapping[str, Any]], episodes: int) -> None:
             seconds = max(time.monotonic() - began, 1e-9)
             rate = episodes * (step - done) / seconds
-            left = seconds * (total - step) / max(step - done, 1)
-            advance(step, f"{_said(metrics)}  {rate:,.0f} episodes/s  {left:,.0f} s left")
+            left = _left(seconds, step - done, total - step)
+            advance(step, f"{_said(metrics)}  {rate:,.0f} episodes/s{left}")
 
         with self._bar("training", total, done) as advance:
             yield show
@@ -77,9 +79,14 @@ class Progress:
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
         """Yields show(item), to be called before each of `total` items."""
-        started = itertools.count()
+        started, began = itertools.count(), time.monotonic()
+
+        def show(item: str) -> None:
+            done = next(started)
+            advance(done, item + _left(time.monotonic() - began, done, total - done))
+
         with self._bar(what, total, 0) as advance:
-            yield lambda item: advance(next(started), item)
+            yield show
             advance(total, "done")
 
     @contextmanager
@@ -87,16 +94,11 @@ class Progress:
         self, what: str, total: int, done: int, lines: bool = True
     ) -> Iterator[Callable[[int, str], None]]:
         """Shows a bar on a terminal, below those that are there; elsewhere lines, if wanted."""
-        bars, last = self._bars, -LINE_EVERY
-
-        def line(step: int, facts: str) -> None:
-            nonlocal last
-            if lines and (step >= total or time.monotonic() - last >= LINE_EVERY):
-                last = time.monotonic()
-                self.say(f"{what} {step}/{total}  {facts}")
-
+        bars = self._bars
         if bars is None:
-            yield line
+            silent = self.console is None or not lines
+            with nullcontext(_nothing) if silent else self._lines(what, total, done) as line:
+                yield line
             return
         outermost = not bars.tasks
         if outermost:
@@ -108,6 +110,49 @@ class Progress:
             if outermost:  # and so left on the screen
                 bars.stop()
             bars.remove_task(task)
+
+    @contextmanager
+    def _lines(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        """Says where a phase stands, every `LINE_EVERY` seconds and at its end: also where it
+        stands still, since one long call, such as compiling, may be all there is to it."""
+        facts, over = "", threading.Event()
+        moved = due = time.monotonic()
+
+        def say(more: str = "") -> None:
+            nonlocal due
+            due = time.monotonic() + LINE_EVERY
+            self.say(f"{what} {done}/{total}  {facts}{more}")
+
+        def line(step: int, new: str) -> None:
+            nonlocal done, facts, moved
+            done, facts, moved = step, new, time.monotonic()
+            if done >= total or moved >= due:
+                say()
+
+        def again() -> None:
+            wait = LINE_EVERY
+            with suppress(BrokenPipeError):  # which the phase itself meets too
+                while not over.wait(wait):
+                    if (now := time.monotonic()) >= due:
+                        say(f"  (for {now - moved:.0f} s)")
+                    wait = max(due - time.monotonic(), 0.01)
+
+        thread = threading.Thread(target=again, daemon=True)
+        thread.start()
+        try:
+            yield line
+        finally:
+            over.set()
+            thread.join()
+
+
+def _nothing(step: int, facts: str) -> None:
+    """Shows nothing."""
+
+
+def _left(seconds: float, done: int, more: int) -> str:
+    """How long what is left will take, at the rate of what is done."""
+    return f"  {seconds * more / done:,.0f} s left" if done else ""
 
 
 def _said(metrics: Mapping[str, Mapping[str, Any]]) -> str:

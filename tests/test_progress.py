@@ -2,10 +2,15 @@
 
 import io
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+import metadyn.progress
+from metadyn import runner
 from metadyn.progress import Progress
 
 
@@ -49,7 +54,7 @@ def test_a_terminal_shows_one_bar_for_all_studies_and_one_for_what_goes_on():
     assert "1/2" in last  # the second of two is going on
     assert "second" in last
     assert re.search("training .*10/10", text)
-    assert re.search("measuring .*1/2 .*Bayes on tracked", text)
+    assert re.search("measuring .*1/2 .*Bayes on tracked  0 s left", text)
     assert "training 10/10  lstm" not in text  # a line, which only files get
 
 
@@ -80,3 +85,25 @@ def test_nothing_is_said_to_no_console(capsys):
         show("it")
         progress.say("done")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_wait_for_compiling_is_in_sight(terminal, monkeypatch):
+    """On a terminal seconds tick; elsewhere a line comes again, though nothing has moved."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=160, color_system=None)
+    monkeypatch.setattr(metadyn.progress, "LINE_EVERY", 0.2)
+    monkeypatch.setattr(runner, "check_compiled", lambda loop, name: time.sleep(1.3))
+    loop = SimpleNamespace(trained={"lstm": None})
+    waiting = SimpleNamespace(progress=Progress(console), loop=loop, watched=[], calls=lambda: [])
+    with ThreadPoolExecutor(1) as compiling:
+        runner.Runner.prepare(waiting, compiling)
+    if terminal:
+        ticks = re.findall(r"0/1 (\S+) lstm", text.getvalue())
+        assert {"0:00:00", "0:00:01"} <= {*ticks}
+    else:
+        first, *again, last = text.getvalue().splitlines()
+        assert first == "compiling 0/1  lstm"
+        assert 3 <= len(again) <= 7
+        assert all(re.fullmatch(r"compiling 0/1  lstm  \(for [01] s\)", line) for line in again)
+        assert last == "compiling 1/1  done"
