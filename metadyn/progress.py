@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 LINE_EVERY = 5.0  # seconds, away from a terminal: the longest that a phase is silent
 MANY = 3  # meta-learners, beyond which a line does not name each
@@ -34,9 +35,11 @@ class Progress:
         self._place = ""
         self._bars = None
         if console is not None and console.is_terminal:
-            name, facts = TextColumn("{task.description}"), TextColumn("{task.fields[facts]}")
-            columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), facts)
-            self._bars = Bars(*columns, console=console)
+            cut = Column(ratio=1, no_wrap=True)  # what gives way where a terminal is narrow
+            name = TextColumn("{task.description}")
+            facts = TextColumn("{task.fields[facts]}", table_column=cut)
+            columns = (name, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), facts)
+            self._bars = Bars(*columns, console=console, expand=True)
 
     def say(self, line: str) -> None:
         """Prints one line."""
@@ -71,7 +74,7 @@ class Progress:
             seconds = max(time.monotonic() - began, 1e-9)
             rate = episodes * (step - done) / seconds
             left = _left(seconds, step - done, total - step)
-            advance(step, f"{_said(metrics)}  {rate:,.0f} episodes/s{left}")
+            advance(step, f"{left}{_said(metrics)}  {rate:,.0f} episodes/s")
 
         with self._bar("training", total, done) as advance:
             yield show
@@ -83,7 +86,7 @@ class Progress:
 
         def show(item: str) -> None:
             done = next(started)
-            advance(done, item + _left(time.monotonic() - began, done, total - done))
+            advance(done, _left(time.monotonic() - began, done, total - done) + item)
 
         with self._bar(what, total, 0) as advance:
             yield show
@@ -152,7 +155,7 @@ def _nothing(step: int, facts: str) -> None:
 
 def _left(seconds: float, done: int, more: int) -> str:
     """How long what is left will take, at the rate of what is done."""
-    return f"  {seconds * more / done:,.0f} s left" if done else ""
+    return f"{seconds * more / done:,.0f} s left  " if done else ""
 
 
 def _said(metrics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -54,13 +54,13 @@ def test_a_terminal_shows_one_bar_for_all_studies_and_one_for_what_goes_on():
     assert "1/2" in last  # the second of two is going on
     assert "second" in last
     assert re.search("training .*10/10", text)
-    assert re.search("measuring .*1/2 .*Bayes on tracked  0 s left", text)
-    assert "training 10/10  lstm" not in text  # a line, which only files get
+    assert re.search("measuring .*1/2 .*0 s left  Bayes on tracked", text)
+    assert "training 10/10  0 s left" not in text  # a line, which only files get
 
 
 def test_a_file_gets_lines():
     text = said(terminal=False)
-    assert "[2/2 second] training 10/10  lstm: loss 0.25," in text
+    assert "[2/2 second] training 10/10  0 s left  lstm: loss 0.25," in text
     assert "[2/2 second] measuring 2/2  done" in text
     assert "studies" not in text
 
@@ -73,7 +73,7 @@ def test_many_meta_learners_are_summed_up_in_a_line(excess, says):
     progress = Progress(Console(file=text, width=160, color_system=None))
     with progress.training(total=10, done=0) as show:
         show(10, {f"lstm_{i}": {"loss": 0.2, excess: 0.1 * i} for i in range(1, 6)}, 320)
-    assert "training 10/10  5 meta-learners: " in text.getvalue()
+    assert "training 10/10  0 s left  5 meta-learners: " in text.getvalue()
     assert says in text.getvalue()
     assert "lstm_3" not in text.getvalue()
 
