@@ -320,7 +320,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
                 plans = sweep.planned(asked, study, configs, part, typed)
                 return planning.of_sweep(plans, arguments.part, typed)
 
-            planning.report(planned, arguments.plan, out, progress.say)
+            planning.report(planned, arguments.plan, out, progress)
             return DONE
         folder = sweep.run_sweep(asked, study, configs, out, progress, part, typed)
     progress.say("\n".join(swept.report(folder)))
@@ -372,7 +372,7 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
     try:
         if arguments.plan is not None:
             planned = lambda: planning.of_run(study, config)
-            planning.report(planned, arguments.plan, out, progress.say)
+            planning.report(planned, arguments.plan, out, progress)
             return DONE
         summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)
     except ConfigError as error:
