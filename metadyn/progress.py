@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-LINE_EVERY = 5.0  # seconds, away from a terminal: the longest that a phase is silent
+LINE_EVERY = 4.0  # seconds, away from a terminal: no phase is silent for longer
 MANY = 3  # meta-learners, beyond which a line does not name each
 SAYS = {"excess_loss": "excess over Bayes"}  # what a line calls a metric
 
