@@ -415,7 +415,7 @@ def bars(of: Estimate) -> np.ndarray:
 
 
 class Shown(Figure):
-    """A figure that a notebook shows where a cell ends with it, also if it never heard of pyplot."""
+    """A figure that a notebook shows where a cell ends with it, also without pyplot."""
 
     def _repr_png_(self) -> bytes:
         FigureCanvasAgg(self).print_png(picture := io.BytesIO())

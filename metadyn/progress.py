@@ -67,14 +67,20 @@ class Progress:
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
         """Yields show(step, metrics, episodes): the metrics of each meta-learner by name, and the
-        episodes that an outer step takes in all."""
-        began = time.monotonic()
+        episodes that an outer step takes in all. Rates are counted from the first call, before
+        which programs may have been compiled."""
+        first: tuple[int, float] | None = None
 
         def show(step: int, metrics: Mapping[str, Mapping[str, Any]], episodes: int) -> None:
-            seconds = max(time.monotonic() - began, 1e-9)
-            rate = episodes * (step - done) / seconds
-            left = _left(seconds, step - done, total - step)
-            advance(step, f"{left}{_said(metrics)}  {rate:,.0f} episodes/s")
+            nonlocal first
+            left = rate = ""
+            if first is None:
+                first = step, time.monotonic()
+            else:
+                steps, seconds = step - first[0], max(time.monotonic() - first[1], 1e-9)
+                left = _left(seconds, steps, total - step)
+                rate = f"  {episodes * steps / seconds:,.0f} episodes/s"
+            advance(step, left + _said(metrics) + rate)
 
         with self._bar("training", total, done) as advance:
             yield show

@@ -28,7 +28,8 @@ def said(terminal: bool) -> str:
         for i in range(2):
             begin(i)
             with progress.training(total=10, done=0) as show:
-                show(10, {"lstm": {"loss": 0.25, "excess_loss": 0.5}}, episodes=320)
+                for step in (1, 10):
+                    show(step, {"lstm": {"loss": 0.25, "excess_loss": 0.5}}, episodes=320)
                 drawn()
             with progress.counting("measuring", 2) as show:
                 show("SGD on tracked")
@@ -73,7 +74,7 @@ def test_many_meta_learners_are_summed_up_in_a_line(excess, says):
     progress = Progress(Console(file=text, width=160, color_system=None))
     with progress.training(total=10, done=0) as show:
         show(10, {f"lstm_{i}": {"loss": 0.2, excess: 0.1 * i} for i in range(1, 6)}, 320)
-    assert "training 10/10  0 s left  5 meta-learners: " in text.getvalue()
+    assert "training 10/10  5 meta-learners: " in text.getvalue()
     assert says in text.getvalue()
     assert "lstm_3" not in text.getvalue()
 
