@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -25,7 +26,7 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            found = tyro.cli(
                 type(default),
                 prog="metadyn run STUDY",
                 default=default,
@@ -33,6 +34,8 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
                 config=(tyro.conf.FlagConversionOff,),
                 registry=_matrices(),
             )
+        sys.stderr.write(errors.getvalue())  # our own warnings
+        return found
     except ConfigError as error:
         raise as_typed(error, default, overrides) from None
     except SystemExit as stop:
