@@ -249,10 +249,11 @@ def _stored(of: RunFolder | SweepFolder) -> Any:
 class _Watched:
     """What a server shows of a run or a sweep: read anew once something has been stored."""
 
-    def __init__(self, of: RunFolder | SweepFolder):
+    def __init__(self, of: RunFolder | SweepFolder, progress: Progress = SILENT):
         self.of, self.lock = of, threading.Lock()
         self.seen: Any = None
         self.kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self.update(progress)
 
     def read(self, run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
         """What is shown of a run: as it was, if nothing has been stored since."""
@@ -315,6 +316,5 @@ def server(
     except OSError as error:
         said = f"--serve {port}: {error.strerror}: choose another port"
         raise ConfigError(said) from error
-    watched = _Watched(of)
-    watched.update(progress)
+    watched = _Watched(of, progress)
     return served
