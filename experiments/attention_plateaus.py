@@ -96,17 +96,14 @@ def last_answer(domain, meta):
 def expected(domain, meta):
     """Trains on the expectation of the same, in closed form.
 
-    The answer is bᵀ A x, with A = Σ_h V_h U_h, and so the mean squared error is
-    Σλ + σ² − 2 tr(A Λ²) + tr(Aᵀ E[b bᵀ] A Λ).
+    The answer is bᵀ A x, its mean squared error Σλ + σ² − 2 tr(A Λ²) + tr(Aᵀ E[bbᵀ] A Λ).
     """
     each, power = (jnp.asarray(of, jnp.float32) for of in domain.moments())
+    unit = jnp.eye(domain.n_x)
 
     def loss(params, keys):
-        if meta.config.merged:
-            key_query = params["key_query"]
-        else:
-            key_query = jnp.einsum("hri,hrj->hij", params["key"], params["query"])
-        A = jnp.einsum("h,hij->ij", params["value"][:, 0, 0], key_query)
+        answer = lambda b, x: meta.learner(params).predict((b[None], jnp.int32(1)), x)[0]
+        A = jax.vmap(jax.vmap(answer, (None, 0)), (0, None))(unit, unit)
         squared = jnp.sum(power[:, None] * A**2 * each)
         mean = each.sum() + domain.sigma**2 - 2 * jnp.sum(jnp.diag(A) * each**2) + squared
         return mean / 2, {"loss": mean}
@@ -132,7 +129,7 @@ class Config:
 def plan(config: Config) -> md.Plan:
     """Both networks, each on episodes and on the expected loss, from the same initial weights."""
     domain, metas = config.domain, []
-    times = sorted({0, 1, 2, 4, 8, 16, domain.steps - 1, domain.steps} & {*range(domain.steps + 1)})
+    times = *inner.log_spaced(domain.steps - 1, 6), domain.steps
     for name, label in KINDS.items():
         meta = getattr(config, name).make(domain)
         for ending, objective in (("", last_answer), ("_expected", expected)):
@@ -154,26 +151,22 @@ def last_loss(data) -> np.ndarray:
 
 def first_below(data, levels) -> np.ndarray:
     """The outer steps at which the loss of each seed first falls to each level [seed, level]."""
-    steps, loss = data["outer_step"].to_numpy(), last_loss(data)
-    each = [dynamics.learning_times(steps, -loss[..., None], -level) for level in levels]
-    return np.concatenate(each, -1)
+    below = np.asarray(levels) - last_loss(data)[..., None]
+    return dynamics.learning_times(data["outer_step"].to_numpy(), below, p=0.0)
 
 
 def over_seeds(values) -> dynamics.Estimate:
     """The mean over seeds of what each has [seed, …]."""
-    return dynamics.estimate(lambda mean: mean, np.asarray(values, float)[:, None])
+    return dynamics.estimate(np.asarray, np.asarray(values, float)[:, None])
 
 
 def criteria(config: Config, results):
     """How many plateaus training rests at, when it leaves them, and the order of components."""
     levels = config.domain.plateaus() / config.domain.plateaus()[0]
-    halfway = (levels[1:] + levels[:-1]) / 2
-    between = levels[1:-1]
+    halfway, before, after = (levels[1:] + levels[:-1]) / 2, 1.1 * levels[1:-1], 0.9 * levels[1:-1]
     for name, label in KINDS.items():
         trained, theory = (results[HELDOUT, name + ending] for ending in ("", "_expected"))
-        rests = lambda data: (
-            first_below(data, 0.9 * between) >= REST * first_below(data, 1.1 * between)
-        )
+        rests = lambda data: first_below(data, after) >= REST * first_below(data, before)
         count, predicted = (rests(data).sum(-1) for data in (trained, theory))
         staircase = name == "separate"
         said = "it goes down a staircase: one or more" if staircase else "it drops once: none"

@@ -11,18 +11,17 @@ plain training was half-way to Bayes in them; the same in reverse; and mixed (Za
 
 import dataclasses
 from functools import partial
-from typing import get_args
 
 import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
-from metadyn.across import SMALL, STUDIES, TITLES, DomainsConfig
+from metadyn.across import SMALL, STUDIES, TITLES, DomainsConfig, LearnersConfig
 from metadyn.base import variant
 from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
 from metadyn.errors import check
 from metadyn.learners.gradient import random_start
-from metadyn.study import HELDOUT, TRACKED, Network, censored, claims, paper
+from metadyn.study import HELDOUT, TRACKED, censored, claims, paper
 
 OUTER = ("nonlinear", "bandit")
 INPUTS = {
@@ -35,7 +34,7 @@ ARMS = {"none": "none", "measured": "measured order", "mixed": "mixed", "reverse
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(DomainsConfig):
+class Config(LearnersConfig, DomainsConfig):
     """Everything the study depends on, beside its seed. Values are our choice, but for the steps.
 
     Those were measured in plain training, as nonlinear_n_k and bandit_n_k: of the quick preset by
@@ -59,8 +58,6 @@ class Config(DomainsConfig):
             check(list(steps) == sorted(steps) and steps[0] >= 0, field, steps, "must increase")
             fix = f"would never admit a mode: must be below outer.steps = {end}"
             check(steps[-1] < end, field, steps, fix)
-        right = self.learners and set(self.learners) <= set(get_args(Network))
-        check(right, "learners", self.learners, f"choose from {', '.join(get_args(Network))}")
 
 
 def outer_curricula(config: Config, name: str) -> md.Comparison:
@@ -80,16 +77,14 @@ def outer_curricula(config: Config, name: str) -> md.Comparison:
 
 def inner_curriculum(config: Config) -> md.Comparison:
     """SGD, meta-learners that know isotropic inputs alone, and Bayes, on either kind of inputs."""
-    bases = [config.comparison("linear", meta=meta) for meta in config.learners]
-    domain, sizes, first = config.linear, config.measure, bases[0]
+    (base, metas), domain, sizes = config.contenders("linear"), config.linear, config.measure
     tasks = sizes.sized(domain.evaluation(sizes.probe_points), name="isotropic")
     sets = [
         tasks,
         dataclasses.replace(tasks, name="tilted", domain=variant(domain, TiltedRegression)),
     ]
-    sgd = dataclasses.replace(first.contenders[0], curve=None)
-    contenders = [sgd, *(base.metas[0] for base in bases), first.bayes]
-    return first.alone("linear", TITLES["linear"], contenders=contenders, sets=sets, followed=False)
+    contenders = [dataclasses.replace(base.contenders[0], curve=None), *metas, base.bayes]
+    return base.alone("linear", TITLES["linear"], contenders=contenders, sets=sets, followed=False)
 
 
 def plan(config: Config) -> md.Plan:

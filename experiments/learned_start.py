@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
@@ -25,12 +26,23 @@ from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_fourier, bayes_linear
 from metadyn.learners.maml import MAMLConfig, ordinary_network
 from metadyn.optimizers import named_optimizer
-from metadyn.study import censored, excess_of
+from metadyn.study import censored, claims, excess_of
 
 TITLES = {"linear": "two-layer linear network", "nonlinear": "MLP"}
-SIGN = {"linear": -1, "nonlinear": 1}
-"""Of the slope that an ordinary learner has: greater singular values, lower frequencies first."""
+STAGGERS = {"linear": {"at_most": -0.5}, "nonlinear": {"at_least": 0.5}}
+"""Slope of an ordinary learner, beyond Bayes': greater singular values, lower frequencies first."""
 WITHIN = {"at_most": 0.2, "at_least": -0.2}
+EXPECTED = {
+    "random_start": ("interpolated_0", "from a small random start gradient descent staggers"),
+    "learned_start": (
+        "interpolated_1",
+        "from the start that MAML learned the same descent does not",
+    ),
+    "maml": ("maml", "MAML itself does not stagger"),
+}
+"""Criteria: the learner each is of, and what it says."""
+SERIES = {"interpolated_": "random to learned", "random_": "random, scaled"}
+"""Series of starts: how the names of their learners begin, where a number follows."""
 CHANGES = {"norm": "norm of all weights", "imbalance": "imbalance", "product": "product's norm"}
 
 
@@ -77,7 +89,7 @@ def properties(weights) -> dict[str, jax.Array]:
     return {"norm": norm(W), "imbalance": norm(apart), "product": norm([product])}
 
 
-def compared(config: Config, name: str, bayes) -> md.Comparison:
+def compared(config: Config, name: str) -> md.Comparison:
     """MAML, descent from every start, and Bayes, in one domain."""
     domain, descent = getattr(config, name), getattr(config, f"{name}_descent")
     maml, linear = getattr(config, f"{name}_maml"), name == "linear"
@@ -86,37 +98,29 @@ def compared(config: Config, name: str, bayes) -> md.Comparison:
     optimizer = named_optimizer(descent.optimizer, descent.learning_rate)
     times = log_spaced(descent.updates, descent.records)
 
-    def descend(start, **where):
+    def descend(start):
         network, points = gd.Network(start, ordinary.apply), None if linear else descent.batch
         learner = gd.gradient(network, optimizer, descent.batch, points=points)
-        said = {name: jnp.asarray(value, jnp.float32) for name, value in where.items()}
-        return learner._replace(diagnose=lambda state: properties(state[0]) | said)
+        return learner._replace(diagnose=lambda state: properties(state[0]))
 
     def scaled(factor):
-        start = lambda key: jax.tree.map(lambda w: factor * w, ordinary.init(key))
-        return descend(start, factor=factor)
+        return descend(lambda key: jax.tree.map(lambda w: factor * w, ordinary.init(key)))
 
-    def interpolated(alpha):
-        between = lambda a, b: (1 - alpha) * a + alpha * b
-        start = lambda params, key: jax.tree.map(between, random.init(key), params["start"])
-        make = lambda params: descend(partial(start, params), interpolation=alpha)
-        return md.Derived(trained, make, "updates")
+    def between(alpha, params):
+        mix = lambda a, b: (1 - alpha) * a + alpha * b
+        return descend(lambda key: jax.tree.map(mix, random.init(key), params["start"]))
 
     trained = maml.make(domain)
-    contenders = [
-        md.Contender("maml", "MAML", trained, option=f"--{name}-maml.inner-steps"),
-        *(
-            md.Contender(
-                f"interpolated_{a:g}", f"α = {a:g}", interpolated(a), "ordinary", times, of="maml"
-            )
-            for a in config.interpolations
-        ),
-        *(
-            md.Contender(f"random_{f:g}", f"random × {f:g}", scaled(f), "reference", times)
-            for f in config.factors
-        ),
-        md.Contender("bayes", "Bayes-optimal", bayes(domain), "bayes"),
-    ]
+    contenders = [md.Contender("maml", "MAML", trained, option=f"--{name}-maml.inner-steps")]
+    for a in config.interpolations:
+        called = f"interpolated_{a:g}", f"α = {a:g}"
+        made = md.Derived(trained, partial(between, a), "updates")
+        contenders.append(md.Contender(*called, made, "ordinary", times, of="maml"))
+    for f in config.factors:
+        called = f"random_{f:g}", f"random × {f:g}"
+        contenders.append(md.Contender(*called, scaled(f), "reference", times))
+    bayes = bayes_linear(domain) if linear else bayes_fourier(domain)
+    contenders.append(md.Contender("bayes", "Bayes-optimal", bayes, "bayes"))
     tasks = config.measure.sized(domain.evaluation(config.measure.probe_points), name=name)
     return md.Comparison(
         domain, contenders, [tasks], measure=config.measure, name=name, title=TITLES[name]
@@ -125,27 +129,22 @@ def compared(config: Config, name: str, bayes) -> md.Comparison:
 
 def plan(config: Config) -> md.Plan:
     """One comparison of each domain."""
-    both = {"linear": bayes_linear, "nonlinear": bayes_fourier}
-    return md.Plan(config.outer, [compared(config, name, bayes) for name, bayes in both.items()])
+    return md.Plan(config.outer, [compared(config, name) for name in TITLES])
 
 
 def criteria(config: Config, results):
     """The slope from every start, and how it and the start change from one end to the other."""
-    for name, sign in SIGN.items():
+    for name, staggers in STAGGERS.items():
         for learner, data in results.learners(name).items():
             found = dynamics.merit(data)
             said = f"{TITLES[name]}, {labelled.about(data).label}: slope of log t_k"
             yield md.criterion(f"{name}_{learner}_slope", found, said)
             yield censored(f"{name}_{learner}", data)
-        bound = {"at_most": -0.5} if sign < 0 else {"at_least": 0.5}
-        for learner, called, said, bounds in (
-            ("interpolated_0", "random_start", f"random start: staggers, {sign * 0.5:g}", bound),
-            ("interpolated_1", "learned_start", "learned start: does not, by 0.2", WITHIN),
-            ("maml", "maml", "MAML itself does not, by 0.2", WITHIN),
-        ):
+        for row, (learner, says) in EXPECTED.items():
+            bound, by = (staggers, 0.5) if row == "random_start" else (WITHIN, 0.2)
             found = dynamics.difference(results[name, learner], results[name, "bayes"])
-            said = f"{TITLES[name]}, {said}: slope minus Bayes'"
-            yield md.criterion(f"{name}_{called}", found, said, **bounds, surely=True)
+            said = f"{TITLES[name]}, {says}, by {by:g}: slope minus Bayes'"
+            yield md.criterion(f"{name}_{row}", found, said, **bound, surely=True)
         excess = excess_of(results, "maml", f"_{name}")
         yield md.criterion(f"{name}_maml_excess", excess, f"{TITLES[name]}: MAML's excess loss")
         for learner in ("interpolated_0", "interpolated_1"):
@@ -157,44 +156,40 @@ def criteria(config: Config, results):
 
 def of_start(data, what: str) -> dynamics.Estimate:
     """A property of the start."""
-    return dynamics.estimate(lambda mean: mean, dynamics.samples(data, what)[:, :, 0])
+    return dynamics.estimate(np.asarray, dynamics.samples(data, what)[:, :, 0])
 
 
-def series(results, name: str, along: str):
-    """The learners of one series of starts, in order: where they stand in it, and their data."""
-    rows = results.learners(name, "ordinary", "reference").values()
-    at = lambda data: float(dynamics.samples(data, along)[0, 0, 0])
-    rows = sorted((data for data in rows if along in data), key=at)
-    return [*map(at, rows)], rows
+def series(results, name: str, begins: str):
+    """The learners of one series of starts, by the number that each has, in order."""
+    found = results.learners(name, "ordinary", "reference").items()
+    rows = {float(n.removeprefix(begins)): data for n, data in found if n.startswith(begins)}
+    return dict(sorted(rows.items()))
 
 
 def start(results):
     """Draws the slope along both series of starts, and what changes in the start beside it."""
     names = [name for name in TITLES if name in results.sets()]
     figure, axes = figures.grid(3 * len(names), columns=3, width=4.6, height=3.6)
-    kinds = {"interpolation": "random to learned", "factor": "random, scaled"}
     for i, name in enumerate(names):
-        row = axes[3 * i : 3 * i + 3]
-        for (along, label), colour in zip(kinds.items(), figures.COLOURS, strict=False):
-            at, found = series(results, name, along)
-            slopes = dynamics.stacked(map(dynamics.merit, found))
-            norms = [of_start(data, "norm").value for data in found]
+        by_alpha, changing, by_norm = axes[3 * i : 3 * i + 3]
+        for (begins, label), colour in zip(SERIES.items(), figures.COLOURS, strict=False):
+            found = series(results, name, begins)
+            of_each = lambda what, found=found: [of_start(d, what).value for d in found.values()]
+            slopes = dynamics.stacked(map(dynamics.merit, found.values()))
             style = {"fmt": "o-", "color": colour, "capsize": 3, "label": label}
-            for axis, x in ((row[0], at), (row[2], norms)):
-                if axis is row[2] or along == "interpolation":
-                    axis.errorbar(x, slopes.value, figures.bars(slopes), **style)
+            by_norm.errorbar(of_each("norm"), slopes.value, figures.bars(slopes), **style)
+            if begins == "interpolated_":
+                by_alpha.errorbar([*found], slopes.value, figures.bars(slopes), **style)
+                for what, said in CHANGES.items():
+                    changing.semilogy([*found], of_each(what), "o-", label=said)
         for who, ls in (("maml", "--"), ("bayes", ":")):
             data = results[name, who]
             slope = dynamics.merit(data).value
-            row[0].axhline(slope, color="black", ls=ls, label=labelled.about(data).label)
-        at, between = series(results, name, "interpolation")
-        for what, label in CHANGES.items():
-            sizes = [of_start(data, what).value for data in between]
-            row[1].semilogy(at, sizes, "o-", label=label)
-        row[0].set(title=TITLES[name], xlabel="α, random to learned", ylabel="staggering slope")
-        row[1].set(xlabel="α, random to learned", ylabel="of the start")
-        row[2].set(xscale="log", xlabel="norm of the start", ylabel="staggering slope")
-        for axis in row:
+            by_alpha.axhline(slope, color="black", ls=ls, label=labelled.about(data).label)
+        by_alpha.set(title=TITLES[name], xlabel="α, random to learned", ylabel="staggering slope")
+        changing.set(xlabel="α, random to learned", ylabel="of the start")
+        by_norm.set(xscale="log", xlabel="norm of the start", ylabel="staggering slope")
+        for axis in (by_alpha, changing, by_norm):
             axis.legend(fontsize=9)
     return figure
 
@@ -221,13 +216,11 @@ study = md.Study(
     criteria,
     {"start": start, "mode_strength_linear": curves},
     section="ours",
-    claims=[
-        md.Claim(f"{name}_{criterion}", f"Ours: {says} ({title})", "start")
-        for name, title in TITLES.items()
-        for criterion, says in (
-            ("random_start", "from a small random start gradient descent staggers"),
-            ("learned_start", "from the start that MAML learned the same descent does not"),
-            ("maml", "MAML itself does not stagger"),
-        )
-    ],
+    claims=claims(
+        start={
+            f"{name}_{row}": f"Ours: {says} ({title})"
+            for name, title in TITLES.items()
+            for row, (_, says) in EXPECTED.items()
+        }
+    ),
 )

@@ -8,7 +8,6 @@ optimiser are trained side by side on each domain, beside its ordinary learner a
 """
 
 import dataclasses
-from typing import get_args
 
 import jax
 import numpy as np
@@ -16,39 +15,17 @@ from matplotlib.ticker import NullLocator
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, labelled
-from metadyn.across import SMALL, TITLES, DomainsConfig
+from metadyn.across import DESCENTS, NETWORKS, SMALL, TITLES, DomainsConfig, LearnersConfig
 from metadyn.cost import operations
-from metadyn.errors import check
-from metadyn.study import HELDOUT, TRACKED, Network, censored, excess_of, paper
+from metadyn.study import HELDOUT, TRACKED, censored, excess_of, paper
 
-NETWORKS = get_args(Network)
-DESCENTS = ("maml", "learned_optimizer")
-"""Those that train a network on squared errors within the episode: not for the bandit."""
 NEAR, WITHIN = 0.3, 0.2
 """Excess loss below which a learner counts as near Bayes, and how far it may stagger beyond."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(DomainsConfig):
+class Config(LearnersConfig, DomainsConfig):
     """Everything the study depends on, beside its seed. Values are our choice."""
-
-    learners: tuple[str, ...] = NETWORKS
-    """The meta-learners that are trained."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        right = self.learners and set(self.learners) <= set(NETWORKS)
-        check(right, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
-
-    def contenders(self, name: str) -> tuple[md.Comparison, list[md.Contender]]:
-        """What a domain's own study compares, and the meta-learners that can serve there."""
-        found = []
-        for meta in self.learners:
-            if name != "bandit" or meta not in DESCENTS:
-                base = self.comparison(name, meta=meta)
-                label = getattr(self, meta).label
-                found.append(dataclasses.replace(base.metas[0], label=label))
-        return base, found
 
 
 def plan(config: Config) -> md.Plan:

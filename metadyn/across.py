@@ -1,14 +1,15 @@
-"""Studies of all three domains at once, with what each domain's own study compares."""
+"""Studies of several domains at once, with what each domain's own study compares."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
-from metadyn.study import Comparison, StudyConfig, load_study
+from metadyn.errors import check
+from metadyn.study import Comparison, Contender, Network, StudyConfig, load_study
 
 TITLES = {
     "linear": "linear regression",
@@ -25,13 +26,15 @@ SMALL: dict[str, Any] = {
 """Three modes in each domain, for what is to be quick."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DomainsConfig(StudyConfig):
-    """The settings of a study of all three domains; its own are added in a subclass."""
+NETWORKS = get_args(Network)
+DESCENTS = ("maml", "learned_optimizer")
+"""Those that train a network on squared errors within the episode: not for the bandit."""
 
-    linear: LinearRegression = LinearRegression()
-    nonlinear: FourierRegression = FourierRegression()
-    bandit: ContextualBandit = ContextualBandit()
+
+@dataclasses.dataclass(frozen=True)
+class AcrossConfig(StudyConfig):
+    """The settings of a study of several domains, which are fields of a subclass."""
+
     of: str = "quick"
     """The preset of the domains' own studies, for whatever is not set here."""
 
@@ -43,3 +46,38 @@ class DomainsConfig(StudyConfig):
     def comparison(self, name: str, **fields: Any) -> Comparison:
         """What a domain's own study compares, configured so."""
         return STUDIES[name].plan(self.within(name, **fields)).comparisons[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainsConfig(AcrossConfig):
+    """The settings of a study of all three domains; its own are added in a subclass."""
+
+    linear: LinearRegression = LinearRegression()
+    nonlinear: FourierRegression = FourierRegression()
+    bandit: ContextualBandit = ContextualBandit()
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnersConfig(AcrossConfig):
+    """The settings of a study of several meta-learners; its domains are added in a subclass."""
+
+    learners: tuple[str, ...] = NETWORKS
+    """The meta-learners that are compared."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        right = self.learners and set(self.learners) <= set(NETWORKS)
+        check(right, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
+
+    def contenders(self, name: str) -> tuple[Comparison, list[Contender]]:
+        """What a domain's own study compares, and those of the meta-learners that can serve there.
+
+        Where none can, the study's own, `meta`.
+        """
+        able = [meta for meta in self.learners if name != "bandit" or meta not in DESCENTS]
+        bases = {meta: self.comparison(name, meta=meta) for meta in able or [self.meta]}
+        metas = [
+            dataclasses.replace(base.metas[0], label=getattr(self, meta).label)
+            for meta, base in bases.items()
+        ]
+        return next(iter(bases.values())), metas

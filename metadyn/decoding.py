@@ -1,12 +1,13 @@
 """Decoding: how much of one thing can be read out of another, on tasks held out from the fit.
 
-Works on stored arrays [seed, task, step, number]; a fit is made for each seed and step on every
-other task, and judged on the tasks between. R² is 1 where all is decoded and 0 where nothing is.
+And what that says of a network beside Bayes, whose state is decoded: its figures of merit. Works on
+stored arrays [seed, task, step, number]; a fit is made for each seed and step on every other task,
+and judged on the tasks between. R² is 1 where all is decoded and 0 where nothing is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ import optax
 import xarray as xr
 from jaxtyping import Array, Float
 
-from metadyn import dynamics
+from metadyn import dynamics, labelled
+from metadyn.dynamics import Estimate, estimate
+from metadyn.learners.beside import SOURCES
 
 Samples = Float[np.ndarray, "seed task step _"]
 Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -26,6 +29,31 @@ PENALTIES = 10.0 ** np.arange(-7, 4)
 """Of ridge regression, times the number of samples: the best by cross-validation is taken."""
 HIDDEN, UPDATES, RATE, DECAY = 32, 150, 1e-2, 1e-1
 """Of the perceptron: its width, and updates, rate and weight decay of AdamW. Our choice."""
+
+GOES_ON = {
+    "none": "its own state",
+    "own": "Bayes' state, mapped",
+    "other": "that of another task",
+    "fresh": "a fresh state",
+}
+"""What `learners.beside.implanted` lets a network go on from."""
+MERITS = {
+    "excess": "excess loss over Bayes",
+    "distance": "distance of its answers from Bayes'",
+    "mean": "R² of the posterior mean",
+    "least": "least R² of the posterior mean from the second step recorded",
+    "untrained": "R² of the posterior mean, untrained",
+    "shuffled": "R² of the posterior mean of another task",
+    "uncertainty": "R² of the uncertainty, at the end",
+    "nonlinear": "R² of the uncertainty, by a perceptron too",
+    "to_bayes": "R² of Bayes' state from its own",
+    "from_bayes": "R² of its own state from Bayes'",
+    "direction": "difference of R² of Bayes' state from its own and the other way",
+    "delay": "doublings of the outer step by which the mean is later than behaviour",
+    "kept": "share of what its state is worth that Bayes', mapped, keeps",
+    "outputs": "shift of the next answer on Bayes' state, mapped, over its size",
+} | {f"from_{source}": f"excess loss, going on from {said}" for source, said in GOES_ON.items()}
+"""What is reported of a network beside Bayes, by name."""
 
 
 class Decoded(NamedTuple):
@@ -53,19 +81,15 @@ def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     n, centre = x.shape[-2], y.mean(-2, keepdims=True)
     z, z_new = _standard(x, new)
     eigenvalues, V = np.linalg.eigh(np.swapaxes(z, -1, -2) @ z / n)
-    a, residual = z @ V, y - centre
-    b = np.swapaxes(a, -1, -2) @ residual / n
-
-    def coefficients(penalty: np.ndarray) -> np.ndarray:
-        return b / (np.maximum(eigenvalues, 0) + penalty)[..., None]
-
-    def error(penalty: float) -> np.ndarray:
-        used = 1 + (eigenvalues / (eigenvalues + penalty)).sum(-1)  # degrees of freedom
-        left = ((residual - a @ coefficients(np.asarray(penalty))) ** 2).sum((-1, -2))
-        return left / np.maximum(1 - used / n, 1e-6) ** 2
-
-    best = PENALTIES[np.argmin([error(penalty) for penalty in PENALTIES], axis=0)]
-    return centre + z_new @ (V @ coefficients(best[..., None]))
+    eigenvalues = np.maximum(eigenvalues, 0)
+    b = np.swapaxes(V, -1, -2) @ (np.swapaxes(z, -1, -2) @ (y - centre) / n)
+    penalty = PENALTIES.reshape(-1, *[1] * eigenvalues.ndim)
+    shrunk = eigenvalues + penalty
+    used = 1 + (eigenvalues / shrunk).sum(-1)  # degrees of freedom
+    explained = ((b**2).sum(-1) * (shrunk + penalty) / shrunk**2).sum(-1)
+    left = y.var(-2).sum(-1) - explained
+    best = (left / np.maximum(1 - used / n, 1e-6) ** 2).argmin(0)
+    return centre + z_new @ (V @ (b / (eigenvalues + PENALTIES[best][..., None])[..., None]))
 
 
 def perceptron(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -134,11 +158,26 @@ def vectors(data: xr.Dataset, *names: str) -> Samples:
     return np.concatenate(found, -1)[:, :, 1:]
 
 
-def of_state(data: xr.Dataset, what: str, decode: Decoder = ridge) -> Decoded:
-    """Decodes a vector recorded beside a network's state from that state, at each checkpoint."""
+def of_state(data: xr.Dataset) -> dict[str, Decoded]:
+    """What of Bayes' posterior is decoded from a network's state beside it, at each checkpoint.
+
+    The "mean", and that of another task, "shuffled"; the "uncertainty", and at the last checkpoint
+    by a perceptron too, "nonlinear".
+    """
     each = [data.isel(outer_step=i) for i in range(data.sizes["outer_step"])]
-    found = [held_out(vectors(one, "state"), vectors(one, what), decode) for one in each]
-    return Decoded(*(np.stack(parts, 2) for parts in zip(*found, strict=True)))
+    state = [vectors(one, "state") for one in each]
+
+    def over(y: list[Samples], decode: Decoder = ridge) -> Decoded:
+        found = [held_out(*pair, decode) for pair in zip(state[-len(y) :], y, strict=True)]
+        return Decoded(*(np.stack(parts, 2) for parts in zip(*found, strict=True)))
+
+    mean, uncertainty = ([vectors(one, of) for one in each] for of in ("mean", "uncertainty"))
+    return {
+        "mean": over(mean),
+        "shuffled": over([shuffled(one) for one in mean]),
+        "uncertainty": over(uncertainty),
+        "nonlinear": over(uncertainty[-1:], perceptron),
+    }
 
 
 def both_ways(data: xr.Dataset) -> tuple[Decoded, Decoded]:
@@ -190,3 +229,43 @@ def delay(steps: np.ndarray, r2: np.ndarray, excess: np.ndarray) -> np.ndarray:
         share = (both - both[..., :1, :]) / (both[..., -1:, :] - both[..., :1, :])
     t = dynamics.learning_times(np.log2(1 + steps), share)
     return np.asarray(t[..., 0] - t[..., 1])
+
+
+def merits(
+    data: xr.Dataset, bayes: xr.Dataset, of: Mapping[str, Decoded]
+) -> Iterator[tuple[str, Estimate]]:
+    """Figures of merit of a network over outer training and Bayes, by name (`MERITS`).
+
+    `of` is what was decoded from its state (`of_state`); means are over the steps of an episode.
+    """
+    last, steps = data.isel(outer_step=-1), data["outer_step"].to_numpy()
+    yield "excess", dynamics.measured_excess(last, bayes)
+    yield "distance", estimate(np.asarray, dynamics.samples(last, "distance")[:, :, 1:].mean(-1))
+    forth, back = both_ways(last)
+    untrained, now, other = of["mean"].at(0), of["mean"].at(-1), of["shuffled"].at(-1)
+    decoded = {"mean": now, "untrained": untrained, "shuffled": other}
+    for what, found in (decoded | {"to_bayes": forth, "from_bayes": back}).items():
+        yield what, estimate(over_steps, *found)
+    yield "least", estimate(lambda a, b: explained(a, b)[..., 1:].min(-1), *now)
+    way = lambda a, b, c, d: over_steps(a, b) - over_steps(c, d)
+    yield "direction", estimate(way, *forth, *back)
+    for what in ("uncertainty", "nonlinear"):
+        yield what, r_squared(of[what].at(-1)).each()[-1]
+    # Of the tasks held out. The scale of excess loss makes no difference to when it falls.
+    losses = (dynamics.episode_loss(each)[:, 1::2] for each in (data, bayes))
+    when = lambda a, b, c, d: delay(steps, over_steps(a, b), c - d[..., None])
+    yield "delay", estimate(when, *of["mean"], *losses)
+
+
+def operated(data: xr.Dataset) -> Iterator[tuple[str, Estimate]]:
+    """Figures of merit of a network whose states were `implanted`, by name (`MERITS`)."""
+    after = dynamics.samples(data, "after")[0, 0] > 0
+    names = ("losses", "shift", "size")
+    losses, shift, size = (dynamics.samples(data, name)[:, :, after] for name in names)
+    of = dict(zip(SOURCES, np.moveaxis(losses.mean(2), -1, 0), strict=True))
+    excess = partial(dynamics.excess_loss, floor=labelled.about(data).loss_floor)
+    for source in GOES_ON:
+        yield f"from_{source}", estimate(excess, of[source], of["bayes"])
+    kept = lambda own, none, fresh: explained(own - none, fresh - none)
+    yield "kept", estimate(kept, of["own"], of["none"], of["fresh"])
+    yield "outputs", estimate(np.divide, shift[:, :, 0, 0], size[:, :, 0])

@@ -357,6 +357,13 @@ def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
     return estimate(excess, episode_loss(trained), episode_loss(bayes))
 
 
+def excess_ratio(one: xr.Dataset, other: xr.Dataset, bayes: xr.Dataset) -> Estimate:
+    """How many times another learner's excess over Bayes one learner's is, on the same tasks."""
+    excess = functools.partial(excess_loss, floor=labelled.about(one).loss_floor)
+    losses = [episode_loss(each) for each in (one, other, bayes)]
+    return estimate(lambda a, b, best: excess(a, best) / excess(b, best), *losses)
+
+
 def equal_excess(
     outer_steps: Real[np.ndarray, " outer_step"],
     losses: Float[np.ndarray, "*batch outer_step way"],

@@ -404,6 +404,22 @@ def curve(axis: Any, x: np.ndarray, y: Estimate, label: str, colour: Any, **styl
     axis.plot(x, y.value, color=colour, label=label, **style)
 
 
+def panels(
+    shown: Mapping[str, tuple[np.ndarray, Mapping[str, Estimate]]], label: str, **axes: Any
+) -> Figure:
+    """Draws estimates [x] by what they are called, a panel for each title, and one legend.
+
+    `shown` is (x, estimates) by title; `label` is of the vertical axes, `axes` what all have.
+    """
+    figure, every = grid(len(shown), label, 3.8, 3.4, sharey=True)
+    for axis, (title, (x, found)) in zip(every, shown.items(), strict=True):
+        curves(axis, x, dynamics.stacked(found.values()), [*found], marker="o", ms=3)
+        axis.set(**axes)
+        axis.set_title(title, fontsize=10)
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 def colours(values: Sequence[Any] | np.ndarray, palette: str = "viridis") -> list:
     """A colour for each mode, from the first to the last."""
     return list(matplotlib.colormaps[palette](np.linspace(0.0, 0.85, len(values))))

@@ -120,6 +120,8 @@ class MetaTraining(NamedTuple):
     the whole outer loop."""
     rate: str = ""
     """The field of a study's configuration that sets `own`'s learning rate, for messages."""
+    pace: float = 1.0
+    """Outer steps that it takes, on episodes of their own, in one of the run's."""
 
 
 def _gradient(objective: Objective, params: Params, keys: Keys) -> tuple[Params, Metrics]:
@@ -149,7 +151,10 @@ class OuterLoop:
     def __init__(self, trained: Mapping[str, MetaTraining], config: OuterConfig, key: Key):
         self.config, self.trained = config, trained
         config.check_batch(trained.values())
-        optimizers = {n: (t.own or config).transformation(config.steps) for n, t in trained.items()}
+        optimizers = {
+            n: (t.own or config).transformation(round(t.pace * config.steps))
+            for n, t in trained.items()
+        }
         key_init, key_episodes = jax.random.split(prng.fast(key))
         seeds = jnp.arange(config.seeds)
 
@@ -163,7 +168,9 @@ class OuterLoop:
         def one_seed(name, now, one):
             objective, optimizer = trained[name].objective, optimizers[name]
             key, params, moments = one
-            step, count = now
+            pace = trained[name].pace
+            own = lambda at: at if pace == 1 else jnp.round(pace * at).astype(jnp.int32)
+            step, count = own(now[0]), own(sum(now)) - own(now[0])
 
             def episodes(i):
                 share = mesh.my_share(self.batch(name))
@@ -182,7 +189,7 @@ class OuterLoop:
             params, moments, total = jax.lax.fori_loop(
                 0, count, outer_step, (params, moments, nothing)
             )
-            return params, moments, jax.tree.map(lambda leaf: leaf / count, total)
+            return params, moments, jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), total)
 
         @jax.default_matmul_precision(config.precision)
         def advance(

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import signal
-import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -115,7 +114,7 @@ class Runner:
     def save(self, state: TrainState) -> None:
         """Stores the state and, at outer steps for which they are planned, mode trajectories."""
         step, trajectories = int(state.step), None
-        if step in self.plan.outer.checkpoint_steps:
+        if step in self.plan.outer.checkpoint_steps and self.watched:
             trajectories = {
                 tasks.name: {
                     meta.name: self.readings(tasks, meta, state.params[meta.name + part.suffix])
@@ -147,7 +146,7 @@ class Runner:
             for name, each in metrics.items()
         }
         for name, each in shown.items():
-            if "loss" in each:
+            if "loss" in each and name in self.bayes:
                 each["excess_loss"] = float(dynamics.excess_loss(each["loss"], *self.bayes[name]))
         return shown
 
@@ -159,7 +158,7 @@ class Runner:
         for part in self.plan.comparisons:
             for tasks in part.watched:
                 self.measure(part, tasks, part.bayes)
-            if part.metas:
+            if part.watched:
                 self.store.finish()
                 losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
                 best = float(losses.isel(step=slice(1, None)).mean())
@@ -421,7 +420,6 @@ def run_study(
             done = mesh.by_first(run.summary)
             if mesh.by_first(run.set_aside_damaged) and done:
                 return done
-            begun = time.monotonic()
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())
             compiling = ThreadPoolExecutor(os.cpu_count())
             stack.callback(compiling.shutdown, wait=False, cancel_futures=True)
@@ -433,7 +431,7 @@ def run_study(
                 figures.draw(run.figures, run.results(), study.own_figures(), progress)
                 with progress.counting("judging", 1) as show:
                     show("criteria")
-                    summary = judge(study, config, run, identity, time.monotonic() - begun)
+                    summary = judge(study, config, run, identity, run.seconds())
                 view.write(run, progress)
                 return summary
 

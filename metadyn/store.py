@@ -24,10 +24,11 @@ import os
 import re
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ class RunFolder:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._sound: set[Path] = set()
+        self.seconds: Callable[[], float] = self._taken
         self.config = read_json(self.path / "config.json", f"{path} holds no run of metadyn")
         if missing := {"study", "preset", "seed", "config"} - set(self.config):
             raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
@@ -136,9 +138,19 @@ class RunFolder:
             raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
         return cls(path)
 
+    def _taken(self) -> float:
+        """Seconds that a run which is gone on with took so far; 0 if that is not known."""
+        with suppress(OSError, ValueError):
+            return float((self.path / "seconds").read_text())
+        return 0.0
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds DIR for one writer, until left or killed. Raises `ConfigError` if it is held."""
+        """Holds DIR for one writer, until left or killed. Raises `ConfigError` if it is held.
+
+        Inside, `seconds()` says for how long it was held, all parts of a run together; a part that
+        was killed, and had no time to say, is not counted.
+        """
         with open(self.path / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,10 +162,14 @@ class RunFolder:
             for folder in ("checkpoints", "measurements/*"):
                 for part in self.path.glob(f"{folder}/*{PART}*"):  # a killed run's
                     shutil.rmtree(part)
+            begun, before = time.monotonic(), self._taken()
+            self.seconds = lambda: before + time.monotonic() - begun
             try:
                 yield
             finally:  # whatever ended the run, what it was writing is whole before another begins
                 self._writer.shutdown()
+                with suppress(OSError):  # of a full disk, which is complained of already
+                    write_whole(self.path / "seconds", f"{self.seconds():.1f}\n")
 
     # Folders of arrays: all processes save together, each reads alone.
 

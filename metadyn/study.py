@@ -82,7 +82,7 @@ class MeasureConfig:
     shifted_tasks: int = 2048
     """Evaluation tasks of each set that is out of distribution."""
     tracked_tasks: int = 128
-    """Evaluation tasks probed at every checkpoint."""
+    """Evaluation tasks probed at every checkpoint; 0 for none."""
     heldout_tasks: int = 2048
     """Tasks of the training distribution on which the excess loss is measured."""
     probe_points: int = 32
@@ -91,9 +91,10 @@ class MeasureConfig:
     """Tasks measured at a time, which bounds the memory."""
 
     def __post_init__(self) -> None:
-        check_positive(self, *(field.name for field in dataclasses.fields(self)))
-        tracked = self.tracked_tasks
-        check(tracked >= 2, "tracked_tasks", tracked, "must be at least 2: halves are compared")
+        names, tracked = [field.name for field in dataclasses.fields(self)], self.tracked_tasks
+        check_positive(self, *(name for name in names if name != "tracked_tasks"))
+        fix = "must be at least 2, as halves are compared, or 0 for none"
+        check(tracked == 0 or tracked >= 2, "tracked_tasks", tracked, fix)
 
     def sized(
         self, tasks: TaskSet, field: str = "tasks", name: str | None = None, **changes: Any
@@ -192,6 +193,8 @@ class Contender:
     """The field of the study's configuration that sets `own`'s learning rate, for messages."""
     option: str = ""
     """The option that sets its size, for messages."""
+    pace: float = 1.0
+    """Outer steps that a meta-learner takes in one of the run's: 1.1 is a tenth more in all."""
     of: str = ""
     """The meta-learner of the comparison from whose outer parameters its own learner is made, once
     these are trained. Its `learner` is then `Derived` from that meta-learner."""
@@ -202,6 +205,7 @@ class Contender:
         object.__setattr__(self, "kind", self.kind or kinds[0])
         fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
         check(self.kind in kinds, "kind", self.kind, fix)
+        check_positive(self, "pace")
 
     @property
     def trained(self) -> bool:
@@ -254,6 +258,8 @@ class Comparison:
     """What figures call it."""
     followed: bool = True
     """Whether figures follow its meta-learners over outer training."""
+    tracking: bool = True
+    """Whether these are measured at every checkpoint at all, or once they are trained alone."""
     probes: Mapping[str, Callable[[TaskSet], Probe]] = dataclasses.field(default_factory=dict)
     """What is read beside the main probe, by name, wherever that is read."""
 
@@ -300,7 +306,8 @@ class Comparison:
     @property
     def watched(self) -> tuple[TaskSet, ...]:
         """The sets on which its meta-learners are measured at every checkpoint, and Bayes once."""
-        return (self.tracked, self.heldout) if self.metas else ()
+        tracked = (self.tracked,) if self.measure.tracked_tasks else ()
+        return (*tracked, self.heldout) if self.metas and self.tracking else ()
 
     @functools.cached_property
     def measurements(self) -> list[tuple[TaskSet, Contender]]:
@@ -320,7 +327,7 @@ class Comparison:
         meta = contender.learner
         assert not isinstance(meta, Learner)
         objective = (contender.objective or self.objective)(self.domain, meta)
-        return MetaTraining(meta, objective, contender.own, contender.rate)
+        return MetaTraining(meta, objective, contender.own, contender.rate, contender.pace)
 
     def joined(self, contender: Contender) -> Comparison:
         """Adds a contender behind those of its kind; returns itself if there are none.

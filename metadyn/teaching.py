@@ -8,7 +8,7 @@ truth? Here inputs are chosen, and answered as ever, with noise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,45 +17,71 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from metadyn import dynamics
-from metadyn.base import Key, Learner, Probe
+from metadyn.base import Key, Learner, Probe, TaskSet, variant
 from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression, LinearTask
 from metadyn.errors import check
 
 Lesson = Float[Array, "m n_x"]
+"""The inputs of the first examples that a learner is shown; NaN in place of one that is posed."""
 Teacher = Callable[[LinearTask], Lesson]
-"""Chooses the inputs of the first examples for a task."""
+
+
+class Taught(NamedTuple):
+    """A task, and which of a learner's teachers chooses examples of it."""
+
+    task: LinearTask
+    teacher: Int[Array, ""]
 
 
 class Shown(NamedTuple):
     """A target, and beside it the task, which is there for teachers."""
 
     y: Float[Array, "*batch n_y"]
-    task: LinearTask
+    task: Taught
 
 
 class OpenRegression(LinearRegression):
     """Linear regression whose feedback shows the task too: for `taught` learners alone.
 
-    Losses are those of answers to the inputs that the domain poses, whatever is taught.
+    Its tasks are `Taught`. Losses are those of answers to the inputs that the domain poses,
+    whatever is taught.
     """
 
-    def feedback(self, task: LinearTask, query: Array, answer: object, key: Key) -> Any:
+    def query(self, task: Any, key: Key) -> Array:
+        """Draws an input, as ever."""
+        return super().query(task.task, key)
+
+    def feedback(self, task: Any, query: Array, answer: object, key: Key) -> Any:
         """Gives the target as ever, and the task."""
-        return Shown(super().feedback(task, query, answer, key), task)
+        return Shown(super().feedback(task.task, query, answer, key), task)
 
     def loss(self, answer: Float[Array, " n_y"], feedback: Any) -> Array:
         """Squared error, mean over outputs."""
         return super().loss(answer, feedback.y)
 
 
-def taught(
-    learner: Learner, teacher: Teacher | None, n_x: int, examples: int, each: int = 1
-) -> Learner:
-    """A learner of `OpenRegression` that is shown a teacher's examples first, then what is posed.
+def sets(tasks: TaskSet, *names: str) -> list[TaskSet]:
+    """The same tasks of linear regression, once for each of a learner's teachers, by their names.
 
-    Each example is shown for so many updates, with noise of its own each time; no teacher: what is
-    posed from the start. The teacher is asked once for each task.
+    What `error` is read of them is ‖Ŵ − W‖² / ‖W‖².
+    """
+    domain = variant(tasks.domain, OpenRegression)
+    sample = lambda key, given: Taught(tasks.sample(key, given[0]), given[1])
+    probes = {name: _with_error(probe) for name, probe in tasks.probes.items()}
+    same = dataclasses.replace(tasks, domain=domain, sample=sample, probes=probes)
+    arguments = [(tasks.argument, np.int32(i)) for i in range(len(names))]  # of one program
+    pairs = zip(names, arguments, strict=True)
+    return [dataclasses.replace(same, name=name, argument=argument) for name, argument in pairs]
+
+
+def taught(
+    learner: Learner, teachers: Sequence[Teacher], n_x: int, examples: int, each: int = 1
+) -> Learner:
+    """A learner of `sets` that is shown a teacher's examples first, then what is posed.
+
+    Each example is shown for so many updates, with noise of its own each time. The teacher is asked
+    once for each task.
     """
     check(examples >= 1, "examples", examples, "must be at least 1")
     check(each >= 1, "each", each, "must be at least 1")
@@ -68,17 +94,21 @@ def taught(
 
     def update(state: tuple, query: Float[Array, "*batch n_x"], seen: Shown) -> tuple:
         t, lesson, own = state
-        if teacher is None:
-            return t + 1, lesson, learner.update(own, query, seen.y)
         one = (lambda leaf: leaf) if learner.batch is None else (lambda leaf: leaf[0])
-        task = jax.tree.map(one, seen.task)
-        lesson = jax.lax.cond(t == 0, lambda: teacher(task), lambda: lesson)
+        task, teacher = jax.tree.map(one, seen.task)
+        ask = lambda: jax.lax.switch(teacher, teachers, task)
+        lesson = jax.lax.cond(t == 0, ask, lambda: lesson)
         now = lesson[jnp.minimum(t // each, examples - 1)]
-        x = jnp.where(t < examples * each, now, query)
+        x = jnp.where((t < examples * each) & ~jnp.isnan(now), now, query)
         y = seen.y + (x - query) @ task.W.T  # as posed, with the same noise
         return t + 1, lesson, learner.update(own, x, y)
 
     return learner._replace(init=init, predict=predict, update=update, diagnose=None)
+
+
+def none(task: LinearTask, examples: int) -> Lesson:
+    """No teacher: inputs as they are posed."""
+    return jnp.full((examples, task.W.shape[1]), jnp.nan)
 
 
 def for_bayes(task: LinearTask, examples: int, least_first: bool = False) -> Lesson:
@@ -125,20 +155,15 @@ def through(
     return jax.lax.scan(step, first, jnp.arange(steps + 1))[0][1]
 
 
-def with_error(probe: Probe) -> Probe:
-    """A probe of linear regression that also reads `error`, ‖Ŵ − W‖² / ‖W‖².
+def _with_error(probe: Probe) -> Probe:
+    # From the answers themselves, so it counts what is not linear in them too: for isotropic tasks,
+    # the expected squared error at inputs N(0, I) over ‖W‖².
 
-    From the answers themselves, so it counts what is not linear in them too: for isotropic tasks,
-    the expected squared error at inputs N(0, I) over ‖W‖².
-    """
-
-    def read(task: LinearTask, answers: Float[Array, "P n_y"]) -> dict[str, Array]:
-        X = probe.queries
-        wrong = jnp.sum((answers - X @ task.W.T) ** 2)
-        return {
-            **probe.read(task, answers),
-            "error": wrong / (jnp.sum(task.W**2) * jnp.sum(X**2) / X.shape[1]),
-        }
+    def read(taught: Taught, answers: Float[Array, "P n_y"]) -> dict[str, Array]:
+        X, W = probe.queries, taught.task.W
+        wrong = jnp.sum((answers - X @ W.T) ** 2)
+        error = wrong / (jnp.sum(W**2) * jnp.sum(X**2) / X.shape[1])
+        return {**probe.read(taught.task, answers), "error": error}
 
     return dataclasses.replace(probe, read=read, extras={**probe.extras, "error": ()})
 

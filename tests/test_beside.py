@@ -168,7 +168,7 @@ def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
     forth, back = decoding.both_ways(data)
     assert forth.left.shape == back.left.shape == (2, 10, 3)
     over = xr.concat([data, data], "outer_step")
-    found = decoding.of_state(over, "mean")
+    found = decoding.of_state(over)["mean"]
     np.testing.assert_array_equal(found.at(0).left, found.at(1).left)
     again = decoding.held_out(decoding.vectors(data, "state"), decoding.vectors(data, "mean"))
     np.testing.assert_array_equal(found.at(1).left, again.left)

@@ -20,6 +20,7 @@ from metadyn import figures, runner
 from metadyn.cli import main
 from metadyn.store import RunFolder
 
+WRITTEN_OUT = True  # random bits, as in the processes that tests start
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "linear_regression.py")
 SMALL = [
@@ -170,11 +171,16 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(finished, tmp_p
     run.communicate(timeout=60)
     assert not (out / "summary.json").exists()
 
+    assert float((out / "seconds").read_text()) > 0
+    (out / "seconds").write_text("1000\n")
+    begun = time.monotonic()
     assert metadyn_run(out) == 1
+    took = time.monotonic() - begun
     for task_set in ("tracked", "heldout", "in_distribution", "x4"):
         xr.testing.assert_identical(metadyn.load(finished, task_set), metadyn.load(out, task_set))
     one, other = (json.loads((d / "summary.json").read_text()) for d in (finished, out))
     assert one["criteria"] == other["criteria"]
+    assert 1000 < other["environment"]["seconds"] < 1000 + took  # of all parts together
 
 
 def test_a_run_whose_output_is_no_longer_read_ends_quietly(tmp_path):

@@ -17,6 +17,7 @@ from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.gradient import deep_linear, gradient
 from metadyn.learners.lstm import LSTMConfig
 
+WRITTEN_OUT = True  # random bits, as in the processes that tests start
 DOMAIN = LinearRegression(3, 2, steps=8)
 S = jnp.float32(DOMAIN.spectrum())
 PROBE = DOMAIN.probe(8)

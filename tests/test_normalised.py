@@ -41,13 +41,14 @@ def test_step_by_step_is_whole(meta, scale):
 def test_the_network_inside_reads_what_numpy_says(meta):
     """Feedback over r after; with queries 1 / r before and the log of its last change."""
     made, params = meta
-    queries, feedback = pairs(made.domain, 3.0)
+    queries, feedback = pairs(made.domain)
     y = np.float64(feedback)
-    r = np.array([np.sqrt((y[:t] ** 2).mean((0, 1))) for t in range(1, len(y) + 1)])
-    before = np.concatenate([np.ones((1, 7)), r[:-1]])
-    change = np.concatenate([np.zeros((2, 7)), np.diff(np.log(r), axis=0)[:-1]])
-    read = jnp.float32(np.stack([1 / before, change], axis=1))
-    expected = made.inside.unroll(params, (queries, read), jnp.float32(y / r[:, None]))
+    squares = np.array([(y[:t] ** 2).mean((0, 1)) for t in range(1, len(y) + 1)])
+    r = np.concatenate([np.ones((2, 7)), np.sqrt(np.maximum(2 * squares, 1))])  # from r_{-1} on
+    assert 0 < (r[2:] == 1).mean() < 1
+    last, before, after = r[:-2], r[1:-1], r[2:]
+    read = jnp.float32(np.stack([1 / before, np.log(before / last)], axis=1))
+    expected = made.inside.unroll(params, (queries, read), jnp.float32(y / after[:, None]))
     found = made.unroll(params, queries, feedback)
     np.testing.assert_allclose(found, expected * before[:, None], 1e-4, 1e-5)
 
@@ -61,17 +62,25 @@ def test_answers_do_not_depend_on_the_feedback_to_come(meta):
     assert np.abs(after[4:] - before[4:]).max() > 1e-3
 
 
-def test_but_for_what_is_read_of_the_size_answers_grow_as_the_feedback_does():
-    """With no weight on 1 / r, answers from the second on are equivariant: all r grow alike."""
+def test_small_feedback_is_left_as_it_is(meta):
+    made, params = meta
+    queries, feedback = pairs(made.domain, 0.01)
+    read = jnp.zeros((len(feedback), 2, 7)).at[:, 0].set(1.0)
+    expected = made.inside.unroll(params, (queries, read), feedback)
+    np.testing.assert_allclose(made.unroll(params, queries, feedback), expected, 1e-5, 1e-6)
+
+
+def test_but_for_what_is_read_of_the_size_answers_grow_as_large_feedback_does():
+    """With no weight on what is read of r, answers from the second on are equivariant."""
     made = Normalised(DOMAINS["linear"], NETWORKS["lstm"].make)
     params = scattered(made)
-    params["body"]["input"] = params["body"]["input"].at[:, 3].set(0.0)  # after the 3 of x
-    queries, feedback = pairs(made.domain)
+    params["body"]["input"] = params["body"]["input"].at[:, 3:5].set(0.0)  # after the 3 of x
+    queries, feedback = pairs(made.domain, 1000.0)
     one, tenfold = (made.unroll(params, queries, k * feedback)[1:] for k in (1, 10))
     np.testing.assert_allclose(tenfold, 10 * one, 1e-4, 1e-5)
 
 
-def test_no_feedback_but_zero_is_no_division_by_zero(meta):
+def test_no_feedback_but_zero_has_a_finite_gradient(meta):
     made, params = meta
     queries, feedback = pairs(made.domain, 0.0)
     gradient = jax.grad(lambda params: made.unroll(params, queries, feedback).sum())(params)

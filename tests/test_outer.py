@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Objective, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop, _gradient
 
+WRITTEN_OUT = True  # random bits, as in the processes that tests start
 DOMAIN = LinearRegression(2, 2, steps=5)
 META = LSTMConfig(hidden=8).make(DOMAIN)
 CONFIG = OuterConfig(steps=40, batch=8, seeds=2, warmup=4, checkpoints=3, dispatch=7)
@@ -194,7 +196,7 @@ from metadyn import inner, mesh
 mesh.start()
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig
-from metadyn.objectives import prediction_loss
+from metadyn.objectives import Objective, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 domain = LinearRegression(2, 2, steps=5)
 meta = LSTMConfig(hidden=8).make(domain)
@@ -280,3 +282,19 @@ def test_an_own_optimiser_is_scheduled_over_the_runs_steps():
     after = last(loop, jax.device_put(before, mesh.replicated()), [30])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params, after.params)
     assert max(jax.tree.leaves(moved)) > 1e-6
+
+
+def test_a_pace_of_its_own_is_as_many_steps_of_a_longer_run():
+    """Half as many again, from dispatch to dispatch, under the longer run's schedule."""
+    longer, config = (dataclasses.replace(CONFIG, steps=n, dispatch=3) for n in (15, 10))
+
+    def loss(w, keys):
+        return ((w - jax.vmap(jax.random.uniform)(keys).mean()) ** 2), {"loss": w}
+
+    training = MetaTraining(SimpleNamespace(init=jax.random.uniform), Objective(loss))
+    ends = []
+    for pace, each in ((1.0, longer), (1.5, config)):
+        loop = OuterLoop({"number": training._replace(pace=pace)}, each, jax.random.key(0))
+        ends.append(last(loop, loop.init(), [each.steps]).params["number"])
+    np.testing.assert_allclose(*ends, rtol=1e-5)
+    assert ends[0][0] != ends[0][1]

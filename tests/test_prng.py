@@ -10,6 +10,7 @@ from scipy.stats import kstest
 from metadyn import prng
 from metadyn.kernels import dense
 
+WRITTEN_OUT = True  # random bits: what users run
 KEY = jax.random.key(3)
 
 

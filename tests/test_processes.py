@@ -15,6 +15,7 @@ from metadyn import mesh
 from metadyn.cli import main
 from metadyn.errors import ConfigError
 
+WRITTEN_OUT = True  # random bits, as in the processes that tests start
 STUDY = str(Path(__file__).parent.parent / "benchmarks" / "tiny_study.py")
 LONG = ("--outer.steps", "8000", "--outer.schedule", "constant", "--outer.learning-rate", "0.001")
 LONG += ("--outer.checkpoints", "12")

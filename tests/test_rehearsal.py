@@ -105,6 +105,18 @@ def test_a_study_that_is_right_is_rehearsed_silently_and_runs(tmp_path):
     assert (tmp_path / "r" / "figures" / "own.png").is_file()
 
 
+def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
+    one = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
+    plan = changed(tracking=lambda _: False, sets=lambda sets: sets[:1])
+    study = dataclasses.replace(STUDY, plan=plan, criteria=one, figures={})
+    summary = run(study, tmp_path / "r")
+    assert [row["name"] for row in summary["criteria"]] == ["loss"]
+    stored = RunFolder(tmp_path / "r")
+    assert [*stored.measurements()] == ["in_distribution"]
+    assert not stored.tracked()
+    assert stored.steps() == [*Config().outer.checkpoint_steps]
+
+
 def unknown_learner(config, results):
     yield loss_of(results, "in_distribution", "nobody")
 

@@ -20,6 +20,7 @@ from metadyn.labelled import About, Modes, describe, labelled
 from metadyn.store import FORMAT, SUMS, RunFolder
 from metadyn.study import HELDOUT, TRACKED
 
+WRITTEN_OUT = True  # random bits, as in the processes that tests start
 IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 4}, "a": 1}}
 RNG = np.random.default_rng(0)
 MODES = {"mode_strength": Modes((2.0, 0.5), "singular value", "singular_value")}

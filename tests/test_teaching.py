@@ -13,6 +13,7 @@ from metadyn import inner, teaching
 from metadyn.base import STRENGTH, Learner, indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.bayes import bayes_bandit, bayes_linear
+from metadyn.measuring import readings
 from metadyn.runner import rehearse
 
 SIGMA = 0.3
@@ -58,16 +59,19 @@ def test_gradient_through_bayes_finds_the_closed_form_from_anywhere():
     assert before.min() < 0.9
 
 
-def test_taught_bayes_comes_to_the_expected_error():
-    probes = ((STRENGTH, teaching.with_error(PLAIN.probe(64))),)
-    teacher = partial(teaching.for_bayes, examples=2)
-    learner = teaching.taught(bayes_linear(PLAIN), teacher, n_x=2, examples=2)
-    run = lambda task, key: inner.run(OPEN, learner, task, key, range(3), probes)["error"]
-    tasks = jax.vmap(lambda k: PLAIN.evaluation_task(k, jnp.array([1.5, 0.7])))(KEYS)
-    error = np.float64(jax.jit(jax.vmap(run))(tasks, KEYS)).mean(0)
-    lesson = np.float64(teaching.for_bayes(TASK, 2))
-    by_hand = [expected_error(lesson[:m]) for m in (1, 2)]
-    np.testing.assert_allclose(error, [1, *by_hand], rtol=0.04)
+def test_taught_bayes_comes_to_the_expected_error_of_each_teacher():
+    """Which the closed form has; and the least mode first is worse after one example alone."""
+    best = partial(teaching.for_bayes, examples=2)
+    teachers = (best, partial(best, least_first=True))
+    learner = teaching.taught(bayes_linear(PLAIN), teachers, n_x=2, examples=2)
+    tasks = dataclasses.replace(PLAIN.evaluation(64), argument=np.float32([1.5, 0.7]), size=4000)
+    lesson = np.float64(best(TASK))
+    for each, shown in zip(
+        teaching.sets(tasks, "best", "least"), (lesson, lesson[::-1]), strict=True
+    ):
+        found = readings(each, md.Contender("b", "b", learner, "bayes", (0, 1, 2)), (), KEYS[0])
+        by_hand = [expected_error(shown[:m]) for m in (1, 2)]
+        np.testing.assert_allclose(np.float64(found["error"]).mean(0), [1, *by_hand], rtol=0.04)
 
 
 def test_the_teacher_is_asked_once_for_each_task():
@@ -77,8 +81,9 @@ def test_the_teacher_is_asked_once_for_each_task():
         jax.debug.callback(lambda: asked.append(1))
         return teaching.for_bayes(task, 2)
 
-    learner = teaching.taught(bayes_linear(PLAIN), teacher, n_x=2, examples=2)
-    run = lambda key: inner.run(OPEN, learner, TASK, key, (0, 3, 6))["loss"]
+    learner = teaching.taught(bayes_linear(PLAIN), [teacher], n_x=2, examples=2)
+    task = teaching.Taught(TASK, jnp.int32(0))
+    run = lambda key: inner.run(OPEN, learner, task, key, (0, 3, 6))["loss"]
     jax.block_until_ready(jax.jit(jax.vmap(run))(KEYS[:3]))
     jax.effects_barrier()
     assert 0 < len(asked) <= 3
@@ -92,19 +97,20 @@ def test_what_is_taught_comes_first_and_is_answered_with_the_noise_of_what_was_p
 
     start = lambda key: (jnp.int32(0), jnp.zeros((6, 4)))
     witness = Learner(start, lambda state, x: state[1].ravel()[:2], remember)
-    teacher = partial(teaching.for_bayes, examples=2)
+    teachers = [partial(teaching.none, examples=2), partial(teaching.for_bayes, examples=2)]
 
     def seen(teacher):
-        learner = teaching.taught(witness, teacher, n_x=2, examples=2, each=each)
+        learner = teaching.taught(witness, teachers, n_x=2, examples=2, each=each)
+        task = teaching.Taught(TASK, jnp.int32(teacher))
         state = learner.init(KEYS[0])
         for t in range(6):
             x, _, said = inner.interact(
-                OPEN, TASK, lambda q: jnp.zeros(2), jax.random.split(KEYS[t])
+                OPEN, task, lambda q: jnp.zeros(2), jax.random.split(KEYS[t])
             )
             state = learner.update(state, x, said)
         return np.split(np.float64(state[2][1]), 2, axis=1)
 
-    (x, y), (posed, told) = seen(teacher), seen(None)
+    (posed, told), (x, y) = seen(0), seen(1)
     count = 2 * each
     np.testing.assert_allclose(x[:count], np.repeat(np.sqrt(2) * V.T, each, axis=0), rtol=1e-5)
     np.testing.assert_array_equal(x[count:], posed[count:])
@@ -139,11 +145,19 @@ def test_the_study_is_rehearsed_without_complaint():
     linear, bandit = plan.comparisons
     assert [meta.name for meta in linear.metas] == ["maml", "lstm"]
     assert [meta.name for meta in bandit.metas] == ["lstm"]
-    assert {c.of for t, c in linear.measurements if c.name.endswith("_for_bayes")} == {
-        "maml",
-        "lstm",
-    }
-    rehearse(study, config, plan)
+    assert not [part for part in plan.comparisons if part.watched]
+    own = {contender.name for tasks, contender in linear.measurements if tasks.name == "own"}
+    assert {"taught_bayes", "taught_maml", "bayes_by_maml", "bayes_by_lstm"} < own
+    assert "taught_sgd" not in own
+    named = {each.name for each in rehearse(study, config, plan)}
+    assert {claim.criterion for claim in study.claims} <= named
+
+
+def test_where_no_meta_learner_can_serve_the_study_has_its_own():
+    study = md.load_study("teaching")
+    config = dataclasses.replace(study.presets["quick"], learners=("maml",))
+    _, bandit = study.plan(config).comparisons
+    assert [meta.name for meta in bandit.metas] == ["lstm"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Any meta-learner on feedback of unit size: divided by its running root-mean-square."""
+"""Any meta-learner on feedback of bounded size: divided by its running size where that is large."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from metadyn.base import Answer, Domain, Feedback, Key, Learner, MetaLearner, Params, Query, State
-
-LEAST = 1e-6  # what mean squares are at least, so that feedback of zero can be divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +40,23 @@ class NormalisedState(NamedTuple):
     t: Float[Array, ""]
     """Observations so far."""
     mean_square: Float[Array, ""]
-    """r² of the feedback so far; 1 before any."""
+    """That of the feedback so far; 0 before any."""
     before: Float[Array, ""]
-    """r² one step before."""
+    """That of one step before."""
 
 
 class Normalised:
-    """A meta-learner whose feedback is divided by r_t, its root-mean-square up to then.
+    """A meta-learner whose feedback is divided by r_t, which grows with the feedback up to then.
+
+    r_t² is twice the mean square of y_1 … y_t, but at least 1: small feedback stays as it is, to
+    which what it knows of the prior applies, and r_0 = 1. (With the root-mean-square itself, of any
+    size, the excess loss within the training distribution was greater: our choice.)
 
     `make(domain)` makes the meta-learner inside, such as `LSTMConfig().make`. It reads y_{t−1} /
-    r_{t−1}, and its answers are multiplied by r_{t−1}, which does not know y_t; r_0 = 1. Beside x_t
-    it reads 1 / r_{t−1}, to which the noise is proportional in the new units and which stays
-    bounded as r grows; and log r_{t−1} / r_{t−2}, by which what it remembers has changed its unit.
-    It is not exactly equivariant. For domains whose feedback and answers are vectors of one unit.
+    r_{t−1}, and its answers are multiplied by r_{t−1}, which does not know y_t. Beside x_t it reads
+    1 / r_{t−1}, to which the noise is proportional in the new units and which stays bounded as r
+    grows; and log r_{t−1} / r_{t−2}, by which what it remembers has changed its unit. It is not
+    exactly equivariant. For domains whose feedback and answers are vectors of one unit.
     """
 
     heads = 0
@@ -71,19 +73,19 @@ class Normalised:
         inside = self.inside.learner(params)
 
         def asked(state: NormalisedState, x: Query) -> Query:
-            return x, _read(state.mean_square, state.before, state.t)
+            return x, _read(_size(state.mean_square), _size(state.before))
 
         def init(key: Key) -> NormalisedState:
-            return NormalisedState(inside.init(key), jnp.zeros(()), jnp.ones(()), jnp.ones(()))
+            return NormalisedState(inside.init(key), *[jnp.zeros(())] * 3)
 
         def predict(state: NormalisedState, x: Query) -> Answer:
-            return jnp.sqrt(state.mean_square) * inside.predict(state.inside, asked(state, x))
+            return _size(state.mean_square) * inside.predict(state.inside, asked(state, x))
 
         def update(state: NormalisedState, x: Query, y: Feedback) -> NormalisedState:
-            t, now = state.t, jnp.maximum((y**2).mean(), LEAST)
-            after = jnp.where(t > 0, (t * state.mean_square + now) / (t + 1), now)
-            known = inside.update(state.inside, asked(state, x), y / jnp.sqrt(after))
-            return NormalisedState(known, t + 1, after, state.mean_square)
+            t, before = state.t + 1, state.mean_square
+            after = before + ((y**2).mean() - before) / t
+            known = inside.update(state.inside, asked(state, x), y / _size(after))
+            return NormalisedState(known, t, after, before)
 
         said = inside.diagnose
         diagnose = None if said is None else lambda state: said(state.inside)
@@ -93,17 +95,20 @@ class Normalised:
         self, params: Params, queries: Query, feedback: Float[Array, "T m B"]
     ) -> Float[Array, "T outputs B"]:
         """Runs whole episodes at once: the answers."""
-        t = jnp.arange(len(feedback))[:, None]
-        squares = jnp.maximum((feedback**2).mean(1), LEAST)
-        after = jnp.cumsum(squares, axis=0) / (t + 1)
-        late = lambda squares: jnp.concatenate([jnp.ones_like(squares[:1]), squares[:-1]])
+        t = jnp.arange(1, len(feedback) + 1)[:, None]
+        after = _size(jnp.cumsum((feedback**2).mean(1), axis=0) / t)
+        late = lambda sizes: jnp.concatenate([jnp.ones_like(sizes[:1]), sizes[:-1]])
         now = late(after)
-        read = jnp.moveaxis(_read(now, late(now), t), 0, 1)
-        answers = self.inside.unroll(params, (queries, read), feedback / jnp.sqrt(after)[:, None])
-        return answers * jnp.sqrt(now)[:, None]
+        read = jnp.moveaxis(_read(now, late(now)), 0, 1)
+        answers = self.inside.unroll(params, (queries, read), feedback / after[:, None])
+        return answers * now[:, None]
 
 
-def _read(now: Array, before: Array, t: Array) -> Float[Array, " read *any"]:
-    """1 / r, and the logarithm of its change, 0 until there was one, from mean squares."""
-    change = jnp.where(t > 1, 0.5 * jnp.log(now / before), 0.0)
-    return jnp.stack([now**-0.5, change])
+def _size(mean_square: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """r."""
+    return jnp.sqrt(jnp.maximum(2 * mean_square, 1.0))
+
+
+def _read(now: Float[Array, "*any"], before: Float[Array, "*any"]) -> Float[Array, " read *any"]:
+    """1 / r, and the logarithm of its change."""
+    return jnp.stack([1 / now, jnp.log(now / before)])
