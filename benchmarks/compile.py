@@ -6,7 +6,8 @@ Needs the extra `aot`, some 5 GB of XLA's compilers: `pip install -e '.[aot]' -c
 Prints each program as it is compiled, and stores it in compiled.json and the table compiled.md
 beside this file. What these hold already is not compiled again: delete them to begin anew. REGEX is
 searched for in "STUDY: PROGRAM", such as "linear_regression: outer step". With `--lower` programs
-are lowered alone, which needs no compiler and stores nothing: CI does it.
+are lowered alone, which needs no compiler and stores nothing, and so is every backend of the LSTM
+kernel ("kernel: BACKEND"): CI does it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 from unittest.mock import patch
 
 TARGETS = {"cuda": ("h100:1", "h100:8"), "tpu": ("v5e:1", "v5e:4")}
@@ -48,6 +50,24 @@ def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
     plan = found.plan(found.presets[preset])
     loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
     yield from planning.programs(plan, loop)
+
+
+def kernels(platform: str) -> Iterator[Any]:
+    """The gradient through every backend of the LSTM kernel that a platform has, at 64 units."""
+    import jax
+    import jax.numpy as jnp
+
+    from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
+
+    hidden, inputs, episodes = 64, 6, 128
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    weights = LSTMWeights(array(4 * hidden, inputs), array(4 * hidden, hidden), array(4 * hidden))
+    for backend in get_args(Backend):
+        if backend != "fused" or platform == "cuda":
+            loss = lambda weights, x, backend=backend: jnp.sum(lstm(weights, x, backend))
+            gradient = jax.jit(jax.grad(loss, (0, 1)))
+            trace = partial(gradient.trace, weights, array(20, inputs, episodes))
+            yield SimpleNamespace(name=backend, trace=trace)
 
 
 def lowered(program: Any, platform: str) -> str:
@@ -131,10 +151,12 @@ def lower_all(platform: str, wanted: Callable[[str], Any]) -> None:
     """Lowers programs for a platform, and prints how long each took."""
     from metadyn.study import known
 
+    made = {"kernel": partial(kernels, platform)}
+    made |= {study: partial(programs, study) for study in known()}
     with said_to_be_here(platform):
-        for study in known():
-            for program in programs(study):
-                name, start = f"{study}: {program.name}", time.monotonic()
+        for of, each in made.items():
+            for program in each():
+                name, start = f"{of}: {program.name}", time.monotonic()
                 if wanted(name):
                     lowered(program, platform)
                     print(f"{platform}, {name}: {time.monotonic() - start:.1f} s", flush=True)

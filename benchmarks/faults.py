@@ -12,6 +12,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -146,7 +147,7 @@ def kills(folder, count, rng):
 
 
 def _await_training(run):
-    return any(line.startswith("training") for line in run.stdout)
+    return any(re.match("training [1-9]", line) for line in run.stdout)
 
 
 def signals(folder, count, rng):

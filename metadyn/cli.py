@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -49,7 +50,9 @@ _EXAMPLES = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see metadyn --help")
+        unknown = re.match("argument command: invalid choice: '(.*?)'", message)
+        near = meant(unknown[1], _EXAMPLES) if unknown else ""
+        raise ConfigError(f"{message}{near}; see metadyn --help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,6 +144,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _commands() -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (a.choices for a in _parser()._actions if isinstance(a.choices, dict))
+    return commands
+
+
+def _own(arguments: argparse.Namespace) -> list[str]:
+    """The options of a command itself, which a study does not have."""
+    return [*_commands()[arguments.command]._option_string_actions]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -151,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE
         arguments, overrides = _parser().parse_known_args(argv)
         if overrides and arguments.do not in (_run, _sweep):
-            raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}")
+            near = meant(overrides[0], _own(arguments))
+            raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}{near}")
         arguments.overrides = overrides
         return arguments.do(arguments)
     except ConfigError as error:
@@ -277,7 +291,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if arguments.seeds:
         words = ["--outer.seeds", *arguments.seeds, *words]
     options, known = sweep.parsed(words), dict(options_of(default))
-    sweep.check_known(options, [*known])
+    sweep.check_known(options, [*known], _own(arguments))
     kind: sweep.Kind = (
         "random" if arguments.random is not None else "zip" if arguments.zip else "grid"
     )
@@ -306,7 +320,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
                 plans = sweep.planned(asked, study, configs, part, typed)
                 return planning.of_sweep(plans, arguments.part, typed)
 
-            planning.report(planned, arguments.plan, out, progress.say)
+            planning.report(planned, arguments.plan, out, progress)
             return DONE
         folder = sweep.run_sweep(asked, study, configs, out, progress, part, typed)
     progress.say("\n".join(swept.report(folder)))
@@ -350,14 +364,15 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
     from metadyn.runner import run_study
 
     preset, seed, overrides = arguments.preset, arguments.seed, arguments.overrides
-    config = configured(study.presets[preset], ["--help"] if arguments.options else overrides)
+    given = ["--help"] if arguments.options else overrides
+    config = configured(study.presets[preset], given, _own(arguments))
     if config is None:
         return DONE
     progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
     try:
         if arguments.plan is not None:
             planned = lambda: planning.of_run(study, config)
-            planning.report(planned, arguments.plan, out, progress.say)
+            planning.report(planned, arguments.plan, out, progress)
             return DONE
         summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)
     except ConfigError as error:
@@ -367,28 +382,33 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
     return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
 
 
-def _figures(arguments: argparse.Namespace) -> int:
+def _progress() -> Progress:
+    """Where a command stands, on stderr: stdout is for what was asked for."""
     from rich.console import Console
 
-    from metadyn import figures
     from metadyn.progress import Progress
+
+    return Progress(Console(stderr=True))
+
+
+def _figures(arguments: argparse.Namespace) -> int:
+    from metadyn import figures
     from metadyn.store import RunFolder
     from metadyn.study import known, load_study
     from metadyn.sweep import SweepFolder, is_sweep
 
+    progress = _progress()
     if is_sweep(arguments.dir):
         from metadyn import swept
 
         sweep = SweepFolder(arguments.dir)
-        for path in swept.draw(sweep, swept.rows(sweep)):
+        for path in swept.draw(sweep, swept.rows(sweep, progress), progress):
             print(path)
         return DONE
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
     found = arguments.study or name in known()
     own = load_study(name).own_figures() if found else {}
-    console = Console(stderr=True)
-    progress = Progress(console if console.is_terminal else None)
     for path in figures.draw(run.figures, run.results(), own, progress):
         print(path)
     if not found:
@@ -404,7 +424,7 @@ def _report(arguments: argparse.Namespace) -> int:
     if is_sweep(arguments.dir):
         from metadyn import swept
 
-        for line in swept.report(SweepFolder(arguments.dir)):
+        for line in swept.report(SweepFolder(arguments.dir), _progress()):
             print(line)
         return DONE
     run = RunFolder(arguments.dir)
@@ -417,16 +437,12 @@ def _report(arguments: argparse.Namespace) -> int:
 def _completion(arguments: argparse.Namespace) -> int:
     from metadyn import completion
 
-    (commands,) = (a.choices for a in _parser()._actions if isinstance(a.choices, dict))
-    print(completion.script(commands, arguments.shell), end="")
+    print(completion.script(_commands(), arguments.shell), end="")
     return DONE
 
 
 def _view(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from metadyn import view
-    from metadyn.progress import Progress
     from metadyn.store import RunFolder
     from metadyn.sweep import SweepFolder, is_sweep
 
@@ -434,9 +450,10 @@ def _view(arguments: argparse.Namespace) -> int:
     if arguments.serve is None:
         if isinstance(of, SweepFolder) and not any(map(of.ended, range(len(of.sweep.settings)))):
             raise ConfigError(f"{arguments.dir}: no setting is done yet; try --serve PORT")
-        print(view.write(of, Progress(Console(stderr=True))))
+        print(view.write(of, _progress()))
         return DONE
-    with view.server(of, arguments.serve) as served, contextlib.suppress(KeyboardInterrupt):
+    server = view.server(of, arguments.serve, _progress())
+    with server as served, contextlib.suppress(KeyboardInterrupt):
         print(f"http://{view.LOCAL}:{served.server_port}/ until Ctrl-C", flush=True)
         served.serve_forever()
     return DONE

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
@@ -429,6 +430,14 @@ def bars(of: Estimate) -> np.ndarray:
     return np.nan_to_num(np.maximum([of.value - of.low, of.high - of.value], 0))
 
 
+class Shown(Figure):
+    """A figure that a notebook shows where a cell ends with it, also without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        FigureCanvasAgg(self).print_png(picture := io.BytesIO())
+        return picture.getvalue()
+
+
 def grid(
     panels: int, label: str = "", width: float = 4, height: float = 4, columns: int = 4, **more: Any
 ) -> tuple[Figure, list]:
@@ -441,7 +450,7 @@ def grid(
         raise NotMeasured("nothing that the figure shows is measured yet")
     rows = -(-panels // columns)
     columns = -(-panels // rows)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = Shown(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **more)
     setp(axes.flat[panels:], visible=False)
     setp(axes[:, 0], ylabel=label)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,18 +15,18 @@ from typing import Any
 from metadyn.errors import ConfigError, meant
 
 
-def configured(default: Any, overrides: Sequence[str]) -> Any:
+def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = ()) -> Any:
     """`default` with command-line overrides, such as ["--domain.sigma", "0.2"].
 
-    None when only help was asked for (and printed). Raises `ConfigError` for unknown names and
-    values that do not parse.
+    None when only help was asked for (and printed). Raises `ConfigError` for values that do not
+    parse and for unknown names, with a hint at a known one or at one that is `beside` them.
     """
     import tyro
 
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            found = tyro.cli(
                 type(default),
                 prog="metadyn run STUDY",
                 default=default,
@@ -33,6 +34,8 @@ def configured(default: Any, overrides: Sequence[str]) -> Any:
                 config=(tyro.conf.FlagConversionOff,),
                 registry=_matrices(),
             )
+        sys.stderr.write(errors.getvalue())  # our own warnings
+        return found
     except ConfigError as error:
         raise as_typed(error, default, overrides) from None
     except SystemExit as stop:
@@ -42,10 +45,11 @@ def configured(default: Any, overrides: Sequence[str]) -> Any:
         text = re.sub(r"^\s*(Value error|Parsing error|Unrecognized options)\s", "", text)
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
         known = [option for option, _ in options_of(default)]
+        near = [*known, *beside]
         words = (word.partition("=")[0].replace("_", "-") for word in overrides)
         unknown = (word for word in words if word.startswith("--") and word not in known)
-        near = next((hint for word in unknown if (hint := meant(word, known))), "")
-        said = " ".join(text.split()) + near
+        hinted = next((hint for word in unknown if (hint := meant(word, near))), "")
+        said = " ".join(text.split()) + hinted
         form = r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\."
         said = re.sub(form, r"\2 \1: choose from \3", said)
         raise ConfigError(said if said.startswith("--") else f"override: {said}") from None

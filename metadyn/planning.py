@@ -19,6 +19,7 @@ from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls
 from metadyn.outer import OuterLoop
 from metadyn.programs import Shared, take_apart
+from metadyn.progress import Progress
 from metadyn.rows import Rows, by_form
 from metadyn.runner import check_memory
 from metadyn.study import Plan, Study
@@ -184,13 +185,13 @@ def _of_group(
 
 
 def report(
-    wanted: Callable[[], Sequence[Planned]], device: str, out: str, say: Callable[[str], None]
+    wanted: Callable[[], Sequence[Planned]], device: str, out: str, progress: Progress
 ) -> None:
     """Says what is needed of each device, and of the disk that DIR is on.
 
     Raises `ConfigError`, once all is said, for what cannot fit.
     """
-    there = None if device == HERE else elsewhere.find(device)
+    say, there = progress.say, None if device == HERE else elsewhere.find(device)
     with mesh.standing_in(there) if there else nullcontext():
         found = wanted()
         limit = mesh.memory(split=False)
@@ -201,20 +202,25 @@ def report(
             if planned.called:
                 say(planned.called)
             say(LINE.format("", "memory", "FLOPs", "all-reduced", "calls"))
-            for program in planned.programs:
-                try:
-                    row = compiled(program, there)
-                except ConfigError as error:
-                    raise planned.as_typed(error) from error
-                say(line(row))
-                rows.append((planned, row))
+            with progress.counting("compiling", len(planned.programs)) as show:
+                for program in planned.programs:
+                    show(program.name)
+                    try:
+                        row = compiled(program, there)
+                    except ConfigError as error:
+                        raise planned.as_typed(error) from error
+                    say(line(row))
+                    rows.append((planned, row))
             trained = [row for of, row in rows if of is planned and row.program.settings]
             if trained:
                 most = max(row.account.memory / row.program.settings for row in trained)
                 many = number(limit // most)
                 say(f"settings that would fit into the memory side by side: {many}")
             if there is None and mesh.backend() == "cpu" and planned.timed:
-                said = ", ".join(f"{name} {each:.3g} s" for name, each in planned.timed().items())
+                with progress.counting("timing", 1) as show:
+                    show("outer steps")
+                    timed = planned.timed()
+                said = ", ".join(f"{name} {each:.3g} s" for name, each in timed.items())
                 say(f"training takes about {said}, by a few outer steps; measuring comes beside it")
     total = sum(row.operations * row.program.times for _, row in rows)
     say(f"{number(total)} FLOPs in all on each device")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
-LINE_EVERY = 10.0  # seconds, away from a terminal
+LINE_EVERY = 4.0  # seconds, away from a terminal: no phase is silent for longer
 MANY = 3  # meta-learners, beyond which a line does not name each
 SAYS = {"excess_loss": "excess over Bayes"}  # what a line calls a metric
 
@@ -33,8 +35,11 @@ class Progress:
         self._place = ""
         self._bars = None
         if console is not None and console.is_terminal:
-            name, facts = TextColumn("{task.description}"), TextColumn("{task.fields[facts]}")
-            self._bars = Bars(name, BarColumn(), MofNCompleteColumn(), facts, console=console)
+            cut = Column(ratio=1, no_wrap=True)  # what gives way where a terminal is narrow
+            name = TextColumn("{task.description}")
+            facts = TextColumn("{task.fields[facts]}", table_column=cut)
+            columns = (name, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), facts)
+            self._bars = Bars(*columns, console=console, expand=True)
 
     def say(self, line: str) -> None:
         """Prints one line."""
@@ -62,14 +67,20 @@ class Progress:
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
         """Yields show(step, metrics, episodes): the metrics of each meta-learner by name, and the
-        episodes that an outer step takes in all."""
-        began = time.monotonic()
+        episodes that an outer step takes in all. Rates are counted from the first call, before
+        which programs may have been compiled."""
+        first: tuple[int, float] | None = None
 
         def show(step: int, metrics: Mapping[str, Mapping[str, Any]], episodes: int) -> None:
-            seconds = max(time.monotonic() - began, 1e-9)
-            rate = episodes * (step - done) / seconds
-            left = seconds * (total - step) / max(step - done, 1)
-            advance(step, f"{_said(metrics)}  {rate:,.0f} episodes/s  {left:,.0f} s left")
+            nonlocal first
+            left = rate = ""
+            if first is None:
+                first = step, time.monotonic()
+            else:
+                steps, seconds = step - first[0], max(time.monotonic() - first[1], 1e-9)
+                left = _left(seconds, steps, total - step)
+                rate = f"  {episodes * steps / seconds:,.0f} episodes/s"
+            advance(step, left + _said(metrics) + rate)
 
         with self._bar("training", total, done) as advance:
             yield show
@@ -77,9 +88,14 @@ class Progress:
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
         """Yields show(item), to be called before each of `total` items."""
-        started = itertools.count()
+        started, began = itertools.count(), time.monotonic()
+
+        def show(item: str) -> None:
+            done = next(started)
+            advance(done, _left(time.monotonic() - began, done, total - done) + item)
+
         with self._bar(what, total, 0) as advance:
-            yield lambda item: advance(next(started), item)
+            yield show
             advance(total, "done")
 
     @contextmanager
@@ -87,16 +103,11 @@ class Progress:
         self, what: str, total: int, done: int, lines: bool = True
     ) -> Iterator[Callable[[int, str], None]]:
         """Shows a bar on a terminal, below those that are there; elsewhere lines, if wanted."""
-        bars, last = self._bars, -LINE_EVERY
-
-        def line(step: int, facts: str) -> None:
-            nonlocal last
-            if lines and (step >= total or time.monotonic() - last >= LINE_EVERY):
-                last = time.monotonic()
-                self.say(f"{what} {step}/{total}  {facts}")
-
+        bars = self._bars
         if bars is None:
-            yield line
+            silent = self.console is None or not lines
+            with nullcontext(_nothing) if silent else self._lines(what, total, done) as line:
+                yield line
             return
         outermost = not bars.tasks
         if outermost:
@@ -108,6 +119,49 @@ class Progress:
             if outermost:  # and so left on the screen
                 bars.stop()
             bars.remove_task(task)
+
+    @contextmanager
+    def _lines(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        """Says where a phase stands, every `LINE_EVERY` seconds and at its end: also where it
+        stands still, since one long call, such as compiling, may be all there is to it."""
+        facts, over = "", threading.Event()
+        moved = due = time.monotonic()
+
+        def say(more: str = "") -> None:
+            nonlocal due
+            due = time.monotonic() + LINE_EVERY
+            self.say(f"{what} {done}/{total}  {facts}{more}")
+
+        def line(step: int, new: str) -> None:
+            nonlocal done, facts, moved
+            done, facts, moved = step, new, time.monotonic()
+            if done >= total or moved >= due:
+                say()
+
+        def again() -> None:
+            wait = LINE_EVERY
+            with suppress(BrokenPipeError):  # which the phase itself meets too
+                while not over.wait(wait):
+                    if (now := time.monotonic()) >= due:
+                        say(f"  (for {now - moved:.0f} s)")
+                    wait = max(due - time.monotonic(), 0.01)
+
+        thread = threading.Thread(target=again, daemon=True)
+        thread.start()
+        try:
+            yield line
+        finally:
+            over.set()
+            thread.join()
+
+
+def _nothing(step: int, facts: str) -> None:
+    """Shows nothing."""
+
+
+def _left(seconds: float, done: int, more: int) -> str:
+    """How long what is left will take, at the rate of what is done."""
+    return f"{seconds * more / done:,.0f} s left  " if done else ""
 
 
 def _said(metrics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -233,15 +233,18 @@ def train(
                 lost(i, error)
                 del going[i]
 
-    if 0 not in stored():
-        save(start())
-    for each in going.values():
-        each.measure_bayes()
+    with progress.counting("starting", 1 + len(going)) as show:
+        show("outer step 0")
+        if 0 not in stored():
+            save(start())
+        for each in going.values():
+            show("Bayes")
+            each.measure_bayes()
     missing = [step for step in outer.checkpoint_steps if step not in stored()]
     reached = max(step for step in stored() if step < min(missing, default=outer.steps + 1))
     episodes = outer.seeds * sum(r.loop.batch(name) for r in runners for name in r.plan.trained)
     with (
-        progress.training(outer.steps, reached) as show,
+        progress.training(outer.steps, reached) as advance,
         scalars(runners[0].tensorboard, max(stored())) as log,
         _held() as held,
     ):
@@ -258,7 +261,7 @@ def train(
                 for values in shown.values():
                     log(step, {f"{w}/{n}": v for n, of in values.items() for w, v in of.items()})
                 named = {f"{n}{i or ''}": of for i, each in shown.items() for n, of in each.items()}
-                show(step, named, episodes)
+                advance(step, named, episodes)
                 stop = mesh.anywhere(held())
                 if step == target or stop:
                     save(states)
@@ -406,7 +409,9 @@ def run_study(
     identity = {"study": study.name, "preset": preset, "seed": seed}
     asked = asked_for(study, preset, seed, config, plan)
     check_memory(plan)
-    rehearse(study, config, plan)
+    with progress.counting("checking", 1) as show:
+        show("criteria and figures")
+        rehearse(study, config, plan)
     try:
         mesh.by_first(lambda: RunFolder.create(out, asked).config)
         run = RunFolder(out)
@@ -427,7 +432,7 @@ def run_study(
                 with progress.counting("judging", 1) as show:
                     show("criteria")
                     summary = judge(study, config, run, identity, run.seconds())
-                view.write(run)
+                view.write(run, progress)
                 return summary
 
             return mesh.by_first(conclude)

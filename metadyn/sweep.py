@@ -130,11 +130,15 @@ def size(options: Mapping[str, Sequence[str]], kind: Kind, count: int) -> int:
     return {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
 
 
-def check_known(options: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises `ConfigError` for an option that the study does not have."""
+def check_known(
+    options: Mapping[str, Any], known: Sequence[str], beside: Sequence[str] = ()
+) -> None:
+    """Raises `ConfigError` for an option that the study does not have, with a hint at one that it
+    has, or that is `beside` them."""
     for name in options:
         if name not in known:
-            raise ConfigError(f"{name}: the study has no such option{meant(name, known)}")
+            near = meant(name, [*known, *beside])
+            raise ConfigError(f"{name}: the study has no such option{near}")
 
 
 def settings(
@@ -326,7 +330,9 @@ def run_sweep(
     plans: dict[int, Plan] = {}
     if not (mine and is_sweep(out) and all(map(SweepFolder(out).ended, mine))):
         plans = planned(sweep, study, configs, part, as_typed)
-        rehearse(study, configs[mine[0]], plans[mine[0]])
+        with progress.counting("checking", 1) as show:
+            show("criteria and figures")
+            rehearse(study, configs[mine[0]], plans[mine[0]])
     folder = SweepFolder.create(out, sweep, part.of)
     summary = folder.path / "summary.json"
     if plans:
@@ -370,9 +376,11 @@ def _run(
 ) -> None:
     """Trains and measures settings, those of one form side by side."""
     forms = by_form({i: runner.loop for i, runner in runners.items()})
-    for i, runner in runners.items():
-        for _, given in () if folder.ended(i) else runner.calls():
-            shared.expect(inner.measure.trace(*given))
+    with progress.counting("tracing", len(runners)) as show:
+        for i, runner in runners.items():
+            show(sweep.called(i))
+            for _, given in () if folder.ended(i) else runner.calls():
+                shared.expect(inner.measure.trace(*given))
     names = [f"{len(members)} settings" for members in forms]
     with progress.studies(names) as begin:
         for k, members in enumerate(forms):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
 
     sweep, found = folder.sweep, _finite(measured(folder, progress))
     about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
-    draw(folder, found)
+    draw(folder, found, progress)
     view.write(folder, progress)
     write_json(folder.path / "summary.json", {**about, "settings": found})
 
@@ -168,9 +169,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def report(folder: SweepFolder) -> Iterator[str]:
+def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
     """Yields the settings, best first: by the excess loss of their meta-learner."""
-    sweep, found = folder.sweep, rows(folder)
+    sweep, found = folder.sweep, rows(folder, progress)
     yield f"sweep of {sweep.study}, preset {sweep.preset}, seed {sweep.seed}"
     there = [row for row in found if not row["lost"]]
     yield f"{len({row['setting'] for row in there})} of {len(sweep.settings)} settings done"
@@ -204,19 +205,23 @@ def _said(folder: SweepFolder, row: Row) -> str:
     return " ".join(f"{name}={row['options'][name]}" for name in map(field, folder.sweep.swept))
 
 
-def draw(folder: SweepFolder, found: Sequence[Row]) -> list[Path]:
+def draw(folder: SweepFolder, found: Sequence[Row], progress: Progress = SILENT) -> list[Path]:
     """Draws the figures of merit against each swept option; of two, heat maps too."""
     folder.figures.mkdir(exist_ok=True)
     names, paths = [field(name) for name in folder.sweep.swept], []
     there = [row for row in found if not row["lost"]]
+    wanted = {}
     for ending in dict.fromkeys(row["ending"] for row in there):
         those = [row for row in there if row["ending"] == ending]
-        drawn = {f"against_{name}": against(those, name, names) for name in names}
+        for name in names:
+            wanted[f"against_{name}{ending}"] = partial(against, those, name, names)
         if len(names) == 2 and folder.sweep.kind == "grid":
-            drawn["map"] = heat_map(those, names[0], names[1])
-        for name, figure in drawn.items():
-            paths.append(folder.figures / f"{name}{ending}.png")
-            FigureCanvasAgg(figure).print_png(paths[-1])
+            wanted[f"map{ending}"] = partial(heat_map, those, *names)
+    with progress.counting("drawing", len(wanted)) as show:
+        for name, figure in wanted.items():
+            show(name)
+            paths.append(folder.figures / f"{name}.png")
+            FigureCanvasAgg(figure()).print_png(paths[-1])
     return paths
 
 

@@ -249,11 +249,11 @@ def _stored(of: RunFolder | SweepFolder) -> Any:
 class _Watched:
     """What a server shows of a run or a sweep: read anew once something has been stored."""
 
-    def __init__(self, of: RunFolder | SweepFolder):
+    def __init__(self, of: RunFolder | SweepFolder, progress: Progress = SILENT):
         self.of, self.lock = of, threading.Lock()
         self.seen: Any = None
         self.kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
-        self.update()
+        self.update(progress)
 
     def read(self, run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
         """What is shown of a run: as it was, if nothing has been stored since."""
@@ -262,17 +262,19 @@ class _Watched:
             self.kept[run.path] = seen, _run(run, progress, share)
         return self.kept[run.path][1]
 
-    def update(self) -> None:
+    def update(self, progress: Progress = SILENT) -> None:
         """Reads what has changed since."""
         seen = _stored(self.of)
         with self.lock:
             if seen != self.seen:
-                self.data = collect(self.of, read=self.read) | {"live": True}
+                self.data = collect(self.of, progress, self.read) | {"live": True}
                 self.body, self.seen = json.dumps(self.data, allow_nan=False), seen
                 self.tag = f'"{hashlib.sha256(self.body.encode()).hexdigest()}"'
 
 
-def server(of: RunFolder | SweepFolder, port: int) -> ThreadingHTTPServer:
+def server(
+    of: RunFolder | SweepFolder, port: int, progress: Progress = SILENT
+) -> ThreadingHTTPServer:
     """A server of the page on 127.0.0.1, which `serve_forever` starts.
 
     The page asks for data.json every two seconds; 304 says that nothing was stored since. Raises
@@ -314,5 +316,5 @@ def server(of: RunFolder | SweepFolder, port: int) -> ThreadingHTTPServer:
     except OSError as error:
         said = f"--serve {port}: {error.strerror}: choose another port"
         raise ConfigError(said) from error
-    watched = _Watched(of)
+    watched = _Watched(of, progress)
     return served

@@ -111,6 +111,14 @@ def test_an_episode_too_short_to_see_each_context_is_warned_of():
         ContextualBandit(5, 5, steps=4)
 
 
+def test_a_command_warns_in_one_line(capsys):
+    assert main(["run", "contextual_bandit", "--domain.steps", "4", "--plan=nowhere"]) == 2
+    warned, refused = capsys.readouterr().err.splitlines()
+    said = "steps = 4: too few to see each of the 5 contexts once"
+    assert warned == f"metadyn: warning: {said}"
+    assert refused.startswith("metadyn: --plan nowhere")
+
+
 # Exact Bayes.
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -143,13 +144,17 @@ def start(out):
     )
 
 
+def trains(run):
+    """Waits until the first outer steps are done."""
+    while not re.match("training [1-9]", run.stdout.readline()):
+        assert run.poll() is None
+
+
 def test_interrupted_then_killed_then_resumed_equals_undisturbed(finished, tmp_path):
     """Ctrl-C leaves with 130; kill -9 leaves what it leaves; the end is the same, bit for bit."""
     out = tmp_path / "disturbed"
     run = start(out)
-    for line in run.stdout:
-        if line.startswith("training"):
-            break
+    trains(run)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130, errors
@@ -160,9 +165,7 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(finished, tmp_p
     assert main(["report", str(out)]) == 0  # on a run that is not done
 
     run = start(out)
-    for line in run.stdout:
-        if line.startswith("training"):
-            break
+    trains(run)
     run.kill()
     run.communicate(timeout=60)
     assert not (out / "summary.json").exists()
@@ -183,8 +186,7 @@ def test_a_run_whose_output_is_no_longer_read_ends_quietly(tmp_path):
     """As in `metadyn run … | head -1`."""
     run = start(tmp_path / "r")
     assert run.stdout.readline().startswith("metadyn: linear_regression")
-    while not run.stdout.readline().startswith("training"):  # until the first state is stored
-        pass
+    trains(run)
     run.stdout.close()
     assert run.stderr.read() == ""
     assert run.wait(timeout=60) == 130

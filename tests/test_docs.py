@@ -1,13 +1,15 @@
 """The site: its notebooks run as they stand, and its reference has the whole public interface."""
 
+import io
 import json
 import re
 from pathlib import Path
 
-import matplotlib
+import matplotlib.image
 import pytest
 
 import metadyn
+from metadyn import figures
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
@@ -31,6 +33,14 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "notebook", type(metadyn)("notebook"))
     for i, cell in enumerate(cells):
         exec(compile("".join(cell["source"]), f"{path.name}, cell {i + 1}", "exec"), scope)
+
+
+def test_a_notebook_shows_a_figure_that_a_cell_ends_with():
+    figure, (axis,) = figures.grid(1, width=2, height=1.5)
+    axis.plot([0, 1])
+    picture = matplotlib.image.imread(io.BytesIO(figure._repr_png_()))
+    assert picture.shape[:2] == (150, 200)
+    assert picture.std() > 0.02
 
 
 def test_the_reference_has_the_whole_public_interface():

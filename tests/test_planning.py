@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import namedtuple
 from pathlib import Path
+from typing import get_args
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ from benchmarks import tiny_study
 from metadyn import cost, elsewhere, inner, mesh, planning
 from metadyn.cli import main
 from metadyn.errors import ConfigError
+from metadyn.kernels.lstm import Backend
 from metadyn.outer import OuterLoop
 
 STUDY = str(Path(tiny_study.__file__))
@@ -225,6 +227,17 @@ def test_programs_are_lowered_with_the_choices_of_their_platform(platform, plan)
         text = compiling.lowered(programs["lstm on in_distribution"], platform)
         assert "f64" not in text
         assert "custom_call @lapack" not in text
+
+
+@pytest.mark.parametrize("platform", compiling.TARGETS)
+def test_every_backend_of_the_lstm_kernel_is_lowered(platform):
+    with compiling.said_to_be_here(platform):
+        texts = {p.name: compiling.lowered(p, platform) for p in compiling.kernels(platform)}
+    assert {*texts} == {*get_args(Backend)} - ({"fused"} if platform == "tpu" else set())
+    assert texts["scan"] != texts["backward"]
+    assert {name for name, text in texts.items() if "triton" in text} == (
+        {"auto", "fused"} if platform == "cuda" else set()
+    )
 
 
 def test_the_stored_table_is_of_the_stored_programs():

@@ -2,10 +2,15 @@
 
 import io
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+import metadyn.progress
+from metadyn import runner
 from metadyn.progress import Progress
 
 
@@ -23,7 +28,8 @@ def said(terminal: bool) -> str:
         for i in range(2):
             begin(i)
             with progress.training(total=10, done=0) as show:
-                show(10, {"lstm": {"loss": 0.25, "excess_loss": 0.5}}, episodes=320)
+                for step in (1, 10):
+                    show(step, {"lstm": {"loss": 0.25, "excess_loss": 0.5}}, episodes=320)
                 drawn()
             with progress.counting("measuring", 2) as show:
                 show("SGD on tracked")
@@ -49,13 +55,13 @@ def test_a_terminal_shows_one_bar_for_all_studies_and_one_for_what_goes_on():
     assert "1/2" in last  # the second of two is going on
     assert "second" in last
     assert re.search("training .*10/10", text)
-    assert re.search("measuring .*1/2 .*Bayes on tracked", text)
-    assert "training 10/10  lstm" not in text  # a line, which only files get
+    assert re.search("measuring .*1/2 .*0 s left  Bayes on tracked", text)
+    assert "training 10/10  0 s left" not in text  # a line, which only files get
 
 
 def test_a_file_gets_lines():
     text = said(terminal=False)
-    assert "[2/2 second] training 10/10  lstm: loss 0.25," in text
+    assert "[2/2 second] training 10/10  0 s left  lstm: loss 0.25," in text
     assert "[2/2 second] measuring 2/2  done" in text
     assert "studies" not in text
 
@@ -80,3 +86,25 @@ def test_nothing_is_said_to_no_console(capsys):
         show("it")
         progress.say("done")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_wait_for_compiling_is_in_sight(terminal, monkeypatch):
+    """On a terminal seconds tick; elsewhere a line comes again, though nothing has moved."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=160, color_system=None)
+    monkeypatch.setattr(metadyn.progress, "LINE_EVERY", 0.2)
+    monkeypatch.setattr(runner, "check_compiled", lambda loop, name: time.sleep(1.3))
+    loop = SimpleNamespace(trained={"lstm": None})
+    waiting = SimpleNamespace(progress=Progress(console), loop=loop, watched=[], calls=lambda: [])
+    with ThreadPoolExecutor(1) as compiling:
+        runner.Runner.prepare(waiting, compiling)
+    if terminal:
+        ticks = re.findall(r"0/1 (\S+) lstm", text.getvalue())
+        assert {"0:00:00", "0:00:01"} <= {*ticks}
+    else:
+        first, *again, last = text.getvalue().splitlines()
+        assert first == "compiling 0/1  lstm"
+        assert 3 <= len(again) <= 7
+        assert all(re.fullmatch(r"compiling 0/1  lstm  \(for [01] s\)", line) for line in again)
+        assert last == "compiling 1/1  done"

@@ -15,6 +15,15 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+def test_the_readme_is_one_page_and_leads_to_what_is_there():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 7 * 1024
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert len(links) > 20
+    assert not missing
+
+
 def test_ten_lines_from_import_to_picture(tmp_path, monkeypatch, capsys):
     (code,) = (block for block in BLOCKS if "metadyn.train(" in block)
     assert len([line for line in code.splitlines() if line.strip()]) <= 11
