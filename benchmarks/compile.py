@@ -168,17 +168,18 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     from metadyn.study import known
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
-    there = elsewhere.find(target)
+    there, names = elsewhere.find(target), set()
     with mesh.standing_in(there):
         for study in known():
             for program in programs(study):
                 name = f"{study}: {program.name}"
+                names.add(name)
                 found = rows.setdefault(name, {})
                 if wanted(name) and target not in found:
                     found[target] = compiled(program, there)
                     print(f"{target}, {name}: {found[target]}", flush=True)
                     store(rows)
-    store(rows)  # with the names of those that were not wanted
+    store({name: found for name, found in rows.items() if name in names})  # the others are gone
 
 
 def store(rows: Mapping[str, Mapping[str, Any]]) -> None:

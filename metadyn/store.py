@@ -6,6 +6,7 @@
     DIR/figures/*.png
     DIR/report.html             a page to look at (view.py)
     DIR/summary.json            criteria with intervals, and the environment
+    DIR/seconds                 for how long the run was at work, all of its parts together
 
 Arrays are stored by Orbax with a JSON description of their axes beside them; nothing is pickled
 and nothing in a folder is ever executed. What Orbax writes is named STEP or NAME only once all of
@@ -163,13 +164,15 @@ class RunFolder:
                 for part in self.path.glob(f"{folder}/*{PART}*"):  # a killed run's
                     shutil.rmtree(part)
             begun, before = time.monotonic(), self._taken()
+            done = (self.path / "summary.json").exists()
             self.seconds = lambda: before + time.monotonic() - begun
             try:
                 yield
             finally:  # whatever ended the run, what it was writing is whole before another begins
                 self._writer.shutdown()
                 with suppress(OSError):  # of a full disk, which is complained of already
-                    write_whole(self.path / "seconds", f"{self.seconds():.1f}\n")
+                    if not done:
+                        write_whole(self.path / "seconds", f"{self.seconds():.1f}\n")
 
     # Folders of arrays: all processes save together, each reads alone.
 

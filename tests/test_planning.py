@@ -223,7 +223,7 @@ def test_programs_are_lowered_with_the_choices_of_their_platform(platform, plan)
         text = compiling.lowered(programs["outer step of lstm"], platform)
         assert "f64" not in text
         devices = len(mesh.devices())
-        assert f"tensor<6x{4 // devices}x256x{1024}xf32>" in text or devices != 2
+        assert f"tensor<6x{4 // devices}x256x{128}xf32>" in text or devices != 2
         text = compiling.lowered(programs["lstm on in_distribution"], platform)
         assert "f64" not in text
         assert "custom_call @lapack" not in text
