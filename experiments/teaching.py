@@ -83,19 +83,19 @@ def pupils(config: Config, sgd, bayes, metas):
 def plan(config: Config) -> md.Plan:
     """Linear regression with its pupils, and the bandit with either feedback."""
     sizes, bandit = config.measure, config.bandit
+    once = dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
     base, metas = config.contenders("linear")
     tasks = config.linear.evaluation(sizes.probe_points)
     *sets, own = teaching.sets(sizes.sized(tasks, kinds=("ordinary", "reference")), *SETS)
     sets.append(sizes.sized(own, "shifted_tasks", kinds=("reference",)))  # fewer: it is dear
     taught = pupils(config, base.contenders[0], base.bayes, metas)
-    changes = {"contenders": [*metas, *taught, base.bayes], "sets": sets, "tracking": False}
+    changes = {"contenders": [*metas, *taught, base.bayes], "sets": sets, "measure": once}
     linear = base.alone("linear", "linear regression", **changes)
     base, metas = config.contenders("bandit")
     rewards = sizes.sized(bandit.evaluation(), name="rewards")
     shown = variant(bandit, teaching.DemonstratedBandit)
     sets = [rewards, dataclasses.replace(rewards, name="demonstrations", domain=shown)]
-    contenders = [base.contenders[0], *metas, base.bayes]
-    changes = {"contenders": contenders, "sets": sets, "tracking": False}
+    changes |= {"contenders": [base.contenders[0], *metas, base.bayes], "sets": sets}
     return md.Plan(config.outer, [linear, base.alone("bandit", "contextual bandit", **changes)])
 
 

@@ -158,7 +158,7 @@ class Runner:
         for part in self.plan.comparisons:
             for tasks in part.watched:
                 self.measure(part, tasks, part.bayes)
-            if part.watched:
+            if part.metas and part.measure.heldout_tasks:
                 self.store.finish()
                 losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
                 best = float(losses.isel(step=slice(1, None)).mean())

@@ -84,7 +84,7 @@ class MeasureConfig:
     tracked_tasks: int = 128
     """Evaluation tasks probed at every checkpoint; 0 for none."""
     heldout_tasks: int = 2048
-    """Tasks of the training distribution on which the excess loss is measured."""
+    """Tasks of the training distribution on which the excess loss is measured; 0 for none."""
     probe_points: int = 32
     """Queries in a probe."""
     chunk: int = 4096
@@ -92,7 +92,9 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         names, tracked = [field.name for field in dataclasses.fields(self)], self.tracked_tasks
-        check_positive(self, *(name for name in names if name != "tracked_tasks"))
+        check_positive(self, *({*names} - {"tracked_tasks", "heldout_tasks"}))
+        fix = "must be above 0, or 0 for none"
+        check(self.heldout_tasks >= 0, "heldout_tasks", self.heldout_tasks, fix)
         fix = "must be at least 2, as halves are compared, or 0 for none"
         check(tracked == 0 or tracked >= 2, "tracked_tasks", tracked, fix)
 
@@ -258,8 +260,6 @@ class Comparison:
     """What figures call it."""
     followed: bool = True
     """Whether figures follow its meta-learners over outer training."""
-    tracking: bool = True
-    """Whether these are measured at every checkpoint at all, or once they are trained alone."""
     probes: Mapping[str, Callable[[TaskSet], Probe]] = dataclasses.field(default_factory=dict)
     """What is read beside the main probe, by name, wherever that is read."""
 
@@ -307,7 +307,8 @@ class Comparison:
     def watched(self) -> tuple[TaskSet, ...]:
         """The sets on which its meta-learners are measured at every checkpoint, and Bayes once."""
         tracked = (self.tracked,) if self.measure.tracked_tasks else ()
-        return (*tracked, self.heldout) if self.metas and self.tracking else ()
+        heldout = (self.heldout,) if self.measure.heldout_tasks else ()
+        return (*tracked, *heldout) if self.metas else ()
 
     @functools.cached_property
     def measurements(self) -> list[tuple[TaskSet, Contender]]:

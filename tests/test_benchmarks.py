@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import outer_step, sweeps, timing
+from benchmarks import excess_loss, outer_step, sweeps, timing
 from benchmarks.table import table
 from benchmarks.timing import Side
 from metadyn.domains.linear import LinearRegression
@@ -237,3 +237,15 @@ def test_the_command_writes_a_list_of_results(tmp_path, monkeypatch, capsys):
         True,
     )
     assert "ratio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("problem", excess_loss.TARGET)
+def test_each_row_of_excess_loss_changes_a_valid_configuration(problem):
+    apart = (excess_loss.STAGES, excess_loss.AVERAGED)
+    as_it_is, made = excess_loss.settings(problem), []
+    for changes in excess_loss.rows(problem).values():
+        rest = {name: value for name, value in changes.items() if name not in apart}
+        for stage in changes.get(excess_loss.STAGES, [{}]):
+            made.append(excess_loss.settings(problem, rest | stage))
+    assert sum(config != as_it_is for config in made) >= 9
+    assert "muon" in {config.outer.optimizer for config in made}

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -238,6 +240,18 @@ def test_every_backend_of_the_lstm_kernel_is_lowered(platform):
     assert {name for name, text in texts.items() if "triton" in text} == (
         {"auto", "fused"} if platform == "cuda" else set()
     )
+
+
+def test_programs_that_are_gone_are_no_longer_stored(monkeypatch, tmp_path):
+    stored = {"a: here": {"h100:1": {"fails": "x"}}, "a: gone": {"h100:1": {"fails": "x"}}}
+    monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
+    compiling.store(stored)
+    monkeypatch.setattr(compiling, "programs", lambda study: [SimpleNamespace(name="here")])
+    monkeypatch.setattr("metadyn.study.known", lambda: ["a"])
+    monkeypatch.setattr("metadyn.elsewhere.find", lambda target: None)
+    monkeypatch.setattr(mesh, "standing_in", lambda there: nullcontext())
+    compiling.compile_all("h100:1", lambda name: False)
+    assert json.loads(compiling.FILE.read_text()) == {"a: here": stored["a: here"]}
 
 
 def test_the_stored_table_is_of_the_stored_programs():

@@ -107,7 +107,8 @@ def test_a_study_that_is_right_is_rehearsed_silently_and_runs(tmp_path):
 
 def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
     one = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
-    plan = changed(tracking=lambda _: False, sets=lambda sets: sets[:1])
+    once = lambda sizes: dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
+    plan = changed(measure=once, sets=lambda sets: sets[:1])
     study = dataclasses.replace(STUDY, plan=plan, criteria=one, figures={})
     summary = run(study, tmp_path / "r")
     assert [row["name"] for row in summary["criteria"]] == ["loss"]
