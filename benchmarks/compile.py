@@ -164,11 +164,11 @@ def lower_all(platform: str, wanted: Callable[[str], Any]) -> None:
 
 def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     """Compiles programs for devices elsewhere, and stores each as it is done."""
-    from metadyn import elsewhere, mesh
+    from metadyn import absent_devices, mesh
     from metadyn.study import known
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
-    there, names = elsewhere.find(target), set()
+    there, names = absent_devices.find(target), set()
     with mesh.standing_in(there):
         for study in known():
             for program in programs(study):
@@ -190,7 +190,7 @@ def store(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 def main() -> None:
     """The command line."""
-    from metadyn import elsewhere
+    from metadyn import absent_devices
     from metadyn.errors import ConfigError
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX")
     parser.add_argument("--lower", action="store_true", help="lower alone, store nothing")
     arguments = parser.parse_args()
-    elsewhere.alone()
+    absent_devices.alone()
     wanted = partial(re.search, arguments.only)
     for platform in [arguments.platform] if arguments.platform else [*TARGETS]:
         if arguments.lower:

@@ -114,7 +114,7 @@ def rows_side(settings: int) -> Run:
     """metadyn's rows of a sweep over learning rates, dispatched as a sweep does."""
     loops = [loop(HIDDEN, BATCH, STEPS, n=N, seeds=SEEDS, rate=rate) for rate in rates(settings)]
     from metadyn.programs import Shared
-    from metadyn.rows import Rows
+    from metadyn.sweep_rows import Rows
 
     rows = Rows(loops)
     states = [rows.start(Shared())]

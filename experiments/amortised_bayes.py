@@ -18,7 +18,7 @@ from metadyn.base import training_tasks
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.inner import log_spaced
-from metadyn.learners import beside
+from metadyn.learners import beside_bayes as beside
 from metadyn.learners.attention import TransformerConfig
 from metadyn.objectives import predicting
 from metadyn.study import HELDOUT, claims, paper

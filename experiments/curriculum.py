@@ -16,11 +16,11 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
-from metadyn.across import SMALL, STUDIES, TITLES, DomainsConfig, LearnersConfig
 from metadyn.base import variant
 from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
 from metadyn.errors import check
 from metadyn.learners.gradient import random_start
+from metadyn.several_domains import SMALL, STUDIES, TITLES, DomainsConfig, LearnersConfig
 from metadyn.study import HELDOUT, TRACKED, censored, claims, paper
 
 OUTER = ("nonlinear", "bandit")

@@ -15,8 +15,8 @@ from matplotlib.ticker import NullLocator
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, labelled
-from metadyn.across import DESCENTS, NETWORKS, SMALL, TITLES, DomainsConfig, LearnersConfig
 from metadyn.cost import operations
+from metadyn.several_domains import DESCENTS, NETWORKS, SMALL, TITLES, DomainsConfig, LearnersConfig
 from metadyn.study import HELDOUT, TRACKED, censored, excess_of, paper
 
 NEAR, WITHIN = 0.3, 0.2

@@ -10,8 +10,8 @@ import dataclasses
 
 import metadyn as md
 from metadyn import dynamics, labelled
-from metadyn.across import SMALL, TITLES, DomainsConfig
 from metadyn.objectives import Target
+from metadyn.several_domains import SMALL, TITLES, DomainsConfig
 from metadyn.study import TRACKED, censored, excess_of, paper
 
 SAYS = {

@@ -14,8 +14,8 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled, sweep
-from metadyn.across import SMALL, STUDIES, TITLES, DomainsConfig
 from metadyn.objectives import Target
+from metadyn.several_domains import SMALL, STUDIES, TITLES, DomainsConfig
 from metadyn.study import HELDOUT, TRACKED, censored, claims, paper
 
 ORDINARY = {"linear": "sgd", "nonlinear": "mlp", "bandit": "reinforce_coupled"}

@@ -17,11 +17,11 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled, teaching
-from metadyn.across import NETWORKS, LearnersConfig
 from metadyn.base import STRENGTH, variant
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
+from metadyn.several_domains import NETWORKS, LearnersConfig
 from metadyn.study import claims, paper
 
 SETS = {

@@ -261,9 +261,9 @@ def _begin(arguments: argparse.Namespace) -> None:
     from metadyn import mesh
 
     if arguments.plan not in (None, "here"):
-        from metadyn import elsewhere
+        from metadyn import absent_devices
 
-        elsewhere.alone()
+        absent_devices.alone()
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
@@ -280,7 +280,7 @@ def _check_preset(study: Study, preset: str) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from metadyn import planning, sweep, swept
+    from metadyn import planning, sweep, sweep_results
     from metadyn.progress import Progress, Terminal
     from metadyn.study import load_study
 
@@ -323,7 +323,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
             planning.report(planned, arguments.plan, out, progress)
             return DONE
         folder = sweep.run_sweep(asked, study, configs, out, progress, part, typed)
-    progress.say("\n".join(swept.report(folder)))
+    progress.say("\n".join(sweep_results.report(folder)))
     drawn = (folder.path / "summary.json").exists()
     there = f"figures: {folder.figures}, page: {folder.path / 'report.html'}"
     other = "figures: drawn by the part that ends last, and so is the page"
@@ -399,10 +399,10 @@ def _figures(arguments: argparse.Namespace) -> int:
 
     progress = _progress()
     if is_sweep(arguments.dir):
-        from metadyn import swept
+        from metadyn import sweep_results
 
         sweep = SweepFolder(arguments.dir)
-        for path in swept.draw(sweep, swept.rows(sweep, progress), progress):
+        for path in sweep_results.draw(sweep, sweep_results.rows(sweep, progress), progress):
             print(path)
         return DONE
     run = RunFolder(arguments.dir)
@@ -422,9 +422,9 @@ def _report(arguments: argparse.Namespace) -> int:
     from metadyn.sweep import SweepFolder, is_sweep
 
     if is_sweep(arguments.dir):
-        from metadyn import swept
+        from metadyn import sweep_results
 
-        for line in swept.report(SweepFolder(arguments.dir), _progress()):
+        for line in sweep_results.report(SweepFolder(arguments.dir), _progress()):
             print(line)
         return DONE
     run = RunFolder(arguments.dir)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from metadyn import dynamics, labelled
 from metadyn.dynamics import Estimate, estimate
-from metadyn.learners.beside import SOURCES
+from metadyn.learners.beside_bayes import SOURCES
 
 Samples = Float[np.ndarray, "seed task step _"]
 Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metadyn import cost, elsewhere, inner, mesh
+from metadyn import absent_devices, cost, inner, mesh
 from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls
 from metadyn.outer import OuterLoop
 from metadyn.programs import Shared, take_apart
 from metadyn.progress import Progress
-from metadyn.rows import Rows, by_form
 from metadyn.runner import check_memory
 from metadyn.study import Plan, Study
+from metadyn.sweep_rows import Rows, by_form
 
 HERE = "here"
 SECONDS = 2.0  # for which outer steps are timed, at least: our choice
@@ -191,7 +191,7 @@ def report(
 
     Raises `ConfigError`, once all is said, for what cannot fit.
     """
-    say, there = progress.say, None if device == HERE else elsewhere.find(device)
+    say, there = progress.say, None if device == HERE else absent_devices.find(device)
     with mesh.standing_in(there) if there else nullcontext():
         found = wanted()
         limit = mesh.memory(split=False)

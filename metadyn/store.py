@@ -429,13 +429,14 @@ def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
     there is one of each, such as "tracked_bandit" and "heldout_bandit". Any other
     ("in_distribution", "x4", …; `RunFolder(path).results().sets()` lists them) gives every learner
     measured on it once training was done, (learner, seed, task, mode, step). `labelled.merge` says
-    what is repeated and padded. Of a sweep, what is swept are dimensions too (`swept.load`). Raises
-    `ConfigError` for a folder that holds no run and a set that it does not hold.
+    what is repeated and padded. Of a sweep, what is swept are dimensions too
+    (`sweep_results.load`). Raises `ConfigError` for a folder that holds no run and a set that it
+    does not hold.
     """
     if (Path(path) / "sweep.json").exists():
-        from metadyn import swept
+        from metadyn import sweep_results
 
-        return swept.load(Path(path), task_set)
+        return sweep_results.load(Path(path), task_set)
     results = RunFolder(path).results()
     parts = results.learners(task_set)
     if not parts:

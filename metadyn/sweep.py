@@ -2,12 +2,12 @@
 
     DIR/sweep.json          what was asked for; written first, compared on every later run
     DIR/settings/NUMBER/    the run of one setting, as `metadyn run` with its options would make it
-    DIR/figures/*.png       figures of merit against what is swept (swept.py)
+    DIR/figures/*.png       figures of merit against what is swept (sweep_results.py)
     DIR/report.html         a page to look at, with what is swept as controls (view.py)
     DIR/summary.json        figures of merit of every setting
 
 Settings whose programs differ in numbers alone are trained side by side as one program, in rows
-(rows.py), and measured by one; where shapes differ, each has a program of its own.
+(sweep_rows.py), and measured by one; where shapes differ, each has a program of its own.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from metadyn import inner, programs
 from metadyn.errors import ConfigError, check, meant, naming
 from metadyn.options import configured
 from metadyn.progress import Progress
-from metadyn.rows import Rows, by_form
 from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
 from metadyn.store import RunFolder, differences, read_json, write_json
 from metadyn.study import Plan, Study
+from metadyn.sweep_rows import Rows, by_form
 
 Kind = Literal["grid", "zip", "random"]
 MOST = 10_000
@@ -324,7 +324,7 @@ def run_sweep(
     in the words of the command line. Raises `ConfigError` for what can be known not to work before
     DIR is made, and as `run_study` does.
     """
-    from metadyn import swept
+    from metadyn import sweep_results
 
     mine = part.settings(len(configs))
     plans: dict[int, Plan] = {}
@@ -351,7 +351,7 @@ def run_sweep(
             _run(study, sweep, configs, folder, runners, shared, progress)
     with _alone(folder.path):  # of parts that end together the first draws
         if not summary.exists() and all(map(folder.ended, range(len(configs)))):
-            swept.conclude(folder, progress)
+            sweep_results.conclude(folder, progress)
     return folder
 
 

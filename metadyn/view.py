@@ -25,7 +25,7 @@ import matplotlib.colors
 import numpy as np
 import xarray as xr
 
-from metadyn import dynamics, figures, labelled, swept
+from metadyn import dynamics, figures, labelled, sweep_results
 from metadyn.base import STRENGTH
 from metadyn.errors import ConfigError, check
 from metadyn.progress import Progress
@@ -86,10 +86,10 @@ def _run(run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
 
 def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any]:
     """What is shown of a sweep: figures of merit of all settings, and the runs of the best."""
-    sweep, rows = folder.sweep, swept.rows(folder, progress)
+    sweep, rows = folder.sweep, sweep_results.rows(folder, progress)
     places = range(len(sweep.settings))
     share, left = min(len(places), MOST_SETTINGS), MOST_BYTES - len(json.dumps(rows))
-    best = dict.fromkeys([*(row["setting"] for row in swept.ranked(rows)), *places])
+    best = dict.fromkeys([*(row["setting"] for row in sweep_results.ranked(rows)), *places])
     runs: dict[int, Any] = {}
     with progress.counting("reading", len(best)) as show:
         for i in best:
@@ -98,7 +98,7 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
             if run is not None and len(runs) < share and left > 0:
                 runs[i] = read(run, SILENT, share)
                 left -= len(json.dumps(runs[i]))
-    merits: dict[int, list[swept.Row]] = {}
+    merits: dict[int, list[sweep_results.Row]] = {}
     for row in rows:
         if not row["lost"]:
             merits.setdefault(row["setting"], []).append(row)
@@ -108,7 +108,7 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
         "sweep": {
             "grid": sweep.kind == "grid",
             "options": {name: sweep.options[name] for name in sweep.swept},
-            "merits": {name: plain(label) for name, label in swept.MERITS.items()},
+            "merits": {name: plain(label) for name, label in sweep_results.MERITS.items()},
             "settings": [
                 {
                     "values": [sweep.settings[i][column] for column in columns],

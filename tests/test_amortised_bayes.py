@@ -9,7 +9,7 @@ import pytest
 import metadyn as md
 from metadyn import decoding, figures, labelled
 from metadyn.dynamics import Estimate
-from metadyn.learners import beside
+from metadyn.learners import beside_bayes as beside
 from metadyn.store import Results
 
 STUDY = md.load_study("amortised_bayes")

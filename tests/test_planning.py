@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import compile as compiling
 from benchmarks import tiny_study
-from metadyn import cost, elsewhere, inner, mesh, planning
+from metadyn import absent_devices, cost, inner, mesh, planning
 from metadyn.cli import main
 from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend
@@ -87,7 +87,7 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
 
     monkeypatch.setattr(elsewhere, "get_topology_desc", missing)
     with pytest.raises(ConfigError, match=r"--plan h100:8: .*metadyn\[aot\]"):
-        elsewhere.find("h100:8")
+        absent_devices.find("h100:8")
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_programs_that_are_gone_are_no_longer_stored(monkeypatch, tmp_path):
     compiling.store(stored)
     monkeypatch.setattr(compiling, "programs", lambda study: [SimpleNamespace(name="here")])
     monkeypatch.setattr("metadyn.study.known", lambda: ["a"])
-    monkeypatch.setattr("metadyn.elsewhere.find", lambda target: None)
+    monkeypatch.setattr("metadyn.absent_devices.find", lambda target: None)
     monkeypatch.setattr(mesh, "standing_in", lambda there: nullcontext())
     compiling.compile_all("h100:1", lambda name: False)
     assert json.loads(compiling.FILE.read_text()) == {"a: here": stored["a: here"]}

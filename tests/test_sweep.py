@@ -14,7 +14,7 @@ import xarray as xr
 from browser import in_browser, needs_chromium, text_of
 
 import metadyn
-from metadyn import sweep, swept, view
+from metadyn import sweep, sweep_results, view
 from metadyn.cli import main
 from metadyn.errors import ConfigError
 from metadyn.progress import Progress
@@ -221,7 +221,7 @@ def test_figures_are_drawn_after_all_if_the_last_part_died_drawing_them(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(swept, "draw", killed)
+        patched.setattr(sweep_results, "draw", killed)
         assert metadyn_sweep(out, *GRID, "--seeds", "2") == 130
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
     assert len(list((out / "figures").glob("*.png"))) == 3
@@ -244,7 +244,7 @@ def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
         both.wait()
         sweep.run_sweep(found.sweep, study, [None] * 4, out, Progress(None))
 
-    monkeypatch.setattr(swept, "conclude", conclude)
+    monkeypatch.setattr(sweep_results, "conclude", conclude)
     parts = [threading.Thread(target=end) for _ in range(2)]
     for part in parts:
         part.start()

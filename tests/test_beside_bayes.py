@@ -12,7 +12,7 @@ from metadyn.base import training_tasks
 from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
-from metadyn.learners import beside
+from metadyn.learners import beside_bayes as beside
 from metadyn.learners.attention import TransformerConfig
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.networks import GRUConfig
