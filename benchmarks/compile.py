@@ -98,16 +98,24 @@ def said_to_be_here(platform: str) -> Iterator[None]:
     jax.clear_caches()
 
 
-def compiled(program: Any, there: Any) -> dict[str, Any]:
-    """What is stored of a program."""
+def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is stored of a program.
+
+    What was compiled `before`, by its form, is not compiled again: programs of one form differ in
+    numbers alone.
+    """
     from metadyn import planning
+    from metadyn.programs import take_apart
 
     try:
-        row = planning.compiled(program, there)
+        form, _ = take_apart(program.trace().jaxpr)
+        if form not in before:
+            row = planning.compiled(program, there)
+            more = {"operations": row.operations, "seconds": round(row.seconds, 1)}
+            before[form] = row.account._asdict() | more
     except Exception as error:  # costs this program alone
         return {"fails": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    found = row.account._asdict() | {"operations": row.operations, "seconds": round(row.seconds, 1)}
-    return found | {"calls": program.times}
+    return before[form] | {"calls": program.times}
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
@@ -169,6 +177,7 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     there, names = absent_devices.find(target), set()
+    before: dict[str, dict[str, Any]] = {}
     with mesh.standing_in(there):
         for study in known():
             for program in programs(study):
@@ -176,7 +185,7 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
                 names.add(name)
                 found = rows.setdefault(name, {})
                 if wanted(name) and target not in found:
-                    found[target] = compiled(program, there)
+                    found[target] = compiled(program, there, before)
                     print(f"{target}, {name}: {found[target]}", flush=True)
                     store(rows)
     store({name: found for name, found in rows.items() if name in names})  # the others are gone

@@ -19,6 +19,12 @@ from metadyn.cost import operations
 from metadyn.several_domains import DESCENTS, NETWORKS, SMALL, TITLES, DomainsConfig, LearnersConfig
 from metadyn.study import HELDOUT, TRACKED, censored, excess_of, paper
 
+STYLES = {
+    name: {"fmt": mark, "color": colour, "ms": 8, "capsize": 2}
+    for name, mark, colour in zip(
+        NETWORKS, "osD^vP*X", (*figures.COLOURS, "black", "#999999"), strict=True
+    )
+}
 NEAR, WITHIN = 0.3, 0.2
 """Excess loss below which a learner counts as near Bayes, and how far it may stagger beyond."""
 
@@ -99,19 +105,36 @@ def side_by_side(name: str):
     return lambda results: figures.mode_strength(results.learners(f"inner_{name}", drawn=True))
 
 
+def outer_times(results):
+    """Draws the outer step at which each mode is half-way to Bayes, a panel a domain."""
+    label = "outer learning time $n_k$\n(outer step half-way to Bayes)"
+    figure, axes = figures.grid(len(TITLES), label, width=4.3, height=4.0)
+    shown = {}
+    for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
+        tracked = f"{TRACKED}_{name}"
+        modes = labelled.modes(bayes := results[tracked, "bayes"])
+        for learner, data in results.learners(tracked, "meta").items():
+            both = dynamics.over_outer_training(data, bayes)
+            y = dynamics.estimate(dynamics.outer_times_of(data), *both)
+            style = STYLES[learner] | {"fmt": f"{STYLES[learner]['fmt']}-", "lw": 1.2}
+            line = axis.errorbar(modes.values, y.value, figures.bars(y), **style)
+            shown.setdefault(labelled.about(data).label, line)
+        axis.set(title=title, xlabel=modes.axis, yscale="log")
+        axis.set_xticks(modes.values, [f"{value:.3g}" for value in modes.values])
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)
+    return figure
+
+
 def slope_against_excess(results):
     """Draws staggering beyond Bayes against excess loss, one point a learner, a panel a domain."""
     figure, axes = figures.grid(len(TITLES), width=4.3, height=4.0)
-    styles = dict(zip(NETWORKS, (*figures.COLOURS, "black", "#999999"), strict=True))
-    marks = dict(zip(NETWORKS, "osD^vP*X", strict=True))
     shown = {}
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         bayes = results[f"inner_{name}", "bayes"]
         for learner, data in results.learners(f"inner_{name}", "meta").items():
             x, y = excess_of(results, learner, f"_{name}"), dynamics.difference(data, bayes)
-            style = {"fmt": marks[learner], "color": styles[learner], "ms": 8, "capsize": 2}
             bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
-            point = axis.errorbar(x.value, y.value, **bars, **style)
+            point = axis.errorbar(x.value, y.value, **bars, **STYLES[learner])
             shown.setdefault(labelled.about(data).label, point)
         axis.axhline(0, **figures.LEVEL)
         axis.axvline(NEAR, color="grey", ls=":", lw=1)
@@ -160,7 +183,7 @@ study = md.Study(
     plan,
     criteria,
     {f"learners_{name}": side_by_side(name) for name in TITLES}
-    | {"slope_against_excess": slope_against_excess},
+    | {"slope_against_excess": slope_against_excess, "outer_times": outer_times},
     section="ours",
     claims=md.study.claims(
         slope_against_excess={
