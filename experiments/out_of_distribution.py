@@ -209,13 +209,6 @@ def criteria(config: Config, results):
         yield row(data, f"fresh_{kind}", distance(results, size, kind), said)
 
 
-def lines(axis, x, found, labels):
-    """Draws estimates [[of one point] of one line] with their bands."""
-    y = dynamics.stacked(map(dynamics.stacked, found))
-    figures.curves(axis, np.asarray(x), y, labels, "turbo", marker="o")
-    axis.legend(fontsize=8)
-
-
 def excess_by_scale(results):
     """Draws excess over Bayes under the right prior, by scale and by band."""
     names, of_bands = (
@@ -227,28 +220,28 @@ def excess_by_scale(results):
         "distinct tasks": (scales, [*names[:1], *pools, "bayes"]),
         "bands of frequencies": ([*BANDS], of_bands),
     }
+    shown = {}
+    for title, (sets, drawn) in panels.items() if names and of_bands else ():
+        of = lambda name, sets=sets: dynamics.stacked(over_right(results, s, name) for s in sets)
+        called = {name: labelled.about(results[sets[0], name]).label for name in drawn}
+        shown[title] = np.arange(len(sets)), {said: of(name) for name, said in called.items()}
     label = "excess loss over Bayes\nunder the right prior"
-    figure, axes = figures.grid(len(panels) * bool(names and of_bands), label, 5.2, 4.6)
-    for axis, (title, (sets, shown)) in zip(axes, panels.items(), strict=True):
-        found = [[over_right(results, each, name) for each in sets] for name in shown]
-        labels = [labelled.about(results[sets[0], name]).label for name in shown]
-        axis.set_xticks(range(len(sets)), [each.replace("_", " ") for each in sets])
+    figure = figures.panels(shown, label, "turbo", xlabel="tasks")
+    for axis, (sets, _) in zip(figure.axes, panels.values(), strict=True):
         axis.set_yscale("symlog", linthresh=0.05)
-        axis.set(title=title, xlabel="tasks")
-        lines(axis, range(len(sets)), found, labels)
+        axis.set_xticks(range(len(sets)), [each.replace("_", " ") for each in sets])
     return figure
 
 
 def diversity(results):
     """Draws distances to the memorising and to the generalising Bayes by the number of tasks."""
     pools = [name for name in results.learners("fresh") if name.startswith("pool_")]
-    sizes = sorted(int(name.removeprefix("pool_")) for name in pools)
-    figure, (axis,) = figures.grid(bool(pools), "mean-square distance on fresh tasks", 5.2, 4)
-    found = [[distance(results, size, kind) for size in sizes] for kind in KNOWING]
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="distinct tasks in training", yscale="log")
-    lines(axis, sizes, found, [f"to the {kind} Bayes" for kind in KNOWING])
-    return figure
+    sizes = np.sort([int(name.removeprefix("pool_")) for name in pools])
+    of = lambda kind: dynamics.stacked(distance(results, size, kind) for size in sizes)
+    found = {f"to the {kind} Bayes": of(kind) for kind in KNOWING if pools}
+    style = {"xscale": "log", "yscale": "log", "xlabel": "distinct tasks in training"}
+    shown = {"answers on fresh tasks": (sizes, found)} if pools else {}
+    return figures.panels(shown, "mean-square distance", **style)
 
 
 QUICK = Config(

@@ -405,18 +405,30 @@ def curve(axis: Any, x: np.ndarray, y: Estimate, label: str, colour: Any, **styl
 
 
 def panels(
-    shown: Mapping[str, tuple[np.ndarray, Mapping[str, Estimate]]], label: str, **axes: Any
+    shown: Mapping[str, tuple[np.ndarray, Mapping[str, Estimate]]],
+    label: str,
+    palette: str = "viridis",
+    **axes: Any,
 ) -> Figure:
-    """Draws estimates [x] by what they are called, a panel for each title, and one legend.
+    """Draws estimates [x] by what they are called, a panel for each title.
 
-    `shown` is (x, estimates) by title; `label` is of the vertical axes, `axes` what all have.
+    `shown` is (x, estimates) by title; `label` is of the vertical axes, `axes` what all have. There
+    is one legend, or one below each panel if they do not show the same.
     """
-    figure, every = grid(len(shown), label, 3.8, 3.4, sharey=True)
+    named = [tuple(found) for _, found in shown.values()]
+    alike = len(set(named)) == 1
+    height = 3.4 if alike else 3.2 + 0.2 * max(map(len, named), default=0)
+    figure, every = grid(len(shown), label, 3.8, height, sharey=True)
     for axis, (title, (x, found)) in zip(every, shown.items(), strict=True):
-        curves(axis, x, dynamics.stacked(found.values()), [*found], marker="o", ms=3)
+        estimates = dynamics.stacked(found.values())
+        curves(axis, x, estimates, [*found], palette, marker="o", ms=3)
         axis.set(**axes)
         axis.set_title(title, fontsize=10)
-    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        if not alike:
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    if alike:
+        handles = every[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=min(3, 2 * len(shown) - 1))
     return figure
 
 
