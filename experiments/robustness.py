@@ -117,8 +117,8 @@ def criteria(config: Config, results):
             excess = dynamics.measured_excess(data.isel(outer_step=-1), results[task_set, "bayes"])
             said = f"excess loss over Bayes, {labelled.about(data).label}"
             yield md.criterion(f"{task_set.split('_')[1]}_{variant}_excess", excess, said)
-    for name, sign in SIGN.items():
-        rows, bound = found(results, name), WITHIN[name]
+    for name in TITLES:
+        rows, sign, bound = found(results, name), SIGN[name], WITHIN[name]
         merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
         for variant, pair in rows.items():
             said = f"{labelled.about(pair[0]).label}: {merit}"

@@ -22,11 +22,19 @@ DOMAINS = {
     "bandit": ContextualBandit(3, 4, steps=12),
 }
 
+observe = jax.jit(inner.observe, static_argnums=(0, 2))
+"""`inner.observe` as one program, where otherwise each of its operations is compiled."""
+
 
 def scattered(meta, seed=1, scale=0.2):
     """Parameters large enough to answer, biases included."""
-    flat, unravel = jax.flatten_util.ravel_pytree(meta.init(jax.random.key(0)))
-    return unravel(flat + scale * jax.random.normal(jax.random.key(seed), flat.shape))
+
+    @jax.jit
+    def scatter(key, noise):
+        flat, unravel = jax.flatten_util.ravel_pytree(meta.init(key))
+        return unravel(flat + scale * jax.random.normal(noise, flat.shape))
+
+    return scatter(jax.random.key(0), jax.random.key(seed))
 
 
 def stepped(learner, queries, feedback, keys=None):
@@ -55,8 +63,9 @@ def step_by_step_is_whole(config, name, scale=0.2):
     learner = meta.learner(params)
     longer = dataclasses.replace(domain, steps=domain.steps + 1)
     keys = jax.random.split(jax.random.key(2), 7)
-    queries, feedback = jax.vmap(partial(inner.act, longer, learner), out_axes=-1)(keys)
-    whole = np.asarray(meta.unroll(params, queries, feedback))
+    act = jax.jit(jax.vmap(partial(inner.act, longer, learner), out_axes=-1))
+    queries, feedback = act(keys)
+    whole = np.asarray(jax.jit(meta.unroll)(params, queries, feedback))
     n = domain.answer_size
     assert whole.shape == (longer.steps, n + heads, 7)
     assert np.std(whole[1:], axis=(0, 2)).min() > 1e-2
@@ -69,9 +78,10 @@ def the_future_is_not_read(config):
     domain = DOMAINS["linear"]
     meta = config.make(domain)
     params = scattered(meta)
-    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 5))
-    before = meta.unroll(params, queries, feedback)
-    after = meta.unroll(params, queries.at[4:].add(1.0), feedback.at[3:].add(1.0))
+    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 5))
+    unroll = jax.jit(meta.unroll)
+    before = unroll(params, queries, feedback)
+    after = unroll(params, queries.at[4:].add(1.0), feedback.at[3:].add(1.0))
     np.testing.assert_allclose(after[:4], before[:4], 1e-5, 1e-5)
     assert np.abs(after[4:] - before[4:]).min(axis=(0, 1)).max() > 1e-3
 
@@ -92,9 +102,9 @@ def all_parameters_are_trained(config):
 
 def untrained_it_answers_zero(meta):
     """The prior mean is answered at first, and seeds start apart."""
-    a, b, c = (meta.init(jax.random.key(k)) for k in (0, 0, 1))
+    a, b, c = map(jax.jit(meta.init), map(jax.random.key, (0, 0, 1)))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     same = jax.tree.map(lambda a, c: bool(jnp.array_equal(a, c)), a["body"], c["body"])
     assert not all(jax.tree.leaves(same))
-    queries, feedback = inner.observe(meta.domain, jax.random.split(jax.random.key(2), 5))
-    np.testing.assert_array_equal(meta.unroll(a, queries, feedback), 0)
+    queries, feedback = observe(meta.domain, jax.random.split(jax.random.key(2), 5))
+    np.testing.assert_array_equal(jax.jit(meta.unroll)(a, queries, feedback), 0)

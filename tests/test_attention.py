@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import DOMAINS, scattered, stepped
+from contract import DOMAINS, observe, scattered, stepped
 from flax import nnx
 
-from metadyn import inner
 from metadyn.errors import ConfigError
 from metadyn.learners.attention import (
     LinearAttention,
@@ -49,8 +48,8 @@ def test_a_transformer_is_that_of_its_formulae():
     domain = DOMAINS["linear"]
     meta = CONFIGS["transformer"].make(domain)
     params = scattered(meta)
-    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 1))
-    found = meta.unroll(params, queries, feedback)[..., 0]
+    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 1))
+    found = jax.jit(meta.unroll)(params, queries, feedback)[..., 0]
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     x, y = (np.asarray(a[..., 0], np.float64) for a in (queries, feedback))
     late = lambda a: np.concatenate([np.zeros_like(a[:1]), a[:-1]])
@@ -97,8 +96,8 @@ def test_optimal_weights_take_one_step_of_gradient_descent():
     meta = ONE_LAYER["one_layer_merged"].make(domain)
     eyes = lambda n: jnp.stack([jnp.eye(n)] * 3)
     params = {"value": eyes(2) / 3, "key_query": rate * eyes(3)}
-    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 4))
-    found = meta.unroll(params, queries, feedback)
+    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 4))
+    found = jax.jit(meta.unroll)(params, queries, feedback)
     x, y = np.asarray(queries, np.float64), np.asarray(feedback, np.float64)
     for episode in range(4):
         np.testing.assert_array_equal(found[0, :, episode], 0)
@@ -124,9 +123,9 @@ def test_one_layer_is_attention_to_a_matrix_of_tokens(name):
     meta = config.make(domain)
     params = scattered(meta)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 1))
+    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 1))
     x, y = (np.asarray(a[..., 0], np.float64) for a in (queries, feedback))
-    found = meta.unroll(params, queries, feedback)[..., 0]
+    found = jax.jit(meta.unroll)(params, queries, feedback)[..., 0]
     for N in range(1, domain.steps):
         X = np.zeros((5, N + 1))
         X[:3], X[3:, :N] = x[: N + 1].T, y[:N].T
@@ -158,11 +157,11 @@ def test_small_weights_are_where_training_starts():
 def test_a_cache_may_be_longer_and_says_when_it_is_full():
     """Trained on episodes of 6 steps, stepped through 12: with room the same as at once."""
     short, long = DOMAINS["linear"], dataclasses.replace(DOMAINS["linear"], steps=12)
-    queries, feedback = inner.observe(long, jax.random.split(jax.random.key(2), 3))
+    queries, feedback = observe(long, jax.random.split(jax.random.key(2), 3))
     roomy = dataclasses.replace(CONFIGS["transformer"], cache=12).make(short)
     tight = CONFIGS["transformer"].make(short)
     params = scattered(roomy)
-    whole = roomy.unroll(params, queries, feedback)
+    whole = jax.jit(roomy.unroll)(params, queries, feedback)
     np.testing.assert_allclose(stepped(roomy.learner(params), queries, feedback), whole, 1e-5, 1e-5)
     answers = stepped(tight.learner(params), queries, feedback)
     np.testing.assert_allclose(answers[:7], whole[:7], 1e-5, 1e-5)

@@ -392,7 +392,7 @@ def test_actor_critic_gradient_is_that_of_the_expected_return(immediate, baselin
         discount=1.0, entropy=0.0, immediate=immediate, baseline=baseline, group=8, value_weight=0.0
     )
     objective, params = actor_critic(TINY, META, config), half_learned()
-    exact = jax.grad(exact_return)(params)
+    exact = jax.jit(jax.grad(exact_return))(params)
 
     @jax.jit
     def batch(index):
@@ -450,7 +450,8 @@ def test_entropy_is_what_the_objective_is_lowered_by():
     params, keys = META.init(jax.random.key(0)), indexed_keys(jax.random.key(1), jnp.arange(16))
 
     def value(entropy):
-        return actor_critic(TINY, META, ActorCriticConfig(entropy=entropy)).loss(params, keys)[0]
+        config = ActorCriticConfig(entropy=entropy)
+        return jax.jit(actor_critic(TINY, META, config).loss)(params, keys)[0]
 
     np.testing.assert_allclose(value(0.0) - value(1.0), np.log(2), rtol=1e-5)
 
@@ -458,11 +459,12 @@ def test_entropy_is_what_the_objective_is_lowered_by():
 def test_the_weight_of_the_entropy_falls_to_zero_over_the_outer_steps():
     """Linearly: what it takes off the objective at steps 0, 25 and 200 of 100."""
     params, keys = META.init(jax.random.key(0)), indexed_keys(jax.random.key(1), jnp.arange(16))
-    plain = actor_critic(TINY, META, ActorCriticConfig(entropy=0.0)).loss(params, keys)[0]
+    plain = jax.jit(actor_critic(TINY, META, ActorCriticConfig(entropy=0.0)).loss)(params, keys)[0]
     annealed = ActorCriticConfig(entropy=1.0, annealed=True)
     objective = actor_critic(TINY, META, annealed, steps=100)
+    loss = jax.jit(lambda step: objective.at(step).loss(params, keys)[0])
     for step, share in ((0, 1.0), (25, 0.75), (200, 0.0)):
-        taken = plain - objective.at(jnp.int32(step)).loss(params, keys)[0]
+        taken = plain - loss(jnp.int32(step))
         np.testing.assert_allclose(taken, share * np.log(2), atol=1e-6)
     with pytest.raises(ConfigError, match=r"annealed = True: .* needs the outer `steps`"):
         actor_critic(TINY, META, annealed)

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import scattered
+from contract import observe, scattered
 
-from metadyn import inner
 from metadyn.base import indexed_keys
 from metadyn.domains.distributions import Mixture, Pool
 from metadyn.domains.linear import LinearRegression
@@ -54,11 +53,11 @@ def test_weighted_losses_are_the_weighted_mean_over_episodes():
     mixture = Mixture((DOMAIN, DOMAIN.scaled(10.0)), (1.0, 0.01))
     meta = LSTMConfig(hidden=4).make(DOMAIN)
     params, keys = scattered(meta), KEYS[:6]
-    queries, feedback = inner.observe(DOMAIN, keys, mixture)
-    each = ((meta.unroll(params, queries, feedback) - feedback) ** 2).mean((0, 1))
+    queries, feedback = observe(DOMAIN, keys, mixture)
+    each = ((jax.jit(meta.unroll)(params, queries, feedback) - feedback) ** 2).mean((0, 1))
     weights = [mixture.weight(jax.random.split(key)[0]) for key in keys]
     objective = prediction_loss(DOMAIN, meta, sample=mixture, weight=mixture.weight)
-    loss, metrics = objective.loss(params, keys)
+    loss, metrics = jax.jit(objective.loss)(params, keys)
     np.testing.assert_allclose(loss, np.mean(np.array(weights) * each), rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], each.mean(), rtol=1e-5)
     assert len({float(weight) for weight in weights}) == 2
@@ -67,7 +66,7 @@ def test_weighted_losses_are_the_weighted_mean_over_episodes():
 def test_a_mixtures_own_bayes_has_less_loss_on_it_than_bayes_of_one_part():
     scales = (0.5, 1.0, 8.0)
     domains = tuple(DOMAIN.scaled(scale) for scale in scales)
-    queries, feedback = inner.observe(DOMAIN, KEYS[:2000], Mixture(domains))
+    queries, feedback = observe(DOMAIN, KEYS[:2000], Mixture(domains))
 
     def loss(learner):
         def one(queries, feedback):

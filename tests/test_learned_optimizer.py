@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import stepped
+from contract import observe, stepped
 from jax.flatten_util import ravel_pytree
 
 import metadyn
@@ -48,8 +48,8 @@ def start(b):
 def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
     meta = made(domain)
     params = scattered(meta)
-    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 3))
-    whole = meta.unroll(params, queries, feedback)
+    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 3))
+    whole = jax.jit(meta.unroll)(params, queries, feedback)
     assert isinstance(meta, MetaLearner)
     assert np.std(whole[0] - whole[-1]) > 0.02  # it learns something in between
     keys = indexed_keys(jax.random.key(0), jnp.arange(3))
@@ -61,7 +61,7 @@ def test_answers_are_those_of_updates_derived_by_hand():
     """A two-layer linear network's, in float64 NumPy, with a loop over single weights."""
     meta = made(LINEAR, clip=0.5)
     params = scattered(meta)
-    queries, feedback = inner.observe(LINEAR, jax.random.split(jax.random.key(2), 1))
+    queries, feedback = observe(LINEAR, jax.random.split(jax.random.key(2), 1))
     p = {name: np.float64(value) for name, value in params.items()}
     x, y = (np.float64(leaf[..., 0]) for leaf in (queries, feedback))
     W = [np.float64(leaf) for leaf in meta.network.init(start(0))]
@@ -89,7 +89,8 @@ def test_answers_are_those_of_updates_derived_by_hand():
                     moved[at] -= np.exp(p["log_rate"] + out[1]) * (own[2] + out[0])
                 W[layer] = moved
             steps += 1
-    np.testing.assert_allclose(meta.unroll(params, queries, feedback)[..., 0], answers, atol=2e-5)
+    found = jax.jit(meta.unroll)(params, queries, feedback)[..., 0]
+    np.testing.assert_allclose(found, answers, atol=2e-5)
 
 
 def test_untrained_it_is_momentum_of_constant_speed():
@@ -164,9 +165,9 @@ def test_training_by_evolution_strategies_lowers_the_loss():
         meta, domain, steps=100, seeds=1, learning_rate=2e-2, objective=config.objective,
         progress=False, seed=3,
     )  # fmt: skip
-    x, y = inner.observe(domain, jax.random.split(jax.random.key(5), 1000))
+    x, y = observe(domain, jax.random.split(jax.random.key(5), 1000))
     before, after = (
-        float(((meta.unroll(params, x, y) - y) ** 2).mean())
+        float(((jax.jit(meta.unroll)(params, x, y) - y) ** 2).mean())
         for params in (
             meta.init(jax.random.key(3)),
             jax.tree.map(lambda leaf: leaf[0], trained.params),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import observe
 from flax import nnx
 
 from metadyn import inner, mesh
@@ -169,8 +170,8 @@ def trained_like():
 
 def test_step_by_step_and_whole_episode_give_the_same_numbers(trained_like):
     domain, meta, params = trained_like
-    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(2), 5))
-    whole = meta.unroll(params, queries, feedback)
+    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 5))
+    whole = jax.jit(meta.unroll)(params, queries, feedback)
     assert whole.shape == (6, 2, 5)
     learner = meta.learner(params)
     for episode in range(5):
@@ -199,8 +200,8 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
         tuple(range(7)),
     )["loss"]
     keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(indices)
-    queries, feedback = inner.observe(domain, keys)
-    answers = meta.unroll(params, queries, feedback)
+    queries, feedback = observe(domain, keys)
+    answers = jax.jit(meta.unroll)(params, queries, feedback)
     whole = np.mean((answers - feedback) ** 2, axis=1).T
     np.testing.assert_allclose(stepped[:, 1:], whole, rtol=1e-5)
 

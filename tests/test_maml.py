@@ -5,10 +5,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import stepped
+from contract import observe, stepped
 
 import metadyn
-from metadyn import inner
 from metadyn.base import MetaLearner, indexed_keys
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
@@ -33,7 +32,7 @@ def scattered(meta):
 
 
 def episodes(domain, count=3):
-    return inner.observe(domain, jax.random.split(jax.random.key(2), count))
+    return observe(domain, jax.random.split(jax.random.key(2), count))
 
 
 def in_numpy(params, x, y, clip):
@@ -56,7 +55,7 @@ def test_answers_are_those_of_gradient_steps_derived_by_hand():
     meta = made(LINEAR)
     params = scattered(meta)
     x, y = episodes(LINEAR)
-    answers = meta.unroll(params, x, y)
+    answers = jax.jit(meta.unroll)(params, x, y)
     assert answers.shape == (5, 2, 3)
     for b in range(3):
         by_hand = in_numpy(params, x[..., b], y[..., b], clip=0.5)
@@ -67,7 +66,7 @@ def test_answers_are_those_of_gradient_steps_derived_by_hand():
 def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
     meta = made(domain, inner_steps=3)
     params, (queries, feedback) = scattered(meta), episodes(domain)
-    whole = meta.unroll(params, queries, feedback)
+    whole = jax.jit(meta.unroll)(params, queries, feedback)
     assert isinstance(meta, MetaLearner)
     assert np.std(whole[0] - whole[-1]) > 0.02  # it learns something in between
     keys = jax.random.split(jax.random.key(9), 3)  # of which the learned start makes nothing
@@ -106,7 +105,7 @@ def test_one_step_of_one_layer_is_the_closed_form():
     x, y = (leaf[..., 0] for leaf in episodes(LINEAR))
     W, rate = np.float64(params["start"][0]), np.exp(np.float64(params["log_rate"]))
     once = W - rate * np.outer(W @ x[0] - y[0], x[0])
-    answers = meta.unroll(params, x[..., None], y[..., None])[..., 0]
+    answers = jax.jit(meta.unroll)(params, x[..., None], y[..., None])[..., 0]
     np.testing.assert_allclose(answers[0], W @ x[0], atol=1e-5)
     np.testing.assert_allclose(answers[1], once @ x[1], atol=1e-5)
 
@@ -136,14 +135,14 @@ def test_training_brings_it_nearer_to_bayes():
     trained = metadyn.train(
         meta, domain, steps=150, seeds=1, learning_rate=2e-2, progress=False, seed=3
     )
-    x, y = inner.observe(domain, jax.random.split(jax.random.key(5), 2000))
+    x, y = observe(domain, jax.random.split(jax.random.key(5), 2000))
     ridge = np.zeros_like(y)
     for t in range(1, len(y)):
         ridge[t] = x[t] * (x[:t] * y[:t]).sum(0) / ((x[:t] ** 2).sum(0) + domain.sigma**2)
     best = float(((ridge - y) ** 2).mean())
 
     def excess(params):
-        loss = float(((meta.unroll(params, x, y) - y) ** 2).mean())
+        loss = float(((jax.jit(meta.unroll)(params, x, y) - y) ** 2).mean())
         return (loss - best) / (best - domain.loss_floor)
 
     before, after = meta.init(jax.random.key(3)), jax.tree.map(lambda a: a[0], trained.params)

@@ -5,10 +5,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import stepped, untrained_it_answers_zero
+from contract import observe, stepped, untrained_it_answers_zero
 from flax import nnx
 
-from metadyn import inner
 from metadyn.base import MetaLearner, indexed_keys
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
@@ -72,8 +71,8 @@ def test_step_by_step_and_whole_episode_give_the_same_numbers(name, heads):
     meta = made(name, heads=heads)
     params = scattered(meta)
     longer = LinearRegression(3, 2, steps=7)
-    queries, feedback = inner.observe(longer, jax.random.split(jax.random.key(2), 5))
-    whole = meta.unroll(params, queries, feedback)
+    queries, feedback = observe(longer, jax.random.split(jax.random.key(2), 5))
+    whole = jax.jit(meta.unroll)(params, queries, feedback)
     assert isinstance(meta, MetaLearner)
     assert whole.shape == (7, 2 + heads, 5)
     assert np.std(whole, axis=(0, 2)).min() > 0.1
@@ -90,8 +89,8 @@ def test_a_gru_is_that_of_pytorch_s_formulae():
     """r, z, n of W x + b and U h, in float64; x_t comes with y_{t−1}; a linear readout of h_t."""
     meta = made("gru", heads=1)
     params = scattered(meta)
-    queries, feedback = inner.observe(DOMAIN, jax.random.split(jax.random.key(2), 5))
-    found = meta.unroll(params, queries, feedback)
+    queries, feedback = observe(DOMAIN, jax.random.split(jax.random.key(2), 5))
+    found = jax.jit(meta.unroll)(params, queries, feedback)
     body, readout, offset = jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float64),
         (params["body"], params["readout"], params["offset"]),

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import DOMAINS, scattered, stepped
+from contract import DOMAINS, observe, scattered, stepped
 
-from metadyn import inner
 from metadyn.base import MetaLearner
 from metadyn.learners.deltanet import DeltaNetConfig
 from metadyn.learners.lstm import LSTMConfig
@@ -24,7 +23,7 @@ def meta(request):
 
 
 def pairs(domain, scale=1.0):
-    queries, feedback = inner.observe(domain, jax.random.split(jax.random.key(1), 7))
+    queries, feedback = observe(domain, jax.random.split(jax.random.key(1), 7))
     return queries, scale * feedback
 
 
@@ -32,7 +31,7 @@ def pairs(domain, scale=1.0):
 def test_step_by_step_is_whole(meta, scale):
     made, params = meta
     queries, feedback = pairs(made.domain, scale)
-    whole = made.unroll(params, queries, feedback)
+    whole = jax.jit(made.unroll)(params, queries, feedback)
     assert np.std(whole[1:]) > 1e-2 * scale
     found = stepped(made.learner(params), queries, feedback)
     np.testing.assert_allclose(found, whole, 1e-4, 1e-5 * scale)
@@ -48,16 +47,16 @@ def test_the_network_inside_reads_what_numpy_says(meta):
     assert 0 < (r[2:] == 1).mean() < 1
     last, before, after = r[:-2], r[1:-1], r[2:]
     read = jnp.float32(np.stack([1 / before, np.log(before / last)], axis=1))
-    expected = made.inside.unroll(params, (queries, read), jnp.float32(y / after[:, None]))
-    found = made.unroll(params, queries, feedback)
+    expected = jax.jit(made.inside.unroll)(params, (queries, read), jnp.float32(y / after[:, None]))
+    found = jax.jit(made.unroll)(params, queries, feedback)
     np.testing.assert_allclose(found, expected * before[:, None], 1e-4, 1e-5)
 
 
 def test_answers_do_not_depend_on_the_feedback_to_come(meta):
     made, params = meta
     queries, feedback = pairs(made.domain)
-    before = made.unroll(params, queries, feedback)
-    after = made.unroll(params, queries, feedback.at[3:].multiply(5.0))
+    before = jax.jit(made.unroll)(params, queries, feedback)
+    after = jax.jit(made.unroll)(params, queries, feedback.at[3:].multiply(5.0))
     np.testing.assert_allclose(after[:4], before[:4], 1e-6)
     assert np.abs(after[4:] - before[4:]).max() > 1e-3
 
@@ -66,8 +65,9 @@ def test_small_feedback_is_left_as_it_is(meta):
     made, params = meta
     queries, feedback = pairs(made.domain, 0.01)
     read = jnp.zeros((len(feedback), 2, 7)).at[:, 0].set(1.0)
-    expected = made.inside.unroll(params, (queries, read), feedback)
-    np.testing.assert_allclose(made.unroll(params, queries, feedback), expected, 1e-5, 1e-6)
+    expected = jax.jit(made.inside.unroll)(params, (queries, read), feedback)
+    found = jax.jit(made.unroll)(params, queries, feedback)
+    np.testing.assert_allclose(found, expected, 1e-5, 1e-6)
 
 
 def test_but_for_what_is_read_of_the_size_answers_grow_as_large_feedback_does():
@@ -76,12 +76,13 @@ def test_but_for_what_is_read_of_the_size_answers_grow_as_large_feedback_does():
     params = scattered(made)
     params["body"]["input"] = params["body"]["input"].at[:, 3:5].set(0.0)  # after the 3 of x
     queries, feedback = pairs(made.domain, 1000.0)
-    one, tenfold = (made.unroll(params, queries, k * feedback)[1:] for k in (1, 10))
+    one, tenfold = (jax.jit(made.unroll)(params, queries, k * feedback)[1:] for k in (1, 10))
     np.testing.assert_allclose(tenfold, 10 * one, 1e-4, 1e-5)
 
 
 def test_no_feedback_but_zero_has_a_finite_gradient(meta):
     made, params = meta
     queries, feedback = pairs(made.domain, 0.0)
-    gradient = jax.grad(lambda params: made.unroll(params, queries, feedback).sum())(params)
+    answers = lambda params: made.unroll(params, queries, feedback).sum()
+    gradient = jax.jit(jax.grad(answers))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contract import observe
 from jax.flatten_util import ravel_pytree
 
-from metadyn import inner
 from metadyn.base import indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.attention import OneLayerAttentionConfig
@@ -57,10 +57,10 @@ def test_bayes_answers_have_a_less_noisy_gradient():
 def test_the_loss_on_the_feedback_is_reported_whatever_is_taught():
     keys = indexed_keys(jax.random.key(3), jnp.arange(16))
     params = META.init(jax.random.key(0))
-    taught = prediction_loss(DOMAIN, META, bayes_linear(DOMAIN)).loss(params, keys)
-    plain = prediction_loss(DOMAIN, META).loss(params, keys)
+    taught = jax.jit(prediction_loss(DOMAIN, META, bayes_linear(DOMAIN)).loss)(params, keys)
+    plain = jax.jit(prediction_loss(DOMAIN, META).loss)(params, keys)
     np.testing.assert_array_equal(taught[1]["loss"], plain[0])
-    queries, feedback = inner.observe(DOMAIN, keys)
+    queries, feedback = observe(DOMAIN, keys)
     assert queries.shape == feedback.shape == (4, 2, 16)
     assert float(taught[0]) < float(plain[0])  # there is no noise in what is taught
 
