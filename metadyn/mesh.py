@@ -291,15 +291,16 @@ def my_share(total: int) -> Int[Array, " share"]:
     return jax.lax.axis_index(EPISODES) * share + jnp.arange(share)
 
 
-def at_a_time(episodes: int, together: int = 1) -> int:
+def at_a_time(episodes: int, together: int = 1, cached: int = CACHED_EPISODES) -> int:
     """How many of a device's episodes to differentiate at a time, in equal parts of whole groups.
 
-    On a CPU core so many that what the backward pass needs stays in its cache; elsewhere all.
+    On a CPU core so many that what the backward pass needs stays in its cache, which is said to
+    hold that of so many `cached` ones; elsewhere all.
     """
     if backend() != "cpu":
         return episodes
-    parts = range(together, CACHED_EPISODES + 1, together)
-    whole = [n for n in parts if episodes % n == 0 and 2 * n > CACHED_EPISODES]
+    parts = range(together, max(cached, together) + 1, together)
+    whole = [n for n in parts if episodes % n == 0 and 2 * n > cached]
     return max(whole, default=episodes)
 
 

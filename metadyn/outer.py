@@ -124,9 +124,11 @@ class MetaTraining(NamedTuple):
     """Outer steps that it takes, on episodes of their own, in one of the run's."""
 
 
-def _gradient(objective: Objective, params: Params, keys: Keys) -> tuple[Params, Metrics]:
+def _gradient(
+    objective: Objective, params: Params, keys: Keys, cached: int = mesh.CACHED_EPISODES
+) -> tuple[Params, Metrics]:
     """The gradient over all episodes, and the mean metrics, some episodes at a time."""
-    some = mesh.at_a_time(len(keys), objective.group)
+    some = mesh.at_a_time(len(keys), objective.group, cached)
     gradient = jax.grad(objective.loss, has_aux=True)
     if some == len(keys):
         return gradient(params, keys)
@@ -169,6 +171,7 @@ class OuterLoop:
             objective, optimizer = trained[name].objective, optimizers[name]
             key, params, moments = one
             pace = trained[name].pace
+            cached = getattr(trained[name].meta, "cached_episodes", mesh.CACHED_EPISODES)
             own = lambda at: at if pace == 1 else jnp.round(pace * at).astype(jnp.int32)
             step, count = own(now[0]), own(sum(now)) - own(now[0])
 
@@ -179,7 +182,7 @@ class OuterLoop:
             def outer_step(i, carry):
                 params, moments, total = carry
                 current = objective.at(step + i) if objective.at else objective
-                gradient, metrics = mesh.mean(_gradient(current, params, episodes(i)))
+                gradient, metrics = mesh.mean(_gradient(current, params, episodes(i), cached))
                 updates, moments = optimizer.update(gradient, moments, params)
                 total = jax.tree.map(jnp.add, total, metrics)
                 return optax.apply_updates(params, updates), moments, total

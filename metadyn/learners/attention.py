@@ -54,10 +54,20 @@ class SoftmaxAttention(nnx.Module):
         self.out = nnx.Linear(H, H, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """The attention of each token to those up to it."""
-        query, key, value = self.project(x).reshape(len(x), 3, self.heads, self.d).swapaxes(0, 1)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return self.out(mixed.reshape(len(x), -1))
+        """The attention of each token to those up to it.
+
+        Products make heads apart and join them, so that no array is cut or transposed for it.
+        """
+        T, H = x.shape
+        kernel = self.project.kernel[...].reshape(H, 3, self.heads, self.d)
+        bias = self.project.bias[...].reshape(3, self.heads, 1, self.d)
+        query, key, value = jnp.einsum("tn,nihd->ihtd", x, kernel) + bias
+        scores = jnp.einsum("htd,hsd->hts", query, key) / jnp.sqrt(self.d)
+        past = jnp.tril(jnp.ones((T, T), bool))
+        weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
+        mixed = jnp.einsum("hts,hsd->htd", weights, value)
+        out = self.out.kernel[...].reshape(self.heads, self.d, H)
+        return jnp.einsum("htd,hdn->tn", mixed, out) + self.out.bias[...]
 
     def start(self, steps: int) -> Cache:
         """An empty cache."""

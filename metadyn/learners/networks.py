@@ -110,7 +110,7 @@ class _NetworkMetaLearner:
         def build(rngs: nnx.Rngs) -> _Readout:
             body = make(self._n_in, rngs)
             step = lambda: self._step(body, self._start(body), jnp.zeros(self._n_in))[1]
-            features = jax.eval_shape(step).shape[0]
+            self._features = features = jax.eval_shape(step).shape[0]
             return _Readout(body, features, domain.answer_size + heads)
 
         self._build = build
@@ -217,6 +217,11 @@ class Sequence(_NetworkMetaLearner):
     numbers, such as a transformer. Training runs whole episodes through it; probing steps it from a
     cache, which has room for T + 1 inputs: those of the episode, and a probe's query after it.
     """
+
+    @property
+    def cached_episodes(self) -> int:
+        """Episodes whose backward pass stays in the cache of a CPU core: some eight arrays each."""
+        return max(mesh.CACHE // (8 * 4 * self.domain.steps * self._features), 1)
 
     def _start(self, body: Any) -> Carry:
         return body.start(self.domain.steps + 1)
