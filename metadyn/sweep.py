@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from metadyn import inner, programs
@@ -339,6 +340,7 @@ def run_sweep(
         summary.unlink(missing_ok=True)
         with ExitStack() as stack:
             shared = programs.Shared()
+            measure = lambda *given: shared(inner.measure.trace(*given), *_arguments(given))
             runners: dict[int, Runner] = {}
             for i, plan in plans.items():
                 asked = asked_for(study, sweep.preset, sweep.seed, configs[i], plan)
@@ -346,7 +348,6 @@ def run_sweep(
                 stack.enter_context(run.locked())
                 if not run.set_aside_damaged():
                     (run.path / "summary.json").unlink(missing_ok=True)
-                measure = _measuring(shared)
                 runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
             _run(study, sweep, configs, folder, runners, shared, progress)
     with _alone(folder.path):  # of parts that end together the first draws
@@ -355,14 +356,10 @@ def run_sweep(
     return folder
 
 
-def _measuring(shared: programs.Shared) -> Any:
-    """`inner.measure`, by programs that are shared with other settings."""
-
-    def measure(*given: Any) -> Any:
-        _, _, params, _, _, argument, key, indices, *_ = given  # those that are not static
-        return shared(inner.measure.trace(*given), params, argument, key, indices)
-
-    return measure
+def _arguments(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those arguments of `inner.measure` that are not static."""
+    _, _, params, _, _, argument, key, indices, *_ = given
+    return params, argument, key, indices
 
 
 def _run(
@@ -380,7 +377,9 @@ def _run(
         for i, runner in runners.items():
             show(sweep.called(i))
             for _, given in () if folder.ended(i) else runner.calls():
-                shared.expect(inner.measure.trace(*given))
+                params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
+                known = () if jax.tree.leaves(params) else (params, *others)
+                shared.expect(inner.measure.trace(*given), *known)
     names = [f"{len(members)} settings" for members in forms]
     with progress.studies(names) as begin:
         for k, members in enumerate(forms):

@@ -123,3 +123,17 @@ def test_unannounced_numbers_are_taken_in_too():
         traced = jax.jit(lambda x, c=c: c * x).trace(X)
         np.testing.assert_array_equal(shared(traced, X), np.float32(c) * X)
     assert len(shared._compiled) == 2
+
+
+def test_what_is_announced_several_times_is_computed_once():
+    shared = Shared()
+    double = lambda: jax.jit(lambda x: 2.0 * x).trace(X)
+    for _ in range(3):
+        shared.expect(double(), X)
+    shared.expect(double(), X + 1)
+    first, second, third = (shared(double(), X) for _ in range(3))
+    assert first is second is third
+    assert shared(double(), X) is not first  # not kept any longer than it is awaited
+    np.testing.assert_array_equal(shared(double(), X + 1), 2 * (X + 1))
+    triple = jax.jit(lambda x: 3.0 * x).trace(X)
+    np.testing.assert_array_equal(shared(triple, X), 3 * X)
