@@ -85,7 +85,7 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     def missing(**told):
         raise RuntimeError("no plugin")
 
-    monkeypatch.setattr(elsewhere, "get_topology_desc", missing)
+    monkeypatch.setattr(absent_devices, "get_topology_desc", missing)
     with pytest.raises(ConfigError, match=r"--plan h100:8: .*metadyn\[aot\]"):
         absent_devices.find("h100:8")
 

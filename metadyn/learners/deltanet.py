@@ -13,6 +13,8 @@ from metadyn.base import Domain
 from metadyn.learners.blocks import HeadedConfig
 
 FastWeights = Float[Array, "heads d d"]
+TOGETHER = 64
+"""Tokens whose corrections are found together: as many products as they are each. Our choice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +51,19 @@ class DeltaRule(nnx.Module):
         return _unit(query), _unit(key), value, jax.nn.sigmoid(self.rate(x))[..., None]
 
     def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """What is read at each token of a whole episode, token by token.
+        """What is read at each token of a whole episode, some tokens at a time.
 
-        The triangular system that Yang et al. solve in its place is a library call on a CPU, and
-        such calls on several CPU devices at once can wait for each other's threads for ever.
+        Yang et al.: the corrections e_t = β_t (v_t − S_{t−1} k_t) of several tokens, of which each
+        depends on those before, solve a triangular system, and all else is products.
         """
-        nothing = self.start(len(x))
-        mixed = jax.lax.scan(lambda S, now: self._corrected(S, *now), nothing, self._projected(x))
-        return self.out(mixed[1].reshape(len(x), -1))
+        T, size = len(x), min(len(x), TOGETHER)
 
-    def _corrected(self, memory, query, key, value, rate) -> tuple[FastWeights, Array]:
-        """The fast weights after one correction, and what is read of them."""
-        error = rate * (value - jnp.einsum("hvk,hk->hv", memory, key))
-        own = error * (key * query).sum(-1, keepdims=True)
-        mixed = jnp.einsum("hvk,hk->hv", memory, query) + own
-        return memory + error[:, :, None] * key[:, None], mixed
+        def parts(a: Float[Array, "T heads n"]) -> Float[Array, "part heads size n"]:
+            padded = jnp.pad(a, ((0, -T % size), (0, 0), (0, 0)))  # β = 0: nothing is corrected
+            return padded.reshape(-1, size, *a.shape[1:]).swapaxes(1, 2)
+
+        read = jax.lax.scan(_part, self.start(T), [*map(parts, self._projected(x))])[1]
+        return self.out(read.swapaxes(1, 2).reshape(-1, self.heads * self.d)[:T])
 
     def start(self, steps: int) -> FastWeights:
         """Fast weights of zero."""
@@ -71,8 +71,44 @@ class DeltaRule(nnx.Module):
 
     def step(self, memory: FastWeights, x: Float[Array, " H"]) -> tuple[FastWeights, Array]:
         """One correction, and what is read after it."""
-        memory, mixed = self._corrected(memory, *self._projected(x))
-        return memory, self.out(mixed.reshape(-1))
+        query, key, value, rate = self._projected(x)
+        error = rate * (value - jnp.einsum("hvk,hk->hv", memory, key))
+        own = error * (key * query).sum(-1, keepdims=True)
+        mixed = jnp.einsum("hvk,hk->hv", memory, query) + own
+        return memory + error[:, :, None] * key[:, None], self.out(mixed.reshape(-1))
+
+
+def _part(memory: FastWeights, tokens: list[Array]) -> tuple[FastWeights, Array]:
+    """The fast weights after the corrections of some tokens, and what is read at each of them."""
+    query, key, value, rate = tokens
+    unknown = rate * (value - jnp.einsum("hvk,htk->htv", memory, key))
+    before = jnp.tril(rate * jnp.einsum("htk,hsk->hts", key, key), -1)
+    error = jax.lax.custom_linear_solve(
+        lambda error: error + before @ error,
+        unknown,
+        lambda _, right: _substituted(before, right),
+        lambda _, right: _substituted(before[:, ::-1, ::-1].mT, right[:, ::-1])[:, ::-1],
+    )
+    scores = jnp.tril(jnp.einsum("htk,hsk->hts", query, key))
+    read = scores @ error + jnp.einsum("hvk,htk->htv", memory, query)
+    return memory + jnp.einsum("htv,htk->hvk", error, key), read
+
+
+def _substituted(
+    before: Float[Array, "heads m m"], right: Float[Array, "heads m d"]
+) -> Float[Array, "heads m d"]:
+    """Solves (I + before) e = right, before strictly lower triangular, row by row.
+
+    It is not left to a library, whose calls on several CPU devices at once can wait for each
+    other's threads for ever.
+    """
+
+    def row(found: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        t, coefficients, one = now
+        return found.at[:, t].set(one - jnp.einsum("hs,hsd->hd", coefficients, found)), None
+
+    rows = jnp.arange(right.shape[1]), before.swapaxes(0, 1), right.swapaxes(0, 1)
+    return jax.lax.scan(row, jnp.zeros_like(right), rows)[0]
 
 
 def _unit(a: Float[Array, "*T d"]) -> Float[Array, "*T d"]:
