@@ -22,7 +22,8 @@ SMALL = [
 OUTER = ("inner_curves", "outer_learning", "distance_to_bayes")
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
 for name in OPTIMIZERS:
-    SMALL += [f"--optimizers.{name}.updates", "8", f"--optimizers.{name}.width", "8"]
+    of = f"--optimizers.{name}"
+    SMALL += [f"{of}.updates", "8", f"{of}.width", "8", f"{of}.depth", "1"]
 
 
 @pytest.fixture(scope="module")

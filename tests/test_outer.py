@@ -15,6 +15,7 @@ from metadyn import mesh
 from metadyn.base import indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
+from metadyn.learners.attention import TransformerConfig
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Objective, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop, _gradient
@@ -258,6 +259,21 @@ def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once(on_cpu):
 )
 def test_parts_are_equal_whole_groups_that_the_cache_holds(episodes, together, some, on_cpu):
     assert mesh.at_a_time(episodes, together) == some
+
+
+@pytest.mark.parametrize(
+    ("episodes", "together", "cached", "some"),
+    [(128, 1, 25, 16), (24, 1, 25, 24), (30, 3, 8, 6), (32, 16, 5, 16), (64, 1, 1, 1)],
+)
+def test_parts_are_smaller_where_an_episode_needs_more(episodes, together, cached, some, on_cpu):
+    assert mesh.at_a_time(episodes, together, cached) == some
+
+
+def test_a_transformers_episodes_need_more_than_an_lstms():
+    domain = LinearRegression(5, 5, steps=20)
+    assert TransformerConfig(hidden=64).make(domain).cached_episodes == 25
+    assert TransformerConfig(hidden=128).make(domain).cached_episodes == 12
+    assert not hasattr(LSTMConfig(hidden=64).make(domain), "cached_episodes")
 
 
 @pytest.mark.parametrize("at_a_time", [1, 7, 64, 1000])
