@@ -36,7 +36,7 @@ GOES_ON = {
     "other": "that of another task",
     "fresh": "a fresh state",
 }
-"""What `learners.beside.implanted` lets a network go on from."""
+"""What `learners.beside_bayes.implanted` lets a network go on from."""
 MERITS = {
     "excess": "excess loss over Bayes",
     "distance": "distance of its answers from Bayes'",
