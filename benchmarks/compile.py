@@ -109,6 +109,7 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
 
     try:
         form, _ = take_apart(program.trace().jaxpr)
+        form = f"{form} {program.turns}"
         if form not in before:
             row = planning.compiled(program, there)
             more = {"operations": row.operations, "seconds": round(row.seconds, 1)}

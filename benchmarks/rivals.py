@@ -75,10 +75,9 @@ def torch_body(name: str, n_in: int, hidden: int) -> Any:
     class Delta(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.project = nn.Linear(hidden, 3 * hidden)
+            self.project = nn.Linear(hidden, 3 * hidden, bias=False)
             self.strength = nn.Linear(hidden, HEADS)
-            self.out = nn.Linear(hidden, hidden)
-            self.norm = nn.RMSNorm(hidden // HEADS)
+            self.out = nn.Linear(hidden, hidden, bias=False)
 
         def forward(self, x: Any) -> Any:
             q, k, v = heads(self.project(x), 3)
@@ -91,7 +90,7 @@ def torch_body(name: str, n_in: int, hidden: int) -> Any:
                 error = v[:, :, t] - torch.einsum("bhij,bhj->bhi", S, now)
                 S = S + torch.einsum("bhi,bhj->bhij", beta[:, :, t] * error, now)
                 mixed.append(torch.einsum("bhij,bhj->bhi", S, q[:, :, t]))
-            return self.out(self.norm(torch.stack(mixed)).reshape(x.shape))
+            return self.out(torch.stack(mixed).reshape(x.shape))
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -146,10 +145,9 @@ def flax_body(name: str, n_in: int, hidden: int, rngs: Any) -> Any:
 
     class Delta(nnx.Module):
         def __init__(self) -> None:
-            self.project = nnx.Linear(hidden, 3 * hidden, rngs=rngs)
+            self.project = nnx.Linear(hidden, 3 * hidden, use_bias=False, rngs=rngs)
             self.strength = nnx.Linear(hidden, HEADS, rngs=rngs)
-            self.out = nnx.Linear(hidden, hidden, rngs=rngs)
-            self.norm = nnx.RMSNorm(hidden // HEADS, rngs=rngs)
+            self.out = nnx.Linear(hidden, hidden, use_bias=False, rngs=rngs)
 
         def __call__(self, x: Any) -> Any:
             B, T, _ = x.shape
@@ -167,7 +165,7 @@ def flax_body(name: str, n_in: int, hidden: int, rngs: Any) -> Any:
             size = hidden // HEADS
             start = jnp.zeros((B, HEADS, size, size))
             mixed = jax.lax.scan(step, start, (q, k, parts[2], beta))[1]
-            return self.out(self.norm(mixed).swapaxes(0, 1).reshape(x.shape))
+            return self.out(mixed.swapaxes(0, 1).reshape(x.shape))
 
     class Block(nnx.Module):
         def __init__(self) -> None:

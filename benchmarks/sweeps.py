@@ -216,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", default="300", help="outer steps")
     parser.add_argument("--runs", type=int, default=2, help="single runs that are timed")
     given = parser.parse_args(argv)
+    few = len(SIGMAS)
+    if any(count > few and count % few for count in given.settings or ()):
+        parser.error(f"--settings: give numbers up to {few}, or multiples of it")
     if given.rival:
         rivals(given.settings or [16])
     else:

@@ -39,6 +39,8 @@ def _count(equation: Any, turns: float) -> float:
         return max(inner)
     if name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid) * sum(inner)
+    if name == "custom_linear_solve":  # beside the solution it has what derivatives need
+        return operations_of(equation.params["jaxprs"].solve.jaxpr, turns)
     if inner:
         return sum(inner)
     made = sum(math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)

@@ -57,7 +57,8 @@ def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
         trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
         own = each.own is not None and each.own.batch != plan.outer.batch
         option = "outer_batch" if own else "outer.batch"
-        yield Program(f"outer step of {name}", trace, plan.outer.steps, option=option)
+        steps = round(each.pace * plan.outer.steps)
+        yield Program(f"outer step of {name}", trace, steps, option=option)
 
 
 def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
@@ -174,8 +175,9 @@ def _of_group(
         found[name] = all_rows
     for program in (each for pair in several for each in measuring(*pair)):
         form, _ = take_apart(program.trace().jaxpr)
-        before = found[form].times if form in found else 0
-        found[form] = program._replace(times=program.times + before)
+        place = f"{form} {program.turns}"
+        before = found[place].times if place in found else 0
+        found[place] = program._replace(times=program.times + before)
     needed = sum(disk(*pair) for pair in several)
     timed = lambda: estimated(rows.loops, rows.start(Shared()), rows.run)
     called = f"{count} settings side by side, from setting {first + 1} on"

@@ -195,7 +195,7 @@ class Shared:
         self._compiled: dict[tuple[str, int], tuple[list[Place], Callable[..., Any]]] = {}
         self._taken_apart = functools.cache(take_apart)
 
-    def expect(self, traced: Any, *arguments: Any) -> tuple[str, Numbers]:
+    def expect(self, traced: Any, arguments: tuple[Any, ...] | None = None) -> tuple[str, Numbers]:
         """Announces a traced program (`jax.stages.Traced`), with its arguments if they are known.
 
         Returns its form and numbers.
@@ -203,7 +203,7 @@ class Shared:
         form, numbers = self._taken_apart(traced.jaxpr)
         first = self._first.setdefault(form, numbers)
         self._differing.setdefault(form, set()).update(differing([first, numbers]))
-        if arguments:
+        if arguments is not None:
             self._awaited[_call(form, numbers, arguments)] += 1
         return form, numbers
 
@@ -236,7 +236,7 @@ def _call(form: str, numbers: Numbers, arguments: tuple[Any, ...]) -> str:
     """A program, its numbers and its arguments, as a hash."""
     hashed = hashlib.sha256(form.encode())
     for leaf in (*numbers.values(), *jax.tree.leaves(arguments)):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         hashed.update(np.asarray(leaf).tobytes())
     return hashed.hexdigest()

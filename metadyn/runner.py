@@ -66,14 +66,14 @@ class Runner:
         }
         self.bayes: dict[str, tuple[float, float]] = {}
 
-    def calls(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yields what is measured, and the arguments, with shapes for outer parameters."""
+    def calls(self) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+        """Yields what is measured, and the arguments of each call, with shapes for parameters."""
         for part, tasks, contender in self.plan.every:
             name = (contender.of or contender.name) + part.suffix
             params = self.loop.abstract.params.get(name, ())
             if not self.store.has_measurement(tasks.name, contender.name):
                 called = f"{contender.name} on {tasks.name}"
-                yield called, calls(tasks, contender, params, **self.given)[0]
+                yield called, calls(tasks, contender, params, **self.given)
 
     def prepare(self, compiling: ThreadPoolExecutor) -> None:
         """Begins to compile all programs, on every core, and waits for those that are needed first.
@@ -92,7 +92,7 @@ class Runner:
             for part, tasks in self.watched
             for each in (*part.metas, part.bayes)
         }
-        for called, given in self.calls():
+        for called, (given, *_) in self.calls():
             future = compiling.submit(lambda given: lower(*given).compile(), given)
             first |= {called: future} if called in early else {}
         with self.progress.counting("compiling", len(first)) as show:

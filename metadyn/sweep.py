@@ -17,6 +17,7 @@ import fcntl
 import itertools
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,8 @@ Kind = Literal["grid", "zip", "random"]
 MOST = 10_000
 """Settings beyond which a sweep must be confirmed: our choice."""
 FORMAT = 1
+FILES = 256
+"""Open files beside those of the settings: our choice."""
 
 
 class Part(NamedTuple):
@@ -229,7 +232,8 @@ class SweepFolder:
         asked = _as_json({"format": FORMAT, "parts": parts} | dataclasses.asdict(sweep))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not is_sweep(path) and {each.name for each in folder.iterdir()} - {".lock"}:
+            begun = {".lock", "sweep.json.part"}  # by another part, or by one that was killed
+            if {each.name for each in folder.iterdir()} - begun and not is_sweep(path):
                 raise ConfigError(f"--out {path} is not empty and holds no sweep: {other}")
             with _alone(folder):
                 if not is_sweep(path):
@@ -306,6 +310,14 @@ def planned(
             check_memory(plans[i])
         except ConfigError as error:
             raise ConfigError(f"{sweep.called(i)}: {as_typed(error, i)}") from error
+    # Each setting keeps a lock open.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(mine) + FILES
+    fix = f"{len(mine):,} settings need {needed:,} open files, of {hard:,}: divide them into more"
+    unlimited = hard == resource.RLIM_INFINITY
+    check(unlimited or needed <= hard, "--part", f"{part.number}/{part.of}", fix)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return plans
 
 
@@ -376,10 +388,11 @@ def _run(
     with progress.counting("tracing", len(runners)) as show:
         for i, runner in runners.items():
             show(sweep.called(i))
-            for _, given in () if folder.ended(i) else runner.calls():
+            calls = () if folder.ended(i) else runner.calls()
+            for given in (each for _, several in calls for each in several):
                 params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
-                known = () if jax.tree.leaves(params) else (params, *others)
-                shared.expect(inner.measure.trace(*given), *known)
+                known = None if jax.tree.leaves(params) else (params, *others)
+                shared.expect(inner.measure.trace(*given), known)
     names = [f"{len(members)} settings" for members in forms]
     with progress.studies(names) as begin:
         for k, members in enumerate(forms):
@@ -396,9 +409,11 @@ def _run(
 
                 start = lambda rows=rows: rows.start(shared)
                 train(several, start, rows.run, lost, gone)
+            training = (time.monotonic() - begun) / len(members)
             for i in members:
                 if not folder.ended(i):
+                    begun = time.monotonic()
                     runners[i].measure_all()
-                    seconds = (time.monotonic() - begun) / len(members)
+                    seconds = training + time.monotonic() - begun
                     identity = {"study": study.name, "preset": sweep.preset, "seed": sweep.seed}
                     judge(study, configs[i], runners[i].store, identity, seconds)

@@ -61,9 +61,9 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
     folder, parts = SweepFolder(path), {}
     sweep = folder.sweep
     for i in range(len(sweep.settings)):
-        if folder.run(i) is not None and not folder.lost(i):
-            with contextlib.suppress(ConfigError):  # nothing stored yet
-                parts[i] = store.load(folder.setting(i), task_set)
+        run = folder.run(i)
+        if run is not None and not folder.lost(i) and task_set in run.results().sets():
+            parts[i] = store.load(folder.setting(i), task_set)
     if not parts:
         raise ConfigError(f"task_set = {task_set!r}: no setting of {path} has any yet")
     whole = xr.concat(
@@ -132,8 +132,10 @@ def _measured(folder: SweepFolder, i: int) -> Iterator[Row]:
     elif run is None or not folder.ended(i):
         yield row | {"lost": "not done"}
     else:
-        last = run.outer_steps()[-1:]
-        for name, training in figures.trainings(run.results(last)).items():
+        trainings = figures.trainings(run.results(run.outer_steps()[-1:]))
+        if not trainings:
+            yield row | {"lost": "done, with no meta-learner that is followed"}
+        for name, training in trainings.items():
             trained, (loss, bayes) = training.trained.isel(outer_step=-1), training.losses
             estimates: dict[str, Any] = {
                 "staggering": dynamics.merit(trained),

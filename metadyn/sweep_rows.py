@@ -111,7 +111,7 @@ class Rows:
     def start(self, shared: programs.Shared) -> list[TrainState]:
         """Makes the state of each at outer step 0."""
         for loop in self.loops:
-            shared.expect(loop.starting.trace())
+            shared.expect(loop.starting.trace(), ())
         return [jax.tree.map(np.asarray, shared(loop.starting.trace())) for loop in self.loops]
 
     def run(

@@ -129,8 +129,8 @@ def test_what_is_announced_several_times_is_computed_once():
     shared = Shared()
     double = lambda: jax.jit(lambda x: 2.0 * x).trace(X)
     for _ in range(3):
-        shared.expect(double(), X)
-    shared.expect(double(), X + 1)
+        shared.expect(double(), (X,))
+    shared.expect(double(), (X + 1,))
     first, second, third = (shared(double(), X) for _ in range(3))
     assert first is second is third
     assert shared(double(), X) is not first  # not kept any longer than it is awaited

@@ -350,3 +350,28 @@ def test_bad_input_is_one_line_and_exit_code_2(options, says, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
     assert not out.exists()
+
+
+def test_a_part_that_died_writing_what_was_asked_leaves_dir_usable(tmp_path):
+    asked = sweep.Sweep("tiny", "quick", 0, "grid", {"--a": ("1",)}, [("1",)])
+    (tmp_path / "sweep.json.part").write_text("{")
+    assert sweep.SweepFolder.create(tmp_path, asked, 1).sweep.study == "tiny"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("")
+    with pytest.raises(ConfigError, match="is not empty and holds no sweep"):
+        sweep.SweepFolder.create(tmp_path / "other", asked, 1)
+
+
+def test_more_settings_than_files_may_be_open_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda which: (100, 200))
+    study = load_study(STUDY)
+    asked = sweep.Sweep("tiny", "quick", 0, "grid", {}, [()])
+    given = asked, study, [study.presets["quick"]], sweep.WHOLE
+    with pytest.raises(ConfigError, match="1 settings need 257 open files, of 200"):
+        sweep.planned(*given, lambda error, i: error)
+
+
+def test_settings_without_a_meta_learner_that_is_followed_are_done(tmp_path, capsys):
+    none = ["--measure.tracked-tasks", "0", "--measure.heldout-tasks", "0"]
+    assert metadyn_sweep(tmp_path / "none", *none) == 0
+    assert "done, with no meta-learner that is followed" in capsys.readouterr().out

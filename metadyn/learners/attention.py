@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +51,8 @@ class SoftmaxAttention(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         H = config.hidden
         self.heads, self.d, self.room = config.attention_heads, config.head_size, config.cache
-        self.project = nnx.Linear(H, 3 * H, rngs=rngs)
-        self.out = nnx.Linear(H, H, rngs=rngs)
+        self.project: Any = nnx.Linear(H, 3 * H, rngs=rngs)
+        self.out: Any = nnx.Linear(H, H, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
         """The attention of each token to those up to it.

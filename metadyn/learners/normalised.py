@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from metadyn import mesh
 from metadyn.base import Answer, Domain, Feedback, Key, Learner, MetaLearner, Params, Query, State
 
 
@@ -63,6 +64,7 @@ class Normalised:
 
     def __init__(self, domain: Domain, make: Callable[[Any], MetaLearner]):
         self.domain, self.inside = domain, make(_Inside(domain))
+        self.cached_episodes = getattr(self.inside, "cached_episodes", mesh.CACHED_EPISODES)
 
     def init(self, key: Key) -> Params:
         """Draws the outer parameters of the meta-learner inside."""
