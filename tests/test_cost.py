@@ -34,6 +34,14 @@ def test_only_the_costliest_branch_counts_and_moving_numbers_is_free():
     assert operations(lambda x: x.reshape(2, 3).T, x) == 0
 
 
+def test_a_linear_system_counts_for_its_solution_alone():
+    def f(a, b):
+        solve = lambda _, right: right / a
+        return jax.lax.custom_linear_solve(lambda x: a * x + 0 * x, b, solve, solve)
+
+    assert operations(f, jnp.ones(6), jnp.ones(6)) == 6
+
+
 def test_loops_of_unknown_length_count_for_the_turns_that_are_given():
     f = lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x * 2 + 1, x)
     jaxpr = jax.make_jaxpr(f)(jnp.int32(3), jnp.ones(6)).jaxpr
