@@ -121,6 +121,12 @@ def outer_times(results):
             shown.setdefault(labelled.about(data).label, line)
         axis.set(title=title, xlabel=modes.axis, yscale="log")
         axis.set_xticks(modes.values, [f"{value:.3g}" for value in modes.values])
+        low, high = axis.get_ylim()
+        axis.set_yticks(
+            [n for k in range(7) for n in (10**k, 2 * 10**k, 5 * 10**k) if low < n < high]
+        )
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_locator(NullLocator())
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)
     return figure
 

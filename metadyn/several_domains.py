@@ -32,7 +32,7 @@ DESCENTS = ("maml", "learned_optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
-class AcrossConfig(StudyConfig):
+class SeveralDomainsConfig(StudyConfig):
     """The settings of a study of several domains, which are fields of a subclass."""
 
     of: str = "quick"
@@ -49,7 +49,7 @@ class AcrossConfig(StudyConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class DomainsConfig(AcrossConfig):
+class DomainsConfig(SeveralDomainsConfig):
     """The settings of a study of all three domains; its own are added in a subclass."""
 
     linear: LinearRegression = LinearRegression()
@@ -58,7 +58,7 @@ class DomainsConfig(AcrossConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnersConfig(AcrossConfig):
+class LearnersConfig(SeveralDomainsConfig):
     """The settings of a study of several meta-learners; its domains are added in a subclass."""
 
     learners: tuple[str, ...] = NETWORKS
