@@ -313,7 +313,7 @@ def planned(
     # Each setting keeps a lock open.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(mine) + FILES
-    fix = f"{len(mine):,} settings need {needed:,} open files, of {hard:,}: divide them into more"
+    fix = f"its {len(mine):,} settings need {needed:,} open files, of {hard:,}: give more parts"
     unlimited = hard == resource.RLIM_INFINITY
     check(unlimited or needed <= hard, "--part", f"{part.number}/{part.of}", fix)
     if soft != resource.RLIM_INFINITY and soft < needed:
