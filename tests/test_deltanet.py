@@ -1,12 +1,13 @@
 """DeltaNet against a loop of the delta rule and a sum of outer products, in float64 NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from metadyn.errors import ConfigError
-from metadyn.learners.deltanet import DeltaNetConfig, DeltaRule
+from metadyn.learners.deltanet import TOGETHER, DeltaNetConfig, DeltaRule
 
 H, HEADS, D = 8, 2, 4
 CONFIG = DeltaNetConfig(hidden=H, attention_heads=HEADS)
@@ -57,6 +58,18 @@ def test_fast_weights_are_a_sum_of_outer_products():
                 part = part @ (np.eye(D) - rate[r, head] * np.outer(key[r, head], key[r, head]))
             expected += part
         np.testing.assert_allclose(S[head], expected, 1e-4, 1e-5)
+
+
+def test_the_gradient_of_whole_episodes_is_that_of_stepping():
+    """Through two parts, the second of which is padded."""
+    mixer, T = DeltaRule(CONFIG, rngs=nnx.Rngs(0)), TOGETHER + 6
+    rng = np.random.default_rng(0)
+    x, direction = (jnp.asarray(rng.standard_normal((T, H)), jnp.float32) for _ in range(2))
+    stepping = lambda x: jax.lax.scan(lambda S, one: mixer.step(S, one), mixer.start(T), x)[1]
+    whole, stepped = (
+        jax.jit(jax.grad(lambda x, f=f: jnp.vdot(direction, f(x))))(x) for f in (mixer, stepping)
+    )
+    np.testing.assert_allclose(whole, stepped, 1e-4, 1e-4 * float(jnp.abs(stepped).max()))
 
 
 def test_bad_networks_are_named():

@@ -29,12 +29,12 @@ NETWORKS = {
 
 
 PAIRS = [(name, "linear") for name in NETWORKS | ONE_LAYER]
-PAIRS += [(name, domain) for name in ("gru", "transformer") for domain in DOMAINS]
+PAIRS += [(name, d) for name in ("gru", "transformer") for d in DOMAINS if d != "linear"]
 """Every network, and every domain with a recurrent and with a causal one: what a network is given
 of a domain are arrays."""
 
 
-@pytest.mark.parametrize(("name", "domain"), dict.fromkeys(PAIRS))
+@pytest.mark.parametrize(("name", "domain"), PAIRS)
 def test_step_by_step_and_whole_episode_give_the_same_numbers(name, domain):
     scale = 1.0 if name in ONE_LAYER else 0.2  # answers of one layer are products of three weights
     step_by_step_is_whole((NETWORKS | ONE_LAYER)[name], domain, scale)

@@ -14,7 +14,7 @@ from metadyn.learners.blocks import HeadedConfig
 
 FastWeights = Float[Array, "heads d d"]
 TOGETHER = 64
-"""Tokens whose corrections are found together: as many products as they are each. Our choice."""
+"""Tokens whose corrections are solved for at once: our choice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +81,11 @@ class DeltaRule(nnx.Module):
 def _part(memory: FastWeights, tokens: list[Array]) -> tuple[FastWeights, Array]:
     """The fast weights after the corrections of some tokens, and what is read at each of them."""
     query, key, value, rate = tokens
-    unknown = rate * (value - jnp.einsum("hvk,htk->htv", memory, key))
+    right = rate * (value - jnp.einsum("hvk,htk->htv", memory, key))
     before = jnp.tril(rate * jnp.einsum("htk,hsk->hts", key, key), -1)
     error = jax.lax.custom_linear_solve(
         lambda error: error + before @ error,
-        unknown,
+        right,
         lambda _, right: _substituted(before, right),
         lambda _, right: _substituted(before[:, ::-1, ::-1].mT, right[:, ::-1])[:, ::-1],
     )
