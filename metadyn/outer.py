@@ -224,7 +224,7 @@ class OuterLoop:
         """The state at outer step 0."""
         self.abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh.replicated()),
-            jax.eval_shape(init),
+            jax.eval_shape(self.starting),
         )
         """The shapes, types and placement of a state."""
         self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())

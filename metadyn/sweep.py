@@ -352,7 +352,7 @@ def run_sweep(
         summary.unlink(missing_ok=True)
         with ExitStack() as stack:
             shared = programs.Shared()
-            measure = lambda *given: shared(inner.measure.trace(*given), *_arguments(given))
+            measure = lambda *given: shared(_traced(given), *_arguments(given))
             runners: dict[int, Runner] = {}
             for i, plan in plans.items():
                 asked = asked_for(study, sweep.preset, sweep.seed, configs[i], plan)
@@ -374,6 +374,16 @@ def _arguments(given: tuple[Any, ...]) -> tuple[Any, ...]:
     return params, argument, key, indices
 
 
+def _traced(given: tuple[Any, ...]) -> Any:
+    """Traces `inner.measure` for these arguments, once for all parameters of the same shapes.
+
+    Arrays on devices, arrays of NumPy and shapes with a placement would each be traced anew.
+    """
+    domain, make, params, *others = given
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return inner.measure.trace(domain, make, shapes, *others)
+
+
 def _run(
     study: Study,
     sweep: Sweep,
@@ -392,7 +402,7 @@ def _run(
             for given in (each for _, several in calls for each in several):
                 params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
                 known = None if jax.tree.leaves(params) else (params, *others)
-                shared.expect(inner.measure.trace(*given), known)
+                shared.expect(_traced(given), known)
     names = [f"{len(members)} settings" for members in forms]
     with progress.studies(names) as begin:
         for k, members in enumerate(forms):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import excess_loss, outer_step, sweeps, timing
+from benchmarks import excess_loss, outer_step, power_law, sweeps, timing
 from benchmarks.table import table
 from benchmarks.timing import Side
+from metadyn import labelled
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.lstm import LSTMConfig
 
@@ -249,3 +250,29 @@ def test_each_row_of_excess_loss_changes_a_valid_configuration(problem):
             made.append(excess_loss.settings(problem, rest | stage))
     assert sum(config != as_it_is for config in made) >= 9
     assert "muon" in {config.outer.optimizer for config in made}
+
+
+def losses(mean, seeds=1, tasks=400):
+    """A made-up measurement whose loss, over seeds and tasks, is about `mean`."""
+    noise = 1 + 0.05 * np.random.default_rng(seeds).standard_normal((seeds, tasks, 3))
+    about = labelled.About("lstm", "LSTM", "meta", "observations", loss_floor=0.1)
+    coords = {"time": ("step", range(3))}
+    axes = {"loss": ("seed", "task", "step")}
+    return labelled.labelled({"loss": mean * noise}, labelled.describe(about, axes, coords, {}))
+
+
+def test_a_planted_power_law_is_found_again():
+    """Excess 40 / (episodes^0.5 units^0.25) over Bayes' loss 0.6, of which 0.1 is noise."""
+    planted = lambda units, episodes: 40 * episodes**-0.5 * units**-0.25
+    found = [
+        power_law.Point(u, e, losses(0.6 + 0.5 * planted(u, e), seeds=4))
+        for u in (16, 64)
+        for e in (10_000, 40_000, 160_000)
+    ]
+    law = power_law.fitted(found, losses(0.6), [(256, 10_000_000)])
+    assert law.exponents.low[0] < 0.5 < law.exponents.high[0]
+    assert law.exponents.low[1] < 0.25 < law.exponents.high[1]
+    assert np.ptp([each[0] for each in law.exponents]) < 0.1
+    assert law.at.low[0] < planted(256, 10_000_000) < law.at.high[0]
+    assert law.misfit < 0.1
+    power_law.drawn(found, losses(0.6))

@@ -117,6 +117,9 @@ def test_what_is_never_learned_is_counted_and_gives_no_verdict(found):
     assert found["bandit_outer_sgd_censored_modes"][0] == 3
     assert found["bandit_outer_sgd_staggering"] == (None, None, None)
     assert found["bandit_outer_worst"] == (None, None, None)
+    names = [name for name in found if name.startswith("bandit_outer") and "staggering" in name]
+    assert len(names) == 4
+    assert found["bandit_outer_unordered"][0] == sum(found[name][0] is None for name in names)
 
 
 def test_the_figure_shows_each_variant_at_its_value_and_says_what_has_none(finished, found):
