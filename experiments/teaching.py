@@ -21,7 +21,7 @@ from metadyn.base import STRENGTH, variant
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
-from metadyn.several_domains import NETWORKS, LearnersConfig
+from metadyn.several_domains import LearnersConfig
 from metadyn.study import claims, paper
 
 SETS = {
@@ -170,7 +170,6 @@ QUICK = Config(
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
     examples=3,
     descent=10,
-    learners=tuple(name for name in NETWORKS if name != "deltanet"),  # for which there is no time
     outer=md.OuterConfig(steps=1000, seeds=3, learning_rate=3e-2, warmup=100, checkpoints=1),
     measure=md.MeasureConfig(tasks=1024, updating_tasks=32, shifted_tasks=128, probe_points=16),
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -246,6 +247,9 @@ def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once(on_cpu):
     params = META.init(jax.random.key(0))
     params = jax.tree.map(lambda a: a + 0.1, params)
     assert mesh.at_a_time(320) == 80
+    few = jax.make_jaxpr(partial(_gradient, OBJECTIVE, cached=10))(params, keys)
+    assert "length=32" in str(few)  # parts of 10
+    assert "length=32" not in str(jax.make_jaxpr(partial(_gradient, OBJECTIVE))(params, keys))
     found = _gradient(OBJECTIVE, params, keys)
     expected = jax.jit(jax.grad(OBJECTIVE.loss, has_aux=True))(params, keys)
     jax.tree.map(
