@@ -92,10 +92,9 @@ def main():
         loop = OuterLoop({"lstm": training}, outer, jax.random.key(0))
         state, _ = loop.advance(loop.init(), jnp.int32(1))
         start = time.perf_counter()
-        for now, _ in loop.run(state, [outer.steps // 2, outer.steps]):
-            state = now
-            if half_way is None and int(state.step) == outer.steps // 2:
-                half_way = jax.tree.map(lambda leaf: leaf[0].copy(), state.params["lstm"])
+        for target in (outer.steps // 2, outer.steps):
+            *_, (state, _) = loop.run(state, target)
+            half_way = half_way or jax.tree.map(lambda leaf: leaf[0].copy(), state.params["lstm"])
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
         earned = reward(META.learner, jax.tree.map(lambda leaf: leaf[0], state.params["lstm"]))

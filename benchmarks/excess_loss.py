@@ -138,7 +138,7 @@ def train(problem: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     state, seconds, excess, mean, parts = loops[0].init(), [], [], None, 0
     start = time.perf_counter()
     for i, loop in enumerate(loops):
-        for now, metrics in loop.run(state, [steps * (i + 1) // len(loops)]):
+        for now, metrics in loop.run(state, steps * (i + 1) // len(loops)):
             seconds.append(time.perf_counter() - start)
             excess.append(float(over(np.mean(metrics["lstm"]["loss"]))))
             state = now

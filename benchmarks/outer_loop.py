@@ -60,7 +60,7 @@ def train(domain, lstm, outer):
     loop = OuterLoop(trained, outer, jax.random.key(0))
     state, _ = loop.advance(loop.init(), jnp.int32(1))
     start = time.perf_counter()
-    *_, (state, _) = loop.run(state, [outer.steps])
+    *_, (state, _) = loop.run(state, outer.steps)
     jax.block_until_ready(state)
     seconds = time.perf_counter() - start
 

@@ -42,6 +42,10 @@ class Components(LinearRegression):
     """λ_d, of each input, greatest first."""
 
     def __post_init__(self) -> None:
+        for field in ("mean", "row_covariance"):
+            value = getattr(self, field)
+            check(value is None, field, value, "the theory is of weights N(0, I): leave it out")
+        check(self.n_y == 1, "n_y", self.n_y, "the theory is of one output")
         unit = tuple(tuple(float(i == j) for j in range(self.n_x)) for i in range(self.n_x))
         object.__setattr__(self, "column_covariance", unit)
         super().__post_init__()

@@ -121,7 +121,7 @@ def outer_gains(config: Config, results, name: str):
     bayes = results[f"{HELDOUT}_{name}", "bayes"]
     level, steps, gains = dynamics.to_equal_excess([*arms.values()], bayes)
     yield md.criterion(f"{name}_level", level, f"{TITLES[name]}: excess loss that all come to")
-    for (arm, data), taken, gain in zip(arms.items(), steps.each(), gains.each(), strict=True):
+    for (arm, data), taken, gain in zip(arms.items(), steps, gains, strict=True):
         said, row = f"{TITLES[name]}, {ARMS[arm]}: ", f"{name}_{arm}"
         seconds = labelled.about(data).seconds / config.outer.steps
         for what, each in (("episodes", config.outer.batch), ("seconds", seconds)):
@@ -142,7 +142,6 @@ def inner(inputs: str, results):
     return figures.mode_strength(results.learners(inputs, drawn=True))
 
 
-@figures.styled
 def outer(results):
     """Draws excess loss against outer steps under each curriculum."""
     figure, axes = figures.grid(len(OUTER), "excess loss over Bayes", width=5.2)

@@ -52,8 +52,8 @@ class Config:
 
     linear: LinearRegression = LinearRegression()
     nonlinear: FourierRegression = FourierRegression()
-    linear_maml: MAMLConfig = MAMLConfig()
-    nonlinear_maml: MAMLConfig = MAMLConfig(width=64)
+    linear_maml: MAMLConfig = MAMLConfig(outer_batch=32)
+    nonlinear_maml: MAMLConfig = MAMLConfig(width=64, outer_batch=32)
     linear_descent: gd.DescentConfig = gd.DescentConfig(learning_rate=0.02, updates=6000)
     """On fresh pairs. Depth and width are those of MAML's network."""
     nonlinear_descent: gd.DescentConfig = gd.DescentConfig(
@@ -67,7 +67,7 @@ class Config:
     """α, from the random start, 0, to the learned one, 1."""
     factors: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 2.0)
     """Of random starts, times N(0, 1/fan-in) in the linear network and PyTorch's in the MLP."""
-    outer: md.OuterConfig = md.OuterConfig(learning_rate=1e-2)
+    outer: md.OuterConfig = md.OuterConfig()
     measure: md.MeasureConfig = md.MeasureConfig()
 
     def __post_init__(self) -> None:
@@ -111,7 +111,17 @@ def compared(config: Config, name: str) -> md.Comparison:
         return descend(lambda key: jax.tree.map(mix, random.init(key), params["start"]))
 
     trained = maml.make(domain)
-    contenders = [md.Contender("maml", "MAML", trained, option=f"--{name}-maml.inner-steps")]
+    rate, batch = maml.outer_learning_rate, maml.outer_batch
+    contenders = [
+        md.Contender(
+            "maml",
+            "MAML",
+            trained,
+            own=dataclasses.replace(config.outer, learning_rate=rate, batch=batch),
+            rate=f"{name}_maml.outer_learning_rate",
+            option=f"{name}_maml.width",
+        )
+    ]
     for a in config.interpolations:
         called = f"interpolated_{a:g}", f"α = {a:g}"
         made = md.Derived(trained, partial(between, a), "updates")
@@ -159,13 +169,6 @@ def of_start(data, what: str) -> dynamics.Estimate:
     return dynamics.estimate(np.asarray, dynamics.samples(data, what)[:, :, 0])
 
 
-def series(results, name: str, begins: str):
-    """The learners of one series of starts, by the number that each has, in order."""
-    found = results.learners(name, "ordinary", "reference").items()
-    rows = {float(n.removeprefix(begins)): data for n, data in found if n.startswith(begins)}
-    return dict(sorted(rows.items()))
-
-
 def start(results):
     """Draws the slope along both series of starts, and what changes in the start beside it."""
     names = [name for name in TITLES if name in results.sets()]
@@ -173,7 +176,9 @@ def start(results):
     for i, name in enumerate(names):
         by_alpha, changing, by_norm = axes[3 * i : 3 * i + 3]
         for (begins, label), colour in zip(SERIES.items(), figures.COLOURS, strict=False):
-            found = series(results, name, begins)
+            learners = results.learners(name, "ordinary", "reference").items()
+            those = ((float(n.removeprefix(begins)), d) for n, d in learners if begins in n)
+            found = dict(sorted(those, key=lambda each: each[0]))
             of_each = lambda what, found=found: [of_start(d, what).value for d in found.values()]
             slopes = dynamics.stacked(map(dynamics.merit, found.values()))
             style = {"fmt": "o-", "color": colour, "capsize": 3, "label": label}
@@ -194,32 +199,37 @@ def start(results):
     return figure
 
 
-def curves(results):
-    """Draws the mode strengths from every start of the linear network."""
-    return figures.mode_strength(results.learners("linear", "ordinary", "reference"))
-
-
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     nonlinear=FourierRegression(band(1, 3), steps=20),
-    outer=md.OuterConfig(steps=1500, seeds=3, learning_rate=1e-2, checkpoints=4),
-    nonlinear_maml=MAMLConfig(inner_steps=1),
+    outer=md.OuterConfig(steps=1500, seeds=3, checkpoints=4),
+    nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=32),
     measure=md.MeasureConfig(
         tasks=1024, updating_tasks=32, tracked_tasks=32, heldout_tasks=512, probe_points=16
     ),
 )
 WORKSTATION = Config(
-    outer=md.OuterConfig(steps=3000, seeds=10, learning_rate=1e-2, checkpoints=4),
-    nonlinear_maml=MAMLConfig(inner_steps=1),
+    outer=md.OuterConfig(steps=3000, seeds=10, checkpoints=4),
+    nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=32),
     measure=md.MeasureConfig(tasks=1024, updating_tasks=64, tracked_tasks=64, heldout_tasks=512),
 )
-PAPER = Config(outer=md.OuterConfig(steps=50_000, batch=512, learning_rate=3e-3, warmup=1000))
+MANY = {"outer_learning_rate": 3e-3, "outer_batch": 512}
+PAPER = Config(
+    outer=md.OuterConfig(steps=50_000, warmup=1000),
+    linear_maml=MAMLConfig(**MANY),
+    nonlinear_maml=MAMLConfig(width=64, **MANY),
+)
 study = md.Study(
     "learned_start",
     {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
-    {"start": start, "mode_strength_linear": curves},
+    {
+        "start": start,
+        "mode_strength_linear": lambda results: figures.mode_strength(
+            results.learners("linear", "ordinary", "reference")
+        ),
+    },
     section="ours",
     claims=claims(
         start={

@@ -11,7 +11,6 @@ import dataclasses
 
 import jax
 import numpy as np
-from matplotlib.ticker import NullLocator
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, labelled
@@ -25,6 +24,8 @@ STYLES = {
         NETWORKS, "osD^vP*X", (*figures.COLOURS, "black", "#999999"), strict=True
     )
 }
+OTHER = {"fmt": "h", "color": "#bbbbbb", "ms": 8, "capsize": 2}
+"""Of a learner that a user has put beside them."""
 NEAR, WITHIN = 0.3, 0.2
 """Excess loss below which a learner counts as near Bayes, and how far it may stagger beyond."""
 
@@ -114,19 +115,14 @@ def outer_times(results):
         tracked = f"{TRACKED}_{name}"
         modes = labelled.modes(bayes := results[tracked, "bayes"])
         for learner, data in results.learners(tracked, "meta").items():
-            both = dynamics.over_outer_training(data, bayes)
-            y = dynamics.estimate(dynamics.outer_times_of(data), *both)
-            style = STYLES[learner] | {"fmt": f"{STYLES[learner]['fmt']}-", "lw": 1.2}
+            y = dynamics.outer_times(data, bayes)
+            style = STYLES.get(learner, OTHER)
+            style = style | {"fmt": f"{style['fmt']}-", "lw": 1.2}
             line = axis.errorbar(modes.values, y.value, figures.bars(y), **style)
             shown.setdefault(labelled.about(data).label, line)
         axis.set(title=title, xlabel=modes.axis, yscale="log")
         axis.set_xticks(modes.values, [f"{value:.3g}" for value in modes.values])
-        low, high = axis.get_ylim()
-        axis.set_yticks(
-            [n for k in range(7) for n in (10**k, 2 * 10**k, 5 * 10**k) if low < n < high]
-        )
-        axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        figures.log_ticks(axis.yaxis)
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)
     return figure
 
@@ -140,17 +136,14 @@ def slope_against_excess(results):
         for learner, data in results.learners(f"inner_{name}", "meta").items():
             x, y = excess_of(results, learner, f"_{name}"), dynamics.difference(data, bayes)
             bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
-            point = axis.errorbar(x.value, y.value, **bars, **STYLES[learner])
+            point = axis.errorbar(x.value, y.value, **bars, **STYLES.get(learner, OTHER))
             shown.setdefault(labelled.about(data).label, point)
         axis.axhline(0, **figures.LEVEL)
         axis.axvline(NEAR, color="grey", ls=":", lw=1)
         what = "staggering" if labelled.modes(bayes).exchangeable else "slope"
         axis.set(title=title, xlabel="excess loss over Bayes", ylabel=f"{what} minus Bayes'")
         axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        axis.set_xticks([x for x in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low < x < high])
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
+        figures.log_ticks(axis.xaxis)
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)
     return figure
 

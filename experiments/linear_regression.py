@@ -8,6 +8,7 @@ study of your own, copy this file and change the contenders, the sets of tasks o
 
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 
@@ -138,11 +139,6 @@ def out_of_distribution(results, name):
             yield md.criterion(f"{name}_saturated_gates_{shift}", found, said)
 
 
-def learned_spectrum(results):
-    """Draws what is learned by the end of the episode, in and out of distribution."""
-    return figures.final_strength(results, TITLES)
-
-
 QUICK = Config(
     domain=LinearRegression(n_x=3, n_y=3),
     lstm=LSTMConfig(hidden=128),
@@ -177,7 +173,7 @@ study = md.Study(
     {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
-    {"learned_spectrum": learned_spectrum},
+    {"learned_spectrum": partial(figures.final_strength, titles=TITLES)},
     section="§2",
     claims=[
         *claims(

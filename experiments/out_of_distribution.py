@@ -5,9 +5,7 @@
 Remedies for an LSTM and another network in linear regression: training on a mixture of scales,
 feedback divided by its running size, both, more distinct tasks (Raventós et al. 2023,
 arXiv:2306.15063); and in nonlinear regression training on a mixture of bands. What a remedy costs
-within is reckoned at equal seconds: the plain network takes more outer steps than the others, so
-many that it trains as long as with both remedies, whose steps are slower (`pace`). The criterion
-on seconds says how long each did.
+within is reckoned at equal outer steps; the criterion on seconds says how long each trained.
 """
 
 import math
@@ -53,9 +51,6 @@ class Config(md.StudyConfig):
     """Factors on W in the mixture; losses count by their inverse square."""
     pools: tuple[int, ...] = (16, 256, 4096)
     """Numbers of distinct tasks to train on."""
-    pace: float = 1.1
-    """Outer steps of the plain network over those of the others: as many as let it train no
-    shorter, in seconds, than with both remedies."""
     other_batch: int = 8
     """Episodes in one outer step of the other network."""
 
@@ -65,7 +60,7 @@ class Config(md.StudyConfig):
             values = getattr(self, field)
             right = len(values) > 0 and all(0 < value < math.inf for value in values)
             check(right, field, values, "name at least one, all above 0 and finite")
-        check_positive(self, "pace", "other_batch")
+        check_positive(self, "other_batch")
 
 
 def linear(config: Config) -> md.Comparison:
@@ -82,11 +77,10 @@ def linear(config: Config) -> md.Comparison:
     for name in (config.meta, OTHER):
         plain, network = replace(config, meta=name).meta_learner(domain), getattr(config, name)
         if name == OTHER:
-            plain = replace(plain, own=replace(plain.own or config.outer, batch=config.other_batch))
-        longer = replace(plain, pace=config.pace if name == config.meta else 1.0)
+            plain = replace(plain, own=replace(plain.own, batch=config.other_batch))
         normalised = replace(plain, learner=Normalised(domain, network.make))
         remedies = {
-            "plain": (longer, one_scale),
+            "plain": (plain, one_scale),
             "mixture": (plain, mixed),
             "normalised": (normalised, one_scale),
             "both": (normalised, mixed),
@@ -104,7 +98,7 @@ def linear(config: Config) -> md.Comparison:
     sets.append(fresh := sizes.sized(fresh, "heldout_tasks"))
     for size in config.pools:
         pool, label = Pool(domain, size), f"{getattr(config, config.meta).label}, {size} tasks"
-        made = replace(contenders[0], name=f"pool_{size}", label=label, drawn=False, pace=1.0)
+        made = replace(contenders[0], name=f"pool_{size}", label=label, drawn=False)
         contenders.append(replace(made, objective=partial(prediction_loss, sample=pool)))
         known = md.Contender(f"memorising_{size}", label, bayes_memorising(pool), "reference")
         pairs += [(fresh, contenders[-1]), (fresh, known)]
@@ -181,7 +175,7 @@ def criteria(config: Config, results):
         trained = [each.isel(outer_step=-1) for each in (results[HELDOUT, name], plain)]
         seconds = [labelled.about(each).seconds for each in trained]
         found = dynamics.excess_ratio(trained[0], trained[1], best)
-        said = "excess within over the plain network's, which trains as long as with both remedies"
+        said = "excess within over the plain network's"
         yield row(data, "cost", found, said, COST if name == f"{config.meta}_both" else math.inf)
         found = dynamics.exact(seconds[0] / max(seconds[1], 1e-3))
         yield row(data, "seconds", found, "seconds of training over the plain network's")

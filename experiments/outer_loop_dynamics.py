@@ -81,7 +81,7 @@ QUICK = Config(
 )
 WORKSTATION = Config(
     of="workstation",
-    outer=md.OuterConfig(steps=12_000, seeds=24, learning_rate=3e-2, schedule="linear"),
+    outer=md.OuterConfig(steps=12_000, seeds=16, learning_rate=3e-2, schedule="linear"),
     measure=md.MeasureConfig(tracked_tasks=1024, heldout_tasks=1024),
 )
 PAPER = Config(

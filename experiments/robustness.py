@@ -175,7 +175,7 @@ QUICK = Config(
 WORKSTATION = Config(
     of="workstation",
     target="bayes",
-    outer=md.OuterConfig(steps=6000, learning_rate=3e-2, schedule="linear", checkpoints=4),
+    outer=md.OuterConfig(steps=4000, learning_rate=3e-2, schedule="linear", checkpoints=4),
     measure=md.MeasureConfig(updating_tasks=256, tracked_tasks=1024, heldout_tasks=1024),
 )
 PAPER = Config(

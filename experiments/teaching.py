@@ -139,7 +139,6 @@ def criteria(config: Config, results):
         yield md.criterion(f"{who}_communication", found, said, at_least=1.0, surely=True)
 
 
-@figures.styled
 def by_learner(sets, reading: str, label: str, style, results):
     """Draws a reading of each learner (panels) against its steps, one curve for a set of tasks."""
     learners = results.learners(next(iter(sets)), drawn=True)
@@ -158,11 +157,7 @@ def by_learner(sets, reading: str, label: str, style, results):
     return figure
 
 
-def order(results):
-    """Draws the strength of each mode when the least mode is taught first."""
-    return figures.mode_strength(results.learners("least", drawn=True))
-
-
+ORDER = lambda results: figures.mode_strength(results.learners("least", drawn=True))
 ERROR = partial(by_learner, SETS, "error", "error ‖Ŵ − W‖² / ‖W‖²", {"yscale": "log"})
 TOLD = partial(by_learner, FEEDBACK, STRENGTH, "probability of correct action", {"ylim": (0, 1.05)})
 QUICK = Config(
@@ -170,7 +165,7 @@ QUICK = Config(
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
     examples=3,
     descent=10,
-    outer=md.OuterConfig(steps=1000, seeds=3, learning_rate=3e-2, warmup=100, checkpoints=1),
+    outer=md.OuterConfig(steps=600, learning_rate=3e-2, warmup=60, checkpoints=1),
     measure=md.MeasureConfig(tasks=1024, updating_tasks=32, shifted_tasks=128, probe_points=16),
 )
 PAPER = Config(
@@ -181,7 +176,7 @@ study = md.Study(
     {"quick": QUICK, "paper": PAPER},
     plan,
     criteria,
-    {"error": ERROR, "mode_strength_least": order, "communication": TOLD},
+    {"error": ERROR, "mode_strength_least": ORDER, "communication": TOLD},
     section="ours",
     claims=claims(
         error={

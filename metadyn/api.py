@@ -53,7 +53,7 @@ def train(
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
     losses: dict[int, np.ndarray] = {}
     with Progress(Console() if progress else None).training(steps, 0) as show:
-        for state, metrics in loop.run(loop.init(), [steps]):
+        for state, metrics in loop.run(loop.init(), steps):
             step, now = int(state.step), metrics["meta"]
             losses[step] = np.asarray(now.get("loss", np.full(seeds, np.nan)))
             show(step, {"training": now}, config.batch * seeds)

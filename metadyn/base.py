@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -74,32 +75,18 @@ class MetaLearner(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Derived:
-    """The learners that are made of a meta-learner's outer parameters, once these are trained.
-
-    A `MetaLearner` that is not trained itself.
-    """
+    """The learners that are made of a meta-learner's outer parameters, once these are trained."""
 
     meta: MetaLearner
     """Whose outer parameters they are."""
-    make: Callable[[Params], Learner]
-    """Makes the learner."""
+    learner: Callable[[Params], Learner]
+    """Makes the learner of these parameters."""
     clock: str = "observations"
     """What its time counts."""
-    heads = 0
 
     def init(self, key: Key) -> Params:
         """Draws the meta-learner's outer parameters."""
         return self.meta.init(key)
-
-    def learner(self, params: Params) -> Learner:
-        """Makes the learner of these parameters."""
-        return self.make(params)
-
-    def unroll(
-        self, params: Params, queries: Query, feedback: Feedback
-    ) -> Float[Array, "T outputs B"]:
-        """It is not trained."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +134,6 @@ class Probe:
     modes: Modes
     extras: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Axis names of whatever else is read, such as {"off_diagonal": (), "answer": ("x",)}."""
-    coords: Mapping[str, tuple[str, tuple[float, ...]]] = dataclasses.field(default_factory=dict)
-    """Labels of the extras' axes, as {name: (axis, values)}."""
 
     # Probes are equal if they ask and read alike, whatever the modes are called: so sets of tasks
     # with other spectra share compiled programs.
@@ -293,3 +278,16 @@ class Sampler:
 def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:
     """A key for each global index, so that nothing random depends on batch, chunk or device."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+
+
+def encoded_shapes(domain: Domain) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a query and of the feedback to it, as a network reads them."""
+
+    def pair(key: Key) -> tuple[Array, Array]:
+        task = domain.sample_task(key)
+        query = domain.query(task, key)
+        feedback = domain.feedback(task, query, jnp.zeros(domain.answer_size), key)
+        return domain.encode_query(query), domain.encode_feedback(feedback)
+
+    query, feedback = jax.eval_shape(pair, jax.random.key(0))
+    return query.shape, feedback.shape

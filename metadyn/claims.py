@@ -35,7 +35,7 @@ def collect(folder: Path, runs: Sequence[str]) -> None:
             raise ConfigError(f"{path}: the run is not done; run it to its end first")
         if study is None:
             raise ConfigError(f"{path}: a run of a study that {folder} does not hold")
-        asked = json.loads(json.dumps(dataclasses.asdict(study.presets[preset])))
+        asked = json.loads(json.dumps(dataclasses.asdict(study.config(preset))))
         if run.config["config"] != asked:
             raise ConfigError(f"{path}: overrides the preset {preset!r}, which claims are of")
         for part in ("results", "figures"):
@@ -70,11 +70,12 @@ def tables(folder: Path) -> str:
     shown = [each for each in ("quick", "workstation", "paper") if each in {p for _, p in runs}]
     claims = [f"| claim | study | {' | '.join(shown)} |", f"{'| --- ' * (2 + len(shown))}|"]
     for study in studies:
-        here = {
-            preset: runs[study.name, preset] for preset in shown if (study.name, preset) in runs
+        rows = {
+            preset: {row["name"]: row for row in (*of["criteria"], *of["reported"])}
+            for preset in shown
+            if (of := runs.get((study.name, preset)))
         }
-        rows = {preset: _by_name(summary) for preset, summary in here.items()}
-        for claim in study.claims if here else ():
+        for claim in study.claims if rows else ():
             cells = [_verdict(study, claim, preset, rows.get(preset)) for preset in shown]
             claims.append(f"| {claim.says} | {study.name}, {study.section} | {' | '.join(cells)} |")
         for table, preset in ((table, preset) for table in study.tables for preset in rows):
@@ -86,10 +87,6 @@ def tables(folder: Path) -> str:
     if lacking:
         claims += ["", f"Not measured: {', '.join(lacking)}."]
     return "\n".join([*claims, *beside])
-
-
-def _by_name(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {row["name"]: row for row in (*summary["criteria"], *summary["reported"])}
 
 
 def write(folder: Path) -> Path:

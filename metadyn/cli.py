@@ -167,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = meant(overrides[0], _own(arguments))
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}{near}")
         arguments.overrides = overrides
-        return arguments.do(arguments)
+        code = arguments.do(arguments)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         code, said = BAD_INPUT, str(error)
     except KeyboardInterrupt:
@@ -291,11 +293,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if arguments.seeds:
         words = ["--outer.seeds", *arguments.seeds, *words]
     options, known = sweep.parsed(words), dict(options_of(default))
-    sweep.check_known(options, [*known], _own(arguments))
     kind: sweep.Kind = (
         "random" if arguments.random is not None else "zip" if arguments.zip else "grid"
     )
-    whole = {name: type(known[name]) is int for name in options}
+    whole = {name: type(known.get(name)) is int for name in options}
     count = arguments.random or 0
     if kind == "random" and count < 1:
         raise ConfigError(f"--random {count}: must be 1 or more")
@@ -304,7 +305,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{total:,} settings are more than {sweep.MOST:,}: confirm with --yes")
     settings = sweep.settings(options, kind, whole, count, seed)
     asked = sweep.Sweep(study.name, preset, seed, kind, options, settings)
-    configs = asked.configs(default)
+    configs = asked.configs(default, _own(arguments))
     out = arguments.out or str(Path("runs") / f"{study.name}-{preset}-{seed}-sweep")
     part = sweep.part_of(arguments.part)
     progress = Progress(Terminal())

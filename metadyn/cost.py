@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import jaxprs_in_params, subjaxprs
 
 
 def operations(f: Callable[..., Any], *args: Any) -> int:
@@ -29,7 +30,7 @@ def operations_of(jaxpr: Any, turns: float = 1) -> float:
 
 
 def _count(equation: Any, turns: float) -> float:
-    inner = [operations_of(each, turns) for each in _inner(equation.params)]
+    inner = [operations_of(each, turns) for each in jaxprs_in_params(equation.params)]
     name = equation.primitive.name
     if name == "scan":
         return equation.params["length"] * sum(inner)
@@ -55,18 +56,8 @@ def largest(jaxpr: Any) -> int:
     """Bytes of the greatest array that a traced program makes on its way."""
     made = [out.aval for equation in jaxpr.eqns for out in equation.outvars]
     sizes = [each.size * each.dtype.itemsize for each in made if hasattr(each, "dtype")]
-    inner = [largest(each) for equation in jaxpr.eqns for each in _inner(equation.params)]
+    inner = [largest(each) for each in subjaxprs(jaxpr)]
     return max(sizes + inner, default=0)
-
-
-def _inner(params: Any) -> Iterator[Any]:
-    """The programs that stand in an equation's parameters."""
-    for value in params.values():
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(each, "eqns"):
-                yield each
-            elif hasattr(each, "jaxpr") and hasattr(each.jaxpr, "eqns"):
-                yield each.jaxpr
 
 
 ARITHMETIC = {

@@ -38,9 +38,9 @@ class Estimate(NamedTuple):
         return [Estimate(*each) for each in zip(*parts, strict=True)]
 
 
-def stacked(estimates: Iterable[Estimate], axis: int = -1) -> Estimate:
-    """Puts several estimates into one, along a new axis."""
-    return Estimate(*(np.stack(parts, axis) for parts in zip(*estimates, strict=True)))
+def stacked(estimates: Iterable[Estimate]) -> Estimate:
+    """Puts several estimates into one, along a new last axis."""
+    return Estimate(*(np.stack(parts, -1) for parts in zip(*estimates, strict=True)))
 
 
 def exact(value: float | int) -> Estimate:
@@ -383,30 +383,28 @@ def equal_excess(
 
 def to_equal_excess(
     ways: Sequence[xr.Dataset], bayes: xr.Dataset
-) -> tuple[Estimate, Estimate, Estimate]:
-    """The excess loss of `equal_excess`, the outer steps each way takes, and what it gains.
+) -> tuple[Estimate, list[Estimate], list[Estimate]]:
+    """The excess loss of `equal_excess`, the outer steps each way takes, and what each gains.
 
-    Ways of training are measured over it, on the tasks that Bayes was measured on. The gain [way]
-    is how many times fewer outer steps it takes than the first.
+    Ways of training are measured over it, on the tasks that Bayes was measured on. The gain is how
+    many times fewer outer steps it takes than the first.
     """
     steps, floor = ways[0]["outer_step"].to_numpy(), labelled.about(ways[0]).loss_floor
-    losses = [episode_loss(each) for each in (*ways, bayes)]
-    found = lambda *mean: equal_excess(steps, np.stack(mean[:-1], -1), mean[-1], floor)
 
-    def gain(*mean: Any) -> np.ndarray:
-        taken = found(*mean)[1]
+    def all_of(*mean: Any) -> np.ndarray:
+        level, taken = equal_excess(steps, np.stack(mean[:-1], -1), mean[-1], floor)
         with np.errstate(all="ignore"):
-            return taken[..., :1] / taken
+            gained = taken[..., :1] / taken
+        return np.concatenate([np.asarray(level)[..., None], taken, gained], -1)
 
-    statistics = lambda *mean: found(*mean)[0], lambda *mean: found(*mean)[1], gain
-    level, taken, gained = (estimate(each, *losses) for each in statistics)
-    return level, taken, gained
-
-
-Pair = tuple[xr.Dataset, xr.Dataset]
+    losses = [episode_loss(each) for each in (*ways, bayes)]
+    level, *rest = estimate(all_of, *losses).each()
+    return level, rest[: len(ways)], rest[len(ways) :]
 
 
-def excess_growth(shifted: Pair, within: Pair) -> Estimate:
+def excess_growth(
+    shifted: tuple[xr.Dataset, xr.Dataset], within: tuple[xr.Dataset, xr.Dataset]
+) -> Estimate:
     """How much greater a learner's excess over Bayes is on shifted tasks than on those of training.
 
     Each pair is the learner's measurement and Bayes' on the same tasks.

@@ -21,9 +21,10 @@ import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.artist import setp
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from metadyn import dynamics, labelled
@@ -293,18 +294,15 @@ def distance_to_bayes(training: OuterTraining) -> Figure:
     figure, left, right, steps = _over_outer_training(training, "distance to Bayes")
     floor, modes = labelled.about(training.losses[0]).loss_floor, labelled.modes(training.trained)
     loss, best = (dynamics.episode_loss(each) for each in training.losses)
-    statistic = lambda mean, best: np.asarray(dynamics.excess_loss(mean, best[..., None], floor))
-    excess = dynamics.estimate(statistic, loss, best)
+    excess = dynamics.measured_excess(*training.losses)
+    each = np.asarray(dynamics.excess_loss(loss.mean(1), best.mean(), floor))
     one = {"color": COLOURS[0], "lw": 0.8, "alpha": 0.6}
-    left.plot(steps, statistic(loss.mean(1), best.mean((0, 1))).T, **one)[0].set_label("each seed")
+    left.plot(steps, each.T, **one)[0].set_label("each seed")
     left.fill_between(steps, excess.low, excess.high, color=COLOURS[0], alpha=0.25, lw=0)
     left.plot(steps, excess.value, "o-", color=COLOURS[0], ms=4, label="mean of seeds")
     left.text(steps[-1], excess.value[-1], f"  {excess.value[-1]:.2f}", va="center")
     left.set(yscale="log", ylabel="excess loss over Bayes\n" r"$(L - L_B)\,/\,(L_B - L_{\min})$")
-    low, high = excess.low.min() / 1.5, excess.high.max() * 1.5
-    left.set_yticks([y for y in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low < y < high])
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_locator(NullLocator())
+    log_ticks(left.yaxis)
     left.legend()
     apart = dynamics.estimate(dynamics.distance_to_bayes, *training.strengths)
     curves(right, steps, apart, _named(modes), marker="o", ms=3)
@@ -437,6 +435,13 @@ def colours(values: Sequence[Any] | np.ndarray, palette: str = "viridis") -> lis
     return list(matplotlib.colormaps[palette](np.linspace(0.0, 0.85, len(values))))
 
 
+def log_ticks(axis: Axis) -> None:
+    """Labels a log axis that spans few decades at 1, 2 and 5 of each."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=30))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def bars(of: Estimate) -> np.ndarray:
     """The lengths of the error bars of an estimate, below and above [2, ...]."""
     return np.nan_to_num(np.maximum([of.value - of.low, of.high - of.value], 0))
@@ -470,8 +475,10 @@ def grid(
 
 
 def _each(measured: Measured) -> list[xr.Dataset]:
-    """The learners, one by one; over outer training, at its end."""
+    """The learners, one by one; over outer training, at its end. Raises `NotMeasured` for none."""
     parts = labelled.split(measured).values()
+    if not parts:
+        raise NotMeasured("nothing that the figure shows is measured yet")
     return [data.isel(outer_step=-1) if "outer_step" in data.dims else data for data in parts]
 
 

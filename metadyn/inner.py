@@ -6,7 +6,7 @@ updates. The probe asks a copy of the learner's state, so it never changes what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -226,28 +226,6 @@ def recorded(probe: str, reading: str) -> str:
 def mode_axis(probe: str) -> str:
     """Names the axis along which a probe's modes are: "mode" is the main probe's."""
     return "mode" if probe == STRENGTH else f"{probe}_mode"
-
-
-def diagnosed(learner: Learner) -> Mapping[str, Mapping[str, int]]:
-    """Sizes, by the name of the axis, of each array that a learner's diagnoses are.
-
-    Axis i of the array NAME is NAME_i.
-    """
-    if learner.diagnose is None:
-        return {}
-    said = jax.eval_shape(learner.diagnose, jax.eval_shape(learner.init, jax.random.key(0)))
-    shapes = {name: leaf.shape for name, leaf in said.items()}
-    return {name: {f"{name}_{i}": n for i, n in enumerate(s)} for name, s in shapes.items()}
-
-
-def reading_axes(learner: Learner, probes: Probes) -> Mapping[str, tuple[str, ...]]:
-    """Names the axes, beyond task and time, of each reading that `run` returns."""
-    axes: dict[str, tuple[str, ...]] = {"loss": ()}
-    axes |= {name: tuple(sizes) for name, sizes in diagnosed(learner).items()}
-    for name, probe in probes:
-        axes[name] = (mode_axis(name),)
-        axes |= {recorded(name, extra): of for extra, of in probe.extras.items()}
-    return axes
 
 
 def log_spaced(steps: int, count: int) -> tuple[int, ...]:

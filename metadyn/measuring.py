@@ -84,7 +84,6 @@ def described(
     for name, probe in probes:
         prefix = "" if name == STRENGTH else f"{name}_"
         coords[prefix + probe.modes.coordinate] = (inner.mode_axis(name), probe.modes.values)
-        coords |= probe.coords
     if _has_curve(tasks, contender):
         axes["closed_form"] = ("step", "mode")
     assert contender.kind is not None
@@ -97,39 +96,44 @@ def described(
 def _axes(
     tasks: TaskSet, contender: Contender
 ) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, int]]:
-    """Axes of each reading, beyond those of seeds, tasks and times, and the sizes of diagnoses'.
+    """Axes of each reading, beyond those of seeds, tasks and times; sizes of all but the modes'.
 
-    Traced, not computed. Raises `ConfigError` unless each probe reads what it says, of that
-    learner's answers.
+    Axis i of a diagnosis NAME is NAME_i. Traced, not computed. Raises `ConfigError` unless each
+    probe reads what it says, of that learner's answers.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
 
     def trace(key: Key) -> None:
         meta = contender.learner
         learner = contender.make(() if isinstance(meta, Learner) else meta.init(key))
-        found.update(inner.reading_axes(learner, tuple(tasks.probes.items())))
-        for of_array in inner.diagnosed(learner).values():
-            sizes.update(of_array)
+        state = learner.init(key)
+        for name, leaf in (learner.diagnose(state) if learner.diagnose else {}).items():
+            axes[name] = tuple(f"{name}_{i}" for i in range(leaf.ndim))
+            sizes.update(zip(axes[name], leaf.shape, strict=True))
         for name, probe in tasks.probes.items():
             with naming(f"probe {name!r} on {tasks.name!r} cannot be read"):
-                answers = jax.vmap(learner.predict, (None, 0))(learner.init(key), probe.queries)
+                answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
                 argument = jax.tree.map(jnp.asarray, tasks.argument)
                 read = probe.read(tasks.sample(key, argument), answers)
                 shapes = {each: leaf.shape for each, leaf in read.items()}
             _check_read(name, probe, shapes)
+            axes[name] = (inner.mode_axis(name),)
+            for extra, of in probe.extras.items():
+                axes[inner.recorded(name, extra)] = of
+                sizes.update(zip(of, shapes[extra], strict=True))
 
     jax.eval_shape(trace, jax.random.key(0))
-    return found, sizes
+    return axes, sizes
 
 
-def _check_read(name: str, probe: Probe, shapes: dict[str, tuple[int, ...]]) -> None:
-    modes, known = len(probe.modes.values), sorted(shapes)
-    right = shapes.pop("strength", None) == (modes,)
+def _check_read(name: str, probe: Probe, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    modes = len(probe.modes.values)
+    right = shapes.get("strength") == (modes,)
     fix = f"`read` must give 'strength' of shape ({modes},), as it has so many modes"
-    check(right, f"probe {name!r}", known, fix)
+    check(right, f"probe {name!r}", sorted(shapes), fix)
     extras = {each: len(axes) for each, axes in probe.extras.items()}
-    given = {each: len(shape) for each, shape in shapes.items()}
+    given = {each: len(shape) for each, shape in shapes.items() if each != "strength"}
     fix = f"`read` gives extras with so many axes, but `extras` names {extras}"
     check(given == extras, f"probe {name!r}", given, fix)
 
@@ -139,9 +143,7 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     probes = tasks.probes.items()
     axes, sizes = _axes(tasks, contender)
     sizes = {**sizes, "step": 1} | {inner.mode_axis(n): len(p.modes.values) for n, p in probes}
-    for _, probe in probes:
-        sizes |= {axis: len(values) for axis, values in probe.coords.values()}
-    each = sum(math.prod(sizes.get(axis, 1) for axis in of_one) for of_one in axes.values())
+    each = sum(math.prod(sizes[axis] for axis in of_one) for of_one in axes.values())
     times = len(contender.times_in(tasks.domain))
     return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * each
 

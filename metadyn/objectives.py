@@ -90,13 +90,14 @@ def prediction_loss(
     return Objective(loss)
 
 
-def predicting(target: Target, bayes: Learner, **more: Any) -> ObjectiveOf:
-    """Makes the objective of predicting either target, as studies configure it.
-
-    `more` is the rest of what `prediction_loss` takes.
-    """
+def predicting(target: Target, bayes: Learner) -> ObjectiveOf:
+    """Makes the objective of predicting either target, as studies configure it."""
     check_choice("target", target, Target)
-    return partial(prediction_loss, teacher=bayes if target == "bayes" else None, **more)
+    return partial(prediction_loss, teacher=bayes if target == "bayes" else None)
+
+
+Immediate = Literal["expected", "sampled"]
+Baseline = Literal["leave_one_out", "value", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +115,10 @@ class ActorCriticConfig:
     annealed: bool = False
     """Whether that weight falls to zero, linearly, over the outer steps; a weight that stays keeps
     the policy from ever being sure."""
-    immediate: Literal["expected", "sampled"] = "expected"
+    immediate: Immediate = "expected"
     """The reward of a choice: in expectation over actions, which the simulator knows and which
     has a gradient of its own; or as it was drawn."""
-    baseline: Literal["leave_one_out", "value", "none"] = "leave_one_out"
+    baseline: Baseline = "leave_one_out"
     """What returns are compared with: the mean return of the group's other episodes at that step,
     corrected by the critic; the critic alone; or nothing."""
     group: int = 16
@@ -131,6 +132,8 @@ class ActorCriticConfig:
             value = getattr(self, field)
             check(0 <= value < float("inf"), field, value, "must be 0 or more, and finite")
         check(self.group >= 2, "group", self.group, "must be at least 2")
+        check_choice("immediate", self.immediate, Immediate)
+        check_choice("baseline", self.baseline, Baseline)
 
 
 def actor_critic(

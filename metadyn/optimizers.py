@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Literal
 
 import jax
@@ -16,20 +17,15 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def named_optimizer(
-    name: str,
-    learning_rate: optax.ScalarOrSchedule,
-    field: str = "optimizer",
-    b2: float | None = None,
+    name: str, learning_rate: optax.ScalarOrSchedule, b2: float | None = None
 ) -> optax.GradientTransformation:
     """Any optimiser of optax or optax.contrib that a learning rate suffices to make, by its name.
 
     "momentum" is sgd with a momentum of 0.9. `b2` replaces the default decay of the second moment
-    in optimisers that take one, such as adam. Raises `ConfigError`, which names `field`, for other
-    names.
+    in optimisers that take one, such as adam. Raises `ConfigError` for other names.
     """
-    if name == "momentum":
-        return optax.sgd(learning_rate, momentum=0.9)
     make = getattr(optax, name, getattr(optax.contrib, name, None))
+    make = partial(optax.sgd, momentum=0.9) if name == "momentum" else make
     with contextlib.suppress(TypeError, AttributeError, ValueError):
         more = {} if b2 is None else {"b2": b2}
         made = make(learning_rate, **more) if callable(make) else None
@@ -40,7 +36,7 @@ def named_optimizer(
     fix = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
     if b2 is not None:
         fix = "name an optimiser of optax that takes a b2, such as adam or nadam, or leave b2 out"
-    raise ConfigError(f"{field} = {name!r}: {fix}", field, name, fix)
+    raise ConfigError(f"optimizer = {name!r}: {fix}", "optimizer", name, fix)
 
 
 def scheduled(learning_rate: float, schedule: Schedule, warmup: int, steps: int) -> optax.Schedule:

@@ -120,10 +120,12 @@ def _reads_as(text: str, value: Any) -> bool:
 
 
 def options_of(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    """Every option of a configuration, with its value."""
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            yield from options_of(value, f"{name}.")
+    """Every option of a configuration, a dataclass or as JSON, with its value."""
+    names = [*config] if isinstance(config, dict) else [f.name for f in dataclasses.fields(config)]
+    for name in names:
+        value = config[name] if isinstance(config, dict) else getattr(config, name)
+        option = prefix + name.replace("_", "-")
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+            yield from options_of(value, f"{option}.")
         else:
-            yield name, value
+            yield option, value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -120,8 +120,6 @@ class MetaTraining(NamedTuple):
     the whole outer loop."""
     rate: str = ""
     """The field of a study's configuration that sets `own`'s learning rate, for messages."""
-    pace: float = 1.0
-    """Outer steps that it takes, on episodes of their own, in one of the run's."""
 
 
 def _gradient(
@@ -154,8 +152,8 @@ class OuterLoop:
         self.config, self.trained = config, trained
         config.check_batch(trained.values())
         optimizers = {
-            n: (t.own or config).transformation(round(t.pace * config.steps))
-            for n, t in trained.items()
+            name: (each.own or config).transformation(config.steps)
+            for name, each in trained.items()
         }
         key_init, key_episodes = jax.random.split(prng.fast(key))
         seeds = jnp.arange(config.seeds)
@@ -170,10 +168,8 @@ class OuterLoop:
         def one_seed(name, now, one):
             objective, optimizer = trained[name].objective, optimizers[name]
             key, params, moments = one
-            pace = trained[name].pace
             cached = getattr(trained[name].meta, "cached_episodes", mesh.CACHED_EPISODES)
-            own = lambda at: at if pace == 1 else jnp.round(pace * at).astype(jnp.int32)
-            step, count = own(now[0]), own(sum(now)) - own(now[0])
+            step, count = now
 
             def episodes(i):
                 share = mesh.my_share(self.batch(name))
@@ -235,28 +231,26 @@ class OuterLoop:
         """Seconds that `run` has trained each meta-learner."""
 
     def run(
-        self, state: TrainState, targets: Sequence[int]
+        self, state: TrainState, target: int
     ) -> Iterator[tuple[TrainState, dict[str, Metrics]]]:
         """Yields (state, mean metrics of each seed by meta-learner) after each dispatch.
 
-        Also at every target: these are outer steps in increasing order; those already passed are
-        skipped. Raises `ConfigError` when a metric is not finite.
+        It goes on to outer step `target`. Raises `ConfigError` when a metric is not finite.
         """
         step = int(state.step)
-        for target in targets:
-            while step < target:
-                count = min(self.config.dispatch, target - step)
-                params, moments = state.params, state.moments
-                metrics: dict[str, Metrics] = {}
-                for name in self.trained:  # each by itself, so that its time is known
-                    start, alone = time.perf_counter(), state.only(name)
-                    now, found = jax.block_until_ready(self.advance(alone, jnp.int32(count)))
-                    self.seconds[name] += time.perf_counter() - start
-                    params, moments = params | now.params, moments | now.moments
-                    metrics |= found
-                step, state = step + count, TrainState(now.step, params, moments)
-                self.check_finite(step, metrics)
-                yield state, metrics
+        while step < target:
+            count = min(self.config.dispatch, target - step)
+            params, moments = state.params, state.moments
+            metrics: dict[str, Metrics] = {}
+            for name in self.trained:  # each by itself, so that its time is known
+                start, alone = time.perf_counter(), state.only(name)
+                now, found = jax.block_until_ready(self.advance(alone, jnp.int32(count)))
+                self.seconds[name] += time.perf_counter() - start
+                params, moments = params | now.params, moments | now.moments
+                metrics |= found
+            step, state = step + count, TrainState(now.step, params, moments)
+            self.check_finite(step, metrics)
+            yield state, metrics
 
     def batch(self, name: str) -> int:
         """Episodes in one outer step of a meta-learner."""

@@ -57,8 +57,7 @@ def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
         trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
         own = each.own is not None and each.own.batch != plan.outer.batch
         option = "outer_batch" if own else "outer.batch"
-        steps = round(each.pace * plan.outer.steps)
-        yield Program(f"outer step of {name}", trace, steps, option=option)
+        yield Program(f"outer step of {name}", trace, plan.outer.steps, option=option)
 
 
 def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
@@ -129,8 +128,7 @@ def of_run(study: Study, config: Any) -> list[Planned]:
     plan = study.plan(config)
     check_memory(plan)
     loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
-    run = lambda state, target: loop.run(state, [target])
-    timed = lambda: estimated([loop], loop.init(), run)
+    timed = lambda: estimated([loop], loop.init(), loop.run)
     needed = disk(plan, loop)
     return [Planned("", programs(plan, loop), needed, timed if plan.trained else None)]
 
@@ -274,8 +272,9 @@ def estimated(
     `run(state, step)` yields the state, and metrics, after each dispatch up to an outer step.
     """
     config = loops[0].config
-    done, count, end = 1, 1, config.steps
-    ((state, _),) = run(state, done)
+    done, count, end = min(1, config.steps - 1), 1, config.steps
+    for reached, _ in run(state, done):
+        state = reached
     while True:
         count = min(count, end - done)
         for loop in loops:

@@ -106,7 +106,8 @@ class Progress:
         bars = self._bars
         if bars is None:
             silent = self.console is None or not lines
-            with nullcontext(_nothing) if silent else self._lines(what, total, done) as line:
+            shown = nullcontext(lambda step, facts: None)
+            with shown if silent else self._lines(what, total, done) as line:
                 yield line
             return
         outermost = not bars.tasks
@@ -155,8 +156,7 @@ class Progress:
             thread.join()
 
 
-def _nothing(step: int, facts: str) -> None:
-    """Shows nothing."""
+SILENT = Progress(None)
 
 
 def _left(seconds: float, done: int, more: int) -> str:

@@ -107,7 +107,7 @@ class Runner:
             self.prepare(compiling)
 
         def run(states: Sequence[TrainState], target: int) -> Trained:
-            return (([state], [metrics]) for state, metrics in loop.run(states[0], [target]))
+            return (([state], [metrics]) for state, metrics in loop.run(states[0], target))
 
         train([self], lambda: [loop.init()], run)
 
@@ -406,7 +406,6 @@ def run_study(
     if tensorboard:
         check_installed()
     plan = study.plan(config)
-    identity = {"study": study.name, "preset": preset, "seed": seed}
     asked = asked_for(study, preset, seed, config, plan)
     check_memory(plan)
     with progress.counting("checking", 1) as show:
@@ -431,7 +430,7 @@ def run_study(
                 figures.draw(run.figures, run.results(), study.own_figures(), progress)
                 with progress.counting("judging", 1) as show:
                     show("criteria")
-                    summary = judge(study, config, run, identity, run.seconds())
+                    summary = judge(study, config, run, run.seconds())
                 view.write(run, progress)
                 return summary
 
@@ -442,13 +441,11 @@ def run_study(
         raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
-def judge(
-    study: Study, config: Any, run: RunFolder, identity: Mapping[str, Any], seconds: float
-) -> dict[str, Any]:
+def judge(study: Study, config: Any, run: RunFolder, seconds: float) -> dict[str, Any]:
     """Judges what is measured, and writes the summary of a run."""
     criteria = study.judged(config, run.results())
     summary = {
-        **identity,
+        **{name: run.config[name] for name in ("study", "preset", "seed")},
         "environment": environment() | {"seconds": round(seconds, 1)},
         "criteria": [_as_json(c) for c in criteria if c.passed is not None],
         "reported": [_as_json(c) for c in criteria if c.passed is None],

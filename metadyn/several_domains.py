@@ -40,7 +40,8 @@ class SeveralDomainsConfig(StudyConfig):
 
     def within(self, name: str, **fields: Any) -> Any:
         """The configuration of a domain's own study, with what is set here and some more fields."""
-        fields = self.common() | {"domain": getattr(self, name)} | fields
+        common = {each.name: getattr(self, each.name) for each in dataclasses.fields(StudyConfig)}
+        fields = common | {"domain": getattr(self, name)} | fields
         return STUDIES[name].config(self.of, **fields)
 
     def comparison(self, name: str, **fields: Any) -> Comparison:

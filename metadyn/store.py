@@ -45,7 +45,7 @@ from metadyn.labelled import about, labelled, merge
 Arrays = Mapping[str, Any]
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
 FORMAT = 3
-"""Of the layout. Runs of metadyn 0.1 had none."""
+"""Of the layout."""
 _one_save = threading.Lock()
 """Orbax's threads signal each other by names that all saves of a process share: two at once, as in
 a sweep, can wait for ever (orbax-checkpoint 0.12.8)."""
@@ -103,12 +103,9 @@ class RunFolder:
         self.config = read_json(self.path / "config.json", f"{path} holds no run of metadyn")
         if missing := {"study", "preset", "seed", "config"} - set(self.config):
             raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
-        if (found := self.config.get("format")) != FORMAT:
-            version = "metadyn 0.1" if found is None else "another version of metadyn"
-            raise ConfigError(
-                f"{path} holds a run of {version}, which this version does not read: run it anew "
-                "in another DIR"
-            )
+        if self.config.get("format") != FORMAT:
+            fix = "which this version does not read: run it anew in another DIR"
+            raise ConfigError(f"{path} holds a run of another version of metadyn, {fix}")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunFolder:
@@ -131,7 +128,8 @@ class RunFolder:
             return run
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
+            begun = {".lock", "config.json" + PART}  # by a process that was killed
+            if {each.name for each in folder.iterdir()} - begun:
                 raise ConfigError(f"--out {path} is not empty and holds no run of metadyn: {other}")
             write_json(folder / "config.json", config)
         except (OSError, ValueError) as error:

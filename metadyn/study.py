@@ -22,6 +22,7 @@ import numpy as np
 from metadyn import dynamics, labelled
 from metadyn.base import (
     STRENGTH,
+    Derived,
     Domain,
     Learner,
     MetaLearner,
@@ -129,10 +130,6 @@ class StudyConfig:
         known = get_args(Network)
         check(self.meta in known, "meta", self.meta, f"choose from {', '.join(known)}")
 
-    def common(self) -> dict[str, Any]:
-        """The fields that every study has, to configure one study from another's."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(StudyConfig)}
-
     def meta_learner(self, domain: Domain, heads: int = 0) -> Contender:
         """Makes the chosen meta-learner for a domain, as a contender.
 
@@ -177,7 +174,7 @@ class Contender:
     name: str
     label: str
     """What figures call it."""
-    learner: Learner | MetaLearner
+    learner: Learner | MetaLearner | Derived
     kind: Kind | None = None
     """What it is compared as: "ordinary" learners, "meta" (of meta-learners), "bayes", of which
     there is one and which excess loss is over, or a "reference". None: by what it is."""
@@ -195,8 +192,6 @@ class Contender:
     """The field of the study's configuration that sets `own`'s learning rate, for messages."""
     option: str = ""
     """The option that sets its size, for messages."""
-    pace: float = 1.0
-    """Outer steps that a meta-learner takes in one of the run's: 1.1 is a tenth more in all."""
     of: str = ""
     """The meta-learner of the comparison from whose outer parameters its own learner is made, once
     these are trained. Its `learner` is then `Derived` from that meta-learner."""
@@ -207,7 +202,6 @@ class Contender:
         object.__setattr__(self, "kind", self.kind or kinds[0])
         fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
         check(self.kind in kinds, "kind", self.kind, fix)
-        check_positive(self, "pace")
 
     @property
     def trained(self) -> bool:
@@ -326,9 +320,9 @@ class Comparison:
     def training(self, contender: Contender) -> MetaTraining:
         """Returns one of its meta-learners with its objective and the settings of its optimiser."""
         meta = contender.learner
-        assert not isinstance(meta, Learner)
+        assert not isinstance(meta, Learner | Derived)
         objective = (contender.objective or self.objective)(self.domain, meta)
-        return MetaTraining(meta, objective, contender.own, contender.rate, contender.pace)
+        return MetaTraining(meta, objective, contender.own, contender.rate)
 
     def joined(self, contender: Contender) -> Comparison:
         """Adds a contender behind those of its kind; returns itself if there are none.
@@ -551,10 +545,6 @@ class Study:
         """Returns the configuration of a preset, with some fields changed."""
         check(preset in self.presets, "of", preset, f"choose from {', '.join(self.presets)}")
         return dataclasses.replace(self.presets[preset], **fields)
-
-    def comparison(self, preset: str, **fields: Any) -> Comparison:
-        """Returns the first comparison of its plan, with some fields of a preset changed."""
-        return self.plan(self.config(preset, **fields)).comparisons[0]
 
     def beside(self, name: str, *more: Callable[[Comparison], Contender]) -> Study:
         """Returns this study, called `name`, with more contenders beside its own.

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from metadyn import inner, programs
-from metadyn.errors import ConfigError, check, meant, naming
+from metadyn.errors import ConfigError, check, naming
 from metadyn.options import configured
 from metadyn.progress import Progress
 from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
@@ -84,12 +84,15 @@ class Sweep:
         said = " ".join(f"{name} {pairs[name]}" for name in self.swept)
         return f"setting {i + 1} of {len(self.settings)}" + (f" ({said})" if said else "")
 
-    def configs(self, default: Any) -> list[Any]:
-        """The configuration of each setting. Raises `ConfigError` naming one that is refused."""
+    def configs(self, default: Any, beside: Sequence[str] = ()) -> list[Any]:
+        """The configuration of each setting. Raises `ConfigError` naming one that is refused.
+
+        Hints are at options of the study, and at those `beside` them.
+        """
         found = []
         for i in range(len(self.settings)):
             try:
-                found.append(configured(default, self.overrides(i)))
+                found.append(configured(default, self.overrides(i), beside))
             except ConfigError as error:
                 raise ConfigError(f"{self.called(i)}: {error}") from error
         return found
@@ -132,17 +135,6 @@ def size(options: Mapping[str, Sequence[str]], kind: Kind, count: int) -> int:
     """How many settings there are going to be, without making them."""
     sizes = [len(values) for values in options.values()]
     return {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
-
-
-def check_known(
-    options: Mapping[str, Any], known: Sequence[str], beside: Sequence[str] = ()
-) -> None:
-    """Raises `ConfigError` for an option that the study does not have, with a hint at one that it
-    has, or that is `beside` them."""
-    for name in options:
-        if name not in known:
-            near = meant(name, [*known, *beside])
-            raise ConfigError(f"{name}: the study has no such option{near}")
 
 
 def settings(
@@ -270,6 +262,11 @@ class SweepFolder:
         """Whether a setting is done, or lost."""
         return (self.setting(i) / "summary.json").exists() or bool(self.lost(i))
 
+    def whole(self, i: int) -> bool:
+        """Whether a setting has ended, and nothing that is stored of it is damaged."""
+        run = self.run(i)
+        return self.ended(i) and not (run and run.damage())
+
 
 def is_sweep(path: str | Path) -> bool:
     """Whether a folder holds a sweep."""
@@ -341,7 +338,7 @@ def run_sweep(
 
     mine = part.settings(len(configs))
     plans: dict[int, Plan] = {}
-    if not (mine and is_sweep(out) and all(map(SweepFolder(out).ended, mine))):
+    if not (mine and is_sweep(out) and all(map(SweepFolder(out).whole, mine))):
         plans = planned(sweep, study, configs, part, as_typed)
         with progress.counting("checking", 1) as show:
             show("criteria and figures")
@@ -361,7 +358,7 @@ def run_sweep(
                 if not run.set_aside_damaged():
                     (run.path / "summary.json").unlink(missing_ok=True)
                 runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
-            _run(study, sweep, configs, folder, runners, shared, progress)
+            _run(study, configs, folder, runners, shared, progress)
     with _alone(folder.path):  # of parts that end together the first draws
         if not summary.exists() and all(map(folder.ended, range(len(configs)))):
             sweep_results.conclude(folder, progress)
@@ -386,7 +383,6 @@ def _traced(given: tuple[Any, ...]) -> Any:
 
 def _run(
     study: Study,
-    sweep: Sweep,
     configs: Sequence[Any],
     folder: SweepFolder,
     runners: Mapping[int, Runner],
@@ -394,6 +390,7 @@ def _run(
     progress: Progress,
 ) -> None:
     """Trains and measures settings, those of one form side by side."""
+    sweep = folder.sweep
     forms = by_form({i: runner.loop for i, runner in runners.items()})
     with progress.counting("tracing", len(runners)) as show:
         for i, runner in runners.items():
@@ -425,5 +422,4 @@ def _run(
                     begun = time.monotonic()
                     runners[i].measure_all()
                     seconds = training + time.monotonic() - begun
-                    identity = {"study": study.name, "preset": sweep.preset, "seed": sweep.seed}
-                    judge(study, configs[i], runners[i].store, identity, seconds)
+                    judge(study, configs[i], runners[i].store, seconds)

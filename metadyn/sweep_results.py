@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from metadyn import dynamics, figures, labelled, store
 from metadyn.claims import number
 from metadyn.errors import ConfigError, check, naming
-from metadyn.progress import Progress
+from metadyn.progress import SILENT, Progress
 from metadyn.store import read_json, write_json
 from metadyn.sweep import SweepFolder
 
@@ -32,7 +32,6 @@ SETTING = {"setting", "folder", "options", "lost"}
 MEASURED = {"learner", "ending", "merit", *MERITS}
 """What is said of each setting, and of one that was not lost."""
 MOST_LINES = 8  # our choice
-SILENT = Progress(None)
 
 Row = Mapping[str, Any]
 

@@ -43,23 +43,18 @@ def row_of(loop: OuterLoop, name: str) -> Row:
     return Row(program, *programs.take_apart(program), jax.tree.structure(shapes))
 
 
-def form_of(loop: OuterLoop) -> Hashable:
-    """What outer loops have in common that can be rows of one program."""
-    config = loop.config
-    forms = tuple((name, row_of(loop, name).form) for name in loop.trained)
-    return forms, config.seeds, config.checkpoint_steps, config.dispatch
-
-
 def by_form(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
     """Which outer loops, by their numbers, can be rows of one program."""
     forms: dict[Hashable, list[int]] = {}
     for i, loop in loops.items():
-        forms.setdefault(form_of(loop), []).append(i)
+        config, rows = loop.config, tuple((n, row_of(loop, n).form) for n in loop.trained)
+        form = rows, config.seeds, config.checkpoint_steps, config.dispatch
+        forms.setdefault(form, []).append(i)
     return list(forms.values())
 
 
 class Rows:
-    """Outer loops of one form (`form_of`), trained side by side from the same keys."""
+    """Outer loops of one form (`by_form`), trained side by side from the same keys."""
 
     def __init__(self, loops: Sequence[OuterLoop]):
         self.loops = loops

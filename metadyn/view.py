@@ -28,7 +28,8 @@ import xarray as xr
 from metadyn import dynamics, figures, labelled, sweep_results
 from metadyn.base import STRENGTH
 from metadyn.errors import ConfigError, check
-from metadyn.progress import Progress
+from metadyn.options import options_of
+from metadyn.progress import SILENT, Progress
 from metadyn.store import Results, RunFolder, write_whole
 from metadyn.study import HELDOUT, TRACKED
 from metadyn.sweep import SweepFolder
@@ -37,7 +38,7 @@ MOST_TIMES, MOST_STEPS = 150, 60
 """Times and outer steps beyond which some are left out. Our choice."""
 MOST_SETTINGS, MOST_BYTES = 64, 5_000_000
 """Settings and size beyond which a sweep's page has no curves of the worst. Our choice."""
-LOCAL, SILENT = "127.0.0.1", Progress(None)
+LOCAL = "127.0.0.1"
 
 
 def write(of: RunFolder | SweepFolder, progress: Progress = SILENT) -> Path:
@@ -64,6 +65,8 @@ def _run(run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
     """What is shown of a run, or of one of several that `share` a page: of many it is thinned."""
     about, summary, sets = run.config, run.summary() or {}, list(_sets(run.results()))
     rows = [*summary.get("criteria", []), *summary.get("reported", [])]
+    environment = summary.get("environment", {})
+    text = lambda value: value if isinstance(value, str) else json.dumps(value)
     groups: list[dict[str, Any]] = []
     losses: list[dict[str, Any]] = []
     with progress.counting("reading", len(sets)) as show:
@@ -79,8 +82,8 @@ def _run(run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
         "criteria": rows,
         "groups": groups,
         "losses": losses,
-        "config": dict(_options(about["config"])),
-        "environment": dict(_options(summary.get("environment"), "")),
+        "config": {name: text(value) for name, value in options_of(about["config"])},
+        "environment": {name: text(value) for name, value in options_of(environment, "")},
     }
 
 
@@ -195,10 +198,8 @@ def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str,
     trained = [data for data in measured.values() if "outer_step" in data.dims]
     if best is None or not trained:
         return
-    floor, bayes = labelled.about(best).loss_floor, dynamics.episode_loss(best)
-    excess = lambda mean, best: dynamics.excess_loss(mean, best[..., None], floor)
     for data in trained:
-        found = dynamics.estimate(excess, dynamics.episode_loss(data), bayes)
+        found = dynamics.measured_excess(data, best)
         yield {
             "group": name.replace(HELDOUT, TRACKED, 1),
             "name": labelled.about(data).learner,
@@ -206,16 +207,6 @@ def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str,
             "steps": data["outer_step"].to_numpy().tolist(),
             "excess": [_rounded(part) for part in found],
         }
-
-
-def _options(config: Any, prefix: str = "--") -> Iterator[tuple[str, str]]:
-    """Every option as a user would type it, with its value."""
-    for name, value in config.items() if isinstance(config, dict) else ():
-        if isinstance(value, dict):
-            yield from _options(value, f"{prefix}{name.replace('_', '-')}.")
-        else:
-            said = value if isinstance(value, str) else json.dumps(value)
-            yield prefix + name.replace("_", "-"), said
 
 
 def plain(text: str) -> str:

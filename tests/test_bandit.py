@@ -498,7 +498,7 @@ def test_training_learns_to_exploit():
     loop = OuterLoop(
         {"lstm": MetaTraining(meta, actor_critic(domain, meta))}, config, jax.random.key(0)
     )
-    *_, (_, metrics) = loop.run(loop.init(), [800])
+    *_, (_, metrics) = loop.run(loop.init(), 800)
     chance, bayes = 0.5, 1 - enumerated(2, 2, 8, False) / 8
     assert np.all((chance - metrics["lstm"]["loss"]) / (chance - bayes) > 0.7)
 
@@ -560,7 +560,7 @@ def test_a_bernoulli_study_names_its_approximations():
     labels = {who.name: who.label for _, _, who in study.plan(config).every}
     assert labels["bayes"] == "exact posterior,\nThompson sampling"
     assert labels["bayes_greedy"] == "exact posterior,\nmost probable action"
-    exact = {c.name: c.label for c in study.comparison("quick").contenders}
+    exact = {c.name: c.label for c in study.plan(study.config("quick")).comparisons[0].contenders}
     assert exact["bayes"] == "Bayes-optimal"
     assert "bayes_greedy" not in exact
 

@@ -53,7 +53,7 @@ def test_descent_on_tilted_inputs_keeps_to_the_closed_form_sped_up_by_each_varia
     times = inner.log_spaced(1200, 80)
     network = gd.balanced_deep_linear(3, 3, width=3, strength=start)
     learner = gd.gradient(network, optax.sgd(rate), batch=128)
-    task = domain.aligned_task(jax.random.key(0), jnp.asarray(S))
+    task = domain.evaluation_task(jax.random.key(0), jnp.asarray(S), rotate=False)
     probes = (("mode_strength", domain.probe(8)),)
     run = jax.jit(partial(inner.run, domain, learner, times=times, probes=probes))
     strength = np.float64(run(task, KEYS[0])["mode_strength"])
@@ -100,7 +100,7 @@ def test_contexts_are_drawn_evenly_from_those_admitted():
 def trained(objective, steps):
     config = OuterConfig(steps=20, batch=4, seeds=2, warmup=0, dispatch=3, schedule="constant")
     loop = OuterLoop({"lstm": MetaTraining(META, objective)}, config, jax.random.key(0))
-    (*_, (state, _)) = loop.run(loop.init(), [steps])
+    (*_, (state, _)) = loop.run(loop.init(), steps)
     return jax.tree.map(np.asarray, state.params)
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from metadyn import inner
+from metadyn import inner, measuring
+from metadyn.base import TaskSet
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.gradient import deep_linear, gradient
 from metadyn.learners.lstm import LSTMConfig
+from metadyn.study import Contender
 
 DOMAIN = LinearRegression(3, 2, steps=8)
 S = jnp.float32(DOMAIN.spectrum())
@@ -137,9 +139,16 @@ def test_65536_tasks_fit_in_8_gib():
     assert outputs <= used < 8 * 2**30
 
 
+def axes_of(learner, probes):
+    """The axes of each reading, by what is stored beside a measurement."""
+    tasks = TaskSet("tasks", DOMAIN, DOMAIN.evaluation_task, np.float32(S), dict(probes), size=3)
+    found = measuring.described(tasks, Contender("learner", "learner", learner))["axes"]
+    assert all(axes[:2] == ["task", "step"] for axes in found.values())
+    return {name: tuple(axes[2:]) for name, axes in found.items()}
+
+
 def test_axes_name_every_reading():
-    axes = inner.reading_axes(learners()["lstm"], PROBES)
-    assert axes == {
+    assert axes_of(learners()["lstm"], PROBES) == {
         "loss": (),
         "saturated_gates": (),
         "mode_strength": ("mode",),
@@ -155,7 +164,7 @@ def test_a_second_probe_is_recorded_under_its_own_name():
     task = domain.evaluation_task(jax.random.key(1), S)
     run = lambda probes: inner.run(domain, learner, task, jax.random.key(2), range(5), probes)
     alone, found = run(PROBES), run(probes)
-    axes = inner.reading_axes(learner, probes)
+    axes = axes_of(learner, probes)
     assert (
         axes.keys()
         == found.keys()

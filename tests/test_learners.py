@@ -59,7 +59,7 @@ def test_a_batch_of_its_own_takes_the_first_episodes_and_leaves_the_others_alone
 
     def trained(which, config):
         loop = md.OuterLoop(which, config, jax.random.key(0))
-        return [state for state, _ in loop.run(loop.init(), [3])][-1].params, loop.seconds
+        return [state for state, _ in loop.run(loop.init(), 3)][-1].params, loop.seconds
 
     together, seconds = trained(both, outer)
     for name, config in (("a", outer), ("b", small)):

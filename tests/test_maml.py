@@ -100,7 +100,7 @@ def test_the_outer_gradient_is_that_of_finite_differences(domain):
 
 def test_one_step_of_one_layer_is_the_closed_form():
     """ŷ(x) = (W − η (W x₁ − y₁) x₁ᵀ) x after the first pair."""
-    meta = MAML(LINEAR, deep_linear(3, 2, depth=1, scale=1.0), inner_steps=1, clip=1e6)
+    meta = MAML(LINEAR, deep_linear(3, 2, depth=1, scale=1.0), MAMLConfig(inner_steps=1, clip=1e6))
     params = scattered(meta)
     x, y = (leaf[..., 0] for leaf in episodes(LINEAR))
     W, rate = np.float64(params["start"][0]), np.exp(np.float64(params["log_rate"]))

@@ -34,7 +34,6 @@ def test_each_remedy_is_what_it_is_called(plan):
     assert mixture.weights == pytest.approx([1, 1 / 64])
     assert trained_on["lstm_both"] == trained_on["deltanet_both"] == mixture
     assert (trained_on["pool_4"].size, trained_on["pool_64"].size) == (4, 64)
-    assert {name for name, each in metas.items() if each.pace != 1} == {"lstm"}
     assert trained_on["lstm"] is trained_on["lstm_normalised"] is trained_on["deltanet"] is None
     assert [each.name for each in bands.metas] == ["lstm", "lstm_mixture"]
     supports = [d.support for d in bands.metas[1].objective.keywords["sample"].domains]
@@ -77,7 +76,6 @@ def test_the_study_is_rehearsed_without_complaint(plan):
         (["--pools", "0"], "--pools"),
         (["--scales", "1", "0"], "--scales"),
         (["--other-batch", "0"], "--other-batch 0"),
-        (["--pace", "0"], "--pace 0"),
         (["--meta", "deltanet"], "deltanet"),
     ],
 )

@@ -69,8 +69,8 @@ def test_time_is_estimated_from_few_steps(plan, monkeypatch):
     """One, then twice as many until they take a while, or fill a dispatch."""
     _, loop = plan
     ran, run = [], loop.run
-    monkeypatch.setattr(loop, "run", lambda state, to: (ran.append(to[0]), run(state, to))[1])
-    found = planning.estimated([loop], loop.init(), lambda state, to: loop.run(state, [to]))
+    monkeypatch.setattr(loop, "run", lambda state, to: (ran.append(to), run(state, to))[1])
+    found = planning.estimated([loop], loop.init(), lambda *given: loop.run(*given))
     assert found.keys() == {"lstm"}
     assert 0 < found["lstm"] < 600
     assert ran in ([1, 2, 4, 8, 16, 32, 52][:n] for n in range(2, 8))  # dispatches of 20

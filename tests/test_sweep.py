@@ -205,9 +205,20 @@ def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path):
         for path in (folder / "checkpoints").iterdir():
             if path.name not in kept:
                 shutil.rmtree(path)
-    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
-    for task_set in SETS:
-        xr.testing.assert_identical(metadyn.load(done, task_set), metadyn.load(out, task_set))
+    damaged(out / "settings" / "3")
+    for _ in range(2):
+        assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
+        for task_set in SETS:
+            xr.testing.assert_identical(metadyn.load(done, task_set), metadyn.load(out, task_set))
+        damaged(out / "settings" / "0")  # of a sweep that is done
+
+
+def damaged(folder):
+    """Changes a byte of a measurement."""
+    files = (folder / "measurements" / "in_distribution").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def test_figures_are_drawn_after_all_if_the_last_part_died_drawing_them(
@@ -321,7 +332,7 @@ def test_ranges_and_rows_of_values():
         (["--seeds", "2", "--outer.seeds", "2"], "--outer.seeds: given twice"),
         (["--domain.sigma", "1", "2", "1"], "--domain.sigma 1: given twice"),
         (["--domain.sigma"], "--domain.sigma: give one or more values"),
-        (["--domain.sigm", "1"], "no such option; did you mean '--domain.sigma'?"),
+        (["--domain.sigm", "1"], "did you mean '--domain.sigma'?"),
         (["stray"], "stray"),
         (
             ["--domain.sigma", "0.1", "-1", "--outer.learning-rate", "1", "2"],

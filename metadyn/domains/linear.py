@@ -7,7 +7,7 @@ task W = U diag(s) Vᵀ are its singular triples.
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -143,19 +143,15 @@ class LinearRegression(Regression):
         Z = prng.normal(key, (self.n_y, self.n_x))
         return LinearTask(jnp.asarray(self.M, jnp.float32) + left @ Z @ right.T)
 
-    def aligned_task(self, key: Key, spectrum: Float[Array, " K"]) -> LinearTask:
-        """Makes the task W = U diag(s) Vᵀ with U and V the coordinate axes.
-
-        As x and ε are isotropic, to a learner whose initial state is isotropic too this is like any
-        evaluation task; one that starts along the axes starts aligned with it, as Saxe's closed
-        form assumes.
-        """
-        return self.evaluation_task(key, spectrum, rotate=False)
-
     def evaluation_task(
         self, key: Key, spectrum: Float[Array, " K"], rotate: bool = True
     ) -> LinearTask:
-        """Draws U and V of W = U diag(s) Vᵀ, Haar-random, unless they are to be the axes."""
+        """Draws U and V of W = U diag(s) Vᵀ, Haar-random, unless they are to be the axes.
+
+        As x and ε are isotropic, to a learner whose initial state is isotropic too all of these are
+        alike; one that starts along the axes starts aligned with the unrotated task, as Saxe's
+        closed form assumes.
+        """
         s = jnp.asarray(spectrum, jnp.float32)
         check(s.shape == (self.modes,), "spectrum", spectrum, f"give {self.modes} values")
         U, V = jnp.eye(self.n_y), jnp.eye(self.n_x)
@@ -183,7 +179,7 @@ class LinearRegression(Regression):
         """Sets up tasks of one spectrum (`spectrum`) in random directions (`evaluation_task`)."""
         s = self.spectrum(scale, outsize)
         probe = dataclasses.replace(self.probe(points), modes=_modes(s))
-        sample = self.evaluation_task if rotate else self.aligned_task
+        sample = self.evaluation_task if rotate else partial(self.evaluation_task, rotate=False)
         return TaskSet("in_distribution", self, sample, np.array(s, np.float32), {STRENGTH: probe})
 
     # The probe.
@@ -237,11 +233,7 @@ class LinearRegression(Regression):
             return {"strength": strength[None], "answers": answers}
 
         modes = Modes((1,), "task", strength="projection on the task")
-        coords = {
-            "point": ("point", tuple(range(points))),
-            "output": ("output", tuple(range(self.n_y))),
-        }
-        return Probe(inputs, read, modes, {"answers": ("point", "output")}, coords)
+        return Probe(inputs, read, modes, {"answers": ("point", "output")})
 
 
 def _modes(spectrum: tuple[float, ...]) -> Modes:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import Domain, Feedback, Key, Learner, Params, Query
+from metadyn.base import Domain, Feedback, Key, Learner, Params, Query, encoded_shapes
 from metadyn.errors import check, check_positive
 from metadyn.learners.blocks import HeadedConfig
 
@@ -111,7 +111,7 @@ class LinearAttention(nnx.Module):
     """
 
     def __init__(self, config: LinearAttentionConfig, *, rngs: nnx.Rngs):
-        H, self.heads, self.merged = config.hidden, config.attention_heads, config.merged
+        H, self.heads = config.hidden, config.attention_heads
         self.d, self.K = config.head_size, H if config.merged else config.head_size
         linear = lambda n, m: nnx.Linear(n, m, use_bias=False, rngs=rngs)
         self.query, self.value, self.out = (
@@ -191,15 +191,7 @@ class OneLayerAttention:
     def __init__(self, domain: Domain, config: OneLayerAttentionConfig, heads: int = 0):
         check(heads >= 0, "heads", heads, "must be 0 or more")
         self.domain, self.config, self.heads = domain, config, heads
-
-        def pair(key: Key) -> tuple[Array, Array]:
-            task = domain.sample_task(key)
-            query = domain.query(task, key)
-            feedback = domain.feedback(task, query, jnp.zeros(domain.answer_size), key)
-            return domain.encode_query(query), domain.encode_feedback(feedback)
-
-        x, y = jax.eval_shape(pair, jax.random.key(0))
-        self._n, self._m = x.size, y.size
+        (self._n,), (self._m,) = encoded_shapes(domain)
 
     def init(self, key: Key) -> Params:
         """The blocks V_h, and U_h or K_h and Q_h, of all heads."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from metadyn import inner
+from metadyn import inner, mesh
 from metadyn.base import (
     Answer,
     Derived,
@@ -28,6 +28,7 @@ from metadyn.base import (
     Params,
     Query,
     State,
+    encoded_shapes,
 )
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
@@ -142,6 +143,11 @@ class Beside:
         """Those of the meta-learner."""
         return self.meta.heads
 
+    @property
+    def cached_episodes(self) -> int:
+        """Episodes of the meta-learner that a core's cache holds (`outer.OuterLoop`)."""
+        return getattr(self.meta, "cached_episodes", mesh.CACHED_EPISODES)
+
     def init(self, key: Key) -> Params:
         """Draws the meta-learner's outer parameters."""
         return self.meta.init(key)
@@ -156,15 +162,12 @@ class Beside:
         """The learner that these parameters are, and Bayes beside it."""
         network, bayes, domain = self.meta.learner(params), self.beliefs.learner, self.domain
 
-        def asked(key: Key) -> Array:
-            return domain.encode_query(domain.query(domain.sample_task(key), key))
-
         def init(key: Key) -> Both:
             before = network.init(key), bayes.init(key)
             said = {
                 **self.beliefs.read(before[1]),
                 "state": self.read(before[0].carry),
-                "query": jax.eval_shape(asked, key),
+                "query": jnp.zeros(encoded_shapes(domain)[0]),
                 "distance": jnp.zeros(()),
             }
             return Both(*before, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), said))

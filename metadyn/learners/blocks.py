@@ -7,7 +7,7 @@ of it alone, each reading a normalised copy: the pre-norm transformer (Xiong et 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +16,7 @@ from jaxtyping import Array, Float
 
 from metadyn.base import Domain
 from metadyn.errors import check, check_positive
-from metadyn.learners.networks import Carry, Sequence
-
-
-@runtime_checkable
-class Mixer(Protocol):
-    """The part of a block that makes of each token, H numbers, something that depends on the past.
-
-    Stepping is written so that nothing as large as the memory is computed for the answer alone:
-    a probe asks many queries of one memory.
-    """
-
-    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """What is made of each token of a whole episode."""
-
-    def start(self, steps: int) -> Carry:
-        """An empty memory with room for `steps` tokens."""
-
-    def step(self, memory: Carry, x: Float[Array, " H"]) -> tuple[Carry, Float[Array, " H"]]:
-        """The memory with the next token in it, and what is made of that token."""
+from metadyn.learners.networks import Carry, CausalModel, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +36,12 @@ class BlocksConfig:
     def __post_init__(self) -> None:
         check_positive(self, "hidden", "layers", "mlp", "outer_learning_rate")
 
-    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> Mixer:
-        """Makes the mixer of one block."""
+    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> CausalModel:
+        """Makes the mixer of one block: what lets a token depend on those before it.
+
+        Its stepping is written so that nothing as large as the memory is computed for the answer
+        alone: a probe asks many queries of one memory.
+        """
         raise NotImplementedError
 
     def make(self, domain: Domain, heads: int = 0) -> Sequence:

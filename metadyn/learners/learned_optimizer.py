@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from metadyn import inner, prng
 from metadyn.base import Domain, Key, Keys, MetaLearner, Params
-from metadyn.learners.gradient import Network, Weights
+from metadyn.learners.gradient import Weights
 from metadyn.learners.maml import (
     Descent,
     InnerDescent,
@@ -52,28 +52,15 @@ class LearnedOptimizer(InnerDescent):
     keeps training stable (Harrison et al. 2022, arXiv:2209.11208).
     """
 
-    def __init__(
-        self,
-        domain: Domain,
-        network: Network,
-        inner_steps: int = 3,
-        hidden: int = 8,
-        learning_rate: float = 0.03,
-        clip: float = 3.0,
-        heads: int = 0,
-    ):
-        super().__init__(domain, network, inner_steps, clip, heads)
-        self.hidden, self.learning_rate = hidden, learning_rate
-
     def init(self, key: Key) -> Params:
         """Outer parameters: a hidden layer, an output layer that is zero, log rate."""
-        hidden = prng.normal(key, (self.hidden, FEATURES)) / FEATURES**0.5
+        hidden = self.config.hidden
         return {
-            "hidden": hidden,
-            "bias": jnp.zeros(self.hidden),
-            "out": jnp.zeros((2, self.hidden)),
+            "hidden": prng.normal(key, (hidden, FEATURES)) / FEATURES**0.5,
+            "bias": jnp.zeros(hidden),
+            "out": jnp.zeros((2, hidden)),
             "offset": jnp.zeros(2),
-            "log_rate": jnp.asarray(math.log(self.learning_rate), jnp.float32),
+            "log_rate": jnp.asarray(math.log(self.config.learning_rate), jnp.float32),
         }
 
     def start(self, params: Params, key: Key) -> Descent:
@@ -178,9 +165,7 @@ class LearnedOptimizerConfig(InnerDescentConfig):
         """The meta-learner for a domain; raises `ConfigError` if it is no regression."""
         check_regression(domain, heads, self.label)
         network = ordinary_network(domain, self.depth, self.width, self.scale)
-        return LearnedOptimizer(
-            domain, network, self.inner_steps, self.hidden, self.learning_rate, self.clip, heads
-        )
+        return LearnedOptimizer(domain, network, self)
 
     def objective(self, domain: Domain, meta: MetaLearner) -> Objective:
         """What it is trained on (`evolution_strategies`)."""

@@ -57,11 +57,6 @@ class LSTMCell(EpisodeCell):
         """The weights in the form that the kernels take."""
         return LSTMWeights(self.input[...], self.recurrent[...], self.bias[...])
 
-    @property
-    def num_feature_axes(self) -> int:
-        """Axes of one input beyond those of batches: one, of features."""
-        return 1
-
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> Carry:

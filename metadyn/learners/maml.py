@@ -56,22 +56,14 @@ class InnerDescent:
     the pairs seen so far, from where it stands, as an ordinary learner goes on from where it
     stands. In few-shot learning MAML goes back to its start for each set of pairs; here that would
     leave it K steps in all, however many pairs have come, which are too few to fit them. Gradients
-    are clipped at a norm of `clip`.
-
-    Raises `ConfigError` for domains that are no regression, and where heads are asked for.
+    are clipped at a norm of `clip`. The domain is a regression, and there are no heads.
     """
 
-    def __init__(
-        self,
-        domain: Domain,
-        network: Network,
-        inner_steps: int,
-        clip: float,
-        heads: int = 0,
-    ):
-        check_regression(domain, heads, type(self).__name__)
-        self.domain, self.network, self.heads = domain, network, heads
-        self.inner_steps, self.clip = inner_steps, clip
+    heads = 0
+
+    def __init__(self, domain: Domain, network: Network, config: Any):
+        """`config` is an `InnerDescentConfig`."""
+        self.domain, self.network, self.config = domain, network, config
 
     # What subclasses say.
 
@@ -142,10 +134,10 @@ class InnerDescent:
             return jnp.sum(jnp.where(seen, each, 0)) / count
 
         def step(descent, k):
-            gradient = clipped(jax.grad(loss)(descent.weights), self.clip)
+            gradient = clipped(jax.grad(loss)(descent.weights), self.config.clip)
             return self.stepped(params, k, descent, gradient), None
 
-        return jax.lax.scan(step, descent, jnp.arange(self.inner_steps))[0]
+        return jax.lax.scan(step, descent, jnp.arange(self.config.inner_steps))[0]
 
 
 def clipped(gradient: Weights, clip: float) -> Weights:
@@ -174,23 +166,11 @@ class MAML(InnerDescent):
     outer gradients go through the inner ones. The layers are the elements of the network's weights.
     """
 
-    def __init__(
-        self,
-        domain: Domain,
-        network: Network,
-        inner_steps: int = 3,
-        learning_rate: float = 0.1,
-        clip: float = 3.0,
-        heads: int = 0,
-    ):
-        super().__init__(domain, network, inner_steps, clip, heads)
-        self.learning_rate = learning_rate
-
     def init(self, key: Key) -> Params:
         """The start as the network draws it, and all rates alike."""
-        start = self.network.init(key)
-        log_rate = math.log(self.learning_rate)
-        return {"start": start, "log_rate": jnp.full((self.inner_steps, len(start)), log_rate)}
+        start, config = self.network.init(key), self.config
+        rates = jnp.full((config.inner_steps, len(start)), math.log(config.learning_rate))
+        return {"start": start, "log_rate": rates}
 
     def start(self, params: Params, key: Key) -> Descent:
         """The learned start."""
@@ -256,5 +236,4 @@ class MAMLConfig(InnerDescentConfig):
     def make(self, domain: Domain, heads: int = 0) -> MAML:
         """The meta-learner for a domain; raises `ConfigError` if it is no regression."""
         check_regression(domain, heads, self.label)
-        network = ordinary_network(domain, self.depth, self.width)
-        return MAML(domain, network, self.inner_steps, self.learning_rate, self.clip, heads)
+        return MAML(domain, ordinary_network(domain, self.depth, self.width), self)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn import mesh
-from metadyn.base import Answer, Domain, Feedback, Key, Learner, Params, Query
+from metadyn.base import Answer, Domain, Feedback, Key, Learner, Params, Query, encoded_shapes
 from metadyn.errors import check, check_positive
 from metadyn.kernels.lstm import apply
 
@@ -36,16 +36,17 @@ class EpisodeCell(nnx.RNNCellBase):
         return {}
 
 
+@runtime_checkable
 class CausalModel(Protocol):
     """A model of sequences for one episode, whose output at t depends on inputs up to t alone."""
 
-    def __call__(self, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
+    def __call__(self, inputs: Float[Array, "T n"], /) -> Float[Array, "T F"]:
         """Runs a whole episode, and returns all outputs."""
 
-    def start(self, steps: int) -> Carry:
+    def start(self, steps: int, /) -> Carry:
         """Makes an empty cache with room for `steps` inputs."""
 
-    def step(self, cache: Carry, x: Float[Array, " n"]) -> tuple[Carry, Float[Array, " F"]]:
+    def step(self, cache: Carry, x: Float[Array, " n"], /) -> tuple[Carry, Float[Array, " F"]]:
         """Reads x: returns the cache with x in it, and the output."""
 
 
@@ -95,16 +96,7 @@ class _NetworkMetaLearner:
     def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], Any], heads: int = 0):
         check(heads >= 0, "heads", heads, "must be 0 or more")
         self.domain, self.heads = domain, heads
-        key = jax.random.key(0)
-        answer = jax.ShapeDtypeStruct((domain.answer_size,), jnp.float32)
-
-        def encoded(answer: Array) -> tuple[Array, Array]:
-            task = domain.sample_task(key)
-            query = domain.query(task, key)
-            feedback = domain.feedback(task, query, answer, key)
-            return domain.encode_query(query), domain.encode_feedback(feedback)
-
-        (n,), (self._m,) = (one.shape for one in jax.eval_shape(encoded, answer))
+        (n,), (self._m,) = encoded_shapes(domain)
         self._n_in = n + self._m
 
         def build(rngs: nnx.Rngs) -> _Readout:
