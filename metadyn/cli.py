@@ -318,12 +318,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
         if arguments.plan is not None:
 
             def planned() -> list[planning.Planned]:
-                plans = sweep.planned(asked, study, configs, part, typed)
+                plans = sweep.planned(asked, study, configs, part)
                 return planning.of_sweep(plans, arguments.part, typed)
 
             planning.report(planned, arguments.plan, out, progress)
             return DONE
-        folder = sweep.run_sweep(asked, study, configs, out, progress, part, typed)
+        folder = sweep.run_sweep(asked, study, configs, out, progress, part)
     progress.say("\n".join(sweep_results.report(folder)))
     drawn = (folder.path / "summary.json").exists()
     there = f"figures: {folder.figures}, page: {folder.path / 'report.html'}"

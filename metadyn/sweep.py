@@ -19,7 +19,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +29,7 @@ import numpy as np
 
 from metadyn import inner, programs
 from metadyn.errors import ConfigError, check, naming
-from metadyn.options import configured
+from metadyn.options import as_typed, configured
 from metadyn.progress import Progress
 from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
 from metadyn.store import RunFolder, differences, read_json, write_json
@@ -290,13 +290,7 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def planned(
-    sweep: Sweep,
-    study: Study,
-    configs: Sequence[Any],
-    part: Part,
-    as_typed: Callable[[ConfigError, int], ConfigError],
-) -> dict[int, Plan]:
+def planned(sweep: Sweep, study: Study, configs: Sequence[Any], part: Part) -> dict[int, Plan]:
     """The plan of each setting that a part does, by its number. Raises `ConfigError`, as
     `run_sweep` does."""
     mine, plans = part.settings(len(configs)), {}
@@ -306,7 +300,8 @@ def planned(
             plans[i] = study.plan(configs[i])
             check_memory(plans[i])
         except ConfigError as error:
-            raise ConfigError(f"{sweep.called(i)}: {as_typed(error, i)}") from error
+            said = as_typed(error, configs[i], sweep.overrides(i))
+            raise ConfigError(f"{sweep.called(i)}: {said}") from error
     # Each setting keeps a lock open.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(mine) + FILES
@@ -325,21 +320,19 @@ def run_sweep(
     out: str | Path,
     progress: Progress,
     part: Part = WHOLE,
-    as_typed: Callable[[ConfigError, int], ConfigError] = lambda error, i: error,
 ) -> SweepFolder:
     """Runs a part of a sweep into `out`, or what is left of it.
 
     A setting whose loss is no longer finite is marked, and does not stop the others. Figures of
-    merit are drawn by the part that ends last. `as_typed(error, i)` says why setting i is refused
-    in the words of the command line. Raises `ConfigError` for what can be known not to work before
-    DIR is made, and as `run_study` does.
+    merit are drawn by the part that ends last. Raises `ConfigError` for what can be known not to
+    work before DIR is made, and as `run_study` does.
     """
     from metadyn import sweep_results
 
     mine = part.settings(len(configs))
     plans: dict[int, Plan] = {}
     if not (mine and is_sweep(out) and all(map(SweepFolder(out).whole, mine))):
-        plans = planned(sweep, study, configs, part, as_typed)
+        plans = planned(sweep, study, configs, part)
         with progress.counting("checking", 1) as show:
             show("criteria and figures")
             rehearse(study, configs[mine[0]], plans[mine[0]])

@@ -134,7 +134,7 @@ def test_the_figure_shows_each_variant_at_its_value_and_says_what_has_none(finis
         labels = [text.get_text() for text in axis.get_yticklabels()]
         at = [container.lines[0].get_xdata()[0] for container in axis.containers]
         shown |= {f"{axis.get_title()}, {label}": x for label, x in zip(labels, at, strict=True)}
-        never = sum("ever learned" in text.get_text() for text in axis.texts)
+        never = sum("too few" in text.get_text() for text in axis.texts)
         assert never == np.isnan(at).sum()
     assert np.isnan(list(shown.values())).any()
     for name, label in table.rows.items():

@@ -379,7 +379,7 @@ def test_more_settings_than_files_may_be_open_are_refused(tmp_path, monkeypatch)
     asked = sweep.Sweep("tiny", "quick", 0, "grid", {}, [()])
     given = asked, study, [study.presets["quick"]], sweep.WHOLE
     with pytest.raises(ConfigError, match="1 settings need 257 open files, of 200"):
-        sweep.planned(*given, lambda error, i: error)
+        sweep.planned(*given)
 
 
 def test_settings_without_a_meta_learner_that_is_followed_are_said_to_be_done(done, monkeypatch):
