@@ -165,8 +165,8 @@ QUICK = Config(
     bandit=ContextualBandit(contexts=3, actions=3, steps=20),
     examples=3,
     descent=10,
-    outer=md.OuterConfig(steps=600, learning_rate=3e-2, warmup=60, checkpoints=1),
-    measure=md.MeasureConfig(tasks=1024, updating_tasks=32, shifted_tasks=128, probe_points=16),
+    outer=md.OuterConfig(steps=1000, learning_rate=3e-2, warmup=100, checkpoints=1),
+    measure=md.MeasureConfig(tasks=1024, updating_tasks=32, shifted_tasks=64, probe_points=16),
 )
 PAPER = Config(
     **paper(50_000, batch=256), of="paper", measure=md.MeasureConfig(tasks=8192, probe_points=64)
