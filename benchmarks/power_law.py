@@ -98,6 +98,7 @@ def drawn(found: Sequence[Point], bayes: xr.Dataset) -> Figure:
         axis.fill_between(x, law.low, law.high, color=colour, alpha=0.15, lw=0)
     axis.set(xscale="log", yscale="log", xlabel="training episodes of each seed")
     axis.set_ylabel("excess loss over Bayes\n(held-out tasks)")
+    figures.log_ticks(axis.yaxis)
     axis.legend(title="measured; dashed: the law")
     return figure
 
