@@ -72,6 +72,8 @@ def test_the_study_is_rehearsed_without_complaint():
         ({"variances": (0.5, 1.0, 2.0)}, "variances"),
         ({"variances": (1.0, 0.5, 0.0)}, "variances"),
         ({"steps": 1}, "steps = 1: must be at least 2"),
+        ({"n_y": 2}, "n_y = 2: the theory is of one output"),
+        ({"mean": ((1.0, 0.0, 0.0),)}, "mean = .*leave it out"),
     ],
 )
 def test_bad_domains_are_named(fields, says):

@@ -232,6 +232,8 @@ def test_names_that_are_no_optimiser(name):
 
 def test_an_optimiser_that_takes_no_schedule_is_refused_before_training():
     named_optimizer("rprop", 0.1)
+    with pytest.raises(ConfigError, match=r"optimizer = 'momentum': .*takes a b2"):
+        named_optimizer("momentum", 0.1, b2=0.9)
     with pytest.raises(ConfigError, match="name an optimiser"):
         OuterConfig(optimizer="rprop")
 

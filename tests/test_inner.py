@@ -147,6 +147,14 @@ def axes_of(learner, probes):
     return {name: tuple(axes[2:]) for name, axes in found.items()}
 
 
+def test_all_that_a_probe_reads_is_reckoned_up():
+    """8 answers of 2 numbers, a strength and a loss, at 9 times on 3 tasks, in float32."""
+    probe = DOMAIN.answers(8)
+    tasks = TaskSet("tasks", DOMAIN, DOMAIN.evaluation_task, np.float32(S), {"said": probe}, size=3)
+    bayes = Contender("bayes", "Bayes", bayes_linear(DOMAIN), "bayes")
+    assert measuring.bytes_needed(tasks, bayes, seeds=1) == 4 * 3 * 9 * (8 * 2 + 1 + 1)
+
+
 def test_axes_name_every_reading():
     assert axes_of(learners()["lstm"], PROBES) == {
         "loss": (),

@@ -57,6 +57,15 @@ def test_only_maml_is_trained_and_what_is_made_of_it_counts_updates(linear):
         dataclasses.replace(comparison, contenders=others)
 
 
+def test_maml_is_trained_by_its_own_rate_and_batch():
+    study = metadyn.load_study(STUDY)
+    maml = dataclasses.replace(
+        study.presets["quick"].linear_maml, outer_batch=5, outer_learning_rate=0.5
+    )
+    own = study.plan(study.config("quick", linear_maml=maml)).trained["maml_linear"].own
+    assert (own.batch, own.learning_rate) == (5, 0.5)
+
+
 def test_the_study_is_rehearsed_without_complaint():
     study = metadyn.load_study(STUDY)
     quick = study.presets["quick"]

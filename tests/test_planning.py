@@ -70,7 +70,7 @@ def test_time_is_estimated_from_few_steps(plan, monkeypatch):
     _, loop = plan
     ran, run = [], loop.run
     monkeypatch.setattr(loop, "run", lambda state, to: (ran.append(to), run(state, to))[1])
-    found = planning.estimated([loop], loop.init(), lambda *given: loop.run(*given))
+    found = planning.estimated([loop], loop.init(), loop.run)
     assert found.keys() == {"lstm"}
     assert 0 < found["lstm"] < 600
     assert ran in ([1, 2, 4, 8, 16, 32, 52][:n] for n in range(2, 8))  # dispatches of 20

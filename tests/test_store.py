@@ -14,10 +14,10 @@ import pytest
 import xarray as xr
 
 import metadyn
-from metadyn import dynamics
+from metadyn import dynamics, figures
 from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.labelled import About, Modes, describe, labelled
-from metadyn.store import FORMAT, SUMS, RunFolder
+from metadyn.store import FORMAT, SUMS, NotMeasured, RunFolder
 from metadyn.study import HELDOUT, TRACKED
 
 IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 4}, "a": 1}}
@@ -392,3 +392,17 @@ def test_several_runs_of_one_process_save_at_the_same_time(tmp_path):
     for run in runs:
         run.finish()
         assert len(run.measurements()) == 6
+
+
+def test_a_run_that_was_killed_before_it_began_does_not_block_its_folder(tmp_path):
+    for name in (".lock", "config.json.part"):
+        (tmp_path / name).write_text("{")
+    asked = {"study": "s", "preset": "p", "seed": 0, "config": {}, "plan": []}
+    assert RunFolder.create(tmp_path, asked).config["study"] == "s"
+
+
+def test_a_figure_of_nothing_measured_says_so():
+    """Then `metadyn figures` leaves it out, as in a run that was stopped in training."""
+    for figure in (figures.mode_strength, figures.learning_times):
+        with pytest.raises(NotMeasured):
+            figure({})
