@@ -36,15 +36,26 @@ def test_apply_is_the_product_however_it_is_mapped(axes, shape):
 
 
 def test_derivatives_are_those_of_plain_products():
-    def loss(apply, times, W, V, X):
-        product = times(W.T, V)
+    def loss(products, W, V, X):
+        apply, times, similarities = products
+        product = times(similarities(W, V), W)  # [m, n]
         answers = jax.vmap(apply, (None, 0))(product, X)
         return jnp.sum(jnp.sin(answers))
 
-    def gradient(apply, times):
-        each = jax.grad(lambda *parts: loss(apply, times, *parts), argnums=(0, 1, 2))
+    def gradient(*products):
+        each = jax.grad(lambda *parts: loss(products, *parts), argnums=(0, 1, 2))
         return jax.vmap(each)(W, V, X)
 
-    plain = gradient(lambda W, x: W @ x, lambda A, B: A @ B)
-    for ours, theirs in zip(gradient(dense.apply, dense.times), plain, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    plain = gradient(lambda W, x: W @ x, lambda A, B: A @ B, lambda A, B: A @ B.T)
+    ours = gradient(dense.apply, dense.times, dense.similarities)
+    for found, expected in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_stacks_are_those_of_each():
+    product = lambda W, V: jnp.sum(jnp.sin(dense.times(dense.similarities(W, V), W)))
+    each = jax.vmap(jax.value_and_grad(product, (0, 1)))(W, V)
+    whole = jax.value_and_grad(product, (0, 1))(W, V)
+    np.testing.assert_allclose(each[0].sum(), whole[0], rtol=1e-5)
+    for one, all_at_once in zip(each[1], whole[1], strict=True):
+        np.testing.assert_allclose(one, all_at_once, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,8 @@
-"""W x, for weights of many learners at once on a CPU.
+"""Products of many small matrices at once on a CPU.
 
-Mapped over learners, XLA's products for CPUs are slow if they read their left factor transposed,
-and a product's derivative always does. Here what is to be read transposed is written down
-transposed first. Elsewhere these are plain products.
+There XLA's batched products are slow if they read their left factor transposed, and a product's
+derivative always does. Here what is to be read transposed is written down transposed first.
+Elsewhere these are plain products.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ def apply(W: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
     return _apply(W, x) if mesh.backend() == "cpu" else W @ x
 
 
-def times(A: Float[Array, "i j"], B: Float[Array, "j k"]) -> Float[Array, "i k"]:
+def times(A: Float[Array, "*B i j"], B: Float[Array, "*B j k"]) -> Float[Array, "*B i k"]:
     """A B."""
     return _times(A, B) if mesh.backend() == "cpu" else A @ B
+
+
+def similarities(A: Float[Array, "*B i k"], B: Float[Array, "*B j k"]) -> Float[Array, "*B i j"]:
+    """A Bᵀ: the inner products of the rows of A with those of B."""
+    return _similarities(A, B) if mesh.backend() == "cpu" else A @ B.mT
 
 
 @jax.custom_batching.custom_vmap
@@ -53,7 +58,18 @@ def _times(A, B):
 
 _times.defvjp(
     lambda A, B: (_times(A, B), (A, B)),
-    lambda factors, d: (d @ factors[1].T, _written(factors[0].T) @ d),
+    lambda factors, d: (d @ factors[1].mT, _written(factors[0].mT) @ d),
+)
+
+
+@jax.custom_vjp
+def _similarities(A, B):
+    return A @ B.mT
+
+
+_similarities.defvjp(
+    lambda A, B: (_similarities(A, B), (A, B)),
+    lambda factors, d: (d @ factors[1], _written(d.mT) @ factors[0]),
 )
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from metadyn.base import Domain, Feedback, Key, Learner, Params, Query, encoded_shapes
 from metadyn.errors import check, check_positive
-from metadyn.learners.blocks import HeadedConfig
+from metadyn.kernels import dense
+from metadyn.learners.blocks import HeadedConfig, apart, by_token, joined
 
 Cache = tuple[Float[Array, "room heads d"], Float[Array, "room heads d"], Int[Array, ""]]
 Sums = tuple[Float[Array, "heads d K"], Int[Array, ""]]
@@ -54,21 +55,15 @@ class SoftmaxAttention(nnx.Module):
         self.project: Any = nnx.Linear(H, 3 * H, rngs=rngs)
         self.out: Any = nnx.Linear(H, H, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """The attention of each token to those up to it.
-
-        Products make heads apart and join them, so that no array is cut or transposed for it.
-        """
-        T, H = x.shape
-        kernel = self.project.kernel[...].reshape(H, 3, self.heads, self.d)
-        bias = self.project.bias[...].reshape(3, self.heads, 1, self.d)
-        query, key, value = jnp.einsum("tn,nihd->ihtd", x, kernel) + bias
-        scores = jnp.einsum("htd,hsd->hts", query, key) / jnp.sqrt(self.d)
+    def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
+        """The attention of each token to those up to it."""
+        T = x.shape[-2]
+        projected = jnp.split(by_token(self.project, x), 3, axis=-1)
+        query, key, value = (apart(each, self.heads) for each in projected)
+        scores = dense.similarities(query, key) / jnp.sqrt(self.d)
         past = jnp.tril(jnp.ones((T, T), bool))
         weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
-        mixed = jnp.einsum("hts,hsd->htd", weights, value)
-        out = self.out.kernel[...].reshape(self.heads, self.d, H)
-        return jnp.einsum("htd,hdn->tn", mixed, out) + self.out.bias[...]
+        return by_token(self.out, joined(dense.times(weights, value)))
 
     def start(self, steps: int) -> Cache:
         """An empty cache."""
@@ -122,17 +117,17 @@ class LinearAttention(nnx.Module):
         self.key = None if config.merged else linear(H, H)
 
     def _projected(self, x: Float[Array, "*T H"]) -> tuple[Array, Array, Array]:
-        split = lambda a: a.reshape(*x.shape[:-1], self.heads, -1)
-        query = split(self.query(x)) / jnp.sqrt(self.K)
-        key = split(self.key(x)) if self.key else jnp.broadcast_to(x[..., None, :], query.shape)
-        return query, key, split(self.value(x))
+        split = lambda layer: by_token(layer, x).reshape(*x.shape[:-1], self.heads, -1)
+        query = split(self.query) / jnp.sqrt(self.K)
+        key = split(self.key) if self.key else jnp.broadcast_to(x[..., None, :], query.shape)
+        return query, key, split(self.value)
 
-    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+    def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
         """The attention of each token to those up to it."""
-        query, key, value = self._projected(x)
-        scores = jnp.tril(jnp.einsum("thd,shd->hts", query, key))
-        mixed = jnp.einsum("hts,shd->thd", scores, value) / jnp.arange(1, len(x) + 1)[:, None, None]
-        return self.out(mixed.reshape(len(x), -1))
+        query, key, value = (each.swapaxes(-2, -3) for each in self._projected(x))
+        scores = jnp.tril(dense.similarities(query, key))
+        mixed = dense.times(scores, value) / jnp.arange(1, x.shape[-2] + 1)[:, None]
+        return by_token(self.out, joined(mixed))
 
     def start(self, steps: int) -> Sums:
         """No sums yet, of no tokens."""

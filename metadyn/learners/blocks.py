@@ -39,6 +39,7 @@ class BlocksConfig:
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> CausalModel:
         """Makes the mixer of one block: what lets a token depend on those before it.
 
+        It runs whole episodes with any axes before those of time and of the numbers in a token.
         Its stepping is written so that nothing as large as the memory is computed for the answer
         alone: a probe asks many queries of one memory.
         """
@@ -68,6 +69,22 @@ class HeadedConfig(BlocksConfig):
         return self.hidden // self.attention_heads
 
 
+def by_token(layer: nnx.Linear, x: Float[Array, "*T n"]) -> Float[Array, "*T m"]:
+    """A layer applied to each token: one product of matrices, whose derivative transposes none."""
+    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def apart(x: Float[Array, "*B T H"], heads: int) -> Float[Array, "*B heads T d"]:
+    """Gives each head its share of the numbers in a token."""
+    return x.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
+
+
+def joined(x: Float[Array, "*B heads T d"]) -> Float[Array, "*B T H"]:
+    """Puts the shares of all heads into one token again."""
+    x = x.swapaxes(-2, -3)
+    return x.reshape(*x.shape[:-2], -1)
+
+
 class Block(nnx.Module):
     """A mixer and a perceptron of one hidden layer, each added to what it reads."""
 
@@ -79,10 +96,10 @@ class Block(nnx.Module):
         self.narrow = nnx.Linear(config.mlp * H, H, rngs=rngs)
 
     def _perceptron(self, x: Float[Array, "*T H"]) -> Float[Array, "*T H"]:
-        return x + self.narrow(jax.nn.gelu(self.wide(self.norms[1](x))))
+        return x + by_token(self.narrow, jax.nn.gelu(by_token(self.wide, self.norms[1](x))))
 
-    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """The tokens of a whole episode."""
+    def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
+        """The tokens of whole episodes."""
         return self._perceptron(x + self.mixer(self.norms[0](x)))
 
     def step(self, memory: Carry, x: Float[Array, " H"]) -> tuple[Carry, Float[Array, " H"]]:
@@ -105,13 +122,18 @@ class Blocks(nnx.Module):
         self.embed = nnx.Linear(2 * n_in, config.hidden, rngs=rngs)
         self.blocks = nnx.List([Block(config, domain, rngs=rngs) for _ in range(config.layers)])
 
-    def __call__(self, inputs: Float[Array, "T n"]) -> Float[Array, "T H"]:
-        """The outputs of a whole episode."""
-        before = jnp.concatenate([jnp.zeros_like(inputs[:1]), inputs[:-1]])
-        tokens = self.embed(jnp.concatenate([inputs, before], axis=1))
+    def __call__(self, inputs: Float[Array, "*B T n"]) -> Float[Array, "*B T H"]:
+        """The outputs of whole episodes."""
+        nothing = jnp.zeros_like(inputs[..., :1, :])
+        before = jnp.concatenate([nothing, inputs[..., :-1, :]], axis=-2)
+        tokens = by_token(self.embed, jnp.concatenate([inputs, before], axis=-1))
         for block in self.blocks:
             tokens = block(tokens)
         return tokens
+
+    def episodes(self, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
+        """Runs B whole episodes at once."""
+        return jnp.moveaxis(self(jnp.moveaxis(inputs, -1, 0)), 0, -1)
 
     def start(self, steps: int) -> Carry:
         """The input before, zero, and the empty memory of each block."""

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn.base import Domain
-from metadyn.learners.blocks import HeadedConfig
+from metadyn.kernels import dense
+from metadyn.learners.blocks import HeadedConfig, by_token, joined
 
 FastWeights = Float[Array, "heads d d"]
 TOGETHER = 64
@@ -45,25 +46,29 @@ class DeltaRule(nnx.Module):
         self.out = nnx.Linear(H, H, use_bias=False, rngs=rngs)
 
     def _projected(self, x: Float[Array, "*T H"]) -> tuple[Array, Array, Array, Array]:
-        query, key, value = jnp.moveaxis(
-            self.project(x).reshape(*x.shape[:-1], 3, self.heads, self.d), -3, 0
-        )
-        return _unit(query), _unit(key), value, jax.nn.sigmoid(self.rate(x))[..., None]
+        split = jnp.split(by_token(self.project, x), 3, axis=-1)
+        query, key, value = (a.reshape(*x.shape[:-1], self.heads, self.d) for a in split)
+        return _unit(query), _unit(key), value, jax.nn.sigmoid(by_token(self.rate, x))[..., None]
 
-    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """What is read at each token of a whole episode, some tokens at a time.
+    def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
+        """What is read at each token of whole episodes, some tokens at a time.
 
         Yang et al.: the corrections e_t = β_t (v_t − S_{t−1} k_t) of several tokens, of which each
         depends on those before, solve a triangular system, and all else is products.
         """
-        T, size = len(x), min(len(x), TOGETHER)
+        T = x.shape[-2]
+        size = min(T, TOGETHER)
 
-        def parts(a: Float[Array, "T heads n"]) -> Float[Array, "part heads size n"]:
-            padded = jnp.pad(a, ((0, -T % size), (0, 0), (0, 0)))  # β = 0: nothing is corrected
-            return padded.reshape(-1, size, *a.shape[1:]).swapaxes(1, 2)
+        def parts(a: Float[Array, "*B T heads n"]) -> Float[Array, "part *B heads size n"]:
+            padding = [(0, -T % size), (0, 0), (0, 0)]  # where β = 0 nothing is corrected
+            padded = jnp.pad(a, [(0, 0)] * (a.ndim - 3) + padding).swapaxes(-2, -3)
+            return jnp.stack(jnp.split(padded, padded.shape[-2] // size, axis=-2))
 
-        read = jax.lax.scan(_part, self.start(T), [*map(parts, self._projected(x))])[1]
-        return self.out(read.swapaxes(1, 2).reshape(-1, self.heads * self.d)[:T])
+        tokens = [parts(each) for each in self._projected(x)]
+        memory, first = _part(None, [each[0] for each in tokens])
+        _, rest = jax.lax.scan(_part, memory, [each[1:] for each in tokens])
+        read = jnp.concatenate([first, *rest], axis=-2)[..., :T, :]
+        return by_token(self.out, joined(read))
 
     def start(self, steps: int) -> FastWeights:
         """Fast weights of zero."""
@@ -78,26 +83,46 @@ class DeltaRule(nnx.Module):
         return memory + error[:, :, None] * key[:, None], self.out(mixed.reshape(-1))
 
 
-def _part(memory: FastWeights, tokens: list[Array]) -> tuple[FastWeights, Array]:
-    """The fast weights after the corrections of some tokens, and what is read at each of them."""
+def _part(memory: FastWeights | None, tokens: list[Array]) -> tuple[FastWeights, Array]:
+    """The fast weights after the corrections of some tokens, and what is read at each of them.
+
+    Without a memory they are zero before. Axes: *B, heads, and of tokens size and d.
+    """
     query, key, value, rate = tokens
-    right = rate * (value - jnp.einsum("hvk,htk->htv", memory, key))
-    before = jnp.tril(rate * jnp.einsum("htk,hsk->hts", key, key), -1)
-    error = jax.lax.custom_linear_solve(
-        lambda error: error + before @ error,
-        right,
-        lambda _, right: _substituted(before, right),
-        lambda _, right: _substituted(before[:, ::-1, ::-1].mT, right[:, ::-1])[:, ::-1],
-    )
-    scores = jnp.tril(jnp.einsum("htk,hsk->hts", query, key))
-    read = scores @ error + jnp.einsum("hvk,htk->htv", memory, query)
-    return memory + jnp.einsum("htv,htk->hvk", error, key), read
+    recalled = lambda a: 0.0 if memory is None else dense.similarities(a, memory)
+    before = jnp.tril(rate * dense.similarities(key, key), -1)
+    error = _solved(before, rate * (value - recalled(key)))
+    read = dense.times(jnp.tril(dense.similarities(query, key)), error) + recalled(query)
+    more = error.mT @ key
+    return more if memory is None else memory + more, read
+
+
+@jax.custom_vjp
+def _solved(
+    before: Float[Array, "*B m m"], right: Float[Array, "*B m d"]
+) -> Float[Array, "*B m d"]:
+    """Solves (I + before) e = right, where before is strictly lower triangular."""
+    return _substituted(before, right)
+
+
+def _solved_forwards(before: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
+    error = _substituted(before, right)
+    return error, (before, error)
+
+
+def _solved_backwards(known: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    before, error = known
+    d = _substituted(before, d, transposed=True)
+    return -dense.similarities(d, error), d
+
+
+_solved.defvjp(_solved_forwards, _solved_backwards)
 
 
 def _substituted(
-    before: Float[Array, "heads m m"], right: Float[Array, "heads m d"]
-) -> Float[Array, "heads m d"]:
-    """Solves (I + before) e = right, before strictly lower triangular, row by row.
+    before: Float[Array, "*B m m"], right: Float[Array, "*B m d"], transposed: bool = False
+) -> Float[Array, "*B m d"]:
+    """Solves (I + before) e = right, or with its transpose, row by row.
 
     It is not left to a library, whose calls on several CPU devices at once can wait for each
     other's threads for ever.
@@ -105,10 +130,12 @@ def _substituted(
 
     def row(found: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
         t, coefficients, one = now
-        return found.at[:, t].set(one - jnp.einsum("hs,hsd->hd", coefficients, found)), None
+        known = jnp.einsum("...s,...sd->...d", coefficients, found)
+        return found.at[..., t, :].set(one - known), None
 
-    rows = jnp.arange(right.shape[1]), before.swapaxes(0, 1), right.swapaxes(0, 1)
-    return jax.lax.scan(row, jnp.zeros_like(right), rows)[0]
+    coefficients = jnp.moveaxis(before, -1 if transposed else -2, 0)
+    rows = jnp.arange(len(coefficients)), coefficients, jnp.moveaxis(right, -2, 0)
+    return jax.lax.scan(row, jnp.zeros_like(right), rows, reverse=transposed)[0]
 
 
 def _unit(a: Float[Array, "*T d"]) -> Float[Array, "*T d"]:

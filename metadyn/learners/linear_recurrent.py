@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn.base import Domain, Key
-from metadyn.learners.blocks import BlocksConfig
+from metadyn.learners.blocks import BlocksConfig, by_token
 
 State = Float[Array, " H"]
 
@@ -50,16 +50,17 @@ class MinLSTM(nnx.Module):
         self.out = nnx.Linear(H, H, rngs=rngs)
 
     def _gated(self, x: Float[Array, "*T H"]) -> tuple[Array, Array, Array]:
-        forget, take, new, read = jnp.split(self.project(x), 4, axis=-1)
+        forget, take, new, read = jnp.split(by_token(self.project, x), 4, axis=-1)
         # f / (f + i) of two sigmoids, from their logarithms: they can both vanish
         kept = jax.nn.sigmoid(jax.nn.log_sigmoid(forget) - jax.nn.log_sigmoid(take))
         return kept, (1 - kept) * new, jax.nn.silu(read)
 
-    def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+    def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
         """What is read of h_1 … h_T, which are composed of the maps h → kept h + new."""
         kept, new, read = self._gated(x)
         then = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
-        return self.out(read * jax.lax.associative_scan(then, (kept, new))[1])
+        states = jax.lax.associative_scan(then, (kept, new), axis=x.ndim - 2)[1]
+        return by_token(self.out, read * states)
 
     def start(self, steps: int) -> State:
         """h_0 = 0."""

@@ -206,8 +206,9 @@ class Sequence(_NetworkMetaLearner):
     """Meta-learners with any causal model of sequences: `Sequence(domain, make_model, heads=0)`.
 
     `make_model(n_in, rngs)` returns an `nnx.Module` that is a `CausalModel` of inputs of `n_in`
-    numbers, such as a transformer. Training runs whole episodes through it; probing steps it from a
-    cache, which has room for T + 1 inputs: those of the episode, and a probe's query after it.
+    numbers, such as a transformer. Training runs whole episodes through it, B at once if it has a
+    method `episodes` that takes [T, n, B] to [T, F, B]; probing steps it from a cache, which has
+    room for T + 1 inputs: those of the episode, and a probe's query after it.
     """
 
     @property
@@ -222,6 +223,8 @@ class Sequence(_NetworkMetaLearner):
         return body.step(carry, x)
 
     def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
+        if hasattr(body, "episodes"):
+            return body.episodes(inputs)
         return jax.vmap(lambda one: body(one), -1, -1)(inputs)
 
 
