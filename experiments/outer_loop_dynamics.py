@@ -1,6 +1,6 @@
 """Outer-loop dynamics: how the inner learning curve of each mode changes over outer training.
 
-    metadyn run outer_loop_dynamics [--preset quick|paper] [--meta NAME] [overrides]
+    metadyn run outer_loop_dynamics [--preset quick|workstation|paper] [--meta NAME] [overrides]
 
 After Rabinowitz (2019), arXiv:1905.01320, §5. One LSTM is trained on each domain, side by side,
 with the networks and the objectives of the other three studies.
@@ -79,13 +79,17 @@ QUICK = Config(
     outer=md.OuterConfig(steps=12_000, learning_rate=3e-2, schedule="linear"),
     measure=md.MeasureConfig(tracked_tasks=256, heldout_tasks=256, probe_points=16),
 )
+WORKSTATION = Config(
+    outer=md.OuterConfig(steps=12_000, seeds=8, learning_rate=3e-2, schedule="linear"),
+    measure=md.MeasureConfig(tracked_tasks=1024, heldout_tasks=1024, probe_points=32),
+)
 PAPER = Config(
     **paper(100_000, batch=1024, checkpoints=60),
     measure=md.MeasureConfig(tracked_tasks=1024, heldout_tasks=8192, probe_points=64),
 )
 study = md.Study(
     "outer_loop_dynamics",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     section="§5",

@@ -13,7 +13,7 @@ from metadyn.base import Domain
 from metadyn.kernels import dense
 from metadyn.learners.blocks import HeadedConfig, by_token, joined
 
-FastWeights = Float[Array, "heads d d"]
+FastWeights = Float[Array, "*B heads d d"]
 TOGETHER = 64
 """Tokens whose corrections are solved for at once: our choice."""
 
