@@ -137,6 +137,7 @@ class StudyConfig:
         """
         network = getattr(self, self.meta)
         fields = dataclasses.asdict(network)
+        sizes = {f: fields[f] for f in ("hidden", "width", "inner_steps") if f in fields}
         own: dict[str, Any] = {f: fields[f"outer_{f}"] for f in OWN if f"outer_{f}" in fields}
         return Contender(
             self.meta,
@@ -145,7 +146,7 @@ class StudyConfig:
             objective=getattr(network, "objective", None),
             own=dataclasses.replace(self.outer, **own) if own else None,
             rate=f"{self.meta}.outer_learning_rate",
-            option=f"{self.meta}.{'hidden' if 'hidden' in fields else 'width'}",
+            option=f"{self.meta}.{max(sizes, key=lambda name: sizes[name])}",
         )
 
 

@@ -292,10 +292,13 @@ def test_bad_values_are_named_as_they_were_typed(option, refused):
             "on 2,000,000,000 tasks of 'tracked' at 21 times",
         ),
         ("--domain.steps", "10000000", "at 10,000,001 times"),
+        ("--maml.inner-steps", "300000000", "the weights of maml and what trains them"),
     ],
 )
 def test_what_cannot_fit_into_the_memory_is_one_line(option, value, what, refused):
-    said = refused([STUDY, option, value], f"metadyn: {option} {value}: ")
+    meta = option.partition(".")[0][2:]
+    more = ["--meta", meta] if meta == "maml" else []
+    said = refused([STUDY, *more, option, value], f"metadyn: {option} {value}: ")
     assert f"{what} would take " in said
     assert " GiB of the " in said
 
