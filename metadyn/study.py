@@ -146,7 +146,7 @@ class StudyConfig:
             objective=getattr(network, "objective", None),
             own=dataclasses.replace(self.outer, **own) if own else None,
             rate=f"{self.meta}.outer_learning_rate",
-            option=f"{self.meta}.{max(sizes, key=lambda name: sizes[name])}",
+            option=f"{self.meta}.{max(sizes, key=sizes.__getitem__)}",  # likeliest to be too large
         )
 
 

@@ -13,8 +13,10 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _jaxtyped = jaxtyping.jaxtyped
 
 
-def _unless_inside(*, typechecker: Any) -> Any:
-    checked = _jaxtyped(typechecker=typechecker)
+def _unless_inside(*given: Any, **named: Any) -> Any:
+    if given:
+        return _jaxtyped(*given, **named)
+    checked = _jaxtyped(**named)
 
     def decorate(f: Any) -> Any:
         written = getattr(f, "__annotations__", {}).values()  # as strings

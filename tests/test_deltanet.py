@@ -24,7 +24,7 @@ def projected(mixer, x):
     return unit[:, 0], unit[:, 1], each[:, 2], rate
 
 
-@pytest.mark.parametrize("T", [1, 2, 21, 200])
+@pytest.mark.parametrize("T", [1, 2, 21, 128, 200])
 def test_fast_weights_are_corrected_by_the_delta_rule(T):
     """S ← S + β (v − S k) kᵀ, one token after another, read by S q."""
     mixer = DeltaRule(CONFIG, rngs=nnx.Rngs(0))
@@ -70,6 +70,16 @@ def test_the_gradient_of_whole_episodes_is_that_of_stepping():
         jax.jit(jax.grad(lambda x, f=f: jnp.vdot(direction, f(x))))(x) for f in (mixer, stepping)
     )
     np.testing.assert_allclose(whole, stepped, 1e-4, 1e-4 * float(jnp.abs(stepped).max()))
+
+
+@pytest.mark.parametrize("T", [20, TOGETHER + 6])
+def test_many_episodes_at_once_are_each_alone_and_so_is_their_gradient(T):
+    mixer, rng = DeltaRule(CONFIG, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    x, direction = (jnp.asarray(rng.standard_normal((3, T, H)), jnp.float32) for _ in range(2))
+    both = lambda f: jax.jit(jax.value_and_grad(lambda x: jnp.vdot(direction, f(x))))(x)
+    each = both(lambda x: jnp.stack([mixer(one) for one in x]))
+    for found, expected in zip(both(mixer), each, strict=True):
+        np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
 
 
 def test_bad_networks_are_named():

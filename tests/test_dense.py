@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from metadyn import mesh
 from metadyn.kernels import dense
 
 RNG = np.random.default_rng(0)
@@ -35,7 +36,10 @@ def test_apply_is_the_product_however_it_is_mapped(axes, shape):
     np.testing.assert_allclose(one, W[0] @ X[0, 0], rtol=1e-5, atol=1e-6)
 
 
-def test_derivatives_are_those_of_plain_products():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_derivatives_are_those_of_plain_products(backend, monkeypatch):
+    monkeypatch.setattr(mesh, "backend", lambda: backend)
+
     def loss(products, W, V, X):
         apply, times, similarities = products
         product = times(similarities(W, V), W)  # [m, n]
@@ -52,10 +56,18 @@ def test_derivatives_are_those_of_plain_products():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_products_of_stacks_are_those_of_each():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_products_of_stacks_are_those_of_each(backend, monkeypatch):
+    monkeypatch.setattr(mesh, "backend", lambda: backend)
     product = lambda W, V: jnp.sum(jnp.sin(dense.times(dense.similarities(W, V), W)))
     each = jax.vmap(jax.value_and_grad(product, (0, 1)))(W, V)
     whole = jax.value_and_grad(product, (0, 1))(W, V)
     np.testing.assert_allclose(each[0].sum(), whole[0], rtol=1e-5)
+    square = dense.similarities(
+        jnp.array(W[..., :4]), jnp.array(V[..., :4])
+    )  # where the transposed has its shape too
+    np.testing.assert_allclose(
+        square, np.einsum("lik,ljk->lij", W[..., :4], V[..., :4]), 1e-4, 1e-4
+    )
     for one, all_at_once in zip(each[1], whole[1], strict=True):
         np.testing.assert_allclose(one, all_at_once, rtol=1e-4, atol=1e-5)

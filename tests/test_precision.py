@@ -1,5 +1,6 @@
 """What is computed in float32 proper, as the programs for GPUs and TPUs say: neither is needed."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -16,6 +17,8 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners import bayes
+from metadyn.learners.attention import TransformerConfig
+from metadyn.learners.deltanet import DeltaNetConfig
 from metadyn.learners.gradient import deep_linear, gradient, mlp
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import actor_critic, prediction_loss
@@ -33,6 +36,7 @@ ORDINARY = {
     "bayes_bandit": (BANDIT, bayes.bayes_bandit(BANDIT)),
 }
 TRAINED = {"lstm": LINEAR, "lstm_fourier": FOURIER, "lstm_bandit": BANDIT}
+LSTM, HEADED = LSTMConfig(hidden=16), {"hidden": 8, "attention_heads": 2}
 PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}
 """Names of platforms: what JAX lowers for, and what it says it runs on there."""
 
@@ -79,9 +83,9 @@ def test_all_that_measures_is_float32(name, lowered):
     assert "stablehlo.fft" not in text
 
 
-def loop_of(domain, precision, backend="auto", teacher=None):
+def loop_of(domain, precision, network=LSTM, teacher=None):
     critic = domain is BANDIT
-    meta = LSTMConfig(hidden=16, backend=backend).make(domain, heads=int(critic))
+    meta = network.make(domain, heads=int(critic))
     make = actor_critic if critic else partial(prediction_loss, teacher=teacher)
     objective = make(domain, meta)
     config = OuterConfig(steps=4, batch=32, seeds=2, warmup=1, precision=precision)
@@ -114,7 +118,14 @@ def test_bayes_is_exact_where_it_teaches(lowered):
 
 @pytest.mark.parametrize("backend", ["scan", "backward"])
 def test_every_backend_of_the_lstm_is_rounded_alike(backend, lowered):
-    loop = loop_of(FOURIER, "bfloat16", backend)
+    loop = loop_of(FOURIER, "bfloat16", dataclasses.replace(LSTM, backend=backend))
+    found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
+    assert found == {("DEFAULT", "DEFAULT")}
+
+
+@pytest.mark.parametrize("network", [TransformerConfig(**HEADED), DeltaNetConfig(**HEADED)])
+def test_attention_and_the_delta_rule_are_rounded_alike(network, lowered):
+    loop = loop_of(FOURIER, "bfloat16", network)
     found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
     assert found == {("DEFAULT", "DEFAULT")}
 

@@ -2,7 +2,7 @@
 
 There XLA's batched products are slow if they read their left factor transposed, and a product's
 derivative always does. Here what is to be read transposed is written down transposed first.
-Elsewhere these are plain products.
+Elsewhere these are plain products. Their derivatives are had backwards alone, not by `jax.jvp`.
 """
 
 from __future__ import annotations

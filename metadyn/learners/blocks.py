@@ -7,7 +7,7 @@ of it alone, each reading a normalised copy: the pre-norm transformer (Xiong et 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,13 @@ from jaxtyping import Array, Float
 from metadyn.base import Domain
 from metadyn.errors import check, check_positive
 from metadyn.learners.networks import Carry, CausalModel, Sequence
+
+
+class Mixer(CausalModel, Protocol):
+    """A causal model of tokens that runs many whole episodes at once: any axes may come before."""
+
+    def __call__(self, x: Float[Array, "*B T H"], /) -> Float[Array, "*B T H"]:
+        """Runs whole episodes, and returns all outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +43,9 @@ class BlocksConfig:
     def __post_init__(self) -> None:
         check_positive(self, "hidden", "layers", "mlp", "outer_learning_rate")
 
-    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> CausalModel:
+    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> Mixer:
         """Makes the mixer of one block: what lets a token depend on those before it.
 
-        It runs whole episodes with any axes before those of time and of the numbers in a token.
         Its stepping is written so that nothing as large as the memory is computed for the answer
         alone: a probe asks many queries of one memory.
         """

@@ -62,11 +62,12 @@ class DeltaRule(nnx.Module):
         def parts(a: Float[Array, "*B T heads n"]) -> Float[Array, "part *B heads size n"]:
             padding = [(0, -T % size), (0, 0), (0, 0)]  # where β = 0 nothing is corrected
             padded = jnp.pad(a, [(0, 0)] * (a.ndim - 3) + padding).swapaxes(-2, -3)
-            return jnp.stack(jnp.split(padded, padded.shape[-2] // size, axis=-2))
+            apart = padded.reshape(*padded.shape[:-2], -1, size, padded.shape[-1])
+            return jnp.moveaxis(apart, -3, 0)
 
         tokens = [parts(each) for each in self._projected(x)]
         memory, first = _part(None, [each[0] for each in tokens])
-        _, rest = jax.lax.scan(_part, memory, [each[1:] for each in tokens])
+        rest = jax.lax.scan(_part, memory, [each[1:] for each in tokens])[1] if size < T else []
         read = jnp.concatenate([first, *rest], axis=-2)[..., :T, :]
         return by_token(self.out, joined(read))
 
@@ -113,7 +114,7 @@ def _solved_forwards(before: Array, right: Array) -> tuple[Array, tuple[Array, A
 def _solved_backwards(known: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
     before, error = known
     d = _substituted(before, d, transposed=True)
-    return -dense.similarities(d, error), d
+    return -d @ error.mT, d
 
 
 _solved.defvjp(_solved_forwards, _solved_backwards)

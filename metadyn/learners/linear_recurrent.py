@@ -59,7 +59,7 @@ class MinLSTM(nnx.Module):
         """What is read of h_1 … h_T, which are composed of the maps h → kept h + new."""
         kept, new, read = self._gated(x)
         then = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
-        states = jax.lax.associative_scan(then, (kept, new), axis=x.ndim - 2)[1]
+        states = jax.lax.associative_scan(then, (kept, new), axis=-2)[1]
         return by_token(self.out, read * states)
 
     def start(self, steps: int) -> State:

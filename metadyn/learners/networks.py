@@ -38,7 +38,10 @@ class EpisodeCell(nnx.RNNCellBase):
 
 @runtime_checkable
 class CausalModel(Protocol):
-    """A model of sequences for one episode, whose output at t depends on inputs up to t alone."""
+    """A model of sequences for one episode, whose output at t depends on inputs up to t alone.
+
+    It may have a method `episodes`, from [T, n, B] to [T, F, B], which trains it on B at once.
+    """
 
     def __call__(self, inputs: Float[Array, "T n"], /) -> Float[Array, "T F"]:
         """Runs a whole episode, and returns all outputs."""
@@ -206,9 +209,8 @@ class Sequence(_NetworkMetaLearner):
     """Meta-learners with any causal model of sequences: `Sequence(domain, make_model, heads=0)`.
 
     `make_model(n_in, rngs)` returns an `nnx.Module` that is a `CausalModel` of inputs of `n_in`
-    numbers, such as a transformer. Training runs whole episodes through it, B at once if it has a
-    method `episodes` that takes [T, n, B] to [T, F, B]; probing steps it from a cache, which has
-    room for T + 1 inputs: those of the episode, and a probe's query after it.
+    numbers, such as a transformer. Training runs whole episodes through it; probing steps it from a
+    cache, which has room for T + 1 inputs: those of the episode, and a probe's query after it.
     """
 
     @property
@@ -223,7 +225,7 @@ class Sequence(_NetworkMetaLearner):
         return body.step(carry, x)
 
     def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-        if hasattr(body, "episodes"):
+        if callable(getattr(body, "episodes", None)):
             return body.episodes(inputs)
         return jax.vmap(lambda one: body(one), -1, -1)(inputs)
 
