@@ -67,9 +67,10 @@ class DeltaRule(nnx.Module):
 
         tokens = [parts(each) for each in self._projected(x)]
         memory, first = _part(None, [each[0] for each in tokens])
-        rest = jax.lax.scan(_part, memory, [each[1:] for each in tokens])[1] if size < T else []
-        read = jnp.concatenate([first, *rest], axis=-2)[..., :T, :]
-        return by_token(self.out, joined(read))
+        read = [first]
+        if size < T:
+            read.extend(jax.lax.scan(_part, memory, [each[1:] for each in tokens])[1])
+        return by_token(self.out, joined(jnp.concatenate(read, axis=-2)[..., :T, :]))
 
     def start(self, steps: int) -> FastWeights:
         """Fast weights of zero."""
