@@ -63,11 +63,8 @@ def test_products_of_stacks_are_those_of_each(backend, monkeypatch):
     each = jax.vmap(jax.value_and_grad(product, (0, 1)))(W, V)
     whole = jax.value_and_grad(product, (0, 1))(W, V)
     np.testing.assert_allclose(each[0].sum(), whole[0], rtol=1e-5)
-    square = dense.similarities(
-        jnp.array(W[..., :4]), jnp.array(V[..., :4])
-    )  # where the transposed has its shape too
-    np.testing.assert_allclose(
-        square, np.einsum("lik,ljk->lij", W[..., :4], V[..., :4]), 1e-4, 1e-4
-    )
+    A, B = W[..., :4], V[..., :4]  # square: B has the shape of its transpose
+    found = dense.similarities(jnp.array(A), jnp.array(B))
+    np.testing.assert_allclose(found, np.einsum("lik,ljk->lij", A, B), 1e-4, 1e-4)
     for one, all_at_once in zip(each[1], whole[1], strict=True):
         np.testing.assert_allclose(one, all_at_once, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from metadyn.base import Domain, Feedback, Key, Learner, Params, Query, encoded_shapes
 from metadyn.errors import check, check_positive
 from metadyn.kernels import dense
-from metadyn.learners.blocks import HeadedConfig, apart, by_token, joined
+from metadyn.learners.blocks import HeadedConfig, by_token, joined, queries_keys_values
 
 Cache = tuple[Float[Array, "room heads d"], Float[Array, "room heads d"], Int[Array, ""]]
 Sums = tuple[Float[Array, "heads d K"], Int[Array, ""]]
@@ -58,8 +58,8 @@ class SoftmaxAttention(nnx.Module):
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
         """The attention of each token to those up to it."""
         T = x.shape[-2]
-        projected = jnp.split(by_token(self.project, x), 3, axis=-1)
-        query, key, value = (apart(each, self.heads) for each in projected)
+        projected = queries_keys_values(self.project, x, self.heads)
+        query, key, value = (each.swapaxes(-2, -3) for each in projected)
         scores = dense.similarities(query, key) / jnp.sqrt(self.d)
         past = jnp.tril(jnp.ones((T, T), bool))
         weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
@@ -73,7 +73,7 @@ class SoftmaxAttention(nnx.Module):
     def step(self, memory: Cache, x: Float[Array, " H"]) -> tuple[Cache, Float[Array, " H"]]:
         """The attention of one token to those in the cache and to itself."""
         keys, values, t = memory
-        query, key, value = self.project(x).reshape(3, self.heads, self.d)
+        query, key, value = queries_keys_values(self.project, x, self.heads)
         past = jnp.where(jnp.arange(len(keys)) < t, jnp.einsum("hd,shd->hs", query, keys), -jnp.inf)
         scores = jnp.concatenate([past, (query * key).sum(-1, keepdims=True)], axis=1)
         weights = jax.nn.softmax(scores / jnp.sqrt(self.d))

@@ -80,9 +80,12 @@ def by_token(layer: nnx.Linear, x: Float[Array, "*T n"]) -> Float[Array, "*T m"]
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-def apart(x: Float[Array, "*B T H"], heads: int) -> Float[Array, "*B heads T d"]:
-    """Gives each head its share of the numbers in a token."""
-    return x.reshape(*x.shape[:-1], heads, -1).swapaxes(-2, -3)
+def queries_keys_values(
+    project: nnx.Linear, x: Float[Array, "*T H"], heads: int
+) -> list[Float[Array, "*T heads d"]]:
+    """The three that one layer makes of each token, with each head's share apart."""
+    made = jnp.split(by_token(project, x), 3, axis=-1)
+    return [each.reshape(*x.shape[:-1], heads, -1) for each in made]
 
 
 def joined(x: Float[Array, "*B heads T d"]) -> Float[Array, "*B T H"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from metadyn.base import Domain
 from metadyn.kernels import dense
-from metadyn.learners.blocks import HeadedConfig, by_token, joined
+from metadyn.learners.blocks import HeadedConfig, by_token, joined, queries_keys_values
 
 FastWeights = Float[Array, "*B heads d d"]
 TOGETHER = 64
@@ -46,8 +46,7 @@ class DeltaRule(nnx.Module):
         self.out = nnx.Linear(H, H, use_bias=False, rngs=rngs)
 
     def _projected(self, x: Float[Array, "*T H"]) -> tuple[Array, Array, Array, Array]:
-        split = jnp.split(by_token(self.project, x), 3, axis=-1)
-        query, key, value = (a.reshape(*x.shape[:-1], self.heads, self.d) for a in split)
+        query, key, value = queries_keys_values(self.project, x, self.heads)
         return _unit(query), _unit(key), value, jax.nn.sigmoid(by_token(self.rate, x))[..., None]
 
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
@@ -62,8 +61,8 @@ class DeltaRule(nnx.Module):
         def parts(a: Float[Array, "*B T heads n"]) -> Float[Array, "part *B heads size n"]:
             padding = [(0, -T % size), (0, 0), (0, 0)]  # where β = 0 nothing is corrected
             padded = jnp.pad(a, [(0, 0)] * (a.ndim - 3) + padding).swapaxes(-2, -3)
-            apart = padded.reshape(*padded.shape[:-2], -1, size, padded.shape[-1])
-            return jnp.moveaxis(apart, -3, 0)
+            cut = padded.reshape(*padded.shape[:-2], -1, size, padded.shape[-1])
+            return jnp.moveaxis(cut, -3, 0)
 
         tokens = [parts(each) for each in self._projected(x)]
         memory, first = _part(None, [each[0] for each in tokens])
@@ -93,32 +92,15 @@ def _part(memory: FastWeights | None, tokens: list[Array]) -> tuple[FastWeights,
     query, key, value, rate = tokens
     recalled = lambda a: 0.0 if memory is None else dense.similarities(a, memory)
     before = jnp.tril(rate * dense.similarities(key, key), -1)
-    error = _solved(before, rate * (value - recalled(key)))
+    error = jax.lax.custom_linear_solve(
+        lambda error: error + before @ error,
+        rate * (value - recalled(key)),
+        lambda _, right: _substituted(before, right),
+        lambda _, right: _substituted(before, right, transposed=True),
+    )
     read = dense.times(jnp.tril(dense.similarities(query, key)), error) + recalled(query)
     more = error.mT @ key
     return more if memory is None else memory + more, read
-
-
-@jax.custom_vjp
-def _solved(
-    before: Float[Array, "*B m m"], right: Float[Array, "*B m d"]
-) -> Float[Array, "*B m d"]:
-    """Solves (I + before) e = right, where before is strictly lower triangular."""
-    return _substituted(before, right)
-
-
-def _solved_forwards(before: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
-    error = _substituted(before, right)
-    return error, (before, error)
-
-
-def _solved_backwards(known: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
-    before, error = known
-    d = _substituted(before, d, transposed=True)
-    return -d @ error.mT, d
-
-
-_solved.defvjp(_solved_forwards, _solved_backwards)
 
 
 def _substituted(
