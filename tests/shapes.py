@@ -19,9 +19,11 @@ def _unless_inside(*given: Any, **named: Any) -> Any:
     checked = _jaxtyped(**named)
 
     def decorate(f: Any) -> Any:
-        written = getattr(f, "__annotations__", {}).values()  # as strings
+        written = getattr(
+            f, "__annotations__", {}
+        ).values()  # as strings, whose own are in single quotes
         inside = "<locals>" in getattr(f, "__qualname__", "")
-        return f if inside and not any('"' in str(each) for each in written) else checked(f)
+        return f if inside and not any("'" in str(each) for each in written) else checked(f)
 
     return decorate
 

@@ -64,6 +64,23 @@ def scattered(meta, seed=1):
     return unravel(flat + 0.5 * jax.random.normal(jax.random.key(seed), flat.shape))
 
 
+def test_a_model_that_runs_many_episodes_at_once_is_asked_to():
+    asked = []
+
+    class Together(Attention):
+        def episodes(self, inputs):
+            asked.append(inputs.shape)
+            return jax.vmap(self.__call__, -1, -1)(inputs)
+
+    meta = Sequence(DOMAIN, Together)
+    params = scattered(meta)
+    queries, feedback = observe(DOMAIN, jax.random.split(jax.random.key(2), 7))
+    found = meta.unroll(params, queries, feedback)
+    assert asked == [(6, 5, 7)]
+    one_by_one = Sequence(DOMAIN, Attention).unroll(params, queries, feedback)
+    np.testing.assert_allclose(found, one_by_one, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("heads", [0, 2])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_step_by_step_and_whole_episode_give_the_same_numbers(name, heads):
