@@ -1,6 +1,6 @@
 """Linear attention's outer loop: one abrupt drop if keys and queries are merged, else a staircase.
 
-    metadyn run attention_plateaus [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run attention_plateaus [--preset quick|workstation|paper] [--out DIR] [overrides]
 
 One layer of linear attention is trained from small weights on y = w · x + ε with inputs of several
 variances, as Zhang, Singh, Latham & Saxe (2025), arXiv:2501.16265, analyse it: its components are
@@ -221,6 +221,10 @@ def plateaus(results):
     return figure
 
 
+WORKSTATION = Config(
+    domain=Components(n_x=4, variances=(1.0, 0.6, 0.36, 0.216)),
+    outer=dataclasses.replace(Config().outer, steps=24_000, batch=256, checkpoints=120),
+)
 PAPER = Config(
     separate=OneLayerAttentionConfig(),
     merged=OneLayerAttentionConfig(merged=True),
@@ -229,7 +233,7 @@ PAPER = Config(
 )
 study = md.Study(
     "attention_plateaus",
-    {"quick": Config(), "paper": PAPER},
+    {"quick": Config(), "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {"plateaus": plateaus},
