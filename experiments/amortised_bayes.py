@@ -1,6 +1,6 @@
 """Amortised Bayes: is the posterior in a meta-learner's state, and is it what the network uses?
 
-    metadyn run amortised_bayes [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run amortised_bayes [--preset quick|workstation|paper] [--out DIR] [overrides]
 
 Behaviour beside Bayes, decoding, simulation both ways (Mikulik et al. 2020, arXiv:2010.11223) and
 a causal test: an LSTM and a GRU that go on, in mid-episode, from Bayes' state mapped into theirs.
@@ -20,6 +20,8 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.inner import log_spaced
 from metadyn.learners import beside_bayes as beside
 from metadyn.learners.attention import TransformerConfig
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.learners.networks import GRUConfig
 from metadyn.objectives import predicting
 from metadyn.study import HELDOUT, claims, paper
 
@@ -165,13 +167,21 @@ QUICK = Config(
     outer=md.OuterConfig(steps=4000, optimizer="nadam", b2=0.98, learning_rate=3e-2, checkpoints=5),
     measure=md.MeasureConfig(tasks=512, tracked_tasks=0, heldout_tasks=1024),
 )
+WORKSTATION = Config(
+    lstm=LSTMConfig(hidden=192),
+    gru=GRUConfig(hidden=192),
+    outer=md.OuterConfig(
+        steps=10_000, optimizer="nadam", b2=0.98, learning_rate=1e-2, checkpoints=6
+    ),
+    measure=md.MeasureConfig(tasks=1024, tracked_tasks=0, heldout_tasks=2048),
+)
 PAPER = Config(
     **paper(50_000, batch=256, checkpoints=12),
     measure=md.MeasureConfig(tasks=8192, tracked_tasks=0, heldout_tasks=4096),
 )
 study = md.Study(
     "amortised_bayes",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {

@@ -1,6 +1,6 @@
 """Curricula: inputs made for the modes of a task, and modes that outer training admits in order.
 
-    metadyn run curriculum [--preset quick|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
+    metadyn run curriculum [--preset quick|workstation|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
 
 Inner: inputs of linear regression with variance λ_k ∝ 1 / s_k along mode k. From a small start
 descent learns mode k in a time ∝ 1 / (s_k λ_k) (after Saxe et al. 2013, arXiv:1312.6120): so all at
@@ -39,7 +39,7 @@ class Config(LearnersConfig, DomainsConfig):
 
     Those were measured in plain training, as nonlinear_n_k and bandit_n_k: of the quick preset by
     `metadyn run curriculum` itself, whose plain training is the same whatever they are; the others
-    by `metadyn run outer_loop_dynamics`. Set them to what a run of other settings reports.
+    by `metadyn run outer_loop_dynamics` with the same outer loop. Set them to what a run of other settings reports.
     """
 
     learners: tuple[str, ...] = ("lstm", "maml")
@@ -167,6 +167,15 @@ QUICK = Config(
         tasks=2048, updating_tasks=64, tracked_tasks=128, heldout_tasks=1024, probe_points=16
     ),
 )
+WORKSTATION = Config(
+    of="workstation",
+    nonlinear_steps=(320, 1060, 1660, 2500, 3940),
+    bandit_steps=(1220, 1370, 1500, 1620, 1880),
+    outer=md.OuterConfig(steps=12_000, learning_rate=1e-2, schedule="constant", warmup=100),
+    measure=md.MeasureConfig(
+        tasks=4096, updating_tasks=256, tracked_tasks=512, heldout_tasks=2048, probe_points=16
+    ),
+)
 PAPER = Config(
     **paper(50_000, batch=256, learning_rate=2e-3, schedule="constant"),
     of="paper",
@@ -174,7 +183,7 @@ PAPER = Config(
 )
 study = md.Study(
     "curriculum",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {f"mode_strength_{inputs}": partial(inner, inputs) for inputs in INPUTS} | {"outer": outer},

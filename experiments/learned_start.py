@@ -1,6 +1,6 @@
 """The start alone: where between a small random one and MAML's learned one the staggering goes.
 
-    metadyn run learned_start [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run learned_start [--preset quick|workstation|paper] [--out DIR] [overrides]
 
 The two-layer linear network of linear regression and the MLP of nonlinear regression are trained by
 plain gradient descent, always in the same way, from starts (1 − α) · random + α · learned, and from
@@ -208,6 +208,13 @@ QUICK = Config(
         tasks=1024, updating_tasks=32, tracked_tasks=32, heldout_tasks=512, probe_points=16
     ),
 )
+WORKSTATION = Config(
+    outer=md.OuterConfig(steps=2000, checkpoints=4),
+    nonlinear_maml=MAMLConfig(width=64, inner_steps=1, outer_batch=32),
+    measure=md.MeasureConfig(
+        tasks=2048, updating_tasks=64, tracked_tasks=64, heldout_tasks=1024, probe_points=16
+    ),
+)
 MANY = {"outer_learning_rate": 3e-3, "outer_batch": 512}
 PAPER = Config(
     outer=md.OuterConfig(steps=50_000, warmup=1000),
@@ -216,7 +223,7 @@ PAPER = Config(
 )
 study = md.Study(
     "learned_start",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {

@@ -1,6 +1,6 @@
 """Who else learns all modes at once: eight meta-learners under the same probe, on the same tasks.
 
-    metadyn run learners [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run learners [--preset quick|workstation|paper] [--out DIR] [overrides]
 
 What is it about meta-learning that removes the staggering: memory, amortisation, or a better start?
 Networks with a memory of any kind, gradient descent from a learned start (MAML) and a learned
@@ -155,6 +155,13 @@ QUICK = Config(
         tasks=1024, updating_tasks=32, tracked_tasks=64, heldout_tasks=512, probe_points=16
     ),
 )
+WORKSTATION = Config(
+    of="workstation",
+    outer=md.OuterConfig(steps=3000, learning_rate=2e-2, checkpoints=8),
+    measure=md.MeasureConfig(
+        tasks=4096, updating_tasks=64, tracked_tasks=256, heldout_tasks=1024, probe_points=16
+    ),
+)
 PAPER = Config(
     **paper(50_000, batch=256),
     of="paper",
@@ -178,7 +185,7 @@ COLUMNS = {
 }
 study = md.Study(
     "learners",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {f"learners_{name}": side_by_side(name) for name in TITLES}

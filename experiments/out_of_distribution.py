@@ -1,6 +1,6 @@
 """Out of distribution: what keeps a meta-trained learner near Bayes beyond its training tasks.
 
-    metadyn run out_of_distribution [--preset quick|paper] [--out DIR] [overrides]
+    metadyn run out_of_distribution [--preset quick|workstation|paper] [--out DIR] [overrides]
 
 Remedies for an LSTM and another network in linear regression: training on a mixture of scales,
 feedback divided by its running size, both, more distinct tasks (Raventós et al. 2023,
@@ -24,6 +24,7 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
 from metadyn.learners import bayes
 from metadyn.learners.bayes_mixture import bayes_memorising, bayes_mixture
+from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.normalised import Normalised
 from metadyn.objectives import prediction_loss
 from metadyn.study import HELDOUT, Network, claims, excess_of, paper
@@ -247,6 +248,15 @@ QUICK = Config(
         shifted_tasks=256, tracked_tasks=256, heldout_tasks=256, probe_points=12, chunk=256
     ),
 )
+WORKSTATION = Config(
+    lstm=LSTMConfig(hidden=128),
+    outer=md.OuterConfig(
+        steps=4000, batch=48, optimizer="nadam", b2=0.98, learning_rate=2e-2, checkpoints=1
+    ),
+    measure=md.MeasureConfig(
+        shifted_tasks=1024, tracked_tasks=256, heldout_tasks=1024, probe_points=16, chunk=512
+    ),
+)
 PAPER = Config(
     **paper(100_000, batch=1024, checkpoints=10),
     pools=tuple(4**k for k in range(2, 9)),
@@ -255,7 +265,7 @@ PAPER = Config(
 )
 study = md.Study(
     "out_of_distribution",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {"excess_by_scale": excess_by_scale, "diversity": diversity},

@@ -1,6 +1,6 @@
 """Teaching: examples made for Bayes, made by gradient through a learner, and drawn at random.
 
-    metadyn run teaching [--preset quick|paper] [--learners lstm …] [--out DIR] [overrides]
+    metadyn run teaching [--preset quick|workstation|paper] [--learners lstm …] [--out DIR] [overrides]
 
 In linear regression a teacher who knows W chooses the first inputs of an episode (Zhu 2013; Liu &
 Zhu 2015); they are answered with noise, as ever, and random ones follow. Measured are the teaching
@@ -168,12 +168,17 @@ QUICK = Config(
     outer=md.OuterConfig(steps=1000, learning_rate=3e-2, warmup=100, checkpoints=1),
     measure=md.MeasureConfig(tasks=1024, updating_tasks=32, shifted_tasks=64, probe_points=16),
 )
+WORKSTATION = Config(
+    of="workstation",
+    outer=md.OuterConfig(steps=3000, learning_rate=2e-2, checkpoints=1),
+    measure=md.MeasureConfig(tasks=2048, updating_tasks=64, shifted_tasks=64),
+)
 PAPER = Config(
     **paper(50_000, batch=256), of="paper", measure=md.MeasureConfig(tasks=8192, probe_points=64)
 )
 study = md.Study(
     "teaching",
-    {"quick": QUICK, "paper": PAPER},
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
     {"error": ERROR, "mode_strength_least": ORDER, "communication": TOLD},
