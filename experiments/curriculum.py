@@ -1,6 +1,6 @@
 """Curricula: inputs made for the modes of a task, and modes that outer training admits in order.
 
-    metadyn run curriculum [--preset quick|workstation|paper] [--meta lstm|gru|…] [--out DIR] [overrides]
+    metadyn run curriculum [--preset quick|workstation|paper] [--meta NAME] [--out DIR] [overrides]
 
 Inner: inputs of linear regression with variance λ_k ∝ 1 / s_k along mode k. From a small start
 descent learns mode k in a time ∝ 1 / (s_k λ_k) (after Saxe et al. 2013, arXiv:1312.6120): so all at
@@ -39,7 +39,8 @@ class Config(LearnersConfig, DomainsConfig):
 
     Those were measured in plain training, as nonlinear_n_k and bandit_n_k: of the quick preset by
     `metadyn run curriculum` itself, whose plain training is the same whatever they are; the others
-    by `metadyn run outer_loop_dynamics` with the same outer loop. Set them to what a run of other settings reports.
+    by `metadyn run outer_loop_dynamics`, with the outer loop of the preset. Set them to what a run
+    of other settings reports.
     """
 
     learners: tuple[str, ...] = ("lstm", "maml")

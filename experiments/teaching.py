@@ -1,6 +1,6 @@
 """Teaching: examples made for Bayes, made by gradient through a learner, and drawn at random.
 
-    metadyn run teaching [--preset quick|workstation|paper] [--learners lstm …] [--out DIR] [overrides]
+    metadyn run teaching [--preset quick|workstation|paper] [--learners NAME …] [overrides]
 
 In linear regression a teacher who knows W chooses the first inputs of an episode (Zhu 2013; Liu &
 Zhu 2015); they are answered with noise, as ever, and random ones follow. Measured are the teaching
