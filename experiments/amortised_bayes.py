@@ -21,7 +21,6 @@ from metadyn.inner import log_spaced
 from metadyn.learners import beside_bayes as beside
 from metadyn.learners.attention import TransformerConfig
 from metadyn.learners.lstm import LSTMConfig
-from metadyn.learners.networks import GRUConfig
 from metadyn.objectives import predicting
 from metadyn.study import HELDOUT, claims, paper
 
@@ -135,9 +134,8 @@ def by_step(results, name: str, network: str):
 def by_training(results, name: str, network: str):
     """How much is decoded over outer training, and how far behaviour is that of Bayes."""
     data, bayes = (results[f"{HELDOUT}_{name}", who] for who in (network, "bayes"))
-    of, over = decoded(results, name, network), decoding.over_steps
-    shown = ("mean", "shuffled", "uncertainty")
-    found = {what: dynamics.estimate(over, *of[what]) for what in shown}
+    of, shown = decoded(results, name, network), ("mean", "shuffled", "uncertainty")
+    found = {what: dynamics.estimate(decoding.over_steps, *of[what]) for what in shown}
     value, low, high = (1 / (1 + part) for part in dynamics.measured_excess(data, bayes))
     found["behaviour: 1 / (1 + excess loss), 1 as Bayes"] = dynamics.Estimate(value, high, low)
     return 1 + data["outer_step"].to_numpy(), found
@@ -149,14 +147,11 @@ def causal(results):
     for axis, name in zip(axes, TITLES, strict=True):
         both = (results[f"causal_{name}", f"{each}_operated"] for each in RECURRENT)
         rows = [dict(decoding.operated(data)) for data in both]
-        for i, (source, said) in enumerate(decoding.GOES_ON.items()):
-            found = dynamics.stacked(row[f"from_{source}"] for row in rows)
-            style = {"color": figures.COLOURS[i], "label": said, "yerr": figures.bars(found)}
-            axis.bar(np.arange(2) + 0.2 * i, found.value, 0.2, **style)
+        merits = lambda source, rows=rows: dynamics.stacked(row[f"from_{source}"] for row in rows)
+        found = [(said, merits(source)) for source, said in decoding.GOES_ON.items()]
+        figures.grouped_bars(axis, [*RECURRENT.values()], found)
         axis.set(title=TITLES[name], yscale="log")
-        axis.set_xticks(np.arange(2) + 0.3, [*RECURRENT.values()])
-    entries = axes[0].get_legend_handles_labels()
-    figure.legend(*entries, title="going on from", loc="outside lower center", ncols=4)
+    figures.legend_below(axes[0], title="going on from")
     return figure
 
 
@@ -168,11 +163,8 @@ QUICK = Config(
     measure=md.MeasureConfig(tasks=512, tracked_tasks=0, heldout_tasks=1024),
 )
 WORKSTATION = Config(
-    lstm=LSTMConfig(hidden=192),
-    gru=GRUConfig(hidden=192),
-    outer=md.OuterConfig(
-        steps=10_000, optimizer="nadam", b2=0.98, learning_rate=1e-2, checkpoints=6
-    ),
+    lstm=LSTMConfig(hidden=128),
+    outer=md.OuterConfig(5000, optimizer="nadam", b2=0.98, learning_rate=2e-2, checkpoints=6),
     measure=md.MeasureConfig(tasks=1024, tracked_tasks=0, heldout_tasks=2048),
 )
 PAPER = Config(

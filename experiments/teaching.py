@@ -153,7 +153,7 @@ def by_learner(sets, reading: str, label: str, style, results):
         about = labelled.about(data)
         scale = "log" if about.clock == "updates" else "linear"
         axis.set(title=about.label, xlabel=about.clock, xscale=scale, **style)
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figures.legend_below(axes[-1])
     return figure
 
 

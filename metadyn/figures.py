@@ -175,19 +175,15 @@ def final_strength(
     label = "strength $a_k$ at the last step\n(0 nothing, 1 learned)"
     figure, axes = grid(len(shown) if names else 0, label, 2.9, 3.2, 5, sharey=True)
     for axis, (task_set, measured) in zip(axes, shown.items(), strict=True):
-        width, modes = 0.8 / len(names), labelled.modes(measured[names[0]])
-        for i, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False)):
-            end = dynamics.estimate(np.asarray, dynamics.strength(measured[name])[:, :, -1])
-            at = np.arange(len(end.value)) + (i - (len(names) - 1) / 2) * width
-            style = {"color": colour, "label": labelled.about(measured[name]).label}
-            axis.bar(at, end.value, width, yerr=bars(end), error_kw={"lw": 1.2}, **style)
+        modes = labelled.modes(measured[names[0]])
+        last = lambda data: dynamics.estimate(np.asarray, dynamics.strength(data)[:, :, -1])
+        found = [(labelled.about(measured[name]).label, last(measured[name])) for name in names]
+        grouped_bars(axis, _named(modes), found)
         for k in np.flatnonzero(np.isin(modes.values, shaded)):
             axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
         axis.axhline(1, **LEVEL)
         axis.set(title=titles[task_set], xlabel=modes.axis, ylim=(-0.2, 1.4))  # bars may run beyond
-        axis.set_xticks(range(len(modes.values)), _named(modes))
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=11)
+    legend_below(axes[0], fontsize=11)
     return figure
 
 
@@ -402,6 +398,22 @@ def curve(axis: Any, x: np.ndarray, y: Estimate, label: str, colour: Any, **styl
     axis.plot(x, y.value, color=colour, label=label, **style)
 
 
+def legend_below(axis: Any, ncols: int = 4, **style: Any) -> None:
+    """Draws the legend of one panel below the whole figure, for panels that show the same."""
+    entries = axis.get_legend_handles_labels()
+    axis.figure.legend(*entries, loc="outside lower center", ncols=ncols, **style)
+
+
+def grouped_bars(axis: Any, names: Sequence[str], found: Sequence[tuple[str, Estimate]]) -> None:
+    """Draws estimates [name], each with its label, as bars in a group for each name."""
+    width = 0.8 / len(found)
+    for i, ((label, each), colour) in enumerate(zip(found, cycle(COLOURS), strict=False)):
+        at = np.arange(len(names)) + (i - (len(found) - 1) / 2) * width
+        style = {"color": colour, "label": label, "error_kw": {"lw": 1.2}}
+        axis.bar(at, each.value, width, yerr=bars(each), **style)
+    axis.set_xticks(range(len(names)), names)
+
+
 def panels(
     shown: Mapping[str, tuple[np.ndarray, Mapping[str, Estimate]]],
     label: str,
@@ -425,8 +437,7 @@ def panels(
         if not alike:
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     if alike:
-        handles = every[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=min(3, 2 * len(shown) - 1))
+        legend_below(every[0], min(3, 2 * len(shown) - 1))
     return figure
 
 

@@ -263,8 +263,7 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
                 axis.set_xticks(values, [f"{value:g}" for value in values])
                 axis.minorticks_off()
     if others and not many:
-        handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=4)
+        figures.legend_below(axes[0])
     figure.suptitle(found[0]["learner"])
     return figure
 
