@@ -1,5 +1,7 @@
 """Linear regression: the prior, the evaluation tasks and the probe, against float64 NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,9 @@ def test_spectrum_spans_the_central_95_percent_of_the_priors_singular_values(dom
     assert np.mean(values > s[0]) == pytest.approx(0.025, abs=0.004)
     np.testing.assert_allclose(domain.spectrum(scale=4), 4 * np.array(s))
     np.testing.assert_allclose(domain.spectrum(outsize=8), [8 * s[0], *s[1:]])
+    even = dataclasses.replace(domain, spread="even").spectrum()
+    np.testing.assert_allclose(np.diff([*even, 0]), -even[-1])
+    assert even[0] == s[0]
 
 
 @pytest.mark.parametrize(("n_x", "n_y"), [(3, 3), (2, 5), (5, 2)])
@@ -145,6 +150,7 @@ def test_probe_of_silence_reads_zero():
         ({"row_covariance": ((1.0, 0.0), (0.0, -1.0))}, "positive definite"),
         ({"row_covariance": ((1.0, 0.5), (0.0, 1.0))}, "symmetric"),
         ({"column_covariance": ((1.0, 2.0), (2.0, 1.0))}, "positive definite"),
+        ({"spread": "evenly"}, "spread = 'evenly': choose from quantiles, even"),
         ({"column_covariance": ((float("inf"), 0.0), (0.0, 1.0))}, "finite"),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache, cached_property, partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from jaxtyping import Array, Float
 
 from metadyn import prng
 from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet
-from metadyn.errors import check, check_positive
+from metadyn.errors import check, check_choice, check_positive
 from metadyn.kernels import dense
 
 Matrix = tuple[tuple[float, ...], ...] | None
 """Rows of numbers."""
+Spread = Literal["quantiles", "even"]
 
 _SPECTRUM_DRAWS = 20_000  # our choice
 
@@ -57,8 +58,13 @@ class LinearRegression(Regression):
     """R, between outputs: n_y rows of n_y numbers. None: identity."""
     column_covariance: Matrix = None
     """C, between inputs: n_x rows of n_x numbers. None: identity / n_x."""
+    spread: Spread = "quantiles"
+    """How the singular values of evaluation tasks lie: at quantiles of the prior's, or at even
+    steps from 0 to the greatest of those. Of the quantiles the least is 0.03 at the default sizes,
+    where a learner's errors, over s_k, drown its strength: even steps place the last mode too."""
 
     def __post_init__(self) -> None:
+        check_choice("spread", self.spread, Spread)
         check_positive(self, "n_x", "n_y", "sigma", "steps")
         for field, shape in (
             ("mean", (self.n_y, self.n_x)),
@@ -109,16 +115,19 @@ class LinearRegression(Regression):
         return np.linalg.svd(W, compute_uv=False)
 
     def spectrum(self, scale: float = 1.0, outsize: float = 1.0) -> tuple[float, ...]:
-        """Spreads K singular values, greatest first, evenly over the prior's central 95 %.
+        """Gives K singular values, greatest first, spread over the prior's central 95 %.
 
         They are the quantiles at K evenly spaced probabilities from 0.975 to 0.025 of all singular
-        values of W ~ MN(M, R, C), by Monte Carlo with a fixed seed. For tasks out of distribution,
-        `scale` multiplies all of them and `outsize` the greatest alone.
+        values of W ~ MN(M, R, C), by Monte Carlo with a fixed seed; where they are to be `spread`
+        evenly, s_k = s_1 (K − k + 1) / K with s_1 the greatest of these. For tasks out of
+        distribution, `scale` multiplies all of them and `outsize` the greatest alone.
         """
         check(scale > 0, "scale", scale, "must be positive")
         check(outsize > 0, "outsize", outsize, "must be positive")
         levels = [0.5] if self.modes == 1 else np.linspace(0.975, 0.025, self.modes)
         s = scale * np.quantile(self._singular_values, levels)
+        if self.spread == "even":
+            s = s[0] * np.linspace(1, 0, self.modes, endpoint=False)
         s[0] *= outsize
         return tuple(float(value) for value in s)
 
