@@ -150,7 +150,6 @@ def test_probe_of_silence_reads_zero():
         ({"row_covariance": ((1.0, 0.0), (0.0, -1.0))}, "positive definite"),
         ({"row_covariance": ((1.0, 0.5), (0.0, 1.0))}, "symmetric"),
         ({"column_covariance": ((1.0, 2.0), (2.0, 1.0))}, "positive definite"),
-        ({"spread": "evenly"}, "spread = 'evenly': choose from quantiles, even"),
         ({"column_covariance": ((float("inf"), 0.0), (0.0, 1.0))}, "finite"),
     ],
 )
