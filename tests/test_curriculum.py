@@ -119,6 +119,18 @@ def test_training_takes_up_a_mode_at_its_step_and_not_before():
     same(trained(under(0, 0, 0), 8), trained(prediction_loss(FOURIER, META), 8))
 
 
+def test_what_changes_over_training_by_itself_goes_on_doing_so_under_a_curriculum():
+    annealed = md.ActorCriticConfig(annealed=True, group=2)
+    objective = partial(md.actor_critic, config=annealed, steps=20)
+    meta = LSTMConfig(hidden=4).make(BANDIT, 1)
+    params, keys = meta.init(jax.random.key(1)), KEYS[:4]
+    plain, under = objective(BANDIT, meta), admitting(BANDIT, meta, objective, Admission((0, 1, 2)))
+    losses = [float(under.at(jnp.int32(step)).loss(params, keys)[0]) for step in (2, 15, 20)]
+    found = [float(plain.at(jnp.int32(step)).loss(params, keys)[0]) for step in (2, 15, 20)]
+    np.testing.assert_array_equal(losses, found)
+    assert len({*losses}) == 3
+
+
 def test_a_curriculum_needs_a_domain_that_has_modes_and_a_step_for_each():
     with pytest.raises(ConfigError, match="give a step for each of the 3 modes"):
         admitting(FOURIER, META, prediction_loss, Admission((0, 5)))
