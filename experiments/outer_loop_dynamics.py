@@ -3,8 +3,8 @@
     metadyn run outer_loop_dynamics [--preset quick|workstation|paper] [--meta NAME] [overrides]
 
 After Rabinowitz (2019), arXiv:1905.01320, §5. One LSTM is trained on each domain, side by side,
-with the networks and the objectives of the other three studies. In linear regression the singular
-values of the tracked tasks lie at even steps: the least of the prior's quantiles cannot be placed.
+with the networks and the objectives of the other three studies. At the paper's sizes the singular
+values of tracked tasks lie at even steps: the least of the prior's quantiles cannot be placed.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import metadyn as md
 from metadyn import dynamics, labelled
 from metadyn.domains.linear import LinearRegression
 from metadyn.objectives import Target
-from metadyn.several_domains import TITLES, DomainsConfig
+from metadyn.several_domains import SMALL, TITLES, DomainsConfig
 from metadyn.study import TRACKED, censored, excess_of, paper
 
 SAYS = {
@@ -77,7 +77,7 @@ def of_learner(name: str, prefix: str, learner: str, trained, results):
 
 
 QUICK = Config(
-    linear=LinearRegression(n_x=3, n_y=3, spread="even"),
+    linear=SMALL["linear"],
     outer=md.OuterConfig(steps=12_000, learning_rate=3e-2, schedule="linear"),
     measure=md.MeasureConfig(tracked_tasks=256, heldout_tasks=256, probe_points=16),
 )
