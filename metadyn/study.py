@@ -631,7 +631,7 @@ def load_study(name: str) -> Study:
 
 
 def load_studies(folder: str) -> list[Study]:
-    """Loads the studies that the Python files of a folder define, in the paper's order.
+    """Loads the studies that the Python files of a folder define, the paper's first, in its order.
 
     Raises `ConfigError` if one of them defines none, or there is none.
     """
@@ -639,4 +639,5 @@ def load_studies(folder: str) -> list[Study]:
     if not paths:
         raise ConfigError(f"study = {folder!r}: the folder holds no studies")
     studies = [load_study(str(path)) for path in paths]
-    return sorted(studies, key=lambda study: (study.section or "~", study.name))
+    of_paper = lambda study: study.section.startswith("§")
+    return sorted(studies, key=lambda study: (not of_paper(study), study.section, study.name))
