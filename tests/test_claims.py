@@ -90,6 +90,12 @@ def test_a_folder_of_studies_is_run_in_order_and_once(folder, capsys):
     assert begun[1].startswith("[2/2 a_second] metadyn: a_second, preset quick")
 
 
+def test_the_papers_studies_come_first_in_its_order(tmp_path):
+    for name, section in (("a", "ours"), ("b", "§3"), ("c", "§2"), ("d", "")):
+        (tmp_path / f"{name}.py").write_text(STUDY.format(name=name, section=section))
+    assert [study.name for study in load_studies(str(tmp_path))] == ["c", "b", "d", "a"]
+
+
 def test_a_folder_takes_no_overrides_and_must_hold_studies(folder, tmp_path, refused):
     refused([str(folder), "--domain.sigma", "0.2"], "overrides are for one study")
     refused([str(folder), "--preset", "paper"], "choose from quick")
