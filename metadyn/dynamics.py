@@ -208,13 +208,13 @@ def order_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], 
 
 
 def merit_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
-    """The same of mean mode strengths."""
+    """Makes the function from mean mode strengths to the slope or staggering of their times."""
     times, order = times_of(data, probe), order_of(data, probe)
     return lambda strength: order(times(strength))
 
 
 def merit_name(data: xr.Dataset, probe: str = STRENGTH) -> str:
-    """What figures call that figure of merit."""
+    """Names the figure of merit: "staggering" if modes are exchangeable, otherwise "slope"."""
     return "staggering" if labelled.modes(data, probe).exchangeable else "slope"
 
 
@@ -232,9 +232,9 @@ def differences(
     pairs: Sequence[tuple[xr.Dataset, xr.Dataset | None]],
     take: Callable[[np.ndarray], Numbers] = lambda each: each[0],
 ) -> Estimate:
-    """What `take` makes of how far the first of each pair staggers beyond the second [pair, ...].
+    """Applies `take` to how far the first learner of each pair staggers beyond the second.
 
-    All were measured on the same tasks. None, for a second, is one that does not stagger.
+    What it is given is [pair, ...]. All were measured on the same tasks. None, for a second, is one that does not stagger.
     """
     flat = [data for pair in pairs for data in pair if data is not None]
     merits = [merit_of(data) for data in flat]
@@ -291,8 +291,10 @@ def distance_to_bayes(trained: Outer, bayes: Inner) -> Float[np.ndarray, "*batch
 
 
 def outer_times_of(trained: xr.Dataset) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The statistic that turns mean strengths over outer training, and Bayes', into outer steps:
-    those at which the outer loop comes to learn each mode, half-way to Bayes (`share_of_bayes`)."""
+    """Makes the function from mean strengths, and Bayes', to the outer step that learns each mode.
+
+    It is the one at which the outer loop has come half-way to Bayes (`share_of_bayes`).
+    """
     steps = trained["outer_step"].to_numpy()
     return lambda mean, bayes: learning_times(steps, share_of_bayes(mean, bayes))
 

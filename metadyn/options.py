@@ -87,9 +87,9 @@ def _matrices() -> Any:
 
 
 def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> ConfigError:
-    """The same complaint about the option as it was typed: --domain.sigma -1: must be positive.
+    """Rewords an error so that it names the option as typed: --domain.sigma -1: must be positive.
 
-    Or, if it was not typed, about the option that would set it. Errors about anything else remain.
+    If it was not typed, it names the option that would set it. Errors about anything else remain.
     """
     ending = error.field.removeprefix("--").replace("_", "-")
     values = {o: v for o, v in options_of(config) if ending and f".{o[2:]}".endswith(f".{ending}")}

@@ -66,9 +66,11 @@ class Progress:
 
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
-        """Yields show(step, metrics, episodes): the metrics of each meta-learner by name, and the
-        episodes that an outer step takes in all. Rates are counted from the first call, before
-        which programs may have been compiled."""
+        """Shows how far training is: yields show(step, metrics, episodes), for each dispatch.
+
+        Metrics are of each meta-learner by name, and episodes those that an outer step takes in
+        all. Rates are counted from the first call, before which programs may have been compiled.
+        """
         first: tuple[int, float] | None = None
 
         def show(step: int, metrics: Mapping[str, Mapping[str, Any]], episodes: int) -> None:

@@ -291,8 +291,10 @@ def _short(value: Any) -> str:
 
 
 def planned(sweep: Sweep, study: Study, configs: Sequence[Any], part: Part) -> dict[int, Plan]:
-    """The plan of each setting that a part does, by its number. Raises `ConfigError`, as
-    `run_sweep` does."""
+    """Makes the plan of each setting that a part of a sweep does, by the setting's number.
+
+    Raises `ConfigError`, as `run_sweep` does.
+    """
     mine, plans = part.settings(len(configs)), {}
     check(len(mine) > 0, "--part", f"{part.number}/{part.of}", f"there are {len(configs)} settings")
     for i in mine:

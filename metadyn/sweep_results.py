@@ -107,10 +107,10 @@ def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
 
 
 def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
-    """What each setting has come to: for each meta-learner that is followed, once trained, how far
-    it staggers, its excess loss on held-out tasks, and the seconds its training took.
+    """Gives the figures of merit of each setting, a row for each meta-learner that is followed.
 
-    Estimates are [value, low, high]. A setting that has none has one row, with what it lacks.
+    They are how far it staggers once trained, its excess loss on held-out tasks, and the seconds
+    its training took. Estimates are [value, low, high]. A setting that has none has one row, with what it lacks.
     """
     sweep = folder.sweep
     found: list[Row] = []
@@ -147,10 +147,9 @@ def _measured(folder: SweepFolder, i: int) -> Iterator[Row]:
 
 
 def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
-    """Makes the figures and the page of a sweep of which all settings have ended, and writes
-    summary.json.
+    """Draws the figures of a sweep that has ended, writes its page, and last its summary.json.
 
-    That comes last, as it says that all is done.
+    The summary says that all is done.
     """
     from metadyn import view
 
@@ -228,8 +227,10 @@ def draw(folder: SweepFolder, found: Sequence[Row], progress: Progress = SILENT)
 
 @figures.styled
 def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure:
-    """Draws each figure of merit against one option, with a line for all settings that differ in
-    that option alone; if there would be too many, points."""
+    """Draws each figure of merit against one option, with a line for each choice of the others.
+
+    Where these lines would be too many, points are drawn.
+    """
     values = sorted(
         {row["options"][option] for row in found}, key=lambda v: (isinstance(v, str), v)
     )

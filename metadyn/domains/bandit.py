@@ -25,8 +25,10 @@ class BanditTask(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one choice led to. `pay` is there for simulators and referees: a learner that looks at
-    more of it than the reward knows the answer."""
+    """The outcome of one choice: its context, action and reward, and what each action pays.
+
+    `pay` is there for simulators and referees: a learner that looks at it knows the answer.
+    """
 
     context: Int[Array, ""]
     action: Int[Array, ""]

@@ -26,8 +26,10 @@ FEW, MANY = 32, 64  # episodes of a block; with TILE and WARPS our choice, fast 
 
 
 def fits(hidden: int, inputs: int) -> bool:
-    """Whether there are kernels for so many: 16, 32 or a multiple of 64 hidden units, and few
-    enough inputs, 63, for a tile of their weights."""
+    """Tells whether there are fused kernels for so many hidden units and inputs.
+
+    They are for 16, 32 or a multiple of 64 units, and up to 63 inputs: a tile of their weights.
+    """
     whole = hidden in (LEAST, 2 * LEAST) or (hidden > 0 and hidden % TILE == 0)
     return whole and inputs < TILE
 

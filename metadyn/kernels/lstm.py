@@ -101,8 +101,7 @@ def lstm(
 
 
 def has_fused(hidden: int, inputs: int) -> bool:
-    """Whether the devices that programs are made for have fused kernels of these sizes: NVIDIA's
-    do, from Ampere on."""
+    """Tells whether these devices have fused kernels of these sizes: NVIDIA's, from Ampere on."""
     made = str(getattr(mesh.devices()[0], "compute_capability", "9.0"))  # AMD's are such as gfx942
     recent = made[0].isdigit() and float(made) >= 8
     return mesh.backend() == "gpu" and recent and fused.fits(hidden, inputs)

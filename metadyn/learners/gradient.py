@@ -75,7 +75,7 @@ def deep_linear(
 def balanced_deep_linear(
     n_x: int, n_y: int, depth: int = 2, width: int = 32, strength: float = 1e-3
 ) -> Network:
-    """The same network from the balanced, aligned start that Saxe's closed form assumes.
+    """Makes a deep linear network at the balanced, aligned start of Saxe's closed form.
 
     Every layer is a multiple of the identity and their product has `strength` a₀ on its diagonal,
     so that W_{l+1}ᵀ W_{l+1} = W_l W_lᵀ and the modes of a task whose singular vectors are the
