@@ -234,7 +234,8 @@ def differences(
 ) -> Estimate:
     """Applies `take` to how far the first learner of each pair staggers beyond the second.
 
-    What it is given is [pair, ...]. All were measured on the same tasks. None, for a second, is one that does not stagger.
+    What it is given is [pair, ...]. All were measured on the same tasks. None, for a second, is one
+    that does not stagger.
     """
     flat = [data for pair in pairs for data in pair if data is not None]
     merits = [merit_of(data) for data in flat]

@@ -110,7 +110,8 @@ def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     """Gives the figures of merit of each setting, a row for each meta-learner that is followed.
 
     They are how far it staggers once trained, its excess loss on held-out tasks, and the seconds
-    its training took. Estimates are [value, low, high]. A setting that has none has one row, with what it lacks.
+    its training took. Estimates are [value, low, high]. A setting that has none has one row, with
+    what it lacks.
     """
     sweep = folder.sweep
     found: list[Row] = []
