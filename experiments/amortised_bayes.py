@@ -147,8 +147,8 @@ def causal(results):
     for axis, name in zip(axes, TITLES, strict=True):
         both = (results[f"causal_{name}", f"{each}_operated"] for each in RECURRENT)
         rows = [dict(decoding.operated(data)) for data in both]
-        merits = lambda source, rows=rows: dynamics.stacked(row[f"from_{source}"] for row in rows)
-        found = [(said, merits(source)) for source, said in decoding.GOES_ON.items()]
+        merit = lambda source, rows=rows: dynamics.stacked(row[f"from_{source}"] for row in rows)
+        found = [(said, merit(source)) for source, said in decoding.GOES_ON.items()]
         figures.grouped_bars(axis, [*RECURRENT.values()], found)
         axis.set(title=TITLES[name], yscale="log")
     figures.legend_below(axes[0], title="going on from")

@@ -45,6 +45,7 @@ class Components(LinearRegression):
         for field in ("mean", "row_covariance"):
             value = getattr(self, field)
             check(value is None, field, value, "the theory is of weights N(0, I): leave it out")
+        check(self.spread == "quantiles", "spread", self.spread, "weights are ±1: leave it out")
         check(self.n_y == 1, "n_y", self.n_y, "the theory is of one output")
         unit = tuple(tuple(float(i == j) for j in range(self.n_x)) for i in range(self.n_x))
         object.__setattr__(self, "column_covariance", unit)

@@ -98,8 +98,8 @@ def admitting(
 ) -> Objective:
     """An objective of a domain, on episodes with the modes alone that each outer step admits.
 
-    Once all are there it is the objective itself, bit for bit, also where that changes over outer
-    training, as an entropy that is annealed does. Raises `ConfigError` for domains
+    Once all are there it is the objective itself, on the same episodes, also where that changes by
+    itself over outer training, as the weight of an entropy may. Raises `ConfigError` for domains
     without a curriculum, and unless each mode has a step.
     """
     kind: Any
@@ -112,9 +112,5 @@ def admitting(
             raise ConfigError(f"domain = {type(domain).__name__!r}: there is no curriculum for it")
     fix = f"give a step for each of the {modes} modes"
     check(len(admission.steps) == modes, "steps", admission.steps, fix)
-
-    def at(step: Int[Array, ""]) -> Objective:
-        made = objective(variant(domain, kind, admission=admission, step=step), meta)
-        return made.at(step) if made.at else made  # which may change over training itself
-
+    at = lambda step: objective(variant(domain, kind, admission=admission, step=step), meta)
     return dataclasses.replace(objective(domain, meta), at=at)

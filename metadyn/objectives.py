@@ -42,6 +42,10 @@ class Objective:
     """The objective of one outer step, for a curriculum: of the same group, with the same metrics.
     None: this one throughout."""
 
+    def at_step(self, step: Int[Array, ""]) -> Objective:
+        """The objective of one outer step, also where that changes over training by itself."""
+        return self.at(step).at_step(step) if self.at else self
+
 
 ObjectiveOf = Callable[[Domain, MetaLearner], Objective]
 Target = Literal["feedback", "bayes"]

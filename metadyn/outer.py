@@ -177,7 +177,7 @@ class OuterLoop:
 
             def outer_step(i, carry):
                 params, moments, total = carry
-                current = objective.at(step + i) if objective.at else objective
+                current = objective.at_step(step + i)
                 gradient, metrics = mesh.mean(_gradient(current, params, episodes(i), cached))
                 updates, moments = optimizer.update(gradient, moments, params)
                 total = jax.tree.map(jnp.add, total, metrics)

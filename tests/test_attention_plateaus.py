@@ -73,6 +73,7 @@ def test_the_study_is_rehearsed_without_complaint():
         ({"variances": (1.0, 0.5, 0.0)}, "variances"),
         ({"steps": 1}, "steps = 1: must be at least 2"),
         ({"n_y": 2}, "n_y = 2: the theory is of one output"),
+        ({"spread": "even"}, "spread = 'even': .*leave it out"),
         ({"mean": ((1.0, 0.0, 0.0),)}, "mean = .*leave it out"),
     ],
 )
