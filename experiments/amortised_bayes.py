@@ -62,7 +62,7 @@ def compared(config: Config, name: str) -> md.Comparison:
         made: Any = dataclasses.replace(config, **changes).meta_learner(domain, heads)
         rate = RATES.get(network, 1) * config.outer.learning_rate
         own = made.own or dataclasses.replace(config.outer, learning_rate=rate)
-        changes = {"own": own, "rate": made.rate if made.own else "outer.learning_rate"}
+        changes = {"own": own}
         read = beside.mean_values if network == "transformer" else beside.whole
         learner = beside.Beside(made.learner, domain, beliefs, read)
         times = [0, *(pairs + 1 for pairs in log_spaced(domain.steps - 1, 5)[1:])]

@@ -118,7 +118,7 @@ def compared(config: Config, name: str) -> md.Comparison:
             "MAML",
             trained,
             own=dataclasses.replace(config.outer, learning_rate=rate, batch=batch),
-            rate=f"{name}_maml.outer_learning_rate",
+            options={each: f"{name}_maml.outer_{each}" for each in ("learning_rate", "batch")},
             option=f"{name}_maml.width",
         )
     ]

@@ -13,7 +13,7 @@ import metadyn as md
 from metadyn import dynamics, labelled
 from metadyn.domains.linear import LinearRegression
 from metadyn.objectives import Target
-from metadyn.several_domains import SMALL, TITLES, DomainsConfig
+from metadyn.several_domains import EVEN, TITLES, DomainsConfig
 from metadyn.study import TRACKED, censored, excess_of, paper
 
 SAYS = {
@@ -77,7 +77,7 @@ def of_learner(name: str, prefix: str, learner: str, trained, results):
 
 
 QUICK = Config(
-    linear=SMALL["linear"],
+    linear=EVEN["linear"],
     outer=md.OuterConfig(steps=12_000, learning_rate=3e-2, schedule="linear"),
     measure=md.MeasureConfig(tracked_tasks=256, heldout_tasks=256, probe_points=16),
 )

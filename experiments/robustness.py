@@ -15,14 +15,12 @@ import numpy as np
 import metadyn as md
 from metadyn import dynamics, figures, labelled, sweep
 from metadyn.objectives import Target
-from metadyn.several_domains import SMALL, STUDIES, TITLES, DomainsConfig
+from metadyn.several_domains import EVEN, SIGN, STUDIES, TITLES, DomainsConfig
 from metadyn.study import HELDOUT, TRACKED, censored, claims, paper
 
 ORDINARY = {"linear": "sgd", "nonlinear": "mlp", "bandit": "reinforce_coupled"}
 WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
 """How far the LSTM may stagger beyond Bayes: the bounds of the domains' own studies."""
-SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
-"""Of the ordinary learner's staggering: greatest modes first, low frequencies first."""
 OPTIMIZERS = "sgd momentum rmsprop adam"
 INNER = {
     "linear": f"--sgd.optimizer {OPTIMIZERS} --sgd.learning-rate 0.05 0.005 1e-3 1e-3"
@@ -84,7 +82,7 @@ def plan(config: Config) -> md.Plan:
                 (found,) = (each for each in whole.contenders if each.name == wanted)
                 fields: dict[str, Any] = {"curve": None, "label": label.format(value)}
                 if kind == "outer":
-                    fields |= {"own": changed.outer, "rate": "outer_rates"}
+                    fields |= {"own": changed.outer, "options": {"learning_rate": "outer_rates"}}
                 ending = {"inner": "inner", "noise": f"{name}_noise_{value}"}.get(kind, name)
                 _, several = made.setdefault(ending, (whole, []))
                 several.append(dataclasses.replace(found, name=f"{kind}_{value}", **fields))
@@ -119,11 +117,10 @@ def criteria(config: Config, results):
         rows, bound = found(results, name, "inner", TRACKED), WITHIN[name]
         merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
         beyond = {variant: dynamics.differences([pair]) for variant, pair in rows.items()}
-        for variant, pair in rows.items():
-            said = f"{labelled.about(pair[0]).label}: {merit}"
-            said += "" if pair[1] is None else " minus Bayes"
+        for variant, (data, bayes) in rows.items():
+            said = f"{labelled.about(data).label}: {merit}" + " minus Bayes'" * (bayes is not None)
             yield md.criterion(f"{name}_{variant}_staggering", beyond[variant], said)
-            yield censored(f"{name}_{variant}", pair[0])
+            yield censored(f"{name}_{variant}", data)
         of = lambda kind, rows=rows: [each for each in rows if each.startswith(kind)]
         take = lambda each, sign=SIGN[name]: (sign * each).min(0)
         least = dynamics.differences([rows[each] for each in of("inner")], take)
@@ -143,8 +140,7 @@ def criteria(config: Config, results):
 def robustness(results):
     """Draws how far each learner staggers, as one thing at a time is varied: a row each."""
     of = {name: [*found(results, name, "inner", TRACKED).values()] for name in TITLES}
-    height = 1.2 + 0.32 * max(map(len, of.values()))
-    figure, axes = figures.grid(len(of), width=5.4, height=height)
+    figure, axes = figures.grid(len(of), width=5.4, height=1.2 + 0.32 * max(map(len, of.values())))
     styles = {"ordinary": ("D", figures.COLOURS[1]), "meta": ("o", figures.COLOURS[0])}
     for axis, (name, rows) in zip(axes, of.items(), strict=True):
         for i, pair in enumerate(rows):
@@ -154,8 +150,7 @@ def robustness(results):
             if np.isnan(far.value):
                 axis.text(0, i, " learned too few modes", va="center", color=colour, fontsize=9)
         axis.axvline(0, **figures.LEVEL)
-        labels = [labelled.about(data).label for data, _ in rows]
-        axis.set_yticks(range(len(rows)), labels, fontsize=9)
+        axis.set_yticks(range(len(rows)), [labelled.about(d).label for d, _ in rows], fontsize=9)
         axis.set(title=TITLES[name], ylim=(len(rows) - 0.5, -0.5))
         axis.set_xlabel("slope (meta-learner: minus Bayes')")
     axis.set_xlabel("staggering minus Bayes'")  # of the bandit, which is the last
@@ -166,7 +161,7 @@ def robustness(results):
 
 
 QUICK = Config(
-    **SMALL,
+    **EVEN,
     outer=md.OuterConfig(steps=3000, learning_rate=3e-2, schedule="linear", checkpoints=4),
     measure=md.MeasureConfig(
         updating_tasks=32, tracked_tasks=512, heldout_tasks=512, probe_points=16

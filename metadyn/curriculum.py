@@ -100,7 +100,7 @@ def admitting(
 
     Once all are there it is the objective itself, on the same episodes, also where that changes by
     itself over outer training, as the weight of an entropy may. Raises `ConfigError` for domains
-    without a curriculum, and unless each mode has a step.
+    without a curriculum, unless each mode has a step, and unless a bandit's first step is 0.
     """
     kind: Any
     match domain:
@@ -108,6 +108,8 @@ def admitting(
             kind, modes = SomeFrequencies, len(domain.support)
         case ContextualBandit():
             kind, modes = SomeContexts, domain.contexts
+            fix = "one context must be there from step 0: there is nothing else to ask for"
+            check(0 in admission.steps, "steps", admission.steps, fix)
         case _:
             raise ConfigError(f"domain = {type(domain).__name__!r}: there is no curriculum for it")
     fix = f"give a step for each of the {modes} modes"

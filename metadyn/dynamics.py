@@ -249,8 +249,13 @@ def differences(
 
 
 def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) -> xr.Dataset:
-    """How far each learner of a dataset staggers (`merit`): value, low and high [learner]."""
-    found = {name: merit(each, probe) for name, each in labelled.split(data).items()}
+    """How far each learner of a dataset staggers (`merit`): value, low and high [learner].
+
+    Meta-learners that are followed over outer training are taken at its end.
+    """
+    parts = labelled.split(data)
+    last = {n: p.isel(outer_step=-1) if "outer_step" in p.dims else p for n, p in parts.items()}
+    found = {name: merit(each, probe) for name, each in last.items()}
     named = stacked(found.values())._asdict().items()
     return xr.Dataset({part: ("learner", each) for part, each in named}, {"learner": [*found]})
 

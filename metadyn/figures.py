@@ -111,14 +111,16 @@ def mode_strength(measured: Measured, probe: str = STRENGTH, one_run: bool = Fal
         about, modes = labelled.about(data), labelled.modes(data, probe)
         start = 1 if about.clock == "updates" else 0  # a log axis has no zero
         times, strength = data["time"].to_numpy()[start:], dynamics.strength(data, probe)
-        said = f"{dynamics.merit_name(data, probe)} {dynamics.text(dynamics.merit(data, probe))}"
         if one_run:
-            last = dynamics.times_of(data, probe)(strength[0])[:, -1]
+            last = dynamics.times_of(data, probe)(strength[0]).max(-1)
             median = np.argsort(last, kind="stable")[len(last) // 2]  # NaN, never, comes last
             strength, said = strength[:1, [median]], "run of median time to learn all"
+        else:
+            merit = dynamics.text(dynamics.merit(data, probe))
+            said = f"{dynamics.merit_name(data, probe)} {merit}"
         curves(axis, times, dynamics.estimate(np.asarray, strength[:, :, start:]), _named(modes))
         if "closed_form" in data and probe == STRENGTH:
-            curve = data["closed_form"].to_numpy()[start:]
+            curve = data["closed_form"].transpose("step", "mode").to_numpy()[start:]
             axis.plot(times, curve, color="black", ls=":", lw=1.4)[-1].set_label("closed form")
         axis.axhline(modes.p, **LEVEL)
         clock = "optimiser updates" if start else "observations in the episode"

@@ -180,15 +180,11 @@ def measure(
     each, or fewer if its memory is small. All of it is computed in float32 proper on every backend.
     """
 
-    def some(everywhere, indices):
+    def one(everywhere, index):
         params, argument, key = everywhere
-        learner = make_learner(params)
-
-        def one(index):
-            key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
-            return run(domain, learner, sample_task(key_task, argument), key_episode, times, probes)
-
-        return jax.vmap(one)(indices)
+        key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
+        task, learner = sample_task(key_task, argument), make_learner(params)
+        return run(domain, learner, task, key_episode, times, probes)
 
     key = prng.fast(key)
     seeds = len(jax.tree.leaves(params)[0]) if seeded else 1
@@ -196,7 +192,7 @@ def measure(
     def one_seed(params):
         held, taken = _held(make_learner(params), probes)
         at_a_time = mesh.tasks_at_a_time(chunk, held, seeds * taken)
-        return mesh.over_tasks(some, (params, argument, key), indices, at_a_time)
+        return mesh.over_tasks(one, (params, argument, key), indices, at_a_time)
 
     return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)
 

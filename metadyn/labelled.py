@@ -142,6 +142,13 @@ def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
                 there = part["loss"].notnull().any([d for d in part["loss"].dims if d != dim])
                 part = part.isel({dim: np.flatnonzero(there.to_numpy())})
         attrs = {each: part[each].item() for each in OWN if each in part.coords}
+        if "outer_step" in part.dims and attrs.get("kind", "meta") != "meta":
+            part = part.isel(outer_step=0, drop=True)  # `merge` repeated it
+        if "closed_form" in part:  # of no seed and no task
+            curve = part["closed_form"]
+            part["closed_form"] = curve.isel(
+                {dim: 0 for dim in curve.dims if dim not in ("step", "mode")}, drop=True
+            )
         empty = [v for v in part if part[v].isnull().all()]
         part = part.drop_vars([*attrs, *empty])
         parts[str(name)] = part.assign_attrs(attrs)

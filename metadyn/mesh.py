@@ -316,21 +316,17 @@ def over_tasks(
     indices: Int[Array, " tasks"],
     at_a_time: int,
 ) -> Any:
-    """f(everywhere, indices) with the indices, and the result's leading axis, split by device.
+    """f(everywhere, index) for each of the indices, with these and the results split by device.
 
     Each device takes its own in equal parts of at most `at_a_time`.
     """
     count = len(devices())
     parts = -(-len(indices) // (count * at_a_time))
+    each = -(-len(indices) // (count * parts))
     padded = jnp.pad(indices, (0, -len(indices) % (count * parts)), mode="edge")
-
-    def part_by_part(everywhere, indices):
-        found = jax.lax.map(partial(f, everywhere), indices.reshape(parts, -1))
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
-
     split = PartitionSpec(TASKS)
     sharded = jax.shard_map(
-        part_by_part,
+        lambda everywhere, mine: jax.lax.map(partial(f, everywhere), mine, batch_size=each),
         mesh=mesh(),
         in_specs=(PartitionSpec(), split),
         out_specs=split,

@@ -6,6 +6,7 @@ Many outer steps run in one dispatch of one compiled program; tasks are sampled 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -79,11 +80,10 @@ class OuterConfig:
     def check_batch(self, trained: Iterable[MetaTraining]) -> None:
         """Raises `ConfigError` unless the batch is of whole groups that the devices can share."""
         for each in trained:
-            group, batch = each.objective.group, (each.own or self).batch
-            field = "outer.batch" if batch == self.batch else "outer_batch"
+            group, batch = each.objective.group, each.batch(self)
             fix = f"must be a multiple of {group}: the objective takes so many episodes together"
-            check(batch % group == 0, field, batch, fix)
-            mesh.shares(self.seeds, batch, group, field)
+            each.check(batch % group == 0, "batch", self, fix)
+            mesh.shares(self.seeds, batch, group, each.option("batch"))
 
     def transformation(self, steps: int | None = None) -> optax.GradientTransformation:
         """Makes the optimiser, after clipping, under its schedule over `steps` or its own steps."""
@@ -118,8 +118,20 @@ class MetaTraining(NamedTuple):
     own: OuterConfig | None = None
     """Its own optimiser and batch; its schedule is stretched over the run's steps. None: those of
     the whole outer loop."""
-    rate: str = ""
-    """The field of a study's configuration that sets `own`'s learning rate, for messages."""
+    options: Mapping[str, str] | None = None
+    """The options that set fields of `own`, by field, for messages."""
+
+    def batch(self, outer: OuterConfig) -> int:
+        """Episodes in one of its outer steps."""
+        return (self.own or outer).batch
+
+    def check(self, holds: Any, field: str, outer: OuterConfig, fix: str) -> None:
+        """Raises `ConfigError`, naming the option and the value of a field, unless `holds`."""
+        check(holds, self.option(field), getattr(self.own or outer, field), fix)
+
+    def option(self, field: str) -> str:
+        """The option that sets a field of the outer loop that it is trained by, for messages."""
+        return (self.options or {}).get(field, f"outer.{field}")
 
 
 def _gradient(
@@ -227,8 +239,12 @@ class OuterLoop:
         """`advance(state, count)`: `count` outer steps on; (state, mean metrics of each seed by
         meta-learner). The state passed in is consumed. Compiled once for all counts, and for each
         set of meta-learners that a state is of."""
+        self.compiled = functools.cache(
+            lambda name: self.advance.lower(self.abstract.only(name), jnp.int32(1)).compile()
+        )
+        """`advance` for the state of one meta-learner, by its name (`jax.stages.Compiled`)."""
         self.seconds = dict.fromkeys(trained, 0.0)
-        """Seconds that `run` has trained each meta-learner."""
+        """Seconds that `run` has trained each meta-learner, compiling left out."""
 
     def run(
         self, state: TrainState, target: int
@@ -243,8 +259,9 @@ class OuterLoop:
             params, moments = state.params, state.moments
             metrics: dict[str, Metrics] = {}
             for name in self.trained:  # each by itself, so that its time is known
-                start, alone = time.perf_counter(), state.only(name)
-                now, found = jax.block_until_ready(self.advance(alone, jnp.int32(count)))
+                advance, alone = self.compiled(name), state.only(name)
+                start = time.perf_counter()
+                now, found = jax.block_until_ready(advance(alone, jnp.int32(count)))
                 self.seconds[name] += time.perf_counter() - start
                 params, moments = params | now.params, moments | now.moments
                 metrics |= found
@@ -254,15 +271,11 @@ class OuterLoop:
 
     def batch(self, name: str) -> int:
         """Episodes in one outer step of a meta-learner."""
-        return (self.trained[name].own or self.config).batch
+        return self.trained[name].batch(self.config)
 
     def check_finite(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises `ConfigError`, which names the learning rate, when a metric is not finite."""
         for name, each in metrics.items():
-            if not all(np.isfinite(value).all() for value in each.values()):
-                own = self.trained[name].own
-                rate = (own or self.config).learning_rate
-                field = self.trained[name].rate if own else "outer.learning_rate"
-                field = field or f"learning rate of {name}"
-                now = f"is no longer finite at outer step {step}"
-                check(False, field, rate, f"the loss of {name} {now}; lower it")
+            finite = all(np.isfinite(value).all() for value in each.values())
+            fix = f"the loss of {name} is no longer finite at outer step {step}; lower it"
+            self.trained[name].check(finite, "learning_rate", self.config, fix)

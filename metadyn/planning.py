@@ -55,18 +55,18 @@ def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
     one = jax.ShapeDtypeStruct((), jnp.int32)
     for name, each in plan.trained.items():
         trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
-        own = each.own is not None and each.own.batch != plan.outer.batch
-        option = "outer_batch" if own else "outer.batch"
+        option = each.option("batch")
         yield Program(f"outer step of {name}", trace, plan.outer.steps, option=option)
 
 
 def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
     """Lists the programs that measure, each once, whatever it is of."""
     found: dict[Any, Program] = {}
-    key, chunk = jax.eval_shape(lambda: jax.random.key(0)), plan.comparisons[0].measure.chunk
-    for part, tasks, contender in plan.every:
-        params = loop.abstract.params.get((contender.of or contender.name) + part.suffix, ())
-        given = calls(tasks, contender, params, key, chunk)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for each in plan.every:
+        part, tasks, contender = each
+        params = loop.abstract.params.get(each.meta, ())
+        given = calls(tasks, contender, params, key, part.measure.chunk)
         domain, make, _, seeded, sample, argument, _, indices, times, *probed = given[0]
         shapes = [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(argument)]
         same = (domain, make, seeded, sample, str(shapes), len(indices), times, *probed)

@@ -26,7 +26,7 @@ from metadyn.measuring import bytes_needed, calls, described, fits, readings
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
 from metadyn.store import Results, RunFolder
-from metadyn.study import Comparison, Contender, Criterion, Plan, Study
+from metadyn.study import Comparison, Contender, Criterion, Measurement, Plan, Study
 from metadyn.tensorboard import check_installed, scalars
 
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
@@ -51,10 +51,9 @@ class Runner:
     ):
         self.plan, self.store, self.progress = plan, run, progress
         self.tensorboard = run.tensorboard if tensorboard else None
-        self.key, chunk = jax.random.key(seed), plan.comparisons[0].measure.chunk
-        self.given: dict[str, Any] = {"key": stream(self.key, "evaluation"), "chunk": chunk}
-        self._measure = measure
-        self.loop = OuterLoop(plan.trained, plan.outer, stream(self.key, "training"))
+        key = jax.random.key(seed)
+        self.key, self._measure = stream(key, "evaluation"), measure
+        self.loop = OuterLoop(plan.trained, plan.outer, stream(key, "training"))
         self.state: TrainState | None = None
         self.stored: list[int] = mesh.by_first(run.steps)
         """The outer steps whose state is stored."""
@@ -68,12 +67,12 @@ class Runner:
 
     def calls(self) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
         """Yields what is measured, and the arguments of each call, with shapes for parameters."""
-        for part, tasks, contender in self.plan.every:
-            name = (contender.of or contender.name) + part.suffix
-            params = self.loop.abstract.params.get(name, ())
+        for each in self.plan.every:
+            part, tasks, contender = each
+            params = self.loop.abstract.params.get(each.meta, ())
             if not self.store.has_measurement(tasks.name, contender.name):
                 called = f"{contender.name} on {tasks.name}"
-                yield called, calls(tasks, contender, params, **self.given)
+                yield called, calls(tasks, contender, params, self.key, part.measure.chunk)
 
     def prepare(self, compiling: ThreadPoolExecutor) -> None:
         """Begins to compile all programs, on every core, and waits for those that are needed first.
@@ -117,7 +116,7 @@ class Runner:
         if step in self.plan.outer.checkpoint_steps and self.watched:
             trajectories = {
                 tasks.name: {
-                    meta.name: self.readings(tasks, meta, state.params[meta.name + part.suffix])
+                    meta.name: self.readings(Measurement(part, tasks, meta), state.params)
                     for meta in part.metas
                 }
                 for part, tasks in self.watched
@@ -157,7 +156,7 @@ class Runner:
         """
         for part in self.plan.comparisons:
             for tasks in part.watched:
-                self.measure(part, tasks, part.bayes)
+                self.measure(Measurement(part, tasks, part.bayes), {})
             if part.metas and part.measure.heldout_tasks:
                 self.store.finish()
                 losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
@@ -165,28 +164,26 @@ class Runner:
                 for meta in part.metas:
                     self.bayes[meta.name + part.suffix] = best, part.domain.loss_floor
 
-    def readings(self, tasks: TaskSet, contender: Contender, params: Params) -> dict[str, Any]:
-        """Measures one learner on one set of tasks."""
-        return readings(tasks, contender, params, **self.given, measure=self._measure)
+    def readings(self, wanted: Measurement, trained: Mapping[str, Params]) -> dict[str, Any]:
+        """Measures one learner on one set of tasks, given all outer parameters."""
+        (part, tasks, contender), params = wanted, trained.get(wanted.meta, ())
+        return readings(tasks, contender, params, self.key, part.measure.chunk, self._measure)
 
-    def measure(
-        self, part: Comparison, tasks: TaskSet, contender: Contender, params: Params = ()
-    ) -> None:
+    def measure(self, wanted: Measurement, trained: Mapping[str, Params]) -> None:
         """Makes and stores a measurement, unless it is stored already."""
-        names = tasks.name, contender.name
+        names = wanted.tasks.name, wanted.contender.name
         if not mesh.by_first(lambda: self.store.has_measurement(*names)):
-            arrays = self.readings(tasks, contender, params)
-            self.store.save_measurement(*names, arrays, _described(part, tasks, contender))
+            self.store.save_measurement(*names, self.readings(wanted, trained), _described(*wanted))
 
     def measure_all(self) -> None:
         """Makes every measurement of the plan that is not stored yet, once it is trained."""
         params = self.at(self.plan.outer.steps).params if self.plan.trained else {}
-        wanted = [(part, *pair) for part in self.plan.comparisons for pair in part.measurements]
+        parts = self.plan.comparisons
+        wanted = [Measurement(part, *pair) for part in parts for pair in part.measurements]
         with self.progress.counting("measuring", len(wanted)) as show:
-            for part, tasks, contender in wanted:
-                show(f"{contender.label} on {tasks.name}")
-                name = (contender.of or contender.name) + part.suffix
-                self.measure(part, tasks, contender, params.get(name, ()))
+            for each in wanted:
+                show(f"{each.contender.label} on {each.tasks.name}")
+                self.measure(each, params)
         self.store.finish()
 
 
@@ -334,13 +331,10 @@ def asked_for(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> 
 def check_compiled(loop: OuterLoop, name: str) -> None:
     """Compiles the outer step of a meta-learner; raises `ConfigError` if by its account it cannot
     fit into the memory."""
-    compiled = loop.advance.lower(loop.abstract.only(name), jax.numpy.int32(1)).compile()
-    account = compiled.memory_analysis()
+    account = loop.compiled(name).memory_analysis()
     if account is not None:
         used = account.temp_size_in_bytes + account.argument_size_in_bytes
-        own = loop.trained[name].own
-        field = "outer.batch" if own is None or own.batch == loop.config.batch else "outer_batch"
-        fits(f"an outer step of {name}", used, field)
+        fits(f"an outer step of {name}", used, loop.trained[name].option("batch"))
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
@@ -416,8 +410,8 @@ def run_study(
         run = RunFolder(out)
         with ExitStack() as stack:
             mesh.by_first(lambda: stack.enter_context(run.locked()))
-            done = mesh.by_first(run.summary)
-            if mesh.by_first(run.set_aside_damaged) and done:
+            mesh.by_first(run.set_aside_damaged)
+            if done := mesh.by_first(run.summary):
                 return done
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())
             compiling = ThreadPoolExecutor(os.cpu_count())

@@ -24,8 +24,10 @@ SMALL: dict[str, Any] = {
     "bandit": ContextualBandit(contexts=3, actions=3, steps=20),
 }
 """Three modes in each domain, for what is to be quick."""
-
-
+EVEN = SMALL | {"linear": LinearRegression(n_x=3, n_y=3, spread="even")}
+"""The same with singular values at even steps, of which the least is large enough to be placed."""
+SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
+"""The sign of the figure of merit of a learner that learns one mode after another."""
 NETWORKS = get_args(Network)
 DESCENTS = ("maml", "learned_optimizer")
 """Those that train a network on squared errors within the episode: not for the bandit."""

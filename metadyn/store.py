@@ -260,15 +260,19 @@ class RunFolder:
                 found[folder] = str(error)
         return found
 
-    def set_aside_damaged(self) -> bool:
-        """Renames what is damaged, with a warning, so that it is made anew. Returns if none was."""
+    def set_aside_damaged(self) -> None:
+        """Renames what is damaged, with a warning, so that it is made anew.
+
+        Until it is, the run is not done: so its summary goes first.
+        """
         found = self.damage()
+        if found:
+            (self.path / "summary.json").unlink(missing_ok=True)
         for folder, said in found.items():
             warnings.warn(said, ConfigWarning, stacklevel=2)
             endings = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
             aside = (folder.with_name(folder.name + DAMAGED + ending) for ending in endings)
             folder.rename(next(path for path in aside if not path.exists()))
-        return not found
 
     # Training: state and trajectories at outer steps.
 

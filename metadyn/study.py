@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class StudyConfig:
             _made(network, domain, heads),
             objective=getattr(network, "objective", None),
             own=dataclasses.replace(self.outer, **own) if own else None,
-            rate=f"{self.meta}.outer_learning_rate",
+            options={field: f"{self.meta}.outer_{field}" for field in own},
             option=f"{self.meta}.{max(sizes, key=sizes.__getitem__)}",  # likeliest to be too large
         )
 
@@ -189,8 +189,8 @@ class Contender:
     """What a meta-learner is trained on. None: the objective of the comparison."""
     own: OuterConfig | None = None
     """Settings of a meta-learner's own optimiser. None: those of the whole outer loop."""
-    rate: str = ""
-    """The field of the study's configuration that sets `own`'s learning rate, for messages."""
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The options that set fields of `own`, by field, for messages."""
     option: str = ""
     """The option that sets its size, for messages."""
     of: str = ""
@@ -323,7 +323,7 @@ class Comparison:
         meta = contender.learner
         assert not isinstance(meta, Learner | Derived)
         objective = (contender.objective or self.objective)(self.domain, meta)
-        return MetaTraining(meta, objective, contender.own, contender.rate)
+        return MetaTraining(meta, objective, contender.own, contender.options)
 
     def joined(self, contender: Contender) -> Comparison:
         """Adds a contender behind those of its kind; returns itself if there are none.
@@ -343,6 +343,19 @@ class Comparison:
         kept = [each for each in self.contenders if each.kind in ("meta", "bayes")]
         changes = {"contenders": kept, "sets": (), "pairs": ()} | changes
         return dataclasses.replace(self, name=name, title=title, **changes)
+
+
+class Measurement(NamedTuple):
+    """One contender on one set of tasks, and the comparison that asks for it."""
+
+    part: Comparison
+    tasks: TaskSet
+    contender: Contender
+
+    @property
+    def meta(self) -> str:
+        """The name, in `Plan.trained`, of the meta-learner whose outer parameters it takes."""
+        return (self.contender.of or self.contender.name) + self.part.suffix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,13 +382,13 @@ class Plan:
         return dict(found)
 
     @functools.cached_property
-    def every(self) -> list[tuple[Comparison, TaskSet, Contender]]:
+    def every(self) -> list[Measurement]:
         """All that is measured: at checkpoints, Bayes beside it, and once training is done."""
         found = []
         for part in self.comparisons:
             both = [c for c in part.contenders if c.kind in ("meta", "bayes")]
-            found += [(part, tasks, contender) for contender in both for tasks in part.watched]
-            found += [(part, *pair) for pair in part.measurements]
+            found += [Measurement(part, tasks, who) for who in both for tasks in part.watched]
+            found += [Measurement(part, *pair) for pair in part.measurements]
         return found
 
 

@@ -350,8 +350,7 @@ def run_sweep(
                 asked = asked_for(study, sweep.preset, sweep.seed, configs[i], plan)
                 run = RunFolder.create(folder.setting(i), asked)
                 stack.enter_context(run.locked())
-                if not run.set_aside_damaged():
-                    (run.path / "summary.json").unlink(missing_ok=True)
+                run.set_aside_damaged()
                 runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
             _run(study, configs, folder, runners, shared, progress)
     with _alone(folder.path):  # of parts that end together the first draws

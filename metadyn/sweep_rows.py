@@ -59,6 +59,7 @@ class Rows:
     def __init__(self, loops: Sequence[OuterLoop]):
         self.loops = loops
         self._advance = {name: self._program(name) for name in loops[0].trained}
+        self._compiled = functools.cache(lambda name: self.trace(name).lower().compile())
 
     def _program(self, name: str) -> Any:
         """Outer steps of all rows: (step, count, params, moments) to params, moments, metrics."""
@@ -125,8 +126,9 @@ class Rows:
         while step < target:
             count = min(dispatch, target - step)
             metrics: dict[str, Any] = {}
-            for name, advance in self._advance.items():
-                now, start = (np.int32(step), np.int32(count)), time.perf_counter()
+            for name in self._advance:
+                advance, now = self._compiled(name), (np.int32(step), np.int32(count))
+                start = time.perf_counter()
                 found = jax.block_until_ready(advance(now, params[name], moments[name]))
                 for loop in self.loops:
                     loop.seconds[name] += (time.perf_counter() - start) / len(self.loops)

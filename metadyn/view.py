@@ -243,6 +243,7 @@ class _Watched:
     def __init__(self, of: RunFolder | SweepFolder, progress: Progress = SILENT):
         self.of, self.lock = of, threading.Lock()
         self.seen: Any = None
+        self.shown: tuple[dict[str, Any], str, str]
         self.kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
         self.update(progress)
 
@@ -253,14 +254,16 @@ class _Watched:
             self.kept[run.path] = seen, _run(run, progress, share)
         return self.kept[run.path][1]
 
-    def update(self, progress: Progress = SILENT) -> None:
-        """Reads what has changed since."""
-        seen = _stored(self.of)
+    def update(self, progress: Progress = SILENT) -> tuple[dict[str, Any], str, str]:
+        """Reads what has changed since. Returns all that is shown, as JSON, and its entity tag."""
         with self.lock:
+            seen = _stored(self.of)
             if seen != self.seen:
-                self.data = collect(self.of, progress, self.read) | {"live": True}
-                self.body, self.seen = json.dumps(self.data, allow_nan=False), seen
-                self.tag = f'"{hashlib.sha256(self.body.encode()).hexdigest()}"'
+                data = collect(self.of, progress, self.read) | {"live": True}
+                body = json.dumps(data, allow_nan=False)
+                tag = f'"{hashlib.sha256(body.encode()).hexdigest()}"'
+                self.shown, self.seen = (data, body, tag), seen
+            return self.shown
 
 
 def server(
@@ -277,23 +280,24 @@ def server(
             if self.headers.get("Host", "").rpartition(":")[0] not in (LOCAL, "localhost"):
                 return self._answer(403, "text/plain", "this page is for its own machine")
             try:
-                watched.update()
+                data, body, tag = watched.update()
             except ConfigError as error:
                 return self._answer(500, "text/plain", str(error))
             if self.path == "/data.json":
-                same = self.headers.get("If-None-Match") == watched.tag
-                body = "" if same else watched.body
-                return self._answer(304 if same else 200, "application/json", body)
+                same = self.headers.get("If-None-Match") == tag
+                code, text = (304, "") if same else (200, body)
+                return self._answer(code, "application/json", text, tag)
             if self.path == "/":
-                return self._answer(200, "text/html", page(watched.data))
+                return self._answer(200, "text/html", page(data), tag)
             return self._answer(404, "text/plain", "there is / and /data.json")
 
-        def _answer(self, code: int, kind: str, text: str) -> None:
+        def _answer(self, code: int, kind: str, text: str, tag: str = "") -> None:
             with contextlib.suppress(ConnectionError):  # the reader has left
                 self.send_response(code)
                 self.send_header("Content-Type", f"{kind}; charset=utf-8")
                 self.send_header("Content-Length", str(len(text.encode())))
-                self.send_header("ETag", watched.tag)
+                if tag:
+                    self.send_header("ETag", tag)
                 self.send_header("Cache-Control", "no-cache")
                 self.end_headers()
                 self.wfile.write(text.encode())

@@ -136,6 +136,8 @@ def test_a_curriculum_needs_a_domain_that_has_modes_and_a_step_for_each():
         admitting(FOURIER, META, prediction_loss, Admission((0, 5)))
     with pytest.raises(ConfigError, match="domain = 'LinearRegression': there is no curriculum"):
         admitting(LinearRegression(), META, prediction_loss, Admission((0, 5)))
+    with pytest.raises(ConfigError, match="one context must be there from step 0"):
+        admitting(ContextualBandit(contexts=2), META, prediction_loss, Admission((1, 5)))
     with pytest.raises(ConfigError, match="steps = \\(0, -1\\)"):
         Admission((0, -1))
 

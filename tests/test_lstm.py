@@ -12,7 +12,6 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
 from metadyn.learners.lstm import LSTMCell, LSTMConfig
-from metadyn.learners.networks import scanned
 
 T, N, H, B = 7, 3, 5, 4
 BACKENDS = ("scan", "backward")
@@ -148,7 +147,8 @@ def test_accelerators_store_three_arrays_a_step_and_join_weights_once(backend, m
 def test_whole_episodes_are_what_stepping_the_cell_gives(backend: Backend):
     fast = LSTMCell(N, LSTMConfig(hidden=16, backend=backend), rngs=nnx.Rngs(0))
     inputs = jax.random.normal(jax.random.key(1), (T, N, B))
-    stepped = scanned(fast, inputs)
+    start, step = fast.initialize_carry((N,)), lambda carry, x: fast(carry, x)
+    stepped = jax.vmap(lambda one: jax.lax.scan(step, start, one)[1], -1, -1)(inputs)
     assert stepped.shape == (T, 16, B)
     np.testing.assert_allclose(fast.episodes(inputs), stepped, rtol=0, atol=1e-6)
 

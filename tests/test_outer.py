@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from functools import partial
 
 import jax
@@ -19,6 +20,7 @@ from metadyn.learners.attention import TransformerConfig
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Objective, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop, _gradient
+from metadyn.sweep_rows import Rows
 
 DOMAIN = LinearRegression(2, 2, steps=5)
 META = LSTMConfig(hidden=8).make(DOMAIN)
@@ -122,6 +124,24 @@ def test_a_loss_that_is_not_finite_stops_training():
         last(wild, wild.init(), 40)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_time_that_compiling_takes_is_not_that_of_training(rows, monkeypatch):
+    """A clock that stands still, but for a second that compiling takes."""
+    now, real = [0.0], jax.stages.Lowered.compile
+
+    def slowly(*given):
+        now[0] += 1
+        return real(*given)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    loop = loop_of()
+    state = loop.init()
+    list(Rows([loop]).run([state], 10) if rows else loop.run(state, 10))
+    assert now[0] == 1
+    assert loop.seconds == {"lstm": 0}
+
+
 @pytest.mark.parametrize("rate", ["learning_rate", "outer_sgd_learning_rate"])
 def test_it_is_the_meta_learner_s_own_learning_rate_that_is_named(rate):
     """Descent of b⁴ from 1 by steps of 3 runs away: −11, 16 thousand, −5e13, beyond float32."""
@@ -133,7 +153,7 @@ def test_it_is_the_meta_learner_s_own_learning_rate_that_is_named(rate):
     own = dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=3.0, warmup=0, clip=1e30)
     trained = {
         "lstm": MetaTraining(META, OBJECTIVE),
-        "wild": MetaTraining(META, Objective(loss), own, rate),
+        "wild": MetaTraining(META, Objective(loss), own, {"learning_rate": rate}),
     }
     loop = OuterLoop(trained, CONFIG, jax.random.key(0))
     says = f"^{rate} = 3.0: the loss of wild is no longer finite at outer step 7; lower it$"
@@ -212,7 +232,7 @@ readings = inner.measure(
     jax.random.key(1), np.arange(5), tuple(range(6)),
 )
 losses = process_allgather(readings["loss"], tiled=True)[0, :, 1:].tolist()
-draw = lambda key, index: jax.vmap(lambda i: domain.sample_task(jax.random.fold_in(key, i)))(index)
+draw = lambda key, index: domain.sample_task(jax.random.fold_in(key, index))
 tasks = jax.jit(lambda: mesh.over_tasks(draw, jax.random.key(2), np.arange(64), 16))()
 tasks = [np.asarray(leaf) for leaf in jax.tree.leaves(process_allgather(tasks, tiled=True))]
 print(json.dumps({

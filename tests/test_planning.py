@@ -11,12 +11,15 @@ from typing import get_args
 import jax
 import pytest
 
+import metadyn
 from benchmarks import compile as compiling
 from benchmarks import tiny_study
 from metadyn import absent_devices, cost, inner, mesh, planning
 from metadyn.cli import main
+from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend
+from metadyn.learners.bayes import bayes_linear
 from metadyn.outer import OuterLoop
 
 STUDY = str(Path(tiny_study.__file__))
@@ -178,6 +181,22 @@ def planned(**outer):
     config = dataclasses.replace(config, outer=dataclasses.replace(config.outer, **outer))
     plan = tiny_study.study.plan(config)
     return plan, OuterLoop(plan.trained, plan.outer, jax.random.key(0))
+
+
+def test_each_comparison_is_measured_by_its_own_chunk():
+    domain = LinearRegression(2, 2, steps=4)
+    bayes = metadyn.Contender("bayes", "Bayes", bayes_linear(domain), "bayes")
+    parts = []
+    for name, chunk in (("two", 8), ("four", 4)):
+        sizes = metadyn.MeasureConfig(tasks=16, chunk=chunk)
+        tasks = sizes.sized(domain.evaluation(sizes.probe_points), name=name)
+        parts.append(metadyn.Comparison(domain, [bayes], [tasks], measure=sizes, name=name))
+    plan = metadyn.Plan(metadyn.OuterConfig(), parts)
+    found = planning.measuring(plan, OuterLoop({}, plan.outer, jax.random.key(0)))
+    assert [(each.name, each.times) for each in found] == [
+        ("bayes on two", 2),
+        ("bayes on four", 4),
+    ]
 
 
 def test_a_small_memory_bounds_the_tasks_that_are_measured_at_a_time(monkeypatch):

@@ -234,14 +234,18 @@ def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
     for aside in ("4.damaged", "4.damaged-2"):
         (folder / SUMS).write_text("nonsense")
         fresh = RunFolder(run.path)
+        fresh.write_summary({"criteria": []})
         with pytest.warns(ConfigWarning, match="SHA256SUMS says"):
-            assert not fresh.set_aside_damaged()
+            fresh.set_aside_damaged()
         assert fresh.steps() == [0, 1, 5]
+        assert fresh.summary() is None  # however soon it is killed, it is not done
         about = tracked_readings()[1]
         fresh.save_checkpoint(4, {"w": np.float32(4)}, written[4], about)
         fresh.finish()
         assert fresh.steps() == [0, 1, 4, 5]
-        assert fresh.set_aside_damaged()
+        fresh.write_summary({"criteria": []})
+        fresh.set_aside_damaged()
+        assert fresh.summary() is not None
         assert (folder.with_name(aside) / SUMS).read_text() == "nonsense"
     assert RunFolder(run.path).outer_steps() == [0, 1, 4]
 

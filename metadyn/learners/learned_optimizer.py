@@ -118,7 +118,7 @@ def evolution_strategies(domain: Domain, meta: MetaLearner, sigma: float = 0.03)
 
         def one(key: Key) -> tuple[Array, Array]:
             key_task, key_episode = jax.random.split(key)
-            task = domain.sample_task(key_task)
+            task = inner.full_precision(domain.sample_task)(key_task)
             noise = prng.normal(jax.random.fold_in(key, 1), flat.shape)
 
             def episode(flat: Array) -> Array:

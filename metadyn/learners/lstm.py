@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from metadyn.base import Domain
 from metadyn.errors import check_positive
 from metadyn.kernels.lstm import Backend, LSTMWeights, cell, check_backend, lstm
-from metadyn.learners.networks import EpisodeCell, Recurrent
+from metadyn.learners.networks import Recurrent
 
 SATURATED = 0.05  # our choice: a gate this close to 0 or 1 has at most a fifth of its full slope
 Carry = tuple[Float[Array, " H"], Float[Array, " H"]]
@@ -39,7 +39,7 @@ class LSTMConfig:
         return Recurrent(domain, lambda n, rngs: LSTMCell(n, self, rngs=rngs), heads)
 
 
-class LSTMCell(EpisodeCell):
+class LSTMCell(nnx.RNNCellBase):
     """The LSTM of Hochreiter & Schmidhuber (1997) with forget gates; its carry is (h, c)."""
 
     def __init__(self, n_in: int, config: LSTMConfig, *, rngs: nnx.Rngs):

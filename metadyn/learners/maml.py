@@ -111,7 +111,11 @@ class InnerDescent:
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """The whole-episode form. Random starts are drawn from key 0 and the episode's index."""
+        """The whole-episode form. Random starts are drawn from key 0 and the episode's index.
+
+        The index is that on its device: training on `prediction_loss` a learner whose start is
+        random depends on how many devices share the episodes.
+        """
 
         def episode(key: Key, queries: Query, feedback: Feedback) -> Float[Array, "T n_y"]:
             def observe(descent, t):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -24,24 +25,9 @@ from metadyn.kernels.lstm import apply
 Carry = Any  # the state of a recurrent cell, the cache of a sequence model
 
 
-class EpisodeCell(nnx.RNNCellBase):
-    """A recurrent cell that knows a faster way through whole episodes, or has more to say."""
-
-    def episodes(self, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-        """Runs B whole episodes at once, with the outputs that stepping the cell gives."""
-        raise NotImplementedError
-
-    def diagnose(self, carry: Carry, x: Float[Array, " n"]) -> Mapping[str, Array]:
-        """Names scalars about the step that reads x, to be recorded beside the probes."""
-        return {}
-
-
 @runtime_checkable
 class CausalModel(Protocol):
-    """A model of sequences for one episode, whose output at t depends on inputs up to t alone.
-
-    It may have a method `episodes`, from [T, n, B] to [T, F, B], which trains it on B at once.
-    """
+    """A model of sequences for one episode, whose output at t depends on inputs up to t alone."""
 
     def __call__(self, inputs: Float[Array, "T n"], /) -> Float[Array, "T F"]:
         """Runs a whole episode, and returns all outputs."""
@@ -94,6 +80,10 @@ class _NetworkMetaLearner:
     `make(n_in, rngs)` makes the network, for inputs of `n_in` numbers. `heads` outputs more than an
     answer needs are there for objectives: one for the critic of `objectives.actor_critic`. Raises
     `ConfigError` for fewer than none.
+
+    A network may have two methods more. `episodes(inputs)`, from [T, n, B] to [T, F, B], runs B
+    whole episodes at once, with the outputs that stepping it gives, and trains it.
+    `diagnose(carry, x)` names scalars about the step that reads x, recorded beside the probes.
     """
 
     def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], Any], heads: int = 0):
@@ -145,7 +135,7 @@ class _NetworkMetaLearner:
             return jnp.concatenate([domain.encode_query(query), state.feedback])
 
         def said(carry: Carry, x: Array) -> dict[str, Array]:
-            return dict(body.diagnose(carry, x)) if isinstance(body, EpisodeCell) else {}
+            return dict(body.diagnose(carry, x)) if hasattr(body, "diagnose") else {}
 
         diagnoses = jax.eval_shape(lambda: said(self._start(body), jnp.zeros(self._n_in)))
 
@@ -171,20 +161,21 @@ class _NetworkMetaLearner:
     ) -> Float[Array, "T outputs B"]:
         """Runs whole episodes: the answers [T, answer_size, B], and below them the heads."""
         network = self.network(params)
+        whole = getattr(network.body, "episodes", None) or partial(self._whole, network.body)
         over_batch_and_time = lambda f: jax.vmap(jax.vmap(f, -1, -1))
         x = over_batch_and_time(self.domain.encode_query)(queries)
         y = over_batch_and_time(self.domain.encode_feedback)(feedback)
         y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
         inputs = jnp.concatenate([x, y_before], axis=1)
-        return network.episodes(self._whole(network.body, inputs))
+        return network.episodes(whole(inputs))
 
 
 class Recurrent(_NetworkMetaLearner):
     """Meta-learners with any flax NNX recurrent cell: `Recurrent(domain, make_cell, heads=0)`.
 
     `make_cell(n_in, rngs)` returns an `nnx.RNNCellBase` for inputs of `n_in` numbers, such as
-    `lambda n, rngs: nnx.GRUCell(n, 64, rngs=rngs)`. Whole episodes are a scan of the cell, or what
-    an `EpisodeCell` has in its place.
+    `lambda n, rngs: nnx.GRUCell(n, 64, rngs=rngs)`. Whole episodes are a scan of the cell, or its
+    own `episodes`.
     """
 
     def _start(self, body: Any) -> Carry:
@@ -194,15 +185,11 @@ class Recurrent(_NetworkMetaLearner):
         return body(carry, x)
 
     def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-        return body.episodes(inputs) if isinstance(body, EpisodeCell) else scanned(body, inputs)
-
-
-def scanned(cell: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-    """Steps any flax cell through B episodes."""
-    carry = cell.initialize_carry(inputs.shape[1:2], nnx.Rngs(0))
-    carries = jax.tree.map(lambda a: jnp.broadcast_to(a, (inputs.shape[2], *a.shape)), carry)
-    step = jax.vmap(lambda carry, x: cell(carry, x))
-    return jax.lax.scan(step, carries, inputs.swapaxes(1, 2))[1].swapaxes(1, 2)
+        carries = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (inputs.shape[2], *leaf.shape)), self._start(body)
+        )
+        step = jax.vmap(lambda carry, x: body(carry, x))
+        return jax.lax.scan(step, carries, inputs.swapaxes(1, 2))[1].swapaxes(1, 2)
 
 
 class Sequence(_NetworkMetaLearner):
@@ -225,8 +212,6 @@ class Sequence(_NetworkMetaLearner):
         return body.step(carry, x)
 
     def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-        if callable(getattr(body, "episodes", None)):
-            return body.episodes(inputs)
         return jax.vmap(lambda one: body(one), -1, -1)(inputs)
 
 

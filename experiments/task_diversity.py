@@ -1,0 +1,199 @@
+"""Task diversity: of which tasks, and of how many, must a learner be trained to generalise?
+
+    metadyn run task_diversity [--preset quick|workstation|paper] [--out DIR] [overrides]
+
+Linear regression trained on few distinct tasks, between memorising them and generalising
+(Raventós et al. 2023, arXiv:2306.15063), and nonlinear regression trained on one band of
+frequencies or on a mixture of bands: each beside Bayes under both priors in question.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+import metadyn as md
+from metadyn import dynamics, figures, labelled
+from metadyn.base import STRENGTH, Sampler
+from metadyn.domains.distributions import Mixture, Pool
+from metadyn.domains.fourier import FourierRegression, band
+from metadyn.domains.linear import LinearRegression
+from metadyn.errors import check
+from metadyn.learners import bayes
+from metadyn.learners.bayes_mixture import bayes_memorising, bayes_mixture
+from metadyn.learners.lstm import LSTMConfig
+from metadyn.objectives import prediction_loss
+from metadyn.study import claims, excess_of, paper
+
+WITHIN, LARGER, FRESH, RIGHT = "in_distribution", "x4", "fresh", "bayes_right"
+BANDS = {"band_1_2": (1, 2), "band_3_4": (3, 4), "band_1_4": (1, 4)}
+"""Lowest and highest frequency of each band in the mixture; the first is trained on alone."""
+KINDS = ("memorising", "generalising")
+"""Bayes that knows the pool of tasks, and that knows the prior."""
+
+
+@dataclass(frozen=True)
+class Config(md.StudyConfig):
+    """Everything the study depends on, beside its seed. Values are our choice."""
+
+    linear: LinearRegression = LinearRegression()
+    nonlinear: FourierRegression = FourierRegression(steps=20)
+    pools: tuple[int, ...] = (16, 256, 4096)
+    """Numbers of distinct tasks to train on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        right = len(self.pools) > 0 and all(size >= 1 for size in self.pools)
+        check(right, "pools", self.pools, "name at least one, all of 1 task or more")
+
+
+def pools(config: Config) -> md.Comparison:
+    """The network trained on fresh tasks, on pools of them, and Bayes that knows each pool."""
+    domain, sizes, plain = config.linear, config.measure, config.meta_learner(config.linear)
+    points, label = sizes.probe_points, getattr(config, config.meta).label
+    probes = {STRENGTH: domain.answers(points)}
+    fresh = md.TaskSet(FRESH, domain, Sampler(domain), probes=probes, kinds=("meta", "bayes"))
+    sets = [sizes.sized(fresh, "heldout_tasks")]
+    for shift, factor in ((WITHIN, 1.0), (LARGER, 4.0)):
+        sets.append(sizes.sized(domain.evaluation(points, factor), "shifted_tasks", shift))
+    contenders, pairs = [replace(plain, label=f"{label}, ever new tasks")], []
+    for size in config.pools:
+        pool, called = Pool(domain, size), f"{label}, {size} tasks"
+        trained = {"label": called, "objective": partial(prediction_loss, sample=pool)}
+        contenders.append(replace(plain, name=f"pool_{size}", **trained))
+        known = f"memorising_{size}", f"Bayes that knows {size} tasks", bayes_memorising(pool)
+        pairs.append((sets[0], md.Contender(*known, "reference")))
+    contenders.append(md.Contender("bayes", "Bayes-optimal", bayes.bayes_linear(domain), "bayes"))
+    return md.Comparison(domain, contenders, sets, pairs, sizes, followed=False)
+
+
+def bands(config: Config) -> md.Comparison:
+    """The network of one band, that of all of them, and Bayes under the priors in question."""
+    highest, sizes = max(high for _, high in BANDS.values()), config.measure
+    domains, pairs = [], []
+    for name, (low, high) in BANDS.items():
+        spectrum = (*band(low, high), *(0.0,) * (highest - high))
+        domains.append(domain := replace(config.nonlinear, spectrum=spectrum))
+        tasks = sizes.sized(domain.evaluation(sizes.probe_points), "shifted_tasks", name)
+        known = md.Contender(RIGHT, "Bayes, right prior", bayes.bayes_fourier(domain), "reference")
+        pairs.append((tasks, known))
+    every = tuple(range(1, highest + 1))
+    mix = bayes_mixture([bayes.gaussian_fourier(each, every) for each in domains])
+    plain, alone = config.meta_learner(domains[0]), bayes.bayes_fourier(domains[0])
+    label, one = getattr(config, plain.name).label, partial(prediction_loss, teacher=alone)
+    mixed = partial(prediction_loss, teacher=mix, sample=Mixture(tuple(domains)))
+    contenders = [
+        replace(plain, label=f"{label}, one band", objective=one),
+        replace(plain, name=f"{plain.name}_mixture", label=f"{label}, all bands", objective=mixed),
+        md.Contender("bayes", "Bayes, one band's prior", alone, "bayes"),
+        md.Contender("bayes_mixture", "Bayes, all bands' priors", mix, "reference"),
+    ]
+    sets, named = [tasks for tasks, _ in pairs], {"name": "band", "title": "bands"}
+    return md.Comparison(domains[0], contenders, sets, pairs, sizes, followed=False, **named)
+
+
+def plan(config: Config) -> md.Plan:
+    """Linear regression with pools of tasks, and nonlinear regression with bands of frequencies."""
+    return md.Plan(config.outer, [pools(config), bands(config)])
+
+
+def distances(results, size: int) -> list[dynamics.Estimate]:
+    """Mean-square distances of the answers of a pool's network, on fresh tasks, to each Bayes.
+
+    To the memorising one, to the generalising one, and by how much the former is nearer.
+    """
+    names = f"pool_{size}", f"memorising_{size}", "bayes"
+    own, *known = (dynamics.samples(results[FRESH, who], "answers")[:, :, :-1] for who in names)
+    apart = np.stack([((own - each) ** 2).mean((2, 3, 4)) for each in known], -1)
+    with_gain = lambda mean: np.concatenate([mean, np.diff(mean)], -1)
+    return dynamics.estimate(with_gain, apart).each()
+
+
+def criteria(config: Config, results):
+    """How near each pool's network is to either Bayes, and what a mixture of bands gains."""
+    for name, data in results.learners(WITHIN, "meta").items():
+        found, label = excess_of(results, name), labelled.about(data).label
+        yield md.criterion(f"{name}_excess", found, f"{label}: excess on fresh tasks")
+        pairs = ((results[each, name], results[each, "bayes"]) for each in (LARGER, WITHIN))
+        found, said = dynamics.excess_growth(*pairs), f"{label}: growth of the excess, {LARGER}"
+        yield md.criterion(f"{name}_growth_{LARGER}", found, said)
+    for size in config.pools:
+        for kind, found in zip(KINDS, distances(results, size), strict=False):
+            said = f"{size} tasks: mean-square distance to the {kind} Bayes, on fresh tasks"
+            yield md.criterion(f"pool_{size}_{kind}", found, said)
+    few, many = (distances(results, size)[-1] for size in (min(config.pools), max(config.pools)))
+    said = "{} tasks: how much nearer the Bayes that memorises them is"
+    yield md.criterion("few_nearer", few, said.format("fewest"), at_least=0.0, surely=True)
+    yield md.criterion("many_nearer", many, said.format("most"), at_most=0.0, surely=True)
+    for task_set in BANDS:
+        for name, data in results.learners(task_set, "meta", "bayes", "reference").items():
+            if name != RIGHT:
+                said = f"{labelled.about(data).label}: excess over the right prior, {task_set}"
+                found = dynamics.measured_excess(data, results[task_set, RIGHT])
+                yield md.criterion(f"{name}_{task_set}_over_right", found, said)
+    who = (f"{config.meta}_mixture", config.meta, RIGHT)
+    found = dynamics.excess_ratio(*(results["band_3_4", name] for name in who))
+    said = "a mixture of bands at least halves the excess in another band"
+    yield md.criterion("bands_gain", found, said, 0.5, surely=True)
+
+
+def diversity(results):
+    """Draws distances to the memorising and to the generalising Bayes by the number of tasks."""
+    known = [name for name in results.learners(FRESH) if name.startswith("pool_")]
+    sizes = sorted(int(name.removeprefix("pool_")) for name in known)
+    of = lambda i: dynamics.stacked(distances(results, size)[i] for size in sizes)
+    found = {f"to the {kind} Bayes": of(i) for i, kind in enumerate(KINDS) if known}
+    shown = {"answers on fresh tasks": (np.array(sizes), found)} if known else {}
+    axes = {"xscale": "log", "yscale": "log", "xlabel": "distinct tasks in training"}
+    return figures.panels(shown, "mean-square distance", **axes)
+
+
+def excess_by_band(results):
+    """Draws the excess over Bayes under the right prior for each band of frequencies."""
+    names = [name for name in results.learners("band_1_2") if name != RIGHT]
+    figure, (axis,) = figures.grid(min(len(names), 1), width=7.5, height=4.4)
+    over = lambda name, of: dynamics.measured_excess(results[of, name], results[of, RIGHT])
+    every = {name: dynamics.stacked(over(name, of) for of in BANDS) for name in names}
+    label = lambda name: labelled.about(results["band_1_2", name]).label
+    found = [(label(name), each) for name, each in every.items()]
+    titles = [f"frequencies {low} to {high}" for low, high in BANDS.values()]
+    figures.grouped_bars(axis, titles, found)
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_ylabel("excess loss over Bayes under the right prior", fontsize=10)
+    figures.legend_below(axis)
+    return figure
+
+
+OUTER = md.OuterConfig(2000, 48, optimizer="nadam", b2=0.98, learning_rate=3e-2, checkpoints=1)
+UNTRACKED = {"tracked_tasks": 0, "chunk": 512}
+QUICK = Config(
+    linear=LinearRegression(n_x=3, n_y=3),
+    outer=OUTER,
+    measure=md.MeasureConfig(shifted_tasks=256, heldout_tasks=256, probe_points=12, **UNTRACKED),
+)
+WORKSTATION = Config(
+    lstm=LSTMConfig(hidden=128),
+    outer=replace(OUTER, steps=4000, learning_rate=2e-2),
+    measure=md.MeasureConfig(shifted_tasks=1024, heldout_tasks=1024, probe_points=16, **UNTRACKED),
+)
+PAPER = Config(
+    **paper(100_000, batch=1024, checkpoints=10),
+    pools=tuple(4**k for k in range(2, 9)),
+    measure=md.MeasureConfig(shifted_tasks=8192, heldout_tasks=4096, tracked_tasks=0),
+)
+study = md.Study(
+    "task_diversity",
+    {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
+    plan,
+    criteria,
+    {"diversity": diversity, "excess_by_band": excess_by_band},
+    section="ours",
+    claims=claims(
+        diversity={
+            "few_nearer": "Ours: trained on few distinct tasks an LSTM is nearer to the "
+            "Bayes that memorises them",
+            "many_nearer": "Ours: trained on many, to the Bayes that generalises",
+        },
+        excess_by_band={"bands_gain": "Ours: a mixture of bands helps an LSTM in another band"},
+    ),
+)

@@ -1,0 +1,95 @@
+"""Labelled arrays: several learners in one dataset, and taken apart again."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from metadyn import dynamics, figures, labelled
+from metadyn.base import Modes
+
+MODES = Modes((2.0, 1.0), "singular value", "s")
+SIZES = {"seed": 3, "task": 4, "outer_step": 2, "step": 6, "mode": 2}
+
+
+def learner(name, kind, *more):
+    """Strengths that rise to 1.2, the greater mode first, of a learner with these dimensions."""
+    axes = (*(axis for axis in ("seed", "task", "outer_step") if axis in more), "step", "mode")
+    rng = np.random.default_rng(0)
+    rise = np.linspace(0, 1.2, 6)[:, None] * np.array([1.0, 0.9])
+    strength = rise + 0.01 * rng.random([SIZES[axis] for axis in axes])
+    loss = 1.5 - strength.mean(-1)
+    about = labelled.About(name, name, kind, "observations", 0.5)
+    coords = {"time": ("step", range(6)), "singular_value": ("mode", MODES.values)}
+    arrays = {"mode_strength": strength, "loss": loss}
+    if kind == "ordinary":
+        arrays["closed_form"] = rise
+    named = {"mode_strength": axes, "loss": axes[:-1], "closed_form": ("step", "mode")}
+    if "outer_step" in more:
+        coords["outer_step"] = ("outer_step", (0, 10))
+    return labelled.labelled(
+        arrays, labelled.describe(about, named, coords, {"mode_strength": MODES})
+    )
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return {
+        "sgd": learner("sgd", "ordinary", "task"),
+        "lstm": learner("lstm", "meta", "seed", "task", "outer_step"),
+        "bayes": learner("bayes", "bayes", "task"),
+    }
+
+
+def test_split_undoes_merge_but_for_seeds(parts):
+    """What no outer loop has made has no outer step; a closed form is of no seed and task."""
+    apart = labelled.split(labelled.merge(parts))
+    assert [*apart] == [*parts]
+    for name, data in parts.items():
+        found = apart[name]
+        assert ("outer_step" in found.dims) == ("outer_step" in data.dims)
+        assert ("closed_form" in found) == ("closed_form" in data)
+        assert labelled.about(found) == labelled.about(data)
+        for each in ("mode_strength", "loss"):
+            for seed in range(found.sizes["seed"]):
+                mine = data[each].isel(seed=seed) if "seed" in data.dims else data[each]
+                other = found[each].isel(seed=seed).transpose(*mine.dims)
+                np.testing.assert_array_equal(mine, other)
+    np.testing.assert_array_equal(
+        apart["sgd"]["closed_form"].transpose("step", "mode"), parts["sgd"]["closed_form"]
+    )
+
+
+def test_a_merged_dataset_is_drawn_and_judged_as_its_parts_are(parts):
+    merged = labelled.merge(parts)
+    last = parts | {"lstm": parts["lstm"].isel(outer_step=-1)}
+    xr.testing.assert_allclose(dynamics.slope(merged), dynamics.slope(last))
+    apart = labelled.split(merged)
+    excess = dynamics.measured_excess(apart["lstm"], apart["bayes"])
+    mine = dynamics.measured_excess(parts["lstm"], parts["bayes"])
+    np.testing.assert_allclose(excess.value, mine.value)
+    assert np.shape(excess.value) == (2,)
+    figure = figures.mode_strength(last | {"lstm": apart["lstm"].isel(outer_step=-1)})
+    (dotted,) = (
+        line
+        for axis in figure.axes
+        for line in axis.lines
+        if line.get_linestyle() == ":" and line.get_label() == "closed form"
+    )
+    drawn = figures.mode_strength(merged.isel(outer_step=-1))
+    (other,) = (
+        line for axis in drawn.axes for line in axis.lines if line.get_label() == "closed form"
+    )
+    np.testing.assert_array_equal(dotted.get_xydata(), other.get_xydata())
+
+
+def test_a_single_run_is_that_of_median_time_to_learn_all_modes_whichever_comes_last():
+    """Of three runs the lesser mode is learned at 1, and the greater at 4, 2 and 3."""
+    data = learner("sgd", "ordinary", "task").drop_vars("closed_form").isel(task=[0, 1, 2])
+    strength = np.zeros((3, 6, 2))
+    for run, time in enumerate((4, 2, 3)):
+        strength[run, 1:, 1] = 1
+        strength[run, time:, 0] = 1
+    data["mode_strength"] = data["mode_strength"].copy(data=strength)
+    lines = figures.single_runs({"sgd": data}).axes[0].lines
+    greater = next(line for line in lines if len(line.get_xdata()) == 6)
+    np.testing.assert_array_equal(greater.get_ydata(), strength[2, :, 0])
