@@ -30,8 +30,7 @@ LABELS = RECURRENT | {"transformer": "transformer", "control": "LSTM far from Ba
 ROWS = {(name, each): f"{TITLES[name]}, {LABELS[each]}" for name in TITLES for each in LABELS}
 RATES = {"gru": 1 / 3, "control": 1 / 100}
 """Learning rates, over that of the outer loop. The control is an LSTM trained for as long."""
-NEAR = 0.3
-"""Excess loss up to which a recurrent network counts as near Bayes."""
+NEAR = 0.3  # excess loss up to which a recurrent network counts as near Bayes
 COLUMNS = "excess mean untrained uncertainty nonlinear to_bayes from_bayes delay kept"
 SURELY = {
     "linear_lstm_uncertainty": {"at_most": 0.5},
@@ -58,16 +57,15 @@ def compared(config: Config, name: str) -> md.Comparison:
     objective, heads = (predicting("bayes", beliefs.learner), 0) if linear else (policy, 1)
     contenders = [md.Contender("bayes", "Bayes-optimal", beliefs.learner, "bayes")]
     for network, label in LABELS.items():
-        changes: dict[str, Any] = {"meta": "lstm" if network == "control" else network}
-        made: Any = dataclasses.replace(config, **changes).meta_learner(domain, heads)
+        meta: Any = "lstm" if network == "control" else network
+        made: Any = dataclasses.replace(config, meta=meta).meta_learner(domain, heads)
         rate = RATES.get(network, 1) * config.outer.learning_rate
         own = made.own or dataclasses.replace(config.outer, learning_rate=rate)
-        changes = {"own": own}
         read = beside.mean_values if network == "transformer" else beside.whole
         learner = beside.Beside(made.learner, domain, beliefs, read)
         times = [0, *(pairs + 1 for pairs in log_spaced(domain.steps - 1, 5)[1:])]
-        changes |= {"name": network, "label": label, "learner": learner, "times": times}
-        contenders.append(dataclasses.replace(made, **changes))
+        changes = {"name": network, "label": label, "learner": learner, "times": times}
+        contenders.append(dataclasses.replace(made, own=own, **changes))
         if network in RECURRENT:
             copies = f"{network}_operated", label, beside.implanted(learner), "reference"
             contenders.append(md.Contender(*copies, of=network))  # type: ignore[arg-type]
@@ -106,7 +104,7 @@ def criteria(config: Config, results):
         if name == "linear" and network in RECURRENT and found["excess"].value <= NEAR:
             near.append(found["least"])
     worst = min(near, key=lambda each: each.value, default=dynamics.exact(np.nan))
-    said = f"linear regression, the worst of those near Bayes: {decoding.MERITS['least']}"
+    said = f"linear regression, the worst recurrent network near Bayes: {decoding.MERITS['least']}"
     yield md.criterion("linear_near_bayes_mean", worst, said, at_least=0.9, surely=True)
 
 
@@ -192,7 +190,7 @@ study = md.Study(
     ],
     claims=claims(
         decoded={
-            "linear_near_bayes_mean": "Ours: whoever is near Bayes holds its mean in linear form",
+            "linear_near_bayes_mean": "Ours: recurrent networks near Bayes hold its mean linearly",
             "linear_lstm_uncertainty": "Ours: late on, an LSTM hardly holds uncertainty linearly",
             "linear_lstm_nonlinear": "Ours: nor in another form, that a small perceptron finds",
             "linear_lstm_direction": "Ours: an LSTM simulates Bayes better than Bayes an LSTM",

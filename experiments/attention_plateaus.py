@@ -47,6 +47,9 @@ class Components(LinearRegression):
             check(value is None, field, value, "the theory is of weights N(0, I): leave it out")
         check(self.spread == "quantiles", "spread", self.spread, "weights are ±1: leave it out")
         check(self.n_y == 1, "n_y", self.n_y, "the theory is of one output")
+        given = np.array(self.column_covariance or [[1.0]])
+        fix = "the theory is of weights N(0, I): leave it out"
+        check((given == np.eye(len(given))).all(), "column_covariance", given.tolist(), fix)
         unit = tuple(tuple(float(i == j) for j in range(self.n_x)) for i in range(self.n_x))
         object.__setattr__(self, "column_covariance", unit)
         super().__post_init__()
@@ -160,6 +163,12 @@ def first_below(data, levels) -> np.ndarray:
     return dynamics.learning_times(data["outer_step"].to_numpy(), below, p=0.0)
 
 
+def rested(data, before, after, last) -> np.ndarray:
+    """At how many levels each seed [seed] rests; NaN for one that never comes below the last."""
+    late = first_below(data, after) >= REST * first_below(data, before)
+    return np.where(np.isfinite(first_below(data, last)[..., 0]), late.sum(-1), np.nan)
+
+
 def over_seeds(values) -> dynamics.Estimate:
     """The mean over seeds of what each has [seed, …]."""
     return dynamics.estimate(np.asarray, np.asarray(values, float)[:, None])
@@ -171,8 +180,7 @@ def criteria(config: Config, results):
     halfway, before, after = (levels[1:] + levels[:-1]) / 2, 1.1 * levels[1:-1], 0.9 * levels[1:-1]
     for name, label in KINDS.items():
         trained, theory = (results[HELDOUT, name + ending] for ending in ("", "_expected"))
-        rests = lambda data: first_below(data, after) >= REST * first_below(data, before)
-        count, predicted = (rests(data).sum(-1) for data in (trained, theory))
+        count, predicted = (rested(data, before, after, halfway[-1:]) for data in (trained, theory))
         staircase = name == "separate"
         said = "it goes down a staircase: one or more" if staircase else "it drops once: none"
         said = f"{label}: plateaus in between at which training rests; {said}"

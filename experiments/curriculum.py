@@ -39,8 +39,8 @@ class Config(LearnersConfig, DomainsConfig):
 
     Those were measured in plain training, as nonlinear_n_k and bandit_n_k: of the quick preset by
     `metadyn run curriculum` itself, whose plain training is the same whatever they are; the others
-    by `metadyn run outer_loop_dynamics`, with the outer loop of the preset. Set them to what a run
-    of other settings reports.
+    by `metadyn run outer_loop_dynamics --preset workstation`. Those of the paper's preset are not
+    measured. Set them to what a run of other settings reports.
     """
 
     learners: tuple[str, ...] = ("lstm", "maml")
@@ -63,7 +63,9 @@ class Config(LearnersConfig, DomainsConfig):
 
 def outer_curricula(config: Config, name: str) -> md.Comparison:
     """One meta-learner of a domain, trained under each curriculum."""
-    base, steps = config.comparison(name), (0, *getattr(config, f"{name}_steps")[1:])
+    # Bayes' answers, as targets, would be those of tasks with all modes.
+    base = config.comparison(name, target="feedback")
+    steps = 0, *getattr(config, f"{name}_steps")[1:]
     meta, orders = base.metas[0], {"measured": Admission(steps), "mixed": Admission(steps, True)}
     if name == "nonlinear":
         orders["reversed"] = Admission(steps[::-1])
@@ -138,11 +140,6 @@ def outer_gains(config: Config, results, name: str):
         yield md.criterion(f"{name}_n_{k}", n, said)
 
 
-def inner(inputs: str, results):
-    """Draws the mode strengths of all learners on one kind of inputs."""
-    return figures.mode_strength(results.learners(inputs, drawn=True))
-
-
 def outer(results):
     """Draws excess loss against outer steps under each curriculum."""
     figure, axes = figures.grid(len(OUTER), "excess loss over Bayes", width=5.2)
@@ -185,7 +182,8 @@ study = md.Study(
     {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
-    {f"mode_strength_{inputs}": partial(inner, inputs) for inputs in INPUTS} | {"outer": outer},
+    {f"mode_strength_{inputs}": figures.strengths_on(inputs) for inputs in INPUTS}
+    | {"outer": outer},
     section="ours",
     claims=claims(
         mode_strength_tilted={

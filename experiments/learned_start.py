@@ -3,7 +3,7 @@
     metadyn run learned_start [--preset quick|workstation|paper] [--out DIR] [overrides]
 
 The two-layer linear network of linear regression and the MLP of nonlinear regression are trained by
-plain gradient descent, always in the same way, from starts (1 − α) · random + α · learned, and from
+descent, the MLP's by Adam, always alike, from starts (1 − α) · random + α · learned, and from
 random starts of several sizes. The learned one is that of MAML (Finn et al. 2017, arXiv:1703.03400)
 on that very network. Saxe et al. (2013), arXiv:1312.6120, derive the staggering from a small start.
 """
@@ -228,9 +228,7 @@ study = md.Study(
     criteria,
     {
         "start": start,
-        "mode_strength_linear": lambda results: figures.mode_strength(
-            results.learners("linear", "ordinary", "reference")
-        ),
+        "mode_strength_linear": figures.strengths_on("linear", "ordinary", "reference"),
     },
     section="ours",
     claims=claims(

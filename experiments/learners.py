@@ -113,11 +113,6 @@ def costs(row: str, domain, meta, seconds: float):
         yield md.criterion(f"{row}_{what}", dynamics.exact(value), said)
 
 
-def side_by_side(name: str):
-    """Makes the figure of mode strength of all learners of a domain."""
-    return lambda results: figures.mode_strength(results.learners(f"inner_{name}", drawn=True))
-
-
 def outer_times(results):
     """Draws the outer step at which each mode is half-way to Bayes, a panel a domain."""
     label = "outer learning time $n_k$\n(outer step half-way to Bayes)"
@@ -202,7 +197,7 @@ study = md.Study(
     {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
-    {f"learners_{name}": side_by_side(name) for name in TITLES}
+    {f"learners_{name}": figures.strengths_on(f"inner_{name}") for name in TITLES}
     | {"slope_against_excess": slope_against_excess, "outer_times": outer_times},
     section="ours",
     claims=md.study.claims(

@@ -15,7 +15,7 @@ import numpy as np
 import metadyn as md
 from metadyn import dynamics, figures, labelled
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import check_positive
+from metadyn.errors import check, check_positive
 from metadyn.inner import log_spaced
 from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_linear
@@ -66,6 +66,9 @@ def plan(config: Config) -> md.Plan:
     bayes = bayes_linear(domain)
     n_x, n_y, s = domain.n_x, domain.n_y, np.array(domain.spectrum())
     saxe = sgd.depth == 2 and sgd.optimizer == "sgd"  # which his closed form is of
+
+    fix = "how many the least mode needs is known of two layers and sgd alone: say how many"
+    check(sgd.updates or saxe, "sgd.updates", sgd.updates, fix)
 
     def descent(name, label, network, start, rate, **fields):
         """A network under gradient descent, with the closed form at the times it is probed."""

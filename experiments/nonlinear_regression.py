@@ -184,9 +184,7 @@ study = md.Study(
     plan,
     criteria,
     {
-        "mode_strength_by_optimizer": lambda results: figures.mode_strength(
-            results.learners("in_distribution", "ordinary")
-        ),
+        "mode_strength_by_optimizer": figures.strengths_on("in_distribution", "ordinary"),
         "band_gain": band_gain,
     },
     section="§3",

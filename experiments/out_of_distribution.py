@@ -24,6 +24,7 @@ from metadyn.learners.bayes_mixture import bayes_mixture
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.normalised import Normalised
 from metadyn.objectives import prediction_loss
+from metadyn.several_domains import DESCENTS
 from metadyn.study import HELDOUT, Network, claims, excess_of, paper
 
 WITHIN, RIGHT = "in_distribution", "bayes_right"
@@ -50,6 +51,8 @@ class Config(md.StudyConfig):
         right = len(self.scales) > 0 and all(0 < scale < math.inf for scale in self.scales)
         check(right, "scales", self.scales, "name at least one, all above 0 and finite")
         check_positive(self, "other_batch")
+        fix = f"choose a network with a memory, other than {OTHER}"
+        check(self.meta not in (OTHER, *DESCENTS), "meta", self.meta, fix)
 
 
 def plan(config: Config) -> md.Plan:
@@ -66,7 +69,8 @@ def plan(config: Config) -> md.Plan:
     for name in (config.meta, OTHER):
         plain, network = replace(config, meta=name).meta_learner(domain), getattr(config, name)
         if name == OTHER:
-            plain = replace(plain, own=replace(plain.own, batch=config.other_batch))
+            own, options = replace(plain.own, batch=config.other_batch), {"batch": "other_batch"}
+            plain = replace(plain, own=own, options={**plain.options, **options})
         normalised = replace(plain, learner=Normalised(domain, network.make))
         remedies = {
             "plain": (plain, one_scale),
@@ -138,16 +142,18 @@ def criteria(config: Config, results):
 def excess_by_scale(results):
     """Draws excess over Bayes under the right prior, by scale."""
     drawn = [name for name in results.learners(WITHIN) if name != RIGHT]
-    scales, shown = [*SETS][:-1], {}
-    for name in drawn:
-        called = labelled.about(results[WITHIN, name]).label
-        shown[called] = dynamics.stacked(over_right(results, each, name) for each in scales)
-    label = "excess loss over Bayes\nunder the right prior"
-    panel = {"tasks of other scales": (np.arange(len(scales)), shown)} if drawn else {}
-    figure = figures.panels(panel, label, "turbo", xlabel="tasks")
-    for axis in figure.axes:
-        axis.set_yscale("symlog", linthresh=0.05)
-        axis.set_xticks(range(len(scales)), [each.replace("_", " ") for each in scales])
+    figure, (axis,) = figures.grid(min(len(drawn), 1), width=8.5, height=4.4)
+    scales = [*SETS][:-1]  # all but that of one mode
+    over = lambda name: dynamics.stacked(over_right(results, each, name) for each in scales)
+    labels = [labelled.about(results[WITHIN, name]).label for name in drawn]
+    found = dynamics.stacked(map(over, drawn))
+    figures.curves(axis, np.arange(len(scales)), found, labels, "turbo", marker="o")
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_yticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
+    axis.set_xticks(range(len(scales)), [f"× {SETS[each][0]}" for each in scales])
+    axis.set_xlabel("scale of the tasks, over that of plain training")
+    axis.set_ylabel("excess loss over Bayes\nunder the right prior")
+    figure.legend(loc="outside right center")
     return figure
 
 

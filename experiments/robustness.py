@@ -74,7 +74,7 @@ def plan(config: Config) -> md.Plan:
     comparisons, sizes = [], config.measure
     for name, title in TITLES.items():
         made: dict[str, tuple[md.Comparison, list[md.Contender]]] = {}
-        own = config.within(name, **{} if name == "bandit" else {"target": config.target})
+        own = config.within(name)
         for kind, (label, words) in sweeps(config, name).items():
             for value, changed in sweep.zipped(own, words):
                 whole = STUDIES[name].plan(changed).comparisons[0]

@@ -50,6 +50,7 @@ class Config(md.StudyConfig):
 def pools(config: Config) -> md.Comparison:
     """The network trained on fresh tasks, on pools of them, and Bayes that knows each pool."""
     domain, sizes, plain = config.linear, config.measure, config.meta_learner(config.linear)
+    check(plain.objective is None, "meta", config.meta, "its objective is its own: choose another")
     points, label = sizes.probe_points, getattr(config, config.meta).label
     probes = {STRENGTH: domain.answers(points)}
     fresh = md.TaskSet(FRESH, domain, Sampler(domain), probes=probes, kinds=("meta", "bayes"))
@@ -145,7 +146,9 @@ def diversity(results):
     found = {f"to the {kind} Bayes": of(i) for i, kind in enumerate(KINDS) if known}
     shown = {"answers on fresh tasks": (np.array(sizes), found)} if known else {}
     axes = {"xscale": "log", "yscale": "log", "xlabel": "distinct tasks in training"}
-    return figures.panels(shown, "mean-square distance", **axes)
+    figure = figures.panels(shown, "mean-square distance", **axes)
+    figures.log_ticks(figure.axes[0].yaxis)
+    return figure
 
 
 def excess_by_band(results):
@@ -153,11 +156,9 @@ def excess_by_band(results):
     names = [name for name in results.learners("band_1_2") if name != RIGHT]
     figure, (axis,) = figures.grid(min(len(names), 1), width=7.5, height=4.4)
     over = lambda name, of: dynamics.measured_excess(results[of, name], results[of, RIGHT])
-    every = {name: dynamics.stacked(over(name, of) for of in BANDS) for name in names}
-    label = lambda name: labelled.about(results["band_1_2", name]).label
-    found = [(label(name), each) for name, each in every.items()]
-    titles = [f"frequencies {low} to {high}" for low, high in BANDS.values()]
-    figures.grouped_bars(axis, titles, found)
+    merit = lambda name: dynamics.stacked(over(name, of) for of in BANDS)
+    found = [(labelled.about(results["band_1_2", name]).label, merit(name)) for name in names]
+    figures.grouped_bars(axis, [f"frequencies {a} to {b}" for a, b in BANDS.values()], found)
     axis.set_yscale("symlog", linthresh=0.1)
     axis.set_ylabel("excess loss over Bayes under the right prior", fontsize=10)
     figures.legend_below(axis)

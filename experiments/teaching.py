@@ -157,7 +157,6 @@ def by_learner(sets, reading: str, label: str, style, results):
     return figure
 
 
-ORDER = lambda results: figures.mode_strength(results.learners("least", drawn=True))
 ERROR = partial(by_learner, SETS, "error", "error ‖Ŵ − W‖² / ‖W‖²", {"yscale": "log"})
 TOLD = partial(by_learner, FEEDBACK, STRENGTH, "probability of correct action", {"ylim": (0, 1.05)})
 QUICK = Config(
@@ -181,7 +180,7 @@ study = md.Study(
     {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
-    {"error": ERROR, "mode_strength_least": ORDER, "communication": TOLD},
+    {"error": ERROR, "mode_strength_least": figures.strengths_on("least"), "communication": TOLD},
     section="ours",
     claims=claims(
         error={

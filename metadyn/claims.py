@@ -67,7 +67,8 @@ def tables(folder: Path) -> str:
             measured.append(f"`{command}` on {summary['environment']['processor']}")
         else:
             lacking.append(f"{name} {preset}")
-    shown = [each for each in ("quick", "workstation", "paper") if each in {p for _, p in runs}]
+    order = {"quick": 0, "workstation": 1, "paper": 2}
+    shown = sorted({preset for _, preset in runs}, key=lambda each: (order.get(each, 3), each))
     claims = [f"| claim | study | {' | '.join(shown)} |", f"{'| --- ' * (2 + len(shown))}|"]
     for study in studies:
         rows = {
@@ -108,8 +109,10 @@ def _verdict(study: Study, claim: Claim, preset: str, rows: Mapping[str, Any] | 
     if rows is None:
         return "not measured"
     row = rows.get(claim.criterion)
-    if row is None:
-        raise ConfigError(f"{study.name}-{preset}: its summary lacks {claim.criterion!r}")
+    if row is None or "verdict" not in row:
+        raise ConfigError(
+            f"{study.name}-{preset}: its summary lacks a verdict of {claim.criterion!r}"
+        )
     found, _, would_decide = row["verdict"].partition(": ")
     said = f"{found if found == 'holds' else f'**{found}**'}: {number(row)}"
     said += f"; {would_decide}" * bool(would_decide)

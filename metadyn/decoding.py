@@ -18,7 +18,7 @@ import optax
 import xarray as xr
 from jaxtyping import Array, Float
 
-from metadyn import dynamics, labelled
+from metadyn import dynamics, inner, labelled
 from metadyn.dynamics import Estimate, estimate
 from metadyn.learners.beside_bayes import SOURCES
 
@@ -111,6 +111,7 @@ def perceptron(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="kept")
+@inner.full_precision
 def _perceptrons(
     x: Float[Array, "fit m p"], y: Float[Array, "fit n q"], kept: int
 ) -> Float[Array, "fit m q"]:

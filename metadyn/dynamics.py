@@ -253,9 +253,8 @@ def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) ->
 
     Meta-learners that are followed over outer training are taken at its end.
     """
-    parts = labelled.split(data)
-    last = {n: p.isel(outer_step=-1) if "outer_step" in p.dims else p for n, p in parts.items()}
-    found = {name: merit(each, probe) for name, each in last.items()}
+    parts = labelled.split(data).items()
+    found = {n: merit(p.isel(outer_step=-1, missing_dims="ignore"), probe) for n, p in parts}
     named = stacked(found.values())._asdict().items()
     return xr.Dataset({part: ("learner", each) for part, each in named}, {"learner": [*found]})
 

@@ -130,6 +130,14 @@ def mode_strength(measured: Measured, probe: str = STRENGTH, one_run: bool = Fal
     return figure
 
 
+def strengths_on(task_set: str, *kinds: str) -> Callable[[Results], Figure]:
+    """Makes the figure of mode strength on a set of tasks, for `Study.figures`.
+
+    Of learners of these kinds or, if none is named, of all that have a place in figures.
+    """
+    return lambda results: mode_strength(results.learners(task_set, *kinds, drawn=not kinds))
+
+
 def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:
     """Draws one run of each learner, that of median time to learn all: averages hide plateaus."""
     return mode_strength(measured, probe, one_run=True)
@@ -147,7 +155,7 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
             axis.errorbar(scale[k], t.value[k], bars(t)[:, [k]], fmt=marker, color=colour, ms=8)
             if np.isnan(t.value[k]):
                 axis.plot(scale[k], data["time"][-1], "^", mfc="none", color=colour, ms=10)
-        there = np.isfinite(t.value) & (t.value > 0)
+        there = np.isfinite(t.value) & (t.value > 0) & (scale > 0)
         if there.sum() > 1:
             x, y = np.log(scale), np.log(t.value[there])
             line = np.exp(y.mean() + slope.value * (x - x[there].mean()))
@@ -492,7 +500,7 @@ def _each(measured: Measured) -> list[xr.Dataset]:
     parts = labelled.split(measured).values()
     if not parts:
         raise NotMeasured("nothing that the figure shows is measured yet")
-    return [data.isel(outer_step=-1) if "outer_step" in data.dims else data for data in parts]
+    return [data.isel(outer_step=-1, missing_dims="ignore") for data in parts]
 
 
 def _named(modes: labelled.Modes) -> list[str]:

@@ -107,7 +107,7 @@ def run(
     (see `recorded`), the learner's own diagnoses, and `loss`: the mean loss of its answers since
     the time before, each scored before its feedback was seen (NaN at t = 0).
     """
-    times = _checked(times)
+    times = checked(times)
     key_init, key_steps = jax.random.split(key)
     pose = lambda state, keys: interact(domain, task, partial(learner.predict, state), keys)
 
@@ -149,7 +149,9 @@ def _batch_keys(
     key_t = jax.random.fold_in(key, t)
     if points is None:
         return jax.random.split(key_t, (batch, 2))
-    chosen = jnp.arange(batch) if points == batch else jax.random.permutation(key_t, points)[:batch]
+    chosen = jnp.arange(batch)
+    if points != batch:  # from a key that no pair has
+        chosen = jax.random.permutation(jax.random.fold_in(key_t, 2), points)[:batch]
     return jax.vmap(jax.random.split)(indexed_keys(key, chosen))
 
 
@@ -232,7 +234,8 @@ def log_spaced(steps: int, count: int) -> tuple[int, ...]:
     return (0, *(int(t) for t in np.unique(np.round(spaced)).astype(int)))
 
 
-def _checked(times: Sequence[int]) -> Any:
+def checked(times: Sequence[int]) -> Any:
+    """Times as an array. Raises `ConfigError` unless they increase strictly from 0."""
     array = np.asarray(times, np.int32)
     increasing = array.ndim == 1 and len(array) > 1 and bool((np.diff(array) > 0).all())
     check(increasing and array[0] == 0, "times", times, "must increase strictly from 0")

@@ -131,6 +131,8 @@ def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     """Takes the learners of a dataset apart, by name: what `merge` made of them is undone."""
     if not isinstance(data, xr.Dataset):
         return dict(data)
+    if "learner" in data.coords and "learner" not in data.dims:  # one was selected
+        data = data.expand_dims("learner")
     if "learner" not in data.dims:
         return {str(data.attrs["learner"]): data}
     parts = {}

@@ -42,11 +42,8 @@ def readings(
         axis, size = int(contender.seeded), tasks.size_for(contender.clock)
         whole = jax.tree.map(lambda *leaves: mesh.joined_along(axis, leaves), *parts)
         whole = jax.tree.map(lambda leaf: leaf[:, :size] if axis else leaf[:size], whole)
-    return whole | ({"closed_form": contender.curve} if _has_curve(tasks, contender) else {})
-
-
-def _has_curve(tasks: TaskSet, contender: Contender) -> bool:
-    return contender.curve is not None and STRENGTH in tasks.probes
+    has_curve = contender.curve is not None and STRENGTH in tasks.probes
+    return whole | ({"closed_form": contender.curve} if has_curve else {})
 
 
 def calls(
@@ -61,6 +58,8 @@ def calls(
     `params` and `key` may be shapes, to compile the program before there are any.
     """
     size = tasks.size_for(contender.clock)
+    check(size >= 1, tasks.option or tasks.name, size, "must be 1 or more")
+    check(chunk >= 1, "chunk", chunk, "must be 1 or more")
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
     parts = np.split(indices, max(1, len(indices) // min(size, chunk)))
     learner = contender.make, params, contender.seeded
@@ -84,7 +83,12 @@ def described(
     for name, probe in probes:
         prefix = "" if name == STRENGTH else f"{name}_"
         coords[prefix + probe.modes.coordinate] = (inner.mode_axis(name), probe.modes.values)
-    if _has_curve(tasks, contender):
+    inner.checked(contender.times_in(tasks.domain))
+    if contender.curve is not None and STRENGTH in tasks.probes:
+        modes = tasks.probes[STRENGTH].modes.values
+        shape, right = np.shape(contender.curve), (len(coords["time"][1]), len(modes))
+        fix = f"that of contender {contender.name!r} must be of shape {right}: [time, mode]"
+        check(shape == right, "curve", shape, fix)
         axes["closed_form"] = ("step", "mode")
     assert contender.kind is not None
     who = contender.name, contender.label, contender.kind, contender.clock
@@ -121,7 +125,9 @@ def _axes(
             axes[name] = (inner.mode_axis(name),)
             for extra, of in probe.extras.items():
                 axes[inner.recorded(name, extra)] = of
-                sizes.update(zip(of, shapes[extra], strict=True))
+                for axis, n in zip(of, shapes[extra], strict=True):
+                    fix = f"axis {axis!r} is {sizes.setdefault(axis, n)} long elsewhere: rename it"
+                    check(sizes[axis] == n, f"probe {name!r}", n, fix)
 
     jax.eval_shape(trace, jax.random.key(0))
     return axes, sizes

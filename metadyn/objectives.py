@@ -173,7 +173,8 @@ def actor_critic(
         queries, seen = fixed(jax.vmap(partial(inner.act, domain, learner), out_axes=-1)(keys))
         outputs = meta.unroll(params, queries, seen)
         logits, values = outputs[:, :n], outputs[:, n]
-        regret = jax.vmap(jax.vmap(domain.loss, -1))(logits, seen)  # [T, B], as all below
+        lost = inner.full_precision(domain.loss)
+        regret = jax.vmap(jax.vmap(lost, -1))(logits, seen)  # [T, B], as all below
         log_policy = jax.nn.log_softmax(logits, axis=1)
         chosen = jnp.take_along_axis(log_policy, seen.action[:, None], axis=1)[:, 0]
         entropy = -jnp.sum(jnp.exp(log_policy) * log_policy, axis=1)

@@ -145,11 +145,9 @@ def of_sweep(
     """
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
-    groups = by_form(loops)
-    rows = [Rows([loops[i] for i in members]) for members in groups]
     return [
-        _of_group({i: plans[i] for i in members}, each, part, as_typed)
-        for members, each in zip(groups, rows, strict=True)
+        _of_group({i: plans[i] for i in members}, Rows([loops[i] for i in members]), part, as_typed)
+        for members in by_form(loops)
     ]
 
 
@@ -225,7 +223,8 @@ def report(
     total = sum(row.operations * row.program.times for _, row in rows)
     say(f"{number(total)} FLOPs in all on each device")
     needed = sum(planned.disk for planned in found)
-    free = shutil.disk_usage(_existing(out)).free
+    at = Path(out).absolute()
+    free = shutil.disk_usage(next(each for each in (at, *at.parents) if each.exists())).free
     say(f"on disk at most {size(needed)}, of {size(free)} that are free")
     for planned, row in rows:
         if row.account.memory > limit:
@@ -285,13 +284,6 @@ def estimated(
         if sum(timed.values()) > SECONDS or count == config.dispatch or done == end:
             return {name: end * each / max(count, 1) for name, each in timed.items()}
         count = min(2 * count, config.dispatch)
-
-
-def _existing(path: str) -> Path:
-    """The folder nearest to a path that there is already."""
-    return next(
-        each for each in (Path(path).absolute(), *Path(path).absolute().parents) if each.exists()
-    )
 
 
 def size(count: float) -> str:

@@ -139,7 +139,8 @@ def _again(eqn: JaxprEqn, at: Place, numbers: Numbers, operands: list[Any]) -> l
         return run((CALLS[kind], 0), *operands)
     if kind == "scan":
         fixed, carried = params["num_consts"], params["num_carry"]
-        consts, init, xs = _split(operands, fixed, carried)
+        consts, init = operands[:fixed], operands[fixed : fixed + carried]
+        xs = operands[fixed + carried :]
 
         def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
             found = run(("jaxpr", 0), *consts, *carry, *x)
@@ -149,7 +150,8 @@ def _again(eqn: JaxprEqn, at: Place, numbers: Numbers, operands: list[Any]) -> l
         carry, ys = jax.lax.scan(body, init, xs, **more)
         return [*carry, *ys]
     if kind == "while":
-        to_cond, to_body, init = _split(operands, params["cond_nconsts"], params["body_nconsts"])
+        a, b = params["cond_nconsts"], params["body_nconsts"]
+        to_cond, to_body, init = operands[:a], operands[a : a + b], operands[a + b :]
         return jax.lax.while_loop(
             lambda carry: run(("cond_jaxpr", 0), *to_cond, *carry)[0],
             lambda carry: run(("body_jaxpr", 0), *to_body, *carry),
@@ -172,11 +174,6 @@ def _again(eqn: JaxprEqn, at: Place, numbers: Numbers, operands: list[Any]) -> l
         check_vma=params["check_vma"],
     )
     return sharded([mine[place] for place in places], *operands)
-
-
-def _split(operands: list[Any], *sizes: int) -> tuple[list[Any], list[Any], list[Any]]:
-    one, two = sizes
-    return operands[:one], operands[one : one + two], operands[one + two :]
 
 
 class Shared:

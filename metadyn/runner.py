@@ -64,6 +64,8 @@ class Runner:
             for meta in part.metas
         }
         self.bayes: dict[str, tuple[float, float]] = {}
+        self.later: list[Future[Any]] = []
+        """Programs that are compiled beside training, and are needed after it."""
 
     def calls(self) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
         """Yields what is measured, and the arguments of each call, with shapes for parameters."""
@@ -93,7 +95,10 @@ class Runner:
         }
         for called, (given, *_) in self.calls():
             future = compiling.submit(lambda given: lower(*given).compile(), given)
-            first |= {called: future} if called in early else {}
+            if called in early:
+                first[called] = future
+            else:
+                self.later.append(future)
         with self.progress.counting("compiling", len(first)) as show:
             for name, each in first.items():
                 show(name)
@@ -106,7 +111,10 @@ class Runner:
             self.prepare(compiling)
 
         def run(states: Sequence[TrainState], target: int) -> Trained:
-            return (([state], [metrics]) for state, metrics in loop.run(states[0], target))
+            for state, metrics in loop.run(states[0], target):
+                for program in filter(Future.done, self.later):
+                    program.result()  # what cannot be measured is not trained to the end
+                yield [state], [metrics]
 
         train([self], lambda: [loop.init()], run)
 
@@ -159,8 +167,8 @@ class Runner:
                 self.measure(Measurement(part, tasks, part.bayes), {})
             if part.metas and part.measure.heldout_tasks:
                 self.store.finish()
-                losses = self.store.measurement(part.heldout.name, part.bayes.name)["loss"]
-                best = float(losses.isel(step=slice(1, None)).mean())
+                measured = self.store.measurement(part.heldout.name, part.bayes.name)
+                best = float(dynamics.episode_loss(measured).mean())
                 for meta in part.metas:
                     self.bayes[meta.name + part.suffix] = best, part.domain.loss_floor
 
@@ -405,13 +413,16 @@ def run_study(
     with progress.counting("checking", 1) as show:
         show("criteria and figures")
         rehearse(study, config, plan)
-    try:
+    with writing(out):
         mesh.by_first(lambda: RunFolder.create(out, asked).config)
         run = RunFolder(out)
         with ExitStack() as stack:
             mesh.by_first(lambda: stack.enter_context(run.locked()))
+            mesh.by_first(lambda: RunFolder.create(out, asked).config)  # of two begun together
             mesh.by_first(run.set_aside_damaged)
+            page = run.path / "report.html"
             if done := mesh.by_first(run.summary):
+                mesh.by_first(lambda: page.exists() or bool(view.write(run, progress)))
                 return done
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())
             compiling = ThreadPoolExecutor(os.cpu_count())
@@ -421,6 +432,7 @@ def run_study(
             runner.measure_all()
 
             def conclude() -> dict[str, Any]:
+                page.unlink(missing_ok=True)
                 figures.draw(run.figures, run.results(), study.own_figures(), progress)
                 with progress.counting("judging", 1) as show:
                     show("criteria")
@@ -429,6 +441,13 @@ def run_study(
                 return summary
 
             return mesh.by_first(conclude)
+
+
+@contextmanager
+def writing(out: str | Path) -> Iterator[None]:
+    """Raises `ConfigError` where DIR, or what is in it, turns out not to be writable."""
+    try:
+        yield
     except BrokenPipeError:  # of our output, not of DIR
         raise
     except OSError as error:

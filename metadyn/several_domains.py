@@ -41,10 +41,13 @@ class SeveralDomainsConfig(StudyConfig):
     """The preset of the domains' own studies, for whatever is not set here."""
 
     def within(self, name: str, **fields: Any) -> Any:
-        """The configuration of a domain's own study, with what is set here and some more fields."""
-        common = {each.name: getattr(self, each.name) for each in dataclasses.fields(StudyConfig)}
-        fields = common | {"domain": getattr(self, name)} | fields
-        return STUDIES[name].config(self.of, **fields)
+        """The configuration of a domain's own study, with what is set here and some more fields.
+
+        Of those it takes what it has.
+        """
+        own = STUDIES[name].config(self.of)
+        given = vars(self) | {"domain": getattr(self, name)} | fields
+        return dataclasses.replace(own, **{f: v for f, v in given.items() if hasattr(own, f)})
 
     def comparison(self, name: str, **fields: Any) -> Comparison:
         """What a domain's own study compares, configured so."""

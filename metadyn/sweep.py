@@ -17,6 +17,7 @@ import fcntl
 import itertools
 import json
 import math
+import reprlib
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from metadyn import inner, programs
 from metadyn.errors import ConfigError, check, naming
 from metadyn.options import as_typed, configured
 from metadyn.progress import Progress
-from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train
+from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train, writing
 from metadyn.store import RunFolder, differences, read_json, write_json
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_form
@@ -197,9 +198,6 @@ def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
     return low, high
 
 
-WHOLE = Part(1, 1)
-
-
 class SweepFolder:
     """A sweep's DIR. `SweepFolder(path)` opens one for reading."""
 
@@ -221,7 +219,8 @@ class SweepFolder:
         Raises `ConfigError` if it cannot be written, or holds anything but this sweep.
         """
         folder, other = Path(path).absolute(), "choose another DIR"
-        asked = _as_json({"format": FORMAT, "parts": parts} | dataclasses.asdict(sweep))
+        asked = {"format": FORMAT, "parts": parts} | dataclasses.asdict(sweep)
+        asked = json.loads(json.dumps(asked))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             begun = {".lock", "sweep.json.part"}  # by another part, or by one that was killed
@@ -234,9 +233,9 @@ class SweepFolder:
             said = getattr(error, "strerror", None) or error
             raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
         found = cls(path)
-        theirs = {"format": FORMAT, "parts": found.parts} | dataclasses.asdict(found.sweep)
-        for name, value, ours in differences(_as_json(theirs), asked):
-            said = f"{name} = {_short(value)}, not {_short(ours)}"
+        theirs = read_json(folder / "sweep.json", f"{path} cannot be read")
+        for name, value, ours in differences(theirs, asked):
+            said = f"{name} = {reprlib.repr(value)}, not {reprlib.repr(ours)}"
             raise ConfigError(f"--out {path} holds a sweep with {said}: {other}")
         return found
 
@@ -281,15 +280,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _as_json(value: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
-
-
 def planned(sweep: Sweep, study: Study, configs: Sequence[Any], part: Part) -> dict[int, Plan]:
     """Makes the plan of each setting that a part of a sweep does, by the setting's number.
 
@@ -321,7 +311,7 @@ def run_sweep(
     configs: Sequence[Any],
     out: str | Path,
     progress: Progress,
-    part: Part = WHOLE,
+    part: Part,
 ) -> SweepFolder:
     """Runs a part of a sweep into `out`, or what is left of it.
 
@@ -335,27 +325,34 @@ def run_sweep(
     plans: dict[int, Plan] = {}
     if not (mine and is_sweep(out) and all(map(SweepFolder(out).whole, mine))):
         plans = planned(sweep, study, configs, part)
-        with progress.counting("checking", 1) as show:
-            show("criteria and figures")
-            rehearse(study, configs[mine[0]], plans[mine[0]])
+        measured = lambda plan: tuple((tasks.name, who.name) for _, tasks, who in plan.every)
+        unlike = {measured(plan): i for i, plan in plans.items()}.values()
+        with progress.counting("checking", len(unlike)) as show:
+            for i in unlike:
+                show("criteria and figures")
+                try:
+                    rehearse(study, configs[i], plans[i])
+                except ConfigError as error:
+                    raise ConfigError(f"{sweep.called(i)}: {error}") from error
     folder = SweepFolder.create(out, sweep, part.of)
     summary = folder.path / "summary.json"
-    if plans:
-        summary.unlink(missing_ok=True)
-        with ExitStack() as stack:
-            shared = programs.Shared()
-            measure = lambda *given: shared(_traced(given), *_arguments(given))
-            runners: dict[int, Runner] = {}
-            for i, plan in plans.items():
-                asked = asked_for(study, sweep.preset, sweep.seed, configs[i], plan)
-                run = RunFolder.create(folder.setting(i), asked)
-                stack.enter_context(run.locked())
-                run.set_aside_damaged()
-                runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
-            _run(study, configs, folder, runners, shared, progress)
-    with _alone(folder.path):  # of parts that end together the first draws
-        if not summary.exists() and all(map(folder.ended, range(len(configs)))):
-            sweep_results.conclude(folder, progress)
+    with writing(out):
+        if plans:
+            summary.unlink(missing_ok=True)
+            with ExitStack() as stack:
+                shared = programs.Shared()
+                measure = lambda *given: shared(_traced(given), *_arguments(given))
+                runners: dict[int, Runner] = {}
+                for i, plan in plans.items():
+                    asked = asked_for(study, sweep.preset, sweep.seed, configs[i], plan)
+                    run = RunFolder.create(folder.setting(i), asked)
+                    stack.enter_context(run.locked())
+                    run.set_aside_damaged()
+                    runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
+                _run(study, configs, folder, runners, shared, progress)
+        with _alone(folder.path):  # of parts that end together the first draws
+            if not summary.exists() and all(map(folder.ended, range(len(configs)))):
+                sweep_results.conclude(folder, progress)
     return folder
 
 

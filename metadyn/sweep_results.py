@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ import xarray as xr
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from metadyn import dynamics, figures, labelled, store
+from metadyn import dynamics, figures, labelled
 from metadyn.claims import number
 from metadyn.errors import ConfigError, check, naming
 from metadyn.progress import SILENT, Progress
@@ -61,8 +62,9 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
     sweep = folder.sweep
     for i in range(len(sweep.settings)):
         run = folder.run(i)
-        if run is not None and not folder.lost(i) and task_set in run.results().sets():
-            parts[i] = store.load(folder.setting(i), task_set)
+        measured = run.results().learners(task_set) if run and not folder.lost(i) else {}
+        if measured:
+            parts[i] = labelled.merge(measured)
     if not parts:
         raise ConfigError(f"task_set = {task_set!r}: no setting of {path} has any yet")
     whole = xr.concat(
@@ -118,8 +120,13 @@ def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     with progress.counting("estimating", len(sweep.settings)) as show:
         for i in range(len(sweep.settings)):
             show(sweep.called(i))
-            found += _measured(folder, i)
+            found += _of_ended(folder, i) if folder.ended(i) else _measured(folder, i)
     return found
+
+
+@functools.lru_cache(maxsize=4096)  # the table, the page and a live server all ask for them
+def _of_ended(folder: SweepFolder, i: int) -> tuple[Row, ...]:
+    return (*_measured(folder, i),)
 
 
 def _measured(folder: SweepFolder, i: int) -> Iterator[Row]:
@@ -266,7 +273,7 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
                 axis.minorticks_off()
     if others and not many:
         figures.legend_below(axes[0])
-    figure.suptitle(found[0]["learner"])
+    figure.suptitle(" / ".join(dict.fromkeys(row["learner"] for row in found)))
     return figure
 
 
@@ -292,5 +299,5 @@ def heat_map(found: Sequence[Row], across: str, down: str) -> Figure:
         axis.set(xlabel=across, ylabel=down)
         axis.set_title(found[0]["merit"] if name == "staggering" else label, fontsize=10)
         axis.grid(False)
-    figure.suptitle(found[0]["learner"])
+    figure.suptitle(" / ".join(dict.fromkeys(row["learner"] for row in found)))
     return figure

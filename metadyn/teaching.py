@@ -70,9 +70,8 @@ def sets(tasks: TaskSet, *names: str) -> list[TaskSet]:
     sample = lambda key, given: Taught(tasks.sample(key, given[0]), given[1])
     probes = {name: _with_error(probe) for name, probe in tasks.probes.items()}
     same = dataclasses.replace(tasks, domain=domain, sample=sample, probes=probes)
-    arguments = [(tasks.argument, np.int32(i)) for i in range(len(names))]  # of one program
-    pairs = zip(names, arguments, strict=True)
-    return [dataclasses.replace(same, name=name, argument=argument) for name, argument in pairs]
+    given = lambda i: (tasks.argument, np.int32(i))  # so that all are of one program
+    return [dataclasses.replace(same, name=n, argument=given(i)) for i, n in enumerate(names)]
 
 
 def taught(

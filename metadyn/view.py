@@ -233,8 +233,7 @@ def _stored(of: RunFolder | SweepFolder) -> Any:
         places = range(len(of.sweep.settings))
         runs = [of.run(i) for i in places]
         return [run and _stored(run) for run in runs], [of.lost(i) for i in places]
-    steps = {path.name for path in of.path.glob("checkpoints/*")}
-    return steps, of.measurements(), (of.path / "summary.json").exists()
+    return of.steps(), of.measurements(), (of.path / "summary.json").exists()
 
 
 class _Watched:
@@ -277,7 +276,7 @@ def server(
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.headers.get("Host", "").rpartition(":")[0] not in (LOCAL, "localhost"):
+            if self.headers.get("Host", "").partition(":")[0] not in (LOCAL, "localhost"):
                 return self._answer(403, "text/plain", "this page is for its own machine")
             try:
                 data, body, tag = watched.update()

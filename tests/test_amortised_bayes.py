@@ -112,7 +112,7 @@ def test_panels_show_the_curves_that_they_are_given_and_what_they_are_called():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--linear.steps", "5"], "must be below the 5 steps"),
+        (["--linear.steps", "5"], "must be above 5, after which states are replaced"),
         (["--bandit.permutation", "True"], "contexts must be independent"),
         (["--measure.tracked-tasks", "1"], "--measure.tracked-tasks 1: must be at least 2"),
     ],

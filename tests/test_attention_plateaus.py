@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import xarray as xr
 
 from metadyn.base import indexed_keys
 from metadyn.errors import ConfigError
@@ -59,6 +60,18 @@ def test_plateaus_are_the_least_losses_with_so_many_components():
         assert least == pytest.approx(level, rel=1e-8)
 
 
+def test_a_network_that_never_comes_to_the_end_has_no_number_of_plateaus():
+    """Of four seeds one drops at once, one rests at half its loss, one stays there, one at 8."""
+    steps = np.array([1, 10, 100, 1000, 10_000])
+    loss = np.array([[8, 1, 1, 1, 1], [8, 4, 4, 4, 1], [8, 4, 4, 4, 4], [8, 8, 8, 8, 8.0]])
+    data = xr.Dataset(
+        {"loss": (("seed", "task", "outer_step", "step"), loss[:, None, :, None])},
+        {"outer_step": steps},
+    )
+    found = MODULE.rested(data, np.array([0.55]), np.array([0.45]), np.array([0.3]))
+    np.testing.assert_array_equal(found, [0, 1, np.nan, np.nan])
+
+
 def test_the_study_is_rehearsed_without_complaint():
     quick = STUDY.presets["quick"]
     named = {each.name for each in rehearse(STUDY, quick, STUDY.plan(quick))}
@@ -75,6 +88,10 @@ def test_the_study_is_rehearsed_without_complaint():
         ({"n_y": 2}, "n_y = 2: the theory is of one output"),
         ({"spread": "even"}, "spread = 'even': .*leave it out"),
         ({"mean": ((1.0, 0.0, 0.0),)}, "mean = .*leave it out"),
+        (
+            {"column_covariance": ((2.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0))},
+            "column_cov.*leave it out",
+        ),
     ],
 )
 def test_bad_domains_are_named(fields, says):

@@ -63,6 +63,8 @@ def test_a_merged_dataset_is_drawn_and_judged_as_its_parts_are(parts):
     merged = labelled.merge(parts)
     last = parts | {"lstm": parts["lstm"].isel(outer_step=-1)}
     xr.testing.assert_allclose(dynamics.slope(merged), dynamics.slope(last))
+    alone = dynamics.slope(merged.sel(learner="sgd"))
+    xr.testing.assert_allclose(alone, dynamics.slope({"sgd": parts["sgd"]}))
     apart = labelled.split(merged)
     excess = dynamics.measured_excess(apart["lstm"], apart["bayes"])
     mine = dynamics.measured_excess(parts["lstm"], parts["bayes"])

@@ -54,7 +54,8 @@ def test_the_study_is_rehearsed_without_complaint(plan):
     [
         (["--scales", "1", "0"], "--scales"),
         (["--other-batch", "0"], "--other-batch 0"),
-        (["--meta", "deltanet"], "deltanet"),
+        (["--meta", "deltanet"], "--meta deltanet: choose a network with a memory, other than"),
+        (["--meta", "maml"], "--meta maml: choose a network with a memory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):

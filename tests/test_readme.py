@@ -6,10 +6,12 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pytest
 from test_cli import SMALL
 
 import metadyn
 from metadyn.cli import main
+from metadyn.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -48,6 +50,8 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
 
     domain = LinearRegression(2, 2, steps=4)
     both = {"bayes": bayes_linear(domain), "ridge": ridge(2, 2, 1.0)}
+    with pytest.raises(ConfigError, match="must be 1 or more"):
+        metadyn.measure(domain, both, tasks=domain.evaluation(8))  # whose size is not said
     together = metadyn.measure(domain, both, tasks=8)
     alone = metadyn.measure(domain, {"bayes": both["bayes"]}, tasks=8)
     np.testing.assert_array_equal(

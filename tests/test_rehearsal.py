@@ -1,6 +1,8 @@
 """What is wrong with a study is found, and named, before anything is trained or written."""
 
 import dataclasses
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -116,6 +118,37 @@ def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
     assert [*stored.measurements()] == ["in_distribution"]
     assert not stored.tracked()
     assert stored.steps() == [*Config().outer.checkpoint_steps]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"times": (1, 2, 3)}, r"times = .*must increase strictly from 0"),
+        ({"curve": np.zeros((3, 2))}, r"curve = \(3, 2\): .*'sgd' must be of shape \(4, 2\)"),
+    ],
+)
+def test_what_cannot_be_stored_of_a_contender_is_refused(bad, says, tmp_path, monkeypatch):
+    sgd = md.Contender("sgd", "SGD", bayes_linear(Config().domain), "ordinary", **bad)
+    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda old: [*old, sgd]))
+    assert re.search(says, refused(study, tmp_path / "r", monkeypatch))
+
+
+def test_what_cannot_be_measured_stops_training_as_soon_as_it_is_known(tmp_path):
+    """A program that training does not wait for, and that fails."""
+    config = STUDY.presets["quick"]
+    mine = runner.Runner(plan(config), RunFolder.create(tmp_path / "r", {}), 0, Progress(None))
+    mine.prepare = lambda compiling: mine.later.append(compiling.submit(lambda: 1 / 0))
+    with ThreadPoolExecutor(1) as compiling, pytest.raises(ZeroDivisionError):
+        mine.train_alone(compiling)
+    assert max(mine.stored) < config.outer.steps
+
+
+def test_a_page_that_was_not_written_is_written_when_the_run_is_asked_for_again(tmp_path):
+    run(STUDY, tmp_path / "r")
+    page = tmp_path / "r" / "report.html"
+    page.unlink()
+    run(STUDY, tmp_path / "r")
+    assert page.is_file()
 
 
 def unknown_learner(config, results):

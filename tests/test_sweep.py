@@ -253,7 +253,7 @@ def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
 
     def end():
         both.wait()
-        sweep.run_sweep(found.sweep, study, [None] * 4, out, Progress(None))
+        sweep.run_sweep(found.sweep, study, [None] * 4, out, Progress(None), sweep.Part(1, 1))
 
     monkeypatch.setattr(sweep_results, "conclude", conclude)
     parts = [threading.Thread(target=end) for _ in range(2)]
@@ -303,6 +303,28 @@ def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, caps
     for row, each in zip(summary["settings"], settings, strict=True):
         assert each["lost"] == (row["lost"] or "")
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
+
+
+NAMED = """
+import dataclasses
+from metadyn import load_study
+tiny = load_study(TINY)
+def criteria(config, results):
+    results["in_distribution", "lstm"]
+    yield from tiny.criteria(config, results)
+study = dataclasses.replace(tiny, criteria=criteria)
+"""
+
+
+def test_settings_that_measure_other_things_are_rehearsed_too(tmp_path, capsys):
+    """The second has no LSTM, which a criterion asks for."""
+    study, out = tmp_path / "named.py", tmp_path / "out"
+    study.write_text(NAMED.replace("TINY", repr(STUDY)))
+    assert main(["sweep", str(study), "--out", str(out), *SMALL, "--meta", "lstm", "gru"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--meta gru" in said
+    assert "'lstm'" in said
+    assert not out.exists()
 
 
 def test_ranges_and_rows_of_values():
@@ -377,7 +399,7 @@ def test_more_settings_than_files_may_be_open_are_refused(tmp_path, monkeypatch)
     monkeypatch.setattr("resource.getrlimit", lambda which: (100, 200))
     study = load_study(STUDY)
     asked = sweep.Sweep("tiny", "quick", 0, "grid", {}, [()])
-    given = asked, study, [study.presets["quick"]], sweep.WHOLE
+    given = asked, study, [study.presets["quick"]], sweep.Part(1, 1)
     with pytest.raises(ConfigError, match="1 settings need 257 open files, of 200"):
         sweep.planned(*given)
 

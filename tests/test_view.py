@@ -141,6 +141,7 @@ def test_a_run_that_goes_on_is_served_anew_once_a_checkpoint_lands(run, tmp_path
         assert asked(server, "/")[2].startswith("<!doctype html>")
         assert asked(server, "/config.json")[0] == 404
         assert asked(server, "/data.json", Host="elsewhere.example:80")[0] == 403
+        assert asked(server, "/data.json", Host="127.0.0.1")[0] == 200  # as browsers say of port 80
         server.shutdown()
 
 

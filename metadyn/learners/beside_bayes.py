@@ -225,7 +225,8 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
     """
     domain, beliefs = beside.domain, beside.beliefs
     check(at >= 1, "at", at, "must be 1 or more")
-    check(at < domain.steps, "at", at, f"must be below the {domain.steps} steps of an episode")
+    fix = f"must be above {at}, after which states are replaced"
+    check(at < domain.steps, "steps", domain.steps, fix)
     check(episodes >= 1, "episodes", episodes, "must be 1 or more")
 
     def make(params: Params) -> Learner:
