@@ -26,7 +26,7 @@ from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_fourier, bayes_linear
 from metadyn.learners.maml import MAMLConfig, ordinary_network
 from metadyn.optimizers import named_optimizer
-from metadyn.study import censored, claims, excess_of
+from metadyn.study import censored, claims, excess_of, to_train
 
 TITLES = {"linear": "two-layer linear network", "nonlinear": "MLP"}
 STAGGERS = {"linear": {"at_most": -0.5}, "nonlinear": {"at_least": 0.5}}
@@ -110,18 +110,8 @@ def compared(config: Config, name: str) -> md.Comparison:
         mix = lambda a, b: (1 - alpha) * a + alpha * b
         return descend(lambda key: jax.tree.map(mix, random.init(key), params["start"]))
 
-    trained = maml.make(domain)
-    rate, batch = maml.outer_learning_rate, maml.outer_batch
-    contenders = [
-        md.Contender(
-            "maml",
-            "MAML",
-            trained,
-            own=dataclasses.replace(config.outer, learning_rate=rate, batch=batch),
-            options={each: f"{name}_maml.outer_{each}" for each in ("learning_rate", "batch")},
-            option=f"{name}_maml.width",
-        )
-    ]
+    meta = to_train(f"{name}_maml", maml, config.outer, domain)
+    contenders, trained = [dataclasses.replace(meta, name="maml", label="MAML")], meta.learner
     for a in config.interpolations:
         called = f"interpolated_{a:g}", f"α = {a:g}"
         made = md.Derived(trained, partial(between, a), "updates")

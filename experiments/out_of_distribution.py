@@ -51,12 +51,12 @@ class Config(md.StudyConfig):
         right = len(self.scales) > 0 and all(0 < scale < math.inf for scale in self.scales)
         check(right, "scales", self.scales, "name at least one, all above 0 and finite")
         check_positive(self, "other_batch")
-        fix = f"choose a network with a memory, other than {OTHER}"
-        check(self.meta not in (OTHER, *DESCENTS), "meta", self.meta, fix)
 
 
 def plan(config: Config) -> md.Plan:
     """The networks with each remedy, on the same tasks, and Bayes under the priors in question."""
+    fix = f"choose a network with a memory, other than {OTHER}"
+    check(config.meta not in (OTHER, *DESCENTS), "meta", config.meta, fix)
     domain, sizes, points = config.linear, config.measure, config.measure.probe_points
     scaled = tuple(domain.scaled(scale) for scale in config.scales)
     mixture = Mixture(scaled, tuple(scale**-2.0 for scale in config.scales))

@@ -135,19 +135,28 @@ class StudyConfig:
 
         Raises `ConfigError` if it cannot serve that domain.
         """
-        network = getattr(self, self.meta)
-        fields = dataclasses.asdict(network)
-        sizes = {f: fields[f] for f in ("hidden", "width", "inner_steps") if f in fields}
-        own: dict[str, Any] = {f: fields[f"outer_{f}"] for f in OWN if f"outer_{f}" in fields}
-        return Contender(
-            self.meta,
-            f"meta-trained {network.label}",
-            _made(network, domain, heads),
-            objective=getattr(network, "objective", None),
-            own=dataclasses.replace(self.outer, **own) if own else None,
-            options={field: f"{self.meta}.outer_{field}" for field in own},
-            option=f"{self.meta}.{max(sizes, key=sizes.__getitem__)}",  # likeliest to be too large
-        )
+        return to_train(self.meta, getattr(self, self.meta), self.outer, domain, heads)
+
+
+def to_train(
+    option: str, network: Any, outer: OuterConfig, domain: Domain, heads: int = 0
+) -> Contender:
+    """Makes the contender that a meta-learner's configuration, set by an option, is of.
+
+    Raises `ConfigError` if it cannot serve that domain.
+    """
+    fields = dataclasses.asdict(network)
+    sizes = {f: fields[f] for f in ("hidden", "width", "inner_steps") if f in fields}
+    own: dict[str, Any] = {f: fields[f"outer_{f}"] for f in OWN if f"outer_{f}" in fields}
+    return Contender(
+        option,
+        f"meta-trained {network.label}",
+        _made(network, domain, heads),
+        objective=getattr(network, "objective", None),
+        own=dataclasses.replace(outer, **own) if own else None,
+        options={field: f"{option}.outer_{field}" for field in own},
+        option=f"{option}.{max(sizes, key=sizes.__getitem__)}",  # likeliest to be too large
+    )
 
 
 @functools.cache

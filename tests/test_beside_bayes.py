@@ -174,7 +174,7 @@ def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
     np.testing.assert_array_equal(found.at(1).left, again.left)
 
 
-@pytest.mark.parametrize("at", [0, 6])
-def test_a_state_is_replaced_within_the_episode_alone(at):
-    with pytest.raises(ConfigError, match=f"at = {at}: must be"):
+@pytest.mark.parametrize(("at", "says"), [(0, "at = 0: must be"), (6, "steps = 6: must be above")])
+def test_a_state_is_replaced_within_the_episode_alone(at, says):
+    with pytest.raises(ConfigError, match=says):
         beside.implanted(made()[0], at)

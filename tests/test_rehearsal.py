@@ -136,7 +136,9 @@ def test_what_cannot_be_stored_of_a_contender_is_refused(bad, says, tmp_path, mo
 def test_what_cannot_be_measured_stops_training_as_soon_as_it_is_known(tmp_path):
     """A program that training does not wait for, and that fails."""
     config = STUDY.presets["quick"]
-    mine = runner.Runner(plan(config), RunFolder.create(tmp_path / "r", {}), 0, Progress(None))
+    asked = runner.asked_for(STUDY, "quick", 0, config, plan(config))
+    folder = RunFolder.create(tmp_path / "r", asked)
+    mine = runner.Runner(plan(config), folder, 0, Progress(None))
     mine.prepare = lambda compiling: mine.later.append(compiling.submit(lambda: 1 / 0))
     with ThreadPoolExecutor(1) as compiling, pytest.raises(ZeroDivisionError):
         mine.train_alone(compiling)

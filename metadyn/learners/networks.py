@@ -80,10 +80,6 @@ class _NetworkMetaLearner:
     `make(n_in, rngs)` makes the network, for inputs of `n_in` numbers. `heads` outputs more than an
     answer needs are there for objectives: one for the critic of `objectives.actor_critic`. Raises
     `ConfigError` for fewer than none.
-
-    A network may have two methods more. `episodes(inputs)`, from [T, n, B] to [T, F, B], runs B
-    whole episodes at once, with the outputs that stepping it gives, and trains it.
-    `diagnose(carry, x)` names scalars about the step that reads x, recorded beside the probes.
     """
 
     def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], Any], heads: int = 0):
@@ -174,8 +170,10 @@ class Recurrent(_NetworkMetaLearner):
     """Meta-learners with any flax NNX recurrent cell: `Recurrent(domain, make_cell, heads=0)`.
 
     `make_cell(n_in, rngs)` returns an `nnx.RNNCellBase` for inputs of `n_in` numbers, such as
-    `lambda n, rngs: nnx.GRUCell(n, 64, rngs=rngs)`. Whole episodes are a scan of the cell, or its
-    own `episodes`.
+    `lambda n, rngs: nnx.GRUCell(n, 64, rngs=rngs)`. A cell may have two methods more.
+    `episodes(inputs)`, from [T, n, B] to [T, F, B], runs B whole episodes at once, in place of a
+    scan of the cell, with the outputs that stepping it gives. `diagnose(carry, x)` names scalars
+    about the step that reads x, which are recorded beside the probes.
     """
 
     def _start(self, body: Any) -> Carry:
@@ -196,8 +194,9 @@ class Sequence(_NetworkMetaLearner):
     """Meta-learners with any causal model of sequences: `Sequence(domain, make_model, heads=0)`.
 
     `make_model(n_in, rngs)` returns an `nnx.Module` that is a `CausalModel` of inputs of `n_in`
-    numbers, such as a transformer. Training runs whole episodes through it; probing steps it from a
-    cache, which has room for T + 1 inputs: those of the episode, and a probe's query after it.
+    numbers, such as a transformer, and may have a method `episodes`, as cells of `Recurrent` may.
+    Training runs whole episodes through it; probing steps it from a cache, which has room for T + 1
+    inputs: those of the episode, and a probe's query after it.
     """
 
     @property
