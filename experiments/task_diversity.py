@@ -28,8 +28,7 @@ from metadyn.study import claims, excess_of, paper
 WITHIN, LARGER, FRESH, RIGHT = "in_distribution", "x4", "fresh", "bayes_right"
 BANDS = {"band_1_2": (1, 2), "band_3_4": (3, 4), "band_1_4": (1, 4)}
 """Lowest and highest frequency of each band in the mixture; the first is trained on alone."""
-KINDS = ("memorising", "generalising")
-"""Bayes that knows the pool of tasks, and that knows the prior."""
+KINDS = ("memorising", "generalising")  # Bayes that knows the pool of tasks, or the prior
 
 
 @dataclass(frozen=True)
@@ -118,11 +117,12 @@ def criteria(config: Config, results):
         pairs = ((results[each, name], results[each, "bayes"]) for each in (LARGER, WITHIN))
         found, said = dynamics.excess_growth(*pairs), f"{label}: growth of the excess, {LARGER}"
         yield md.criterion(f"{name}_growth_{LARGER}", found, said)
-    for size in config.pools:
-        for kind, found in zip(KINDS, distances(results, size), strict=False):
+    apart = {size: distances(results, size) for size in config.pools}
+    for size, each in apart.items():
+        for kind, found in zip(KINDS, each, strict=False):
             said = f"{size} tasks: mean-square distance to the {kind} Bayes, on fresh tasks"
             yield md.criterion(f"pool_{size}_{kind}", found, said)
-    few, many = (distances(results, size)[-1] for size in (min(config.pools), max(config.pools)))
+    few, many = (apart[size][-1] for size in (min(config.pools), max(config.pools)))
     said = "{} tasks: how much nearer the Bayes that memorises them is"
     yield md.criterion("few_nearer", few, said.format("fewest"), at_least=0.0, surely=True)
     yield md.criterion("many_nearer", many, said.format("most"), at_most=0.0, surely=True)
@@ -142,8 +142,8 @@ def diversity(results):
     """Draws distances to the memorising and to the generalising Bayes by the number of tasks."""
     known = [name for name in results.learners(FRESH) if name.startswith("pool_")]
     sizes = sorted(int(name.removeprefix("pool_")) for name in known)
-    of = lambda i: dynamics.stacked(distances(results, size)[i] for size in sizes)
-    found = {f"to the {kind} Bayes": of(i) for i, kind in enumerate(KINDS) if known}
+    both = zip(*(distances(results, size)[:-1] for size in sizes), strict=True)
+    found = {f"to the {k} Bayes": dynamics.stacked(of) for k, of in zip(KINDS, both, strict=False)}
     shown = {"answers on fresh tasks": (np.array(sizes), found)} if known else {}
     axes = {"xscale": "log", "yscale": "log", "xlabel": "distinct tasks in training"}
     figure = figures.panels(shown, "mean-square distance", **axes)

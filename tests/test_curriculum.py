@@ -131,6 +131,16 @@ def test_what_changes_over_training_by_itself_goes_on_doing_so_under_a_curriculu
         close(trained(under(True), 8, meta), trained(under(False), 8, meta))
 
 
+@pytest.mark.parametrize("preset", ["quick", "workstation"])
+def test_no_curriculum_has_the_targets_of_tasks_with_all_modes(preset):
+    study = md.load_study("curriculum")
+    _, nonlinear, _ = study.plan(study.presets[preset]).comparisons
+    plain, *arms = (meta.objective for meta in nonlinear.metas)
+    assert len(arms) == 3
+    for objective in (plain, *(arm.keywords["objective"] for arm in arms)):
+        assert objective.keywords["teacher"] is None
+
+
 def test_a_curriculum_needs_a_domain_that_has_modes_and_a_step_for_each():
     with pytest.raises(ConfigError, match="give a step for each of the 3 modes"):
         admitting(FOURIER, META, prediction_loss, Admission((0, 5)))
