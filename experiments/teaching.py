@@ -55,29 +55,28 @@ class Config(LearnersConfig):
 
 
 def pupils(config: Config, sgd, bayes, metas):
-    """SGD, Bayes and meta-learners, taught; and Bayes with what is made through each of these."""
-    m, n_x = config.examples, config.linear.n_x
+    """Returns learners shown random examples or those made for Bayes, and the same shown what is
+    made through each; among these is Bayes shown what is made through the others."""
+    m, n_x, descent = config.examples, config.linear.n_x, (config.descent, config.rate)
+    seen = jnp.asarray(np.random.default_rng(1).standard_normal((32, n_x)), jnp.float32)
     best = partial(teaching.for_bayes, examples=m)
     teachers = [partial(teaching.none, examples=m), best, partial(best, least_first=True)]
-    seen = jnp.asarray(np.random.default_rng(1).standard_normal((32, n_x)), jnp.float32)
+    taught = partial(teaching.taught, teachers=teachers, n_x=n_x, examples=m)
 
-    def through(learner, task):
-        return teaching.through(learner, task, best(task), seen, config.descent, config.rate)
+    def through(learner, pupil=None):
+        teacher = lambda task: teaching.through(learner, task, best(task), seen, *descent)
+        return taught(pupil or learner, teachers=[teacher])
 
-    def taught(pupil, learner):
-        return teaching.taught(pupil, [*teachers, partial(through, learner)], n_x, m)
+    def each(of, taught, **fields):
+        return of.remade(taught, **{"name": f"taught_{of.name}", "kind": "reference"} | fields)
 
-    descent = teaching.taught(sgd.learner, teachers, n_x, m, each=-(-sgd.times[-1] // m))
-    yield md.Contender("taught_sgd", sgd.label, descent, times=sgd.times)
-    own = taught(bayes.learner, bayes.learner)
-    yield md.Contender("taught_bayes", bayes.label, own, "reference")
-    for meta in metas:
-        own = md.Derived(meta.learner, lambda p, of=meta.make: taught(of(p), of(p)))
-        other = md.Derived(meta.learner, lambda p, of=meta.make: taught(bayes.learner, of(p)))
-        fields = {"kind": "reference", "of": meta.name}
-        yield md.Contender(f"taught_{meta.name}", meta.label, own, **fields)
-        label = f"{bayes.label}, by {meta.label}"
-        yield md.Contender(f"bayes_by_{meta.name}", label, other, drawn=False, **fields)
+    chosen = [each(sgd, partial(taught, each=-(-sgd.times[-1] // m)), kind="ordinary")]
+    chosen += [each(of, taught) for of in (bayes, *metas)]
+    own = [each(of, through) for of in (bayes, *metas)]
+    for of in metas:
+        named = {"name": f"bayes_by_{of.name}", "label": f"{bayes.label}, by {of.label}"}
+        own.append(each(of, partial(through, pupil=bayes.learner), drawn=False, **named))
+    return chosen, own
 
 
 def plan(config: Config) -> md.Plan:
@@ -86,16 +85,18 @@ def plan(config: Config) -> md.Plan:
     once = dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
     base, metas = config.contenders("linear")
     tasks = config.linear.evaluation(sizes.probe_points)
-    *sets, own = teaching.sets(sizes.sized(tasks, kinds=("ordinary", "reference")), *SETS)
-    sets.append(sizes.sized(own, "shifted_tasks", kinds=("reference",)))  # fewer: it is dear
-    taught = pupils(config, base.contenders[0], base.bayes, metas)
+    all_of_them = sizes.sized(tasks, kinds=("ordinary", "reference"))
+    sets = teaching.sets(all_of_them, "random", "bayes", "least")
+    (few,) = teaching.sets(sizes.sized(tasks, "shifted_tasks"), "own")  # fewer: it is dear
+    taught, through = pupils(config, base.contenders[0], base.bayes, metas)
     changes = {"contenders": [*metas, *taught, base.bayes], "sets": sets, "measure": once}
+    changes["pairs"] = [(few, each) for each in through]
     linear = base.alone("linear", "linear regression", **changes)
     base, metas = config.contenders("bandit")
     rewards = sizes.sized(bandit.evaluation(), name="rewards")
     shown = variant(bandit, teaching.DemonstratedBandit)
     sets = [rewards, dataclasses.replace(rewards, name="demonstrations", domain=shown)]
-    changes |= {"contenders": [base.contenders[0], *metas, base.bayes], "sets": sets}
+    changes |= {"contenders": [base.contenders[0], *metas, base.bayes], "sets": sets, "pairs": ()}
     return md.Plan(config.outer, [linear, base.alone("bandit", "contextual bandit", **changes)])
 
 

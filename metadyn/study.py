@@ -234,6 +234,18 @@ class Contender:
         learner = self.learner
         return (lambda params: learner) if isinstance(learner, Learner) else learner.learner
 
+    def remade(self, change: Callable[[Learner], Learner], **fields: Any) -> Contender:
+        """Returns a contender whose learner is this one's, changed, with some other fields.
+
+        If this one is a meta-learner that is trained, the change is made once it is.
+        """
+        learner, make = self.learner, lambda params: change(self.make(params))
+        if isinstance(learner, Learner):
+            return dataclasses.replace(self, learner=make(()), **fields)
+        meta, of = (learner.meta, self.of) if isinstance(learner, Derived) else (learner, self.name)
+        changed = Derived(meta, make, self.clock)
+        return dataclasses.replace(self, learner=changed, **{"of": of} | fields)
+
     def times_in(self, domain: Domain) -> Sequence[int]:
         """Returns the steps of its clock at which it is probed in an episode of a domain."""
         return range(domain.steps + 1) if self.times is None else self.times

@@ -149,6 +149,13 @@ def test_the_study_is_rehearsed_without_complaint():
     own = {contender.name for tasks, contender in linear.measurements if tasks.name == "own"}
     assert {"taught_bayes", "taught_maml", "bayes_by_maml", "bayes_by_lstm"} < own
     assert "taught_sgd" not in own
+    drawn = [contender for tasks, contender in linear.measurements if tasks.name == "random"]
+    names = {f"taught_{each}" for each in ("sgd", "bayes", "maml", "lstm")}
+    assert {each.name for each in drawn} == names
+    assert {each.name: each.of for each in drawn if each.of} == {
+        "taught_maml": "maml",
+        "taught_lstm": "lstm",
+    }
     named = {each.name for each in rehearse(study, config, plan)}
     assert {claim.criterion for claim in study.claims} <= named
 
