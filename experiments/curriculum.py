@@ -37,10 +37,9 @@ ARMS = {"none": "none", "measured": "measured order", "mixed": "mixed", "reverse
 class Config(LearnersConfig, DomainsConfig):
     """Everything the study depends on, beside its seed. Values are our choice, but for the steps.
 
-    Those were measured in plain training, as nonlinear_n_k and bandit_n_k: of the quick preset by
-    `metadyn run curriculum` itself, whose plain training is the same whatever they are; the others
-    by `metadyn run outer_loop_dynamics --preset workstation`. Those of the paper's preset are not
-    measured. Set them to what a run of other settings reports.
+    The steps lie within the intervals of nonlinear_n_k and bandit_n_k that a run of the same preset
+    reports: plain training, which gives these, is the same whatever the steps are. The defaults are
+    those of `metadyn run outer_loop_dynamics`; that they fit the paper's preset is not measured.
     """
 
     learners: tuple[str, ...] = ("lstm", "maml")

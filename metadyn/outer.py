@@ -37,7 +37,7 @@ class OuterConfig:
     steps: int = 16_000
     """Outer steps."""
     batch: int = 32
-    """Episodes in one outer step."""
+    """Episodes in one outer step of each seed of each meta-learner, over all devices."""
     seeds: int = 4
     """Meta-learners trained side by side, each from its own initial weights on its own episodes."""
     optimizer: str = "adam"

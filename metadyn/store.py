@@ -301,7 +301,11 @@ class RunFolder:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def state(self, step: int) -> Any:
-        """The training state at an outer step, as NumPy arrays in dictionaries and lists."""
+        """The training state at an outer step, as NumPy arrays in dictionaries and lists.
+
+        Its "params" are the outer parameters by the name of the meta-learner, with a leading axis
+        of seeds; the rest is what training goes on from (`outer.TrainState`).
+        """
         return self._arrays(self._checkpoint(step), "state")
 
     def restore_state(self, step: int, abstract: Any) -> Any:
