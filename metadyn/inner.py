@@ -234,7 +234,7 @@ def log_spaced(steps: int, count: int) -> tuple[int, ...]:
     return (0, *(int(t) for t in np.unique(np.round(spaced)).astype(int)))
 
 
-def checked(times: Sequence[int]) -> Any:
+def checked(times: Sequence[int] | np.ndarray) -> Any:
     """Times as an array. Raises `ConfigError` unless they increase strictly from 0."""
     array = np.asarray(times, np.int32)
     increasing = array.ndim == 1 and len(array) > 1 and bool((np.diff(array) > 0).all())

@@ -103,7 +103,8 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
     """
     whole: dict[str, int] = {}
     for part in parts.values():
-        whole |= {d: part.sizes[d] for d in ("outer_step", "seed") if d in part.dims}
+        for d in {"outer_step", "seed"} & {*part.dims}:
+            whole[str(d)] = max(part.sizes[d], whole.get(str(d), 0))
     coords = {d: p[d] for p in parts.values() for d in whole if d in p.coords}
 
     def complete(part: xr.Dataset) -> xr.Dataset:

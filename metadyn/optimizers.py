@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from functools import partial
 from typing import Literal
 
@@ -28,7 +29,9 @@ def named_optimizer(
     make = partial(optax.sgd, momentum=0.9) if name == "momentum" else make
     with contextlib.suppress(TypeError, AttributeError, ValueError):
         more = {} if b2 is None else {"b2": b2}
-        made = make(learning_rate, **more) if callable(make) else None
+        if not callable(make) or "learning_rate" not in inspect.signature(make).parameters:
+            raise ValueError  # scale_by_adam, for one, is no optimiser
+        made = make(learning_rate, **more)
         if isinstance(made, optax.GradientTransformation):  # and it needs no more than gradients
             one = jax.ShapeDtypeStruct((1,), jnp.float32)
             jax.eval_shape(lambda g, p: made.update(g, made.init(p), p), one, one)

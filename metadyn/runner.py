@@ -67,12 +67,15 @@ class Runner:
         self.later: list[Future[Any]] = []
         """Programs that are compiled beside training, and are needed after it."""
 
-    def calls(self) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
-        """Yields what is measured, and the arguments of each call, with shapes for parameters."""
+    def calls(self, stored: bool = False) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+        """Yields what is to be measured, and the arguments of each call: shapes for parameters.
+
+        With what is stored already, too, if that is wanted.
+        """
         for each in self.plan.every:
             part, tasks, contender = each
             params = self.loop.abstract.params.get(each.meta, ())
-            if not self.store.has_measurement(tasks.name, contender.name):
+            if stored or not self.store.has_measurement(tasks.name, contender.name):
                 called = f"{contender.name} on {tasks.name}"
                 yield called, calls(tasks, contender, params, self.key, part.measure.chunk)
 
@@ -315,7 +318,10 @@ def check_memory(plan: Plan) -> None:
 def outline(plan: Plan) -> dict[str, Any]:
     """What a plan asks for, in short: kept with a run, which no other plan is to go on with."""
     asked: dict[str, Any] = {
-        name: {"parameters": sum(leaf.size for leaf in _weights(each.meta))}
+        name: {
+            "parameters": sum(leaf.size for leaf in _weights(each.meta)),
+            "own": each.own and dataclasses.asdict(each.own),
+        }
         for name, each in plan.trained.items()
     }
     for _, tasks, contender in plan.every:
@@ -325,9 +331,22 @@ def outline(plan: Plan) -> dict[str, Any]:
             "kind": contender.kind,
             "tasks": tasks.size_for(contender.clock),
             "times": [len(times), times[-1]],
-            "modes": {name: list(probe.modes.values) for name, probe in tasks.probes.items()},
+            # No more digits than every processor's LAPACK agrees on: a run may change machines.
+            "modes": {
+                name: [float(f"{value:.6g}") for value in probe.modes.values]
+                for name, probe in tasks.probes.items()
+            },
         }
+        asked[tasks.name] = {"domain": _settings(tasks.domain)}
     return asked
+
+
+def _settings(domain: Any) -> dict[str, Any]:
+    """The kind of a domain, and those of its fields that are a number or a word."""
+    fields = dataclasses.fields(domain) if dataclasses.is_dataclass(domain) else ()
+    found = {field.name: getattr(domain, field.name) for field in fields}
+    plain = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+    return {"kind": type(domain).__name__} | plain
 
 
 def asked_for(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> dict[str, Any]:
@@ -412,7 +431,7 @@ def run_study(
     check_memory(plan)
     with progress.counting("checking", 1) as show:
         show("criteria and figures")
-        rehearse(study, config, plan)
+        rehearsed = rehearse(study, config, plan)
     with writing(out):
         mesh.by_first(lambda: RunFolder.create(out, asked).config)
         run = RunFolder(out)
@@ -421,7 +440,8 @@ def run_study(
             mesh.by_first(lambda: RunFolder.create(out, asked).config)  # of two begun together
             mesh.by_first(run.set_aside_damaged)
             page = run.path / "report.html"
-            if done := mesh.by_first(run.summary):
+            done = mesh.by_first(run.summary)
+            if done and _said(done) == {(each.name, each.expected) for each in rehearsed}:
                 mesh.by_first(lambda: page.exists() or bool(view.write(run, progress)))
                 return done
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())
@@ -452,6 +472,12 @@ def writing(out: str | Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
+
+
+def _said(summary: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """The criteria that a run was judged by. Where a study has others since, it is judged anew."""
+    rows = (*summary["criteria"], *summary["reported"])
+    return {(row["name"], row["expected"]) for row in rows}
 
 
 def judge(study: Study, config: Any, run: RunFolder, seconds: float) -> dict[str, Any]:

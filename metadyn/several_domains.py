@@ -41,7 +41,7 @@ class SeveralDomainsConfig(StudyConfig):
     """The preset of the domains' own studies, for whatever is not set here."""
 
     def within(self, name: str, **fields: Any) -> Any:
-        """The configuration of a domain's own study, in which every field of this one takes its place.
+        """The configuration of a domain's own study, with every field of this one in its place.
 
         So the networks and the outer loop are those of this configuration (an LSTM of 64 units, if
         nothing else is said), not those of the domain's own preset. `fields` that the study does

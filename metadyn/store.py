@@ -169,7 +169,7 @@ class RunFolder:
             finally:  # whatever ended the run, what it was writing is whole before another begins
                 self._writer.shutdown()
                 with suppress(OSError):  # of a full disk, which is complained of already
-                    if not done:
+                    if not (done and (self.path / "summary.json").exists()):  # as in a repair
                         write_whole(self.path / "seconds", f"{self.seconds():.1f}\n")
 
     # Folders of arrays: all processes save together, each reads alone.

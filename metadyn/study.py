@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from metadyn import dynamics, labelled
+from metadyn import dynamics, inner, labelled
 from metadyn.base import (
     STRENGTH,
     Derived,
@@ -34,6 +34,7 @@ from metadyn.base import (
 from metadyn.errors import (
     ConfigError,
     check,
+    check_choice,
     check_name,
     check_positive,
     check_unique,
@@ -127,8 +128,7 @@ class StudyConfig:
     measure: MeasureConfig = MeasureConfig()
 
     def __post_init__(self) -> None:
-        known = get_args(Network)
-        check(self.meta in known, "meta", self.meta, f"choose from {', '.join(known)}")
+        check_choice("meta", self.meta, Network)
 
     def meta_learner(self, domain: Domain, heads: int = 0) -> Contender:
         """Makes the chosen meta-learner for a domain, as a contender.
@@ -188,7 +188,7 @@ class Contender:
     kind: Kind | None = None
     """What it is compared as: "ordinary" learners, "meta" (of meta-learners), "bayes", of which
     there is one and which excess loss is over, or a "reference". None: by what it is."""
-    times: Sequence[int] | None = None
+    times: Sequence[int] | np.ndarray | None = None
     """Steps of its own clock at which it is probed, from 0. None: after every observation."""
     drawn: bool = True
     """Whether it has a place in figures, or is measured for the record."""
@@ -212,6 +212,10 @@ class Contender:
         object.__setattr__(self, "kind", self.kind or kinds[0])
         fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
         check(self.kind in kinds, "kind", self.kind, fix)
+        fix = f"contender {self.name!r} is derived: name the meta-learner whose parameters it takes"
+        check(bool(self.of) or not isinstance(self.learner, Derived), "of", self.of, fix)
+        if self.times is not None:
+            object.__setattr__(self, "times", tuple(map(int, inner.checked(self.times))))
 
     @property
     def trained(self) -> bool:
@@ -237,18 +241,20 @@ class Contender:
     def remade(self, change: Callable[[Learner], Learner], **fields: Any) -> Contender:
         """Returns a contender whose learner is this one's, changed, with some other fields.
 
-        If this one is a meta-learner that is trained, the change is made once it is.
+        If this one is a meta-learner that is trained, the change is made once it is. A closed form
+        of this one's mode strengths is not that of the other's.
         """
         learner, make = self.learner, lambda params: change(self.make(params))
+        fields["curve"] = fields.get("curve")
         if isinstance(learner, Learner):
             return dataclasses.replace(self, learner=make(()), **fields)
         meta, of = (learner.meta, self.of) if isinstance(learner, Derived) else (learner, self.name)
         changed = Derived(meta, make, self.clock)
-        return dataclasses.replace(self, learner=changed, **{"of": of} | fields)
+        return dataclasses.replace(self, learner=changed, of=of, **fields)
 
     def times_in(self, domain: Domain) -> Sequence[int]:
         """Returns the steps of its clock at which it is probed in an episode of a domain."""
-        return range(domain.steps + 1) if self.times is None else self.times
+        return range(domain.steps + 1) if self.times is None else tuple(self.times)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -311,6 +317,8 @@ class Comparison:
     def tracked(self) -> TaskSet:
         """Fixed evaluation tasks, probed at every checkpoint."""
         tasks = self._probed(self.domain.evaluation(self.measure.probe_points))
+        fix = f"call one of the probes of {tasks.name!r} {STRENGTH!r}: it is what is tracked"
+        check(STRENGTH in tasks.probes, "probes", sorted(tasks.probes), fix)
         return self.measure.sized(tasks, "tracked_tasks", TRACKED + self.suffix)
 
     @functools.cached_property

@@ -386,11 +386,13 @@ def _run(
     with progress.counting("tracing", len(runners)) as show:
         for i, runner in runners.items():
             show(sweep.called(i))
-            calls = () if folder.ended(i) else runner.calls()
-            for given in (each for _, several in calls for each in several):
-                params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
-                known = None if jax.tree.leaves(params) else (params, *others)
-                shared.expect(_traced(given), known)
+            # The same numbers are arguments whatever is stored already: so bits are the same.
+            undone = {} if folder.ended(i) else dict(runner.calls())
+            for called, parts in runner.calls(stored=True):
+                for given in parts:
+                    params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
+                    known = called in undone and not jax.tree.leaves(params)
+                    shared.expect(_traced(given), (params, *others) if known else None)
     names = [f"{len(members)} settings" for members in forms]
     with progress.studies(names) as begin:
         for k, members in enumerate(forms):

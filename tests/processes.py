@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import time
 from typing import NamedTuple
 
 
@@ -32,6 +33,18 @@ def begin(command, processes=1, devices=1, **options):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, env=environment, **pipes, **options))
     return started
+
+
+def trains(process, out):
+    """Waits until a run stores a checkpoint that is not there yet: sooner than it says a line."""
+
+    def newest():
+        return max((int(p.name) for p in (out / "checkpoints").glob("*[0-9]")), default=0)
+
+    before = newest()
+    while newest() <= before:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 def end(started, timeout=200):

@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_before_it(tmp_path):
 
 
 def test_bad_inputs_are_one_line(whole):
-    faults.bad_inputs(whole.parent, 60, random.Random(1))
+    faults.bad_inputs(whole.parent, 40, random.Random(1))
 
 
 def test_reading_a_run_unpickles_and_executes_nothing(whole, tmp_path, monkeypatch):

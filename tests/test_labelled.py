@@ -40,6 +40,14 @@ def parts():
     }
 
 
+def test_what_has_no_seed_is_repeated_over_all_seeds_whichever_learner_has_most(parts):
+    fewer = parts["lstm"].isel(seed=slice(2))
+    merged = labelled.merge({"lstm": parts["lstm"], "fewer": fewer, "bayes": parts["bayes"]})
+    assert merged.sizes["seed"] == 3
+    assert not merged["loss"].sel(learner="bayes").isnull().any()
+    assert merged["loss"].sel(learner="fewer").isel(seed=2).isnull().all()
+
+
 def test_split_undoes_merge_but_for_seeds(parts):
     """What no outer loop has made has no outer step; a closed form is of no seed and task."""
     apart = labelled.split(labelled.merge(parts))

@@ -74,6 +74,17 @@ def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
     np.testing.assert_allclose(found, whole, atol=1e-5)
 
 
+def test_beyond_the_pairs_it_has_room_for_it_answers_nan():
+    """Rather than leave pairs out unsaid."""
+    learner = made(LINEAR).learner(scattered(made(LINEAR)))
+    state = learner.init(jax.random.key(0))
+    for _ in range(LINEAR.steps):
+        state = learner.update(state, jnp.ones(3), jnp.ones(2))
+    assert np.isfinite(learner.predict(state, jnp.ones(3))).all()
+    state = learner.update(state, jnp.ones(3), jnp.ones(2))
+    assert np.isnan(learner.predict(state, jnp.ones(3))).all()
+
+
 @pytest.mark.parametrize("domain", [LINEAR, FOURIER])
 def test_the_outer_gradient_is_that_of_finite_differences(domain):
     """In float64, through clipped and unclipped inner steps."""

@@ -1,6 +1,5 @@
 """Two processes of one run, over loopback: interrupted, bereft of one, gone on with elsewhere."""
 
-import re
 import signal
 import sys
 import time
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import xarray as xr
-from processes import begin, end, together
+from processes import begin, end, together, trains
 
 import metadyn
 from metadyn import mesh
@@ -16,7 +15,7 @@ from metadyn.cli import main
 from metadyn.errors import ConfigError
 
 STUDY = str(Path(__file__).parent.parent / "benchmarks" / "tiny_study.py")
-LONG = ("--outer.steps", "8000", "--outer.schedule", "constant", "--outer.learning-rate", "0.001")
+LONG = ("--outer.steps", "2000", "--outer.schedule", "constant", "--outer.learning-rate", "0.001")
 LONG += ("--outer.checkpoints", "12")
 
 
@@ -24,18 +23,10 @@ def command(out, *more):
     return [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *more]
 
 
-def training(processes):
-    """Waits until process 0 says that it trains."""
-    for line in processes[0].stdout:
-        if re.match("training [1-9]", line):
-            return
-    raise AssertionError(processes[0].stderr.read())
-
-
 def loses(out, victim):
     """Of two processes that train one is killed: the other leaves within a minute, and says why."""
     run = begin(command(out, *LONG), 2)
-    training(run)
+    trains(run[0], out)
     run[victim].kill()
     began = time.monotonic()
     left = end(run)[1 - victim]
@@ -50,7 +41,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     out = tmp_path / "two"
 
     run = begin(command(out, *LONG), 2)
-    training(run)
+    trains(run[0], out)
     run[1].send_signal(signal.SIGTERM)  # one alone is told: both stop at the same step
     began = time.monotonic()
     done = end(run)
@@ -60,7 +51,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     assert "metadyn" not in done[1].out
 
     run = begin(command(out, *LONG), 1, 2)
-    training(run)
+    trains(run[0], out)
     run[0].send_signal(signal.SIGINT)
     assert end(run)[0].code == 130
 
@@ -72,7 +63,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     assert main(["run", STUDY, "--out", str(tmp_path / "one"), *LONG]) == 0
     for task_set in ("tracked", "in_distribution"):
         one, two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
-        xr.testing.assert_allclose(one, two, rtol=1e-3)  # 8 000 outer steps
+        xr.testing.assert_allclose(one, two, rtol=1e-3)  # 2 000 outer steps
 
 
 @pytest.mark.slow

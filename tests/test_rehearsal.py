@@ -5,6 +5,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,17 +121,75 @@ def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
     assert stored.steps() == [*Config().outer.checkpoint_steps]
 
 
-@pytest.mark.parametrize(
-    ("bad", "says"),
-    [
-        ({"times": (1, 2, 3)}, r"times = .*must increase strictly from 0"),
-        ({"curve": np.zeros((3, 2))}, r"curve = \(3, 2\): .*'sgd' must be of shape \(4, 2\)"),
-    ],
-)
-def test_what_cannot_be_stored_of_a_contender_is_refused(bad, says, tmp_path, monkeypatch):
-    sgd = md.Contender("sgd", "SGD", bayes_linear(Config().domain), "ordinary", **bad)
+def test_a_closed_form_that_cannot_be_stored_is_refused(tmp_path, monkeypatch):
+    curve = np.zeros((3, 2))
+    sgd = md.Contender("sgd", "SGD", bayes_linear(Config().domain), "ordinary", curve=curve)
     study = dataclasses.replace(STUDY, plan=changed(contenders=lambda old: [*old, sgd]))
+    says = r"curve = \(3, 2\): .*'sgd' must be of shape \(4, 2\)"
     assert re.search(says, refused(study, tmp_path / "r", monkeypatch))
+
+
+@pytest.mark.parametrize("times", [(1, 2, 3), (), (0,), (0, 2, 2)])
+def test_times_that_do_not_increase_from_0_are_refused(times):
+    with pytest.raises(ConfigError, match=r"times = .*must increase strictly from 0"):
+        md.Contender("sgd", "SGD", bayes_linear(Config().domain), times=times)
+
+
+def test_times_may_be_an_array(tmp_path):
+    bayes = lambda of: dataclasses.replace(of, times=np.arange(4))
+    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda of: [of[0], bayes(of[1])]))
+    assert run(study, tmp_path / "r")["study"] == "tiny"
+
+
+def test_a_derived_learner_says_whose_parameters_it_takes():
+    meta = LSTMConfig(hidden=4).make(Config().domain)
+    with pytest.raises(ConfigError, match=r"of = '': contender 'd' is derived: name the meta-"):
+        md.Contender("d", "D", md.Derived(meta, meta.learner))
+
+
+def test_what_is_remade_of_another_learner_has_no_closed_form_of_its_own():
+    """And is that of the parameters of the same meta-learner, however often it is remade."""
+    domain = Config().domain
+    bayes = md.Contender("b", "B", bayes_linear(domain), curve=np.zeros((4, 2)))
+    other = bayes.remade(lambda learner: learner._replace(batch=2), name="c", kind="reference")
+    assert (other.name, other.kind, other.curve) == ("c", "reference", None)
+    assert other.learner.batch == 2
+    meta = md.Contender("lstm", "LSTM", LSTMConfig(hidden=4).make(domain))
+    once = meta.remade(lambda learner: learner._replace(batch=2), name="d", kind="reference")
+    again = once.remade(lambda learner: learner._replace(points=3), name="e")
+    params = meta.learner.init(jax.random.key(0))
+    found = [each.make(params) for each in (once, again)]
+    assert [(each.batch, each.points) for each in found] == [(2, None), (2, 3)]
+    assert [(each.of, each.trained, each.kind) for each in (once, again)] == [
+        ("lstm", False, "reference")
+    ] * 2
+
+
+def test_what_is_tracked_has_a_probe_of_mode_strengths(tmp_path, monkeypatch):
+    class Renamed(LinearRegression):
+        def evaluation(self, *arguments):
+            tasks = super().evaluation(*arguments)
+            return dataclasses.replace(tasks, probes={"mine": tasks.probes["mode_strength"]})
+
+    plan = changed(domain=lambda _: Renamed(2, 2, steps=3), sets=lambda _: [])
+    said = refused(dataclasses.replace(STUDY, plan=plan), tmp_path / "r", monkeypatch)
+    assert said.startswith("probes = ['mine']: call one of the probes of")
+
+
+def test_a_run_whose_criteria_were_edited_since_is_judged_anew(tmp_path):
+    run(STUDY, tmp_path / "r")
+    measured = tmp_path / "r" / "measurements" / "in_distribution" / "lstm"
+    before = measured.stat().st_mtime_ns
+
+    def edited(config, results):
+        last = dynamics.samples(results["in_distribution", "lstm"], "loss")[:, :, -1]
+        found = dynamics.estimate(np.asarray, last)
+        yield md.criterion("loss", found, "at most -1", at_most=-1.0)
+
+    summary = run(dataclasses.replace(STUDY, criteria=edited), tmp_path / "r")
+    assert [(row["name"], row["passed"]) for row in summary["criteria"]] == [("loss", False)]
+    assert measured.stat().st_mtime_ns == before
+    assert RunFolder(tmp_path / "r").summary() == summary
 
 
 def test_what_cannot_be_measured_stops_training_as_soon_as_it_is_known(tmp_path):
@@ -307,14 +366,26 @@ def test_two_measurements_of_one_name(tmp_path, monkeypatch):
 
 
 def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(tmp_path):
-    """Its configuration is the same, but what it compares is not: a wider network, another set."""
+    """Its configuration is the same, but what it compares is not.
+
+    A wider network, another set, another rate, other noise.
+    """
     run(STUDY, tmp_path / "run")
 
     def wider(contenders):
         meta = LSTMConfig(hidden=5).make(Config().domain)
         return [dataclasses.replace(contenders[0], learner=meta), *contenders[1:]]
 
-    for changes in ({"contenders": wider}, {"sets": lambda sets: sets[:1]}):
+    def faster(contenders):
+        own = dataclasses.replace(Config().outer, learning_rate=0.5)
+        return [dataclasses.replace(contenders[0], own=own), *contenders[1:]]
+
+    def noisier(sets):
+        domain = LinearRegression(2, 2, sigma=0.7, steps=3)
+        return [dataclasses.replace(sets[0], domain=domain), *sets[1:]]
+
+    edits = [{"contenders": wider}, {"sets": lambda sets: sets[:1]}]
+    for changes in [*edits, {"contenders": faster}, {"sets": noisier}]:
         edited = dataclasses.replace(STUDY, plan=changed(**changes))
         with pytest.raises(ConfigError, match=r"holds a run with plan\."):
             run(edited, tmp_path / "run")

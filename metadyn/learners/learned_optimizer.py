@@ -119,7 +119,7 @@ def evolution_strategies(domain: Domain, meta: MetaLearner, sigma: float = 0.03)
         def one(key: Key) -> tuple[Array, Array]:
             key_task, key_episode = jax.random.split(key)
             task = inner.full_precision(domain.sample_task)(key_task)
-            noise = prng.normal(jax.random.fold_in(key, 1), flat.shape)
+            noise = prng.normal(jax.random.fold_in(key, 2), flat.shape)  # 0, 1: the split's
 
             def episode(flat: Array) -> Array:
                 learner = meta.learner(unravel(flat))

@@ -84,7 +84,7 @@ class InnerDescent:
     # The contract of `base.MetaLearner`.
 
     def learner(self, params: Params) -> Learner:
-        """The step-by-step form."""
+        """The step-by-step form. Beyond as many pairs as an episode has it answers NaN."""
         domain, T = self.domain, self.domain.steps
         task = jax.eval_shape(domain.sample_task, jax.random.key(0))
         query = jax.eval_shape(domain.query, task, jax.random.key(0))
@@ -97,7 +97,8 @@ class InnerDescent:
             )
 
         def predict(state: DescentState, query: Query) -> Answer:
-            return self.network.apply(state.descent.weights, query)
+            answer = self.network.apply(state.descent.weights, query)
+            return jnp.where(state.pairs <= T, answer, jnp.nan)
 
         def update(state: DescentState, query: Query, feedback: Feedback) -> DescentState:
             put = lambda seen, new: seen.at[state.pairs].set(new)
