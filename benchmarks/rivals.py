@@ -4,7 +4,7 @@ Each is made by name, and maps inputs [T, B, n_in] to hidden states [T, B, hidde
 
 lstm         nn.LSTM; nnx.RNN of an OptimizedLSTMCell.
 lstm loop    PyTorch alone: the LSTM as a plain loop over time, which torch.func.vmap takes.
-transformer  pre-norm blocks with RMS normalisation and a GELU perceptron of twice the width;
+transformer  pre-norm blocks with RMS normalisation and a GELU MLP of twice the width;
              scaled_dot_product_attention; nnx.MultiHeadAttention.
 deltanet     the same blocks, with fast weights under the delta rule in the place of attention,
              written as a plain loop over time (PyTorch), and as a scan (flax).

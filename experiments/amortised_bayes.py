@@ -122,7 +122,7 @@ def by_step(results, name: str, network: str):
         "mean, untrained": of["mean"].at(0),
         "mean of a shuffled task": of["shuffled"].at(-1),
         "uncertainty": of["uncertainty"].at(-1),
-        "uncertainty, by a perceptron too": of["nonlinear"].at(-1),
+        "uncertainty, by an MLP too": of["nonlinear"].at(-1),
         "uncertainty, untrained": of["uncertainty"].at(0),
     }
     pairs = results[f"{HELDOUT}_{name}", network]["time"].to_numpy()[1:] - 1
@@ -192,7 +192,7 @@ study = md.Study(
         decoded={
             "linear_near_bayes_mean": "Ours: recurrent networks near Bayes hold its mean linearly",
             "linear_lstm_uncertainty": "Ours: late on, an LSTM hardly holds uncertainty linearly",
-            "linear_lstm_nonlinear": "Ours: nor in another form, that a small perceptron finds",
+            "linear_lstm_nonlinear": "Ours: nor in another form, that a small MLP finds",
             "linear_lstm_direction": "Ours: an LSTM simulates Bayes better than Bayes an LSTM",
         },
         causal={"linear_lstm_kept": "Ours: an LSTM goes on from Bayes' state mapped into its own"},

@@ -232,7 +232,7 @@ def plateaus(results):
 
 WORKSTATION = Config(
     domain=Components(n_x=4, variances=(1.0, 0.6, 0.36, 0.216)),
-    outer=dataclasses.replace(Config().outer, steps=24_000, batch=256, checkpoints=120),
+    outer=dataclasses.replace(Config().outer, steps=24_000, batch=256, seeds=16, checkpoints=120),
 )
 PAPER = Config(
     separate=OneLayerAttentionConfig(),

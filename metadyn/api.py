@@ -28,7 +28,7 @@ class Trained(NamedTuple):
     params: Params
     """Leaves have a leading axis over the outer seeds."""
     losses: Mapping[int, np.ndarray]
-    """Mean loss of each seed, by the outer step up to which it is meant."""
+    """Loss of each seed [seed], mean over the outer steps of a dispatch, by the last of these."""
 
 
 def train(
@@ -45,8 +45,9 @@ def train(
     """Trains a meta-learner on a domain's tasks, and returns it with its outer parameters.
 
     `outer` are further fields of `OuterConfig`, such as `batch` and `learning_rate`. Several
-    `seeds` are trained at once, each from its own initial weights on its own episodes. Raises
-    `ConfigError` for settings that do not fit and for a loss that is no longer finite.
+    `seeds` are trained at once, each from its own initial weights on its own episodes. Nothing is
+    stored, and mode trajectories are not kept: `metadyn run` does that. Raises `ConfigError` for
+    settings that do not fit and for a loss that is no longer finite.
     """
     config = OuterConfig(steps=steps, seeds=seeds, **{"warmup": min(200, steps // 10), **outer})
     training = MetaTraining(meta, objective(domain, meta))
@@ -77,7 +78,8 @@ def measure(
     padded. `learners` are trained meta-learners and plain learners by name ("bayes" is what the
     others are compared with), or contenders, for labels and times of one's own. Tasks are the
     domain's evaluation tasks with `points` queries to a probe, or a set given whole. Learners that
-    count updates take `updates` of them, on `updating_tasks` of the tasks.
+    count updates take `updates` of them, on `updating_tasks` of the tasks. Raises `ConfigError` for
+    sizes below 1, contenders that are not trained, and probes that read other than they say.
     """
     if not isinstance(tasks, TaskSet):
         check(tasks >= 1, "tasks", tasks, "must be at least 1")

@@ -28,7 +28,7 @@ Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 PENALTIES = 10.0 ** np.arange(-7, 4)
 """Of ridge regression, times the number of samples: the best by cross-validation is taken."""
 HIDDEN, UPDATES, RATE, DECAY = 32, 150, 1e-2, 1e-1
-"""Of the perceptron: its width, and updates, rate and weight decay of AdamW. Our choice."""
+"""Of the MLP: its width, and updates, rate and weight decay of AdamW. Our choice."""
 
 GOES_ON = {
     "none": "its own state",
@@ -45,7 +45,7 @@ MERITS = {
     "untrained": "R² of the posterior mean, untrained",
     "shuffled": "R² of the posterior mean of another task",
     "uncertainty": "R² of the uncertainty, at the end",
-    "nonlinear": "R² of the uncertainty, by a perceptron too",
+    "nonlinear": "R² of the uncertainty, by an MLP too",
     "to_bayes": "R² of Bayes' state from its own",
     "from_bayes": "R² of its own state from Bayes'",
     "direction": "difference of R² of Bayes' state from its own and the other way",
@@ -92,10 +92,10 @@ def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     return centre + z_new @ (V @ (b / (eigenvalues + PENALTIES[best][..., None])[..., None]))
 
 
-def perceptron(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Ridge regression, and a small perceptron of what it leaves unexplained; a `Decoder`.
+def mlp(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Ridge regression, and a small MLP of what it leaves unexplained; a `Decoder`.
 
-    So it finds what is there in linear form, and in another. The perceptron is trained by AdamW on
+    So it finds what is there in linear form, and in another. The MLP is trained by AdamW on
     three quarters of the samples and stopped where it explains most of the others.
     """
     kept = 3 * x.shape[-2] // 4
@@ -106,13 +106,13 @@ def perceptron(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     spread = np.where(spread > 0, spread, 1.0)
     parts = _standard(x, both)[1], left / spread
     flat = [jnp.asarray(a.reshape(-1, *a.shape[-2:]), jnp.float32) for a in parts]
-    found = np.asarray(_perceptrons(*flat, kept), np.float64).reshape(*both.shape[:-1], -1)
+    found = np.asarray(_mlps(*flat, kept), np.float64).reshape(*both.shape[:-1], -1)
     return (linear + spread * found)[..., x.shape[-2] :, :]
 
 
 @partial(jax.jit, static_argnames="kept")
 @inner.full_precision
-def _perceptrons(
+def _mlps(
     x: Float[Array, "fit m p"], y: Float[Array, "fit n q"], kept: int
 ) -> Float[Array, "fit m q"]:
     """One for each fit, in turn: what each says of all x, of which the first n are those of y."""
@@ -163,7 +163,7 @@ def of_state(data: xr.Dataset) -> dict[str, Decoded]:
     """What of Bayes' posterior is decoded from a network's state beside it, at each checkpoint.
 
     The "mean", and that of another task, "shuffled"; the "uncertainty", and at the last checkpoint
-    by a perceptron too, "nonlinear".
+    by an MLP too, "nonlinear".
     """
     each = [data.isel(outer_step=i) for i in range(data.sizes["outer_step"])]
     state = [vectors(one, "state") for one in each]
@@ -177,7 +177,7 @@ def of_state(data: xr.Dataset) -> dict[str, Decoded]:
         "mean": over(mean),
         "shuffled": over([shuffled(one) for one in mean]),
         "uncertainty": over(uncertainty),
-        "nonlinear": over(uncertainty[-1:], perceptron),
+        "nonlinear": over(uncertainty[-1:], mlp),
     }
 
 

@@ -227,7 +227,10 @@ def mode_axis(probe: str) -> str:
 
 
 def log_spaced(steps: int, count: int) -> tuple[int, ...]:
-    """Spaces whole numbers evenly in logarithm: 0, and up to `count` more, the last `steps`."""
+    """Spaces whole numbers evenly in logarithm: 0, and up to `count` more, the last `steps`.
+
+    Raises `ConfigError` for a number below 1.
+    """
     check(steps >= 1, "steps", steps, "must be at least 1")
     check(count >= 1, "count", count, "must be at least 1")
     spaced = np.geomspace(1, steps, count) if count > 1 else np.array([steps])

@@ -31,7 +31,8 @@ Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 class OuterConfig:
     """How the outer loop optimises.
 
-    The paper's values are not known to us: these are our choice.
+    The paper's values are not known to us: these are our choice. Raises `ConfigError` for values
+    that cannot be.
     """
 
     steps: int = 16_000
@@ -249,9 +250,10 @@ class OuterLoop:
     def run(
         self, state: TrainState, target: int
     ) -> Iterator[tuple[TrainState, dict[str, Metrics]]]:
-        """Yields (state, mean metrics of each seed by meta-learner) after each dispatch.
+        """Yields (state, metrics by meta-learner) after each dispatch, up to outer step `target`.
 
-        It goes on to outer step `target`. Raises `ConfigError` when a metric is not finite.
+        A metric [seed] is the mean over the outer steps of the dispatch, each before its update.
+        Raises `ConfigError` when one is not finite.
         """
         step = int(state.step)
         while step < target:

@@ -329,6 +329,7 @@ def outline(plan: Plan) -> dict[str, Any]:
         asked[f"{contender.name} on {tasks.name}"] = {
             "label": contender.label,
             "kind": contender.kind,
+            "domain": _settings(tasks.domain),
             "tasks": tasks.size_for(contender.clock),
             "times": [len(times), times[-1]],
             # No more digits than every processor's LAPACK agrees on: a run may change machines.
@@ -337,7 +338,6 @@ def outline(plan: Plan) -> dict[str, Any]:
                 for name, probe in tasks.probes.items()
             },
         }
-        asked[tasks.name] = {"domain": _settings(tasks.domain)}
     return asked
 
 
@@ -418,9 +418,11 @@ def run_study(
 ) -> dict[str, Any]:
     """Does the whole study into `out`, or what is left of it, and returns its summary.
 
-    What is damaged in a folder is made anew. Raises `ConfigError` for what can be known not to work
-    before DIR is made; for a folder that is in use, foreign, of another configuration or cannot be
-    written; and KeyboardInterrupt once what was interrupted is stored.
+    That has the study, preset, seed and environment, and the rows of `criteria` and of what is
+    `reported` beside them. `Progress(None)` says nothing while it goes. What is damaged in a folder
+    is made anew. Raises `ConfigError` for what can be known not to work before DIR is made; for a
+    folder that is in use, foreign, of another configuration or cannot be written; and
+    KeyboardInterrupt once what was interrupted is stored.
     """
     from metadyn import figures, view
 

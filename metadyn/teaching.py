@@ -79,8 +79,8 @@ def taught(
 ) -> Learner:
     """A learner of `sets` that is shown a teacher's examples first, then what is posed.
 
-    Each example is shown for so many updates, with noise of its own each time. The teacher is asked
-    once for each task.
+    Each example is shown for `each` updates, with noise of its own each time. The teacher is asked
+    once for each task. Raises `ConfigError` for fewer examples or updates than one.
     """
     check(examples >= 1, "examples", examples, "must be at least 1")
     check(each >= 1, "each", each, "must be at least 1")
@@ -127,9 +127,9 @@ def through(
 ) -> Lesson:
     """Inputs of norm √n_x that leave a learner with the least error on given queries.
 
-    By gradient descent through the learner's own updates, without noise, from `start`: so many
-    steps whose length falls from `rate` times the norm of all inputs to zero. The best inputs on
-    the way are kept.
+    The queries are [q, n_x]. By gradient descent through the learner's own updates, without noise,
+    from `start`: so many steps whose length falls from `rate` times the norm of all inputs to zero.
+    The best inputs on the way are kept.
     """
     size = start.shape[1] ** 0.5
 

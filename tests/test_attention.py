@@ -44,7 +44,7 @@ def softmax_attention(p, x):
 
 
 def test_a_transformer_is_that_of_its_formulae():
-    """Tokens of two inputs, pre-norm blocks of softmax attention and a perceptron; float64."""
+    """Tokens of two inputs, pre-norm blocks of softmax attention and an MLP; float64."""
     domain = DOMAINS["linear"]
     meta = CONFIGS["transformer"].make(domain)
     params = scattered(meta)

@@ -67,18 +67,18 @@ def test_a_constant_number_in_a_state_says_nothing_and_does_no_harm():
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
-def test_a_perceptron_finds_what_is_there_in_another_form_and_loses_nothing_linear():
+def test_an_mlp_finds_what_is_there_in_another_form_and_loses_nothing_linear():
     x = samples(1, 1200, 1, 3)
     square = x[..., :1] ** 2
     linear, found = (
         decoding.r_squared(decoding.held_out(x, square, decode)).value
-        for decode in (decoding.ridge, decoding.perceptron)
+        for decode in (decoding.ridge, decoding.mlp)
     )
     assert abs(linear[0]) < 0.05
     assert found[0] > 0.8
-    both = decoding.held_out(x, x @ samples(3, 2), decoding.perceptron)
+    both = decoding.held_out(x, x @ samples(3, 2), decoding.mlp)
     np.testing.assert_allclose(decoding.r_squared(both).value, 1.0, atol=1e-3)
-    noise = decoding.held_out(x, samples(1, 1200, 1, 2), decoding.perceptron)
+    noise = decoding.held_out(x, samples(1, 1200, 1, 2), decoding.mlp)
     assert abs(decoding.r_squared(noise).value[0]) < 0.1
 
 

@@ -1,6 +1,6 @@
 """Residual blocks, which causal models of sequences share; they differ by how they mix over time.
 
-A block adds to each token what a mixer makes of the tokens up to it, then what a perceptron makes
+A block adds to each token what a mixer makes of the tokens up to it, then what an MLP makes
 of it alone, each reading a normalised copy: the pre-norm transformer (Xiong et al. 2020).
 """
 
@@ -36,7 +36,7 @@ class BlocksConfig:
     layers: int = 2
     """Blocks."""
     mlp: int = 2
-    """Width of the perceptrons, in units of H."""
+    """Width of the MLPs, in units of H."""
     outer_learning_rate: float = 5e-3
     """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
 
@@ -95,7 +95,7 @@ def joined(x: Float[Array, "*B heads T d"]) -> Float[Array, "*B T H"]:
 
 
 class Block(nnx.Module):
-    """A mixer and a perceptron of one hidden layer, each added to what it reads."""
+    """A mixer and an MLP of one hidden layer, each added to what it reads."""
 
     def __init__(self, config: BlocksConfig, domain: Domain, *, rngs: nnx.Rngs):
         H = config.hidden
@@ -104,17 +104,17 @@ class Block(nnx.Module):
         self.wide = nnx.Linear(H, config.mlp * H, rngs=rngs)
         self.narrow = nnx.Linear(config.mlp * H, H, rngs=rngs)
 
-    def _perceptron(self, x: Float[Array, "*T H"]) -> Float[Array, "*T H"]:
+    def _mlp(self, x: Float[Array, "*T H"]) -> Float[Array, "*T H"]:
         return x + by_token(self.narrow, jax.nn.gelu(by_token(self.wide, self.norms[1](x))))
 
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
         """The tokens of whole episodes."""
-        return self._perceptron(x + self.mixer(self.norms[0](x)))
+        return self._mlp(x + self.mixer(self.norms[0](x)))
 
     def step(self, memory: Carry, x: Float[Array, " H"]) -> tuple[Carry, Float[Array, " H"]]:
         """The next token."""
         memory, mixed = self.mixer.step(memory, self.norms[0](x))
-        return memory, self._perceptron(x + mixed)
+        return memory, self._mlp(x + mixed)
 
 
 class Blocks(nnx.Module):

@@ -73,7 +73,7 @@ class LearnedOptimizer(InnerDescent):
     def stepped(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
-        """Every weight moves as the perceptron says."""
+        """Every weight moves as the MLP says."""
         del k
         weights, (momenta, steps) = descent
         momenta = tuple(
@@ -151,7 +151,7 @@ class LearnedOptimizerConfig(InnerDescentConfig):
 
     label = "learned optimiser"
     hidden: int = 8
-    """Hidden units of the perceptron that every weight has."""
+    """Hidden units of the MLP that every weight has."""
     scale: float = 1e-3
     """Standard deviation of the linear network's initial weights."""
     learning_rate: float = 0.03
