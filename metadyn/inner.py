@@ -214,16 +214,12 @@ def recorded(probe: str, reading: str) -> str:
     """Names what a reading of a probe is recorded as.
 
     The strengths of a probe have its own name. Its extras have theirs, if it is the main probe
-    ("mode_strength"); otherwise the probe's name goes before it.
+    ("mode_strength"); otherwise the probe's name goes before it. So with its axis "mode" and its
+    coordinate.
     """
     if reading == "strength":
         return probe
     return reading if probe == STRENGTH else f"{probe}_{reading}"
-
-
-def mode_axis(probe: str) -> str:
-    """Names the axis along which a probe's modes are: "mode" is the main probe's."""
-    return "mode" if probe == STRENGTH else f"{probe}_mode"
 
 
 def log_spaced(steps: int, count: int) -> tuple[int, ...]:

@@ -81,8 +81,8 @@ def described(
     coords: dict[str, Any] = {"time": ("step", contender.times_in(tasks.domain))}
     coords |= {axis: (axis, range(n)) for axis, n in sizes.items()}
     for name, probe in probes:
-        prefix = "" if name == STRENGTH else f"{name}_"
-        coords[prefix + probe.modes.coordinate] = (inner.mode_axis(name), probe.modes.values)
+        coordinate, axis = (inner.recorded(name, n) for n in (probe.modes.coordinate, "mode"))
+        coords[coordinate] = (axis, probe.modes.values)
     if contender.curve is not None and STRENGTH in tasks.probes:
         modes = tasks.probes[STRENGTH].modes.values
         shape, right = np.shape(contender.curve), (len(coords["time"][1]), len(modes))
@@ -121,7 +121,7 @@ def _axes(
                 read = probe.read(tasks.sample(key, argument), answers)
                 shapes = {each: leaf.shape for each, leaf in read.items()}
             _check_read(name, probe, shapes)
-            axes[name] = (inner.mode_axis(name),)
+            axes[name] = (inner.recorded(name, "mode"),)
             for extra, of in probe.extras.items():
                 axes[inner.recorded(name, extra)] = of
                 for axis, n in zip(of, shapes[extra], strict=True):
@@ -147,7 +147,8 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     """Reckons up the memory that the readings of a contender take, from shapes alone."""
     probes = tasks.probes.items()
     axes, sizes = _axes(tasks, contender)
-    sizes = {**sizes, "step": 1} | {inner.mode_axis(n): len(p.modes.values) for n, p in probes}
+    modes = {inner.recorded(name, "mode"): len(probe.modes.values) for name, probe in probes}
+    sizes = {**sizes, "step": 1} | modes
     each = sum(math.prod(sizes[axis] for axis in of_one) for of_one in axes.values())
     times = len(contender.times_in(tasks.domain))
     return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * each

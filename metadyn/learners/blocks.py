@@ -7,7 +7,7 @@ of it alone, each reading a normalised copy: the pre-norm transformer (Xiong et 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,6 @@ from jaxtyping import Array, Float
 from metadyn.base import Domain
 from metadyn.errors import check, check_positive
 from metadyn.learners.networks import Carry, CausalModel, Sequence
-
-
-class Mixer(CausalModel, Protocol):
-    """A causal model of tokens that runs many whole episodes at once: any axes may come before."""
-
-    def __call__(self, x: Float[Array, "*B T H"], /) -> Float[Array, "*B T H"]:
-        """Runs whole episodes, and returns all outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +36,11 @@ class BlocksConfig:
     def __post_init__(self) -> None:
         check_positive(self, "hidden", "layers", "mlp", "outer_learning_rate")
 
-    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> Mixer:
+    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> CausalModel:
         """Makes the mixer of one block: what lets a token depend on those before it.
 
-        Its stepping is written so that nothing as large as the memory is computed for the answer
-        alone: a probe asks many queries of one memory.
+        It runs many whole episodes at once, [..., T, H]. Its stepping is written so that nothing as
+        large as the memory is computed for an answer alone: a probe asks many queries of one.
         """
         raise NotImplementedError
 
