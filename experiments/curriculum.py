@@ -37,9 +37,10 @@ ARMS = {"none": "none", "measured": "measured order", "mixed": "mixed", "reverse
 class Config(LearnersConfig, DomainsConfig):
     """Everything the study depends on, beside its seed. Values are our choice, but for the steps.
 
-    The steps lie within the intervals of nonlinear_n_k and bandit_n_k that a run of the same preset
-    reports: plain training, which gives these, is the same whatever the steps are. The defaults are
-    those of `metadyn run outer_loop_dynamics`; that they fit the paper's preset is not measured.
+    Those of the quick preset lie within the intervals of nonlinear_n_k and bandit_n_k that it
+    reports, as plain training is the same whatever they are. Those of the workstation preset were
+    reported by `outer_loop_dynamics` with that preset's outer loop, the defaults by
+    `metadyn run outer_loop_dynamics`; that they fit the paper's preset is not measured.
     """
 
     learners: tuple[str, ...] = ("lstm", "maml")

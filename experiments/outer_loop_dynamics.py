@@ -3,8 +3,8 @@
     metadyn run outer_loop_dynamics [--preset quick|workstation|paper] [--meta NAME] [overrides]
 
 After Rabinowitz (2019), arXiv:1905.01320, §5. One LSTM is trained on each domain, side by side,
-64 units wide whatever the preset; on y_t itself where that of linear regression alone has Bayes'
-answers, and without giving up the policy's entropy, as the bandit's own does. The singular
+64 units wide (256 in the paper's preset); on y_t itself where that of linear regression alone has
+Bayes' answers, and without giving up the policy's entropy, as the bandit's own does. The singular
 values of tracked tasks lie at even steps: the least of the prior's quantiles cannot be placed.
 """
 

@@ -3,9 +3,8 @@
     metadyn run robustness [--preset quick|workstation|paper] [--meta lstm|gru] [overrides]
 
 Rabinowitz (2019), arXiv:1905.01320, says that what is found does not depend on the optimiser. One
-thing at a time is changed in the studies of the three domains. Objectives and sets of tasks are
-theirs; the LSTM has 64 units, but where its width is changed. A learner that is too slow to have
-learned anything has no slope.
+thing at a time is changed in the studies of the three domains, for an LSTM of 64 units (256 in the
+paper's preset). A learner that is too slow to have learned anything has no slope.
 """
 
 import dataclasses

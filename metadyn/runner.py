@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import platform
@@ -13,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -433,7 +436,7 @@ def run_study(
     check_memory(plan)
     with progress.counting("checking", 1) as show:
         show("criteria and figures")
-        rehearsed = rehearse(study, config, plan)
+        rehearsal = _fingerprint(rehearse(study, config, plan))
     with writing(out):
         mesh.by_first(lambda: RunFolder.create(out, asked).config)
         run = RunFolder(out)
@@ -443,7 +446,7 @@ def run_study(
             mesh.by_first(run.set_aside_damaged)
             page = run.path / "report.html"
             done = mesh.by_first(run.summary)
-            if done and _said(done) == {(each.name, each.expected) for each in rehearsed}:
+            if done and done.get("rehearsal", rehearsal) == rehearsal:
                 mesh.by_first(lambda: page.exists() or bool(view.write(run, progress)))
                 return done
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())
@@ -458,7 +461,9 @@ def run_study(
                 figures.draw(run.figures, run.results(), study.own_figures(), progress)
                 with progress.counting("judging", 1) as show:
                     show("criteria")
-                    summary = judge(study, config, run, run.seconds())
+                    found = {"rehearsal": rehearsal}  # what was run elsewhere says so still
+                    found |= {"environment": done["environment"]} if done else {}
+                    summary = judge(study, config, run, run.seconds(), found)
                 view.write(run, progress)
                 return summary
 
@@ -476,21 +481,30 @@ def writing(out: str | Path) -> Iterator[None]:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
-def _said(summary: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """The criteria that a run was judged by. Where a study has others since, it is judged anew."""
-    rows = (*summary["criteria"], *summary["reported"])
-    return {(row["name"], row["expected"]) for row in rows}
+def _fingerprint(rehearsed: Sequence[Criterion]) -> str:
+    """Of criteria and what they come to on made-up numbers: where its study has others since, a run
+    that is done is judged anew."""
+    rows = [
+        [f"{x:.3g}" if isinstance(x, float) else x for x in vars(c).values()] for c in rehearsed
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def judge(study: Study, config: Any, run: RunFolder, seconds: float) -> dict[str, Any]:
-    """Judges what is measured, and writes the summary of a run."""
+def judge(
+    study: Study,
+    config: Any,
+    run: RunFolder,
+    seconds: float,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Judges what is measured, and writes the summary of a run, with some `more` fields of it."""
     criteria = study.judged(config, run.results())
     summary = {
         **{name: run.config[name] for name in ("study", "preset", "seed")},
         "environment": environment() | {"seconds": round(seconds, 1)},
         "criteria": [_as_json(c) for c in criteria if c.passed is not None],
         "reported": [_as_json(c) for c in criteria if c.passed is None],
-    }
+    } | dict(more)
     run.write_summary(summary)
     return summary
 

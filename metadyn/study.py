@@ -241,13 +241,16 @@ class Contender:
     def remade(self, change: Callable[[Learner], Learner], **fields: Any) -> Contender:
         """Returns a contender whose learner is this one's, changed, with some other fields.
 
-        If this one is a meta-learner that is trained, the change is made once it is. A closed form
-        of this one's mode strengths is not that of the other's.
+        If this one is a meta-learner that is trained, the change is made once it is, and the other
+        is a "reference" if no kind is given. Its time counts what this one's does, and it has no
+        closed form.
         """
         learner, make = self.learner, lambda params: change(self.make(params))
-        fields["curve"] = fields.get("curve")
+        fields = {"curve": None, "objective": None, "own": None, **fields}
         if isinstance(learner, Learner):
             return dataclasses.replace(self, learner=make(()), **fields)
+        if self.trained:
+            fields.setdefault("kind", "reference")
         meta, of = (learner.meta, self.of) if isinstance(learner, Derived) else (learner, self.name)
         changed = Derived(meta, make, self.clock)
         return dataclasses.replace(self, learner=changed, of=of, **fields)

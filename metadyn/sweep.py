@@ -386,8 +386,9 @@ def _run(
     with progress.counting("tracing", len(runners)) as show:
         for i, runner in runners.items():
             show(sweep.called(i))
-            # The same numbers are arguments whatever is stored already: so bits are the same.
-            undone = {} if folder.ended(i) else dict(runner.calls())
+            # Those of what is stored, too: the same numbers are to be arguments when this sweep, or
+            # this part of it, is gone on with, so that bits are the same.
+            undone = set() if folder.ended(i) else {called for called, _ in runner.calls()}
             for called, parts in runner.calls(stored=True):
                 for given in parts:
                     params, *others = _arguments(given)  # those of a meta-learner are shapes as yet

@@ -35,15 +35,19 @@ def begin(command, processes=1, devices=1, **options):
     return started
 
 
-def trains(process, out):
+def newest(out):
+    """The outer step of the newest checkpoint of a run; 0 if there is none."""
+    return max((int(p.name) for p in (out / "checkpoints").glob("*[0-9]")), default=0)
+
+
+def trains(started, out, patience=200):
     """Waits until a run stores a checkpoint that is not there yet: sooner than it says a line."""
-
-    def newest():
-        return max((int(p.name) for p in (out / "checkpoints").glob("*[0-9]")), default=0)
-
-    before = newest()
-    while newest() <= before:
-        assert process.poll() is None, process.communicate()
+    before, end_of_patience = newest(out), time.monotonic() + patience
+    while newest(out) <= before:
+        if started[0].poll() is not None or time.monotonic() > end_of_patience:
+            for process in started:
+                process.kill()
+            raise AssertionError(started[0].communicate())
         time.sleep(0.02)
 
 

@@ -13,7 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import xarray as xr
-from processes import trains
+from processes import newest, trains
 
 import metadyn
 from metadyn import figures, runner
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "linear_regression.py")
 SMALL = [
     *("--domain.n-x", "2", "--domain.n-y", "3", "--domain.steps", "4", "--lstm.hidden", "4"),
-    *("--outer.steps", "1000", "--outer.batch", "4", "--outer.seeds", "2", "--outer.warmup", "1"),
+    *("--outer.steps", "2000", "--outer.batch", "4", "--outer.seeds", "2", "--outer.warmup", "1"),
     *("--outer.checkpoints", "4", "--outer.dispatch", "5", "--sgd.updates", "6"),
     *("--sgd.records", "4", "--measure.tasks", "32", "--measure.updating-tasks", "4"),
     *("--measure.shifted-tasks", "8", "--measure.tracked-tasks", "4", "--measure.chunk", "8"),
@@ -118,7 +118,7 @@ def test_report_prints_the_verdict(finished, capsys):
 def test_trajectories_load_with_the_contracts_dimensions(finished):
     data = metadyn.load(finished)
     assert {"learner", "outer_step", "task", "mode", "step"} <= set(data["mode_strength"].dims)
-    assert data["outer_step"].values[[0, -1]].tolist() == [0, 1000]
+    assert data["outer_step"].values[[0, -1]].tolist() == [0, 2000]
     everyone = metadyn.load(finished, "in_distribution")
     assert set(everyone["learner"].values) == {"sgd", "lstm", "bayes"}
 
@@ -148,20 +148,21 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(finished, tmp_p
     """Ctrl-C leaves with 130; kill -9 leaves what it leaves; the end is the same, bit for bit."""
     out = tmp_path / "disturbed"
     run = start(out)
-    trains(run, out)
+    trains([run], out)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130, errors
     assert "the same command goes on" in errors
     assert "Traceback" not in errors
     reached = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
-    assert 0 < reached < 1000
+    assert 0 < reached < 2000
     assert main(["report", str(out)]) == 0  # on a run that is not done
 
     run = start(out)
-    trains(run, out)
+    trains([run], out)
     run.kill()
     run.communicate(timeout=60)
+    assert newest(out) < 2000
     assert not (out / "summary.json").exists()
 
     assert float((out / "seconds").read_text()) > 0
@@ -181,7 +182,7 @@ def test_a_run_whose_output_is_no_longer_read_ends_quietly(tmp_path):
     out = tmp_path / "r"
     run = start(out)
     assert run.stdout.readline().startswith("metadyn: linear_regression")
-    trains(run, out)
+    trains([run], out)
     run.stdout.close()
     assert run.stderr.read() == ""
     assert run.wait(timeout=60) == 130

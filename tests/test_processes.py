@@ -26,7 +26,7 @@ def command(out, *more):
 def loses(out, victim):
     """Of two processes that train one is killed: the other leaves within a minute, and says why."""
     run = begin(command(out, *LONG), 2)
-    trains(run[0], out)
+    trains(run, out)
     run[victim].kill()
     began = time.monotonic()
     left = end(run)[1 - victim]
@@ -41,7 +41,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     out = tmp_path / "two"
 
     run = begin(command(out, *LONG), 2)
-    trains(run[0], out)
+    trains(run, out)
     run[1].send_signal(signal.SIGTERM)  # one alone is told: both stop at the same step
     began = time.monotonic()
     done = end(run)
@@ -51,7 +51,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     assert "metadyn" not in done[1].out
 
     run = begin(command(out, *LONG), 1, 2)
-    trains(run[0], out)
+    trains(run, out)
     run[0].send_signal(signal.SIGINT)
     assert end(run)[0].code == 130
 

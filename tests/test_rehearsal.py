@@ -155,7 +155,7 @@ def test_what_is_remade_of_another_learner_has_no_closed_form_of_its_own():
     assert (other.name, other.kind, other.curve) == ("c", "reference", None)
     assert other.learner.batch == 2
     meta = md.Contender("lstm", "LSTM", LSTMConfig(hidden=4).make(domain))
-    once = meta.remade(lambda learner: learner._replace(batch=2), name="d", kind="reference")
+    once = meta.remade(lambda learner: learner._replace(batch=2), name="d")
     again = once.remade(lambda learner: learner._replace(points=3), name="e")
     params = meta.learner.init(jax.random.key(0))
     found = [each.make(params) for each in (once, again)]
@@ -176,7 +176,7 @@ def test_what_is_tracked_has_a_probe_of_mode_strengths(tmp_path, monkeypatch):
     assert said.startswith("probes = ['mine']: call one of the probes of")
 
 
-def test_a_run_whose_criteria_were_edited_since_is_judged_anew(tmp_path):
+def test_a_run_whose_criteria_were_edited_since_is_judged_anew(tmp_path, monkeypatch):
     run(STUDY, tmp_path / "r")
     measured = tmp_path / "r" / "measurements" / "in_distribution" / "lstm"
     before = measured.stat().st_mtime_ns
@@ -184,12 +184,27 @@ def test_a_run_whose_criteria_were_edited_since_is_judged_anew(tmp_path):
     def edited(config, results):
         last = dynamics.samples(results["in_distribution", "lstm"], "loss")[:, :, -1]
         found = dynamics.estimate(np.asarray, last)
-        yield md.criterion("loss", found, "at most -1", at_most=-1.0)
+        yield md.criterion("loss", found, "at least 0", at_least=1e9)  # a bound alone
 
+    monkeypatch.setattr(runner, "environment", lambda: {"processor": "another"})
     summary = run(dataclasses.replace(STUDY, criteria=edited), tmp_path / "r")
     assert [(row["name"], row["passed"]) for row in summary["criteria"]] == [("loss", False)]
     assert measured.stat().st_mtime_ns == before
+    assert summary["environment"]["processor"] != "another"  # it was not run there
     assert RunFolder(tmp_path / "r").summary() == summary
+
+
+def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_size(tmp_path):
+    def sized(config, results):
+        tasks = results["in_distribution", "lstm"].sizes["task"]
+        yield md.criterion("loss", dynamics.exact(1.0), f"of {tasks} tasks", at_least=0.0)
+
+    study = dataclasses.replace(STUDY, criteria=sized)
+    run(study, tmp_path / "r")
+    summary = tmp_path / "r" / "summary.json"
+    before = summary.stat().st_mtime_ns
+    run(study, tmp_path / "r")
+    assert summary.stat().st_mtime_ns == before
 
 
 def test_what_cannot_be_measured_stops_training_as_soon_as_it_is_known(tmp_path):
