@@ -184,7 +184,7 @@ def test_a_run_whose_criteria_were_edited_since_is_judged_anew(tmp_path, monkeyp
     def edited(config, results):
         last = dynamics.samples(results["in_distribution", "lstm"], "loss")[:, :, -1]
         found = dynamics.estimate(np.asarray, last)
-        yield md.criterion("loss", found, "at least 0", at_least=1e9)  # a bound alone
+        yield md.criterion("loss", found, "at least 0", at_least=1e9)  # the words are as before
 
     monkeypatch.setattr(runner, "environment", lambda: {"processor": "another"})
     summary = run(dataclasses.replace(STUDY, criteria=edited), tmp_path / "r")

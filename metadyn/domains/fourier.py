@@ -31,8 +31,8 @@ Embedding = Literal["raw", "standard", "circle", "fourier"]
 def band(low: int, high: int, total: float = 1.0) -> Spectrum:
     """Equal variances at the frequencies low … high that add up to `total`: a band-pass prior.
 
-    From low = 1 it is a low-pass prior. The functions have variance `total` at every input. This
-    and the like raise `ConfigError` for numbers that do not fit.
+    From low = 1 it is a low-pass prior. The functions have variance `total` at every input.
+    Raises `ConfigError` unless 0 <= low <= high and `total` is positive.
     """
     check(0 <= low <= high, "band", (low, high), "must be 0 <= low <= high")
     return _in_all(total, [float(k >= low) for k in range(high + 1)])
