@@ -197,7 +197,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
     if said:
         _say(said)
-    return _left(code)
+    return code
+
+
+def console() -> NoReturn:
+    """Runs a command for the shell and leaves at once.
+
+    Python would wait for programs that are still being compiled, and JAX for other processes.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _say(what: str) -> None:
@@ -230,19 +241,6 @@ def _in_time() -> Iterator[None]:
         write.close()
 
 
-def _left(code: int) -> int:
-    """The exit code. Other processes still at work notice at once, not when JAX's own exit has
-    waited for them."""
-    if "jax" in sys.modules:
-        from metadyn import mesh
-
-        if mesh.joined():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return code
-
-
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """One line, of our own warnings; those of libraries are for developers."""
     if category is ConfigWarning:
@@ -255,7 +253,9 @@ def _run(arguments: argparse.Namespace) -> int:
     _begin(arguments)
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     with _in_time():
-        return _studies(arguments)
+        code = _studies(arguments)
+    mesh.leave()
+    return code
 
 
 def _begin(arguments: argparse.Namespace) -> None:
@@ -337,10 +337,10 @@ def _studies(arguments: argparse.Namespace) -> int:
 
     from metadyn import mesh
     from metadyn.progress import Progress, Terminal
-    from metadyn.study import load_studies, load_study
+    from metadyn.study import known, load_studies, load_study
 
     preset, seed = arguments.preset, arguments.seed
-    several = os.path.isdir(arguments.study)  # False too for what cannot be a path
+    several = os.path.isdir(arguments.study) and arguments.study not in known()
     if several and (arguments.overrides or arguments.options):
         raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
     studies = load_studies(arguments.study) if several else [load_study(arguments.study)]
@@ -494,8 +494,9 @@ def _devices(arguments: argparse.Namespace) -> int:
     for name, value in mesh.describe().items():
         if mesh.first():
             print(f"{name}: {value}")
+    mesh.leave()
     return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -107,9 +107,17 @@ def lost(error: BaseException) -> bool:
     return joined() and re.search(said, str(error), re.IGNORECASE) is not None
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether `flag` is true in any process; all must ask."""
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+def anywhere(*flags: bool) -> list[bool]:
+    """Tells of each flag whether it is true in any process; all must ask."""
+    found = multihost_utils.process_allgather(np.array(flags))
+    return found.reshape(-1, len(flags)).any(0).tolist()
+
+
+def agreed(number: int) -> int:
+    """Gives all processes the number that process 0 has; all must ask."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def by_first(f: Callable[[], Any]) -> Any:

@@ -25,6 +25,8 @@ from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
 
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
+LONGEST = 2.0
+"""Seconds that a dispatch of several outer steps takes at most: signals are heard in between."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,8 @@ class OuterConfig:
     checkpoints: int = 25
     """Log-spaced outer steps, beside step 0, at which state and mode trajectories are stored."""
     dispatch: int = 100
-    """Outer steps in one dispatch to the devices: how often progress is shown."""
+    """Outer steps in one dispatch to the devices, or fewer, that take 2 seconds: how often progress
+    is shown."""
     precision: Precision = "float32"
     """What products in training are rounded to on GPUs and TPUs, in the words of
     `jax.default_matmul_precision`; CPUs round nothing, and measurements are float32 everywhere.
@@ -246,6 +249,8 @@ class OuterLoop:
         """`advance` for the state of one meta-learner, by its name (`jax.stages.Compiled`)."""
         self.seconds = dict.fromkeys(trained, 0.0)
         """Seconds that `run` has trained each meta-learner, compiling left out."""
+        self.pace = 0.0
+        """Seconds that each outer step took in the last dispatch; 0 before the first."""
 
     def run(
         self, state: TrainState, target: int
@@ -257,7 +262,8 @@ class OuterLoop:
         """
         step = int(state.step)
         while step < target:
-            count = min(self.config.dispatch, target - step)
+            count = self.dispatched(target - step)
+            begun = sum(self.seconds.values())
             params, moments = state.params, state.moments
             metrics: dict[str, Metrics] = {}
             for name in self.trained:  # each by itself, so that its time is known
@@ -267,9 +273,15 @@ class OuterLoop:
                 self.seconds[name] += time.perf_counter() - start
                 params, moments = params | now.params, moments | now.moments
                 metrics |= found
+            self.pace = (sum(self.seconds.values()) - begun) / count
             step, state = step + count, TrainState(now.step, params, moments)
             self.check_finite(step, metrics)
             yield state, metrics
+
+    def dispatched(self, left: int) -> int:
+        """Outer steps in the next dispatch, of so many that are left, going by its pace."""
+        most = max(1, int(LONGEST / self.pace)) if self.pace else left
+        return mesh.agreed(min(self.config.dispatch, left, most))
 
     def batch(self, name: str) -> int:
         """Episodes in one outer step of a meta-learner."""

@@ -278,8 +278,9 @@ def estimated(
         count = min(count, end - done)
         for loop in loops:
             loop.seconds = dict.fromkeys(loop.trained, 0.0)
-        for reached, _ in run(state, done + count):
-            state, done = reached, done + count
+        done += count
+        for reached, _ in run(state, done):
+            state = reached
         timed = {name: sum(loop.seconds[name] for loop in loops) for name in loops[0].trained}
         if sum(timed.values()) > SECONDS or count == config.dispatch or done == end:
             return {name: end * each / max(count, 1) for name, each in timed.items()}

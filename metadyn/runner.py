@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import signal
+import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,8 @@ from metadyn.store import Results, RunFolder
 from metadyn.study import Comparison, Contender, Criterion, Measurement, Plan, Study
 from metadyn.tensorboard import check_installed, scalars
 
+OFTEN = 300.0
+"""Seconds of training after which the state is stored, whatever checkpoints are planned."""
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
 
 
@@ -125,9 +128,16 @@ class Runner:
         train([self], lambda: [loop.init()], run)
 
     def save(self, state: TrainState) -> None:
-        """Stores the state and, at outer steps for which they are planned, mode trajectories."""
+        """Stores the state and, at outer steps for which they are planned, mode trajectories.
+
+        States at other outer steps are forgotten once there are two later ones.
+        """
         step, trajectories = int(state.step), None
-        if step in self.plan.outer.checkpoint_steps and self.watched:
+        planned = self.plan.outer.checkpoint_steps
+        for old in [each for each in self.stored[:-1] if each not in planned]:
+            mesh.by_first(lambda old=old: self.store.forget(old))
+            self.stored.remove(old)
+        if step in planned and self.watched:
             trajectories = {
                 tasks.name: {
                     meta.name: self.readings(Measurement(part, tasks, meta), state.params)
@@ -140,7 +150,7 @@ class Runner:
             taken = {"seconds": round(self.loop.seconds[name], 3)}
             about.setdefault(task_set, {})[learner] = each | {"about": each["about"] | taken}
         self.store.save_checkpoint(step, state, trajectories, about)
-        self.stored.append(step)
+        self.stored = sorted([*self.stored, step])
         self.state = state
 
     def at(self, step: int) -> TrainState:
@@ -259,6 +269,7 @@ def train(
         scalars(runners[0].tensorboard, max(stored())) as log,
         _held() as held,
     ):
+        saved = time.monotonic()
         for target in missing:
             newest = max(step for step in stored() if step < target)
             at = {i: each.at(newest) for i, each in going.items()}
@@ -273,9 +284,10 @@ def train(
                     log(step, {f"{w}/{n}": v for n, of in values.items() for w, v in of.items()})
                 named = {f"{n}{i or ''}": of for i, each in shown.items() for n, of in each.items()}
                 advance(step, named, episodes)
-                stop = mesh.anywhere(held())
-                if step == target or stop:
+                stop, due = mesh.anywhere(held(), time.monotonic() > saved + OFTEN)
+                if step == target or stop or due:
                     save(states)
+                    saved = time.monotonic()
                 if stop:
                     for each in runners:
                         each.store.finish()
@@ -447,6 +459,7 @@ def run_study(
             page = run.path / "report.html"
             done = mesh.by_first(run.summary)
             if done and done.get("rehearsal", rehearsal) == rehearsal:
+                progress.say("this run was done before: to do it anew, choose another DIR")
                 mesh.by_first(lambda: page.exists() or bool(view.write(run, progress)))
                 return done
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())

@@ -291,6 +291,12 @@ class RunFolder:
             items["trajectories"] = ocp.args.StandardSave(_fetched(trajectories))
         self._save(self._checkpoint(step), **items, about=ocp.args.JsonSave(about))
 
+    def forget(self, step: int) -> None:
+        """Removes the checkpoint of an outer step, once those that came later are whole."""
+        self.finish()
+        folder = self._checkpoint(step)
+        shutil.rmtree(folder.rename(folder.with_name(folder.name + PART)))
+
     def about(self, step: int) -> dict[str, dict[str, Any]]:
         """Descriptions at an outer step, by set of tasks and learner (`labelled.describe`)."""
         return self._about(self._checkpoint(step))
@@ -351,9 +357,10 @@ class RunFolder:
 
         Raises `ConfigError` if one is damaged.
         """
-        for step in (steps := self.steps()):
+        having = lambda step: (self._checkpoint(step) / "trajectories").exists()
+        for step in (steps := [*filter(having, self.steps())]):
             self._check(self._checkpoint(step))
-        return [step for step in steps if (self._checkpoint(step) / "trajectories").exists()]
+        return steps
 
     def written(self, step: int) -> float:
         """When the trajectories of an outer step were stored, in seconds since the epoch."""
@@ -390,6 +397,7 @@ class RunFolder:
     def results(self, steps: Sequence[int] | None = None) -> Results:
         """What is stored, for criteria and figures: at all outer steps, or some of them."""
         tracked, stored = self.tracked(), self.measurements()
+        steps = self.outer_steps() if steps is None else list(steps)  # a run may go on meanwhile
         both = {n: [*tracked.get(n, ()), *stored.get(n, ())] for n in {**tracked, **stored}}
 
         def read(task_set: str, learner: str) -> xr.Dataset:

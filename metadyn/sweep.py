@@ -75,9 +75,9 @@ class Sweep:
         return [name for name, values in self.options.items() if len(values) > 1]
 
     def overrides(self, i: int) -> list[str]:
-        """What `metadyn run` would be given for a setting."""
+        """Gives what `metadyn run` would be given for a setting; a value may be several words."""
         pairs = zip(self.options, self.settings[i], strict=True)
-        return [word for pair in pairs for word in pair]
+        return [word for name, value in pairs for word in (name, *value.split())]
 
     def called(self, i: int) -> str:
         """What messages call a setting: its place, and the values of what is swept."""

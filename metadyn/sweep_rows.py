@@ -118,13 +118,13 @@ class Rows:
         The time that a dispatch takes is shared out evenly (`OuterLoop.seconds`). Whatever the
         metrics of one come to be, the others go on.
         """
-        seeds, dispatch = self.loops[0].config.seeds, self.loops[0].config.dispatch
+        first, seeds = self.loops[0], self.loops[0].config.seeds
         join = lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])
         step = int(states[0].step)
         params = jax.tree.map(join, *(state.params for state in states))
         moments = jax.tree.map(join, *(state.moments for state in states))
         while step < target:
-            count = min(dispatch, target - step)
+            count, begun = first.dispatched(target - step), time.perf_counter()
             metrics: dict[str, Any] = {}
             for name in self._advance:
                 advance, now = self._compiled(name), (np.int32(step), np.int32(count))
@@ -134,7 +134,7 @@ class Rows:
                     loop.seconds[name] += (time.perf_counter() - start) / len(self.loops)
                 found = jax.tree.map(np.asarray, found)
                 params[name], moments[name], metrics[name] = found
-            step += count
+            step, first.pace = step + count, (time.perf_counter() - begun) / count
 
             def of(i: int, tree: Any) -> Any:
                 return jax.tree.map(lambda leaf: leaf[i * seeds : (i + 1) * seeds], tree)

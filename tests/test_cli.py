@@ -320,6 +320,22 @@ def test_a_study_is_known_by_its_name_from_anywhere(tmp_path, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_study_is_known_by_its_name_beside_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linear_regression").mkdir()
+    assert main(["run", "linear_regression", "--options"]) == 0
+    assert "--domain.sigma" in capsys.readouterr().out
+
+
+def test_the_shell_has_its_prompt_at_once_whatever_is_still_compiled():
+    """Interrupted while programs compile in threads, for which Python itself would wait."""
+    compiling = "from concurrent.futures import ThreadPoolExecutor as P; import time; "
+    compiling += "P().submit(time.sleep, 60); from metadyn import cli; print(1); "
+    compiling += "cli.main = lambda: cli.INTERRUPTED; cli.console()"
+    found = subprocess.run([sys.executable, "-c", compiling], capture_output=True, timeout=50)
+    assert (found.returncode, found.stdout) == (130, b"1\n")
+
+
 def test_another_meta_learner_takes_the_place_of_the_lstm(tmp_path):
     out = tmp_path / "gru"
     assert metadyn_run(out, "--meta", "gru", "--gru.hidden", "4", "--outer.steps", "20") == 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from processes import together
 
-from metadyn import mesh
+from metadyn import mesh, outer
 from metadyn.base import indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
@@ -76,6 +76,20 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bits(shared):
     for loop, target in ((shared, 13), (loop_of(), 29), (loop_of(), 40)):
         resumed = last(loop, jax.device_put(resumed, mesh.replicated()), target)
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_a_dispatch_that_would_take_long_is_cut_short(monkeypatch):
+    """After the first, which tells the pace; what is trained is the same."""
+    whole, loop = loop_of(), loop_of()
+    monkeypatch.setattr(outer, "LONGEST", 1e-9)
+    steps = [int(state.step) for state, _ in loop.run(loop.init(), 12)]
+    assert steps == [7, *range(8, 13)]
+    loop.pace = 0.5
+    monkeypatch.setattr(outer, "LONGEST", 2.0)
+    assert [loop.dispatched(left) for left in (3, 9)] == [3, 4]
+    state, again = loop.init(), loop_of()
+    again.pace = 1.0
+    jax.tree.map(np.testing.assert_array_equal, last(again, state, 12), last(whole, whole.init(), 12))
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(shared):

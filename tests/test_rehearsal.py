@@ -219,6 +219,39 @@ def test_what_cannot_be_measured_stops_training_as_soon_as_it_is_known(tmp_path)
     assert max(mine.stored) < config.outer.steps
 
 
+class Killed(BaseException):
+    """A process that is gone at once."""
+
+
+def test_the_state_is_stored_from_time_to_time_whatever_checkpoints_are_planned(
+    tmp_path, monkeypatch
+):
+    """A run that is killed loses some minutes, not all since a checkpoint; old states go."""
+    config = STUDY.presets["quick"]
+    few = dataclasses.replace(config.outer, steps=9, checkpoints=1, dispatch=1)
+    study = dataclasses.replace(STUDY, presets={"quick": dataclasses.replace(config, outer=few)})
+    run(study, tmp_path / "whole")
+    assert RunFolder(tmp_path / "whole").steps() == [0, 9]
+
+    def killed(loop, step, metrics):
+        if step == 7:
+            raise Killed
+
+    monkeypatch.setattr(runner, "OFTEN", -1.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runner.OuterLoop, "check_finite", killed)
+        run(study, tmp_path / "killed")
+    assert RunFolder(tmp_path / "killed").steps() == [0, 5, 6]
+    restored, restore = [], RunFolder.restore_state
+    noted = lambda folder, step, like: restored.append(step) or restore(folder, step, like)
+    monkeypatch.setattr(RunFolder, "restore_state", noted)
+    run(study, tmp_path / "killed")
+    assert restored[0] == 6
+    assert RunFolder(tmp_path / "killed").steps() == [0, 8, 9]
+    whole, other = (RunFolder(tmp_path / name).state(9) for name in ("whole", "killed"))
+    jax.tree.map(np.testing.assert_array_equal, whole, other)
+
+
 def test_a_page_that_was_not_written_is_written_when_the_run_is_asked_for_again(tmp_path):
     run(STUDY, tmp_path / "r")
     page = tmp_path / "r" / "report.html"

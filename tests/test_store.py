@@ -99,6 +99,26 @@ def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
     xr.testing.assert_identical(some, found.sel(outer_step=[1, 4]))
 
 
+def test_results_are_of_one_moment_of_a_run_that_goes_on(tmp_path):
+    run, _ = write_run(tmp_path / "r")
+    results = RunFolder(tmp_path / "r").results()
+    arrays, abouts = tracked_readings()
+    before = results[TRACKED, "lstm"]
+    run.save_checkpoint(6, {"w": np.float32(6)}, arrays, abouts)
+    run.forget(5)
+    assert run.steps() == [0, 1, 4, 6]
+    after = results[HELDOUT, "lstm"]
+    assert before["outer_step"].values.tolist() == after["outer_step"].values.tolist() == [0, 1, 4]
+    assert RunFolder(tmp_path / "r").results()[HELDOUT, "lstm"].sizes["outer_step"] == 4
+
+
+def test_a_state_that_goes_while_a_run_is_read_is_not_missed(written_run, monkeypatch):
+    run = RunFolder(written_run[0].path)
+    steps = run.steps()
+    monkeypatch.setattr(run, "steps", lambda: [*steps, 7])  # listed, and gone
+    assert run.outer_steps() == [0, 1, 4]
+
+
 WRITE = """
 import sys
 

@@ -409,3 +409,13 @@ def test_settings_without_a_meta_learner_that_is_followed_are_said_to_be_done(do
     rows = sweep_results.measured(sweep.SweepFolder(done))
     assert [row["setting"] for row in rows] == [0, 1, 2, 3]
     assert {row["lost"] for row in rows} == {"done, with no meta-learner that is followed"}
+
+
+def test_a_value_of_several_words_is_one_setting():
+    words = ["--stop-band", "1 5", "2 4", "--learners", "lstm gru"]
+    options = sweep.parsed(words)
+    settings = sweep.settings(options, "grid", dict.fromkeys(options, False), 0, 0)
+    asked = sweep.Sweep("tiny", "quick", 0, "grid", options, settings)
+    given = [asked.overrides(i) for i in range(len(settings))]
+    ends = ["--learners", "lstm", "gru"]
+    assert given == [["--stop-band", "1", "5", *ends], ["--stop-band", "2", "4", *ends]]
