@@ -8,6 +8,7 @@ for bit, and prints what was tried, how often, and what was lost.
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -282,10 +283,9 @@ def _bad_option(folder, rng):
     """Overrides with odd values, and options cut short, into a DIR that must stay as it is."""
     foreign = folder / "thesis.tex"
     foreign.write_text("dear")
-    names = {study: _options(study) for study in STUDIES}
     while True:
         study = rng.choice(STUDIES)
-        name, value = rng.choice(names[study]), rng.choice(NASTY)
+        name, value = rng.choice(_options(study)), rng.choice(NASTY)
         given = rng.choice(
             [[name, value], [name], [name + "x", value], [name, value, name], [value]]
         )
@@ -294,6 +294,7 @@ def _bad_option(folder, rng):
         yield
 
 
+@functools.cache
 def _options(study):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

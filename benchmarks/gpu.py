@@ -61,6 +61,8 @@ class Sizes:
     patience: float = 60
     """Seconds that a side may take to be prepared."""
     suite: tuple[str, ...] = tuple("test_" + of for of in SUITE.split())
+    workers: int = 8
+    """Processes that the suite is run by."""
     study: tuple[str, ...] = ("linear_regression", "--preset", "paper")
 
     def case(self, hidden: int) -> tuple[str, dict[str, int]]:
@@ -83,6 +85,7 @@ DRY = Sizes(
     repeats=2,
     seconds=1e-3,
     suite=("test_cost",),
+    workers=1,
     study=("benchmarks/tiny_study.py", "--outer.steps", "20"),
 )
 
@@ -199,10 +202,10 @@ def backends(sizes: Sizes) -> Iterator[Result]:
 
 def commands(sizes: Sizes, out: Path) -> dict[str, tuple[float, list[str]]]:
     """What is run beside: name of its output, seconds at most, command."""
-    tests = [f"tests/{name}.py" for name in sizes.suite]
+    tests = [str(sizes.workers), *(f"tests/{name}.py" for name in sizes.suite)]
     study = [*sizes.study, "--out", str(out / "paper")]
     return {
-        "suite.txt": (150, ["-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", *tests]),
+        "suite.txt": (150, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", *tests]),
         "paper.txt": (SECONDS, ["-m", "metadyn.cli", "run", *study]),
     }
 

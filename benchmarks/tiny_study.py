@@ -16,7 +16,7 @@ class Config(md.StudyConfig):
     domain: LinearRegression = LinearRegression(2, 2, steps=3)
     lstm: LSTMConfig = LSTMConfig(hidden=4)
     outer: md.OuterConfig = md.OuterConfig(
-        steps=4000, batch=8, seeds=1, warmup=1, checkpoints=6, dispatch=20
+        steps=1000, batch=8, seeds=1, schedule="constant", warmup=1, checkpoints=6, dispatch=20
     )
     measure: md.MeasureConfig = md.MeasureConfig(
         tasks=8, tracked_tasks=8, heldout_tasks=8, probe_points=6

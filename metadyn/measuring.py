@@ -107,9 +107,8 @@ def _axes(
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
 
-    def trace(key: Key) -> None:
-        meta = contender.learner
-        learner = contender.make(() if isinstance(meta, Learner) else meta.init(key))
+    def trace(key: Key, params: Params, task: Any) -> None:
+        learner = contender.make(params)
         state = learner.init(key)
         for name, leaf in (learner.diagnose(state) if learner.diagnose else {}).items():
             axes[name] = tuple(f"{name}_{i}" for i in range(leaf.ndim))
@@ -117,8 +116,7 @@ def _axes(
         for name, probe in tasks.probes.items():
             with naming(f"probe {name!r} on {tasks.name!r} cannot be read"):
                 answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
-                argument = jax.tree.map(jnp.asarray, tasks.argument)
-                read = probe.read(tasks.sample(key, argument), answers)
+                read = probe.read(task, answers)
                 shapes = {each: leaf.shape for each, leaf in read.items()}
             _check_read(name, probe, shapes)
             axes[name] = (inner.recorded(name, "mode"),)
@@ -128,8 +126,25 @@ def _axes(
                     fix = f"axis {axis!r} is {sizes.setdefault(axis, n)} long elsewhere: rename it"
                     check(sizes[axis] == n, f"probe {name!r}", n, fix)
 
-    jax.eval_shape(trace, jax.random.key(0))
+    meta = contender.learner
+    params = () if isinstance(meta, Learner) else weights(meta.init)
+    with naming(f"tasks of {tasks.name!r} cannot be drawn"):
+        task = _task(tasks) if tasks.probes else None
+    jax.eval_shape(trace, jax.random.key(0), params, task)
     return axes, sizes
+
+
+@functools.cache
+def weights(init: Callable[[Key], Params]) -> Params:
+    """Gives the shapes of the outer parameters that a meta-learner's `init` draws."""
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+@functools.cache
+def _task(tasks: TaskSet) -> Any:
+    """Gives the shapes of a task of a set."""
+    argument = jax.tree.map(jnp.asarray, tasks.argument)
+    return jax.eval_shape(tasks.sample, jax.random.key(0), argument)
 
 
 def _check_read(name: str, probe: Probe, shapes: Mapping[str, tuple[int, ...]]) -> None:

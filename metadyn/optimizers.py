@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from functools import partial
 from typing import Literal
@@ -17,6 +18,7 @@ from metadyn.errors import ConfigError
 Schedule = Literal["cosine", "linear", "constant"]
 
 
+@functools.lru_cache(maxsize=256)
 def named_optimizer(
     name: str, learning_rate: optax.ScalarOrSchedule, b2: float | None = None
 ) -> optax.GradientTransformation:

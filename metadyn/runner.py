@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +27,7 @@ import xarray as xr
 from metadyn import dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
 from metadyn.errors import ConfigError
-from metadyn.measuring import bytes_needed, calls, described, fits, readings
+from metadyn.measuring import bytes_needed, calls, described, fits, readings, weights
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
 from metadyn.store import Results, RunFolder
@@ -135,7 +136,7 @@ class Runner:
         step, trajectories = int(state.step), None
         planned = self.plan.outer.checkpoint_steps
         for old in [each for each in self.stored[:-1] if each not in planned]:
-            mesh.by_first(lambda old=old: self.store.forget(old))
+            mesh.by_first(partial(self.store.forget, old))
             self.stored.remove(old)
         if step in planned and self.watched:
             trajectories = {
@@ -309,15 +310,12 @@ def _described(part: Comparison, tasks: TaskSet, contender: Contender) -> dict[s
 # What is checked before training.
 
 
-def _weights(meta: Any) -> list[jax.ShapeDtypeStruct]:
-    return jax.tree.leaves(jax.eval_shape(meta.init, jax.random.key(0)))
-
-
 def check_memory(plan: Plan) -> None:
     """Raises `ConfigError`, naming the option to lower, for what cannot fit into the memory."""
     outer = plan.outer
     for contender in (meta for part in plan.comparisons for meta in part.metas):
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in _weights(contender.learner))
+        leaves = jax.tree.leaves(weights(contender.learner.init))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         what = f"the weights of {contender.name} and what trains them"  # moments, gradient
         fits(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
     for _, tasks, contender in plan.every:
@@ -334,7 +332,7 @@ def outline(plan: Plan) -> dict[str, Any]:
     """What a plan asks for, in short: kept with a run, which no other plan is to go on with."""
     asked: dict[str, Any] = {
         name: {
-            "parameters": sum(leaf.size for leaf in _weights(each.meta)),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights(each.meta.init))),
             "own": each.own and dataclasses.asdict(each.own),
         }
         for name, each in plan.trained.items()
@@ -471,12 +469,13 @@ def run_study(
 
             def conclude() -> dict[str, Any]:
                 page.unlink(missing_ok=True)
-                figures.draw(run.figures, run.results(), study.own_figures(), progress)
+                results = run.results()
+                figures.draw(run.figures, results, study.own_figures(), progress)
                 with progress.counting("judging", 1) as show:
                     show("criteria")
                     found = {"rehearsal": rehearsal}  # what was run elsewhere says so still
                     found |= {"environment": done["environment"]} if done else {}
-                    summary = judge(study, config, run, run.seconds(), found)
+                    summary = judge(study, config, run, results, run.seconds(), found)
                 view.write(run, progress)
                 return summary
 
@@ -507,11 +506,12 @@ def judge(
     study: Study,
     config: Any,
     run: RunFolder,
+    results: Results,
     seconds: float,
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Judges what is measured, and writes the summary of a run, with some `more` fields of it."""
-    criteria = study.judged(config, run.results())
+    criteria = study.judged(config, results)
     summary = {
         **{name: run.config[name] for name in ("study", "preset", "seed")},
         "environment": environment() | {"seconds": round(seconds, 1)},

@@ -159,6 +159,16 @@ def to_train(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Always:
+    """The function to one learner, equal if the learner is: what is compiled of it is shared."""
+
+    learner: Learner
+
+    def __call__(self, params: Params) -> Learner:
+        return self.learner
+
+
 @functools.cache
 def _made(network: Any, domain: Domain, heads: int) -> MetaLearner:
     """One object for all that train the same network, so that what measures it is compiled once."""
@@ -236,7 +246,7 @@ class Contender:
     def make(self) -> Callable[[Params], Learner]:
         """The function from outer parameters, or from () if there are none, to the learner."""
         learner = self.learner
-        return (lambda params: learner) if isinstance(learner, Learner) else learner.learner
+        return _Always(learner) if isinstance(learner, Learner) else learner.learner
 
     def remade(self, change: Callable[[Learner], Learner], **fields: Any) -> Contender:
         """Returns a contender whose learner is this one's, changed, with some other fields.

@@ -416,4 +416,5 @@ def _run(
                     begun = time.monotonic()
                     runners[i].measure_all()
                     seconds = training + time.monotonic() - begun
-                    judge(study, configs[i], runners[i].store, seconds)
+                    run = runners[i].store
+                    judge(study, configs[i], run, run.results(), seconds)

@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = f"{_quickly} {os.environ.get('XLA_FLAGS', '')}".strip(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+from matplotlib.layout_engine import ConstrainedLayoutEngine  # noqa: E402
 
 _hook = install_import_hook("metadyn", "shapes.check")
 
@@ -26,17 +27,21 @@ from metadyn import mesh  # noqa: E402
 from metadyn.cli import main  # noqa: E402
 
 mesh.use_every_core()
+ConstrainedLayoutEngine.execute = lambda engine, figure: None  # half of the time of a picture
+gc.freeze()  # what is imported stays: no collection need look at it
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Drops the programs of a module's tests, of which a process can hold only so many.
+    """Drops the programs of a module's tests where a process comes to hold many.
 
     Each takes several maps of memory, and Linux gives a process 65 530; beyond, LLVM crashes.
     """
     yield
-    jax.clear_caches()
-    gc.collect()
+    if Path("/proc/self/maps").read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What every meta-learner that is a network is held to, whatever it is made of."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -26,15 +27,41 @@ observe = jax.jit(inner.observe, static_argnums=(0, 2))
 """`inner.observe` as one program, where otherwise each of its operations is compiled."""
 
 
+@functools.cache
+def made(config, name, heads=0):
+    """The meta-learner for a domain: the same for all tests, so that they share its programs."""
+    return config.make(DOMAINS[name], heads)
+
+
 def scattered(meta, seed=1, scale=0.2):
     """Parameters large enough to answer, biases included."""
+    return _scattered(meta, jax.random.key(0), jax.random.key(seed), scale)
 
-    @jax.jit
-    def scatter(key, noise):
-        flat, unravel = jax.flatten_util.ravel_pytree(meta.init(key))
-        return unravel(flat + scale * jax.random.normal(noise, flat.shape))
 
-    return scatter(jax.random.key(0), jax.random.key(seed))
+@partial(jax.jit, static_argnums=0)
+def _scattered(meta, key, noise, scale):
+    flat, unravel = jax.flatten_util.ravel_pytree(meta.init(key))
+    return unravel(flat + scale * jax.random.normal(noise, flat.shape))
+
+
+def episodes(name, learner=None):
+    """Seven episodes of a domain, with a query after them, as a probe poses it.
+
+    The learner acts in them where answers count.
+    """
+    longer = dataclasses.replace(DOMAINS[name], steps=DOMAINS[name].steps + 1)
+    keys = jax.random.split(jax.random.key(2), 7)
+    if name == "bandit":
+        return jax.jit(jax.vmap(partial(inner.act, longer, learner), out_axes=-1))(keys)
+    return observe(longer, keys)
+
+
+def unroll(meta, params, queries, feedback):
+    """Answers in whole episodes, by a program that all tests of a meta-learner share."""
+    return np.asarray(_unroll(meta, params, queries, feedback))
+
+
+_unroll = jax.jit(lambda meta, *given: meta.unroll(*given), static_argnums=0)
 
 
 def stepped(learner, queries, feedback, keys=None):
@@ -42,32 +69,27 @@ def stepped(learner, queries, feedback, keys=None):
 
     It starts in each of them from its key, or in all from the same.
     """
-    if keys is None:
-        keys = jnp.repeat(jax.random.key(0)[None], jax.tree.leaves(feedback)[0].shape[-1])
+    keys, each = (jax.random.key(0), None) if keys is None else (keys, 0)
 
     def one(key, queries, feedback):
         step = lambda state, pair: (learner.update(state, *pair), learner.predict(state, pair[0]))
         return jax.lax.scan(step, learner.init(key), (queries, feedback))[1]
 
-    return jax.jit(jax.vmap(one, (0, -1, -1), -1))(keys, queries, feedback)
+    return np.asarray(jax.jit(jax.vmap(one, (each, -1, -1), -1))(keys, queries, feedback))
 
 
 def step_by_step_is_whole(config, name, scale=0.2):
-    """Both forms give the same numbers, a query after the episode included, as a probe poses it."""
-    domain = DOMAINS[name]
+    """Both forms give the same numbers, a query after the episode included."""
     heads = 1 if name == "bandit" else 0
-    meta = config.make(domain, heads)
+    meta = made(config, name, heads)
     assert isinstance(meta, MetaLearner)
     assert meta.heads == heads
     params = scattered(meta, scale=scale)
     learner = meta.learner(params)
-    longer = dataclasses.replace(domain, steps=domain.steps + 1)
-    keys = jax.random.split(jax.random.key(2), 7)
-    act = jax.jit(jax.vmap(partial(inner.act, longer, learner), out_axes=-1))
-    queries, feedback = act(keys)
-    whole = np.asarray(jax.jit(meta.unroll)(params, queries, feedback))
-    n = domain.answer_size
-    assert whole.shape == (longer.steps, n + heads, 7)
+    queries, feedback = episodes(name, learner)
+    whole = unroll(meta, params, queries, feedback)
+    n = meta.domain.answer_size
+    assert whole.shape == (meta.domain.steps + 1, n + heads, 7)
     assert np.std(whole[1:], axis=(0, 2)).min() > 1e-2
     bound = 1e-5 * np.abs(whole).max()
     np.testing.assert_allclose(stepped(learner, queries, feedback), whole[:, :n], 1e-5, bound)
@@ -75,36 +97,31 @@ def step_by_step_is_whole(config, name, scale=0.2):
 
 def the_future_is_not_read(config):
     """Answers do not change with what is fed back or asked later."""
-    domain = DOMAINS["linear"]
-    meta = config.make(domain)
+    meta = made(config, "linear")
     params = scattered(meta)
-    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 5))
-    unroll = jax.jit(meta.unroll)
-    before = unroll(params, queries, feedback)
-    after = unroll(params, queries.at[4:].add(1.0), feedback.at[3:].add(1.0))
+    queries, feedback = map(np.asarray, episodes("linear"))
+    from_on = lambda t: np.float32(np.arange(len(queries)) >= t)[:, None, None]
+    before = unroll(meta, params, queries, feedback)
+    after = unroll(meta, params, queries + from_on(4), feedback + from_on(3))
     np.testing.assert_allclose(after[:4], before[:4], 1e-5, 1e-5)
     assert np.abs(after[4:] - before[4:]).min(axis=(0, 1)).max() > 1e-3
 
 
-def all_parameters_are_trained(config):
-    """Every array has a finite gradient that is not zero, under both objectives."""
-    for domain, objective in (
-        (DOMAINS["linear"], prediction_loss),
-        (DOMAINS["bandit"], actor_critic),
-    ):
-        meta = config.make(domain, heads=int(objective is actor_critic))
-        keys = indexed_keys(jax.random.key(3), jnp.arange(32))
-        gradient = jax.jit(jax.grad(objective(domain, meta).loss, has_aux=True))
-        for leaf in jax.tree.leaves(gradient(scattered(meta), keys)[0]):
-            assert np.all(np.isfinite(leaf))
-            assert np.any(np.asarray(leaf) != 0)
+def all_parameters_are_trained(config, name):
+    """Every array has a finite gradient that is not zero, under the objective of a domain."""
+    objective = actor_critic if name == "bandit" else prediction_loss
+    meta = made(config, name, heads=int(name == "bandit"))
+    keys = indexed_keys(jax.random.key(3), jnp.arange(32))
+    gradient = jax.jit(jax.grad(objective(meta.domain, meta).loss, has_aux=True))
+    for leaf in jax.tree.leaves(gradient(scattered(meta), keys)[0]):
+        assert np.all(np.isfinite(leaf))
+        assert np.any(np.asarray(leaf) != 0)
 
 
 def untrained_it_answers_zero(meta):
-    """The prior mean is answered at first, and seeds start apart."""
+    """The prior mean is answered at first, and seeds start apart. For meta-learners of `linear`."""
     a, b, c = map(jax.jit(meta.init), map(jax.random.key, (0, 0, 1)))
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    same = jax.tree.map(lambda a, c: bool(jnp.array_equal(a, c)), a["body"], c["body"])
+    same = jax.tree.map(np.array_equal, a["body"], c["body"])
     assert not all(jax.tree.leaves(same))
-    queries, feedback = observe(meta.domain, jax.random.split(jax.random.key(2), 5))
-    np.testing.assert_array_equal(jax.jit(meta.unroll)(a, queries, feedback), 0)
+    np.testing.assert_array_equal(unroll(meta, a, *episodes("linear")), 0)

@@ -1,5 +1,7 @@
 """Exact Bayes against float64 NumPy posteriors, and its known learning curve."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +21,22 @@ def positive_definite(rng, n):
     return tuple(map(tuple, (root @ root.T / n + 0.1 * np.eye(n)).tolist()))
 
 
+def answers(learner, x, y, queries):
+    """Those to some queries before the first pair and after each [T + 1, queries, n_y]."""
+
+    @jax.jit
+    def answered(key, x, y, queries):
+        ask = lambda state: jax.vmap(learner.predict, (None, 0))(state, queries)
+        step = lambda state, pair: (learner.update(state, *pair), ask(state))
+        state, before = jax.lax.scan(step, learner.init(key), (x, y))
+        return jnp.concatenate([before, ask(state)[None]])
+
+    return np.asarray(answered(jax.random.key(0), *map(np.float32, (x, y, queries))))
+
+
 def learned(learner, x, y):
-    """The weight matrix after each pair [T + 1, n_y, n_x], read off by basis queries."""
-    state = learner.init(jax.random.key(0))
-    read = lambda state: jax.vmap(learner.predict, (None, 0))(state, jnp.eye(x.shape[1])).T
-    matrices = [read(state)]
-    for pair in zip(jnp.float32(x), jnp.float32(y), strict=True):
-        state = learner.update(state, *pair)
-        matrices.append(read(state))
-    return np.asarray(matrices)
+    """The weight matrix before the first pair and after each [T + 1, n_y, n_x]."""
+    return answers(learner, x, y, np.eye(x.shape[1])).swapaxes(1, 2)
 
 
 @pytest.mark.parametrize(("n_x", "n_y"), [(3, 3), (2, 4), (5, 2)])
@@ -88,29 +97,21 @@ def test_fourier_bayes_is_scikit_learns_gaussian_process(spectrum, sigma):
     x = rng.uniform(-0.5, 0.5, size=(30, 1))
     y = np.sin(7 * x) + sigma * rng.normal(size=x.shape)
     grid = np.linspace(-0.5, 0.5, 40)[:, None]
-    learner = bayes_fourier(domain)
-    state = learner.init(jax.random.key(0))
-    read = jax.jit(lambda state: jax.vmap(learner.predict, (None, 0))(state, jnp.float32(grid)))
-    np.testing.assert_array_equal(read(state), 0)
-    for t in range(len(x)):
-        state = learner.update(state, jnp.float32(x[t]), jnp.float32(y[t]))
-        if t in (0, 4, 14, 29):
-            process = GaussianProcessRegressor(Stationary(), alpha=sigma**2, optimizer=None)
-            expected = process.fit(x[: t + 1], y[: t + 1]).predict(grid)
-            np.testing.assert_allclose(read(state)[:, 0], expected, atol=2e-3)
+    found = answers(bayes_fourier(domain), x, y, grid)[..., 0]
+    np.testing.assert_array_equal(found[0], 0)
+    for t in (1, 5, 15, 30):
+        process = GaussianProcessRegressor(Stationary(), alpha=sigma**2, optimizer=None)
+        expected = process.fit(x[:t], y[:t]).predict(grid)
+        np.testing.assert_allclose(found[t], expected, atol=2e-3)
 
 
 def test_fourier_bayes_without_noise_finds_the_function():
     domain = FourierRegression(band(1, 4), sigma=0.0)
-    task = domain.sample_task(jax.random.key(0))
-    learner = bayes_fourier(domain)
-    state = learner.init(jax.random.key(0))
-    for key in jax.random.split(jax.random.key(1), 40):
-        x = domain.query(task, key)
-        state = learner.update(state, x, value(task, x))
-    grid = jnp.linspace(-0.5, 0.5, 50)[:, None]
-    found = jax.vmap(learner.predict, (None, 0))(state, grid)
-    np.testing.assert_allclose(found, jax.vmap(value, (None, 0))(task, grid), atol=2e-3)
+    task = jax.jit(domain.sample_task)(jax.random.key(0))
+    x = jax.jit(jax.vmap(partial(domain.query, task)))(jax.random.split(jax.random.key(1), 40))
+    f, grid = jax.jit(jax.vmap(partial(value, task))), np.float32(np.linspace(-0.5, 0.5, 50))
+    found = answers(bayes_fourier(domain), x, f(x), grid[:, None])[-1]
+    np.testing.assert_allclose(found, f(grid[:, None]), atol=2e-3)
 
 
 def test_fourier_bayes_learns_every_frequency_by_the_known_share_from_one_pair():
@@ -166,7 +167,8 @@ def test_bayes_learns_every_mode_at_the_same_known_rate():
         tuple(range(n + 1)),
         (("mode_strength", domain.probe(8)),),
     )["mode_strength"]
-    mean, error = np.mean(strength, 0), np.std(strength, 0) / np.sqrt(tasks)
+    strength = np.asarray(strength)
+    mean, error = strength.mean(0), strength.std(0) / np.sqrt(tasks)
     expected = np.broadcast_to(np.arange(n + 1)[:, None] / n, mean.shape)
     # n observations determine W, but nearly singular inputs leave some of it to the prior.
     assert np.all(np.abs(mean - expected)[:n] < 4 * error[:n] + 2e-3)

@@ -37,31 +37,23 @@ def test_every_claim_has_a_measured_verdict_and_its_figure():
 STUDY = """
 import dataclasses
 import numpy as np
-from metadyn import Claim, criterion, load_study
+from benchmarks.tiny_study import study as tiny
+from metadyn import Claim, criterion
 from metadyn.dynamics import Estimate
-linear = load_study("linear_regression")
-small = linear.presets["quick"]
+small = tiny.presets["quick"]
 small = dataclasses.replace(
-    small,
-    domain=dataclasses.replace(small.domain, n_x=2, n_y=2, steps=4),
-    lstm=dataclasses.replace(small.lstm, hidden=4),
-    outer=dataclasses.replace(
-        small.outer, steps=6, batch=4, seeds=1, warmup=1, checkpoints=2, dispatch=2
-    ),
-    measure=dataclasses.replace(
-        small.measure, tracked_tasks=4, heldout_tasks=4, probe_points=6
-    ),
+    small, outer=dataclasses.replace(small.outer, steps=6, checkpoints=2)
 )
 def plan(config):
-    whole = linear.plan(config)
+    whole = tiny.plan(config)
     return dataclasses.replace(whole, comparisons=[whole.comparisons[0].alone("")])
 def criteria(config, results):
     last = float(results["tracked", "lstm"]["outer_step"][-1])
     steps = Estimate(*(np.array(last * by) for by in (1, 3.5 / 6, 2)))
     yield criterion("steps", steps, "fewer than 3", at_most=3.0)
 study = dataclasses.replace(
-    linear, name={name!r}, section={section!r}, presets={{"quick": small}}, plan=plan,
-    criteria=criteria, figures={{}}, claims=[Claim("steps", "It takes few steps", "orders")],
+    tiny, name={name!r}, section={section!r}, presets={{"quick": small}}, plan=plan,
+    criteria=criteria, claims=[Claim("steps", "It takes few steps", "orders")],
 )
 """
 

@@ -18,22 +18,33 @@ from processes import newest, trains
 import metadyn
 from metadyn import figures, runner
 from metadyn.cli import main
+from metadyn.options import configured
 from metadyn.store import RunFolder
+from metadyn.study import load_study
 
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "linear_regression.py")
+TINY = [str(ROOT / "benchmarks" / "tiny_study.py"), "--outer.seeds", "2", "--outer.dispatch", "5"]
+LONG = [*TINY, "--outer.steps", "4000", "--outer.checkpoints", "12"]
+SHORT = [*TINY, "--outer.steps", "60", "--outer.checkpoints", "4"]
 SMALL = [
     *("--domain.n-x", "2", "--domain.n-y", "3", "--domain.steps", "4", "--lstm.hidden", "4"),
     *("--outer.steps", "2000", "--outer.batch", "4", "--outer.seeds", "2", "--outer.warmup", "1"),
-    *("--outer.checkpoints", "4", "--outer.dispatch", "5", "--sgd.updates", "6"),
-    *("--sgd.records", "4", "--measure.tasks", "32", "--measure.updating-tasks", "4"),
-    *("--measure.shifted-tasks", "8", "--measure.tracked-tasks", "4", "--measure.chunk", "8"),
+    *("--outer.checkpoints", "4", "--outer.dispatch", "5", "--outer.schedule", "constant"),
+    *("--sgd.updates", "6", "--sgd.records", "4", "--measure.tasks", "32"),
+    *("--measure.updating-tasks", "4", "--measure.shifted-tasks", "8"),
+    *("--measure.tracked-tasks", "4", "--measure.chunk", "4"),
     *("--measure.heldout-tasks", "16", "--measure.probe-points", "6"),
 ]
 
 
-def metadyn_run(out, *more, study=STUDY):
-    return main(["run", study, "--out", str(out), *SMALL, *more])
+def metadyn_run(out, *more):
+    return main(["run", STUDY, "--out", str(out), *SMALL, *more])
+
+
+def draw_nothing(monkeypatch):
+    """From here on figures, which nobody looks at, are not drawn."""
+    monkeypatch.setattr(figures, "draw", lambda *given: [])
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +147,7 @@ def test_the_same_command_again_ends_at_once(finished):
 
 def start(out):
     return subprocess.Popen(
-        [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *SMALL],
+        [sys.executable, "-m", "metadyn.cli", "run", *LONG, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -144,9 +155,11 @@ def start(out):
     )
 
 
-def test_interrupted_then_killed_then_resumed_equals_undisturbed(finished, tmp_path):
+def test_interrupted_then_killed_then_resumed_equals_undisturbed(tmp_path, monkeypatch):
     """Ctrl-C leaves with 130; kill -9 leaves what it leaves; the end is the same, bit for bit."""
-    out = tmp_path / "disturbed"
+    draw_nothing(monkeypatch)
+    whole, out = tmp_path / "whole", tmp_path / "disturbed"
+    assert main(["run", *LONG, "--out", str(whole)]) == 0
     run = start(out)
     trains([run], out)
     run.send_signal(signal.SIGINT)
@@ -155,24 +168,24 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(finished, tmp_p
     assert "the same command goes on" in errors
     assert "Traceback" not in errors
     reached = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
-    assert 0 < reached < 2000
+    assert 0 < reached < 4000
     assert main(["report", str(out)]) == 0  # on a run that is not done
 
     run = start(out)
     trains([run], out)
     run.kill()
     run.communicate(timeout=60)
-    assert newest(out) < 2000
+    assert newest(out) < 4000
     assert not (out / "summary.json").exists()
 
     assert float((out / "seconds").read_text()) > 0
     (out / "seconds").write_text("1000\n")
     begun = time.monotonic()
-    assert metadyn_run(out) == 1
+    assert main(["run", *LONG, "--out", str(out)]) == 0
     took = time.monotonic() - begun
-    for task_set in ("tracked", "heldout", "in_distribution", "x4"):
-        xr.testing.assert_identical(metadyn.load(finished, task_set), metadyn.load(out, task_set))
-    one, other = (json.loads((d / "summary.json").read_text()) for d in (finished, out))
+    for task_set in ("tracked", "heldout", "in_distribution"):
+        xr.testing.assert_identical(metadyn.load(whole, task_set), metadyn.load(out, task_set))
+    one, other = (json.loads((d / "summary.json").read_text()) for d in (whole, out))
     assert one["criteria"] == other["criteria"]
     assert 1000 < other["environment"]["seconds"] < 1000 + took  # of all parts together
 
@@ -181,7 +194,7 @@ def test_a_run_whose_output_is_no_longer_read_ends_quietly(tmp_path):
     """As in `metadyn run … | head -1`."""
     out = tmp_path / "r"
     run = start(out)
-    assert run.stdout.readline().startswith("metadyn: linear_regression")
+    assert run.stdout.readline().startswith("metadyn: tiny")
     trains([run], out)
     run.stdout.close()
     assert run.stderr.read() == ""
@@ -300,9 +313,6 @@ def test_what_cannot_fit_into_the_memory_is_one_line(option, value, what, refuse
 
 
 def test_a_general_prior_can_be_given():
-    from metadyn.cli import configured
-    from metadyn.study import load_study
-
     default = load_study(STUDY).presets["quick"]
     given = ["--domain.n-y", "2", "--domain.sigma", "0.3"]
     given += ["--domain.row-covariance", "[[2,1],[1,3]]"]
@@ -337,16 +347,20 @@ def test_the_shell_has_its_prompt_at_once_whatever_is_still_compiled():
 
 
 def test_another_meta_learner_takes_the_place_of_the_lstm(tmp_path):
-    out = tmp_path / "gru"
-    assert metadyn_run(out, "--meta", "gru", "--gru.hidden", "4", "--outer.steps", "20") == 1
-    assert set(metadyn.load(out)["learner"].values) == {"gru", "bayes"}
-    everyone = metadyn.load(out, "in_distribution")
-    assert set(everyone["learner"].values) == {"sgd", "gru", "bayes"}
-    summary = json.loads((out / "summary.json").read_text())
-    names = {row["name"] for row in (*summary["criteria"], *summary["reported"])}
+    out, gru = tmp_path / "gru", ["--meta", "gru", "--gru.hidden", "4"]
+    assert main(["run", *SHORT, *gru, "--out", str(out)]) == 0
+    for task_set in ("tracked", "in_distribution"):
+        assert set(metadyn.load(out, task_set)["learner"].values) == {"gru", "bayes"}
+    assert {"mode_strength", "orders"} <= {p.stem for p in (out / "figures").glob("*.png")}
+
+    study = load_study(STUDY)
+    config = configured(study.presets["quick"], [*SMALL, *gru])
+    plan = study.plan(config)
+    everyone = {each.name for _, tasks, each in plan.every if tasks.name == "in_distribution"}
+    assert everyone == {"sgd", "gru", "bayes"}
+    names = {each.name for each in runner.rehearse(study, config, plan)}
     assert {"gru_minus_bayes_slope", "gru_slope", "gru_excess_loss"} <= names
     assert not any(name.startswith("lstm") for name in names)
-    assert {"mode_strength", "orders"} <= {p.stem for p in (out / "figures").glob("*.png")}
 
 
 def test_a_run_of_an_earlier_metadyn_is_refused(finished, tmp_path, capsys):
@@ -369,7 +383,8 @@ def test_a_run_of_an_earlier_metadyn_is_refused(finished, tmp_path, capsys):
 def test_a_run_out_of_memory_is_one_line_and_goes_on_from_its_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
-    out, steps, run = tmp_path / "r", ("--outer.steps", "60"), runner.OuterLoop.run
+    out, run = tmp_path / "r", runner.OuterLoop.run
+    command = ["run", *SHORT, "--out", str(out)]
 
     def run_out(*arguments):
         for state, metrics in run(*arguments):
@@ -378,7 +393,7 @@ def test_a_run_out_of_memory_is_one_line_and_goes_on_from_its_checkpoint(
             yield state, metrics
 
     monkeypatch.setattr(runner.OuterLoop, "run", run_out)
-    assert metadyn_run(out, *steps) == 2
+    assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("metadyn: memory ran out; the last checkpoint is whole: lower --outer")
     left = RunFolder(out)
@@ -388,7 +403,8 @@ def test_a_run_out_of_memory_is_one_line_and_goes_on_from_its_checkpoint(
     assert main(["figures", str(out)]) == 0  # those that can be drawn already
     assert {p.stem for p in left.figures.glob("*.png")} >= {"inner_curves", "outer_learning"}
     monkeypatch.undo()
-    assert metadyn_run(out, *steps) == 1
+    draw_nothing(monkeypatch)
+    assert main(command) == 0
     assert left.outer_steps() == [0, 1, 4, 15, 60]
 
 

@@ -38,8 +38,9 @@ KEYS = indexed_keys(jax.random.key(5), jnp.arange(2000))
 
 def test_tilted_inputs_have_the_variances_that_are_said_and_the_same_trace():
     domain = TiltedRegression(n_x=4, n_y=3)
-    task = domain.evaluation_task(jax.random.key(0), jnp.asarray(S))
-    x = np.float64(jax.vmap(partial(domain.query, task))(indexed_keys(KEYS[0], jnp.arange(20_000))))
+    task = jax.jit(domain.evaluation_task)(jax.random.key(0), S)
+    keys = indexed_keys(KEYS[0], jnp.arange(20_000))
+    x = np.float64(jax.jit(jax.vmap(partial(domain.query, task)))(keys))
     V = np.float64(task.V)
     by_hand = np.eye(4) + V @ np.diag([3 / 7 - 1, 6 / 7 - 1, 12 / 7 - 1]) @ V.T
     np.testing.assert_allclose(tilt(S), [3 / 7, 6 / 7, 12 / 7], rtol=1e-6)
@@ -53,7 +54,7 @@ def test_descent_on_tilted_inputs_keeps_to_the_closed_form_sped_up_by_each_varia
     times = inner.log_spaced(1200, 80)
     network = gd.balanced_deep_linear(3, 3, width=3, strength=start)
     learner = gd.gradient(network, optax.sgd(rate), batch=128)
-    task = domain.evaluation_task(jax.random.key(0), jnp.asarray(S), rotate=False)
+    task = jax.jit(partial(domain.evaluation_task, rotate=False))(jax.random.key(0), S)
     probes = (("mode_strength", domain.probe(8)),)
     run = jax.jit(partial(inner.run, domain, learner, times=times, probes=probes))
     strength = np.float64(run(task, KEYS[0])["mode_strength"])
@@ -64,44 +65,48 @@ def test_descent_on_tilted_inputs_keeps_to_the_closed_form_sped_up_by_each_varia
 
 
 def test_modes_are_there_from_their_steps_on():
-    admission = Admission((0, 5, 9))
-    for step in range(12):
-        there = admission.there(jnp.int32(step), KEYS[0])
-        assert there.tolist() == [True, step >= 5, step >= 9]
+    there = jax.jit(jax.vmap(Admission((0, 5, 9)).there, (0, None)))(jnp.arange(12), KEYS[0])
+    assert there.tolist() == [[True, step >= 5, step >= 9] for step in range(12)]
 
 
 def test_mixed_episodes_have_the_modes_of_any_stage_until_all_are_there():
     admission = Admission((0, 5, 20), mixed=True)
-    share = lambda step: jax.vmap(partial(admission.there, jnp.int32(step)))(KEYS).mean(0)
+    share = jax.jit(lambda step: jax.vmap(partial(admission.there, step))(KEYS).mean(0))
     for step in (0, 7, 19):  # one mode, two or three, each in a third of the episodes
         np.testing.assert_allclose(share(step), [1, 2 / 3, 1 / 3], atol=0.04)
     np.testing.assert_array_equal(share(20), [1, 1, 1])
 
 
 def test_functions_lack_what_is_not_admitted_and_are_else_as_ever():
-    plain = jax.vmap(FOURIER.sample_task)(KEYS)
+    plain = jax.jit(jax.vmap(FOURIER.sample_task))(KEYS)
+    some = partial(SomeFrequencies, band(1, 3), steps=6, admission=Admission((0, 9, 5)))
+    draw = jax.jit(lambda step: jax.vmap(some(step=step).sample_task)(KEYS))
     for step, there in ((0, [0, 1, 0, 0]), (5, [0, 1, 0, 1]), (9, [0, 1, 1, 1])):
-        some = SomeFrequencies(band(1, 3), steps=6, admission=Admission((0, 9, 5)), step=step)
-        found = jax.vmap(some.sample_task)(KEYS)
-        for part, whole in zip(found, plain, strict=True):
+        for part, whole in zip(draw(step), plain, strict=True):
             np.testing.assert_array_equal(part, np.array(there) * np.asarray(whole))
 
 
 def test_contexts_are_drawn_evenly_from_those_admitted():
     any_action = Learner(lambda key: 0, lambda state, c: jnp.zeros(3), lambda state, c, seen: state)
+    some = partial(SomeContexts, 3, 3, steps=6, admission=Admission((0, 5, 9)))
+    act = lambda step, key: inner.act(some(step=step), any_action, key)
+    acted = jax.jit(jax.vmap(act, (None, 0)))
     for step, count in ((0, 1), (5, 2), (9, 3)):
-        some = SomeContexts(3, 3, steps=6, admission=Admission((0, 5, 9)), step=step)
-        queries, outcomes = jax.vmap(partial(inner.act, some, any_action))(KEYS[:500])
+        queries, outcomes = acted(step, KEYS[:500])
         np.testing.assert_array_equal(queries, outcomes.context)
-        share = np.bincount(queries.ravel(), minlength=3) / queries.size
+        share = np.bincount(np.ravel(queries), minlength=3) / queries.size
         np.testing.assert_allclose(share, [1 / count] * count + [0] * (3 - count), atol=0.04)
 
 
-def trained(objective, steps, meta=None):
+def trained(objective, *steps, meta=None):
+    """The parameters after each of these outer steps."""
     config = OuterConfig(steps=20, batch=4, seeds=2, warmup=0, dispatch=3, schedule="constant")
     loop = OuterLoop({"lstm": MetaTraining(meta or META, objective)}, config, jax.random.key(0))
-    (*_, (state, _)) = loop.run(loop.init(), steps)
-    return jax.tree.map(np.asarray, state.params)
+    state, found = loop.init(), []
+    for step in steps:
+        (*_, (state, _)) = loop.run(state, step)
+        found.append(jax.tree.map(np.array, state.params))
+    return found
 
 
 META = LSTMConfig(hidden=4).make(FOURIER)
@@ -112,10 +117,12 @@ def test_training_takes_up_a_mode_at_its_step_and_not_before():
     without = dataclasses.replace(FOURIER, spectrum=(*FOURIER.spectrum[:3], 0.0))
     under = lambda *steps: admitting(FOURIER, META, prediction_loss, Admission(steps))
     same = partial(jax.tree.map, np.testing.assert_array_equal)
-    curriculum, fewer = under(0, 0, 7), prediction_loss(without, META)
-    same(trained(curriculum, 7), trained(fewer, 7))
+    up_to, beyond = zip(
+        trained(under(0, 0, 7), 7, 8), trained(prediction_loss(without, META), 7, 8), strict=True
+    )
+    same(*up_to)
     with pytest.raises(AssertionError):
-        same(trained(curriculum, 8), trained(fewer, 8))
+        same(*beyond)
     same(trained(under(0, 0, 0), 8), trained(prediction_loss(FOURIER, META), 8))
 
 
@@ -126,9 +133,11 @@ def test_what_changes_over_training_by_itself_goes_on_doing_so_under_a_curriculu
     )
     under = lambda annealed: admitting(BANDIT, meta, of(annealed), Admission((0, 0, 0)))
     close = partial(jax.tree.map, partial(np.testing.assert_allclose, atol=1e-6))
-    close(trained(under(True), 8, meta), trained(of(True)(BANDIT, meta), 8, meta))
+    after = partial(trained, meta=meta)
+    annealed = after(under(True), 8)
+    close(annealed, after(of(True)(BANDIT, meta), 8))
     with pytest.raises(AssertionError):
-        close(trained(under(True), 8, meta), trained(under(False), 8, meta))
+        close(annealed, after(under(False), 8))
 
 
 @pytest.mark.parametrize("preset", ["quick", "workstation"])

@@ -13,6 +13,11 @@ H, HEADS, D = 8, 2, 4
 CONFIG = DeltaNetConfig(hidden=H, attention_heads=HEADS)
 
 
+@pytest.fixture(scope="module")
+def mixer():
+    return DeltaRule(CONFIG, rngs=nnx.Rngs(0))
+
+
 def projected(mixer, x):
     """q, k, v [T, heads, d] and β [T, heads], in float64."""
     kernel = lambda linear: np.asarray(linear.kernel[...], np.float64)
@@ -25,9 +30,8 @@ def projected(mixer, x):
 
 
 @pytest.mark.parametrize("T", [1, 2, 21, 128, 200])
-def test_fast_weights_are_corrected_by_the_delta_rule(T):
+def test_fast_weights_are_corrected_by_the_delta_rule(T, mixer):
     """S ← S + β (v − S k) kᵀ, one token after another, read by S q."""
-    mixer = DeltaRule(CONFIG, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((T, H))
     query, key, value, rate = projected(mixer, x)
     read = np.zeros((T, HEADS, D))
@@ -38,18 +42,17 @@ def test_fast_weights_are_corrected_by_the_delta_rule(T):
             S += rate[t, head] * np.outer(error, key[t, head])
             read[t, head] = S @ query[t, head]
     expected = read.reshape(T, H) @ np.asarray(mixer.out.kernel[...], np.float64)
-    found = mixer(jnp.asarray(x, jnp.float32))
+    found = jax.jit(lambda x: mixer(x))(np.float32(x))
     np.testing.assert_allclose(found, expected, 1e-4, 1e-5)
 
 
-def test_fast_weights_are_a_sum_of_outer_products():
+def test_fast_weights_are_a_sum_of_outer_products(mixer):
     """Σ_s β_s v_s k_sᵀ Π_{r>s} (I − β_r k_r k_rᵀ), as stepping leaves them."""
-    mixer, T = DeltaRule(CONFIG, rngs=nnx.Rngs(0)), 12
+    T = 12
     x = np.random.default_rng(0).standard_normal((T, H))
     _, key, value, rate = projected(mixer, x)
-    S = mixer.start(T)
-    for token in x:
-        S, _ = mixer.step(S, jnp.asarray(token, jnp.float32))
+    step = lambda S, token: mixer.step(S, token)
+    S = np.asarray(jax.jit(lambda x: jax.lax.scan(step, mixer.start(T), x)[0])(np.float32(x)))
     for head in range(HEADS):
         expected = np.zeros((D, D))
         for s in range(T):
@@ -60,22 +63,21 @@ def test_fast_weights_are_a_sum_of_outer_products():
         np.testing.assert_allclose(S[head], expected, 1e-4, 1e-5)
 
 
-def test_the_gradient_of_whole_episodes_is_that_of_stepping():
+def test_the_gradient_of_whole_episodes_is_that_of_stepping(mixer):
     """Through two parts, the second of which is padded."""
-    mixer, T = DeltaRule(CONFIG, rngs=nnx.Rngs(0)), TOGETHER + 6
-    rng = np.random.default_rng(0)
-    x, direction = (jnp.asarray(rng.standard_normal((T, H)), jnp.float32) for _ in range(2))
+    rng, T = np.random.default_rng(0), TOGETHER + 6
+    x, direction = (np.float32(rng.standard_normal((T, H))) for _ in range(2))
     stepping = lambda x: jax.lax.scan(lambda S, one: mixer.step(S, one), mixer.start(T), x)[1]
     whole, stepped = (
         jax.jit(jax.grad(lambda x, f=f: jnp.vdot(direction, f(x))))(x) for f in (mixer, stepping)
     )
-    np.testing.assert_allclose(whole, stepped, 1e-4, 1e-4 * float(jnp.abs(stepped).max()))
+    np.testing.assert_allclose(whole, stepped, 1e-4, 1e-4 * np.abs(stepped).max())
 
 
 @pytest.mark.parametrize("T", [20, TOGETHER + 6])
-def test_many_episodes_at_once_are_each_alone_and_so_is_their_gradient(T):
-    mixer, rng = DeltaRule(CONFIG, rngs=nnx.Rngs(0)), np.random.default_rng(0)
-    x, direction = (jnp.asarray(rng.standard_normal((3, T, H)), jnp.float32) for _ in range(2))
+def test_many_episodes_at_once_are_each_alone_and_so_is_their_gradient(T, mixer):
+    rng = np.random.default_rng(0)
+    x, direction = (np.float32(rng.standard_normal((3, T, H))) for _ in range(2))
     both = lambda f: jax.jit(jax.value_and_grad(lambda x: jnp.vdot(direction, f(x))))(x)
     each = both(lambda x: jnp.stack([mixer(one) for one in x]))
     for found, expected in zip(both(mixer), each, strict=True):

@@ -10,6 +10,7 @@ import pytest
 
 import metadyn
 from benchmarks import faults
+from metadyn import figures
 from metadyn.store import RunFolder
 
 
@@ -21,7 +22,12 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path):
+def draw_nothing(monkeypatch):
+    """From here on figures, which nobody looks at, are not drawn."""
+    monkeypatch.setattr(figures, "draw", lambda *given: [])
+
+
+def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path, monkeypatch):
     """In the newest checkpoint, in one before it, and in a measurement, at once."""
     out = tmp_path / "damaged"
     shutil.copytree(whole, out)
@@ -38,6 +44,7 @@ def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path):
     for command in ("figures", "report"):
         code, lines = faults.ask([command, out])
         assert (code, len(lines)) == ((2, 1) if command == "figures" else (0, 0)), lines
+    draw_nothing(monkeypatch)
     code, lines = faults.ask(["run", faults.STUDY, "--out", out])
     assert code == 0
     assert sum("is damaged" in line for line in lines) == len(lines) == 3, lines
@@ -45,8 +52,9 @@ def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path):
     faults.same(whole, out)
 
 
-def test_damage_where_a_run_was_interrupted_is_got_over(whole, tmp_path):
+def test_damage_where_a_run_was_interrupted_is_got_over(whole, tmp_path, monkeypatch):
     """Such a checkpoint is on no schedule, so nothing makes it anew."""
+    draw_nothing(monkeypatch)
     out = tmp_path / "interrupted"
     shutil.copytree(whole, out)
     step = RunFolder(out).steps()[2]
@@ -61,7 +69,10 @@ def test_damage_where_a_run_was_interrupted_is_got_over(whole, tmp_path):
     faults.same(whole, out)
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoints_before_it_are_gone_on_with(whole, tmp_path):
+def test_a_full_disk_is_one_line_and_the_checkpoints_before_it_are_gone_on_with(
+    whole, tmp_path, monkeypatch
+):
+    draw_nothing(monkeypatch)
     out = tmp_path / "full"
     shutil.copytree(whole, out)
     for step in RunFolder(out).steps()[3:]:
@@ -92,7 +103,7 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_before_it(tmp_path):
 
 
 def test_bad_inputs_are_one_line(whole):
-    faults.bad_inputs(whole.parent, 40, random.Random(1))
+    faults.bad_inputs(whole.parent, 20, random.Random(1))
 
 
 def test_reading_a_run_unpickles_and_executes_nothing(whole, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import observe, stepped
+from contract import observe, scattered, stepped, unroll
 from jax.flatten_util import ravel_pytree
 
 import metadyn
@@ -33,12 +33,6 @@ def made(domain, **fields):
     )
 
 
-def scattered(meta, by=0.2):
-    """Parameters of which no two are alike."""
-    flat, unravel = ravel_pytree(meta.init(jax.random.key(0)))
-    return unravel(flat + by * jax.random.normal(jax.random.key(1), flat.shape))
-
-
 def start(b):
     """The key from which whole episodes have the start of episode b."""
     return indexed_keys(jax.random.key(0), jnp.array([b]))[0]
@@ -49,7 +43,7 @@ def test_step_by_step_and_whole_episode_give_the_same_numbers(domain):
     meta = made(domain)
     params = scattered(meta)
     queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 3))
-    whole = jax.jit(meta.unroll)(params, queries, feedback)
+    whole = unroll(meta, params, queries, feedback)
     assert isinstance(meta, MetaLearner)
     assert np.std(whole[0] - whole[-1]) > 0.02  # it learns something in between
     keys = indexed_keys(jax.random.key(0), jnp.arange(3))
@@ -63,8 +57,8 @@ def test_answers_are_those_of_updates_derived_by_hand():
     params = scattered(meta)
     queries, feedback = observe(LINEAR, jax.random.split(jax.random.key(2), 1))
     p = {name: np.float64(value) for name, value in params.items()}
-    x, y = (np.float64(leaf[..., 0]) for leaf in (queries, feedback))
-    W = [np.float64(leaf) for leaf in meta.network.init(start(0))]
+    x, y = (np.float64(leaf)[..., 0] for leaf in (queries, feedback))
+    W = [np.float64(leaf) for leaf in jax.jit(meta.network.init)(start(0))]
     momenta = [[np.zeros_like(w) for w in W] for _ in DECAYS]
     answers, steps = [], 0
     for t in range(len(x)):
@@ -89,18 +83,23 @@ def test_answers_are_those_of_updates_derived_by_hand():
                     moved[at] -= np.exp(p["log_rate"] + out[1]) * (own[2] + out[0])
                 W[layer] = moved
             steps += 1
-    found = jax.jit(meta.unroll)(params, queries, feedback)[..., 0]
+    found = unroll(meta, params, queries, feedback)[..., 0]
     np.testing.assert_allclose(found, answers, atol=2e-5)
 
 
 def test_untrained_it_is_momentum_of_constant_speed():
     """Every array of weights moves by the rate, as a root mean square, at the first step."""
     meta = made(LINEAR, inner_steps=1, learning_rate=0.01)
-    learner = meta.learner(meta.init(jax.random.key(0)))
-    before = learner.init(jax.random.key(1))
-    after = learner.update(before, jnp.ones(3), jnp.ones(2))
-    for a, b in zip(before.descent.weights, after.descent.weights, strict=True):
-        np.testing.assert_allclose(np.sqrt(np.mean((a - b) ** 2)), 0.01, rtol=1e-4)
+
+    @jax.jit
+    def moved(key_init, key):
+        learner = meta.learner(meta.init(key_init))
+        before = learner.init(key)
+        after = learner.update(before, jnp.ones(3), jnp.ones(2))
+        return jax.tree.map(jnp.subtract, after.descent.weights, before.descent.weights)
+
+    for change in moved(jax.random.key(0), jax.random.key(1)):
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(change))), 0.01, rtol=1e-4)
 
 
 def cubic(theta):
@@ -116,12 +115,10 @@ def test_the_estimator_is_the_gradient_of_the_smoothed_loss_by_enumeration():
     (a, b), sigma = (0.3, -0.7), 0.4
     nodes, weights = np.polynomial.hermite_e.hermegauss(6)
     weights = weights / weights.sum()
-    mean, gradient = 0.0, np.zeros(2)
-    for i, j in itertools.product(range(6), repeat=2):
-        noise = jnp.array([nodes[i], nodes[j]], jnp.float32)
-        value, estimate = antithetic(cubic, jnp.array([a, b], jnp.float32), noise, sigma)
-        mean += weights[i] * weights[j] * float(value)
-        gradient += weights[i] * weights[j] * np.asarray(estimate, np.float64)
+    noise = np.float32(list(itertools.product(nodes, repeat=2)))
+    estimate = lambda noise: antithetic(cubic, jnp.array([a, b], jnp.float32), noise, sigma)
+    values, estimates = map(np.float64, jax.jit(jax.vmap(estimate))(noise))
+    mean, gradient = (np.outer(weights, weights).ravel() @ each for each in (values, estimates))
     slope = [2 + b + 2 * a * b, -1 + a + a**2 - 3 * b**2 - 2 * sigma**2]
     np.testing.assert_allclose(mean, cubic((a, b)) - 2 * sigma**2 * b, atol=1e-5)
     np.testing.assert_allclose(gradient, slope, atol=1e-5)
@@ -131,7 +128,7 @@ def test_the_objectives_gradient_is_unbiased():
     """Of a tiny learned optimiser, against central differences of the smoothed loss."""
     domain, sigma, h, n = LinearRegression(1, 1, steps=3), 0.1, 0.02, 20_000
     meta = made(domain, hidden=1, learning_rate=0.05)
-    flat, unravel = ravel_pytree(scattered(meta, by=0.05))
+    flat, unravel = ravel_pytree(scattered(meta, scale=0.05))
     objective = evolution_strategies(domain, meta, sigma)
     gradient = jax.grad(lambda flat, key: objective.loss(unravel(flat), key[None])[0])
     one = jax.jit(jax.vmap(lambda key: gradient(flat, key)))
@@ -165,12 +162,12 @@ def test_training_by_evolution_strategies_lowers_the_loss():
         meta, domain, steps=100, seeds=1, learning_rate=2e-2, objective=config.objective,
         progress=False, seed=3,
     )  # fmt: skip
-    x, y = observe(domain, jax.random.split(jax.random.key(5), 1000))
+    x, y = map(np.asarray, observe(domain, jax.random.split(jax.random.key(5), 1000)))
     before, after = (
-        float(((jax.jit(meta.unroll)(params, x, y) - y) ** 2).mean())
+        float(((unroll(meta, params, x, y) - y) ** 2).mean())
         for params in (
-            meta.init(jax.random.key(3)),
-            jax.tree.map(lambda leaf: leaf[0], trained.params),
+            jax.jit(meta.init)(jax.random.key(3)),
+            jax.tree.map(lambda leaf: np.asarray(leaf)[0], trained.params),
         )
     )
     assert after < 0.8 * before

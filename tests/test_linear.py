@@ -1,6 +1,7 @@
 """Linear regression: the prior, the evaluation tasks and the probe, against float64 NumPy."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ GENERAL = LinearRegression(3, 2, mean=M, row_covariance=R, column_covariance=C)
 def test_prior_has_the_moments_of_a_matrix_normal():
     n = 40_000
     keys = jax.random.split(jax.random.key(0), n)
-    W = np.asarray(jax.vmap(GENERAL.sample_task)(keys).W, np.float64)
+    W = np.float64(jax.jit(jax.vmap(GENERAL.sample_task))(keys).W)
     vec = W.transpose(0, 2, 1).reshape(n, -1)  # columns stacked
     covariance = np.kron(C, R)
     standard_error = np.sqrt(np.diag(covariance) / n)
@@ -30,7 +31,7 @@ def test_prior_has_the_moments_of_a_matrix_normal():
 
 def test_default_prior_is_iid_of_variance_one_over_n_x():
     keys = jax.random.split(jax.random.key(1), 20_000)
-    W = np.asarray(jax.vmap(LinearRegression(4, 2).sample_task)(keys).W)
+    W = np.asarray(jax.jit(jax.vmap(LinearRegression(4, 2).sample_task))(keys).W)
     assert W.shape == (20_000, 2, 4)
     np.testing.assert_allclose(W.var(), 1 / 4, rtol=0.02)
     np.testing.assert_allclose(W.mean(), 0, atol=0.01)
@@ -38,12 +39,17 @@ def test_default_prior_is_iid_of_variance_one_over_n_x():
 
 def test_queries_and_feedback_have_their_distributions():
     domain = LinearRegression(3, 2, sigma=0.7)
-    task = domain.sample_task(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), 40_000)
-    x = jax.vmap(lambda k: domain.query(task, k))(keys)
+    task = jax.jit(domain.sample_task)(jax.random.key(0))
+
+    @jax.jit
+    @jax.vmap
+    def pose(key):
+        x = domain.query(task, key)
+        return x, domain.feedback(task, x, None, key)
+
+    x, y = map(np.asarray, pose(jax.random.split(jax.random.key(1), 40_000)))
     np.testing.assert_allclose(np.cov(x.T), np.eye(3), atol=0.03)
-    y = jax.vmap(lambda x, k: domain.feedback(task, x, None, k))(x, keys)
-    noise = np.asarray(y - x @ task.W.T)
+    noise = y - x @ np.asarray(task.W).T
     np.testing.assert_allclose(np.cov(noise.T), 0.49 * np.eye(2), atol=0.02)
     assert domain.loss_floor == pytest.approx(0.49)
 
@@ -51,7 +57,7 @@ def test_queries_and_feedback_have_their_distributions():
 @pytest.mark.parametrize("domain", [LinearRegression(3, 3), LinearRegression(2, 5), GENERAL])
 def test_spectrum_spans_the_central_95_percent_of_the_priors_singular_values(domain):
     keys = jax.random.split(jax.random.key(2), 20_000)
-    W = np.asarray(jax.vmap(domain.sample_task)(keys).W)
+    W = np.asarray(jax.jit(jax.vmap(domain.sample_task))(keys).W)
     values = np.linalg.svd(W, compute_uv=False)
     s = domain.spectrum()
     assert len(s) == min(domain.n_x, domain.n_y)
@@ -68,10 +74,11 @@ def test_spectrum_spans_the_central_95_percent_of_the_priors_singular_values(dom
 @pytest.mark.parametrize(("n_x", "n_y"), [(3, 3), (2, 5), (5, 2)])
 def test_evaluation_tasks_have_the_given_spectrum_and_haar_vectors(n_x, n_y):
     domain = LinearRegression(n_x, n_y)
-    s = jnp.array([3.0, 2.0, 0.5][: domain.modes])
+    s = np.float32([3.0, 2.0, 0.5][: domain.modes])
     keys = jax.random.split(jax.random.key(3), 4000)
-    tasks = jax.vmap(domain.evaluation_task, (0, None))(keys, s)
-    found = np.linalg.svd(np.asarray(tasks.W), compute_uv=False)
+    drawn = jax.jit(jax.vmap(domain.evaluation_task, (0, None)))(keys, s)
+    tasks = LinearTask(*map(np.asarray, drawn))
+    found = np.linalg.svd(tasks.W, compute_uv=False)
     np.testing.assert_allclose(found, np.broadcast_to(s, found.shape), rtol=1e-4)
     for vectors, n in ((tasks.U, n_y), (tasks.V, n_x)):
         gram = np.einsum("tik,til->tkl", vectors, vectors)
@@ -81,7 +88,7 @@ def test_evaluation_tasks_have_the_given_spectrum_and_haar_vectors(n_x, n_y):
         # Entries of a Haar-random orthogonal matrix have mean 0 and variance 1/n.
         np.testing.assert_allclose(np.mean(vectors, 0), 0, atol=0.05)
         np.testing.assert_allclose(np.var(vectors, 0), 1 / n, rtol=0.15)
-    aligned = domain.evaluation_task(keys[0], s, rotate=False)
+    aligned = jax.jit(partial(domain.evaluation_task, rotate=False))(keys[0], s)
     np.testing.assert_allclose(aligned.W, np.eye(n_y, domain.modes) * s @ np.eye(domain.modes, n_x))
 
 
@@ -89,7 +96,7 @@ def planted_task(rng, n_x, n_y):
     modes = min(n_x, n_y)
     U, V = (np.linalg.qr(rng.normal(size=(n, n)))[0][:, :modes] for n in (n_y, n_x))
     s = rng.uniform(0.5, 2, modes)
-    return LinearTask(*(jnp.float32(a) for a in ((U * s) @ V.T, U, s, V)))
+    return LinearTask(*map(np.float32, ((U * s) @ V.T, U, s, V)))
 
 
 @pytest.mark.parametrize(("n_x", "n_y"), [(3, 3), (2, 5), (5, 2)])
@@ -98,11 +105,9 @@ def test_probe_recovers_a_planted_linear_map(n_x, n_y):
     task = planted_task(rng, n_x, n_y)
     W_hat, b = rng.normal(size=(n_y, n_x)), rng.normal(size=n_y)
     probe = LinearRegression(n_x, n_y).probe(points=16)
-    readings = probe.read(task, jnp.float32(np.asarray(probe.queries) @ W_hat.T + b))
-    rotated = np.asarray(task.U).T @ W_hat @ np.asarray(task.V)
-    np.testing.assert_allclose(
-        readings["strength"], np.diag(rotated) / np.asarray(task.s), atol=2e-5
-    )
+    readings = jax.jit(probe.read)(task, np.float32(np.asarray(probe.queries) @ W_hat.T + b))
+    rotated = task.U.T @ W_hat @ task.V
+    np.testing.assert_allclose(readings["strength"], np.diag(rotated) / task.s, atol=2e-5)
     share = 1 - np.sum(np.diag(rotated) ** 2) / np.sum(W_hat**2)
     np.testing.assert_allclose(readings["off_diagonal"], share, atol=1e-5)
     np.testing.assert_allclose(readings["unexplained"], 0, atol=1e-6)
@@ -111,7 +116,7 @@ def test_probe_recovers_a_planted_linear_map(n_x, n_y):
 def test_probe_reads_the_task_itself_as_learned_in_full():
     task = planted_task(np.random.default_rng(1), 3, 4)
     probe = LinearRegression(3, 4).probe()
-    readings = probe.read(task, probe.queries @ task.W.T)
+    readings = jax.jit(probe.read)(task, np.asarray(probe.queries) @ task.W.T)
     np.testing.assert_allclose(readings["strength"], np.ones(3), atol=1e-5)
     np.testing.assert_allclose(readings["off_diagonal"], 0, atol=1e-5)
 
@@ -122,7 +127,7 @@ def test_probe_reports_a_planted_nonlinearity_as_unexplained():
     probe = LinearRegression(3, 2).probe(points=64)
     x = np.asarray(probe.queries, np.float64)
     answers = x @ rng.normal(size=(3, 2)) + 0.8 * np.sin(3 * x[:, :2])
-    readings = probe.read(task, jnp.float32(answers))
+    readings = jax.jit(probe.read)(task, np.float32(answers))
     design = np.concatenate([x, np.ones((64, 1))], 1)
     _, residual, *_ = np.linalg.lstsq(design, answers, rcond=None)
     share = residual.sum() / np.sum((answers - answers.mean(0)) ** 2)
@@ -133,7 +138,7 @@ def test_probe_reports_a_planted_nonlinearity_as_unexplained():
 def test_probe_of_silence_reads_zero():
     task = planted_task(np.random.default_rng(3), 3, 2)
     probe = LinearRegression(3, 2).probe()
-    readings = probe.read(task, jnp.zeros((32, 2)))
+    readings = jax.jit(probe.read)(task, np.zeros((32, 2), np.float32))
     assert all(np.all(np.asarray(value) == 0) for value in readings.values())
     assert set(readings) == {"strength", *probe.extras}
 
@@ -166,4 +171,4 @@ def test_bad_probes_and_spectra_are_named():
     with pytest.raises(ConfigError, match="scale"):
         domain.spectrum(scale=0)
     with pytest.raises(ConfigError, match="give 3 values"):
-        domain.evaluation_task(jax.random.key(0), jnp.ones(2))
+        domain.evaluation_task(jax.random.key(0), jnp.float32([1, 1]))

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import observe
+from contract import DOMAINS, observe, scattered, stepped, unroll
 from flax import nnx
 
 from metadyn import inner, mesh
+from metadyn.base import indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
@@ -35,13 +36,11 @@ def test_the_default_is_what_was_measured_to_be_the_faster(
     device, hidden, batch, chosen, monkeypatch
 ):
     monkeypatch.setattr(mesh, "backend", lambda: device)
-    weights = LSTMWeights(
-        jnp.zeros((4 * hidden, 3)), jnp.zeros((4 * hidden, hidden)), jnp.zeros(4 * hidden)
-    )
-    inputs = jnp.zeros((5, 3, batch))
+    shapes = ((4 * hidden, 3), (4 * hidden, hidden), (4 * hidden,), (5, 3, batch))
+    *weights, inputs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
 
     def program(*backend):
-        return str(jax.make_jaxpr(lambda w: lstm(w, inputs, *backend))(weights))
+        return str(jax.make_jaxpr(lambda w, x: lstm(w, x, *backend))(LSTMWeights(*weights), inputs))
 
     assert program() == program("auto") == program(chosen)
     assert program() != program("backward" if chosen == "scan" else "scan")
@@ -69,13 +68,13 @@ def numpy_lstm(weights, inputs):
     return np.array(hidden)
 
 
-single = lambda tree: jax.tree.map(jnp.float32, tree)
+single = lambda tree: jax.tree.map(np.float32, tree)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hidden_states_match_float64_numpy(backend: Backend):
     weights, inputs, _ = random_case()
-    found = lstm(single(weights), single(inputs), backend)
+    found = jax.jit(lstm, static_argnums=2)(single(weights), single(inputs), backend)
     np.testing.assert_allclose(found, numpy_lstm(weights, inputs), atol=1e-6)
 
 
@@ -83,13 +82,13 @@ def test_hidden_states_match_float64_numpy(backend: Backend):
 def test_gradients_match_float64_finite_differences(backend: Backend):
     weights, inputs, direction = random_case(1)
     objective = lambda w, x: jnp.sum(single(direction) * lstm(w, x, backend))
-    found = jax.grad(objective, (0, 1))(single(weights), single(inputs))
+    found = jax.jit(jax.grad(objective, (0, 1)))(single(weights), single(inputs))
     arguments = [*weights, inputs]
 
     def numpy_objective(arguments):
         return np.sum(direction * numpy_lstm(LSTMWeights(*arguments[:3]), arguments[3]))
 
-    for index, gradient in enumerate([*found[0], found[1]]):
+    for index, gradient in enumerate(map(np.asarray, [*found[0], found[1]])):
         for entry in np.ndindex(gradient.shape):
             ends = []
             for sign in (1, -1):
@@ -104,22 +103,20 @@ def test_gradients_match_float64_finite_differences(backend: Backend):
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
     """Value and gradient at 64 units, 20 steps, 40 episodes, to 1e-5 of the greatest entry."""
-    keys = jax.random.split(jax.random.key(0), 5)
+    rng = np.random.default_rng(0)
     shapes = ((256, 10), (256, 64), (256,), (20, 10, 40), (20, 64, 40))
-    *parts, inputs, direction = (
-        0.1 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)
-    )
+    *parts, inputs, direction = (np.float32(0.1 * rng.normal(size=shape)) for shape in shapes)
 
     def both(backend):
-        objective = lambda w, x: jnp.sum(direction * lstm(w, x, backend))
-        gradients = jax.jit(jax.grad(objective, (0, 1)))(LSTMWeights(*parts), 10 * inputs)
-        return lstm(LSTMWeights(*parts), 10 * inputs, backend), gradients
+        def objective(w, x):
+            hidden = lstm(w, x, backend)
+            return jnp.sum(direction * hidden), hidden
 
-    for found, expected in zip(
-        jax.tree.leaves(both(backend)), jax.tree.leaves(both("scan")), strict=True
-    ):
-        scale = float(jnp.abs(expected).max())
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)
+        gradient = jax.jit(jax.grad(objective, (0, 1), has_aux=True))
+        return jax.tree.leaves(gradient(LSTMWeights(*parts), 10 * inputs))
+
+    for found, expected in zip(both(backend), both("scan"), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
@@ -128,7 +125,7 @@ def test_accelerators_store_three_arrays_a_step_and_join_weights_once(backend, m
     those by the weights and by x; what is computed is the same."""
     weights, inputs, direction = single(random_case(1))
     gradient = jax.grad(lambda w, x: jnp.sum(direction * lstm(w, x)), (0, 1))
-    expected = gradient(weights, inputs)
+    expected = jax.jit(gradient)(weights, inputs)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     there = jax.jit(lambda w, x: gradient(w, x))
     platform = "cuda" if backend == "gpu" else backend
@@ -148,9 +145,10 @@ def test_whole_episodes_are_what_stepping_the_cell_gives(backend: Backend):
     fast = LSTMCell(N, LSTMConfig(hidden=16, backend=backend), rngs=nnx.Rngs(0))
     inputs = jax.random.normal(jax.random.key(1), (T, N, B))
     start, step = fast.initialize_carry((N,)), lambda carry, x: fast(carry, x)
-    stepped = jax.vmap(lambda one: jax.lax.scan(step, start, one)[1], -1, -1)(inputs)
-    assert stepped.shape == (T, 16, B)
-    np.testing.assert_allclose(fast.episodes(inputs), stepped, rtol=0, atol=1e-6)
+    stepping = jax.vmap(lambda one: jax.lax.scan(step, start, one)[1], -1, -1)
+    found, expected = (jax.jit(f)(inputs) for f in (lambda x: fast.episodes(x), stepping))
+    assert expected.shape == (T, 16, B)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_bad_configurations_are_named():
@@ -161,34 +159,25 @@ def test_bad_configurations_are_named():
 @pytest.fixture(scope="module")
 def trained_like():
     """A meta-learner with weights large enough to answer, on a domain with n_x ≠ n_y."""
-    domain = LinearRegression(3, 2, steps=6)
+    domain = DOMAINS["linear"]
     meta = LSTMConfig(hidden=8).make(domain)
-    params = meta.init(jax.random.key(0))
-    noise = jax.random.key(1)
-    return domain, meta, jax.tree.map(lambda a: a + 0.5 * jax.random.normal(noise, a.shape), params)
+    return domain, meta, scattered(meta, scale=0.5)
 
 
 def test_step_by_step_and_whole_episode_give_the_same_numbers(trained_like):
     domain, meta, params = trained_like
-    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 5))
-    whole = jax.jit(meta.unroll)(params, queries, feedback)
-    assert whole.shape == (6, 2, 5)
-    learner = meta.learner(params)
-    for episode in range(5):
-        state = learner.init(jax.random.key(0))
-        for t in range(6):
-            x, y = queries[t, :, episode], feedback[t, :, episode]
-            np.testing.assert_allclose(
-                learner.predict(state, x), whole[t, :, episode], rtol=1e-5, atol=1e-6
-            )
-            state = learner.update(state, x, y)
+    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 4))
+    whole = unroll(meta, params, queries, feedback)
+    assert whole.shape == (6, 2, 4)
+    found = stepped(meta.learner(params), queries, feedback)
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
     """The loss of `measure` under a key is that of the whole episode under the same key."""
     domain, meta, params = trained_like
     root, indices = jax.random.key(3), jnp.arange(4)
-    stepped = inner.measure(
+    loss = inner.measure(
         domain,
         meta.learner,
         params,
@@ -199,32 +188,40 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
         indices,
         tuple(range(7)),
     )["loss"]
-    keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(indices)
-    queries, feedback = observe(domain, keys)
-    answers = jax.jit(meta.unroll)(params, queries, feedback)
+    queries, feedback = map(np.asarray, observe(domain, indexed_keys(root, indices)))
+    answers = unroll(meta, params, queries, feedback)
     whole = np.mean((answers - feedback) ** 2, axis=1).T
-    np.testing.assert_allclose(stepped[:, 1:], whole, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(loss)[:, 1:], whole, rtol=1e-5)
 
 
 def test_an_untrained_lstm_answers_zero_and_saturates_nothing():
     domain = LinearRegression(2, 2)
     meta = LSTMConfig(hidden=16).make(domain)
-    learner = meta.learner(meta.init(jax.random.key(0)))
-    state = learner.init(jax.random.key(0))
-    assert np.all(np.asarray(learner.predict(state, jnp.ones(2))) == 0)
-    state = learner.update(state, jnp.ones(2), jnp.ones(2))
-    assert float(learner.diagnose(state)["saturated_gates"]) == 0
-    state = learner.update(state, 1e6 * jnp.ones(2), jnp.ones(2))
-    assert float(learner.diagnose(state)["saturated_gates"]) == 1
+
+    @jax.jit
+    def said(key, queries):
+        learner = meta.learner(meta.init(key))
+        state, ones = learner.init(key), jnp.ones(2)
+
+        def step(state, query):
+            answer = learner.predict(state, query)
+            state = learner.update(state, query, ones)
+            return state, (answer, learner.diagnose(state)["saturated_gates"])
+
+        return jax.lax.scan(step, state, queries)[1]
+
+    answers, saturated = said(jax.random.key(0), np.float32([[1, 1], [1e6, 1e6]]))
+    np.testing.assert_array_equal(answers, 0)
+    np.testing.assert_array_equal(saturated, [0, 1])
 
 
 def test_seeds_start_apart_and_one_seed_twice_starts_alike():
     meta = LSTMConfig(hidden=4).make(LinearRegression(2, 2))
-    a, b, c = (meta.init(jax.random.key(k)) for k in (0, 0, 1))
+    a, b, c = (jax.tree.map(np.asarray, jax.jit(meta.init)(jax.random.key(k))) for k in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     recurrent = a["body"]["recurrent"]
     for name in ("input", "recurrent"):
-        assert not jnp.array_equal(a["body"][name], c["body"][name])
+        assert not np.array_equal(a["body"][name], c["body"][name])
     assert recurrent.shape == (16, 4)
     np.testing.assert_allclose(recurrent.T @ recurrent, np.eye(4), atol=1e-5)
     np.testing.assert_array_equal(a["body"]["bias"], [0] * 4 + [1] * 4 + [0] * 8)

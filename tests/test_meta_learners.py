@@ -4,6 +4,7 @@ import pytest
 from contract import (
     DOMAINS,
     all_parameters_are_trained,
+    made,
     step_by_step_is_whole,
     the_future_is_not_read,
     untrained_it_answers_zero,
@@ -43,9 +44,15 @@ def test_step_by_step_and_whole_episode_give_the_same_numbers(name, domain):
 @pytest.mark.parametrize("name", NETWORKS | ONE_LAYER)
 def test_training_reads_the_past_alone_and_reaches_every_parameter(name):
     the_future_is_not_read((NETWORKS | ONE_LAYER)[name])
-    all_parameters_are_trained((NETWORKS | ONE_LAYER)[name])
+    all_parameters_are_trained((NETWORKS | ONE_LAYER)[name], "linear")
+
+
+@pytest.mark.parametrize("name", ["lstm", "transformer", "one_layer_separate"])
+def test_training_with_a_critic_reaches_every_parameter(name):
+    """Of each class of meta-learners one: its heads are the same for all networks in it."""
+    all_parameters_are_trained((NETWORKS | ONE_LAYER)[name], "bandit")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_untrained_networks_answer_zero_and_seeds_start_apart(name):
-    untrained_it_answers_zero(NETWORKS[name].make(DOMAINS["linear"]))
+    untrained_it_answers_zero(made(NETWORKS[name], "linear"))

@@ -1,21 +1,21 @@
 """Any network as a meta-learner: steps against whole episodes, the GRU against PyTorch's."""
 
+import functools
+
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import observe, stepped, untrained_it_answers_zero
+from contract import DOMAINS, episodes, scattered, stepped, unroll, untrained_it_answers_zero
 from flax import nnx
 
 from metadyn.base import MetaLearner, indexed_keys
 from metadyn.domains.bandit import ContextualBandit
-from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.learners.networks import GRUConfig, Recurrent, Sequence
 from metadyn.objectives import actor_critic
 
-DOMAIN = LinearRegression(3, 2, steps=6)
+DOMAIN = DOMAINS["linear"]
 H = 8
 
 
@@ -52,16 +52,11 @@ CELLS = {
 NETWORKS = [*CELLS, "attention"]
 
 
+@functools.cache
 def made(name, domain=DOMAIN, heads=0):
     if name == "attention":
         return Sequence(domain, Attention, heads)
     return Recurrent(domain, CELLS[name], heads)
-
-
-def scattered(meta, seed=1):
-    """Parameters large enough to answer, biases included."""
-    flat, unravel = jax.flatten_util.ravel_pytree(meta.init(jax.random.key(0)))
-    return unravel(flat + 0.5 * jax.random.normal(jax.random.key(seed), flat.shape))
 
 
 def test_a_model_that_runs_many_episodes_at_once_is_asked_to():
@@ -73,25 +68,23 @@ def test_a_model_that_runs_many_episodes_at_once_is_asked_to():
             return jax.vmap(self.__call__, -1, -1)(inputs)
 
     meta = Sequence(DOMAIN, Together)
-    params = scattered(meta)
-    queries, feedback = observe(DOMAIN, jax.random.split(jax.random.key(2), 7))
-    found = meta.unroll(params, queries, feedback)
-    assert asked == [(6, 5, 7)]
-    one_by_one = Sequence(DOMAIN, Attention).unroll(params, queries, feedback)
+    given = (scattered(meta, scale=0.5), *episodes("linear"))
+    found = unroll(meta, *given)
+    assert asked == [(7, 5, 7)]
+    one_by_one = unroll(made("attention"), *given)
     np.testing.assert_allclose(found, one_by_one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [0, 2])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_step_by_step_and_whole_episode_give_the_same_numbers(name, heads):
-    """And so does a query after the episode, as a probe poses it."""
+    """And so does a query after the episode."""
     meta = made(name, heads=heads)
-    params = scattered(meta)
-    longer = LinearRegression(3, 2, steps=7)
-    queries, feedback = observe(longer, jax.random.split(jax.random.key(2), 5))
-    whole = jax.jit(meta.unroll)(params, queries, feedback)
+    params = scattered(meta, scale=0.5)
+    queries, feedback = episodes("linear")
+    whole = unroll(meta, params, queries, feedback)
     assert isinstance(meta, MetaLearner)
-    assert whole.shape == (7, 2 + heads, 5)
+    assert whole.shape == (7, 2 + heads, 7)
     assert np.std(whole, axis=(0, 2)).min() > 0.1
     found = stepped(meta.learner(params), queries, feedback)
     np.testing.assert_allclose(found, whole[:, :2], rtol=1e-5, atol=1e-6)
@@ -105,9 +98,10 @@ def test_untrained_networks_answer_zero_and_seeds_start_apart(name):
 def test_a_gru_is_that_of_pytorch_s_formulae():
     """r, z, n of W x + b and U h, in float64; x_t comes with y_{t−1}; a linear readout of h_t."""
     meta = made("gru", heads=1)
-    params = scattered(meta)
-    queries, feedback = observe(DOMAIN, jax.random.split(jax.random.key(2), 5))
-    found = jax.jit(meta.unroll)(params, queries, feedback)
+    params = scattered(meta, scale=0.5)
+    queries, feedback = episodes("linear")
+    found = unroll(meta, params, queries, feedback)
+    queries, feedback = np.float64(queries), np.float64(feedback)
     body, readout, offset = jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float64),
         (params["body"], params["readout"], params["offset"]),
@@ -116,15 +110,15 @@ def test_a_gru_is_that_of_pytorch_s_formulae():
     b_r, b_z, b_n = np.split(body["dense_i"]["bias"], 3)
     U_r, U_z, U_n = np.split(body["dense_h"]["kernel"], 3, axis=1)
     sigmoid = lambda a: 1 / (1 + np.exp(-a))
-    h, before = np.zeros((5, H)), np.zeros((5, 2))
-    for t in range(6):
-        x = np.concatenate([np.asarray(queries[t], np.float64).T, before], axis=1)
+    h, before = np.zeros((7, H)), np.zeros((7, 2))
+    for t in range(7):
+        x = np.concatenate([queries[t].T, before], axis=1)
         r = sigmoid(x @ W_r + b_r + h @ U_r)
         z = sigmoid(x @ W_z + b_z + h @ U_z)
         n = np.tanh(x @ W_n + b_n + r * (h @ U_n))
         h = (1 - z) * n + z * h
         np.testing.assert_allclose(found[t], (h @ readout.T + offset).T, rtol=1e-5, atol=1e-5)
-        before = np.asarray(feedback[t], np.float64).T
+        before = feedback[t].T
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -133,7 +127,7 @@ def test_a_critic_is_trained_through_a_head(name):
     meta = made(name, domain, heads=1)
     keys = indexed_keys(jax.random.key(3), jnp.arange(32))
     gradient = jax.jit(jax.grad(actor_critic(domain, meta).loss, has_aux=True))
-    found, metrics = gradient(scattered(meta), keys)
+    found, metrics = gradient(scattered(meta, scale=0.5), keys)
     for leaf in jax.tree.leaves(found):
         assert np.all(np.isfinite(leaf))
         assert np.any(np.asarray(leaf) != 0)

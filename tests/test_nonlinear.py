@@ -17,7 +17,7 @@ SMALL = [
     *("--mlp.width", "8", "--mlp.depth", "2", "--mlp.updates", "12", "--mlp.records", "4"),
     *("--measure.tasks", "32", "--measure.updating-tasks", "4", "--measure.shifted-tasks", "8"),
     *("--measure.tracked-tasks", "4", "--measure.heldout-tasks", "16"),
-    *("--measure.probe-points", "11"),
+    *("--measure.probe-points", "11", "--measure.chunk", "4"),  # sets of any size share programs
 ]
 OUTER = ("inner_curves", "outer_learning", "distance_to_bayes")
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")

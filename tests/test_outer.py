@@ -87,9 +87,9 @@ def test_a_dispatch_that_would_take_long_is_cut_short(monkeypatch):
     loop.pace = 0.5
     monkeypatch.setattr(outer, "LONGEST", 2.0)
     assert [loop.dispatched(left) for left in (3, 9)] == [3, 4]
-    state, again = loop.init(), loop_of()
+    other, again = last(whole, whole.init(), 12), loop_of()
     again.pace = 1.0
-    jax.tree.map(np.testing.assert_array_equal, last(again, state, 12), last(whole, whole.init(), 12))
+    jax.tree.map(np.testing.assert_array_equal, last(again, again.init(), 12), other)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(shared):
@@ -259,16 +259,16 @@ print(json.dumps({
 
 
 def test_the_answer_does_not_depend_on_the_number_of_devices_or_processes():
-    """50 outer steps and a measurement on 1, 2 (a seed on each), 4 (half of its episodes on each)
-    and 8 virtual devices (12 episodes shared by 4 for each seed), and on two processes of two
-    devices: the same tasks, bit for bit, and one all-reduce an outer step."""
+    """50 outer steps and a measurement on 1, 2 (a seed on each) and 8 virtual devices (12 episodes
+    shared by 4 for each seed), and on two processes of two devices (half of a seed's episodes on
+    each): the same tasks, bit for bit, and one all-reduce an outer step."""
     found = []
-    for devices in (1, 2, 4, 8):
+    for devices in (1, 2, 8):
         found += together([sys.executable, "-c", TRAIN], 1, devices)
     found += together([sys.executable, "-c", TRAIN], 2, 2)
     one, *others = (json.loads(done.out.splitlines()[-1]) for done in found)
-    assert [each["devices"] for each in others] == [[2, 1], [4, 1], [8, 1], [4, 2], [4, 2]]
-    assert [each["reductions"] for each in others[1:]] == [1, 1, 1, 1]
+    assert [each["devices"] for each in others] == [[2, 1], [8, 1], [4, 2], [4, 2]]
+    assert [each["reductions"] for each in others[1:]] == [1, 1, 1]
     for each in others:
         assert each["tasks"] == one["tasks"]
         np.testing.assert_allclose(one["loss"], each["loss"], rtol=1e-5)

@@ -21,6 +21,7 @@ from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend
 from metadyn.learners.bayes import bayes_linear
 from metadyn.outer import OuterLoop
+from metadyn.study import load_study
 
 STUDY = str(Path(tiny_study.__file__))
 SHORT = ["--outer.steps", "40"]
@@ -285,3 +286,13 @@ def test_a_table_says_what_was_compiled_what_failed_and_what_was_not():
     *_, line = compiling.table({"study: outer step of x": found})
     said = "| outer step of x | 7 | 2 G | 1.5 KiB; 6 + 5; 8 B reduced; 1 s | Error: a / b | – | – |"
     assert line == said
+
+
+@pytest.mark.parametrize("name", ["linear_regression", "nonlinear_regression", "contextual_bandit"])
+def test_a_study_that_is_planned_again_shares_what_is_compiled(name):
+    """So do the settings of a sweep that differ in something else."""
+    study = load_study(name)
+    one, other = (study.plan(study.presets["quick"]).comparisons[0] for _ in range(2))
+    assert [each.make for each in one.contenders] == [each.make for each in other.contenders]
+    drawn = [[(each.sample, each.probes) for each in part.sets] for part in (one, other)]
+    assert drawn[0] == drawn[1]

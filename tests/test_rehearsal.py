@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def run(study, out):
     return runner.run_study(study, "quick", 0, config, out, Progress(None))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the study, and its summary."""
+    out = tmp_path_factory.mktemp("runs") / "r"
+    return out, run(STUDY, out)
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+    """A copy of that run."""
+    return Path(shutil.copytree(finished[0], tmp_path / "r"))
+
+
 def refused(study, out, monkeypatch):
     """The one line with which a study is refused, before there is a folder or an outer loop."""
 
@@ -97,15 +111,15 @@ def refused(study, out, monkeypatch):
     return said
 
 
-def test_a_study_that_is_right_is_rehearsed_silently_and_runs(tmp_path):
+def test_a_study_that_is_right_is_rehearsed_silently_and_runs(finished, tmp_path):
     config = STUDY.presets["quick"]
     rehearsed = runner.rehearse(STUDY, config, plan(config))
     assert list(tmp_path.iterdir()) == []
-    summary = run(STUDY, tmp_path / "r")
+    out, summary = finished
     rows = [*summary["criteria"], *summary["reported"]]
     assert {each.name for each in rehearsed} == {row["name"] for row in rows}
     assert {row["name"] for row in summary["criteria"]} == {"loss", "lstm_minus_bayes_slope"}
-    assert (tmp_path / "r" / "figures" / "own.png").is_file()
+    assert (out / "figures" / "own.png").is_file()
 
 
 def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
@@ -176,9 +190,8 @@ def test_what_is_tracked_has_a_probe_of_mode_strengths(tmp_path, monkeypatch):
     assert said.startswith("probes = ['mine']: call one of the probes of")
 
 
-def test_a_run_whose_criteria_were_edited_since_is_judged_anew(tmp_path, monkeypatch):
-    run(STUDY, tmp_path / "r")
-    measured = tmp_path / "r" / "measurements" / "in_distribution" / "lstm"
+def test_a_run_whose_criteria_were_edited_since_is_judged_anew(done, monkeypatch):
+    measured = done / "measurements" / "in_distribution" / "lstm"
     before = measured.stat().st_mtime_ns
 
     def edited(config, results):
@@ -187,23 +200,23 @@ def test_a_run_whose_criteria_were_edited_since_is_judged_anew(tmp_path, monkeyp
         yield md.criterion("loss", found, "at least 0", at_least=1e9)  # the words are as before
 
     monkeypatch.setattr(runner, "environment", lambda: {"processor": "another"})
-    summary = run(dataclasses.replace(STUDY, criteria=edited), tmp_path / "r")
+    summary = run(dataclasses.replace(STUDY, criteria=edited), done)
     assert [(row["name"], row["passed"]) for row in summary["criteria"]] == [("loss", False)]
     assert measured.stat().st_mtime_ns == before
     assert summary["environment"]["processor"] != "another"  # it was not run there
-    assert RunFolder(tmp_path / "r").summary() == summary
+    assert RunFolder(done).summary() == summary
 
 
-def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_size(tmp_path):
+def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_size(done):
     def sized(config, results):
         tasks = results["in_distribution", "lstm"].sizes["task"]
         yield md.criterion("loss", dynamics.exact(1.0), f"of {tasks} tasks", at_least=0.0)
 
     study = dataclasses.replace(STUDY, criteria=sized)
-    run(study, tmp_path / "r")
-    summary = tmp_path / "r" / "summary.json"
+    run(study, done)  # other criteria: judged
+    summary = done / "summary.json"
     before = summary.stat().st_mtime_ns
-    run(study, tmp_path / "r")
+    run(study, done)
     assert summary.stat().st_mtime_ns == before
 
 
@@ -238,9 +251,10 @@ def test_the_state_is_stored_from_time_to_time_whatever_checkpoints_are_planned(
             raise Killed
 
     monkeypatch.setattr(runner, "OFTEN", -1.0)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(runner.OuterLoop, "check_finite", killed)
-        run(study, tmp_path / "killed")
+        with pytest.raises(Killed):
+            run(study, tmp_path / "killed")
     assert RunFolder(tmp_path / "killed").steps() == [0, 5, 6]
     restored, restore = [], RunFolder.restore_state
     noted = lambda folder, step, like: restored.append(step) or restore(folder, step, like)
@@ -252,11 +266,10 @@ def test_the_state_is_stored_from_time_to_time_whatever_checkpoints_are_planned(
     jax.tree.map(np.testing.assert_array_equal, whole, other)
 
 
-def test_a_page_that_was_not_written_is_written_when_the_run_is_asked_for_again(tmp_path):
-    run(STUDY, tmp_path / "r")
-    page = tmp_path / "r" / "report.html"
+def test_a_page_that_was_not_written_is_written_when_the_run_is_asked_for_again(done):
+    page = done / "report.html"
     page.unlink()
-    run(STUDY, tmp_path / "r")
+    run(STUDY, done)
     assert page.is_file()
 
 
@@ -327,17 +340,16 @@ def failing_criteria(config, results):
         ({"criteria": failing_criteria}, "its criteria cannot be had (FileNotFoundError: "),
     ],
 )
-def test_what_a_study_itself_gets_wrong_is_named_and_the_measurements_are_kept(
-    broken, says, tmp_path
-):
+def test_what_a_study_itself_gets_wrong_is_named_and_the_measurements_are_kept(broken, says, done):
+    (done / "summary.json").unlink()
     with pytest.raises(ConfigError) as caught:
-        run(dataclasses.replace(STUDY, **broken), tmp_path / "r")
+        run(dataclasses.replace(STUDY, **broken), done)
     assert str(caught.value).startswith(f"study 'tiny': {says}")
-    left = RunFolder(tmp_path / "r")
+    left = RunFolder(done)
     assert left.measurements()["x4"] == ["bayes", "lstm"]
     assert left.steps() == [0, 1, 4]
     before = (left.path / "measurements" / "x4" / "lstm").stat().st_mtime_ns
-    assert run(STUDY, tmp_path / "r")["study"] == "tiny"
+    assert run(STUDY, done)["study"] == "tiny"
     assert (left.path / "measurements" / "x4" / "lstm").stat().st_mtime_ns == before
 
 
@@ -413,12 +425,11 @@ def test_two_measurements_of_one_name(tmp_path, monkeypatch):
     assert "('x4', 'lstm')" in said
 
 
-def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(tmp_path):
+def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(done):
     """Its configuration is the same, but what it compares is not.
 
     A wider network, another set, another rate, other noise.
     """
-    run(STUDY, tmp_path / "run")
 
     def wider(contenders):
         meta = LSTMConfig(hidden=5).make(Config().domain)
@@ -436,8 +447,8 @@ def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(tmp_pat
     for changes in [*edits, {"contenders": faster}, {"sets": noisier}]:
         edited = dataclasses.replace(STUDY, plan=changed(**changes))
         with pytest.raises(ConfigError, match=r"holds a run with plan\."):
-            run(edited, tmp_path / "run")
-    assert run(STUDY, tmp_path / "run")["study"] == "tiny"
+            run(edited, done)
+    assert run(STUDY, done)["study"] == "tiny"
 
 
 def test_two_meta_learners_of_one_name_and_names_that_are_no_folders_are_refused():

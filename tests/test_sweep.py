@@ -194,7 +194,7 @@ def test_a_page_that_cannot_be_made_is_one_line(done, tmp_path, capsys):
     assert "holds no sweep of metadyn" in refused()
 
 
-def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path):
+def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path, monkeypatch):
     """One setting lost its end, another all but its start, a third has a damaged measurement."""
     out = tmp_path / "disturbed"
     shutil.copytree(done, out)
@@ -206,11 +206,18 @@ def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path):
             if path.name not in kept:
                 shutil.rmtree(path)
     damaged(out / "settings" / "3")
-    for _ in range(2):
-        assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
-        for task_set in SETS:
-            xr.testing.assert_identical(metadyn.load(done, task_set), metadyn.load(out, task_set))
-        damaged(out / "settings" / "0")  # of a sweep that is done
+    damaged(out / "settings" / "0")  # which is done
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
+    for task_set in SETS:
+        xr.testing.assert_identical(metadyn.load(done, task_set), metadyn.load(out, task_set))
+
+    def planned(*given):
+        raise ConfigError("it is gone on with")
+
+    monkeypatch.setattr(sweep, "planned", planned)
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0  # done: there is nothing to plan
+    damaged(out / "settings" / "1")
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 2
 
 
 def damaged(folder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -138,6 +139,7 @@ class ContextualBandit:
 
     # The probe.
 
+    @cache  # noqa: B019 (domains are few, and hashable)
     def probe(self) -> Probe:
         """Reads the policy in every context, from a copy of the state.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 import jax
@@ -170,6 +171,7 @@ class FourierRegression(Regression):
         variances[here] = [v[k] if k in self.support else v.max() for k in here]
         return tuple(float(A) for A in np.sqrt(2 * variances * v.sum() / variances.sum()))
 
+    @cache  # noqa: B019 (domains are few, and hashable)
     def probe(self, amplitudes: Spectrum, points: int = 32) -> Probe:
         """Reads the strength of each frequency that evaluation tasks of these amplitudes contain.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -91,11 +92,13 @@ def gaussian_fourier(
     return Gaussian(prior, noise, lambda x: fourier_features(x, support), jnp.eye(1))
 
 
+@functools.cache
 def bayes_linear(domain: LinearRegression) -> Learner:
     """The posterior mean of W under the domain's own prior MN(M, R, C) and noise σ²."""
     return _regression(gaussian_linear(domain))
 
 
+@functools.cache
 def bayes_fourier(domain: FourierRegression) -> Learner:
     """The posterior mean of f: Bayesian linear regression on the Fourier features of the prior.
 
@@ -112,6 +115,7 @@ def _regression(model: Gaussian) -> Learner:
     return Learner(lambda key: prior, predict, update)
 
 
+@functools.cache
 def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> Learner:
     """The exact posterior over a*, and a policy on it.
 
@@ -162,6 +166,7 @@ def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> L
     return Learner(lambda key: prior, predict, update)
 
 
+@functools.cache
 def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
     """Ridge regression, argmin_W Σ ‖y − W x‖² + penalty ‖W‖², online.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from functools import reduce
@@ -59,6 +60,7 @@ class Network(NamedTuple):
     apply: Callable[[Weights, Query], Answer]
 
 
+@functools.cache
 def deep_linear(
     n_x: int, n_y: int, depth: int = 2, width: int = 32, scale: float = 1e-2
 ) -> Network:
@@ -72,6 +74,7 @@ def deep_linear(
     return Network(init, _product)
 
 
+@functools.cache
 def balanced_deep_linear(
     n_x: int, n_y: int, depth: int = 2, width: int = 32, strength: float = 1e-3
 ) -> Network:
@@ -99,6 +102,7 @@ def _shapes(
     return list(zip(sizes[1:], sizes[:-1], strict=True))
 
 
+@functools.cache
 def mlp(n_x: int, n_y: int, depth: int = 6, width: int = 256) -> Network:
     """ReLU multilayer perceptron with `depth` hidden layers.
 
@@ -140,6 +144,7 @@ def half_squared_error(answer: Array, feedback: Array) -> Array:
     return 0.5 * jnp.sum((answer - feedback) ** 2)
 
 
+@functools.cache
 def gradient(
     network: Network,
     optimizer: optax.GradientTransformation,
@@ -181,6 +186,7 @@ def _descent(network, optimizer, objective) -> Learner:
     return Learner(init, predict, update, clock="updates")
 
 
+@functools.cache
 def softmax_policy(
     contexts: int, actions: int, coupled: bool = True, scale: float = 1.0
 ) -> Network:
@@ -211,6 +217,7 @@ class Policy(NamedTuple):
     b: Float[Array, " n"] | None
 
 
+@functools.cache
 def expected_policy_gradient(
     network: Network, optimizer: optax.GradientTransformation, contexts: int
 ) -> Learner:
@@ -227,6 +234,7 @@ def expected_policy_gradient(
     return _descent(network, optimizer, objective)
 
 
+@functools.cache
 def reinforce(
     network: Network,
     optimizer: optax.GradientTransformation,
