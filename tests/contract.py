@@ -28,9 +28,12 @@ observe = jax.jit(inner.observe, static_argnums=(0, 2))
 
 
 @functools.cache
-def made(config, name, heads=0):
-    """The meta-learner for a domain: the same for all tests, so that they share its programs."""
-    return config.make(DOMAINS[name], heads)
+def made(config, name):
+    """The meta-learner for a domain, with a critic's head where answers count.
+
+    It is the same for all tests, so that they share its programs.
+    """
+    return config.make(DOMAINS[name], int(name == "bandit"))
 
 
 def scattered(meta, seed=1, scale=0.2):
@@ -80,8 +83,7 @@ def stepped(learner, queries, feedback, keys=None):
 
 def step_by_step_is_whole(config, name, scale=0.2):
     """Both forms give the same numbers, a query after the episode included."""
-    heads = 1 if name == "bandit" else 0
-    meta = made(config, name, heads)
+    meta, heads = made(config, name), int(name == "bandit")
     assert isinstance(meta, MetaLearner)
     assert meta.heads == heads
     params = scattered(meta, scale=scale)
@@ -110,7 +112,7 @@ def the_future_is_not_read(config):
 def all_parameters_are_trained(config, name):
     """Every array has a finite gradient that is not zero, under the objective of a domain."""
     objective = actor_critic if name == "bandit" else prediction_loss
-    meta = made(config, name, heads=int(name == "bandit"))
+    meta = made(config, name)
     keys = indexed_keys(jax.random.key(3), jnp.arange(32))
     gradient = jax.jit(jax.grad(objective(meta.domain, meta).loss, has_aux=True))
     for leaf in jax.tree.leaves(gradient(scattered(meta), keys)[0]):

@@ -24,9 +24,9 @@ from metadyn.study import load_study
 
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "linear_regression.py")
-TINY = [str(ROOT / "benchmarks" / "tiny_study.py"), "--outer.seeds", "2", "--outer.dispatch", "5"]
-LONG = [*TINY, "--outer.steps", "4000", "--outer.checkpoints", "12"]
-SHORT = [*TINY, "--outer.steps", "60", "--outer.checkpoints", "4"]
+TINY = str(ROOT / "benchmarks" / "tiny_study.py")
+LONG = [TINY, "--outer.steps", "2000", "--outer.checkpoints", "12"]
+SHORT = [TINY, "--outer.steps", "60", "--outer.checkpoints", "4"]
 SMALL = [
     *("--domain.n-x", "2", "--domain.n-y", "3", "--domain.steps", "4", "--lstm.hidden", "4"),
     *("--outer.steps", "2000", "--outer.batch", "4", "--outer.seeds", "2", "--outer.warmup", "1"),
@@ -168,14 +168,14 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(tmp_path, monke
     assert "the same command goes on" in errors
     assert "Traceback" not in errors
     reached = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
-    assert 0 < reached < 4000
+    assert 0 < reached < 2000
     assert main(["report", str(out)]) == 0  # on a run that is not done
 
     run = start(out)
     trains([run], out)
     run.kill()
     run.communicate(timeout=60)
-    assert newest(out) < 4000
+    assert newest(out) < 2000
     assert not (out / "summary.json").exists()
 
     assert float((out / "seconds").read_text()) > 0

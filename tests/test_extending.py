@@ -1,6 +1,11 @@
-"""The page on extending: every file on it runs as it stands, and is as short as the page says."""
+"""The page on extending: every file on it works as it stands, and is as short as the page says.
+
+As it stands each is planned and rehearsed, and what it trains is traced. Then two files, of all
+that add to one study, are run: of the meta-learners, the README's among them, and of the others.
+"""
 
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -13,32 +18,52 @@ import metadyn
 from metadyn.cli import main
 from metadyn.runner import rehearse
 
-PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+(MY_STUDY,) = (block for block in BLOCKS if "nnx.GRUCell" in block)
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"`(\w+\.py)`.*?\n```python\n(.*?)```", PAGE, re.DOTALL))
 SMALL = [*SMALL, "--outer.steps", "20"]
-SPARSE = [
-    *("--domain.steps", "4", "--lstm.hidden", "4", "--outer.steps", "20", "--outer.batch", "4"),
-    *("--outer.seeds", "2", "--outer.warmup", "1", "--outer.checkpoints", "3"),
-    *("--measure.tasks", "32", "--measure.updating-tasks", "4", "--measure.tracked-tasks", "4"),
-    *("--measure.heldout-tasks", "16"),
-]
 MOST = {"gru.py": 12, "transformer.py": 45, "sparse.py": 110, "far.py": 15, "late.py": 15}
 MOST |= {"nearest.py": 30, "endings.py": 15}
 
 
+def together(*texts):
+    """Makes one file of several, of which each adds to the study of those before it."""
+    first, *more = texts
+    plain = 'metadyn.load_study("linear_regression")'
+    assert all(plain in text for text in texts)
+    return "\n\n".join([first, *(text.replace(plain, "study") for text in more)])
+
+
+def loaded(name, folder):
+    """Loads one of the page's files as it stands, and returns its study."""
+    (folder / name).write_text(FILES[name])
+    return metadyn.load_study(str(folder / name))
+
+
+def ran(folder, text):
+    """Runs a file of that text, and returns the folder of the run."""
+    (folder / "my_study.py").write_text(text)
+    code = main(["run", str(folder / "my_study.py"), "--out", str(folder / "out"), *SMALL])
+    assert code == 1  # criteria are not met by so small a one
+    return folder / "out"
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """`run(name)`: the folder of a run of one of the page's files."""
+def of_meta_learners(tmp_path_factory):
+    """The folder of one run of all meta-learners, of which the transformer has one layer."""
+    transformer = FILES["transformer.py"]  # two layers are traced
+    assert "layers=2" in transformer
+    texts = MY_STUDY, transformer.replace("layers=2", "layers=1"), FILES["late.py"]
+    return ran(tmp_path_factory.mktemp("meta"), together(*texts))
 
-    def one(name):
-        folder = tmp_path_factory.mktemp("extending")
-        (folder / name).write_text(FILES[name])
-        small = SPARSE if name == "sparse.py" else SMALL
-        code = main(["run", str(folder / name), "--out", str(folder / "out"), *small])
-        assert code == 1  # criteria are not met by so small a one
-        return folder / "out"
 
-    return one
+@pytest.fixture(scope="module")
+def of_others(tmp_path_factory):
+    """The folder of one run of the nearest neighbours, the second probe and the figure."""
+    texts = (FILES[name] for name in ("nearest.py", "far.py", "endings.py"))
+    return ran(tmp_path_factory.mktemp("others"), together(*texts))
 
 
 def lines(text):
@@ -57,12 +82,9 @@ def test_the_table_of_costs_is_of_these_files():
     assert costs == [len(lines(FILES[name])) for name in order]
 
 
-@pytest.mark.parametrize(
-    ("name", "learner"),
-    [("transformer.py", "transformer"), ("late.py", "late")],
-)
-def test_meta_learners_are_trained_beside_the_studys_own(name, learner, run):
-    out = run(name)
+@pytest.mark.parametrize("learner", ["gru", "transformer", "late"])
+def test_meta_learners_are_trained_beside_the_studys_own(learner, of_meta_learners):
+    out = of_meta_learners
     for task_set in ("in_distribution", "x4", "tracked", "heldout"):
         data = metadyn.load(out, task_set)
         assert {"lstm", learner, "bayes"} <= set(data["learner"].values)
@@ -78,53 +100,72 @@ def test_meta_learners_are_trained_beside_the_studys_own(name, learner, run):
     assert not np.array_equal(*both)
 
 
-def test_a_gru_is_planned_beside_the_studys_own_and_rehearsed(tmp_path):
-    (tmp_path / "gru.py").write_text(FILES["gru.py"])
-    study = metadyn.load_study(str(tmp_path / "gru.py"))
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_is_planned_as_it_stands_rehearsed_and_traced(name, tmp_path):
+    study = loaded(name, tmp_path)
     config = study.presets["quick"]
     plan = study.plan(config)
-    for tasks in ("in_distribution", "x4", "tracked", "heldout"):
-        assert {"lstm", "gru", "bayes"} <= {c.name for _, t, c in plan.every if t.name == tasks}
+    if name in ("gru.py", "transformer.py", "late.py"):
+        for tasks in ("in_distribution", "x4", "tracked", "heldout"):
+            names = {c.name for _, t, c in plan.every if t.name == tasks}
+            assert {"lstm", name.removesuffix(".py"), "bayes"} <= names
     rehearse(study, config, plan)
+    keys = jax.random.split(jax.random.key(0), 4)
+    for meta, objective, *_ in plan.trained.values():
+        jax.eval_shape(objective.loss, jax.eval_shape(meta.init, keys[0]), keys)
 
 
-def test_the_nearest_neighbours_learn(run):
-    strength = metadyn.load(run("nearest.py"), "in_distribution")["mode_strength"]
+def test_the_readmes_own_learner_is_this_pages():
+    assert len(lines(MY_STUDY)) <= 12
+    assert lines(MY_STUDY) == lines(FILES["gru.py"])
+
+
+def test_the_nearest_neighbours_learn(of_others):
+    strength = metadyn.load(of_others, "in_distribution")["mode_strength"]
     learned = strength.sel(learner="knn").isel(seed=0, step=slice(0, 5)).mean("task")
     assert np.all(learned.isel(step=0) == 0)
     assert np.all(learned.isel(step=4) != 0)
 
 
-def test_a_second_probe_is_recorded_analysed_and_drawn_by_its_name(run):
-    out = run("far.py")
-    data = metadyn.load(out, "in_distribution")
+def test_a_second_probe_is_recorded_analysed_and_drawn_by_its_name(of_others):
+    data = metadyn.load(of_others, "in_distribution")
     bayes = data.sel(learner="bayes").isel(seed=0)  # it is linear: far out it answers the same
     both = (bayes[name].transpose("task", "step", ...) for name in ("far", "mode_strength"))
     far, near = (each.to_numpy() for each in both)
     np.testing.assert_allclose(far, near, atol=1e-4)
     assert "far_mode" in data["far"].dims
-    drawn = {path.stem for path in (out / "figures").glob("*.png")}
+    drawn = {path.stem for path in (of_others / "figures").glob("*.png")}
     assert {"mode_strength_far", "learning_times_far"} <= drawn
     slopes = metadyn.dynamics.slope(data, "far")
     assert np.isfinite(slopes.sel(learner="bayes")["value"])
 
 
-def test_a_figure_is_drawn_by_the_run_and_again(run, capsys):
-    out = run("endings.py")
-    (out / "figures" / "losses.png").unlink()
-    assert main(["figures", str(out)]) == 0  # nothing of the folder is executed
+def test_a_figure_is_drawn_by_the_run_and_again(of_others, tmp_path, capsys):
+    picture = of_others / "figures" / "losses.png"
+    picture.unlink()
+    assert main(["figures", str(of_others)]) == 0  # nothing of the folder is executed
     assert "a study of your own" in capsys.readouterr().err
-    assert not (out / "figures" / "losses.png").exists()
-    study = out.parent / "endings.py"
-    assert main(["figures", str(out), "--study", str(study)]) == 0
-    assert (out / "figures" / "losses.png").exists()
+    assert not picture.exists()
+    (tmp_path / "endings.py").write_text(FILES["endings.py"])
+    assert main(["figures", str(of_others), "--study", str(tmp_path / "endings.py")]) == 0
+    assert picture.exists()
 
 
-def test_sparse_bayes_is_that_of_numerical_integration(run):
+def test_sparse_regression_is_learned_by_sgd_and_bayes(tmp_path):
+    study = loaded("sparse.py", tmp_path)
+    (part,) = study.plan(study.presets["quick"]).comparisons
+    plain = {each.name: each for each in part.contenders if not each.seeded}
+    data = metadyn.measure(part.domain, plain, tasks=16)
+    slope = metadyn.dynamics.slope(data)["value"]
+    assert slope.sel(learner="sgd") < -0.3  # the greater weight first
+    assert slope.sel(learner="bayes") > -0.3
+    loss = data["loss"].sel(learner="bayes").mean("task").dropna("step")
+    assert loss.isel(step=-1) < 0.1 * loss.isel(step=0)
+
+
+def test_sparse_bayes_is_that_of_numerical_integration(tmp_path):
     """Two inputs of which one matters: the posterior mean on a grid, in float64."""
-    run("sparse.py")
-    import sys
-
+    loaded("sparse.py", tmp_path)
     module = sys.modules["metadyn_study_sparse"]
     domain = module.SparseRegression(n=2, active=1, sigma=0.5, steps=3)
     learner, rng = module.bayes(domain), np.random.default_rng(0)

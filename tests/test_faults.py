@@ -14,17 +14,19 @@ from metadyn import figures
 from metadyn.store import RunFolder
 
 
+def draw_nothing(monkeypatch):
+    """From here on figures, which nobody looks at, are not drawn."""
+    monkeypatch.setattr(figures, "draw", lambda *given: [])
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An undisturbed run of the tiny study."""
     out = tmp_path_factory.mktemp("faults") / "whole"
-    assert faults.ask(["run", faults.STUDY, "--out", out]) == (0, [])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        draw_nothing(monkeypatch)
+        assert faults.ask(["run", faults.STUDY, "--out", out]) == (0, [])
     return out
-
-
-def draw_nothing(monkeypatch):
-    """From here on figures, which nobody looks at, are not drawn."""
-    monkeypatch.setattr(figures, "draw", lambda *given: [])
 
 
 def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path, monkeypatch):
@@ -102,8 +104,9 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_before_it(tmp_path):
     assert 0 in run.outer_steps()
 
 
-def test_bad_inputs_are_one_line(whole):
-    faults.bad_inputs(whole.parent, 20, random.Random(1))
+def test_bad_inputs_are_one_line(whole, monkeypatch):
+    draw_nothing(monkeypatch)
+    faults.bad_inputs(whole.parent, 40, random.Random(1))
 
 
 def test_reading_a_run_unpickles_and_executes_nothing(whole, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """Ordinary learners: gradients against finite differences, learning curves against Saxe."""
 
+from functools import partial
+
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -31,9 +32,9 @@ from metadyn.outer import OuterConfig
 def test_one_update_is_a_step_along_the_float64_finite_difference_gradient(depth):
     rng = np.random.default_rng(depth)
     learner = gradient(deep_linear(3, 2, depth, width=4, scale=0.5), optax.sgd(0.1), batch=6)
-    weights, moments = learner.init(jax.random.key(depth))
+    weights, moments = jax.jit(learner.init)(jax.random.key(depth))
     x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 2))
-    after, _ = learner.update((weights, moments), jnp.float32(x), jnp.float32(y))
+    after, _ = jax.jit(learner.update)((weights, moments), np.float32(x), np.float32(y))
     layers = [np.asarray(W, np.float64) for W in weights]
 
     def loss(layers):
@@ -126,12 +127,13 @@ def test_learners_at_once_equal_each_alone():
 def test_an_mlp_update_is_a_step_along_the_float64_finite_difference_gradient(depth):
     rng = np.random.default_rng(depth)
     learner = gradient(mlp(2, 1, depth, width=5), optax.sgd(0.1), batch=6)
-    weights, moments = learner.init(jax.random.key(depth))
+    weights, moments = jax.jit(learner.init)(jax.random.key(depth))
     x, y = rng.normal(size=(6, 2)), rng.normal(size=(6, 1))
-    flat, _ = jax.flatten_util.ravel_pytree(weights)
-    after = jax.flatten_util.ravel_pytree(
-        learner.update((weights, moments), jnp.float32(x), jnp.float32(y))[0]
-    )[0]
+    updated, _ = jax.jit(learner.update)((weights, moments), np.float32(x), np.float32(y))
+    flat, after = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each)])
+        for each in (weights, updated)
+    )
 
     def loss(layers):
         h = x
@@ -158,7 +160,7 @@ def test_an_mlp_update_is_a_step_along_the_float64_finite_difference_gradient(de
 
 
 def test_an_mlp_starts_as_pytorch_would():
-    (W, b), (V, _) = mlp(4, 1, depth=1, width=20_000).init(jax.random.key(0))
+    (W, b), (V, _) = jax.jit(mlp(4, 1, depth=1, width=20_000).init)(jax.random.key(0))
     for drawn, bound in ((W, 0.5), (b, 0.5), (V, 20_000**-0.5)):
         drawn = np.asarray(drawn).ravel() / bound
         assert np.abs(drawn).max() <= 1
@@ -175,10 +177,10 @@ def test_mlps_at_once_equal_each_alone(points):
         domain, make, (), False, domain.evaluation_task, argument, jax.random.key(1), indices,
         (0, 3, 40), probes,
     )  # fmt: skip
-    together = measured(jnp.arange(8))
+    together = jax.tree.map(np.asarray, measured(jnp.arange(8)))
     assert np.ptp(together["mode_strength"][:, -1]) > 0.1
     for i in range(8):
-        alone = measured(jnp.array([i]))
+        alone = jax.tree.map(np.asarray, measured(jnp.array([i])))
         for name in together:
             np.testing.assert_allclose(together[name][i], alone[name][0], rtol=1e-3, atol=1e-4)
 
@@ -194,8 +196,9 @@ def seen(batch, points, updates):
         points=points,
         diagnose=lambda state: {"seen": state[0]},
     )
-    task = domain.sample_task(jax.random.key(0))
-    return np.asarray(inner.run(domain, learner, task, jax.random.key(1), (0, updates))["seen"][-1])
+    task = jax.jit(domain.sample_task)(jax.random.key(0))
+    run = jax.jit(partial(inner.run, domain, learner, times=(0, updates)))
+    return np.asarray(run(task, jax.random.key(1))["seen"])[-1]
 
 
 def test_full_batch_shows_the_same_pairs_and_fresh_minibatches_never_do():

@@ -23,12 +23,14 @@ import metadyn
 from metadyn import dynamics, figures, view
 from metadyn.cli import main
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import ConfigError
+from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.labelled import About, Modes, describe, labelled
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import prediction_loss
+from metadyn.options import configured
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
-from metadyn.runner import rehearse
+from metadyn.progress import Progress
+from metadyn.runner import rehearse, run_study
 from metadyn.several_domains import TITLES
 from metadyn.store import Results, RunFolder
 from metadyn.study import criterion, load_study
@@ -186,8 +188,10 @@ def among(*domains):
 
 def run_small(out):
     """Modes have an order in one of its domains, and none in the other."""
+    study = load_study(STUDY)
+    config = configured(study.presets["quick"], SMALL)
     with among(*DOMAINS):
-        assert main(["run", STUDY, "--out", str(out), *SMALL, "--tensorboard"]) == 1
+        run_study(study, "quick", 0, config, out, Progress(None), tensorboard=True)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +298,8 @@ def test_scalars_after_a_damaged_checkpoint_are_still_shown(finished, tmp_path, 
     before = logged_in(out / "tensorboard")
     monkeypatch.setattr(figures, "draw", lambda *given: [])
     monkeypatch.setattr(view, "write", lambda *given: out / "report.html")
-    run_small(out)
+    with pytest.warns(ConfigWarning, match="checkpoints/1 is damaged"):
+        run_small(out)
     starts = [e.step for e in events(out / "tensorboard") if e.HasField("session_log")]
     assert len(starts) == 2
     assert max(step for step, _, _ in before) < starts[-1]
