@@ -38,6 +38,7 @@ STUDY = """
 import dataclasses
 import numpy as np
 from benchmarks.tiny_study import study as tiny
+from matplotlib.figure import Figure
 from metadyn import Claim, criterion
 from metadyn.dynamics import Estimate
 small = tiny.presets["quick"]
@@ -46,14 +47,16 @@ small = dataclasses.replace(
 )
 def plan(config):
     whole = tiny.plan(config)
-    return dataclasses.replace(whole, comparisons=[whole.comparisons[0].alone("")])
+    alone = whole.comparisons[0].alone("", followed=False)  # which has no figures
+    return dataclasses.replace(whole, comparisons=[alone])
 def criteria(config, results):
     last = float(results["tracked", "lstm"]["outer_step"][-1])
     steps = Estimate(*(np.array(last * by) for by in (1, 3.5 / 6, 2)))
     yield criterion("steps", steps, "fewer than 3", at_most=3.0)
 study = dataclasses.replace(
     tiny, name={name!r}, section={section!r}, presets={{"quick": small}}, plan=plan,
-    criteria=criteria, claims=[Claim("steps", "It takes few steps", "orders")],
+    criteria=criteria, figures={{"own": lambda results: Figure()}},
+    claims=[Claim("steps", "It takes few steps", "own")],
 )
 """
 
@@ -109,8 +112,8 @@ def test_claims_are_collected_judged_and_written(folder, capsys):
     lines = between(text).splitlines()[2:]
     assert ["first" in lines[0], "a_second" in lines[1]] == [True, True]
     assert "| **undecided**: 6 [3, 12]; the value is" not in lines[0]
-    assert lines[0].endswith("| **refuted**: 6 [3.5, 12] ([orders](figures/first_orders.png)) |")
-    assert (folder / "figures" / "first_orders.png").is_file()
+    assert lines[0].endswith("| **refuted**: 6 [3.5, 12] ([own](figures/first_own.png)) |")
+    assert (folder / "figures" / "first_own.png").is_file()
     assert "Not measured" not in text
 
 
