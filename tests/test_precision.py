@@ -107,7 +107,12 @@ ASKED = {"float32": "HIGHEST", "tensorfloat32": "HIGH", "bfloat16": "DEFAULT"}
 @pytest.mark.parametrize(
     ("domain", "precision", "platform"),
     [
-        *((LINEAR, precision, platform) for precision in ASKED for platform in PLATFORMS),
+        (LINEAR, "float32", "cuda"),
+        (LINEAR, "float32", "tpu"),
+        (LINEAR, "tensorfloat32", "cuda"),
+        (LINEAR, "tensorfloat32", "tpu"),
+        (LINEAR, "bfloat16", "tpu"),
+        (FOURIER, "bfloat16", "cuda"),  # where the domain asks for nothing exact, nor may a kernel
         (FOURIER, "bfloat16", "tpu"),
         (BANDIT, "float32", "tpu"),
         (BANDIT, "bfloat16", "tpu"),
