@@ -190,7 +190,7 @@ def start(results):
 
 
 QUICK = Config(
-    linear=LinearRegression(n_x=3, n_y=3),
+    linear=LinearRegression(n_x=3, n_y=3, spread="even"),
     nonlinear=FourierRegression(band(1, 3), steps=20),
     outer=md.OuterConfig(steps=1500, seeds=3, checkpoints=4),
     nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=32),
@@ -199,6 +199,7 @@ QUICK = Config(
     ),
 )
 WORKSTATION = Config(
+    linear=LinearRegression(spread="even"),
     outer=md.OuterConfig(steps=2000, checkpoints=4),
     nonlinear_maml=MAMLConfig(width=64, inner_steps=1, outer_batch=32),
     measure=md.MeasureConfig(
