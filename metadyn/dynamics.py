@@ -341,8 +341,12 @@ def outer_correlation(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
 
 
 def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:
-    """(L − L_Bayes) / (L_Bayes − floor) on the same episodes; floor is the loss of knowing all."""
-    return (loss - bayes_loss) / (bayes_loss - floor)
+    """(L − L_Bayes) / (L_Bayes − floor) on the same episodes; floor is the loss of knowing all.
+
+    Infinite, or NaN where a learner has it too, if Bayes has that loss itself.
+    """
+    with np.errstate(all="ignore"):
+        return np.divide(loss - bayes_loss, bayes_loss - floor)
 
 
 def episode_loss(data: xr.Dataset) -> np.ndarray:
