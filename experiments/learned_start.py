@@ -201,7 +201,7 @@ QUICK = Config(
 WORKSTATION = Config(
     linear=LinearRegression(spread="even"),
     outer=md.OuterConfig(steps=2000, checkpoints=4),
-    nonlinear_maml=MAMLConfig(width=64, inner_steps=1, outer_batch=32),
+    nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=16),
     measure=md.MeasureConfig(
         tasks=2048, updating_tasks=64, tracked_tasks=64, heldout_tasks=1024, probe_points=16
     ),
