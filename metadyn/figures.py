@@ -36,6 +36,7 @@ from metadyn.store import NotMeasured, Results
 MARKERS = "osD^vP"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 STYLE: dict[Any, Any] = {
+    "axes.formatter.min_exponent": 4,  # 6 and 0.01, not powers of ten
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
