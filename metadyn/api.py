@@ -49,6 +49,8 @@ def train(
     stored, and mode trajectories are not kept: `metadyn run` does that. Raises `ConfigError` for
     settings that do not fit and for a loss that is no longer finite.
     """
+    fix = "give a meta-learner, such as LSTMConfig().make(domain)"
+    check(isinstance(meta, MetaLearner), "meta", meta, fix)
     config = OuterConfig(steps=steps, seeds=seeds, **{"warmup": min(200, steps // 10), **outer})
     training = MetaTraining(meta, objective(domain, meta))
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
@@ -85,11 +87,12 @@ def measure(
         check(tasks >= 1, "tasks", tasks, "must be at least 1")
         evaluation = domain.evaluation(points)
         tasks = dataclasses.replace(evaluation, size=tasks, updating_size=updating_tasks)
+    check(isinstance(learners, Mapping) and learners, "learners", learners, "give some, by name")
+    fix = "is not trained: give what `metadyn.train` returns, under a name"
     parts = {}
     for place, (name, learner) in enumerate(learners.items()):
         params: Params = ()
         if isinstance(learner, Contender):
-            fix = "is not trained: give what `metadyn.train` returns, under a name"
             check(not learner.seeded, "learners", name, fix)
             contender = learner
         elif isinstance(learner, Learner):
@@ -97,6 +100,7 @@ def measure(
             kind = "bayes" if name == "bayes" else "ordinary"
             contender = Contender(name, name, learner, kind, times)  # type: ignore[arg-type]
         else:
+            check(isinstance(learner, Trained), "learners", name, fix)
             contender, params = Contender(name, name, learner.meta), learner.params
         arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
         about = described(tasks, contender, place)

@@ -211,6 +211,8 @@ class Regression:
 
     def loss(self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]) -> Array:
         """Squared error, mean over outputs."""
+        fix = f"an answer is of the feedback's shape, {jnp.shape(feedback)}"
+        check(jnp.shape(answer) == jnp.shape(feedback), "answer", jnp.shape(answer), fix)
         return ((answer - feedback) ** 2).mean()
 
     def encode_query(self, query: Float[Array, " n_x"]) -> Float[Array, " n_x"]:

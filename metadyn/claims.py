@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from metadyn.errors import ConfigError
-from metadyn.store import RunFolder, read_summary
+from metadyn.store import RunFolder, read_summary, write_whole
 from metadyn.study import Claim, Study, Table, load_studies
 
 BEGIN, END = "<!-- made by `metadyn claims`: -->", "<!-- end -->"
@@ -96,11 +96,11 @@ def write(folder: Path) -> Path:
     Raises `ConfigError` if it is not there or has no marks.
     """
     path = folder / "README.md"
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     around = re.fullmatch(f"(.*{BEGIN}).*({END}.*)", text, re.DOTALL)
     if not around:
         raise ConfigError(f"{path}: needs the lines {BEGIN!r} and {END!r}")
-    path.write_text(f"{around[1]}\n\n{tables(folder)}\n\n{around[2]}")
+    write_whole(path, f"{around[1]}\n\n{tables(folder)}\n\n{around[2]}")
     return path
 
 

@@ -49,6 +49,9 @@ _EXAMPLES = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **given: Any):
+        super().__init__(allow_abbrev=False, **given)  # --s is not --seed, but an option of a study
+
     def error(self, message: str) -> NoReturn:
         unknown = re.match("argument command: invalid choice: '(.*?)'", message)
         near = meant(unknown[1], _EXAMPLES) if unknown else ""
@@ -158,16 +161,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.showwarning = _warn
+    do: Any = None
     try:
         if not (sys.argv[1:] if argv is None else argv):
             _parser().print_help()
+            sys.stdout.flush()
             return DONE
         arguments, overrides = _parser().parse_known_args(argv)
-        if overrides and arguments.do not in (_run, _sweep):
+        do = arguments.do
+        if overrides and do not in (_run, _sweep):
             near = meant(overrides[0], _own(arguments))
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}{near}")
         arguments.overrides = overrides
-        code = arguments.do(arguments)
+        if (out := getattr(arguments, "out", None)) is not None:
+            arguments.out = os.path.expanduser(out)
+            if not out:
+                raise ConfigError("--out '': name a folder, or leave it out")
+        code = do(arguments)
         sys.stdout.flush()
         return code
     except ConfigError as error:
@@ -176,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, said = INTERRUPTED, STOPPED
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code, said = INTERRUPTED if arguments.do in (_run, _sweep) else DONE, ""
+        code, said = INTERRUPTED if do in (_run, _sweep) else DONE, ""
     except Exception as error:
         from metadyn import mesh
 
@@ -275,10 +285,14 @@ def _begin(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--seed {arguments.seed}: must be from 0 to {2**32 - 1}")
 
 
-def _check_preset(study: Study, preset: str) -> None:
+def _check_preset(study: Study, preset: str, own: Sequence[str]) -> None:
     if preset not in study.presets:
         known, near = ", ".join(study.presets), meant(preset, study.presets)
         raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}{near}")
+    for field, _ in options_of(study.presets[preset]):
+        if field in own:
+            said = "is an option of `metadyn run` itself: rename this field of its configuration"
+            raise ConfigError(f"study {study.name!r}: {field} {said}")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -288,10 +302,13 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     _begin(arguments)
     study, preset, seed = load_study(arguments.study), arguments.preset, arguments.seed
-    _check_preset(study, preset)
+    _check_preset(study, preset, _own(arguments))
     default, words = study.presets[preset], list(arguments.overrides)
     if arguments.seeds:
         words = ["--outer.seeds", *arguments.seeds, *words]
+    for word in ("--options", "--tensorboard"):
+        if word in words:
+            raise ConfigError(f"{word}: is an option of `metadyn run` alone")
     options, known = sweep.parsed(words), dict(options_of(default))
     kind: sweep.Kind = (
         "random" if arguments.random is not None else "zip" if arguments.zip else "grid"
@@ -345,7 +362,7 @@ def _studies(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
     studies = load_studies(arguments.study) if several else [load_study(arguments.study)]
     for study in studies:
-        _check_preset(study, preset)
+        _check_preset(study, preset, _own(arguments))
     progress = Progress(Terminal() if mesh.first() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:
@@ -408,10 +425,16 @@ def _figures(arguments: argparse.Namespace) -> int:
         return DONE
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
-    found = arguments.study or name in known()
-    own = load_study(name).own_figures() if found else {}
-    for path in figures.draw(run.figures, run.results(), own, progress):
+    found = load_study(name) if arguments.study or name in known() else None
+    own = found.own_figures() if found else {}
+    if found and found.name != run.config["study"]:
+        theirs = f"{arguments.dir} is a run of {run.config['study']!r}"
+        raise ConfigError(f"--study {name}: defines {found.name!r}, but {theirs}")
+    paths = figures.draw(run.figures, run.results(), own, progress)
+    for path in paths:
         print(path)
+    if not paths:
+        _say(f"{arguments.dir} holds no measurement yet: nothing is drawn")
     if not found:
         _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
     return DONE

@@ -28,17 +28,21 @@ class ConfigWarning(UserWarning):
 def check(holds: Any, field: str, value: Any, fix: str) -> None:
     """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
     if not holds:
-        raise ConfigError(f"{field} = {value!r}: {fix}", field, value, fix)
+        said = f"{field} {value}" if field.startswith("--") else f"{field} = {value!r}"
+        raise ConfigError(f"{said}: {fix}", field, value, fix)
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def naming(what: str, *kept: type[ConfigError]) -> Iterator[None]:
     """Raises whatever goes wrong inside as a `ConfigError`, in one line that begins with `what`.
 
-    For code that is a user's own. A subclass of `ConfigError` stays what it is.
+    For code that is a user's own. A subclass of `ConfigError` stays what it is; errors of the kinds
+    `kept` are raised as they are.
     """
     try:
         yield
+    except kept:
+        raise
     except (Exception, SystemExit) as error:
         kind = type(error) if isinstance(error, ConfigError) else ConfigError
         said = " ".join(f"{type(error).__name__}: {error}".split())
@@ -59,9 +63,10 @@ def meant(name: str, known: Iterable[str]) -> str:
 
 def check_name(name: str, what: str) -> None:
     """Raises `ConfigError` unless a name can be that of a folder of arrays."""
-    right = re.fullmatch(r"\w[\w.-]*", name) and not re.search(r"\.(part|damaged)", name)
+    words = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
+    right = words and not re.search(r"\.(part|damaged)", name)
     fix = "must be made of letters, digits, '_', '-' and '.', without '.part' and '.damaged'"
-    check(bool(right), f"name of a {what}", name, fix)
+    check(right, f"name of a {what}", name, fix)
 
 
 def check_choice(field: str, value: Any, choices: Any) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -20,16 +20,20 @@ from typing import Any
 import matplotlib
 import numpy as np
 import xarray as xr
+from matplotlib import cbook
 from matplotlib.artist import setp
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.mathtext import MathTextParser
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from metadyn import dynamics, labelled
 from metadyn.base import STRENGTH
 from metadyn.dynamics import Estimate
+from metadyn.errors import check, naming
 from metadyn.progress import Progress
 from metadyn.store import NotMeasured, Results
 
@@ -77,6 +81,26 @@ def draw(folder: Path, results: Results, own: Own, progress: Progress) -> list[P
             paths.append(folder / f"inner_curves{name}.gif")
             animation(training, paths[-1])
     return paths
+
+
+def checked(figure: Callable[[Results], Figure]) -> Callable[[Results], Figure]:
+    """Makes sure that what draws a figure gives one, with words that can be set."""
+
+    def draw(results: Results) -> Figure:
+        found = figure(results)
+        check(isinstance(found, Figure), "figure", type(found).__name__, "must be matplotlib's")
+        check_words(text.get_text() for text in found.findobj(Text))
+        return found
+
+    return draw
+
+
+def check_words(texts: Iterable[str]) -> None:
+    """Raises `ConfigError` for a text whose mathematics, between dollar signs, cannot be set."""
+    for line in {line for text in texts for line in text.splitlines()}:
+        if cbook.is_math_text(line):
+            with naming(f"{line!r} cannot be typeset"):
+                MathTextParser("path").parse(line)
 
 
 def of_every_run(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from metadyn import mesh, prng
 from metadyn.base import (
@@ -109,19 +109,10 @@ def run(
     """
     times = checked(times)
     key_init, key_steps = jax.random.split(key)
-    pose = lambda state, keys: interact(domain, task, partial(learner.predict, state), keys)
 
     def step(t, carry):
-        state, total = carry
-        if learner.batch is None:
-            keys = jax.random.split(jax.random.fold_in(key_steps, t))
-            query, answer, feedback = pose(state, keys)
-            loss = domain.loss(answer, feedback)
-        else:
-            keys = _batch_keys(learner.batch, learner.points, key_steps, t)
-            query, answer, feedback = jax.vmap(pose, (None, 0))(state, keys)
-            loss = jnp.mean(jax.vmap(domain.loss)(answer, feedback))
-        return learner.update(state, query, feedback), total + loss
+        state, loss = stepped(domain, learner, task, key_steps, t, carry[0])
+        return state, carry[1] + loss
 
     def look(state) -> dict[str, Array]:
         readings = dict(learner.diagnose(state) if learner.diagnose else {})
@@ -140,6 +131,21 @@ def run(
     first = look(state) | {"loss": jnp.array(jnp.nan)}
     _, rest = jax.lax.scan(segment, state, (times[:-1], times[1:]))
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+
+def stepped(
+    domain: Domain, learner: Learner, task: Task, key: Key, t: Int[Array, ""], state: Any
+) -> tuple[Any, Float[Array, ""]]:
+    """Step t of an episode: the learner's state after it, and the loss of what it answered."""
+    pose = lambda state, keys: interact(domain, task, partial(learner.predict, state), keys)
+    if learner.batch is None:
+        query, answer, feedback = pose(state, jax.random.split(jax.random.fold_in(key, t)))
+        loss = domain.loss(answer, feedback)
+    else:
+        keys = _batch_keys(learner.batch, learner.points, key, t)
+        query, answer, feedback = jax.vmap(pose, (None, 0))(state, keys)
+        loss = jnp.mean(jax.vmap(domain.loss)(answer, feedback))
+    return learner.update(state, query, feedback), loss
 
 
 def _batch_keys(
@@ -235,7 +241,8 @@ def log_spaced(steps: int, count: int) -> tuple[int, ...]:
 
 def checked(times: Sequence[int] | np.ndarray) -> Any:
     """Times as an array. Raises `ConfigError` unless they increase strictly from 0."""
-    array = np.asarray(times, np.int32)
-    increasing = array.ndim == 1 and len(array) > 1 and bool((np.diff(array) > 0).all())
-    check(increasing and array[0] == 0, "times", times, "must increase strictly from 0")
-    return array
+    array = np.asarray(times)
+    whole = array.ndim == 1 and len(array) > 1 and array.dtype.kind in "iu"
+    increasing = whole and array[0] == 0 and bool((np.diff(array) > 0).all())
+    check(increasing, "times", times, "must be whole numbers that increase strictly from 0")
+    return array.astype(np.int32)

@@ -13,8 +13,11 @@ import numpy as np
 
 from metadyn import inner, labelled, mesh
 from metadyn.base import STRENGTH, Key, Learner, Params, Probe, TaskSet
-from metadyn.errors import ConfigError, check, naming
+from metadyn.errors import ConfigError, check, check_name, naming
 from metadyn.study import Contender
+
+TAKEN = ("time", "closed_form", "learner", "seed", "task", "step", "mode", "outer_step")
+"""Names in the labelled arrays that no diagnosis can have."""
 
 
 def readings(
@@ -91,7 +94,8 @@ def described(
         axes["closed_form"] = ("step", "mode")
     assert contender.kind is not None
     who = contender.name, contender.label, contender.kind, contender.clock
-    about = labelled.About(*who, tasks.domain.loss_floor, contender.drawn, place, title, followed)
+    floor = float(tasks.domain.loss_floor)
+    about = labelled.About(*who, floor, contender.drawn, place, title, followed)
     return labelled.describe(about, axes, coords, {name: probe.modes for name, probe in probes})
 
 
@@ -106,13 +110,19 @@ def _axes(
     """
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
+    taken = {*axes, *tasks.probes, *TAKEN}
 
     def trace(key: Key, params: Params, task: Any) -> None:
-        learner = contender.make(params)
-        state = learner.init(key)
-        for name, leaf in (learner.diagnose(state) if learner.diagnose else {}).items():
-            axes[name] = tuple(f"{name}_{i}" for i in range(leaf.ndim))
-            sizes.update(zip(axes[name], leaf.shape, strict=True))
+        with naming(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
+            learner = contender.make(params)
+            state = learner.init(key)
+            after, loss = inner.stepped(tasks.domain, learner, task, key, jnp.int32(0), state)
+            _check_step(state, after, loss)
+            for name, leaf in (learner.diagnose(state) if learner.diagnose else {}).items():
+                check_name(name, "diagnosis")
+                check(name not in taken, "diagnose", name, "this name is taken: choose another")
+                axes[name] = tuple(f"{name}_{i}" for i in range(leaf.ndim))
+                sizes.update(zip(axes[name], leaf.shape, strict=True))
         for name, probe in tasks.probes.items():
             with naming(f"probe {name!r} on {tasks.name!r} cannot be read"):
                 answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
@@ -129,7 +139,7 @@ def _axes(
     meta = contender.learner
     params = () if isinstance(meta, Learner) else weights(meta.init)
     with naming(f"tasks of {tasks.name!r} cannot be drawn"):
-        task = _task(tasks) if tasks.probes else None
+        task = _task(tasks)
     jax.eval_shape(trace, jax.random.key(0), params, task)
     return axes, sizes
 
@@ -137,7 +147,8 @@ def _axes(
 @functools.cache
 def weights(init: Callable[[Key], Params]) -> Params:
     """Gives the shapes of the outer parameters that a meta-learner's `init` draws."""
-    return jax.eval_shape(init, jax.random.key(0))
+    with naming(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
+        return jax.eval_shape(init, jax.random.key(0))
 
 
 @functools.cache
@@ -145,6 +156,17 @@ def _task(tasks: TaskSet) -> Any:
     """Gives the shapes of a task of a set."""
     argument = jax.tree.map(jnp.asarray, tasks.argument)
     return jax.eval_shape(tasks.sample, jax.random.key(0), argument)
+
+
+def _check_step(before: Any, after: Any, loss: Any) -> None:
+    """Raises `ConfigError` unless a state stays of its kind, and a loss is one number."""
+    check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
+    (leaves, tree), (updated, found) = map(jax.tree.flatten, (before, after))
+    right: bool = tree == found  # type: ignore[operator]
+    check(right, "update", found, f"must give a state as init does, {tree}")
+    for one, other in zip(leaves, updated, strict=True):
+        kind, new = ((jnp.shape(leaf), jnp.result_type(leaf).name) for leaf in (one, other))
+        check(kind == new, "update", new, f"must give a state as init does, {kind}")
 
 
 def _check_read(name: str, probe: Probe, shapes: Mapping[str, tuple[int, ...]]) -> None:

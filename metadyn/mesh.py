@@ -53,17 +53,18 @@ def start(
     if len(lacking) == len(told) and not _launched():
         return
     if 0 < len(lacking) < len(told):
-        raise ConfigError(
-            f"{lacking[0]} = None: give all of --coordinator HOST:PORT, --processes and "
-            "--process-id, or none"
-        )
+        missing = {"coordinator_address": "--coordinator", "num_processes": "--processes"}
+        option = missing.get(lacking[0], "--process-id")
+        said = "give all of --coordinator HOST:PORT, --processes and --process-id, or none"
+        raise ConfigError(f"{option} is missing: {said}")
     # Its handler of SIGTERM would take the place of ours, which saves.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**told, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError, IndexError) as error:
         said = str(error).splitlines()[0]
-        raise ConfigError(f"{told}: the processes of the run cannot be joined ({said})") from error
+        where = f"--coordinator {told['coordinator_address']}" if coordinator else "this launcher"
+        raise ConfigError(f"{where}: the processes cannot be joined ({said})") from error
 
 
 def _whole(value: int | None, variable: str) -> int | None:

@@ -52,7 +52,10 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
         said = " ".join(text.split()) + hinted
         form = r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\."
         said = re.sub(form, r"\2 \1: choose from \3", said)
-        raise ConfigError(said if said.startswith("--") else f"override: {said}") from None
+        raise ConfigError(said) from None
+    except Exception as error:  # of a configuration of the user's own
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"the study's configuration takes no such options ({said})") from error
 
 
 def _matrices() -> Any:
@@ -124,7 +127,7 @@ def options_of(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     names = [*config] if isinstance(config, dict) else [f.name for f in dataclasses.fields(config)]
     for name in names:
         value = config[name] if isinstance(config, dict) else getattr(config, name)
-        option = prefix + name.replace("_", "-")
+        option = prefix + str(name).replace("_", "-")
         if isinstance(value, dict) or dataclasses.is_dataclass(value):
             yield from options_of(value, f"{option}.")
         else:

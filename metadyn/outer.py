@@ -290,6 +290,7 @@ class OuterLoop:
     def check_finite(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises `ConfigError`, which names the learning rate, when a metric is not finite."""
         for name, each in metrics.items():
-            finite = all(np.isfinite(value).all() for value in each.values())
-            fix = f"the loss of {name} is no longer finite at outer step {step}; lower it"
-            self.trained[name].check(finite, "learning_rate", self.config, fix)
+            for what, value in each.items():
+                fix = f"the {what} of {name} is no longer finite at outer step {step}; lower it"
+                finite = np.isfinite(value).all()
+                self.trained[name].check(finite, "learning_rate", self.config, fix)

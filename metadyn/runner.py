@@ -26,8 +26,9 @@ import xarray as xr
 
 from metadyn import dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
-from metadyn.errors import ConfigError
+from metadyn.errors import ConfigError, check, naming
 from metadyn.measuring import bytes_needed, calls, described, fits, readings, weights
+from metadyn.options import options_of
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
 from metadyn.store import Results, RunFolder
@@ -364,6 +365,9 @@ def _settings(domain: Any) -> dict[str, Any]:
 
 def asked_for(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> dict[str, Any]:
     """What is kept with a run, and compared when one is to go on."""
+    for option, value in options_of(config):
+        with naming(f"{option} = {value!r} cannot be stored: use numbers, words, tuples of them"):
+            json.dumps(value)
     identity = {"study": study.name, "preset": preset, "seed": seed}
     return {**identity, "config": dataclasses.asdict(config), "plan": outline(plan)}
 
@@ -377,14 +381,27 @@ def check_compiled(loop: OuterLoop, name: str) -> None:
         fits(f"an outer step of {name}", used, loop.trained[name].option("batch"))
 
 
+def check_objectives(plan: Plan) -> None:
+    """Raises `ConfigError` unless every objective gives a loss and metrics, each one number."""
+    for name, each in plan.trained.items():
+        objective, params = each.objective, weights(each.meta.init)
+        keys = jax.eval_shape(partial(jax.random.split, num=objective.group), jax.random.key(0))
+        with naming(f"the objective of {name} cannot be computed"):
+            loss, metrics = jax.eval_shape(objective.loss, params, keys)
+            for what, value in [("loss", loss), *metrics.items()]:
+                check(value.shape == (), what, f"of shape {value.shape}", "must be one number")
+
+
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
     """Returns the criteria, had of made-up numbers, and draws the study's figures.
 
     Raises `ConfigError` if they cannot be had of the plan.
 
-    They are made of measurements of the shapes planned, with few tasks and made-up numbers: so a
-    name that is not measured, or a figure that cannot be drawn, is found before training.
+    What objectives give is traced. Criteria and figures are made of measurements of the shapes
+    planned, with few tasks and made-up numbers: so a name that is not measured, or a figure that
+    cannot be drawn, is found before training.
     """
+    check_objectives(plan)
     steps = np.array(plan.outer.checkpoint_steps[-3:])
     sets: dict[str, list[str]] = {}
     planned = {}
@@ -397,6 +414,11 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
     criteria = study.judged(config, results)
     for draw in study.own_figures().values():
         draw(results)
+    from metadyn import figures
+
+    parts = [word for each in plan.every for word in (each.part.title, each.contender.label)]
+    modes = [probe.modes for each in plan.every for probe in each.tasks.probes.values()]
+    figures.check_words([*parts, *(word for each in modes for word in (each.axis, each.strength))])
     return criteria
 
 
@@ -442,11 +464,12 @@ def run_study(
     if tensorboard:
         check_installed()
     plan = study.plan(config)
-    asked = asked_for(study, preset, seed, config, plan)
-    check_memory(plan)
-    with progress.counting("checking", 1) as show:
-        show("criteria and figures")
-        rehearsal = _fingerprint(rehearse(study, config, plan))
+    with naming(f"study {study.name!r} cannot be run", ConfigError):
+        asked = asked_for(study, preset, seed, config, plan)
+        check_memory(plan)
+        with progress.counting("checking", 1) as show:
+            show("criteria and figures")
+            rehearsal = _fingerprint(rehearse(study, config, plan))
     with writing(out):
         mesh.by_first(lambda: RunFolder.create(out, asked).config)
         run = RunFolder(out)

@@ -479,7 +479,7 @@ def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, A
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted({*theirs, *ours}):
             yield from differences(theirs.get(key), ours.get(key), f"{name}.{key}")
-    elif theirs != ours:
+    elif theirs != ours and (theirs == theirs or ours == ours):  # both are not NaN
         yield name.removeprefix(".config").removeprefix("."), theirs, ours
 
 

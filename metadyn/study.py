@@ -49,7 +49,7 @@ from metadyn.learners.linear_recurrent import MinLSTMConfig
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.maml import MAMLConfig
 from metadyn.learners.networks import GRUConfig
-from metadyn.objectives import ObjectiveOf, prediction_loss
+from metadyn.objectives import Objective, ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig
 from metadyn.store import Results
 
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 TRACKED, HELDOUT = "tracked", "heldout"
 """The sets of tasks on which meta-learners are measured at every checkpoint: the first of those of
 evaluation, for mode trajectories; and some of the training distribution, for excess loss."""
+Clock = Literal["observations", "updates"]
 OWN = ("learning_rate", "batch")
 """Settings of the outer loop that a meta-learner's configuration may have as `outer_…`."""
 Network = Literal[
@@ -218,12 +219,24 @@ class Contender:
 
     def __post_init__(self) -> None:
         check_name(self.name, "contender")
+        learner, who = self.learner, f"of contender {self.name!r}"
+        check(isinstance(self.label, str), "label", self.label, f"{who}, must be words")
+        check_choice("clock", self.clock, Clock)
+        fix = f"{who}, which counts updates: say after which of them it is probed"
+        check(self.times is not None or self.clock == "observations", "times", self.times, fix)
+        if isinstance(learner, Learner):
+            fix = f"{who}, must be a whole number from 1, or None"
+            for field in ("batch", "points"):
+                n = getattr(learner, field)
+                check(n is None or (isinstance(n, int) and n >= 1), field, n, fix)
+            enough = learner.points is None or (learner.batch or 1) <= learner.points
+            check(enough, "points", learner.points, f"{who}, must be at least its batch")
         kinds = [kind for kind in get_args(Kind) if (kind == "meta") == self.trained]
         object.__setattr__(self, "kind", self.kind or kinds[0])
-        fix = f"of contender {self.name!r}, a {type(self.learner).__name__}: choose from {kinds}"
+        fix = f"{who}, a {type(learner).__name__}: choose from {kinds}"
         check(self.kind in kinds, "kind", self.kind, fix)
         fix = f"contender {self.name!r} is derived: name the meta-learner whose parameters it takes"
-        check(bool(self.of) or not isinstance(self.learner, Derived), "of", self.of, fix)
+        check(bool(self.of) or not isinstance(learner, Derived), "of", self.of, fix)
         if self.times is not None:
             object.__setattr__(self, "times", tuple(map(int, inner.checked(self.times))))
 
@@ -365,6 +378,8 @@ class Comparison:
         meta = contender.learner
         assert not isinstance(meta, Learner | Derived)
         objective = (contender.objective or self.objective)(self.domain, meta)
+        fix = f"that of {contender.name!r} must be a `metadyn.objectives.Objective`"
+        check(isinstance(objective, Objective), "objective", objective, fix)
         return MetaTraining(meta, objective, contender.own, contender.options)
 
     def joined(self, contender: Contender) -> Comparison:
@@ -448,6 +463,15 @@ class Criterion:
     """None: reported beside the criteria, with nothing to pass."""
     verdict: str = ""
     """What the whole interval says of the bounds (`verdict`); "" without bounds."""
+
+    def __post_init__(self) -> None:
+        for field in ("name", "expected"):
+            text = getattr(self, field)
+            check(isinstance(text, str), f"{field} of a criterion", text, "must be words")
+        for field in ("value", "low", "high"):
+            object.__setattr__(self, field, float(getattr(self, field)))
+        if self.passed is not None:
+            object.__setattr__(self, "passed", bool(self.passed))
 
 
 def verdict(estimate: dynamics.Estimate, at_least: float, at_most: float) -> str:
@@ -597,6 +621,24 @@ class Study:
     """Of the paper, for `metadyn claims`."""
     tables: Sequence[Table] = ()
 
+    def __post_init__(self) -> None:
+        check_name(self.name, "study")
+        for preset, config in self.presets.items():
+            right = dataclasses.is_dataclass(config) and not isinstance(config, type)
+            check(right, f"preset {preset!r}", config, "must be an object of a frozen dataclass")
+        for name in self.figures:
+            check_name(name, "figure")
+        make, said = self.plan, f"study {self.name!r}: its plan cannot be made"
+
+        @functools.wraps(make)
+        def plan(config: Any) -> Plan:
+            with naming(said, ConfigError):
+                found = make(config)
+                check(isinstance(found, Plan), "plan", found, "must return a `metadyn.Plan`")
+                return found
+
+        object.__setattr__(self, "plan", plan)
+
     def config(self, preset: str, **fields: Any) -> Any:
         """Returns the configuration of a preset, with some fields changed."""
         check(preset in self.presets, "of", preset, f"choose from {', '.join(self.presets)}")
@@ -632,14 +674,16 @@ class Study:
         """Returns the criteria. Raises `ConfigError` if they fail, or two are of one name."""
         with naming(f"study {self.name!r}: its criteria cannot be had"):
             found = list(self.criteria(config, results))
-        names = [each.name for each in found]
+            names = [each.name for each in found]
         check_unique(names, f"study {self.name!r}: criterion", "two have this name: rename one")
         return found
 
     def own_figures(self) -> dict[str, Callable[[Results], Figure]]:
         """Returns its figures, so that each, where it fails, raises a `ConfigError` naming it."""
+        from metadyn.figures import checked
+
         said = f"study {self.name!r}: figure {{!r}} cannot be drawn"
-        return {name: naming(said.format(name))(draw) for name, draw in self.figures.items()}
+        return {n: naming(said.format(n))(checked(draw)) for n, draw in self.figures.items()}
 
     def _changed(self, name: str, change: Callable[[Comparison], Comparison]) -> Study:
         def plan(config: Any) -> Plan:
@@ -674,6 +718,8 @@ def load_study(name: str) -> Study:
         fix = f"there is no such file, and no such study: choose from {', '.join(known())}"
         fix += meant(name, known())
         raise ConfigError(f"study = {name!r}: {fix}", "study", name, fix)
+    if (beside := str(Path(path).absolute().parent)) not in sys.path:
+        sys.path.append(beside)  # for what it imports
     module = ModuleType(f"metadyn_study_{Path(path).stem}")
     module.__file__ = path
     sys.modules[module.__name__] = module  # where dataclasses and their docstrings are looked up

@@ -154,8 +154,8 @@ def settings(
     if kind == "grid":
         for name, values in options.items():
             for value in values:
-                if values.count(value) > 1:
-                    raise ConfigError(f"{name} {value}: given twice")
+                once = [*map(_number, values)].count(_number(value)) == 1
+                check(once, name, value, "given twice")
         return list(itertools.product(*options.values()))
     several = {name: values for name, values in options.items() if len(values) > 1}
     size = count
@@ -186,6 +186,14 @@ def zipped(default: Any, words: str) -> list[tuple[str, Any]]:
     options = parsed(words.split())
     asked = Sweep("", "", 0, "zip", options, settings(options, "zip", {}, 0, 0))
     return list(zip([first for first, *_ in asked.settings], asked.configs(default), strict=True))
+
+
+def _number(text: str) -> float | str:
+    """What a value is, where it is a number: 0.1 and 1e-1 are the same."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
@@ -382,6 +390,7 @@ def _run(
 ) -> None:
     """Trains and measures settings, those of one form side by side."""
     sweep = folder.sweep
+    failed: list[ConfigError] = []
     forms = by_form({i: runner.loop for i, runner in runners.items()})
     with progress.counting("tracing", len(runners)) as show:
         for i, runner in runners.items():
@@ -417,4 +426,9 @@ def _run(
                     runners[i].measure_all()
                     seconds = training + time.monotonic() - begun
                     run = runners[i].store
-                    judge(study, configs[i], run, run.results(), seconds)
+                    try:
+                        judge(study, configs[i], run, run.results(), seconds)
+                    except ConfigError as error:  # the others are measured all the same
+                        failed.append(ConfigError(f"{sweep.called(i)}: {error}"))
+    if failed:
+        raise failed[0]

@@ -124,17 +124,19 @@ class Rows:
         params = jax.tree.map(join, *(state.params for state in states))
         moments = jax.tree.map(join, *(state.moments for state in states))
         while step < target:
-            count, begun = first.dispatched(target - step), time.perf_counter()
+            count, taken = first.dispatched(target - step), 0.0
             metrics: dict[str, Any] = {}
             for name in self._advance:
                 advance, now = self._compiled(name), (np.int32(step), np.int32(count))
                 start = time.perf_counter()
                 found = jax.block_until_ready(advance(now, params[name], moments[name]))
+                seconds = time.perf_counter() - start
+                taken += seconds
                 for loop in self.loops:
-                    loop.seconds[name] += (time.perf_counter() - start) / len(self.loops)
+                    loop.seconds[name] += seconds / len(self.loops)
                 found = jax.tree.map(np.asarray, found)
                 params[name], moments[name], metrics[name] = found
-            step, first.pace = step + count, (time.perf_counter() - begun) / count
+            step, first.pace = step + count, taken / count
 
             def of(i: int, tree: Any) -> Any:
                 return jax.tree.map(lambda leaf: leaf[i * seeds : (i + 1) * seeds], tree)

@@ -16,7 +16,7 @@ import xarray as xr
 from processes import newest, trains
 
 import metadyn
-from metadyn import figures, runner
+from metadyn import cli, figures, runner
 from metadyn.cli import main
 from metadyn.options import configured
 from metadyn.store import RunFolder
@@ -425,6 +425,49 @@ def test_close_names_are_suggested(refused):
     refused(["linear_regresion"], "did you mean 'linear_regression'?")
     refused(["linear_regression", "--preset", "qick"], "did you mean 'quick'?")
     refused(["linear_regression", "--domain.sigm", "1"], "did you mean '--domain.sigma'?")
+
+
+def test_an_option_of_a_study_is_not_taken_for_the_beginning_of_one_of_the_commands(
+    refused, tmp_path
+):
+    _, overrides = cli._parser().parse_known_args(["run", "x", "--s", "7", "--pre", "quick"])
+    assert overrides == ["--s", "7", "--pre", "quick"]
+    study = tmp_path / "mine.py"
+    study.write_text(f"""
+import dataclasses, metadyn
+base = metadyn.load_study({TINY!r})
+@dataclasses.dataclass(frozen=True)
+class Config(type(base.presets["quick"])):
+    seed: int = 3
+study = dataclasses.replace(base, presets={{"quick": Config()}})
+""")
+    refused([str(study)], "--seed is an option of `metadyn run` itself: rename this field")
+
+
+def test_an_empty_folder_is_refused_and_a_tilde_is_home(tmp_path, monkeypatch, capsys):
+    assert main(["run", TINY, "--out", ""]) == 2
+    assert "--out '': name a folder" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert main(["run", TINY, "--out", "~/file"]) == 2
+    assert f"--out {tmp_path}/file cannot be written" in capsys.readouterr().err
+
+
+def test_figures_of_another_study_are_not_drawn(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "figures").iterdir()}
+    assert main(["figures", str(finished), "--study", "contextual_bandit"]) == 2
+    said = capsys.readouterr().err
+    assert "defines 'contextual_bandit', but" in said
+    assert "is a run of 'linear_regression'" in said
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "figures").iterdir()}
+
+
+def test_a_study_imports_what_stands_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_mine.py").write_text(f"STUDY = {TINY!r}")
+    mine = "import metadyn, beside_mine\nstudy = metadyn.load_study(beside_mine.STUDY)"
+    (tmp_path / "mine.py").write_text(mine)
+    assert load_study(str(tmp_path / "mine.py")).name == load_study(TINY).name
 
 
 def test_metadyn_alone_says_what_to_type(capsys):

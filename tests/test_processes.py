@@ -108,8 +108,8 @@ def test_launchers_are_recognised(environment, joins, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--processes", "2"], "coordinator_address = None: give all of --coordinator"),
-        (["--coordinator", "localhost:1"], "num_processes = None"),
+        (["--processes", "2"], "--coordinator is missing: give all of --coordinator"),
+        (["--coordinator", "localhost:1"], "--processes is missing"),
         (["--coordinator", "x", "--processes", "2", "--process-id", "7"], "cannot be joined"),
         (["--coordinator", "x", "--processes", "2", "--process-id", "0"], "cannot be joined"),
         (["--processes", "two"], "invalid int value"),

@@ -52,9 +52,18 @@ def test_ten_lines_from_import_to_picture(tmp_path, monkeypatch, capsys):
 def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
     from metadyn.domains.linear import LinearRegression
     from metadyn.learners.bayes import bayes_linear, ridge
+    from metadyn.learners.lstm import LSTMConfig
 
     domain = LinearRegression(2, 2, steps=4)
     both = {"bayes": bayes_linear(domain), "ridge": ridge(2, 2, 1.0)}
+    meta = LSTMConfig(hidden=4)
+    with pytest.raises(ConfigError, match=r"meta = .*: give a meta-learner, such as"):
+        metadyn.train.__wrapped__(meta, domain)
+    for wrong in (meta.make(domain), both["ridge"].init):
+        with pytest.raises(ConfigError, match="learners = 'one': is not trained: give what"):
+            metadyn.measure.__wrapped__(domain, {"one": wrong})
+    with pytest.raises(ConfigError, match=r"learners = \{\}: give some, by name"):
+        metadyn.measure(domain, {})
     with pytest.raises(ConfigError, match="must be 1 or more"):
         metadyn.measure(domain, both, tasks=domain.evaluation(8))  # whose size is not said
     together = metadyn.measure(domain, both, tasks=8)

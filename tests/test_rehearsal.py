@@ -17,8 +17,9 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
+from metadyn.measuring import bytes_needed
 from metadyn.progress import Progress
-from metadyn.store import RunFolder
+from metadyn.store import RunFolder, differences
 from metadyn.study import beyond_bayes, excess
 
 
@@ -143,9 +144,9 @@ def test_a_closed_form_that_cannot_be_stored_is_refused(tmp_path, monkeypatch):
     assert re.search(says, refused(study, tmp_path / "r", monkeypatch))
 
 
-@pytest.mark.parametrize("times", [(1, 2, 3), (), (0,), (0, 2, 2)])
+@pytest.mark.parametrize("times", [(1, 2, 3), (), (0,), (0, 2, 2), np.array([0, 1.5, 2])])
 def test_times_that_do_not_increase_from_0_are_refused(times):
-    with pytest.raises(ConfigError, match=r"times = .*must increase strictly from 0"):
+    with pytest.raises(ConfigError, match="must be whole numbers that increase strictly"):
         md.Contender("sgd", "SGD", bayes_linear(Config().domain), times=times)
 
 
@@ -304,6 +305,7 @@ def late(config, results):
         (unknown_reading, "saturated_gates"),
         (late, "ValueError: of two lines"),
         (twice, "criterion = 'loss': two have this name"),
+        (lambda config, results: [1], "'int' object has no attribute 'name'"),
     ],
 )
 def test_criteria_that_cannot_be_had(criteria, says, tmp_path, monkeypatch):
@@ -319,6 +321,159 @@ def test_a_figure_that_cannot_be_drawn(tmp_path, monkeypatch):
     both = {"own": figure, "broken": broken}
     said = refused(dataclasses.replace(STUDY, figures=both), tmp_path / "r", monkeypatch)
     assert said.startswith("study 'tiny': figure 'broken' cannot be drawn (AttributeError: ")
+
+
+@pytest.mark.parametrize(
+    ("draw", "says"),
+    [
+        (lambda results: None, "figure = 'NoneType': must be matplotlib's"),
+        (lambda results: figure(results).axes[0], "figure = 'Axes'"),
+        (lambda results: figure(results).suptitle(r"$\foo$").figure, "Unknown symbol"),
+    ],
+)
+def test_what_is_no_figure_or_has_words_that_cannot_be_set(draw, says, tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, figures={"mine": draw})
+    said = refused(study, tmp_path / "r", monkeypatch)
+    assert said.startswith("study 'tiny': figure 'mine' cannot be drawn (ConfigError: ")
+    assert says in said
+
+
+def test_a_label_that_cannot_be_set(tmp_path, monkeypatch):
+    label = lambda old: [old[0], dataclasses.replace(old[1], label=r"$\foo$ and more")]
+    study = dataclasses.replace(STUDY, plan=changed(contenders=label))
+    assert "cannot be typeset" in refused(study, tmp_path / "r", monkeypatch)
+
+
+def with_learner(**functions):
+    """A plan with a learner beside that answers 0, but for some of what it is made of."""
+    zero = md.Learner(lambda key: jnp.zeros(3), lambda s, x: jnp.zeros(2), lambda s, x, y: s)
+    own = md.Contender("own", "own", zero._replace(**functions), "reference")
+    return dataclasses.replace(STUDY, plan=changed(contenders=lambda old: [*old, own]))
+
+
+@pytest.mark.parametrize(
+    ("functions", "says"),
+    [
+        ({"init": lambda: 0}, "takes 0 positional arguments but 1 was given"),
+        ({"predict": lambda s, x: x if x[0] > 0 else -x}, "TracerBoolConversionError"),
+        ({"update": lambda s, x, y: None}, "update = PyTreeDef(None): must give a state as init"),
+        ({"update": lambda s, x, y: jnp.zeros(4)}, "update = ((4,), 'float32'): must give a state"),
+        ({"init": lambda key: jnp.zeros(3, int), "update": lambda s, x, y: s + 0.1}, "'int32'"),
+        ({"diagnose": lambda s: {"mode_strength": s.sum()}}, "this name is taken"),
+        ({"diagnose": lambda s: s}, "AttributeError"),
+    ],
+)
+def test_a_learner_that_cannot_be_stepped(functions, says):
+    made = with_learner(**functions).plan(Config())
+    tasks, own = made.every[-1].tasks, made.comparisons[0].contenders[-1]
+    with pytest.raises(ConfigError) as caught:
+        bytes_needed(tasks, own, 2)
+    assert str(caught.value).startswith("contender 'own' cannot be run on ")
+    assert says in str(caught.value)
+
+
+def test_a_learner_that_cannot_be_stepped_is_refused_before_there_is_a_folder(
+    tmp_path, monkeypatch
+):
+    """Its answers have one number, where two are asked for, and would be spread over both."""
+    study = with_learner(predict=lambda state, x: jnp.ones(1))
+    said = refused(study, tmp_path / "r", monkeypatch)
+    assert said.startswith("contender 'own' cannot be run on 'in_distribution' (")
+
+
+def test_a_criterion_is_of_words_and_numbers():
+    for changes, says in ({"expected": None}, "expected of a criterion"), ({"low": "x"}, "could n"):
+        fields = {"name": "a", "value": 1, "low": 0, "high": 2, "expected": "b", "passed": None}
+        made = object.__new__(md.Criterion)  # types are checked in tests alone
+        vars(made).update(fields | changes)
+        with pytest.raises((ConfigError, ValueError), match=says):
+            made.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"clock": "steps"}, "clock = 'steps': choose from observations, updates"),
+        ({"clock": "updates"}, "times = None: of contender 'own', which counts updates"),
+        ({"batch": 0}, "batch = 0: of contender 'own', must be a whole number from 1"),
+        ({"batch": 4, "points": 2}, "points = 2: of contender 'own', must be at least its batch"),
+    ],
+)
+def test_settings_of_a_learner_that_cannot_be(fields, says):
+    with pytest.raises(ConfigError) as caught:
+        with_learner(**fields).plan(Config())
+    assert str(caught.value).startswith(says)
+
+
+def without_metrics(domain, meta):
+    return md.Objective(lambda params, keys: jnp.float32(0))
+
+
+def of_several_numbers(domain, meta):
+    return md.Objective(lambda params, keys: (jnp.zeros(2), {"loss": jnp.float32(0)}))
+
+
+def failing_objective(domain, meta):
+    return md.Objective(lambda params, keys: (params["no such"], {}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "says"),
+    [
+        (without_metrics, "TypeError"),
+        (of_several_numbers, "loss = 'of shape (2,)': must be one number"),
+        (failing_objective, "KeyError"),
+    ],
+)
+def test_an_objective_that_cannot_be_computed(objective, says, tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, plan=changed(objective=lambda _: objective))
+    said = refused(study, tmp_path / "r", monkeypatch)
+    assert said.startswith("the objective of lstm cannot be computed (")
+    assert says in said
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (lambda config: config.domian, "study 'tiny': its plan cannot be made (AttributeError"),
+        (lambda config: None, "plan = None: must return a `metadyn.Plan`"),
+        (changed(objective=lambda _: lambda domain, meta: 1), "objective = 1: that of 'lstm' must"),
+        (changed(domain=lambda d: dataclasses.replace(d, sigma=-1.0)), "sigma = -1.0: must be"),
+    ],
+)
+def test_a_plan_that_cannot_be_made(broken, says, tmp_path, monkeypatch):
+    said = refused(dataclasses.replace(STUDY, plan=broken), tmp_path / "r", monkeypatch)
+    assert said.startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"name": "a/b"}, "name of a study = 'a/b'"),
+        ({"figures": {"../f": figure}}, "name of a figure = '../f'"),
+        ({"presets": {"quick": Config}}, "preset 'quick' = <class"),
+    ],
+)
+def test_a_study_that_cannot_be(changes, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        dataclasses.replace(STUDY, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Config):
+    """With a setting of its own."""
+
+    own: object = 0.0
+
+
+def test_a_setting_that_cannot_be_stored_is_refused_and_one_that_is_no_number_is_found_again(
+    tmp_path, monkeypatch
+):
+    study = lambda value: dataclasses.replace(STUDY, presets={"quick": Own(own=value)})
+    assert [*differences({"a": float("nan")}, {"a": float("nan")})] == []
+    assert [*differences({"a": float("nan")}, {"a": 1.0})] != []
+    said = refused(study(np.zeros(2)), tmp_path / "r", monkeypatch)
+    assert said.startswith("--own = array([0., 0.]) cannot be stored: use numbers")
 
 
 def failing(results):

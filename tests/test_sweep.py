@@ -360,6 +360,8 @@ def test_ranges_and_rows_of_values():
         (["--lstm.forget-bias", "1", "--lstm.forget_bias=2"], "--lstm.forget-bias: given twice"),
         (["--seeds", "2", "--outer.seeds", "2"], "--outer.seeds: given twice"),
         (["--domain.sigma", "1", "2", "1"], "--domain.sigma 1: given twice"),
+        (["--domain.sigma", "0.1", "1e-1"], "--domain.sigma 0.1: given twice"),
+        (["--tensorboard", "--domain.sigma", "1"], "--tensorboard: is an option of `metadyn run`"),
         (["--domain.sigma"], "--domain.sigma: give one or more values"),
         (["--domain.sigm", "1"], "did you mean '--domain.sigma'?"),
         (["stray"], "stray"),
@@ -416,6 +418,34 @@ def test_settings_without_a_meta_learner_that_is_followed_are_said_to_be_done(do
     rows = sweep_results.measured(sweep.SweepFolder(done))
     assert [row["setting"] for row in rows] == [0, 1, 2, 3]
     assert {row["lost"] for row in rows} == {"done, with no meta-learner that is followed"}
+
+
+def test_criteria_that_fail_on_one_setting_do_not_keep_the_others_from_being_judged(
+    done, tmp_path, monkeypatch, capsys
+):
+    """What is wrong is said, with the setting, at the end; once it is mended the sweep goes on."""
+    out = Path(shutil.copytree(done, tmp_path / "grid"))
+    for path in [out / "summary.json", *(out / f"settings/{i}/summary.json" for i in (1, 2))]:
+        path.unlink()
+    judge, asked = sweep.judge, []
+
+    def failing(study, config, *more):
+        asked.append(config.domain.sigma)
+        if config.domain.sigma == 0.3:
+            raise ConfigError("its criteria cannot be had")
+        return judge(study, config, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "judge", failing)
+        assert metadyn_sweep(out, *GRID, "--seeds", "2") == 2
+    assert asked == [0.3, 0.1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "setting 2 of 4 (" in said
+    assert "its criteria cannot be had" in said
+    assert (out / "settings/2/summary.json").exists()
+    assert not (out / "summary.json").exists()
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
+    assert (out / "summary.json").exists()
 
 
 def test_a_value_of_several_words_is_one_setting():
