@@ -100,10 +100,11 @@ def _interval(value: Numbers, drawn: Numbers | list) -> Estimate:
 @functools.lru_cache(maxsize=4)  # up to a quarter of a gigabyte each
 def _resampling(n: int, draws: int, which: int) -> Float[np.ndarray, "draws n"]:
     """Weights of n samples in each draw: how often it was drawn of n, spread by `widening`."""
-    drawn = np.random.default_rng([0, which, n]).integers(n, size=(draws, n))
-    flat = drawn + n * np.arange(draws)[:, None]
-    counts = np.bincount(flat.ravel(), minlength=draws * n).reshape(draws, n)
-    return (1 / n + widening(n) * (counts / n - 1 / n)).astype(np.float32)
+    rng, weights = np.random.default_rng([0, which, n]), np.empty((draws, n), np.float32)
+    for row in weights:
+        counts = np.bincount(rng.integers(n, size=n), minlength=n)
+        row[:] = 1 / n + widening(n) * (counts / n - 1 / n)
+    return weights
 
 
 def widening(n: int) -> float:

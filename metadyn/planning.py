@@ -252,10 +252,10 @@ def line(row: Row) -> str:
 
 
 def disk(plan: Plan, loop: OuterLoop) -> int:
-    """Bytes that a run stores at most, which is before compression."""
+    """Bytes that a run stores at most, which is before compression, two later states included."""
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(loop.abstract))
     checkpoints = len(plan.outer.checkpoint_steps)
-    total = checkpoints * state if plan.trained else 0
+    total = (checkpoints + 2) * state if plan.trained else 0
     for part, tasks, contender in plan.every:
         watched = contender.trained and tasks in part.watched
         times = checkpoints if watched else 1
