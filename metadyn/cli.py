@@ -227,7 +227,9 @@ def _say(what: str) -> None:
 
 @contextlib.contextmanager
 def _in_time() -> Iterator[None]:
-    """Leaves `PATIENCE` seconds after Ctrl-C or SIGTERM, from the last complete checkpoint.
+    """Ends the process `PATIENCE` seconds after Ctrl-C or SIGTERM, whatever it is doing.
+
+    What is stored is whole: the same command goes on from the last complete checkpoint.
 
     Python hears of signals only between calls, and compiling a program is one long call.
     """

@@ -96,7 +96,7 @@ class SomeContexts(ContextualBandit):
 def admitting(
     domain: Domain, meta: MetaLearner, objective: ObjectiveOf, admission: Admission
 ) -> Objective:
-    """An objective of a domain, on episodes with the modes alone that each outer step admits.
+    """Makes an objective that trains on the modes alone that the current outer step admits.
 
     Once all are there it is the objective itself, on the same episodes, also where that changes by
     itself over outer training, as the weight of an entropy may. Raises `ConfigError` for domains

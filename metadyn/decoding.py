@@ -259,7 +259,7 @@ def merits(
 
 
 def operated(data: xr.Dataset) -> Iterator[tuple[str, Estimate]]:
-    """Figures of merit of a network whose states were `implanted`, by name (`MERITS`)."""
+    """Yields by name (`MERITS`) what a network whose states were replaced (`implanted`) came to."""
     after = dynamics.samples(data, "after")[0, 0] > 0
     names = ("losses", "shift", "size")
     losses, shift, size = (dynamics.samples(data, name)[:, :, after] for name in names)

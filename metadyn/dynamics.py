@@ -220,7 +220,7 @@ def merit_name(data: xr.Dataset, probe: str = STRENGTH) -> str:
 
 
 def merit(data: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """How far one learner staggers, with its interval: `merit_of` its mean mode strengths."""
+    """Estimates how far one learner staggers: its slope, or `staggering` of exchangeable modes."""
     return estimate(merit_of(data, probe), strength(data, probe))
 
 
@@ -396,10 +396,11 @@ def equal_excess(
 def to_equal_excess(
     ways: Sequence[xr.Dataset], bayes: xr.Dataset
 ) -> tuple[Estimate, list[Estimate], list[Estimate]]:
-    """The excess loss of `equal_excess`, the outer steps each way takes, and what each gains.
+    """Compares ways of training by the outer steps that each takes to an excess that all reach.
 
-    Ways of training are measured over it, on the tasks that Bayes was measured on. The gain is how
-    many times fewer outer steps it takes than the first.
+    Returns that excess loss, the outer steps of each, and the gain of each: how many times fewer
+    outer steps it takes than the first. Ways of training are measured over it, on the tasks that
+    Bayes was measured on.
     """
     steps, floor = ways[0]["outer_step"].to_numpy(), labelled.about(ways[0]).loss_floor
 

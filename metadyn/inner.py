@@ -206,8 +206,11 @@ def measure(
 
 
 def _held(learner: Learner, probes: Probes) -> tuple[int, int]:
-    """Bytes of a learner's state, and as many again for each query of a probe but one; and those
-    of its state and the greatest array in answering a probe."""
+    """Estimates the memory that one task takes: bytes that a cache is to hold, bytes at the peak.
+
+    The first are the learner's state, copied for each query of a probe; the second its state and
+    the greatest array in answering a probe.
+    """
     state = jax.eval_shape(learner.init, jax.random.key(0))
     size = max(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), 1)
     queries = max((len(jax.tree.leaves(probe.queries)[0]) for _, probe in probes), default=1)
@@ -217,7 +220,7 @@ def _held(learner: Learner, probes: Probes) -> tuple[int, int]:
 
 
 def recorded(probe: str, reading: str) -> str:
-    """Names what a reading of a probe is recorded as.
+    """Returns the name under which a reading of a probe is stored.
 
     The strengths of a probe have its own name. Its extras have theirs, if it is the main probe
     ("mode_strength"); otherwise the probe's name goes before it. So with its axis "mode" and its

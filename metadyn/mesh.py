@@ -97,7 +97,7 @@ def joined() -> bool:
 
 
 def leave() -> None:
-    """Parts from the other processes, once all have come here; nothing if there are none."""
+    """Shuts the distributed runtime down once all processes are here; nothing if there is one."""
     if joined():
         jax.distributed.shutdown()
 
@@ -109,20 +109,20 @@ def lost(error: BaseException) -> bool:
 
 
 def anywhere(*flags: bool) -> list[bool]:
-    """Tells of each flag whether it is true in any process; all must ask."""
+    """Returns for each flag whether it is true in any process; all processes must call it."""
     found = multihost_utils.process_allgather(np.array(flags))
     return found.reshape(-1, len(flags)).any(0).tolist()
 
 
 def agreed(number: int) -> int:
-    """Gives all processes the number that process 0 has; all must ask."""
+    """Gives the number that process 0 has to all processes; all must call it."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def by_first(f: Callable[[], Any]) -> Any:
-    """f(), which gives JSON, called by process 0 alone: all get its value, once it is there.
+    """Calls f in process 0 alone and gives its result, which is JSON, to all processes.
 
     If bad input or a full disk stops it all part, and raise: process 0 says why, others nothing.
     """
@@ -246,7 +246,7 @@ def replicated() -> NamedSharding:
 
 
 def replicate(tree: Any) -> Any:
-    """A copy on every device of what every process has computed for itself."""
+    """Places a tree that every process has computed for itself on every device."""
     return jax.device_put(jax.tree.map(np.asarray, tree), replicated())
 
 
@@ -301,7 +301,9 @@ def my_share(total: int) -> Int[Array, " share"]:
 
 
 def at_a_time(episodes: int, together: int = 1, cached: int = CACHED_EPISODES) -> int:
-    """How many of a device's episodes to differentiate at a time, in equal parts of whole groups.
+    """Chooses how many of its episodes a device differentiates at a time.
+
+    They are equal parts, of whole groups.
 
     On a CPU core so many that what the backward pass needs stays in its cache, which is said to
     hold that of so many `cached` ones; elsewhere all.
@@ -345,7 +347,7 @@ def over_tasks(
 
 
 def tasks_at_a_time(most: int, held: int, taken: int) -> int:
-    """How many of a device's tasks to measure at a time.
+    """Chooses how many of its tasks a device measures at a time.
 
     On a CPU core about as many as its cache holds, at `held` bytes each, but enough to fill its
     products. Elsewhere as many as take half of the device's memory, at `taken` bytes each.

@@ -45,7 +45,7 @@ def named_optimizer(
 
 
 def scheduled(learning_rate: float, schedule: Schedule, warmup: int, steps: int) -> optax.Schedule:
-    """A rise from zero over `warmup` steps, then the schedule's way to zero at `steps`."""
+    """Makes a learning rate that rises over `warmup` steps, and decays to zero at `steps`."""
     decay = {
         "cosine": optax.cosine_decay_schedule(learning_rate, steps - warmup),
         "linear": optax.linear_schedule(learning_rate, 0.0, steps - warmup),

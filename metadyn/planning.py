@@ -124,7 +124,7 @@ class Planned(NamedTuple):
 
 
 def of_run(study: Study, config: Any) -> list[Planned]:
-    """A run. Raises `ConfigError` for what cannot fit whatever the device."""
+    """Lists what a run compiles and stores. Raises `ConfigError` for what fits on no device."""
     plan = study.plan(config)
     check_memory(plan)
     check_objectives(plan)
@@ -139,10 +139,10 @@ def of_sweep(
     part: str,
     as_typed: Callable[[ConfigError, int], ConfigError],
 ) -> list[Planned]:
-    """The settings of a part of a sweep, by their numbers, in groups of one form.
+    """Lists what a part of a sweep compiles and stores, by groups of settings of one form.
 
-    `part` is "1/1", as it is typed; `as_typed(error, i)` says why setting i is refused in the words
-    of the command line.
+    `plans` are by the numbers of the settings; `part` is "1/1", as it is typed; `as_typed(error, i)`
+    says why setting i is refused in the words of the command line.
     """
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}

@@ -39,7 +39,7 @@ _TWO_THIRDS = 0x3F2AAAAB  # the bits of 2/3
 
 
 def fast(key: Key) -> Key:
-    """The same key, drawn from as is fastest here: all bits remain the same."""
+    """Returns the same key with the generator that is fastest here, which draws the same bits."""
     if mesh.backend() == "cpu" and jax.random.key_impl(key) == "threefry2x32":
         return jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT)
     return key

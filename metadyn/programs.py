@@ -177,7 +177,7 @@ def _again(eqn: JaxprEqn, at: Place, numbers: Numbers, operands: list[Any]) -> l
 
 
 class Shared:
-    """Calls programs, of which those that differ in numbers alone are compiled once.
+    """A cache of compiled programs in which those that differ in constants alone share one.
 
     What is going to be called is best announced by `expect` before the first call; otherwise
     programs of one form are compiled again when it shows that they differ. A call that is announced

@@ -330,7 +330,7 @@ def check_memory(plan: Plan) -> None:
 
 
 def outline(plan: Plan) -> dict[str, Any]:
-    """What a plan asks for, in short: kept with a run, which no other plan is to go on with."""
+    """Summarises a plan as JSON, so that a run does not go on under a study edited since."""
     asked: dict[str, Any] = {
         name: {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights(each.meta.init))),
@@ -364,7 +364,7 @@ def _settings(domain: Any) -> dict[str, Any]:
 
 
 def asked_for(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> dict[str, Any]:
-    """What is kept with a run, and compared when one is to go on."""
+    """Builds the contents of config.json, by which a run is known that can be gone on with."""
     for option, value in options_of(config):
         with naming(f"{option} = {value!r} cannot be stored: use numbers, words, tuples of them"):
             json.dumps(value)
@@ -517,8 +517,7 @@ def writing(out: str | Path) -> Iterator[None]:
 
 
 def _fingerprint(rehearsed: Sequence[Criterion]) -> str:
-    """Of criteria and what they come to on made-up numbers: where its study has others since, a run
-    that is done is judged anew."""
+    """Hashes the rehearsed criteria: a run that is done is judged anew if its study has others."""
     rows = [
         [f"{x:.3g}" if isinstance(x, float) else x for x in vars(c).values()] for c in rehearsed
     ]

@@ -162,7 +162,8 @@ def to_train(
 
 @dataclasses.dataclass(frozen=True)
 class _Always:
-    """The function to one learner, equal if the learner is: what is compiled of it is shared."""
+    """A constant function from outer parameters to a learner; equal if the learners are, so that
+    what is compiled of one is found again."""
 
     learner: Learner
 
@@ -177,9 +178,9 @@ def _made(network: Any, domain: Domain, heads: int) -> MetaLearner:
 
 
 def paper(steps: int, **outer: Any) -> dict[str, Any]:
-    """The settings of an LSTM as wide, and an outer loop as long, as presets called "paper" have.
+    """Returns the fields `lstm` and `outer` that presets called "paper" share.
 
-    `outer` changes those of the outer loop. All of it is our choice.
+    `steps` and `outer` are of the outer loop. All of it is our choice.
     """
     outer = {"learning_rate": 4e-3, "warmup": 1000} | outer
     return {"lstm": LSTMConfig(hidden=256), "outer": OuterConfig(steps, **outer)}
@@ -262,11 +263,10 @@ class Contender:
         return _Always(learner) if isinstance(learner, Learner) else learner.learner
 
     def remade(self, change: Callable[[Learner], Learner], **fields: Any) -> Contender:
-        """Returns a contender whose learner is this one's, changed, with some other fields.
+        """Returns a copy whose learner is `change(learner)`, with some other fields.
 
-        If this one is a meta-learner that is trained, the change is made once it is, and the other
-        is a "reference" if no kind is given. Its time counts what this one's does, and it has no
-        closed form.
+        Of a meta-learner that is trained it is that of the trained learner, and a "reference" if no
+        kind is given. Its time counts what this one's does, and it has no closed form.
         """
         learner, make = self.learner, lambda params: change(self.make(params))
         fields = {"curve": None, "objective": None, "own": None, **fields}
@@ -396,7 +396,7 @@ class Comparison:
         return dataclasses.replace(self, contenders=contenders)
 
     def alone(self, name: str, title: str = "", **changes: Any) -> Comparison:
-        """Keeps its meta-learners and Bayes, measured over outer training alone, under a name."""
+        """Returns a copy of its meta-learners and Bayes alone, measured over outer training."""
         kept = [each for each in self.contenders if each.kind in ("meta", "bayes")]
         changes = {"contenders": kept, "sets": (), "pairs": ()} | changes
         return dataclasses.replace(self, name=name, title=title, **changes)

@@ -169,7 +169,7 @@ def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replaces NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -62,7 +62,7 @@ class OpenRegression(LinearRegression):
 
 
 def sets(tasks: TaskSet, *names: str) -> list[TaskSet]:
-    """The same tasks of linear regression, once for each of a learner's teachers, by their names.
+    """Copies a set of tasks of linear regression once for each of a learner's teachers, by name.
 
     What `error` is read of them is ‖Ŵ − W‖² / ‖W‖².
     """
@@ -125,9 +125,10 @@ def for_bayes(task: LinearTask, examples: int, least_first: bool = False) -> Les
 def through(
     learner: Learner, task: LinearTask, start: Lesson, queries: Array, steps: int, rate: float
 ) -> Lesson:
-    """Inputs of norm √n_x that leave a learner with the least error on given queries.
+    """Optimises a lesson by gradient descent through a learner's own updates.
 
-    The queries are [q, n_x]. By gradient descent through the learner's own updates, without noise,
+    Its inputs, of norm √n_x, are to leave the learner with the least error on given queries
+    [q, n_x]. By gradient descent through the learner's own updates, without noise,
     from `start`: so many steps whose length falls from `rate` times the norm of all inputs to zero.
     The best inputs on the way are kept.
     """

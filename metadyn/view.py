@@ -228,7 +228,7 @@ def _rounded(values: Any) -> Any:
 
 
 def _stored(of: RunFolder | SweepFolder) -> Any:
-    """What is not the same once something has been stored."""
+    """Returns what compares unequal once something more has been stored in a folder."""
     if isinstance(of, SweepFolder):
         places = range(len(of.sweep.settings))
         runs = [of.run(i) for i in places]

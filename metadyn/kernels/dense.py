@@ -74,5 +74,5 @@ _similarities.defvjp(
 
 
 def _written(A):
-    """A, which XLA is not to make part of the product that reads it."""
+    """Returns A behind a barrier, so that XLA does not fuse it into the product that reads it."""
     return jax.lax.optimization_barrier(A)

@@ -209,7 +209,10 @@ class Operated(NamedTuple):
 
 
 def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
-    """Makes of a trained recurrent network copies whose carry is replaced after update `at`.
+    """Replaces a trained recurrent network's carry in mid-episode by one made of Bayes' state.
+
+    The copies that are stepped beside each other differ in what comes in its place, after update
+    `at`.
 
     The carry of the copy "own" is that to which ridge regression, fitted on episodes of training,
     maps Bayes' posterior after the same pairs and the query last read: all else that it held is
