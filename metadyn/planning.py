@@ -141,8 +141,8 @@ def of_sweep(
 ) -> list[Planned]:
     """Lists what a part of a sweep compiles and stores, by groups of settings of one form.
 
-    `plans` are by the numbers of the settings; `part` is "1/1", as it is typed; `as_typed(error, i)`
-    says why setting i is refused in the words of the command line.
+    `plans` are by the settings' numbers; `part` is "1/1", as it is typed; `as_typed(error, i)` says
+    why setting i is refused in the words of the command line.
     """
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
