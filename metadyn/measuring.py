@@ -116,8 +116,6 @@ def _axes(
         with naming(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
             learner = contender.make(params)
             state = learner.init(key)
-            after, loss = inner.stepped(tasks.domain, learner, task, key, jnp.int32(0), state)
-            _check_step(state, after, loss)
             for name, leaf in (learner.diagnose(state) if learner.diagnose else {}).items():
                 check_name(name, "diagnosis")
                 check(name not in taken, "diagnose", name, "this name is taken: choose another")
@@ -139,7 +137,7 @@ def _axes(
     meta = contender.learner
     params = () if isinstance(meta, Learner) else weights(meta.init)
     with naming(f"tasks of {tasks.name!r} cannot be drawn"):
-        task = _task(tasks)
+        task = _task(tasks) if tasks.probes else None
     jax.eval_shape(trace, jax.random.key(0), params, task)
     return axes, sizes
 
@@ -158,7 +156,22 @@ def _task(tasks: TaskSet) -> Any:
     return jax.eval_shape(tasks.sample, jax.random.key(0), argument)
 
 
-def _check_step(before: Any, after: Any, loss: Any) -> None:
+def check_step(tasks: TaskSet, contender: Contender) -> None:
+    """Raises `ConfigError` unless a learner can take a step on a set of tasks. Traced, not run."""
+    meta = contender.learner
+    params = () if isinstance(meta, Learner) else weights(meta.init)
+
+    def trace(key: Key, params: Params, task: Any) -> None:
+        learner = contender.make(params)
+        state = learner.init(key)
+        first = jnp.int32(0)
+        _check_state(state, *inner.stepped(tasks.domain, learner, task, key, first, state))
+
+    with naming(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
+        jax.eval_shape(trace, jax.random.key(0), params, _task(tasks))
+
+
+def _check_state(before: Any, after: Any, loss: Any) -> None:
     """Raises `ConfigError` unless a state stays of its kind, and a loss is one number."""
     check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
     (leaves, tree), (updated, found) = map(jax.tree.flatten, (before, after))

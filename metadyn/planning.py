@@ -20,7 +20,7 @@ from metadyn.measuring import bytes_needed, calls
 from metadyn.outer import OuterLoop
 from metadyn.programs import Shared, take_apart
 from metadyn.progress import Progress
-from metadyn.runner import check_memory, check_objectives
+from metadyn.runner import check_memory, check_traced
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_form
 
@@ -127,7 +127,7 @@ def of_run(study: Study, config: Any) -> list[Planned]:
     """Lists what a run compiles and stores. Raises `ConfigError` for what fits on no device."""
     plan = study.plan(config)
     check_memory(plan)
-    check_objectives(plan)
+    check_traced(plan)
     loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
     timed = lambda: estimated([loop], loop.init(), loop.run)
     needed = disk(plan, loop)

@@ -27,7 +27,7 @@ import xarray as xr
 from metadyn import dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
 from metadyn.errors import ConfigError, check, naming
-from metadyn.measuring import bytes_needed, calls, described, fits, readings, weights
+from metadyn.measuring import bytes_needed, calls, check_step, described, fits, readings, weights
 from metadyn.options import options_of
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
@@ -381,8 +381,14 @@ def check_compiled(loop: OuterLoop, name: str) -> None:
         fits(f"an outer step of {name}", used, loop.trained[name].option("batch"))
 
 
-def check_objectives(plan: Plan) -> None:
-    """Raises `ConfigError` unless every objective gives a loss and metrics, each one number."""
+def check_traced(plan: Plan) -> None:
+    """Raises `ConfigError` unless every learner can take a step, and every objective be computed.
+
+    Objectives give a loss and metrics, each of them one number.
+    """
+    alike = {(tasks.domain, tasks.sample, who.make): (tasks, who) for _, tasks, who in plan.every}
+    for pair in alike.values():
+        check_step(*pair)
     for name, each in plan.trained.items():
         objective, params = each.objective, weights(each.meta.init)
         keys = jax.eval_shape(partial(jax.random.split, num=objective.group), jax.random.key(0))
@@ -397,11 +403,11 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
 
     Raises `ConfigError` if they cannot be had of the plan.
 
-    What objectives give is traced. Criteria and figures are made of measurements of the shapes
+    What is run is traced. Criteria and figures are made of measurements of the shapes
     planned, with few tasks and made-up numbers: so a name that is not measured, or a figure that
     cannot be drawn, is found before training.
     """
-    check_objectives(plan)
+    check_traced(plan)
     steps = np.array(plan.outer.checkpoint_steps[-3:])
     sets: dict[str, list[str]] = {}
     planned = {}
@@ -464,11 +470,11 @@ def run_study(
     if tensorboard:
         check_installed()
     plan = study.plan(config)
-    with naming(f"study {study.name!r} cannot be run", ConfigError):
-        asked = asked_for(study, preset, seed, config, plan)
-        check_memory(plan)
-        with progress.counting("checking", 1) as show:
-            show("criteria and figures")
+    with progress.counting("checking", 1) as show:
+        show("criteria and figures")
+        with naming(f"study {study.name!r} cannot be run", ConfigError):
+            asked = asked_for(study, preset, seed, config, plan)
+            check_memory(plan)
             rehearsal = _fingerprint(rehearse(study, config, plan))
     with writing(out):
         mesh.by_first(lambda: RunFolder.create(out, asked).config)

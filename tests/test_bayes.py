@@ -10,10 +10,17 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Kernel, StationaryKernelMixin
 
 from metadyn import inner
+from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band, value
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
-from metadyn.learners.bayes import bayes_fourier, bayes_linear, least_squares, ridge
+from metadyn.learners.bayes import (
+    bayes_bandit,
+    bayes_fourier,
+    bayes_linear,
+    least_squares,
+    ridge,
+)
 
 
 def positive_definite(rng, n):
@@ -173,3 +180,31 @@ def test_bayes_learns_every_mode_at_the_same_known_rate():
     # n observations determine W, but nearly singular inputs leave some of it to the prior.
     assert np.all(np.abs(mean - expected)[:n] < 4 * error[:n] + 2e-3)
     assert np.all(mean[n] > 0.97)
+
+
+def test_what_is_kept_of_a_learner_whose_first_call_is_traced_are_values():
+    """`functools.cache` would keep a tracer otherwise, of which nothing can be made later."""
+    makers = {
+        "ridge": lambda: ridge(3, 2, 0.125),
+        "linear": lambda: bayes_linear(LinearRegression(3, 2, sigma=0.125)),
+        "fourier": lambda: bayes_fourier(FourierRegression(sigma=0.125)),
+        "bandit": lambda: bayes_bandit(ContextualBandit(2, 3, p_high=0.875)),
+        "permutations": lambda: bayes_bandit(
+            ContextualBandit(2, 3, permutation=True, p_high=0.875)
+        ),
+    }
+    for make in makers.values():
+        jax.eval_shape(lambda key, make=make: make().init(key), jax.random.key(0))
+        for leaf in jax.tree.leaves(make().init(jax.random.key(0))):
+            np.asarray(leaf)
+
+
+def test_what_is_kept_of_a_probe_that_is_made_while_tracing_are_values():
+    makers = {
+        "linear": lambda: LinearRegression(3, 2, sigma=0.375).probe(),
+        "fourier": lambda: FourierRegression(sigma=0.375).evaluation(16).probes["mode_strength"],
+        "bandit": lambda: ContextualBandit(2, 3, p_high=0.625).probe(),
+    }
+    for make in makers.values():
+        jax.eval_shape(lambda make=make: make().queries)
+        np.asarray(make().queries)

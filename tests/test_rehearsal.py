@@ -17,7 +17,7 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
-from metadyn.measuring import bytes_needed
+from metadyn.measuring import bytes_needed, check_step
 from metadyn.progress import Progress
 from metadyn.store import RunFolder, differences
 from metadyn.study import beyond_bayes, excess
@@ -366,9 +366,10 @@ def with_learner(**functions):
 def test_a_learner_that_cannot_be_stepped(functions, says):
     made = with_learner(**functions).plan(Config())
     tasks, own = made.every[-1].tasks, made.comparisons[0].contenders[-1]
+    checks = lambda: (bytes_needed(tasks, own, 2), check_step(tasks, own))
     with pytest.raises(ConfigError) as caught:
-        bytes_needed(tasks, own, 2)
-    assert str(caught.value).startswith("contender 'own' cannot be run on ")
+        checks()
+    assert re.match("contender 'own' cannot be run on |probe 'mode_st.* on ", str(caught.value))
     assert says in str(caught.value)
 
 
@@ -378,7 +379,10 @@ def test_a_learner_that_cannot_be_stepped_is_refused_before_there_is_a_folder(
     """Its answers have one number, where two are asked for, and would be spread over both."""
     study = with_learner(predict=lambda state, x: jnp.ones(1))
     said = refused(study, tmp_path / "r", monkeypatch)
-    assert said.startswith("contender 'own' cannot be run on 'in_distribution' (")
+    assert said.startswith("probe 'mode_strength' on 'in_distribution' cannot be read (")
+    unprobed = dataclasses.replace(study.plan(Config()).every[-1].tasks, probes={})
+    with pytest.raises(ConfigError, match="contender 'own' cannot be run on 'x4' "):
+        check_step(unprobed, study.plan(Config()).comparisons[0].contenders[-1])
 
 
 def test_a_criterion_is_of_words_and_numbers():

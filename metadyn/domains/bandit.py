@@ -140,6 +140,7 @@ class ContextualBandit:
     # The probe.
 
     @cache  # noqa: B019 (domains are few, and hashable)
+    @jax.ensure_compile_time_eval()
     def probe(self) -> Probe:
         """Reads the policy in every context, from a copy of the state.
 

@@ -172,6 +172,7 @@ class FourierRegression(Regression):
         return tuple(float(A) for A in np.sqrt(2 * variances * v.sum() / variances.sum()))
 
     @cache  # noqa: B019 (domains are few, and hashable)
+    @jax.ensure_compile_time_eval()
     def probe(self, amplitudes: Spectrum, points: int = 32) -> Probe:
         """Reads the strength of each frequency that evaluation tasks of these amplitudes contain.
 

@@ -194,6 +194,7 @@ class LinearRegression(Regression):
     # The probe.
 
     @cache  # noqa: B019 (domains are few, and hashable)
+    @jax.ensure_compile_time_eval()
     def probe(self, points: int = 32, seed: int = 0) -> Probe:
         """Reads the effective spectrum from input-output pairs alone.
 

@@ -93,12 +93,14 @@ def gaussian_fourier(
 
 
 @functools.cache
+@jax.ensure_compile_time_eval()  # kept arrays are values, whoever traces the first call
 def bayes_linear(domain: LinearRegression) -> Learner:
     """The posterior mean of W under the domain's own prior MN(M, R, C) and noise σ²."""
     return _regression(gaussian_linear(domain))
 
 
 @functools.cache
+@jax.ensure_compile_time_eval()  # kept arrays are values, whoever traces the first call
 def bayes_fourier(domain: FourierRegression) -> Learner:
     """The posterior mean of f: Bayesian linear regression on the Fourier features of the prior.
 
@@ -116,6 +118,7 @@ def _regression(model: Gaussian) -> Learner:
 
 
 @functools.cache
+@jax.ensure_compile_time_eval()  # kept arrays are values, whoever traces the first call
 def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> Learner:
     """The exact posterior over a*, and a policy on it.
 
@@ -167,6 +170,7 @@ def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> L
 
 
 @functools.cache
+@jax.ensure_compile_time_eval()  # kept arrays are values, whoever traces the first call
 def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
     """Ridge regression, argmin_W Σ ‖y − W x‖² + penalty ‖W‖², online.
 
