@@ -386,7 +386,9 @@ def check_traced(plan: Plan) -> None:
 
     Objectives give a loss and metrics, each of them one number.
     """
-    alike = {(tasks.domain, tasks.sample, who.make): (tasks, who) for _, tasks, who in plan.every}
+    alike: dict[Any, tuple[TaskSet, Contender]] = {}
+    for _, tasks, who in plan.every:
+        alike.setdefault((tasks.domain, tasks.sample, who.make), (tasks, who))
     for pair in alike.values():
         check_step(*pair)
     for name, each in plan.trained.items():
