@@ -10,6 +10,7 @@ import metadyn as md
 from metadyn import decoding, figures, labelled
 from metadyn.dynamics import Estimate
 from metadyn.learners import beside_bayes as beside
+from metadyn.measuring import check_step
 from metadyn.store import Results
 
 STUDY = md.load_study("amortised_bayes")
@@ -31,6 +32,14 @@ def test_every_network_is_trained_in_both_domains_and_recurrent_ones_are_operate
     assert rates["control_linear"] < rates["lstm_linear"] / 50
     sizes = {n: sum(x.size for x in _leaves(each.meta)) for n, each in plan.trained.items()}
     assert sizes["control_bandit"] == sizes["lstm_bandit"]
+
+
+def test_what_is_operated_on_keeps_nothing_of_one_trace_that_another_would_read():
+    """As an array of a cached learner, first made in a trace, would be."""
+    pairs = {(who.name, tasks.name): (tasks, who) for _, tasks, who in STUDY.plan(QUICK).every}
+    for name in ("lstm_operated", "gru_operated"):
+        with jax.checking_leaks():
+            check_step(*pairs[name, "causal_linear"])
 
 
 def _leaves(meta):
