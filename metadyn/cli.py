@@ -437,7 +437,7 @@ def _figures(arguments: argparse.Namespace) -> int:
         print(path)
     if not paths:
         _say(f"{arguments.dir} holds no measurement yet: nothing is drawn")
-    if not found:
+    elif not found:
         _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
     return DONE
 
