@@ -7,8 +7,9 @@ Each is a small set of pure functions on pytrees, written for ONE task and ONE e
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metadyn.errors import check, check_name
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Key = PRNGKeyArray
 Keys = jaxtyping.Key[Array, " n"]
 Task = Any  # the pytree that a domain's `sample_task` returns
@@ -275,6 +278,21 @@ class Sampler:
 
     def __call__(self, key: Key, argument: Any) -> Task:
         return self.domain.sample_task(key)
+
+
+def kept(make: Callable[P, T]) -> Callable[P, T]:
+    """Calls a function once for the same arguments, which are hashable, and keeps its result.
+
+    Its arrays are values even where the first call is part of what JAX traces.
+    """
+
+    @functools.cache
+    @functools.wraps(make)
+    def made(*given: P.args, **named: P.kwargs) -> T:
+        with jax.ensure_compile_time_eval():
+            return make(*given, **named)
+
+    return made  # type: ignore[return-value]
 
 
 def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:

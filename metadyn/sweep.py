@@ -21,7 +21,7 @@ import reprlib
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -154,7 +154,7 @@ def settings(
     if kind == "grid":
         for name, values in options.items():
             for value in values:
-                once = [*map(_number, values)].count(_number(value)) == 1
+                once = [*map(value_of, values)].count(value_of(value)) == 1
                 check(once, name, value, "given twice")
         return list(itertools.product(*options.values()))
     several = {name: values for name, values in options.items() if len(values) > 1}
@@ -188,12 +188,12 @@ def zipped(default: Any, words: str) -> list[tuple[str, Any]]:
     return list(zip([first for first, *_ in asked.settings], asked.configs(default), strict=True))
 
 
-def _number(text: str) -> float | str:
-    """What a value is, where it is a number: 0.1 and 1e-1 are the same."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def value_of(text: str) -> float | int | str:
+    """The value of an option as it was typed: a number, if it is one."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _range(name: str, values: Sequence[str]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from metadyn.claims import number
 from metadyn.errors import ConfigError, check, naming
 from metadyn.progress import SILENT, Progress
 from metadyn.store import read_json, write_json
-from metadyn.sweep import SweepFolder
+from metadyn.sweep import SweepFolder, value_of
 
 MERITS = {
     "staggering": "staggering",
@@ -40,14 +39,6 @@ Row = Mapping[str, Any]
 def field(option: str) -> str:
     """What datasets call an option: "domain.sigma" for --domain.sigma."""
     return option.removeprefix("--").replace("-", "_")
-
-
-def value_of(text: str) -> float | int | str:
-    """The value of an option as it was typed: a number, if it is one."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def load(path: str | Path, task_set: str) -> xr.Dataset:

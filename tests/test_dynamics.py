@@ -100,10 +100,8 @@ def test_interval_over_runs_matches_scipys_bootstrap_of_a_median():
 def test_excess_loss():
     loss, bayes = np.array([0.3, 0.2]), np.array([0.2, 0.2])
     np.testing.assert_allclose(dynamics.excess_loss(loss, bayes, 0.1), [1.0, 0.0], atol=1e-12)
-    with np.errstate(all="raise"):
-        assert np.isposinf(
-            dynamics.excess_loss(0.2, 0.1, 0.1)
-        )  # of plain numbers, where Bayes knows all
+    with np.errstate(all="raise"):  # plain numbers, and a Bayes that knows all
+        assert np.isposinf(dynamics.excess_loss(0.2, 0.1, 0.1))
 
 
 def test_interval_matches_scipys_bootstrap_of_a_nonlinear_statistic():

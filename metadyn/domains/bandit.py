@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from functools import cache
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import STRENGTH, Key, Modes, Probe, Sampler, TaskSet
+from metadyn.base import STRENGTH, Key, Modes, Probe, Sampler, TaskSet, kept
 from metadyn.errors import ConfigWarning, check, check_positive
 
 
@@ -139,8 +138,7 @@ class ContextualBandit:
 
     # The probe.
 
-    @cache  # noqa: B019 (domains are few, and hashable)
-    @jax.ensure_compile_time_eval()
+    @kept
     def probe(self) -> Probe:
         """Reads the policy in every context, from a copy of the state.
 

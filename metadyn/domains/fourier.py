@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from metadyn import prng
-from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet
+from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet, kept
 from metadyn.errors import check, check_choice, check_positive
 
 Spectrum = tuple[float, ...]
@@ -171,8 +170,7 @@ class FourierRegression(Regression):
         variances[here] = [v[k] if k in self.support else v.max() for k in here]
         return tuple(float(A) for A in np.sqrt(2 * variances * v.sum() / variances.sum()))
 
-    @cache  # noqa: B019 (domains are few, and hashable)
-    @jax.ensure_compile_time_eval()
+    @kept
     def probe(self, amplitudes: Spectrum, points: int = 32) -> Probe:
         """Reads the strength of each frequency that evaluation tasks of these amplitudes contain.
 

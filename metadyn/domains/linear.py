@@ -7,7 +7,7 @@ task W = U diag(s) Vᵀ are its singular triples.
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from metadyn import prng
-from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet
+from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet, kept
 from metadyn.errors import check, check_choice, check_positive
 from metadyn.kernels import dense
 
@@ -193,8 +193,7 @@ class LinearRegression(Regression):
 
     # The probe.
 
-    @cache  # noqa: B019 (domains are few, and hashable)
-    @jax.ensure_compile_time_eval()
+    @kept
     def probe(self, points: int = 32, seed: int = 0) -> Probe:
         """Reads the effective spectrum from input-output pairs alone.
 
@@ -228,7 +227,7 @@ class LinearRegression(Regression):
         extras: dict[str, tuple[str, ...]] = {"off_diagonal": (), "unexplained": ()}
         return Probe(inputs[:, :-1], read, _modes(self.spectrum()), extras)
 
-    @cache  # noqa: B019
+    @kept
     def answers(self, points: int = 32) -> Probe:
         """Records the answers themselves at the inputs of `probe`, to be set against Bayes'.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import Learner, Query
+from metadyn.base import Learner, Query, kept
 from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.fourier import FourierRegression, fourier_features
 from metadyn.domains.linear import LinearRegression
@@ -92,15 +91,13 @@ def gaussian_fourier(
     return Gaussian(prior, noise, lambda x: fourier_features(x, support), jnp.eye(1))
 
 
-@functools.cache
-@jax.ensure_compile_time_eval()  # kept arrays are values, whoever traces the first call
+@kept
 def bayes_linear(domain: LinearRegression) -> Learner:
     """The posterior mean of W under the domain's own prior MN(M, R, C) and noise σ²."""
     return _regression(gaussian_linear(domain))
 
 
-@functools.cache
-@jax.ensure_compile_time_eval()  # kept arrays are values, whoever traces the first call
+@kept
 def bayes_fourier(domain: FourierRegression) -> Learner:
     """The posterior mean of f: Bayesian linear regression on the Fourier features of the prior.
 
@@ -117,8 +114,7 @@ def _regression(model: Gaussian) -> Learner:
     return Learner(lambda key: prior, predict, update)
 
 
-@functools.cache
-@jax.ensure_compile_time_eval()  # kept arrays are values, whoever traces the first call
+@kept
 def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> Learner:
     """The exact posterior over a*, and a policy on it.
 
@@ -169,8 +165,7 @@ def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> L
     return Learner(lambda key: prior, predict, update)
 
 
-@functools.cache
-@jax.ensure_compile_time_eval()  # kept arrays are values, whoever traces the first call
+@kept
 def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
     """Ridge regression, argmin_W Σ ‖y − W x‖² + penalty ‖W‖², online.
 
