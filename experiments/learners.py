@@ -165,7 +165,7 @@ QUICK = Config(
 WORKSTATION = Config(
     of="workstation",
     linear=LinearRegression(spread="even"),
-    outer=md.OuterConfig(steps=3000, learning_rate=2e-2, checkpoints=8),
+    outer=md.OuterConfig(steps=2000, learning_rate=2e-2, checkpoints=8),
     measure=md.MeasureConfig(
         tasks=4096, updating_tasks=64, tracked_tasks=256, heldout_tasks=1024, probe_points=16
     ),
