@@ -22,7 +22,7 @@ from metadyn.learners import beside_bayes as beside
 from metadyn.learners.attention import TransformerConfig
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import predicting
-from metadyn.study import HELDOUT, claims, paper
+from metadyn.study import HELDOUT, paper
 
 TITLES = {"linear": "linear regression", "bandit": "contextual bandit"}
 RECURRENT = {"lstm": "LSTM", "gru": "GRU"}
@@ -188,13 +188,15 @@ study = md.Study(
             "decoded",
         )
     ],
-    claims=claims(
-        decoded={
+    claims={
+        "decoded": {
             "linear_near_bayes_mean": "Ours: recurrent networks near Bayes hold its mean linearly",
             "linear_lstm_uncertainty": "Ours: late on, an LSTM hardly holds uncertainty linearly",
             "linear_lstm_nonlinear": "Ours: nor in another form, that a small MLP finds",
             "linear_lstm_direction": "Ours: an LSTM simulates Bayes better than Bayes an LSTM",
         },
-        causal={"linear_lstm_kept": "Ours: an LSTM goes on from Bayes' state mapped into its own"},
-    ),
+        "causal": {
+            "linear_lstm_kept": "Ours: an LSTM goes on from Bayes' state mapped into its own"
+        },
+    },
 )

@@ -23,7 +23,7 @@ from metadyn.errors import check
 from metadyn.learners.attention import OneLayerAttentionConfig
 from metadyn.learners.bayes import bayes_linear
 from metadyn.objectives import Objective
-from metadyn.study import HELDOUT, TRACKED, claims
+from metadyn.study import HELDOUT, TRACKED
 
 KINDS = {"separate": "keys and queries separate", "merged": "keys and queries merged"}
 REST = 1.5
@@ -247,13 +247,13 @@ study = md.Study(
     criteria,
     {"plateaus": plateaus},
     section="ours",
-    claims=claims(
-        plateaus={
+    claims={
+        "plateaus": {
             "separate_plateaus": "With separate keys and queries training goes down a staircase "
             "(Zhang et al. 2025)",
             "separate_drop_1": "Its first drop comes when descent on the expected loss has it",
             "merged_plateaus": "With merged ones it drops once (Zhang et al. 2025)",
             "separate_outer": "Components come in order of their input variance",
         }
-    ),
+    },
 )

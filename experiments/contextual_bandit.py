@@ -21,7 +21,7 @@ from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_bandit
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.optimizers import named_optimizer
-from metadyn.study import HELDOUT, beyond_bayes, claims, paper, staggering
+from metadyn.study import HELDOUT, beyond_bayes, paper, staggering
 
 RATHER = {"reinforce_coupled": {"at_least": 1.0}, "reinforce_decoupled": {"at_most": 1.0}}
 """How the error of a linear fit of learning time compares with that of an exponential one."""
@@ -187,13 +187,17 @@ study = md.Study(
     criteria,
     {"growth": growth},
     section="§4",
-    claims=claims(
-        growth={
+    claims={
+        "growth": {
             "reinforce_coupled_growth_linear_over_exponential": "Coupled, the time to learn all "
             "contexts grows exponentially with their number",
             "reinforce_decoupled_growth_linear_over_exponential": "Decoupled, it grows linearly",
         },
-        mode_strength={"lstm_minus_bayes_staggering": "A meta-trained LSTM plateaus as Bayes does"},
-        distance_to_bayes={"lstm_relative_reward": "Its reward is near that of the optimal policy"},
-    ),
+        "mode_strength": {
+            "lstm_minus_bayes_staggering": "A meta-trained LSTM plateaus as Bayes does"
+        },
+        "distance_to_bayes": {
+            "lstm_relative_reward": "Its reward is near that of the optimal policy"
+        },
+    },
 )

@@ -21,7 +21,7 @@ from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
 from metadyn.errors import check
 from metadyn.learners.gradient import random_start
 from metadyn.several_domains import SMALL, STUDIES, TITLES, DomainsConfig, LearnersConfig
-from metadyn.study import HELDOUT, TRACKED, censored, claims, paper
+from metadyn.study import HELDOUT, TRACKED, censored, paper
 
 OUTER = ("nonlinear", "bandit")
 INPUTS = {
@@ -185,14 +185,14 @@ study = md.Study(
     {f"mode_strength_{inputs}": figures.strengths_on(inputs) for inputs in INPUTS}
     | {"outer": outer},
     section="ours",
-    claims=claims(
-        mode_strength_tilted={
+    claims={
+        "mode_strength_tilted": {
             "sgd_tilted": "Inputs of variance ∝ 1 / s_k make SGD learn all modes at once (ours)"
         },
-        outer={
+        "outer": {
             f"{name}_measured_gain": "Modes admitted to outer training in its own order save at "
             f"most a third of its episodes: {TITLES[name]} (ours)"
             for name in OUTER
         },
-    ),
+    },
 )

@@ -26,7 +26,7 @@ from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_fourier, bayes_linear
 from metadyn.learners.maml import MAMLConfig, ordinary_network
 from metadyn.optimizers import named_optimizer
-from metadyn.study import censored, claims, excess_of, to_train
+from metadyn.study import censored, excess_of, to_train
 
 TITLES = {"linear": "two-layer linear network", "nonlinear": "MLP"}
 STAGGERS = {"linear": {"at_most": -0.5}, "nonlinear": {"at_least": 0.5}}
@@ -222,11 +222,11 @@ study = md.Study(
         "mode_strength_linear": figures.strengths_on("linear", "ordinary", "reference"),
     },
     section="ours",
-    claims=claims(
-        start={
+    claims={
+        "start": {
             f"{name}_{row}": f"Ours: {says} ({title})"
             for name, title in TITLES.items()
             for row, (_, says) in EXPECTED.items()
         }
-    ),
+    },
 )

@@ -200,13 +200,13 @@ study = md.Study(
     {f"learners_{name}": figures.strengths_on(f"inner_{name}") for name in TITLES}
     | {"slope_against_excess": slope_against_excess, "outer_times": outer_times},
     section="ours",
-    claims=md.study.claims(
-        slope_against_excess={
+    claims={
+        "slope_against_excess": {
             "near_bayes_worst": "Whoever comes near Bayes' loss staggers no more than Bayes (ours)"
         },
-        learners_linear={
+        "learners_linear": {
             "maml_beyond_descent": "MAML does not stagger as ordinary descent does (ours)"
         },
-    ),
+    },
     tables=[md.Table("Learners: staggering, loss and cost", ROWS, COLUMNS, "slope_against_excess")],
 )

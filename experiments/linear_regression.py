@@ -22,7 +22,7 @@ from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Target, predicting
 from metadyn.optimizers import named_optimizer
-from metadyn.study import as_bayes, beyond_bayes, claims, excess, paper, staggering
+from metadyn.study import as_bayes, beyond_bayes, excess, paper, staggering
 
 SHIFTS = {"x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "outsize": (1, 8)}
 """Sets of tasks: factor on the whole spectrum, factor on its greatest mode alone."""
@@ -178,17 +178,13 @@ study = md.Study(
     criteria,
     {"learned_spectrum": partial(figures.final_strength, titles=TITLES)},
     section="§2",
-    claims=[
-        *claims(
-            mode_strength={
-                "sgd_slope": "SGD on a linear network learns singular modes from greatest to least"
-            }
-        ),
-        *as_bayes("singular modes"),
-        *claims(
-            learned_spectrum={
-                "lstm_out_of_distribution_x4": "Out of distribution it falls behind Bayes"
-            }
-        ),
-    ],
+    claims={
+        "mode_strength": {
+            "sgd_slope": "SGD on a linear network learns singular modes from greatest to least"
+        },
+        **as_bayes("singular modes"),
+        "learned_spectrum": {
+            "lstm_out_of_distribution_x4": "Out of distribution it falls behind Bayes"
+        },
+    },
 )

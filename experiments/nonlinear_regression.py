@@ -20,7 +20,7 @@ from metadyn.learners.gradient import DescentConfig, gradient, mlp
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Target, predicting
 from metadyn.optimizers import named_optimizer
-from metadyn.study import as_bayes, beyond_bayes, claims, excess, paper, staggering
+from metadyn.study import as_bayes, beyond_bayes, excess, paper, staggering
 
 TITLES = {"pass_band": "pass-band targets", "stop_band": "stop-band targets"}
 TITLES["mixture"] = "mixtures of the two"
@@ -188,9 +188,9 @@ study = md.Study(
         "band_gain": band_gain,
     },
     section="§3",
-    claims=[
-        *claims(mode_strength={"mlp_slope": "An MLP learns low frequencies first"}),
-        *as_bayes("frequencies"),
-        *claims(band_gain={"lstm_stop_band_gain": "Trained on a band, it suppresses the rest"}),
-    ],
+    claims={
+        "mode_strength": {"mlp_slope": "An MLP learns low frequencies first"},
+        **as_bayes("frequencies"),
+        "band_gain": {"lstm_stop_band_gain": "Trained on a band, it suppresses the rest"},
+    },
 )

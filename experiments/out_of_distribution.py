@@ -25,7 +25,7 @@ from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.normalised import Normalised
 from metadyn.objectives import prediction_loss
 from metadyn.several_domains import DESCENTS
-from metadyn.study import HELDOUT, Network, claims, excess_of, paper
+from metadyn.study import HELDOUT, Network, excess_of, paper
 
 WITHIN, RIGHT = "in_distribution", "bayes_right"
 SETS = {WITHIN: (1, 1), "x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "x16": (16, 1), "outsize": (1, 8)}
@@ -187,12 +187,12 @@ study = md.Study(
     criteria,
     {"excess_by_scale": excess_by_scale},
     section="ours",
-    claims=claims(
-        excess_by_scale={
+    claims={
+        "excess_by_scale": {
             "lstm_both_growth_x4": "Ours: a mixture of scales and normalised feedback together "
             "keep an LSTM near Bayes",
             "lstm_both_growth_x16": "Ours: even beyond every scale of training",
             "lstm_both_cost": "Ours: at little cost within",
         }
-    ),
+    },
 )

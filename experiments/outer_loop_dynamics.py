@@ -94,14 +94,10 @@ study = md.Study(
     plan,
     criteria,
     section="§5",
-    claims=[
-        md.Claim(
-            f"{name}_outer",
-            f"Over outer training, {TITLES[name]}: {says}",
-            f"outer_learning_{name}",
-        )
+    claims={
+        f"outer_learning_{name}": {f"{name}_outer": f"Over outer training, {TITLES[name]}: {says}"}
         for name, says in SAYS.items()
-    ],
+    },
     tables=[
         md.Table(
             "Inner and outer order: slope of log t on log scale; in the bandit (t_K − t_1) / t_K",

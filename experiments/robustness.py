@@ -16,7 +16,7 @@ import metadyn as md
 from metadyn import dynamics, figures, labelled, sweep
 from metadyn.objectives import Target
 from metadyn.several_domains import EVEN, SIGN, STUDIES, TITLES, DomainsConfig
-from metadyn.study import HELDOUT, TRACKED, censored, claims, paper
+from metadyn.study import HELDOUT, TRACKED, censored, paper
 
 ORDINARY = {"linear": "sgd", "nonlinear": "mlp", "bandit": "reinforce_coupled"}
 WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
@@ -209,12 +209,12 @@ study = md.Study(
     criteria,
     {"robustness": robustness},
     section="§§2–4",
-    claims=claims(
-        robustness={
+    claims={
+        "robustness": {
             f"{name}_{row}": f"{says.format(WITHIN[name])}: {title}"
             for row, says in SAYS.items()
             for name, title in TITLES.items()
         }
-    ),
+    },
     tables=[md.Table(TITLE, ROWS, COLUMNS, "robustness")],
 )

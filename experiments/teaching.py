@@ -22,7 +22,7 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
 from metadyn.several_domains import LearnersConfig
-from metadyn.study import claims, paper
+from metadyn.study import paper
 
 SETS = {
     "random": "random examples",
@@ -183,17 +183,17 @@ study = md.Study(
     criteria,
     {"error": ERROR, "mode_strength_least": figures.strengths_on("least"), "communication": TOLD},
     section="ours",
-    claims=claims(
-        error={
+    claims={
+        "error": {
             "bayes_bayes_gain": "Examples along the singular vectors teach Bayes in fewer steps "
             "than random ones (ours)",
             "lstm_bayes_gain": "What is made for Bayes teaches a meta-trained LSTM too (ours)",
         },
-        mode_strength_least={
+        "mode_strength_least": {
             "lstm_least_control": "Taught the least mode first, the LSTM learns it first (ours)"
         },
-        communication={
+        "communication": {
             "lstm_communication": "Demonstrations teach the LSTM sooner than rewards (ours)"
         },
-    ),
+    },
 )

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from metadyn.runner import run_study
     from metadyn.store import Results, RunFolder, load
     from metadyn.study import (
-        Claim,
         Comparison,
         Contender,
         Criterion,
@@ -51,7 +50,7 @@ _PUBLIC = {
     "outer": "MetaTraining OuterConfig OuterLoop",
     "runner": "run_study",
     "store": "Results RunFolder load",
-    "study": "Claim Comparison Contender Criterion MeasureConfig Plan Study StudyConfig Table "
+    "study": "Comparison Contender Criterion MeasureConfig Plan Study StudyConfig Table "
     "criterion load_studies load_study",
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names.split()}

@@ -16,7 +16,7 @@ from typing import Any
 
 from metadyn.errors import ConfigError
 from metadyn.store import RunFolder, read_summary, write_whole
-from metadyn.study import Claim, Study, Table, load_studies
+from metadyn.study import Study, Table, load_studies
 
 BEGIN, END = "<!-- made by `metadyn claims`: -->", "<!-- end -->"
 
@@ -42,7 +42,7 @@ def collect(folder: Path, runs: Sequence[str]) -> None:
             (folder / part).mkdir(exist_ok=True)
         summary = folder / "results" / f"{study.name}-{preset}.json"
         shutil.copyfile(run.path / "summary.json", summary)
-        wanted = {claim.figure for claim in study.claims} | {t.figure for t in study.tables}
+        wanted = {*study.claims, *(table.figure for table in study.tables)}
         for source in run.figures.iterdir():
             copy = folder / _figure(study.name, preset, source.name)
             if source.stem in wanted or copy.exists():
@@ -76,9 +76,10 @@ def tables(folder: Path) -> str:
             for preset in shown
             if (of := runs.get((study.name, preset)))
         }
-        for claim in study.claims if rows else ():
-            cells = [_verdict(study, claim, preset, rows.get(preset)) for preset in shown]
-            claims.append(f"| {claim.says} | {study.name}, {study.section} | {' | '.join(cells)} |")
+        of_all = [(fig, *each) for fig, says in study.claims.items() for each in says.items()]
+        for figure, criterion, says in of_all if rows else ():
+            cells = [_verdict(study, criterion, figure, p, rows.get(p)) for p in shown]
+            claims.append(f"| {says} | {study.name}, {study.section} | {' | '.join(cells)} |")
         for table, preset in ((table, preset) for table in study.tables for preset in rows):
             figure = _figure(study.name, preset, f"{table.figure}.png")
             title = f"**{table.title}** ({preset}; [figure]({figure}))"
@@ -104,20 +105,19 @@ def write(folder: Path) -> Path:
     return path
 
 
-def _verdict(study: Study, claim: Claim, preset: str, rows: Mapping[str, Any] | None) -> str:
+def _verdict(
+    study: Study, criterion: str, figure: str, preset: str, rows: Mapping[str, Any] | None
+) -> str:
     """One cell of the table: the verdict in bold if it is not that the claim holds."""
     if rows is None:
         return "not measured"
-    row = rows.get(claim.criterion)
+    row = rows.get(criterion)
     if row is None or "verdict" not in row:
-        raise ConfigError(
-            f"{study.name}-{preset}: its summary lacks a verdict of {claim.criterion!r}"
-        )
+        raise ConfigError(f"{study.name}-{preset}: its summary lacks a verdict of {criterion!r}")
     found, _, would_decide = row["verdict"].partition(": ")
     said = f"{found if found == 'holds' else f'**{found}**'}: {number(row)}"
     said += f"; {would_decide}" * bool(would_decide)
-    figure = _figure(study.name, preset, f"{claim.figure}.png")
-    return f"{said} ([{claim.figure}]({figure}))"
+    return f"{said} ([{figure}]({_figure(study.name, preset, f'{figure}.png')}))"
 
 
 def _table(table: Table, rows: dict[str, Any]) -> Iterator[str]:

@@ -566,29 +566,12 @@ def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Ite
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A claim of the paper that a study tests."""
-
-    criterion: str
-    """The criterion that judges it, by name."""
-    says: str
-    figure: str
-    """The figure that shows it, by name."""
-
-
-def claims(**by_figure: Mapping[str, str]) -> list[Claim]:
-    """Claims by the figure that shows them: what each says, by the name of its criterion."""
-    pairs = [(figure, each) for figure, says in by_figure.items() for each in says.items()]
-    return [Claim(criterion, says, figure) for figure, (criterion, says) in pairs]
-
-
-def as_bayes(modes: str) -> list[Claim]:
-    """What studies of regression claim of a meta-trained LSTM that learns as Bayes does."""
+def as_bayes(modes: str) -> dict[str, dict[str, str]]:
+    """Gives the claims of regression studies that a meta-trained LSTM learns as Bayes does."""
     says = f"A meta-trained LSTM learns nearly all {modes} at once, as Bayes does"
     near = "Its losses are near those of Bayes-optimal inference"
     slope, loss = {"lstm_minus_bayes_slope": says}, {"lstm_excess_loss": near}
-    return claims(learning_times=slope, distance_to_bayes=loss)
+    return {"learning_times": slope, "distance_to_bayes": loss}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -617,8 +600,9 @@ class Study:
     """Figures that only this study has, by name; those that every run has are drawn beside them."""
     section: str = ""
     """Where the paper has it: the order in which a folder of studies is run and reported."""
-    claims: Sequence[Claim] = ()
-    """Of the paper, for `metadyn claims`."""
+    claims: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    """What it claims, for `metadyn claims`: by the name of the figure that shows a claim, and that
+    of the criterion that judges it, what it says."""
     tables: Sequence[Table] = ()
 
     def __post_init__(self) -> None:
