@@ -200,10 +200,10 @@ QUICK = Config(
 )
 WORKSTATION = Config(
     linear=LinearRegression(spread="even"),
-    outer=md.OuterConfig(steps=2000, checkpoints=4),
+    outer=md.OuterConfig(steps=8000, checkpoints=4),
     nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=16),
     measure=md.MeasureConfig(
-        tasks=2048, updating_tasks=64, tracked_tasks=64, heldout_tasks=1024, probe_points=16
+        tasks=2048, updating_tasks=128, tracked_tasks=64, heldout_tasks=1024, probe_points=16
     ),
 )
 MANY = {"outer_learning_rate": 3e-3, "outer_batch": 512}
