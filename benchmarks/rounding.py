@@ -50,13 +50,13 @@ def rows(tasks: int, steps: int = 1500) -> Iterator[dict[str, Any]]:
     import metadyn as md
     from metadyn.domains.linear import LinearRegression
     from metadyn.learners import gradient as gd
-    from metadyn.learners.bayes import bayes_linear, least_squares
+    from metadyn.learners.bayes import bayes_linear, ridge
     from metadyn.learners.lstm import LSTMConfig
 
     domain = LinearRegression(5, 5, steps=20)
     learners = {
         "bayes": bayes_linear(domain),
-        "least_squares": least_squares(5, 5),
+        "least_squares": ridge(5, 5, 1e-5),
         "sgd": gd.gradient(gd.deep_linear(5, 5), optax.sgd(0.05), 8),
         "lstm": md.train(LSTMConfig().make(domain), domain, steps=steps, seeds=1, progress=False),
     }

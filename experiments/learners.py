@@ -165,9 +165,9 @@ QUICK = Config(
 WORKSTATION = Config(
     of="workstation",
     linear=LinearRegression(spread="even"),
-    outer=md.OuterConfig(steps=2000, learning_rate=2e-2, checkpoints=8),
+    outer=md.OuterConfig(steps=1200, learning_rate=2e-2, checkpoints=6),
     measure=md.MeasureConfig(
-        tasks=4096, updating_tasks=64, tracked_tasks=256, heldout_tasks=1024, probe_points=16
+        tasks=2048, updating_tasks=64, tracked_tasks=128, heldout_tasks=1024, probe_points=16
     ),
 )
 PAPER = Config(

@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ import xarray as xr
 
 from metadyn import dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
-from metadyn.errors import ConfigError, check, naming
+from metadyn.errors import ConfigError, ConfigWarning, check, naming
 from metadyn.measuring import bytes_needed, calls, check_step, described, fits, readings, weights
 from metadyn.options import options_of
 from metadyn.outer import OuterLoop, TrainState
@@ -199,7 +200,15 @@ class Runner:
         """Makes and stores a measurement, unless it is stored already."""
         names = wanted.tasks.name, wanted.contender.name
         if not mesh.by_first(lambda: self.store.has_measurement(*names)):
-            self.store.save_measurement(*names, self.readings(wanted, trained), _described(*wanted))
+            found = self.readings(wanted, trained)
+            if jax.process_count() == 1:  # else each process has some of the tasks
+                lost = ~np.isfinite(np.asarray(found["loss"])[..., 1:]).all(-1)
+                if lost.any():
+                    said = f"is not finite in {lost.sum():,} of {lost.size:,} episodes"
+                    warnings.warn(
+                        f"the loss of {names[1]} on {names[0]} {said}", ConfigWarning, stacklevel=2
+                    )
+            self.store.save_measurement(*names, found, _described(*wanted))
 
     def measure_all(self) -> None:
         """Makes every measurement of the plan that is not stored yet, once it is trained."""

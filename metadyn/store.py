@@ -23,13 +23,14 @@ import itertools
 import json
 import os
 import re
+import reprlib
 import shutil
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,49 @@ class Results:
         }
 
 
+@contextmanager
+def lock(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Holds a folder's lock until left or killed. Raises `BlockingIOError` if it may not wait."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def claimed(
+    opened: Callable[[Any], Any], path: str | os.PathLike[str], file: str, asked: Any, what: str
+) -> Any:
+    """Makes DIR, with what was asked for in a JSON file, or opens one in which the same was asked.
+
+    `opened(path)` opens it, and its `config` is what the file holds. Several processes may come at
+    the same time. Raises `ConfigError` if DIR cannot be written, or holds anything else.
+    """
+    folder, other = Path(path).absolute(), "choose another DIR"
+    asked = json.loads(json.dumps(asked))
+    try:
+        if not os.path.exists(folder / file):  # False too for what cannot be a path
+            folder.mkdir(parents=True, exist_ok=True)
+            begun = {".lock", file, file + PART}  # by another process, or by one that was killed
+            if {each.name for each in folder.iterdir()} - begun:
+                fix = f"is not empty and holds no {what} of metadyn: {other}"
+                raise ConfigError(f"--out {path} {fix}")
+            with lock(folder):
+                if not (folder / file).exists():
+                    write_json(folder / file, asked)
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
+    found: Any = opened(path)
+    for name, *both in differences(found.config, asked):
+        theirs, ours = map(reprlib.repr, both)
+        raise ConfigError(
+            f"--out {path} holds a {what} with {name} = {theirs}, not {ours}: "
+            f"{other}, or give that value to go on with it"
+        )
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {path} cannot be written: {other}")
+    return found
+
+
 class RunFolder:
     """One run's DIR. `RunFolder(path)` opens one for reading; `create` makes or resumes one."""
 
@@ -114,28 +158,7 @@ class RunFolder:
         Raises `ConfigError` if it cannot be written, holds anything else, or holds a run of
         another configuration.
         """
-        folder, other = Path(path).absolute(), "choose another DIR"
-        config = json.loads(json.dumps({"format": FORMAT, **config}))
-        if os.path.exists(folder / "config.json"):  # False too for what cannot be a path
-            run = cls(path)
-            for name, theirs, ours in differences(run.config, config):
-                raise ConfigError(
-                    f"--out {path} holds a run with {name} = {theirs!r}, not {ours!r}: "
-                    f"{other}, or run with that value to resume it"
-                )
-            if not os.access(folder, os.W_OK):
-                raise ConfigError(f"--out {path} cannot be written: {other}")
-            return run
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            begun = {".lock", "config.json" + PART}  # by a process that was killed
-            if {each.name for each in folder.iterdir()} - begun:
-                raise ConfigError(f"--out {path} is not empty and holds no run of metadyn: {other}")
-            write_json(folder / "config.json", config)
-        except (OSError, ValueError) as error:
-            said = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
-        return cls(path)
+        return claimed(cls, path, "config.json", {"format": FORMAT, **config}, "run")
 
     def _taken(self) -> float:
         """Seconds that a run which is gone on with took so far; 0 if that is not known."""
@@ -150,9 +173,9 @@ class RunFolder:
         Inside, `seconds()` says for how long it was held, all parts of a run together; a part that
         was killed, and had no time to say, is not counted.
         """
-        with open(self.path / ".lock", "w") as lock:
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(lock(self.path, wait=False))
             except BlockingIOError:
                 raise ConfigError(
                     f"--out {self.path} is in use by another run: "

@@ -315,6 +315,9 @@ class Comparison:
         check_name(self.name or "main", "comparison")
         names = [contender.name for contender in self.contenders]
         check_unique(names, "name", "two contenders have this name: choose another")
+        for name in (tasks.name for tasks in (*self.sets, *(tasks for tasks, _ in self.pairs))):
+            fix = "sets measured at every checkpoint are called so: give another name"
+            check(not name.startswith((TRACKED, HELDOUT)), "set of tasks", name, fix)
         for contender in self.contenders:
             fix = f"contender {contender.name!r} is made of a meta-learner that is not compared"
             known = ("", *(each.name for each in self.metas))

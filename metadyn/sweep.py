@@ -13,15 +13,12 @@ Settings whose programs differ in numbers alone are trained side by side as one 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
-import json
 import math
-import reprlib
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +30,7 @@ from metadyn.errors import ConfigError, check, naming
 from metadyn.options import as_typed, configured
 from metadyn.progress import Progress
 from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train, writing
-from metadyn.store import RunFolder, differences, read_json, write_json
+from metadyn.store import RunFolder, claimed, lock, read_json, write_json
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_form
 
@@ -213,7 +210,8 @@ class SweepFolder:
         """Raises `ConfigError` unless `path` holds a sweep."""
         self.path = Path(path).absolute()
         self.figures = self.path / "figures"
-        found = read_json(self.path / "sweep.json", f"{path} holds no sweep of metadyn")
+        self.config = read_json(self.path / "sweep.json", f"{path} holds no sweep of metadyn")
+        found = dict(self.config)
         if found.pop("format", None) != FORMAT:
             raise ConfigError(f"{path} holds a sweep of another version of metadyn")
         with naming(f"{path}/sweep.json: is not as metadyn writes it"):
@@ -226,26 +224,8 @@ class SweepFolder:
 
         Raises `ConfigError` if it cannot be written, or holds anything but this sweep.
         """
-        folder, other = Path(path).absolute(), "choose another DIR"
         asked = {"format": FORMAT, "parts": parts} | dataclasses.asdict(sweep)
-        asked = json.loads(json.dumps(asked))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            begun = {".lock", "sweep.json.part"}  # by another part, or by one that was killed
-            if {each.name for each in folder.iterdir()} - begun and not is_sweep(path):
-                raise ConfigError(f"--out {path} is not empty and holds no sweep: {other}")
-            with _alone(folder):
-                if not is_sweep(path):
-                    write_json(folder / "sweep.json", asked)
-        except (OSError, ValueError) as error:
-            said = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
-        found = cls(path)
-        theirs = read_json(folder / "sweep.json", f"{path} cannot be read")
-        for name, value, ours in differences(theirs, asked):
-            said = f"{name} = {reprlib.repr(value)}, not {reprlib.repr(ours)}"
-            raise ConfigError(f"--out {path} holds a sweep with {said}: {other}")
-        return found
+        return claimed(cls, path, "sweep.json", asked, "sweep")
 
     def setting(self, i: int) -> Path:
         """The run folder of a setting."""
@@ -278,14 +258,6 @@ class SweepFolder:
 def is_sweep(path: str | Path) -> bool:
     """Whether a folder holds a sweep."""
     return (Path(path) / "sweep.json").exists()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One part at a time comes in."""
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def planned(sweep: Sweep, study: Study, configs: Sequence[Any], part: Part) -> dict[int, Plan]:
@@ -358,7 +330,7 @@ def run_sweep(
                     run.set_aside_damaged()
                     runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
                 _run(study, configs, folder, runners, shared, progress)
-        with _alone(folder.path):  # of parts that end together the first draws
+        with lock(folder.path):  # of parts that end together the first draws
             if not summary.exists() and all(map(folder.ended, range(len(configs)))):
                 sweep_results.conclude(folder, progress)
     return folder

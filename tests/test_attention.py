@@ -21,8 +21,7 @@ H, HEADS, T = 8, 2, 9
 SMALL = {"hidden": H, "attention_heads": HEADS}
 CONFIGS = {
     "transformer": TransformerConfig(**SMALL),
-    "separate": LinearAttentionConfig(**SMALL),
-    "merged": LinearAttentionConfig(merged=True, **SMALL),
+    "linear": LinearAttentionConfig(**SMALL),
 }
 ONE_LAYER = {
     "one_layer_separate": OneLayerAttentionConfig(3),
@@ -67,16 +66,14 @@ def test_a_transformer_is_that_of_its_formulae():
     np.testing.assert_allclose(found, tokens @ p["readout"].T + p["offset"], 1e-4, 1e-4)
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_linear_attention_is_a_sum_over_the_past(merged):
-    """(1/t) Σ v_s (k_s · q_t), written out; merged, a token is its own key in every head."""
-    config = LinearAttentionConfig(merged=merged, **SMALL)
-    mixer = LinearAttention(config, rngs=nnx.Rngs(0))
+def test_linear_attention_is_a_sum_over_the_past():
+    """(1/t) Σ v_s (k_s · q_t), written out."""
+    mixer = LinearAttention(CONFIGS["linear"], rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((T, H))
     kernel = lambda linear: np.asarray(linear.kernel[...], np.float64)
     heads = lambda a: a.reshape(T, HEADS, -1)
     query, value = heads(x @ kernel(mixer.query)), heads(x @ kernel(mixer.value))
-    key = np.stack([x] * HEADS, 1) if merged else heads(x @ kernel(mixer.key))
+    key = heads(x @ kernel(mixer.key))
     mixed = np.zeros_like(value)
     for t in range(T):
         for head in range(HEADS):
@@ -154,16 +151,14 @@ def test_small_weights_are_where_training_starts():
 # Longer episodes, bad input.
 
 
-def test_a_cache_may_be_longer_and_says_when_it_is_full():
-    """Trained on episodes of 6 steps, stepped through 12: with room the same as at once."""
-    short, long = DOMAINS["linear"], dataclasses.replace(DOMAINS["linear"], steps=12)
+def test_a_cache_says_when_it_is_full():
+    """Of episodes of 6 steps, stepped through 12: a token beyond its room is answered with NaN."""
+    long = dataclasses.replace(DOMAINS["linear"], steps=12)
     queries, feedback = observe(long, jax.random.split(jax.random.key(2), 3))
-    roomy = dataclasses.replace(CONFIGS["transformer"], cache=12).make(short)
-    tight = CONFIGS["transformer"].make(short)
-    params = scattered(roomy)
-    whole = jax.jit(roomy.unroll)(params, queries, feedback)
-    np.testing.assert_allclose(stepped(roomy.learner(params), queries, feedback), whole, 1e-5, 1e-5)
-    answers = stepped(tight.learner(params), queries, feedback)
+    meta = CONFIGS["transformer"].make(DOMAINS["linear"])
+    params = scattered(meta)
+    whole = jax.jit(meta.unroll)(params, queries, feedback)
+    answers = stepped(meta.learner(params), queries, feedback)
     np.testing.assert_allclose(answers[:7], whole[:7], 1e-5, 1e-5)
     assert np.isnan(answers[7:]).all()
 
@@ -177,11 +172,6 @@ def test_a_cache_may_be_longer_and_says_when_it_is_full():
         (lambda: TransformerConfig(attention_heads=0), "attention_heads = 0"),
         (lambda: TransformerConfig(attention_heads=3), "= 3: must divide hidden = 64"),
         (lambda: LinearAttentionConfig(attention_heads=5), "= 5: must divide hidden = 64"),
-        (lambda: TransformerConfig(cache=0), "cache = 0"),
-        (
-            lambda: TransformerConfig(cache=6).make(DOMAINS["linear"]),
-            "cache = 6: must be at least 7, one more than the 6 steps of an episode",
-        ),
         (lambda: OneLayerAttentionConfig(attention_heads=0), "attention_heads = 0"),
         (lambda: OneLayerAttentionConfig(rank=0), "rank = 0"),
         (lambda: OneLayerAttentionConfig(scale=0.0), "scale = 0.0"),

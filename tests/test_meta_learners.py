@@ -24,7 +24,6 @@ NETWORKS = {
     "minlstm": MinLSTMConfig(hidden=8),
     "transformer": TransformerConfig(**HEADED),
     "linear_attention": LinearAttentionConfig(**HEADED),
-    "merged_linear_attention": LinearAttentionConfig(merged=True, **HEADED),
     "deltanet": DeltaNetConfig(**HEADED),
 }
 

@@ -29,7 +29,7 @@ FOURIER = FourierRegression(steps=4)
 BANDIT = ContextualBandit(3, 4, steps=4)
 ORDINARY = {
     "bayes": (LINEAR, bayes.bayes_linear(LINEAR)),
-    "least_squares": (LINEAR, bayes.least_squares(3, 2)),
+    "least_squares": (LINEAR, bayes.ridge(3, 2, 1e-5)),
     "sgd": (LINEAR, gradient(deep_linear(3, 2), optax.sgd(0.05), 4)),
     "bayes_fourier": (FOURIER, bayes.bayes_fourier(FOURIER)),
     "mlp": (FOURIER, gradient(mlp(1, 1, 2, 8), optax.sgd(0.05), 4)),

@@ -14,7 +14,7 @@ import pytest
 import metadyn as md
 from metadyn import dynamics, figures, runner
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import ConfigError
+from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.measuring import bytes_needed, check_step
@@ -134,6 +134,29 @@ def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
     assert [*stored.measurements()] == ["in_distribution"]
     assert not stored.tracked()
     assert stored.steps() == [*Config().outer.checkpoint_steps]
+
+
+def test_a_learner_whose_loss_is_not_finite_is_named(tmp_path):
+    """It answers NaN to some inputs; the others are measured and judged all the same."""
+    bayes = bayes_linear(Config().domain)
+    predict = lambda state, x: jnp.where(x[0] > 1, jnp.nan, bayes.predict(state, x))
+    halting = md.Contender("halting", "halting", bayes._replace(predict=predict), "ordinary")
+    plan = changed(contenders=lambda old: [*old, halting], sets=lambda sets: sets[:1])
+    one = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
+    study = dataclasses.replace(STUDY, plan=plan, criteria=one, figures={})
+    with pytest.warns(ConfigWarning) as said:
+        assert np.isfinite(run(study, tmp_path / "r")["criteria"][0]["value"])
+    (warned,) = said
+    found = re.match(r"the loss of halting on in_dist.* in (\d) of 8 episodes", str(warned.message))
+    data = RunFolder(tmp_path / "r").measurement("in_distribution", "halting")
+    assert int(found[1]) == np.isnan(data["loss"][:, 1:]).any("step").sum() > 0
+
+
+def test_sets_are_not_called_as_those_of_checkpoints(tmp_path, monkeypatch):
+    rename = lambda sets: [dataclasses.replace(sets[0], name="heldout_x"), *sets[1:]]
+    study = dataclasses.replace(STUDY, plan=changed(sets=rename))
+    says = "set of tasks = 'heldout_x': sets measured at every checkpoint are called so"
+    assert says in refused(study, tmp_path / "r", monkeypatch)
 
 
 def test_a_closed_form_that_cannot_be_stored_is_refused(tmp_path, monkeypatch):

@@ -46,13 +46,6 @@ def band_stop(low: int, high: int, highest: int, total: float = 1.0) -> Spectrum
     return _in_all(total, [float(0 < k < low or k > high) for k in range(highest + 1)])
 
 
-def power_law(highest: int, exponent: float = 2.0, total: float = 1.0) -> Spectrum:
-    """Variances proportional to k^−exponent at 1 … highest, adding up to `total`."""
-    check(highest >= 1, "highest", highest, "must be at least 1")
-    check(bool(np.isfinite(exponent)), "exponent", exponent, "must be finite")
-    return _in_all(total, [0.0, *(float(k) ** -exponent for k in range(1, highest + 1))])
-
-
 def _in_all(total: float, parts: Sequence[float]) -> Spectrum:
     check(0 < total < np.inf, "total", total, "must be positive and finite")
     return tuple(total * part / sum(parts) for part in parts)

@@ -16,7 +16,7 @@ from metadyn.kernels import dense
 from metadyn.learners.blocks import HeadedConfig, by_token, joined, queries_keys_values
 
 Cache = tuple[Float[Array, "room heads d"], Float[Array, "room heads d"], Int[Array, ""]]
-Sums = tuple[Float[Array, "heads d K"], Int[Array, ""]]
+Sums = tuple[Float[Array, "heads d d"], Int[Array, ""]]
 Pairs = tuple[Float[Array, "m n"], Int[Array, ""]]
 
 
@@ -25,20 +25,9 @@ class TransformerConfig(HeadedConfig):
     """A causal transformer, such as learns regression in context in Garg et al. (2022)."""
 
     label = "transformer"
-    cache: int | None = None
-    """Tokens that the key-value cache has room for, where longer episodes are to be measured than
-    those trained on. None: those of the domain's episodes and the query of a probe after them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cache is not None:
-            check_positive(self, "cache")
 
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> SoftmaxAttention:
         """Softmax attention."""
-        least = domain.steps + 1
-        fix = f"must be at least {least}, one more than the {domain.steps} steps of an episode"
-        check(self.cache is None or self.cache >= least, "cache", self.cache, fix)
         return SoftmaxAttention(self, rngs=rngs)
 
 
@@ -51,7 +40,7 @@ class SoftmaxAttention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         H = config.hidden
-        self.heads, self.d, self.room = config.attention_heads, config.head_size, config.cache
+        self.heads, self.d = config.attention_heads, config.head_size
         self.project: Any = nnx.Linear(H, 3 * H, rngs=rngs)
         self.out: Any = nnx.Linear(H, H, rngs=rngs)
 
@@ -67,7 +56,7 @@ class SoftmaxAttention(nnx.Module):
 
     def start(self, steps: int) -> Cache:
         """An empty cache."""
-        nothing = jnp.zeros((self.room or steps, self.heads, self.d))
+        nothing = jnp.zeros((steps, self.heads, self.d))
         return nothing, nothing, jnp.int32(0)
 
     def step(self, memory: Cache, x: Float[Array, " H"]) -> tuple[Cache, Float[Array, " H"]]:
@@ -91,8 +80,6 @@ class LinearAttentionConfig(HeadedConfig):
     """
 
     label = "linear attention"
-    merged: bool = False
-    """Whether a head has one matrix W^KQ in place of keys and queries of its own."""
 
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> LinearAttention:
         """Linear attention."""
@@ -102,25 +89,17 @@ class LinearAttentionConfig(HeadedConfig):
 class LinearAttention(nnx.Module):
     """Causal linear self-attention: (1/t) Σ_{s≤t} v_s (k_s · q_t), head by head.
 
-    Merged, a head's score is x_sᵀ W^KQ x_t: its key is the token itself. The memory is Σ v kᵀ.
+    The memory is Σ v kᵀ.
     """
 
     def __init__(self, config: LinearAttentionConfig, *, rngs: nnx.Rngs):
-        H, self.heads = config.hidden, config.attention_heads
-        self.d, self.K = config.head_size, H if config.merged else config.head_size
-        linear = lambda n, m: nnx.Linear(n, m, use_bias=False, rngs=rngs)
-        self.query, self.value, self.out = (
-            linear(H, self.heads * self.K),
-            linear(H, H),
-            linear(H, H),
-        )
-        self.key = None if config.merged else linear(H, H)
+        self.heads, self.d = config.attention_heads, config.head_size
+        linear = lambda: nnx.Linear(config.hidden, config.hidden, use_bias=False, rngs=rngs)
+        self.query, self.value, self.out, self.key = (linear() for _ in range(4))
 
     def _projected(self, x: Float[Array, "*T H"]) -> tuple[Array, Array, Array]:
         split = lambda layer: by_token(layer, x).reshape(*x.shape[:-1], self.heads, -1)
-        query = split(self.query) / jnp.sqrt(self.K)
-        key = split(self.key) if self.key else jnp.broadcast_to(x[..., None, :], query.shape)
-        return query, key, split(self.value)
+        return split(self.query) / jnp.sqrt(self.d), split(self.key), split(self.value)
 
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
         """The attention of each token to those up to it."""
@@ -131,7 +110,7 @@ class LinearAttention(nnx.Module):
 
     def start(self, steps: int) -> Sums:
         """No sums yet, of no tokens."""
-        return jnp.zeros((self.heads, self.d, self.K)), jnp.int32(0)
+        return jnp.zeros((self.heads, self.d, self.d)), jnp.int32(0)
 
     def step(self, memory: Sums, x: Float[Array, " H"]) -> tuple[Sums, Float[Array, " H"]]:
         """The attention of one token to those in the sums and to itself."""

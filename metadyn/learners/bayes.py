@@ -175,11 +175,3 @@ def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
     roots = jnp.broadcast_to(jnp.eye(n_x) / penalty**0.5, (n_y, n_x, n_x))
     prior = Posterior(jnp.zeros((n_y, n_x)), roots)
     return _regression(Gaussian(prior, 1.0, lambda x: x, jnp.eye(n_y)))
-
-
-def least_squares(n_x: int, n_y: int) -> Learner:
-    """Least squares, the one of least norm while the inputs do not yet determine W.
-
-    Ridge with a penalty of 1e-5 against inputs of unit variance: in float32, its limit.
-    """
-    return ridge(n_x, n_y, 1e-5)

@@ -235,21 +235,13 @@ def expected_policy_gradient(
 
 
 @functools.cache
-def reinforce(
-    network: Network,
-    optimizer: optax.GradientTransformation,
-    batch: int,
-    baseline: bool = True,
-    memory: float = 0.99,
-) -> Learner:
+def reinforce(network: Network, optimizer: optax.GradientTransformation, batch: int) -> Learner:
     """REINFORCE (Williams 1992) on `batch` fresh choices an update, drawn from the policy itself.
 
-    The gradient of −(r − r̄) log π(a | c), with r̄ the running mean of past rewards, from 0 and with
-    `memory` of what it was an update ago; or with r̄ = 0, without `baseline`. Its time t counts
-    updates.
+    The gradient of −(r − r̄) log π(a | c), with r̄ the running mean of past rewards: it begins at 0,
+    and each update moves it by 0.01 of the way to the mean of its own. Its time t counts updates.
     """
     check(batch >= 1, "batch", batch, "must be at least 1")
-    check(0 <= memory < 1, "memory", memory, "must be from 0 to below 1")
 
     def objective(weights: Weights, query: Query, credited: tuple[Array, Array]) -> Array:
         action, advantage = credited
@@ -262,8 +254,7 @@ def reinforce(
     def update(state, query: Query, feedback: Outcome):
         *descended, mean = state
         credited = feedback.action, feedback.reward - mean
-        if baseline:
-            mean = memory * mean + (1 - memory) * jnp.mean(feedback.reward)
+        mean = 0.99 * mean + 0.01 * jnp.mean(feedback.reward)
         return *policy.update(descended, query, credited), mean
 
     init = lambda key: (*policy.init(key), jnp.zeros(()))
