@@ -105,10 +105,10 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
     numbers alone.
     """
     from metadyn import planning
-    from metadyn.programs import take_apart
+    from metadyn.programs import split_constants
 
     try:
-        form, _ = take_apart(program.trace().jaxpr)
+        form, _ = split_constants(program.trace().jaxpr)
         form = f"{form} {program.turns}"
         if form not in before:
             row = planning.compiled(program, there)
@@ -179,7 +179,7 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     there, names = absent_devices.find(target), set()
     before: dict[str, dict[str, Any]] = {}
-    with mesh.standing_in(there):
+    with mesh.compiling_for(there):
         for study in known():
             for program in programs(study):
                 name = f"{study}: {program.name}"

@@ -26,7 +26,7 @@ import numpy as np
 
 REPEATS = 9
 SECONDS = 0.25  # of one repeat, at least: our choice
-PATIENCE = 600.0  # seconds that a side may take to be prepared, or to repeat
+GRACE_SECONDS = 600.0  # seconds that a side may take to be prepared, or to repeat
 
 Run = Callable[[int], Any]
 """`run(count)` does the work `count` times and returns when it is done."""
@@ -50,7 +50,7 @@ class Worker:
     Raises `Unavailable` if it cannot be made, dies, or does not answer within `patience` seconds.
     """
 
-    def __init__(self, side: Side, seconds: float = SECONDS, patience: float = PATIENCE):
+    def __init__(self, side: Side, seconds: float = SECONDS, patience: float = GRACE_SECONDS):
         self._patience, context = patience, multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, side, seconds), daemon=True)
@@ -125,7 +125,7 @@ def alternate(
     sides: Mapping[str, Side],
     repeats: int = REPEATS,
     seconds: float = SECONDS,
-    patience: float = PATIENCE,
+    patience: float = GRACE_SECONDS,
 ) -> dict[str, np.ndarray]:
     """Seconds per unit of work [repeats] of each side, repeat by repeat in turn.
 

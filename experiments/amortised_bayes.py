@@ -195,8 +195,6 @@ study = md.Study(
             "linear_lstm_nonlinear": "Ours: nor in another form, that a small MLP finds",
             "linear_lstm_direction": "Ours: an LSTM simulates Bayes better than Bayes an LSTM",
         },
-        "causal": {
-            "linear_lstm_kept": "Ours: an LSTM goes on from Bayes' state mapped into its own"
-        },
+        "causal": {"linear_lstm_kept": "Ours: an LSTM goes on from Bayes' state mapped to its own"},
     },
 )

@@ -193,11 +193,7 @@ study = md.Study(
             "contexts grows exponentially with their number",
             "reinforce_decoupled_growth_linear_over_exponential": "Decoupled, it grows linearly",
         },
-        "mode_strength": {
-            "lstm_minus_bayes_staggering": "A meta-trained LSTM plateaus as Bayes does"
-        },
-        "distance_to_bayes": {
-            "lstm_relative_reward": "Its reward is near that of the optimal policy"
-        },
+        "mode_strength": {"lstm_minus_bayes_staggering": "A meta-trained LSTM plateaus like Bayes"},
+        "distance_to_bayes": {"lstm_relative_reward": "Its reward is near the optimal policy's"},
     },
 )

@@ -16,7 +16,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled
-from metadyn.base import variant
+from metadyn.base import as_subclass
 from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
 from metadyn.errors import check
 from metadyn.learners.gradient import random_start
@@ -84,7 +84,7 @@ def inner_curriculum(config: Config) -> md.Comparison:
     tasks = sizes.sized(domain.evaluation(sizes.probe_points), name="isotropic")
     sets = [
         tasks,
-        dataclasses.replace(tasks, name="tilted", domain=variant(domain, TiltedRegression)),
+        dataclasses.replace(tasks, name="tilted", domain=as_subclass(domain, TiltedRegression)),
     ]
     contenders = [dataclasses.replace(base.contenders[0], curve=None), *metas, base.bayes]
     return base.alone("linear", TITLES["linear"], contenders=contenders, sets=sets, followed=False)

@@ -17,7 +17,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled, teaching
-from metadyn.base import STRENGTH, variant
+from metadyn.base import STRENGTH, as_subclass
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
@@ -94,7 +94,7 @@ def plan(config: Config) -> md.Plan:
     linear = base.alone("linear", "linear regression", **changes)
     base, metas = config.contenders("bandit")
     rewards = sizes.sized(bandit.evaluation(), name="rewards")
-    shown = variant(bandit, teaching.DemonstratedBandit)
+    shown = as_subclass(bandit, teaching.DemonstratedBandit)
     sets = [rewards, dataclasses.replace(rewards, name="demonstrations", domain=shown)]
     changes |= {"contenders": [base.contenders[0], *metas, base.bayes], "sets": sets, "pairs": ()}
     return md.Plan(config.outer, [linear, base.alone("bandit", "contextual bandit", **changes)])

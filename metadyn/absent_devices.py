@@ -13,7 +13,7 @@ import jax
 from jax.experimental.topologies import get_topology_desc
 
 from metadyn.errors import ConfigError
-from metadyn.mesh import Elsewhere
+from metadyn.mesh import TargetDevices
 
 # What NVIDIA publishes of the card, in the words of XLA's GpuTargetConfigProto.
 _H100 = """
@@ -62,7 +62,7 @@ OPTIONS = {"cuda": {"xla_gpu_autotune_level": "0"}, "tpu": {}}
 """Of the compilers: products are not timed to choose among, as there is nothing to time them on."""
 
 
-def find(name: str) -> Elsewhere:
+def find(name: str) -> TargetDevices:
     """The devices that a name such as "h100:8" is of.
 
     Raises `ConfigError` if there are none, or their compiler is not installed.
@@ -79,7 +79,7 @@ def find(name: str) -> Elsewhere:
     except Exception as error:
         said = f"the compiler for {platform} is not here: pip install 'metadyn[aot]'"
         raise ConfigError(f"--plan {name}: {said}") from error
-    return Elsewhere(devices, memory, OPTIONS[platform])
+    return TargetDevices(devices, memory, OPTIONS[platform])
 
 
 def alone() -> None:

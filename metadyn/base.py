@@ -259,7 +259,7 @@ class TaskSet:
         return min(self.size, self.updating_size or 0) if updating else self.size
 
 
-def variant(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
+def as_subclass(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
     """Makes a domain of another kind, with the settings of a given one and more of its own."""
     own = {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
     return kind(**own, **more)

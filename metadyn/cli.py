@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # imported when needed: they start JAX
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 STOPPED = "interrupted; the same command goes on from here"
-PATIENCE = 6.0  # seconds
+GRACE_SECONDS = 6.0  # seconds
 
 
 _RUN = "runs/linear_regression-quick-0"
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from metadyn import mesh
 
         code = BAD_INPUT
-        if mesh.lost(error):
+        if mesh.is_peer_loss(error):
             code, said = INTERRUPTED, " ".join(str(error).split())[:120]
             again = "start all of them again to go on from the last checkpoint"
             said = f"another process of this run was lost; {again} ({said})"
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             lower = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
             said = f"memory ran out; the last checkpoint is whole: {lower}"
-        elif mesh.joined():
+        elif mesh.is_distributed():
             traceback.print_exc()
             code, said = FAILED, ""
         else:
@@ -227,7 +227,7 @@ def _say(what: str) -> None:
 
 @contextlib.contextmanager
 def _in_time() -> Iterator[None]:
-    """Ends the process `PATIENCE` seconds after Ctrl-C or SIGTERM, whatever it is doing.
+    """Ends the process `GRACE_SECONDS` seconds after Ctrl-C or SIGTERM, whatever it is doing.
 
     What is stored is whole: the same command goes on from the last complete checkpoint.
 
@@ -240,7 +240,7 @@ def _in_time() -> Iterator[None]:
 
     def watch() -> None:
         while came := read.recv(1):
-            if came[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(PATIENCE):
+            if came[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(GRACE_SECONDS):
                 _say(STOPPED)
                 os._exit(INTERRUPTED)
 
@@ -266,7 +266,7 @@ def _run(arguments: argparse.Namespace) -> int:
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     with _in_time():
         code = _studies(arguments)
-    mesh.leave()
+    mesh.shut_down()
     return code
 
 
@@ -365,7 +365,7 @@ def _studies(arguments: argparse.Namespace) -> int:
     studies = load_studies(arguments.study) if several else [load_study(arguments.study)]
     for study in studies:
         _check_preset(study, preset, _own(arguments))
-    progress = Progress(Terminal() if mesh.first() else None)
+    progress = Progress(Terminal() if mesh.is_main_process() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:
         for i, study in enumerate(studies):
@@ -517,9 +517,9 @@ def _devices(arguments: argparse.Namespace) -> int:
     mesh.use_every_core()
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     for name, value in mesh.describe().items():
-        if mesh.first():
+        if mesh.is_main_process():
             print(f"{name}: {value}")
-    mesh.leave()
+    mesh.shut_down()
     return DONE
 
 

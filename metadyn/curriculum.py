@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from metadyn.base import Domain, Key, MetaLearner, variant
+from metadyn.base import Domain, Key, MetaLearner, as_subclass
 from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.fourier import FourierRegression, FourierTask
 from metadyn.domains.linear import LinearRegression, LinearTask
@@ -114,5 +114,5 @@ def admitting(
             raise ConfigError(f"domain = {type(domain).__name__!r}: there is no curriculum for it")
     fix = f"give a step for each of the {modes} modes"
     check(len(admission.steps) == modes, "steps", admission.steps, fix)
-    at = lambda step: objective(variant(domain, kind, admission=admission, step=step), meta)
+    at = lambda step: objective(as_subclass(domain, kind, admission=admission, step=step), meta)
     return dataclasses.replace(objective(domain, meta), at=at)

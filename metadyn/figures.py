@@ -33,7 +33,7 @@ from PIL import Image
 from metadyn import dynamics, labelled
 from metadyn.base import STRENGTH
 from metadyn.dynamics import Estimate
-from metadyn.errors import check, naming
+from metadyn.errors import check, error_context
 from metadyn.progress import Progress
 from metadyn.store import NotMeasured, Results
 
@@ -67,7 +67,7 @@ def draw(folder: Path, results: Results, own: Own, progress: Progress) -> list[P
     What has not been measured yet, in a run that was stopped, is left out.
     """
     folder.mkdir(exist_ok=True)
-    trained, paths = trainings(results), []
+    trained, paths = histories(results), []
     wanted = of_every_run(results, trained)
     wanted |= {name: partial(figure, results) for name, figure in own.items()}
     with progress.counting("drawing", len(wanted) + len(trained)) as show:
@@ -99,12 +99,12 @@ def check_words(texts: Iterable[str]) -> None:
     """Raises `ConfigError` for a text whose mathematics, between dollar signs, cannot be set."""
     for line in {line for text in texts for line in text.splitlines()}:
         if cbook.is_math_text(line):
-            with naming(f"{line!r} cannot be typeset"):
+            with error_context(f"{line!r} cannot be typeset"):
                 MathTextParser("path").parse(line)
 
 
 def of_every_run(
-    results: Results, trained: dict[str, OuterTraining]
+    results: Results, trained: dict[str, LearningHistory]
 ) -> dict[str, Callable[[], Figure]]:
     """Lists what draws the figures that every run has, by name."""
     measured = results.learners("in_distribution", drawn=True)
@@ -223,7 +223,7 @@ def final_strength(
 
 
 @dataclasses.dataclass(frozen=True)
-class OuterTraining:
+class LearningHistory:
     """A meta-learner at every checkpoint, and Bayes on the same tasks."""
 
     called: str
@@ -246,7 +246,7 @@ class OuterTraining:
         return dynamics.over_outer_training(self.trained, self.bayes)
 
 
-def trainings(results: Results) -> dict[str, OuterTraining]:
+def histories(results: Results) -> dict[str, LearningHistory]:
     """Each meta-learner that is followed over outer training, by the ending of its figures' names.
 
     The first of a comparison has the ending of its set of tasks; others have their name after it.
@@ -264,12 +264,12 @@ def trainings(results: Results) -> dict[str, OuterTraining]:
                 called = f"{about.title}, {about.label}" if both else about.title or about.label
                 suffix = tracked.removeprefix("tracked") + (f"_{name}" if i else "")
                 losses = results[heldout, name], bayes[1][0]
-                found[suffix] = OuterTraining(called, data, bayes[0][0], losses)
+                found[suffix] = LearningHistory(called, data, bayes[0][0], losses)
     return found
 
 
 @styled
-def inner_curves(training: OuterTraining) -> Figure:
+def inner_curves(training: LearningHistory) -> Figure:
     """Draws the inner learning curve of each mode (panels) over outer training, and Bayes'."""
     modes, (strength, best) = labelled.modes(training.trained), training.strengths
     times, steps = (training.trained[name].to_numpy() for name in ("time", "outer_step"))
@@ -293,7 +293,7 @@ def inner_curves(training: OuterTraining) -> Figure:
 
 
 @styled
-def outer_learning(training: OuterTraining) -> Figure:
+def outer_learning(training: LearningHistory) -> Figure:
     """Draws inner learning times, and how near each mode is to Bayes, against outer step."""
     modes, (strength, best) = labelled.modes(training.trained), training.strengths
     inner, outer = dynamics.times_of(training.trained), dynamics.outer_times_of(training.trained)
@@ -320,7 +320,7 @@ def outer_learning(training: OuterTraining) -> Figure:
 
 
 @styled
-def distance_to_bayes(training: OuterTraining) -> Figure:
+def distance_to_bayes(training: LearningHistory) -> Figure:
     """Draws excess loss over Bayes, and the distance of each mode's curve, against outer step."""
     figure, left, right, steps = _over_outer_training(training, "distance to Bayes")
     floor, modes = labelled.about(training.losses[0]).loss_floor, labelled.modes(training.trained)
@@ -342,7 +342,9 @@ def distance_to_bayes(training: OuterTraining) -> Figure:
     return figure
 
 
-def _over_outer_training(training: OuterTraining, what: str) -> tuple[Figure, Any, Any, np.ndarray]:
+def _over_outer_training(
+    training: LearningHistory, what: str
+) -> tuple[Figure, Any, Any, np.ndarray]:
     """A figure with two panels over outer step, and the steps: 0 at the left of a log axis."""
     figure, axes = grid(2, width=5.2, height=4.0)
     steps = np.maximum(training.trained["outer_step"].to_numpy(), 0.5)
@@ -354,7 +356,7 @@ def _over_outer_training(training: OuterTraining, what: str) -> tuple[Figure, An
     return figure, *axes, steps
 
 
-def animation(training: OuterTraining, path: Path) -> None:
+def animation(training: LearningHistory, path: Path) -> None:
     """Writes a GIF of all inner learning curves, one frame a checkpoint, Bayes' beside them."""
     modes, (mean, bayes) = (
         labelled.modes(training.trained),
@@ -391,7 +393,7 @@ def animation(training: OuterTraining, path: Path) -> None:
 
 
 @styled
-def orders(trainings: Sequence[OuterTraining]) -> Figure:
+def orders(trainings: Sequence[LearningHistory]) -> Figure:
     """Draws when the outer loop comes to learn each mode, against its inner learning time."""
     label = "outer learning time $n_k$\n(outer step half-way to Bayes)"
     figure, axes = grid(len(trainings), label, width=4.4, height=4.3)

@@ -199,10 +199,10 @@ def measure(
 
     def one_seed(params):
         held, taken = _held(make_learner(params), probes)
-        at_a_time = mesh.tasks_at_a_time(chunk, held, seeds * taken)
-        return mesh.over_tasks(one, (params, argument, key), indices, at_a_time)
+        microbatch = mesh.task_chunk(chunk, held, seeds * taken)
+        return mesh.map_tasks(one, (params, argument, key), indices, microbatch)
 
-    return mesh.over_seeds(one_seed, params) if seeded else one_seed(params)
+    return mesh.map_seeds(one_seed, params) if seeded else one_seed(params)
 
 
 def _held(learner: Learner, probes: Probes) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from metadyn import inner, labelled, mesh
 from metadyn.base import STRENGTH, Key, Learner, Params, Probe, TaskSet
-from metadyn.errors import ConfigError, check, check_name, naming
+from metadyn.errors import ConfigError, check, check_name, error_context
 from metadyn.study import Contender
 
 TAKEN = ("time", "closed_form", "learner", "seed", "task", "step", "mode", "outer_step")
@@ -113,7 +113,7 @@ def _axes(
     taken = {*axes, *tasks.probes, *TAKEN}
 
     def trace(key: Key, params: Params, task: Any) -> None:
-        with naming(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
+        with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
             learner = contender.make(params)
             state = learner.init(key)
             for name, leaf in (learner.diagnose(state) if learner.diagnose else {}).items():
@@ -122,7 +122,7 @@ def _axes(
                 axes[name] = tuple(f"{name}_{i}" for i in range(leaf.ndim))
                 sizes.update(zip(axes[name], leaf.shape, strict=True))
         for name, probe in tasks.probes.items():
-            with naming(f"probe {name!r} on {tasks.name!r} cannot be read"):
+            with error_context(f"probe {name!r} on {tasks.name!r} cannot be read"):
                 answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
                 read = probe.read(task, answers)
                 shapes = {each: leaf.shape for each, leaf in read.items()}
@@ -136,7 +136,7 @@ def _axes(
 
     meta = contender.learner
     params = () if isinstance(meta, Learner) else weights(meta.init)
-    with naming(f"tasks of {tasks.name!r} cannot be drawn"):
+    with error_context(f"tasks of {tasks.name!r} cannot be drawn"):
         task = _task(tasks) if tasks.probes else None
     jax.eval_shape(trace, jax.random.key(0), params, task)
     return axes, sizes
@@ -145,7 +145,7 @@ def _axes(
 @functools.cache
 def weights(init: Callable[[Key], Params]) -> Params:
     """Gives the shapes of the outer parameters that a meta-learner's `init` draws."""
-    with naming(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
+    with error_context(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
         return jax.eval_shape(init, jax.random.key(0))
 
 
@@ -167,7 +167,7 @@ def check_step(tasks: TaskSet, contender: Contender) -> None:
         first = jnp.int32(0)
         _check_state(state, *inner.stepped(tasks.domain, learner, task, key, first, state))
 
-    with naming(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
+    with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
         jax.eval_shape(trace, jax.random.key(0), params, _task(tasks))
 
 
@@ -204,7 +204,9 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * each
 
 
-def fits(what: str, needed: int, field: str, value: Any = None, split: bool = False) -> None:
+def require_memory(
+    what: str, needed: int, field: str, value: Any = None, split: bool = False
+) -> None:
     """Raises `ConfigError`, naming the field to lower, unless so many bytes can be had.
 
     They are those of arrays that are split over all devices, or that each has a copy of.

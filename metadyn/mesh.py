@@ -86,42 +86,42 @@ def _launched() -> bool:
     return several or (tpu and not alone)
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is process 0: the one that prints, and writes what is no array."""
     return jax.process_index() == 0
 
 
-def joined() -> bool:
+def is_distributed() -> bool:
     """Whether this process has others to wait for."""
     return jax.distributed.is_initialized()
 
 
-def leave() -> None:
+def shut_down() -> None:
     """Shuts the distributed runtime down once all processes are here; nothing if there is one."""
-    if joined():
+    if is_distributed():
         jax.distributed.shutdown()
 
 
-def lost(error: BaseException) -> bool:
+def is_peer_loss(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
     said = "gloo|nccl|peer|socket closed|coordination|barrier|deadline"
-    return joined() and re.search(said, str(error), re.IGNORECASE) is not None
+    return is_distributed() and re.search(said, str(error), re.IGNORECASE) is not None
 
 
-def anywhere(*flags: bool) -> list[bool]:
+def any_process(*flags: bool) -> list[bool]:
     """Returns for each flag whether it is true in any process; all processes must call it."""
     found = multihost_utils.process_allgather(np.array(flags))
     return found.reshape(-1, len(flags)).any(0).tolist()
 
 
-def agreed(number: int) -> int:
+def broadcast(number: int) -> int:
     """Gives the number that process 0 has to all processes; all must call it."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def by_first(f: Callable[[], Any]) -> Any:
+def on_main_process(f: Callable[[], Any]) -> Any:
     """Calls f in process 0 alone and gives its result, which is JSON, to all processes.
 
     If bad input or a full disk stops it all part, and raise: process 0 says why, others nothing.
@@ -130,14 +130,14 @@ def by_first(f: Callable[[], Any]) -> Any:
         return f()
     said = b""
     error: Exception = ConfigError()
-    if first():
+    if is_main_process():
         try:
             said = json.dumps(f()).encode()
         except (ConfigError, OSError) as raised:
             error = raised
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     if not length:
-        leave()
+        shut_down()
         raise error
     padded = np.frombuffer(said or bytes(length), np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
@@ -196,7 +196,7 @@ def _cpu() -> dict[str, str]:
     return {}
 
 
-class Elsewhere(NamedTuple):
+class TargetDevices(NamedTuple):
     """Devices that are not here, and for which programs can be made all the same."""
 
     devices: Sequence[Any]
@@ -206,11 +206,11 @@ class Elsewhere(NamedTuple):
     """What their compiler is told."""
 
 
-_elsewhere: list[Elsewhere] = []
+_elsewhere: list[TargetDevices] = []
 
 
 @contextlib.contextmanager
-def standing_in(there: Elsewhere) -> Iterator[None]:
+def compiling_for(there: TargetDevices) -> Iterator[None]:
     """Makes programs for devices elsewhere as long as it is entered; they cannot be run."""
     jax.clear_caches()  # of what was traced for the devices here
     _elsewhere.append(there)
@@ -262,12 +262,12 @@ def train_seeds(
 
     Devices are split into the groups that `shares` gives, each with its share of the seeds: seeds
     need not communicate. Within a group f runs whole on every device, and divides the `batch` of
-    episodes, of which `together` must stay on one device, by `my_share` and `mean`.
+    episodes, of which `together` must stay on one device, by `local_episodes` and `mean`.
     """
     shape, axes = shares(seeds, batch, together), (SEEDS, EPISODES, "spare")
     by_seed = PartitionSpec(SEEDS)
     sharded = jax.shard_map(
-        lambda everywhere, stacked: over_seeds(lambda one: f(everywhere, one), stacked),
+        lambda everywhere, stacked: map_seeds(lambda one: f(everywhere, one), stacked),
         mesh=_made(shape, axes),
         in_specs=(PartitionSpec(), by_seed),
         out_specs=by_seed,
@@ -294,13 +294,13 @@ def shares(
     return groups, sharing, group // sharing
 
 
-def my_share(total: int) -> Int[Array, " share"]:
+def local_episodes(total: int) -> Int[Array, " share"]:
     """This device's part of 0 … total − 1, inside `train_seeds`."""
     share = total // jax.lax.axis_size(EPISODES)
     return jax.lax.axis_index(EPISODES) * share + jnp.arange(share)
 
 
-def at_a_time(episodes: int, together: int = 1, cached: int = CACHED_EPISODES) -> int:
+def microbatch(episodes: int, together: int = 1, cached: int = CACHED_EPISODES) -> int:
     """Chooses how many of its episodes a device differentiates at a time.
 
     They are equal parts, of whole groups.
@@ -321,18 +321,18 @@ def mean(tree: Any) -> Any:
     return unravel(jax.lax.pmean(flat, EPISODES))
 
 
-def over_tasks(
+def map_tasks(
     f: Callable[[Any, Array], Any],
     everywhere: Any,
     indices: Int[Array, " tasks"],
-    at_a_time: int,
+    microbatch: int,
 ) -> Any:
     """f(everywhere, index) for each of the indices, with these and the results split by device.
 
-    Each device takes its own in equal parts of at most `at_a_time`.
+    Each device takes its own in equal parts of at most `microbatch`.
     """
     count = len(devices())
-    parts = -(-len(indices) // (count * at_a_time))
+    parts = -(-len(indices) // (count * microbatch))
     each = -(-len(indices) // (count * parts))
     padded = jnp.pad(indices, (0, -len(indices) % (count * parts)), mode="edge")
     split = PartitionSpec(TASKS)
@@ -346,18 +346,18 @@ def over_tasks(
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 
 
-def tasks_at_a_time(most: int, held: int, taken: int) -> int:
+def task_chunk(most: int, held: int, taken: int) -> int:
     """Chooses how many of its tasks a device measures at a time.
 
     On a CPU core about as many as its cache holds, at `held` bytes each, but enough to fill its
-    products. Elsewhere as many as take half of the device's memory, at `taken` bytes each.
+    products. TargetDevices as many as take half of the device's memory, at `taken` bytes each.
     """
     if backend() != "cpu":
         return max(1, min(most, memory(split=False) // (2 * TAKEN * taken)))
     return min(most, max(LEAST_TASKS, CACHE // held))
 
 
-def over_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
+def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
     """f(one) for each index of the leading (seed) axis: at once, or in turn on a CPU.
 
     A CPU gains little from batching matrix products that already fill its cores.

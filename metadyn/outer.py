@@ -25,7 +25,7 @@ from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
 
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
-LONGEST = 2.0
+DISPATCH_SECONDS = 2.0
 """Seconds that a dispatch of several outer steps takes at most: signals are heard in between."""
 
 
@@ -142,7 +142,7 @@ def _gradient(
     objective: Objective, params: Params, keys: Keys, cached: int = mesh.CACHED_EPISODES
 ) -> tuple[Params, Metrics]:
     """The gradient over all episodes, and the mean metrics, some episodes at a time."""
-    some = mesh.at_a_time(len(keys), objective.group, cached)
+    some = mesh.microbatch(len(keys), objective.group, cached)
     gradient = jax.grad(objective.loss, has_aux=True)
     if some == len(keys):
         return gradient(params, keys)
@@ -188,7 +188,7 @@ class OuterLoop:
             step, count = now
 
             def episodes(i):
-                share = mesh.my_share(self.batch(name))
+                share = mesh.local_episodes(self.batch(name))
                 return indexed_keys(jax.random.fold_in(key, step + i), share)
 
             def outer_step(i, carry):
@@ -280,8 +280,8 @@ class OuterLoop:
 
     def dispatched(self, left: int) -> int:
         """Outer steps in the next dispatch, of so many that are left, going by its pace."""
-        most = max(1, int(LONGEST / self.pace)) if self.pace else left
-        return mesh.agreed(min(self.config.dispatch, left, most))
+        most = max(1, int(DISPATCH_SECONDS / self.pace)) if self.pace else left
+        return mesh.broadcast(min(self.config.dispatch, left, most))
 
     def batch(self, name: str) -> int:
         """Episodes in one outer step of a meta-learner."""

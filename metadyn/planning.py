@@ -18,11 +18,11 @@ from metadyn import absent_devices, cost, inner, mesh
 from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls
 from metadyn.outer import OuterLoop
-from metadyn.programs import Shared, take_apart
+from metadyn.programs import ProgramCache, split_constants
 from metadyn.progress import Progress
 from metadyn.runner import check_memory, check_traced
 from metadyn.study import Plan, Study
-from metadyn.sweep_rows import Rows, by_form
+from metadyn.sweep_rows import Rows, by_program
 
 HERE = "here"
 SECONDS = 2.0  # for which outer steps are timed, at least: our choice
@@ -92,7 +92,7 @@ class Row(NamedTuple):
     """Of compiling."""
 
 
-def compiled(program: Program, there: mesh.Elsewhere | None = None) -> Row:
+def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Row:
     """Compiles a program, for devices elsewhere if they stand in.
 
     Raises `ConfigError`, naming the option to lower, if its compiler finds that it cannot fit.
@@ -148,7 +148,7 @@ def of_sweep(
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
     return [
         _of_group({i: plans[i] for i in members}, Rows([loops[i] for i in members]), part, as_typed)
-        for members in by_form(loops)
+        for members in by_program(loops)
     ]
 
 
@@ -171,12 +171,12 @@ def _of_group(
             all_rows = all_rows._replace(name=called, option=f"--part {part}", fix=fix)
         found[name] = all_rows
     for program in (each for pair in several for each in measuring(*pair)):
-        form, _ = take_apart(program.trace().jaxpr)
+        form, _ = split_constants(program.trace().jaxpr)
         place = f"{form} {program.turns}"
         before = found[place].times if place in found else 0
         found[place] = program._replace(times=program.times + before)
     needed = sum(disk(*pair) for pair in several)
-    timed = lambda: estimated(rows.loops, rows.start(Shared()), rows.run)
+    timed = lambda: estimated(rows.loops, rows.start(ProgramCache()), rows.run)
     called = f"{count} settings side by side, from setting {first + 1} on"
     used = timed if plan.trained else None
     typed = lambda error: as_typed(error, first)
@@ -191,7 +191,7 @@ def report(
     Raises `ConfigError`, once all is said, for what cannot fit.
     """
     say, there = progress.say, None if device == HERE else absent_devices.find(device)
-    with mesh.standing_in(there) if there else nullcontext():
+    with mesh.compiling_for(there) if there else nullcontext():
         found = wanted()
         limit = mesh.memory(split=False)
         where = f"{mesh.processor()}, {size(limit)} for each"

@@ -41,7 +41,7 @@ OPENED = {
 """Operations inside which numbers are looked for. Those of any other are part of the form."""
 
 
-def take_apart(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]:
+def split_constants(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]:
     """The form of a program, as a hash, and its numbers by their places.
 
     Programs of one form do the same, given the same arguments and the same numbers.
@@ -89,7 +89,7 @@ def _form(jaxpr: Jaxpr, at: Place, numbers: dict[Place, np.ndarray]) -> list[Any
     return form
 
 
-def differing(many: Sequence[Numbers]) -> list[Place]:
+def varying(many: Sequence[Numbers]) -> list[Place]:
     """The places at which programs of one form have different numbers."""
     first, *others = many
     alike = lambda a, b: np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
@@ -176,7 +176,7 @@ def _again(eqn: JaxprEqn, at: Place, numbers: Numbers, operands: list[Any]) -> l
     return sharded([mine[place] for place in places], *operands)
 
 
-class Shared:
+class ProgramCache:
     """A cache of compiled programs in which those that differ in constants alone share one.
 
     What is going to be called is best announced by `expect` before the first call; otherwise
@@ -190,7 +190,7 @@ class Shared:
         self._first: dict[str, Numbers] = {}
         self._differing: dict[str, set[Place]] = {}
         self._compiled: dict[tuple[str, int], tuple[list[Place], Callable[..., Any]]] = {}
-        self._taken_apart = functools.cache(take_apart)
+        self._taken_apart = functools.cache(split_constants)
 
     def expect(self, traced: Any, arguments: tuple[Any, ...] | None = None) -> tuple[str, Numbers]:
         """Announces a traced program (`jax.stages.Traced`), with its arguments if they are known.
@@ -199,7 +199,7 @@ class Shared:
         """
         form, numbers = self._taken_apart(traced.jaxpr)
         first = self._first.setdefault(form, numbers)
-        self._differing.setdefault(form, set()).update(differing([first, numbers]))
+        self._differing.setdefault(form, set()).update(varying([first, numbers]))
         if arguments is not None:
             self._awaited[_call(form, numbers, arguments)] += 1
         return form, numbers

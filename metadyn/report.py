@@ -33,7 +33,7 @@ def so_far(run: RunFolder) -> Iterator[str]:
             total = about["config"]["outer"]["steps"]  # where a study keeps them as ours do
             of = f" of {total:,} ({last / total:.0%})"
         yield f"outer step {last:,}{of}; {len(steps)} checkpoints, the newest {age:,.0f} s old"
-        for training in figures.trainings(run.results([last])).values():
+        for training in figures.histories(run.results([last])).values():
             trained, bayes = training.losses
             excess = dynamics.measured_excess(trained.isel(outer_step=-1), bayes)
             now = f"{training.called}: excess loss over Bayes {dynamics.text(excess, 3)}"

@@ -27,8 +27,16 @@ import xarray as xr
 
 from metadyn import dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
-from metadyn.errors import ConfigError, ConfigWarning, check, naming
-from metadyn.measuring import bytes_needed, calls, check_step, described, fits, readings, weights
+from metadyn.errors import ConfigError, ConfigWarning, check, error_context
+from metadyn.measuring import (
+    bytes_needed,
+    calls,
+    check_step,
+    described,
+    readings,
+    require_memory,
+    weights,
+)
 from metadyn.options import options_of
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
@@ -36,7 +44,7 @@ from metadyn.store import Results, RunFolder
 from metadyn.study import Comparison, Contender, Criterion, Measurement, Plan, Study
 from metadyn.tensorboard import check_installed, scalars
 
-OFTEN = 300.0
+CHECKPOINT_SECONDS = 300.0
 """Seconds of training after which the state is stored, whatever checkpoints are planned."""
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
 
@@ -64,7 +72,7 @@ class Runner:
         self.key, self._measure = stream(key, "evaluation"), measure
         self.loop = OuterLoop(plan.trained, plan.outer, stream(key, "training"))
         self.state: TrainState | None = None
-        self.stored: list[int] = mesh.by_first(run.steps)
+        self.stored: list[int] = mesh.on_main_process(run.steps)
         """The outer steps whose state is stored."""
         self.watched = [(part, tasks) for part in plan.comparisons for tasks in part.watched]
         self.described = {
@@ -138,7 +146,7 @@ class Runner:
         step, trajectories = int(state.step), None
         planned = self.plan.outer.checkpoint_steps
         for old in [each for each in self.stored[:-1] if each not in planned]:
-            mesh.by_first(partial(self.store.forget, old))
+            mesh.on_main_process(partial(self.store.forget, old))
             self.stored.remove(old)
         if step in planned and self.watched:
             trajectories = {
@@ -199,7 +207,7 @@ class Runner:
     def measure(self, wanted: Measurement, trained: Mapping[str, Params]) -> None:
         """Makes and stores a measurement, unless it is stored already."""
         names = wanted.tasks.name, wanted.contender.name
-        if not mesh.by_first(lambda: self.store.has_measurement(*names)):
+        if not mesh.on_main_process(lambda: self.store.has_measurement(*names)):
             found = self.readings(wanted, trained)
             if jax.process_count() == 1:  # else each process has some of the tasks
                 lost = ~np.isfinite(np.asarray(found["loss"])[..., 1:]).all(-1)
@@ -295,14 +303,14 @@ def train(
                     log(step, {f"{w}/{n}": v for n, of in values.items() for w, v in of.items()})
                 named = {f"{n}{i or ''}": of for i, each in shown.items() for n, of in each.items()}
                 advance(step, named, episodes)
-                stop, due = mesh.anywhere(held(), time.monotonic() > saved + OFTEN)
+                stop, due = mesh.any_process(held(), time.monotonic() > saved + CHECKPOINT_SECONDS)
                 if step == target or stop or due:
                     save(states)
                     saved = time.monotonic()
                 if stop:
                     for each in runners:
                         each.store.finish()
-                    mesh.leave()
+                    mesh.shut_down()
                     raise KeyboardInterrupt
             if not going:
                 break
@@ -327,7 +335,7 @@ def check_memory(plan: Plan) -> None:
         leaves = jax.tree.leaves(weights(contender.learner.init))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         what = f"the weights of {contender.name} and what trains them"  # moments, gradient
-        fits(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
+        require_memory(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
     for _, tasks, contender in plan.every:
         needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
@@ -335,10 +343,10 @@ def check_memory(plan: Plan) -> None:
         by_time = times > size and contender.times is None
         option = "measure.updating_tasks" if size < tasks.size else tasks.option
         field = "steps" if by_time else option or "size"
-        fits(what, needed, field, tasks.domain.steps if by_time else None, split=True)
+        require_memory(what, needed, field, tasks.domain.steps if by_time else None, split=True)
 
 
-def outline(plan: Plan) -> dict[str, Any]:
+def plan_summary(plan: Plan) -> dict[str, Any]:
     """Summarises a plan as JSON, so that a run does not go on under a study edited since."""
     asked: dict[str, Any] = {
         name: {
@@ -372,13 +380,15 @@ def _settings(domain: Any) -> dict[str, Any]:
     return {"kind": type(domain).__name__} | plain
 
 
-def asked_for(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> dict[str, Any]:
+def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> dict[str, Any]:
     """Builds the contents of config.json, by which a run is known that can be gone on with."""
     for option, value in options_of(config):
-        with naming(f"{option} = {value!r} cannot be stored: use numbers, words, tuples of them"):
+        with error_context(
+            f"{option} = {value!r} cannot be stored: use numbers, words, tuples of them"
+        ):
             json.dumps(value)
     identity = {"study": study.name, "preset": preset, "seed": seed}
-    return {**identity, "config": dataclasses.asdict(config), "plan": outline(plan)}
+    return {**identity, "config": dataclasses.asdict(config), "plan": plan_summary(plan)}
 
 
 def check_compiled(loop: OuterLoop, name: str) -> None:
@@ -387,7 +397,7 @@ def check_compiled(loop: OuterLoop, name: str) -> None:
     account = loop.compiled(name).memory_analysis()
     if account is not None:
         used = account.temp_size_in_bytes + account.argument_size_in_bytes
-        fits(f"an outer step of {name}", used, loop.trained[name].option("batch"))
+        require_memory(f"an outer step of {name}", used, loop.trained[name].option("batch"))
 
 
 def check_traced(plan: Plan) -> None:
@@ -403,7 +413,7 @@ def check_traced(plan: Plan) -> None:
     for name, each in plan.trained.items():
         objective, params = each.objective, weights(each.meta.init)
         keys = jax.eval_shape(partial(jax.random.split, num=objective.group), jax.random.key(0))
-        with naming(f"the objective of {name} cannot be computed"):
+        with error_context(f"the objective of {name} cannot be computed"):
             loss, metrics = jax.eval_shape(objective.loss, params, keys)
             for what, value in [("loss", loss), *metrics.items()]:
                 check(value.shape == (), what, f"of shape {value.shape}", "must be one number")
@@ -483,24 +493,26 @@ def run_study(
     plan = study.plan(config)
     with progress.counting("checking", 1) as show:
         show("criteria and figures")
-        with naming(f"study {study.name!r} cannot be run", ConfigError):
-            asked = asked_for(study, preset, seed, config, plan)
+        with error_context(f"study {study.name!r} cannot be run", ConfigError):
+            asked = run_config(study, preset, seed, config, plan)
             check_memory(plan)
-            rehearsal = _fingerprint(rehearse(study, config, plan))
+            rehearsal = _criteria_hash(rehearse(study, config, plan))
     with writing(out):
-        mesh.by_first(lambda: RunFolder.create(out, asked).config)
+        mesh.on_main_process(lambda: RunFolder.create(out, asked).config)
         run = RunFolder(out)
         with ExitStack() as stack:
-            mesh.by_first(lambda: stack.enter_context(run.locked()))
-            mesh.by_first(lambda: RunFolder.create(out, asked).config)  # of two begun together
-            mesh.by_first(run.set_aside_damaged)
+            mesh.on_main_process(lambda: stack.enter_context(run.locked()))
+            mesh.on_main_process(
+                lambda: RunFolder.create(out, asked).config
+            )  # of two begun together
+            mesh.on_main_process(run.set_aside_damaged)
             page = run.path / "report.html"
-            done = mesh.by_first(run.summary)
+            done = mesh.on_main_process(run.summary)
             if done and done.get("rehearsal", rehearsal) == rehearsal:
                 progress.say("this run was done before: to do it anew, choose another DIR")
-                mesh.by_first(lambda: page.exists() or bool(view.write(run, progress)))
+                mesh.on_main_process(lambda: page.exists() or bool(view.write(run, progress)))
                 return done
-            runner = Runner(plan, run, seed, progress, tensorboard and mesh.first())
+            runner = Runner(plan, run, seed, progress, tensorboard and mesh.is_main_process())
             compiling = ThreadPoolExecutor(os.cpu_count())
             stack.callback(compiling.shutdown, wait=False, cancel_futures=True)
             if plan.trained:
@@ -519,7 +531,7 @@ def run_study(
                 view.write(run, progress)
                 return summary
 
-            return mesh.by_first(conclude)
+            return mesh.on_main_process(conclude)
 
 
 @contextmanager
@@ -533,7 +545,7 @@ def writing(out: str | Path) -> Iterator[None]:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
-def _fingerprint(rehearsed: Sequence[Criterion]) -> str:
+def _criteria_hash(rehearsed: Sequence[Criterion]) -> str:
     """Hashes the rehearsed criteria: a run that is done is judged anew if its study has others."""
     rows = [
         [f"{x:.3g}" if isinstance(x, float) else x for x in vars(c).values()] for c in rehearsed

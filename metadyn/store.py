@@ -225,7 +225,7 @@ class RunFolder:
             part.rename(folder)
             self._sound.add(folder)
 
-        mesh.by_first(complete)
+        mesh.on_main_process(complete)
 
     def _restore(self, folder: Path, **items: ocp.args.CheckpointArgs) -> Any:
         self._check(folder)

@@ -38,8 +38,8 @@ from metadyn.errors import (
     check_name,
     check_positive,
     check_unique,
+    error_context,
     meant,
-    naming,
 )
 from metadyn.labelled import Kind
 from metadyn.learners.attention import LinearAttentionConfig, TransformerConfig
@@ -619,7 +619,7 @@ class Study:
 
         @functools.wraps(make)
         def plan(config: Any) -> Plan:
-            with naming(said, ConfigError):
+            with error_context(said, ConfigError):
                 found = make(config)
                 check(isinstance(found, Plan), "plan", found, "must return a `metadyn.Plan`")
                 return found
@@ -659,7 +659,7 @@ class Study:
 
     def judged(self, config: Any, results: Results) -> list[Criterion]:
         """Returns the criteria. Raises `ConfigError` if they fail, or two are of one name."""
-        with naming(f"study {self.name!r}: its criteria cannot be had"):
+        with error_context(f"study {self.name!r}: its criteria cannot be had"):
             found = list(self.criteria(config, results))
             names = [each.name for each in found]
         check_unique(names, f"study {self.name!r}: criterion", "two have this name: rename one")
@@ -670,7 +670,7 @@ class Study:
         from metadyn.figures import checked
 
         said = f"study {self.name!r}: figure {{!r}} cannot be drawn"
-        return {n: naming(said.format(n))(checked(draw)) for n, draw in self.figures.items()}
+        return {n: error_context(said.format(n))(checked(draw)) for n, draw in self.figures.items()}
 
     def _changed(self, name: str, change: Callable[[Comparison], Comparison]) -> Study:
         def plan(config: Any) -> Plan:
@@ -710,7 +710,7 @@ def load_study(name: str) -> Study:
     module = ModuleType(f"metadyn_study_{Path(path).stem}")
     module.__file__ = path
     sys.modules[module.__name__] = module  # where dataclasses and their docstrings are looked up
-    with naming(f"study = {name!r}: cannot be imported"):
+    with error_context(f"study = {name!r}: cannot be imported"):
         SourceFileLoader(module.__name__, path).exec_module(module)
     found = getattr(module, "study", None)
     if not isinstance(found, Study):

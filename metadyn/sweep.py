@@ -26,13 +26,13 @@ import jax
 import numpy as np
 
 from metadyn import inner, programs
-from metadyn.errors import ConfigError, check, naming
+from metadyn.errors import ConfigError, check, error_context
 from metadyn.options import as_typed, configured
 from metadyn.progress import Progress
-from metadyn.runner import Runner, asked_for, check_memory, judge, rehearse, train, writing
+from metadyn.runner import Runner, check_memory, judge, rehearse, run_config, train, writing
 from metadyn.store import RunFolder, claimed, lock, read_json, write_json
 from metadyn.study import Plan, Study
-from metadyn.sweep_rows import Rows, by_form
+from metadyn.sweep_rows import Rows, by_program
 
 Kind = Literal["grid", "zip", "random"]
 MOST = 10_000
@@ -214,7 +214,7 @@ class SweepFolder:
         found = dict(self.config)
         if found.pop("format", None) != FORMAT:
             raise ConfigError(f"{path} holds a sweep of another version of metadyn")
-        with naming(f"{path}/sweep.json: is not as metadyn writes it"):
+        with error_context(f"{path}/sweep.json: is not as metadyn writes it"):
             self.parts: int = found.pop("parts")
             self.sweep = Sweep(**found)
 
@@ -320,11 +320,11 @@ def run_sweep(
         if plans:
             summary.unlink(missing_ok=True)
             with ExitStack() as stack:
-                shared = programs.Shared()
+                shared = programs.ProgramCache()
                 measure = lambda *given: shared(_traced(given), *_arguments(given))
                 runners: dict[int, Runner] = {}
                 for i, plan in plans.items():
-                    asked = asked_for(study, sweep.preset, sweep.seed, configs[i], plan)
+                    asked = run_config(study, sweep.preset, sweep.seed, configs[i], plan)
                     run = RunFolder.create(folder.setting(i), asked)
                     stack.enter_context(run.locked())
                     run.set_aside_damaged()
@@ -357,13 +357,13 @@ def _run(
     configs: Sequence[Any],
     folder: SweepFolder,
     runners: Mapping[int, Runner],
-    shared: programs.Shared,
+    shared: programs.ProgramCache,
     progress: Progress,
 ) -> None:
     """Trains and measures settings, those of one form side by side."""
     sweep = folder.sweep
     failed: list[ConfigError] = []
-    forms = by_form({i: runner.loop for i, runner in runners.items()})
+    forms = by_program({i: runner.loop for i, runner in runners.items()})
     with progress.counting("tracing", len(runners)) as show:
         for i, runner in runners.items():
             show(sweep.called(i))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from metadyn import dynamics, figures, labelled
 from metadyn.claims import number
-from metadyn.errors import ConfigError, check, naming
+from metadyn.errors import ConfigError, check, error_context
 from metadyn.progress import SILENT, Progress
 from metadyn.store import read_json, write_json
 from metadyn.sweep import SweepFolder, value_of
@@ -91,7 +91,7 @@ def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     if not path.exists():
         return _finite(measured(folder, progress))
     written, fix = read_json(path, f"{path} cannot be read"), "is not as metadyn writes it"
-    with naming(f"{path} {fix}; remove the file"):
+    with error_context(f"{path} {fix}; remove the file"):
         found = written["settings"]
         for row in found:
             named = SETTING if row["lost"] else SETTING | MEASURED
@@ -130,10 +130,10 @@ def _measured(folder: SweepFolder, i: int) -> Iterator[Row]:
     elif run is None or not folder.ended(i):
         yield row | {"lost": "not done"}
     else:
-        trainings = figures.trainings(run.results(run.outer_steps()[-1:]))
-        if not trainings:
+        histories = figures.histories(run.results(run.outer_steps()[-1:]))
+        if not histories:
             yield row | {"lost": "done, with no meta-learner that is followed"}
-        for name, training in trainings.items():
+        for name, training in histories.items():
             trained, (loss, bayes) = training.trained.isel(outer_step=-1), training.losses
             estimates: dict[str, Any] = {
                 "staggering": dynamics.merit(trained),

@@ -40,10 +40,10 @@ def row_of(loop: OuterLoop, name: str) -> Row:
         partial(loop.one_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
     )
     program, shapes = traced(now, jax.tree.map(one, stacked))
-    return Row(program, *programs.take_apart(program), jax.tree.structure(shapes))
+    return Row(program, *programs.split_constants(program), jax.tree.structure(shapes))
 
 
-def by_form(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
+def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
     """Which outer loops, by their numbers, can be rows of one program."""
     forms: dict[Hashable, list[int]] = {}
     for i, loop in loops.items():
@@ -54,7 +54,7 @@ def by_form(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
 
 
 class Rows:
-    """Outer loops of one form (`by_form`), trained side by side from the same keys."""
+    """Outer loops of one form (`by_program`), trained side by side from the same keys."""
 
     def __init__(self, loops: Sequence[OuterLoop]):
         self.loops = loops
@@ -65,7 +65,7 @@ class Rows:
         """Outer steps of all rows: (step, count, params, moments) to params, moments, metrics."""
         first, seeds = self.loops[0], self.loops[0].config.seeds
         rows = [row_of(loop, name) for loop in self.loops]
-        places = programs.differing([row.numbers for row in rows])
+        places = programs.varying([row.numbers for row in rows])
         numbers = [jnp.stack([row.numbers[place] for row in rows]) for place in places]
         devices = len(mesh.devices())
         count = len(rows) * seeds
@@ -104,7 +104,7 @@ class Rows:
         params, moments = jax.tree.map(all_rows, (state.params[name], state.moments[name]))
         return self._advance[name].trace(now, params, moments)
 
-    def start(self, shared: programs.Shared) -> list[TrainState]:
+    def start(self, shared: programs.ProgramCache) -> list[TrainState]:
         """Makes the state of each at outer step 0."""
         for loop in self.loops:
             shared.expect(loop.starting.trace(), ())

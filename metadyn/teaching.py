@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from metadyn import dynamics
-from metadyn.base import Key, Learner, Probe, TaskSet, variant
+from metadyn.base import Key, Learner, Probe, TaskSet, as_subclass
 from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression, LinearTask
 from metadyn.errors import check
@@ -66,7 +66,7 @@ def sets(tasks: TaskSet, *names: str) -> list[TaskSet]:
 
     What `error` is read of them is ‖Ŵ − W‖² / ‖W‖².
     """
-    domain = variant(tasks.domain, OpenRegression)
+    domain = as_subclass(tasks.domain, OpenRegression)
     sample = lambda key, given: Taught(tasks.sample(key, given[0]), given[1])
     probes = {name: _with_error(probe) for name, probe in tasks.probes.items()}
     same = dataclasses.replace(tasks, domain=domain, sample=sample, probes=probes)

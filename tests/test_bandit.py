@@ -560,7 +560,7 @@ def test_a_whole_small_study(tmp_path, monkeypatch):
     # A run that was stopped while it measured growth has fewer learners at its last K: that figure
     # is left out, and no other.
     shutil.rmtree(out / "measurements" / "2_contexts" / "reinforce_decoupled")
-    monkeypatch.setattr(figures, "trainings", lambda results: {})
+    monkeypatch.setattr(figures, "histories", lambda results: {})
     monkeypatch.setattr(figures, "of_every_run", lambda results, trained: {})
     own = load_study(STUDY).own_figures() | {"other": figures.strengths_on("in_distribution")}
     drawn = figures.draw(out / "figures", RunFolder(out).results(), own, Progress(None))

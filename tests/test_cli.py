@@ -93,7 +93,7 @@ def test_every_figure_is_drawn_and_drawn_again_from_what_is_stored(finished, cap
 def test_panels_show_the_curves_of_the_learner_that_they_name(finished):
     data = metadyn.load(finished, "in_distribution")
     results = RunFolder(finished).results()
-    drawn = figures.of_every_run(results, figures.trainings(results))
+    drawn = figures.of_every_run(results, figures.histories(results))
     names = {"SGD": "sgd", "meta-trained LSTM": "lstm", "Bayes": "bayes"}
     for axis, (title, name) in zip(drawn["mode_strength"]().axes, names.items(), strict=True):
         assert title in axis.get_title()

@@ -25,14 +25,14 @@ X = RNG.standard_normal((7, 9, 6), np.float32)  # [learner, query, n]
 )
 def test_apply_is_the_product_however_it_is_mapped(axes, shape):
     outer, inner = axes
-    apply = jax.vmap(dense.apply, inner)
+    apply = jax.vmap(dense.matvec, inner)
     apply = jax.vmap(apply, outer) if any(axis is not None for axis in outer) else apply
     W_shape, x_shape = shape.split("->")[0].split(",")
     sizes = {"l": 7, "q": 9, "m": 4, "n": 6}
     A, x = (RNG.standard_normal([sizes[d] for d in each]) for each in (W_shape, x_shape))
     found = apply(jnp.float32(A), jnp.float32(x))
     np.testing.assert_allclose(found, np.einsum(shape, A, x), rtol=1e-4, atol=1e-5)
-    one = dense.apply(jnp.array(W[0]), jnp.array(X[0, 0]))
+    one = dense.matvec(jnp.array(W[0]), jnp.array(X[0, 0]))
     np.testing.assert_allclose(one, W[0] @ X[0, 0], rtol=1e-5, atol=1e-6)
 
 
@@ -51,7 +51,7 @@ def test_derivatives_are_those_of_plain_products(backend, monkeypatch):
         return jax.vmap(each)(W, V, X)
 
     plain = gradient(lambda W, x: W @ x, lambda A, B: A @ B, lambda A, B: A @ B.T)
-    ours = gradient(dense.apply, dense.times, dense.similarities)
+    ours = gradient(dense.matvec, dense.times, dense.similarities)
     for found, expected in zip(ours, plain, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 

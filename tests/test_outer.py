@@ -81,11 +81,11 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bits(shared):
 def test_a_dispatch_that_would_take_long_is_cut_short(monkeypatch):
     """After the first, which tells the pace; what is trained is the same."""
     whole, loop = loop_of(), loop_of()
-    monkeypatch.setattr(outer, "LONGEST", 1e-9)
+    monkeypatch.setattr(outer, "DISPATCH_SECONDS", 1e-9)
     steps = [int(state.step) for state, _ in loop.run(loop.init(), 12)]
     assert steps == [7, *range(8, 13)]
     loop.pace = 0.5
-    monkeypatch.setattr(outer, "LONGEST", 2.0)
+    monkeypatch.setattr(outer, "DISPATCH_SECONDS", 2.0)
     assert [loop.dispatched(left) for left in (3, 9)] == [3, 4]
     other, again = last(whole, whole.init(), 12), loop_of()
     again.pace = 1.0
@@ -248,7 +248,7 @@ readings = inner.measure(
 )
 losses = process_allgather(readings["loss"], tiled=True)[0, :, 1:].tolist()
 draw = lambda key, index: domain.sample_task(jax.random.fold_in(key, index))
-tasks = jax.jit(lambda: mesh.over_tasks(draw, jax.random.key(2), np.arange(64), 16))()
+tasks = jax.jit(lambda: mesh.map_tasks(draw, jax.random.key(2), np.arange(64), 16))()
 tasks = [np.asarray(leaf) for leaf in jax.tree.leaves(process_allgather(tasks, tiled=True))]
 print(json.dumps({
     "devices": [jax.device_count(), jax.process_count()],
@@ -281,7 +281,7 @@ def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once(on_cpu):
     keys = indexed_keys(jax.random.key(1), jnp.arange(320))
     params = META.init(jax.random.key(0))
     params = jax.tree.map(lambda a: a + 0.1, params)
-    assert mesh.at_a_time(320) == 80
+    assert mesh.microbatch(320) == 80
     few = jax.make_jaxpr(partial(_gradient, OBJECTIVE, cached=10))(params, keys)
     assert "length=32" in str(few)  # parts of 10
     assert "length=32" not in str(jax.make_jaxpr(partial(_gradient, OBJECTIVE))(params, keys))
@@ -297,7 +297,7 @@ def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once(on_cpu):
     [(32, 1, 32), (128, 1, 128), (2048, 16, 128), (192, 1, 96), (257, 1, 257), (480, 48, 96)],
 )
 def test_parts_are_equal_whole_groups_that_the_cache_holds(episodes, together, some, on_cpu):
-    assert mesh.at_a_time(episodes, together) == some
+    assert mesh.microbatch(episodes, together) == some
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_parts_are_equal_whole_groups_that_the_cache_holds(episodes, together, s
     [(128, 1, 25, 16), (24, 1, 25, 24), (30, 3, 8, 6), (32, 16, 5, 16), (64, 1, 1, 1)],
 )
 def test_parts_are_smaller_where_an_episode_needs_more(episodes, together, cached, some, on_cpu):
-    assert mesh.at_a_time(episodes, together, cached) == some
+    assert mesh.microbatch(episodes, together, cached) == some
 
 
 def test_a_transformers_episodes_need_more_than_an_lstms():
@@ -315,16 +315,16 @@ def test_a_transformers_episodes_need_more_than_an_lstms():
     assert not hasattr(LSTMConfig(hidden=64).make(domain), "cached_episodes")
 
 
-@pytest.mark.parametrize("at_a_time", [1, 7, 64, 1000])
-def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(at_a_time):
-    found = mesh.over_tasks(lambda scale, i: {"twice": scale * i}, 2, jnp.arange(101), at_a_time)
+@pytest.mark.parametrize("microbatch", [1, 7, 64, 1000])
+def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(microbatch):
+    found = mesh.map_tasks(lambda scale, i: {"twice": scale * i}, 2, jnp.arange(101), microbatch)
     np.testing.assert_array_equal(found["twice"], 2 * np.arange(101))
 
 
 def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds(on_cpu):
-    assert mesh.tasks_at_a_time(4096, mesh.CACHE // 100, 1) == 100
-    assert mesh.tasks_at_a_time(4096, mesh.CACHE, 1) == mesh.LEAST_TASKS
-    assert mesh.tasks_at_a_time(64, 1, 1) == 64
+    assert mesh.task_chunk(4096, mesh.CACHE // 100, 1) == 100
+    assert mesh.task_chunk(4096, mesh.CACHE, 1) == mesh.LEAST_TASKS
+    assert mesh.task_chunk(64, 1, 1) == 64
 
 
 def test_an_own_optimiser_is_scheduled_over_the_runs_steps():

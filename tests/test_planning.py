@@ -205,12 +205,12 @@ def test_a_small_memory_bounds_the_tasks_that_are_measured_at_a_time(monkeypatch
     two_seeds = planned(seeds=2)
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
     monkeypatch.setattr(mesh, "memory", lambda split: 2 * mesh.TAKEN * 300 * 5)
-    assert mesh.tasks_at_a_time(24, 1, taken=300) == 5
-    assert mesh.tasks_at_a_time(24, 1, taken=600) == 2
-    assert mesh.tasks_at_a_time(3, 1, taken=300) == 3
-    assert mesh.tasks_at_a_time(24, 1, taken=1 << 60) == 1
+    assert mesh.task_chunk(24, 1, taken=300) == 5
+    assert mesh.task_chunk(24, 1, taken=600) == 2
+    assert mesh.task_chunk(3, 1, taken=300) == 3
+    assert mesh.task_chunk(24, 1, taken=1 << 60) == 1
     asked = []
-    monkeypatch.setattr(mesh, "tasks_at_a_time", lambda *given: asked.append(given) or 4)
+    monkeypatch.setattr(mesh, "task_chunk", lambda *given: asked.append(given) or 4)
     jax.clear_caches()
     for program in planning.programs(*two_seeds)[1:]:
         program.trace()
@@ -226,7 +226,7 @@ def test_devices_elsewhere_stand_in_and_leave():
         device_kind = "TPU v5 lite"
 
     here = mesh.devices(), mesh.backend(), mesh.memory(True)
-    with mesh.standing_in(mesh.Elsewhere([Device()] * 4, 10, {})):
+    with mesh.compiling_for(mesh.TargetDevices([Device()] * 4, 10, {})):
         assert (len(mesh.devices()), mesh.backend()) == (4, "tpu")
         assert (mesh.memory(split=False), mesh.memory(split=True)) == (10, 40)
         assert mesh.processor() == "4 × TPU v5 lite"
@@ -269,7 +269,7 @@ def test_programs_that_are_gone_are_no_longer_stored(monkeypatch, tmp_path):
     monkeypatch.setattr(compiling, "programs", lambda study: [SimpleNamespace(name="here")])
     monkeypatch.setattr("metadyn.study.known", lambda: ["a"])
     monkeypatch.setattr("metadyn.absent_devices.find", lambda target: None)
-    monkeypatch.setattr(mesh, "standing_in", lambda there: nullcontext())
+    monkeypatch.setattr(mesh, "compiling_for", lambda there: nullcontext())
     compiling.compile_all("h100:1", lambda name: False)
     assert json.loads(compiling.FILE.read_text()) == {"a: here": stored["a: here"]}
 

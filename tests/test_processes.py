@@ -52,7 +52,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
 
     before = newest(out)
     with monkeypatch.context() as patched:  # one process goes on until it stores a checkpoint
-        patched.setattr(mesh, "anywhere", lambda *flags: [newest(out) > before, False])
+        patched.setattr(mesh, "any_process", lambda *flags: [newest(out) > before, False])
         assert main(["run", STUDY, "--out", str(out), *LONG]) == 130
     assert newest(out) > before
 

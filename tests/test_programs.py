@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from metadyn import mesh
-from metadyn.programs import Shared, differing, evaluate, take_apart
+from metadyn.programs import ProgramCache, evaluate, split_constants, varying
 
 X = np.linspace(0.1, 1, 6, dtype=np.float32)
 
@@ -67,7 +67,7 @@ def grown(c, x):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_other_numbers_go_through_one_compiled_program(name):
     program, reference = PROGRAMS[name]
-    shared = Shared()
+    shared = ProgramCache()
     traced = {c: jax.jit(lambda x, c=c: program(c, x)).trace(X) for c in (0.5, 0.75, 2.0)}
     forms = {shared.expect(each)[0] for each in traced.values()}
     assert len(forms) == 1
@@ -80,7 +80,7 @@ def test_other_numbers_go_through_one_compiled_program(name):
 def test_numbers_may_be_batched():
     program, _ = PROGRAMS["scan"]
     apart = {c: jax.make_jaxpr(lambda x, c=c: program(c, x))(X) for c in (0.5, 2.0)}
-    (place,) = differing([take_apart(each)[1] for each in apart.values()])
+    (place,) = varying([split_constants(each)[1] for each in apart.values()])
     run = lambda c: evaluate(apart[0.5], {place: c}, [X])[0]
     found = jax.vmap(run)(jnp.array([0.5, 2.0, 3.0]))
     for c, each in zip((0.5, 2.0, 3.0), found, strict=True):
@@ -99,26 +99,26 @@ def test_what_does_something_else_is_of_another_form():
         lambda x: x**4,
         lambda x: 2.0 * jax.random.uniform(jax.random.key(0), (6,)),
     ]
-    forms = [take_apart(jax.make_jaxpr(each)(X))[0] for each in several]
+    forms = [split_constants(jax.make_jaxpr(each)(X))[0] for each in several]
     assert len({*forms}) == len(forms)
 
 
 def test_other_random_keys_are_of_another_form():
     keys = [jax.random.key(0), jax.random.key(1)]
     draws = [lambda k=k: jax.random.uniform(k) for k in keys]
-    forms = {take_apart(jax.make_jaxpr(draw)())[0] for draw in draws}
+    forms = {split_constants(jax.make_jaxpr(draw)())[0] for draw in draws}
     assert len(forms) == 2
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_that_stands_alone_computes_the_same(name):
     program, reference = PROGRAMS[name]
-    found = Shared()(jax.jit(lambda x: program(0.5, x)).trace(X), X)
+    found = ProgramCache()(jax.jit(lambda x: program(0.5, x)).trace(X), X)
     np.testing.assert_allclose(found, reference(0.5, X.astype(np.float64)), rtol=1e-5)
 
 
 def test_unannounced_numbers_are_taken_in_too():
-    shared = Shared()
+    shared = ProgramCache()
     for c in (2.0, 3.0, 4.0):
         traced = jax.jit(lambda x, c=c: c * x).trace(X)
         np.testing.assert_array_equal(shared(traced, X), np.float32(c) * X)
@@ -126,7 +126,7 @@ def test_unannounced_numbers_are_taken_in_too():
 
 
 def test_what_is_announced_several_times_is_computed_once():
-    shared = Shared()
+    shared = ProgramCache()
     double = lambda: jax.jit(lambda x: 2.0 * x).trace(X)
     for _ in range(3):
         shared.expect(double(), (X,))

@@ -247,7 +247,7 @@ def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_
 def test_what_cannot_be_measured_stops_training_as_soon_as_it_is_known(tmp_path):
     """A program that training does not wait for, and that fails."""
     config = STUDY.presets["quick"]
-    asked = runner.asked_for(STUDY, "quick", 0, config, plan(config))
+    asked = runner.run_config(STUDY, "quick", 0, config, plan(config))
     folder = RunFolder.create(tmp_path / "r", asked)
     mine = runner.Runner(plan(config), folder, 0, Progress(None))
     mine.prepare = lambda compiling: mine.later.append(compiling.submit(lambda: 1 / 0))
@@ -274,7 +274,7 @@ def test_the_state_is_stored_from_time_to_time_whatever_checkpoints_are_planned(
         if step == 7:
             raise Killed
 
-    monkeypatch.setattr(runner, "OFTEN", -1.0)
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", -1.0)
     with monkeypatch.context() as patch:
         patch.setattr(runner.OuterLoop, "check_finite", killed)
         with pytest.raises(Killed):

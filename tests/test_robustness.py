@@ -153,7 +153,7 @@ def test_the_figure_shows_each_variant_at_its_value_and_says_what_has_none(finis
     (table,) = study.tables
     results = RunFolder(finished).results()
     assert list(study.figures) == ["robustness"]
-    assert figures.trainings(results) == {}  # none is followed: there are too many
+    assert figures.histories(results) == {}  # none is followed: there are too many
     figure = study.figures["robustness"](results)
     shown = {}
     for axis in figure.axes:

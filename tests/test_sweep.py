@@ -414,7 +414,7 @@ def test_more_settings_than_files_may_be_open_are_refused(tmp_path, monkeypatch)
 
 
 def test_settings_without_a_meta_learner_that_is_followed_are_said_to_be_done(done, monkeypatch):
-    monkeypatch.setattr("metadyn.figures.trainings", lambda results: {})
+    monkeypatch.setattr("metadyn.figures.histories", lambda results: {})
     rows = sweep_results.measured(sweep.SweepFolder(done))
     assert [row["setting"] for row in rows] == [0, 1, 2, 3]
     assert {row["lost"] for row in rows} == {"done, with no meta-learner that is followed"}

@@ -213,22 +213,22 @@ def test_in_a_browser_the_slider_moves_curves_and_slopes(run, tmp_path):
 def test_in_a_browser_the_page_follows_a_run_that_goes_on(run, tmp_path):
     """Its checkpoint lands before the page asks for the second time, its end before the fourth."""
     live, last = going_on(run, tmp_path)
-    asked_for = []
+    run_config = []
     with served(metadyn.RunFolder(live)) as server:
         answer = server.RequestHandlerClass.do_GET
 
         def do_GET(handler):
-            asked_for.append(handler.path)
-            if asked_for.count("/data.json") == 2 and not last.exists():
+            run_config.append(handler.path)
+            if run_config.count("/data.json") == 2 and not last.exists():
                 (tmp_path / last.name).rename(last)
-            if asked_for.count("/data.json") == 4 and not (live / "summary.json").exists():
+            if run_config.count("/data.json") == 4 and not (live / "summary.json").exists():
                 (tmp_path / "summary.json").rename(live / "summary.json")
             answer(handler)
 
         server.RequestHandlerClass.do_GET = do_GET
         address = f"http://127.0.0.1:{server.server_port}/"
         before = in_browser(address, 1000)
-        assert asked_for == ["/"]
+        assert run_config == ["/"]
         assert re.match("not done: outer step [0-9]+ of 200, refreshed", text_of(before, "state"))
         assert text_of(before, "at") != "200 of 200"
         landed = in_browser(address, 5000)  # asks after 2 and 4 seconds

@@ -180,7 +180,7 @@ class LinearRegression(Regression):
     ) -> Float[Array, " n_y"]:
         """Gives the target y = W x + ε, whatever was answered."""
         del answer
-        return dense.apply(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
+        return dense.matvec(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
 
     def evaluation(
         self, points: int = 32, scale: float = 1.0, outsize: float = 1.0, rotate: bool = True

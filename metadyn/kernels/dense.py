@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 from metadyn import mesh
 
 
-def apply(W: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
+def matvec(W: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
     """W x. Under `jax.vmap` over x alone it is one product, X Wᵀ."""
-    return _apply(W, x) if mesh.backend() == "cpu" else W @ x
+    return _matvec(W, x) if mesh.backend() == "cpu" else W @ x
 
 
 def times(A: Float[Array, "*B i j"], B: Float[Array, "*B j k"]) -> Float[Array, "*B i k"]:
@@ -29,15 +29,15 @@ def similarities(A: Float[Array, "*B i k"], B: Float[Array, "*B j k"]) -> Float[
 
 
 @jax.custom_batching.custom_vmap
-def _apply(W, x):
+def _matvec(W, x):
     return W @ x
 
 
-@_apply.def_vmap
+@_matvec.def_vmap
 def _(size, batched, W, x):
     if batched == [False, True]:
         return _to_each(W, x), True
-    return jax.vmap(_apply.fun, [0 if each else None for each in batched])(W, x), True
+    return jax.vmap(_matvec.fun, [0 if each else None for each in batched])(W, x), True
 
 
 @jax.custom_vjp

@@ -121,8 +121,8 @@ def mlp(n_x: int, n_y: int, depth: int = 6, width: int = 256) -> Network:
     def apply(weights: list[Layer], x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
         *hidden, last = weights
         for W, b in hidden:
-            x = jax.nn.relu(dense.apply(W, x) + b)
-        return dense.apply(last.weight, x) + last.bias
+            x = jax.nn.relu(dense.matvec(W, x) + b)
+        return dense.matvec(last.weight, x) + last.bias
 
     return Network(init, apply)
 
@@ -136,7 +136,7 @@ class Layer(NamedTuple):
 
 def _product(weights: list[Array], x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
     # Multiplied out from the output's side: for n_y below the batch fewer operations in all.
-    return dense.apply(reduce(dense.times, reversed(weights)), x)
+    return dense.matvec(reduce(dense.times, reversed(weights)), x)
 
 
 def half_squared_error(answer: Array, feedback: Array) -> Array:
