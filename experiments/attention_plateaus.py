@@ -169,7 +169,7 @@ def rested(data, before, after, last) -> np.ndarray:
     return np.where(np.isfinite(first_below(data, last)[..., 0]), late.sum(-1), np.nan)
 
 
-def map_seeds(values) -> dynamics.Estimate:
+def over_seeds(values) -> dynamics.Estimate:
     """The mean over seeds of what each has [seed, …]."""
     return dynamics.estimate(np.asarray, np.asarray(values, float)[:, None])
 
@@ -185,16 +185,16 @@ def criteria(config: Config, results):
         said = "it goes down a staircase: one or more" if staircase else "it drops once: none"
         said = f"{label}: plateaus in between at which training rests; {said}"
         bounds = {"at_least": 1} if staircase else {"at_most": 0}
-        yield md.criterion(f"{name}_plateaus", map_seeds(count), said, **bounds, surely=True)
+        yield md.criterion(f"{name}_plateaus", over_seeds(count), said, **bounds, surely=True)
         said = f"{label}: as many as descent on the expected loss rests at"
-        apart = map_seeds(count - predicted)
+        apart = over_seeds(count - predicted)
         yield md.criterion(f"{name}_plateaus_beyond_theory", apart, said, 0, 0, surely=True)
         ratio = first_below(trained, halfway) / first_below(theory, halfway)
         said = f"{label}: the drops come when descent on the expected loss has them, to within 10 %"
         for k, each in enumerate(ratio.T if staircase else ratio.T[-1:]):
-            found, nth = map_seeds(each), f"_{k + 1}" * staircase
+            found, nth = over_seeds(each), f"_{k + 1}" * staircase
             yield md.criterion(f"{name}_drop{nth}", found, said, 1.1, 0.9, surely=True)
-        end = map_seeds(last_loss(trained)[:, -1] / levels[-1])
+        end = over_seeds(last_loss(trained)[:, -1] / levels[-1])
         yield md.criterion(f"{name}_end", end, f"{label}: last loss over the last plateau's")
         tracked = results[TRACKED, name]
         order = dynamics.outer_merit(tracked, results[TRACKED, "bayes"])

@@ -227,7 +227,7 @@ def _say(what: str) -> None:
 
 @contextlib.contextmanager
 def _in_time() -> Iterator[None]:
-    """Ends the process `GRACE_SECONDS` seconds after Ctrl-C or SIGTERM, whatever it is doing.
+    """Ends the process `GRACE_SECONDS` after Ctrl-C or SIGTERM, whatever it is doing.
 
     What is stored is whole: the same command goes on from the last complete checkpoint.
 

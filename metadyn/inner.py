@@ -199,8 +199,8 @@ def measure(
 
     def one_seed(params):
         held, taken = _held(make_learner(params), probes)
-        microbatch = mesh.task_chunk(chunk, held, seeds * taken)
-        return mesh.map_tasks(one, (params, argument, key), indices, microbatch)
+        here = mesh.task_chunk(chunk, held, seeds * taken)
+        return mesh.map_tasks(one, (params, argument, key), indices, here)
 
     return mesh.map_seeds(one_seed, params) if seeded else one_seed(params)
 

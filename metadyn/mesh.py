@@ -325,14 +325,14 @@ def map_tasks(
     f: Callable[[Any, Array], Any],
     everywhere: Any,
     indices: Int[Array, " tasks"],
-    microbatch: int,
+    chunk: int,
 ) -> Any:
     """f(everywhere, index) for each of the indices, with these and the results split by device.
 
-    Each device takes its own in equal parts of at most `microbatch`.
+    Each device takes its own in equal parts of at most `chunk`.
     """
     count = len(devices())
-    parts = -(-len(indices) // (count * microbatch))
+    parts = -(-len(indices) // (count * chunk))
     each = -(-len(indices) // (count * parts))
     padded = jnp.pad(indices, (0, -len(indices) % (count * parts)), mode="edge")
     split = PartitionSpec(TASKS)
@@ -350,7 +350,7 @@ def task_chunk(most: int, held: int, taken: int) -> int:
     """Chooses how many of its tasks a device measures at a time.
 
     On a CPU core about as many as its cache holds, at `held` bytes each, but enough to fill its
-    products. TargetDevices as many as take half of the device's memory, at `taken` bytes each.
+    products. Elsewhere as many as take half of the device's memory, at `taken` bytes each.
     """
     if backend() != "cpu":
         return max(1, min(most, memory(split=False) // (2 * TAKEN * taken)))

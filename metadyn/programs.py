@@ -188,18 +188,18 @@ class ProgramCache:
         self._awaited: Counter[str] = Counter()
         self._results: dict[str, list[Any]] = {}
         self._first: dict[str, Numbers] = {}
-        self._differing: dict[str, set[Place]] = {}
+        self._varying: dict[str, set[Place]] = {}
         self._compiled: dict[tuple[str, int], tuple[list[Place], Callable[..., Any]]] = {}
-        self._taken_apart = functools.cache(split_constants)
+        self._split = functools.cache(split_constants)
 
     def expect(self, traced: Any, arguments: tuple[Any, ...] | None = None) -> tuple[str, Numbers]:
         """Announces a traced program (`jax.stages.Traced`), with its arguments if they are known.
 
         Returns its form and numbers.
         """
-        form, numbers = self._taken_apart(traced.jaxpr)
+        form, numbers = self._split(traced.jaxpr)
         first = self._first.setdefault(form, numbers)
-        self._differing.setdefault(form, set()).update(varying([first, numbers]))
+        self._varying.setdefault(form, set()).update(varying([first, numbers]))
         if arguments is not None:
             self._awaited[_call(form, numbers, arguments)] += 1
         return form, numbers
@@ -217,9 +217,9 @@ class ProgramCache:
     def _run(
         self, form: str, numbers: Numbers, traced: Any, arguments: tuple[Any, ...]
     ) -> list[Any]:
-        key = form, len(self._differing[form])
+        key = form, len(self._varying[form])
         if key not in self._compiled:
-            places, program = [*self._differing[form]], traced.jaxpr
+            places, program = [*self._varying[form]], traced.jaxpr
 
             def run(values: list[Any], leaves: list[Any]) -> list[Any]:
                 return evaluate(program, dict(zip(places, values, strict=True)), leaves)

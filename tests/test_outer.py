@@ -315,9 +315,9 @@ def test_a_transformers_episodes_need_more_than_an_lstms():
     assert not hasattr(LSTMConfig(hidden=64).make(domain), "cached_episodes")
 
 
-@pytest.mark.parametrize("microbatch", [1, 7, 64, 1000])
-def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(microbatch):
-    found = mesh.map_tasks(lambda scale, i: {"twice": scale * i}, 2, jnp.arange(101), microbatch)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(chunk):
+    found = mesh.map_tasks(lambda scale, i: {"twice": scale * i}, 2, jnp.arange(101), chunk)
     np.testing.assert_array_equal(found["twice"], 2 * np.arange(101))
 
 
