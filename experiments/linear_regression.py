@@ -132,7 +132,8 @@ def out_of_distribution(results, name):
     pair = lambda tasks: (results[tasks, name], results[tasks, "bayes"])
     for shift, what in TITLES.items():
         if shift in SHIFTS:
-            found = dynamics.excess_growth(pair(shift), pair("in_distribution"))
+            pairs = [pair(shift), pair("in_distribution")]
+            found = dynamics.excesses(pairs, np.subtract.reduce)
             said = f"{what}: the {called} falls behind Bayes; its excess exceeds that within"
             yield md.criterion(f"{name}_out_of_distribution_{shift}", found, said, at_least=0.0)
         if "saturated_gates" in results[shift, name]:

@@ -111,12 +111,12 @@ def distances(results, size: int) -> list[dynamics.Estimate]:
 
 def criteria(config: Config, results):
     """How near each pool's network is to either Bayes, and what a mixture of bands gains."""
+    pair = lambda tasks, name, best="bayes": (results[tasks, name], results[tasks, best])
     for name, data in results.learners(WITHIN, "meta").items():
         found, label = excess_of(results, name), labelled.about(data).label
         yield md.criterion(f"{name}_excess", found, f"{label}: excess on fresh tasks")
-        pairs = ((results[each, name], results[each, "bayes"]) for each in (LARGER, WITHIN))
-        found, said = dynamics.excess_growth(*pairs), f"{label}: growth of the excess, {LARGER}"
-        yield md.criterion(f"{name}_growth_{LARGER}", found, said)
+        found = dynamics.excesses([pair(LARGER, name), pair(WITHIN, name)], np.subtract.reduce)
+        yield md.criterion(f"{name}_growth_{LARGER}", found, f"{label}: excess growth, {LARGER}")
     apart = {size: distances(results, size) for size in config.pools}
     for size, each in apart.items():
         for kind, found in zip(KINDS, each, strict=False):
@@ -130,11 +130,11 @@ def criteria(config: Config, results):
         for name, data in results.learners(task_set, "meta", "bayes", "reference").items():
             if name != RIGHT:
                 said = f"{labelled.about(data).label}: excess over the right prior, {task_set}"
-                found = dynamics.measured_excess(data, results[task_set, RIGHT])
+                found = dynamics.measured_excess(*pair(task_set, name, RIGHT))
                 yield md.criterion(f"{name}_{task_set}_over_right", found, said)
-    who = (f"{config.meta}_mixture", config.meta, RIGHT)
-    found = dynamics.excess_ratio(*(results["band_3_4", name] for name in who))
+    two = [pair("band_3_4", f"{config.meta}{each}", RIGHT) for each in ("_mixture", "")]
     said = "a mixture of bands at least halves the excess in another band"
+    found = dynamics.excesses(two, np.divide.reduce)
     yield md.criterion("bands_gain", found, said, 0.5, surely=True)
 
 

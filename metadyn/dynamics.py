@@ -369,11 +369,17 @@ def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
     return estimate(excess, episode_loss(trained), episode_loss(bayes))
 
 
-def excess_ratio(one: xr.Dataset, other: xr.Dataset, bayes: xr.Dataset) -> Estimate:
-    """How many times another learner's excess over Bayes one learner's is, on the same tasks."""
-    excess = functools.partial(excess_loss, floor=labelled.about(one).loss_floor)
-    losses = [episode_loss(each) for each in (one, other, bayes)]
-    return estimate(lambda a, b, best: excess(a, best) / excess(b, best), *losses)
+def excesses(
+    pairs: Sequence[tuple[xr.Dataset, xr.Dataset]], take: Callable[[Any], np.ndarray]
+) -> Estimate:
+    """What `take` makes of several excess losses [pair, ...]: `np.divide.reduce`, their ratio.
+
+    Each pair is a learner's measurement and Bayes' on the same tasks, of domains with one floor.
+    """
+    floor = labelled.about(pairs[0][0]).loss_floor
+    losses = [episode_loss(data) for pair in pairs for data in pair]
+    excess = lambda *each: excess_loss(np.array(each[::2]), np.array(each[1::2]), floor)
+    return estimate(lambda *each: take(excess(*each)), *losses)
 
 
 def equal_excess(
@@ -413,15 +419,3 @@ def to_equal_excess(
     losses = [episode_loss(each) for each in (*ways, bayes)]
     level, *rest = estimate(all_of, *losses).each()
     return level, rest[: len(ways)], rest[len(ways) :]
-
-
-def excess_growth(
-    shifted: tuple[xr.Dataset, xr.Dataset], within: tuple[xr.Dataset, xr.Dataset]
-) -> Estimate:
-    """How much greater a learner's excess over Bayes is on shifted tasks than on those of training.
-
-    Each pair is the learner's measurement and Bayes' on the same tasks.
-    """
-    excess = functools.partial(excess_loss, floor=labelled.about(shifted[0]).loss_floor)
-    losses = [episode_loss(each) for each in (*shifted, *within)]
-    return estimate(lambda a, b, c, d: excess(a, b) - excess(c, d), *losses)

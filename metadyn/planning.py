@@ -25,7 +25,6 @@ from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_program
 
 HERE = "here"
-SECONDS = 2.0  # for which outer steps are timed, at least: our choice
 
 
 class Program(NamedTuple):
@@ -64,20 +63,17 @@ def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
     found: dict[Any, Program] = {}
     key = jax.eval_shape(lambda: jax.random.key(0))
     for each in plan.every:
-        part, tasks, contender = each
-        params = loop.abstract.params.get(each.meta, ())
-        given = calls(tasks, contender, params, key, part.measure.chunk)
+        given = calls(*each.given(loop.abstract.params, key))
         domain, make, _, seeded, sample, argument, _, indices, times, *probed = given[0]
         shapes = [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(argument)]
         same = (domain, make, seeded, sample, str(shapes), len(indices), times, *probed)
-        watched = contender.trained and tasks in part.watched
-        called = len(given) * (len(plan.outer.checkpoint_steps) if watched else 1)
+        called = len(given) * (len(plan.outer.checkpoint_steps) if each.followed else 1)
         if same in found:
             found[same] = found[same]._replace(times=found[same].times + called)
             continue
         trace = lambda given=given: inner.measure.trace(*given[0])
         turns = times[-1] / (len(times) - 1)
-        found[same] = Program(f"{contender.name} on {tasks.name}", trace, called, turns)
+        found[same] = Program(each.called, trace, called, turns)
     return list(found.values())
 
 
@@ -256,10 +252,9 @@ def disk(plan: Plan, loop: OuterLoop) -> int:
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(loop.abstract))
     checkpoints = len(plan.outer.checkpoint_steps)
     total = (checkpoints + 2) * state if plan.trained else 0
-    for part, tasks, contender in plan.every:
-        watched = contender.trained and tasks in part.watched
-        times = checkpoints if watched else 1
-        total += times * bytes_needed(tasks, contender, plan.outer.seeds)
+    for each in plan.every:
+        times = checkpoints if each.followed else 1
+        total += times * bytes_needed(each.tasks, each.contender, plan.outer.seeds)
     return total
 
 
@@ -268,24 +263,17 @@ def estimated(
 ) -> dict[str, float]:
     """Seconds that training each meta-learner of all loops would take here, from timed steps.
 
-    So many that they take `SECONDS`, or one dispatch; the first, in which all is compiled, is not.
+    Timed is one dispatch, of as many outer steps as take 2 seconds by the pace of the first.
     `run(state, step)` yields the state, and metrics, after each dispatch up to an outer step.
     """
-    config = loops[0].config
-    done, count, end = min(1, config.steps - 1), 1, config.steps
-    for reached, _ in run(state, done):
+    first, steps = loops[0], loops[0].config.steps
+    for reached, _ in run(state, min(1, steps - 1)):
         state = reached
-    while True:
-        count = min(count, end - done)
-        for loop in loops:
-            loop.seconds = dict.fromkeys(loop.trained, 0.0)
-        done += count
-        for reached, _ in run(state, done):
-            state = reached
-        timed = {name: sum(loop.seconds[name] for loop in loops) for name in loops[0].trained}
-        if sum(timed.values()) > SECONDS or count == config.dispatch or done == end:
-            return {name: end * each / max(count, 1) for name, each in timed.items()}
-        count = min(2 * count, config.dispatch)
+    for loop in loops:
+        loop.seconds = dict.fromkeys(loop.trained, 0.0)
+    next(run(state, steps))
+    timed = {name: sum(loop.seconds[name] for loop in loops) for name in first.trained}
+    return {name: steps * first.pace * each / sum(timed.values()) for name, each in timed.items()}
 
 
 def size(count: float) -> str:

@@ -41,7 +41,7 @@ from metadyn.options import options_of
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
 from metadyn.store import Results, RunFolder
-from metadyn.study import Comparison, Contender, Criterion, Measurement, Plan, Study
+from metadyn.study import Contender, Criterion, Measurement, Plan, Study
 from metadyn.tensorboard import check_installed, scalars
 
 CHECKPOINT_SECONDS = 300.0
@@ -74,12 +74,8 @@ class Runner:
         self.state: TrainState | None = None
         self.stored: list[int] = mesh.on_main_process(run.steps)
         """The outer steps whose state is stored."""
-        self.watched = [(part, tasks) for part in plan.comparisons for tasks in part.watched]
-        self.described = {
-            (tasks.name, meta.name): (meta.name + part.suffix, _described(part, tasks, meta))
-            for part, tasks in self.watched
-            for meta in part.metas
-        }
+        self.followed = [(each, _described(each)) for each in plan.every if each.followed]
+        """What is measured at every checkpoint, and its description."""
         self.bayes: dict[str, tuple[float, float]] = {}
         self.later: list[Future[Any]] = []
         """Programs that are compiled beside training, and are needed after it."""
@@ -90,11 +86,8 @@ class Runner:
         With what is stored already, too, if that is wanted.
         """
         for each in self.plan.every:
-            part, tasks, contender = each
-            params = self.loop.abstract.params.get(each.meta, ())
-            if stored or not self.store.has_measurement(tasks.name, contender.name):
-                called = f"{contender.name} on {tasks.name}"
-                yield called, calls(tasks, contender, params, self.key, part.measure.chunk)
+            if stored or not self.store.has_measurement(each.tasks.name, each.contender.name):
+                yield each.called, calls(*each.given(self.loop.abstract.params, self.key))
 
     def prepare(self, compiling: ThreadPoolExecutor) -> None:
         """Begins to compile all programs, on every core, and waits for those that are needed first.
@@ -108,11 +101,7 @@ class Runner:
         first: dict[str, Future[Any]] = {
             name: compiling.submit(check_compiled, loop, name) for name in loop.trained
         }
-        early = {
-            f"{each.name} on {tasks.name}"
-            for part, tasks in self.watched
-            for each in (*part.metas, part.bayes)
-        }
+        early = {each.called for each in self.plan.every if each.watched}
         for called, (given, *_) in self.calls():
             future = compiling.submit(lambda given: lower(*given).compile(), given)
             if called in early:
@@ -143,24 +132,20 @@ class Runner:
 
         States at other outer steps are forgotten once there are two later ones.
         """
-        step, trajectories = int(state.step), None
+        step = int(state.step)
         planned = self.plan.outer.checkpoint_steps
         for old in [each for each in self.stored[:-1] if each not in planned]:
             mesh.on_main_process(partial(self.store.forget, old))
             self.stored.remove(old)
-        if step in planned and self.watched:
-            trajectories = {
-                tasks.name: {
-                    meta.name: self.readings(Measurement(part, tasks, meta), state.params)
-                    for meta in part.metas
-                }
-                for part, tasks in self.watched
-            }
         about: dict[str, dict[str, Any]] = {}
-        for (task_set, learner), (name, each) in self.described.items():
-            taken = {"seconds": round(self.loop.seconds[name], 3)}
-            about.setdefault(task_set, {})[learner] = each | {"about": each["about"] | taken}
-        self.store.save_checkpoint(step, state, trajectories, about)
+        found: dict[str, dict[str, Any]] = {}
+        for each, said in self.followed:
+            task_set, learner = each.tasks.name, each.contender.name
+            taken = said["about"] | {"seconds": round(self.loop.seconds[each.meta], 3)}
+            about.setdefault(task_set, {})[learner] = said | {"about": taken}
+            if step in planned:
+                found.setdefault(task_set, {})[learner] = self.readings(each, state.params)
+        self.store.save_checkpoint(step, state, found or None, about)
         self.stored = sorted([*self.stored, step])
         self.state = state
 
@@ -169,8 +154,10 @@ class Runner:
         if self.state is not None and int(self.state.step) == step:
             return self.state
         self.store.finish()
-        for (task_set, learner), (name, _) in self.described.items():
-            self.loop.seconds[name] = self.store.about(step)[task_set][learner]["about"]["seconds"]
+        stored = self.store.about(step) if self.followed else {}
+        for each, _ in self.followed:
+            about = stored[each.tasks.name][each.contender.name]["about"]
+            self.loop.seconds[each.meta] = about["seconds"]
         return self.store.restore_state(step, self.loop.abstract)
 
     def means(self, metrics: Reported) -> dict[str, dict[str, float]]:
@@ -189,9 +176,10 @@ class Runner:
 
         Keeps Bayes' loss on the training distribution and its floor, by the meta-learner's name.
         """
+        for each in self.plan.every:
+            if each.watched and not each.followed:
+                self.measure(each, {})
         for part in self.plan.comparisons:
-            for tasks in part.watched:
-                self.measure(Measurement(part, tasks, part.bayes), {})
             if part.metas and part.measure.heldout_tasks:
                 self.store.finish()
                 measured = self.store.measurement(part.heldout.name, part.bayes.name)
@@ -201,8 +189,7 @@ class Runner:
 
     def readings(self, wanted: Measurement, trained: Mapping[str, Params]) -> dict[str, Any]:
         """Measures one learner on one set of tasks, given all outer parameters."""
-        (part, tasks, contender), params = wanted, trained.get(wanted.meta, ())
-        return readings(tasks, contender, params, self.key, part.measure.chunk, self._measure)
+        return readings(*wanted.given(trained, self.key), self._measure)
 
     def measure(self, wanted: Measurement, trained: Mapping[str, Params]) -> None:
         """Makes and stores a measurement, unless it is stored already."""
@@ -213,16 +200,14 @@ class Runner:
                 lost = ~np.isfinite(np.asarray(found["loss"])[..., 1:]).all(-1)
                 if lost.any():
                     said = f"is not finite in {lost.sum():,} of {lost.size:,} episodes"
-                    warnings.warn(
-                        f"the loss of {names[1]} on {names[0]} {said}", ConfigWarning, stacklevel=2
-                    )
-            self.store.save_measurement(*names, found, _described(*wanted))
+                    said = f"the loss of {wanted.called} {said}"
+                    warnings.warn(said, ConfigWarning, stacklevel=2)
+            self.store.save_measurement(*names, found, _described(wanted))
 
     def measure_all(self) -> None:
         """Makes every measurement of the plan that is not stored yet, once it is trained."""
         params = self.at(self.plan.outer.steps).params if self.plan.trained else {}
-        parts = self.plan.comparisons
-        wanted = [Measurement(part, *pair) for part in parts for pair in part.measurements]
+        wanted = [each for each in self.plan.every if not each.watched]
         with self.progress.counting("measuring", len(wanted)) as show:
             for each in wanted:
                 show(f"{each.contender.label} on {each.tasks.name}")
@@ -318,11 +303,11 @@ def train(
         each.store.finish()
 
 
-def _described(part: Comparison, tasks: TaskSet, contender: Contender) -> dict[str, Any]:
+def _described(each: Measurement) -> dict[str, Any]:
     """The description of a measurement, with the contender's place in the comparison's figures."""
-    names = [each.name for each in part.contenders]
-    place = names.index(contender.name) if contender.name in names else len(names)
-    return described(tasks, contender, place, part.title, part.followed)
+    part, names = each.part, [contender.name for contender in each.part.contenders]
+    place = names.index(each.contender.name) if each.contender.name in names else len(names)
+    return described(each.tasks, each.contender, place, part.title, part.followed)
 
 
 # What is checked before training.
@@ -336,7 +321,7 @@ def check_memory(plan: Plan) -> None:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         what = f"the weights of {contender.name} and what trains them"  # moments, gradient
         require_memory(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
-    for _, tasks, contender in plan.every:
+    for tasks, contender in plan.pairs:
         needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
@@ -355,7 +340,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         }
         for name, each in plan.trained.items()
     }
-    for _, tasks, contender in plan.every:
+    for tasks, contender in plan.pairs:
         times = contender.times_in(tasks.domain)
         asked[f"{contender.name} on {tasks.name}"] = {
             "label": contender.label,
@@ -406,7 +391,7 @@ def check_traced(plan: Plan) -> None:
     Objectives give a loss and metrics, each of them one number.
     """
     alike: dict[Any, tuple[TaskSet, Contender]] = {}
-    for _, tasks, who in plan.every:
+    for tasks, who in plan.pairs:
         alike.setdefault((tasks.domain, tasks.sample, who.make), (tasks, who))
     for pair in alike.values():
         check_step(*pair)
@@ -432,11 +417,11 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
     steps = np.array(plan.outer.checkpoint_steps[-3:])
     sets: dict[str, list[str]] = {}
     planned = {}
-    for part, tasks, contender in plan.every:
-        sets.setdefault(tasks.name, []).append(contender.name)
-        at = steps if contender.trained and tasks in part.watched else None
-        made_of = _described(part, tasks, contender), min(4, tasks.size), at
-        planned[tasks.name, contender.name] = made_of
+    for each in plan.every:
+        names = each.tasks.name, each.contender.name
+        sets.setdefault(names[0], []).append(names[1])
+        at = steps if each.followed else None
+        planned[names] = _described(each), min(4, each.tasks.size), at
     results = Results(sets, lambda *names: _made_up(*planned[names]))
     criteria = study.judged(config, results)
     for draw in study.own_figures().values():

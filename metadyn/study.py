@@ -411,11 +411,28 @@ class Measurement(NamedTuple):
     part: Comparison
     tasks: TaskSet
     contender: Contender
+    watched: bool
+    """Whether it is made while there is training: at every checkpoint, or of Bayes before it."""
+
+    @property
+    def followed(self) -> bool:
+        """Whether it is made at every checkpoint."""
+        return self.watched and self.contender.trained
 
     @property
     def meta(self) -> str:
         """The name, in `Plan.trained`, of the meta-learner whose outer parameters it takes."""
         return (self.contender.of or self.contender.name) + self.part.suffix
+
+    @property
+    def called(self) -> str:
+        """What it is called in messages, by the names of the contender and the set."""
+        return f"{self.contender.name} on {self.tasks.name}"
+
+    def given(self, params: Mapping[str, Params], key: Any) -> tuple[Any, ...]:
+        """Returns the arguments of `measuring.readings`, given all outer parameters, or shapes."""
+        of_one, chunk = params.get(self.meta, ()), self.part.measure.chunk
+        return self.tasks, self.contender, of_one, key, chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,9 +445,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.outer.check_batch(self.trained.values())
-        pairs = [(tasks.name, contender.name) for _, tasks, contender in self.every]
-        check_unique(pairs, "measurement", "is asked for twice: rename the set")
-        for _, tasks, _ in self.every:
+        names = [(tasks.name, contender.name) for tasks, contender in self.pairs]
+        check_unique(names, "measurement", "is asked for twice: rename the set")
+        for tasks, _ in self.pairs:
             check(tasks.size >= 1, tasks.option or tasks.name, tasks.size, "must be 1 or more")
 
     @functools.cached_property
@@ -447,9 +464,14 @@ class Plan:
         found = []
         for part in self.comparisons:
             both = [c for c in part.contenders if c.kind in ("meta", "bayes")]
-            found += [Measurement(part, tasks, who) for who in both for tasks in part.watched]
-            found += [Measurement(part, *pair) for pair in part.measurements]
+            found += [Measurement(part, tasks, who, True) for who in both for tasks in part.watched]
+            found += [Measurement(part, *pair, False) for pair in part.measurements]
         return found
+
+    @property
+    def pairs(self) -> list[tuple[TaskSet, Contender]]:
+        """Each set of tasks with each contender that is measured on it."""
+        return [(each.tasks, each.contender) for each in self.every]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,7 +190,7 @@ def test_the_loss_of_an_episode_counts_every_answer_once_however_seldom_it_is_re
         np.testing.assert_allclose(dynamics.episode_loss(data), losses.mean(-1))
 
 
-def test_the_ratio_of_two_excesses_is_paired_and_reckons_from_the_floor():
+def test_the_ratio_and_the_difference_of_two_excesses_are_paired_and_reckon_from_the_floor():
     """One is 3 times as far above Bayes as the other on every task, whatever the task's loss."""
     best = 0.5 + np.random.default_rng(0).random(50)
     about = About("a", "a", "reference", "observations", loss_floor=0.25)
@@ -199,5 +199,6 @@ def test_the_ratio_of_two_excesses_is_paired_and_reckons_from_the_floor():
         labelled({"loss": np.stack([np.nan * best, best + k * (best - 0.25)], 1)}, described)
         for k in (0.6, 0.2, 0.0)
     )
-    found = dynamics.excess_ratio(one, other, bayes)
-    np.testing.assert_allclose(found, 3.0, rtol=1e-5)
+    pairs = [(one, bayes), (other, bayes)]
+    np.testing.assert_allclose(dynamics.excesses(pairs, np.divide.reduce), 3.0, rtol=1e-5)
+    np.testing.assert_allclose(dynamics.excesses(pairs, np.subtract.reduce), 0.4, rtol=1e-5)
