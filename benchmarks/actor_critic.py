@@ -20,6 +20,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import Partial
 
 from metadyn import inner
 from metadyn.base import indexed_keys
@@ -53,7 +54,7 @@ VARIANTS = {
 def reward(learner_of, params):
     """Mean reward a step on held-out tasks."""
     found = inner.measure(
-        DOMAIN, learner_of, params, False, lambda key, _: DOMAIN.sample_task(key), None,
+        DOMAIN, learner_of, params, False, Partial(DOMAIN.sample_task),
         jax.random.key(1), jnp.arange(HELDOUT), (0, DOMAIN.steps),
     )  # fmt: skip
     return float(1 - found["loss"][:, 1].mean())

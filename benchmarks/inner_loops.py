@@ -38,6 +38,7 @@ def metadyn_side(kind: str, learners: int) -> Run:
     import jax
     import jax.numpy as jnp
     import optax
+    from jax.tree_util import Partial
 
     from metadyn import inner
     from metadyn.domains.bandit import ContextualBandit
@@ -52,12 +53,12 @@ def metadyn_side(kind: str, learners: int) -> Run:
         "policy": lambda: (ContextualBandit(), g.reinforce(g.softmax_policy(5, 5), sgd, BATCH)),
     }[kind]()
     make = lambda params: learner
-    sample = lambda key, _: domain.sample_task(key)
+    sample = Partial(domain.sample_task)
 
     def run(count: int) -> None:
         for i in range(count):
             found = inner.measure(
-                domain, make, (), False, sample, None,
+                domain, make, (), False, sample,
                 jax.random.key(i), jnp.arange(learners), (0, UPDATES),
             )  # fmt: skip
             jax.block_until_ready(found)

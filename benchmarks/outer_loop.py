@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from metadyn import inner
 from metadyn.domains.fourier import FourierRegression, band
@@ -66,7 +67,7 @@ def train(domain, lstm, outer):
 
     def mean_loss(make, params):
         found = inner.measure(
-            domain, make, params, False, lambda key, _: domain.sample_task(key), None,
+            domain, make, params, False, Partial(domain.sample_task),
             jax.random.key(1), jnp.arange(HELDOUT), (0, domain.steps),
         )  # fmt: skip
         return float(found["loss"][:, 1].mean())

@@ -40,7 +40,7 @@ def probe_side(learner: str, tasks: int) -> Run:
     def run(count: int) -> None:
         for i in range(count):
             found = inner.measure(
-                domain, make, params, False, asked.sample, asked.argument,
+                domain, make, params, False, asked.sample,
                 jax.random.key(i), jnp.arange(tasks), tuple(range(STEPS + 1)), probes,
             )  # fmt: skip
             jax.block_until_ready(found)

@@ -72,8 +72,8 @@ class Components(LinearRegression):
 
     def evaluation(self, points=32, **more):
         """Sets up tasks whose weights are all 1 or −1, so that components weigh alike."""
-        sign = lambda key, argument: LinearTask(jax.random.rademacher(key, (1, self.n_x), float))
-        return TaskSet("in_distribution", self, sign, None, {STRENGTH: self.components()})
+        sign = lambda key: LinearTask(jax.random.rademacher(key, (1, self.n_x), float))
+        return TaskSet("in_distribution", self, sign, {STRENGTH: self.components()})
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """The variances λ, and the power E[b_d²] of b = Σ_s y_s x_s / N over the N = T − 1 pairs.

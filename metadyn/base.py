@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from metadyn.errors import check, check_name
@@ -29,7 +30,7 @@ Answer = Any  # what a learner replies: a prediction, the logits of a policy
 Feedback = Any  # what a domain says then: a target y_t, a reward
 State = Any  # all that a learner knows
 Params = Any  # the outer parameters of a meta-learner
-Sample = Callable[[Key, Any], Task]  # draws a task, as it depends on numbers given beside the key
+Sample = Callable[[Key], Task]  # draws a task
 
 
 class Learner(NamedTuple):
@@ -229,7 +230,7 @@ class Regression:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskSet:
-    """Tasks of one domain that learners are measured on: `sample(key_i, argument)` for i < `size`.
+    """Tasks of one domain that learners are measured on: `sample(key_i)` for i < `size`.
 
     The keys are the same for every set, so that task i of one set is task i of any other that
     samples likewise, whatever it is called.
@@ -238,8 +239,7 @@ class TaskSet:
     name: str
     domain: Domain
     sample: Sample
-    argument: Any = None
-    """Numbers that `sample` depends on: sets that differ in these alone share compiled programs."""
+    """Sets that differ in the arrays of a `jax.tree_util.Partial` alone share compiled programs."""
     probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
     """What is read of each learner, by the name under which it is recorded."""
     size: int = 0
@@ -252,6 +252,8 @@ class TaskSet:
 
     def __post_init__(self) -> None:
         check_name(self.name, "set of tasks")
+        if not isinstance(self.sample, Partial):
+            object.__setattr__(self, "sample", Partial(self.sample))
 
     def size_for(self, clock: str) -> int:
         """Tasks that a learner is measured on, by what its time counts."""
@@ -276,7 +278,7 @@ class Sampler:
 
     domain: Domain
 
-    def __call__(self, key: Key, argument: Any) -> Task:
+    def __call__(self, key: Key) -> Task:
         return self.domain.sample_task(key)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from metadyn import mesh, prng
@@ -57,7 +58,7 @@ def observe(domain: Domain, keys: Keys, sample: Sample | None = None) -> tuple[Q
     """Poses the T pairs of an episode for each key, on tasks of training: leaves [T, ..., B].
 
     For domains whose feedback ignores the answers. `measure` poses the same task and pairs under
-    the same key. `sample(key, None)` draws the tasks; by default the domain does.
+    the same key. `sample(key)` draws the tasks; by default the domain does.
     """
     T, B = domain.steps, len(keys)
     sample = sample or Sampler(domain)
@@ -66,7 +67,7 @@ def observe(domain: Domain, keys: Keys, sample: Sample | None = None) -> tuple[Q
 
     # All pairs along one axis: on a CPU XLA draws more slowly along two short ones.
     repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])
-    tasks = jax.tree.map(repeated, jax.vmap(lambda key: sample(key, None))(key_task))
+    tasks = jax.tree.map(repeated, jax.vmap(sample)(key_task))
     keys = jax.vmap(jax.random.fold_in)(repeated(key_steps), jnp.repeat(jnp.arange(T), B))
     pose = lambda task, pair: interact(domain, task, lambda query: None, pair)
     query, _, feedback = jax.vmap(pose)(tasks, jax.vmap(jax.random.split)(keys))
@@ -163,7 +164,7 @@ def _batch_keys(
 
 @partial(
     jax.jit,
-    static_argnames=["domain", "make_learner", "seeded", "sample_task", "times", "probes", "chunk"],
+    static_argnames=["domain", "make_learner", "seeded", "times", "probes", "chunk"],
 )
 @full_precision
 def measure(
@@ -171,8 +172,7 @@ def measure(
     make_learner: Callable[[Params], Learner],
     params: Params,
     seeded: bool,
-    sample_task: Callable[[Key, Any], Task],
-    argument: Any,
+    sample: Partial,
     key: Key,
     indices: Int[Array, " tasks"],
     times: tuple[int, ...],
@@ -183,15 +183,15 @@ def measure(
 
     If `seeded`, params have a leading seed axis and so do the results: [seed, task, time, ...].
 
-    Task i, `sample_task(key_i, argument)`, and all that happens in it come from `key` folded with
+    Task i, `sample(key_i)`, and all that happens in it come from `key` folded with
     its global index i. Tasks are spread over the devices and taken at most `chunk` at a time on
     each, or fewer if its memory is small. All of it is computed in float32 proper on every backend.
     """
 
     def one(everywhere, index):
-        params, argument, key = everywhere
+        params, sample, key = everywhere
         key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
-        task, learner = sample_task(key_task, argument), make_learner(params)
+        task, learner = sample(key_task), make_learner(params)
         return run(domain, learner, task, key_episode, times, probes)
 
     key = prng.fast(key)
@@ -200,7 +200,7 @@ def measure(
     def one_seed(params):
         held, taken = _held(make_learner(params), probes)
         here = mesh.task_chunk(chunk, held, seeds * taken)
-        return mesh.map_tasks(one, (params, argument, key), indices, here)
+        return mesh.map_tasks(one, (params, sample, key), indices, here)
 
     return mesh.map_seeds(one_seed, params) if seeded else one_seed(params)
 

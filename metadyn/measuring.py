@@ -66,7 +66,7 @@ def calls(
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
     parts = np.split(indices, max(1, len(indices) // min(size, chunk)))
     learner = contender.make, params, contender.seeded
-    drawn = tasks.sample, tasks.argument, key
+    drawn = tasks.sample, key
     probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
     return [(tasks.domain, *learner, *drawn, part, *probed, chunk) for part in parts]
 
@@ -152,8 +152,7 @@ def weights(init: Callable[[Key], Params]) -> Params:
 @functools.cache
 def _task(tasks: TaskSet) -> Any:
     """Gives the shapes of a task of a set."""
-    argument = jax.tree.map(jnp.asarray, tasks.argument)
-    return jax.eval_shape(tasks.sample, jax.random.key(0), argument)
+    return jax.eval_shape(lambda sample, key: sample(key), tasks.sample, jax.random.key(0))
 
 
 def check_step(tasks: TaskSet, contender: Contender) -> None:

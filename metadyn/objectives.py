@@ -66,7 +66,7 @@ def prediction_loss(
     the teacher is Bayes and the loss is squared error the expected gradient is the same, as Bayes'
     answer is the mean of the feedback given the episode so far; but it varies less.
 
-    `sample(key, None)` draws the tasks, in the domain's place, and `weight(key)`, of the same key,
+    `sample(key)` draws the tasks, in the domain's place, and `weight(key)`, of the same key,
     says how much an episode's losses count: 1 without it.
     """
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metadyn import absent_devices, cost, inner, mesh
 from metadyn.errors import ConfigError
@@ -64,9 +65,10 @@ def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     for each in plan.every:
         given = calls(*each.given(loop.abstract.params, key))
-        domain, make, _, seeded, sample, argument, _, indices, times, *probed = given[0]
-        shapes = [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(argument)]
-        same = (domain, make, seeded, sample, str(shapes), len(indices), times, *probed)
+        domain, make, _, seeded, sample, _, indices, times, *probed = given[0]
+        leaves, form = jax.tree.flatten(sample)
+        shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        same = (domain, make, seeded, form, shapes, len(indices), times, *probed)
         called = len(given) * (len(plan.outer.checkpoint_steps) if each.followed else 1)
         if same in found:
             found[same] = found[same]._replace(times=found[same].times + called)

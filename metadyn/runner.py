@@ -392,7 +392,8 @@ def check_traced(plan: Plan) -> None:
     """
     alike: dict[Any, tuple[TaskSet, Contender]] = {}
     for tasks, who in plan.pairs:
-        alike.setdefault((tasks.domain, tasks.sample, who.make), (tasks, who))
+        form = jax.tree.structure(tasks.sample)
+        alike.setdefault((tasks.domain, form, who.make), (tasks, who))
     for pair in alike.values():
         check_step(*pair)
     for name, each in plan.trained.items():

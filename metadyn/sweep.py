@@ -338,8 +338,8 @@ def run_sweep(
 
 def _arguments(given: tuple[Any, ...]) -> tuple[Any, ...]:
     """Those arguments of `inner.measure` that are not static."""
-    _, _, params, _, _, argument, key, indices, *_ = given
-    return params, argument, key, indices
+    _, _, params, _, sample, key, indices, *_ = given
+    return params, sample, key, indices
 
 
 def _traced(given: tuple[Any, ...]) -> Any:

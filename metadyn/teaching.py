@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Real
 
 from metadyn import dynamics
-from metadyn.base import Key, Learner, Probe, TaskSet, as_subclass
+from metadyn.base import Key, Learner, Probe, Sample, TaskSet, as_subclass
 from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression, LinearTask
 from metadyn.errors import check
@@ -67,11 +68,14 @@ def sets(tasks: TaskSet, *names: str) -> list[TaskSet]:
     What `error` is read of them is ‖Ŵ − W‖² / ‖W‖².
     """
     domain = as_subclass(tasks.domain, OpenRegression)
-    sample = lambda key, given: Taught(tasks.sample(key, given[0]), given[1])
     probes = {name: _with_error(probe) for name, probe in tasks.probes.items()}
-    same = dataclasses.replace(tasks, domain=domain, sample=sample, probes=probes)
-    given = lambda i: (tasks.argument, np.int32(i))  # so that all are of one program
-    return [dataclasses.replace(same, name=n, argument=given(i)) for i, n in enumerate(names)]
+    same = dataclasses.replace(tasks, domain=domain, probes=probes)
+    sample = lambda i: Partial(_with_teacher, tasks.sample, np.int32(i))  # all of one program
+    return [dataclasses.replace(same, name=n, sample=sample(i)) for i, n in enumerate(names)]
+
+
+def _with_teacher(sample: Sample, teacher: Array, key: Key) -> Taught:
+    return Taught(sample(key), teacher)
 
 
 def taught(

@@ -15,6 +15,7 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
+from jax.tree_util import Partial
 
 import metadyn
 from metadyn import dynamics, figures, inner
@@ -246,7 +247,7 @@ def test_bayes_earns_point_eight_a_step_in_the_papers_size():
     domain = ContextualBandit(5, 5, steps=50)
     learner = bayes_bandit(domain)
     found = inner.measure(
-        domain, lambda params: learner, (), False, lambda key, _: domain.sample_task(key), None,
+        domain, lambda params: learner, (), False, Partial(domain.sample_task),
         jax.random.key(0), jnp.arange(8192), (0, 50),
     )  # fmt: skip
     assert float(1 - found["loss"][:, 1].mean()) == pytest.approx(0.800, abs=0.003)
@@ -340,11 +341,11 @@ def test_expected_gradient_is_the_mean_of_sampled_reinforce(coupled):
 def test_policies_at_once_equal_each_alone():
     domain = ContextualBandit(3, 3, steps=3)
     learner = reinforce(softmax_policy(3, 3), optax.sgd(0.3), 2)
-    make, sample = (lambda params: learner), (lambda key, _: domain.sample_task(key))
+    make, sample = (lambda params: learner), Partial(domain.sample_task)
     probes = (("mode_strength", domain.probe()),)
     measured = lambda indices: np.asarray(
         inner.measure(
-            domain, make, (), False, sample, None, jax.random.key(1), indices, (0, 5, 200),
+            domain, make, (), False, sample, jax.random.key(1), indices, (0, 5, 200),
             probes,
         )["mode_strength"]
     )  # fmt: skip
@@ -494,7 +495,7 @@ def test_acting_is_what_measuring_sees():
     answers = meta.unroll(params, queries, seen)[:, :3]
     losses = jax.vmap(jax.vmap(domain.loss, -1))(answers, seen).mean(0)
     measured = inner.measure(
-        domain, meta.learner, params, False, lambda k, _: domain.sample_task(k), None, key,
+        domain, meta.learner, params, False, Partial(domain.sample_task), key,
         jnp.arange(5), (0, 6),
     )["loss"][:, 1]  # fmt: skip
     np.testing.assert_allclose(losses, measured, rtol=1e-4)

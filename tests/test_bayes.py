@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Kernel, StationaryKernelMixin
 
@@ -130,8 +131,7 @@ def test_fourier_bayes_learns_every_frequency_by_the_known_share_from_one_pair()
             lambda params: learner,
             (),
             False,
-            domain.evaluation_task,
-            jnp.float32(domain.amplitudes()),
+            Partial(domain.evaluation_task, amplitudes=jnp.float32(domain.amplitudes())),
             jax.random.key(0),
             jnp.arange(4096),
             (0, 1, 20),
@@ -166,8 +166,7 @@ def test_bayes_learns_every_mode_at_the_same_known_rate():
         lambda params: bayes_linear(domain),
         (),
         False,
-        domain.evaluation_task,
-        jnp.float32(domain.spectrum()),
+        Partial(domain.evaluation_task, spectrum=jnp.float32(domain.spectrum())),
         jax.random.key(0),
         jnp.arange(tasks),
         tuple(range(n + 1)),

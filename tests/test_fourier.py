@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from metadyn import inner
 from metadyn.base import Domain
@@ -174,8 +175,7 @@ def test_every_task_and_step_is_probed_in_one_compiled_call():
         lambda params: learner,
         (),
         False,
-        domain.evaluation_task,
-        jnp.float32(domain.amplitudes()),
+        Partial(domain.evaluation_task, amplitudes=jnp.float32(domain.amplitudes())),
         jax.random.key(0),
         jnp.arange(32),
         tuple(range(7)),

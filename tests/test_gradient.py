@@ -9,6 +9,7 @@ import optax
 import pytest
 import scipy.integrate
 import scipy.stats
+from jax.tree_util import Partial
 
 from metadyn import dynamics, inner
 from metadyn.base import Learner
@@ -79,8 +80,7 @@ def curve(domain, network, rate, batch, times, tasks, rotate):
         lambda params: learner,
         (),
         False,
-        lambda key, s: domain.evaluation_task(key, s, rotate),
-        jnp.array([1.5, 0.5]),
+        Partial(partial(domain.evaluation_task, rotate=rotate), spectrum=jnp.array([1.5, 0.5])),
         jax.random.key(0),
         jnp.arange(tasks),
         times,
@@ -114,9 +114,9 @@ def test_learners_at_once_equal_each_alone():
     domain = LinearRegression(3, 3)
     learner = gradient(deep_linear(3, 3, scale=0.1), optax.adam(0.01), 5)
     measured = lambda indices: inner.measure(
-        domain, make, (), False, sample, None, jax.random.key(1), indices, (0, 3, 20)
+        domain, make, (), False, sample, jax.random.key(1), indices, (0, 3, 20)
     )
-    make, sample = (lambda params: learner), (lambda key, _: domain.sample_task(key))
+    make, sample = (lambda params: learner), Partial(domain.sample_task)
     together = np.asarray(measured(jnp.arange(8))["loss"])
     for i in range(8):
         alone = np.asarray(measured(jnp.array([i]))["loss"])[0]
@@ -172,9 +172,10 @@ def test_mlps_at_once_equal_each_alone(points):
     domain = FourierRegression(band(1, 2))
     learner = gradient(mlp(1, 1, 3, 16), optax.adam(1e-2), 12, points=points)
     probes = (("mode_strength", domain.probe(domain.amplitudes(), 8)),)
-    make, argument = (lambda params: learner), jnp.float32(domain.amplitudes())
+    make, amplitudes = (lambda params: learner), jnp.float32(domain.amplitudes())
+    sample = Partial(domain.evaluation_task, amplitudes=amplitudes)
     measured = lambda indices: inner.measure(
-        domain, make, (), False, domain.evaluation_task, argument, jax.random.key(1), indices,
+        domain, make, (), False, sample, jax.random.key(1), indices,
         (0, 3, 40), probes,
     )  # fmt: skip
     together = jax.tree.map(np.asarray, measured(jnp.arange(8)))

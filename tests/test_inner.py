@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.tree_util import Partial
 
 from metadyn import inner, measuring
 from metadyn.base import TaskSet
@@ -77,8 +78,7 @@ def measure(indices, chunk=4096, times=(0, 1, 5, 8)):
         make_bayes,
         (),
         False,
-        DOMAIN.evaluation_task,
-        S,
+        Partial(DOMAIN.evaluation_task, spectrum=S),
         jax.random.key(4),
         indices,
         times,
@@ -129,8 +129,7 @@ def test_65536_tasks_fit_in_8_gib():
         meta.learner,
         jax.eval_shape(meta.init, jax.random.key(0)),
         False,
-        domain.evaluation_task,
-        jnp.float32(domain.spectrum()),
+        Partial(domain.evaluation_task, spectrum=jnp.float32(domain.spectrum())),
         jax.random.key(0),
         jax.ShapeDtypeStruct((65_536,), jnp.int32),
         tuple(range(21)),
@@ -144,7 +143,7 @@ def test_65536_tasks_fit_in_8_gib():
 
 def axes_of(learner, probes):
     """The axes of each reading, by what is stored beside a measurement."""
-    tasks = TaskSet("tasks", DOMAIN, DOMAIN.evaluation_task, np.float32(S), dict(probes), size=3)
+    tasks = TaskSet("tasks", DOMAIN, DOMAIN.sample_task, dict(probes), size=3)
     found = measuring.described(tasks, Contender("learner", "learner", learner))["axes"]
     assert all(axes[:2] == ["task", "step"] for axes in found.values())
     return {name: tuple(axes[2:]) for name, axes in found.items()}
@@ -153,7 +152,7 @@ def axes_of(learner, probes):
 def test_all_that_a_probe_reads_is_reckoned_up():
     """8 answers of 2 numbers, a strength and a loss, at 9 times on 3 tasks, in float32."""
     probe = DOMAIN.answers(8)
-    tasks = TaskSet("tasks", DOMAIN, DOMAIN.evaluation_task, np.float32(S), {"said": probe}, size=3)
+    tasks = TaskSet("tasks", DOMAIN, DOMAIN.sample_task, {"said": probe}, size=3)
     bayes = Contender("bayes", "Bayes", bayes_linear(DOMAIN), "bayes")
     assert measuring.bytes_needed(tasks, bayes, seeds=1) == 4 * 3 * 9 * (8 * 2 + 1 + 1)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from contract import DOMAINS, observe, scattered, stepped, unroll
 from flax import nnx
+from jax.tree_util import Partial
 
 from metadyn import inner, mesh
 from metadyn.base import indexed_keys
@@ -182,8 +183,7 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
         meta.learner,
         params,
         False,
-        lambda key, _: domain.sample_task(key),
-        None,
+        Partial(domain.sample_task),
         root,
         indices,
         tuple(range(7)),

@@ -228,6 +228,7 @@ def test_checkpoints_are_log_spaced_from_nought_to_the_end():
 TRAIN = """
 import hashlib, json, jax, numpy as np
 from jax.experimental.multihost_utils import process_allgather
+from jax.tree_util import Partial
 from metadyn import inner, mesh
 mesh.start()
 from metadyn.domains.linear import LinearRegression
@@ -241,9 +242,9 @@ trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
 loop = OuterLoop(trained, config, jax.random.key(0))
 program = loop.advance.lower(loop.abstract, np.int32(1)).compile().as_text()
 state, metrics = next(loop.run(loop.init(), 50))
-sample = lambda key, s: domain.evaluation_task(key, s)
+sample = Partial(domain.evaluation_task, spectrum=np.float32([1, 0.5]))
 readings = inner.measure(
-    domain, meta.learner, state.params["lstm"], True, sample, np.float32([1, 0.5]),
+    domain, meta.learner, state.params["lstm"], True, sample,
     jax.random.key(1), np.arange(5), tuple(range(6)),
 )
 losses = process_allgather(readings["loss"], tiled=True)[0, :, 1:].tolist()

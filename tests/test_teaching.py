@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import metadyn as md
 from metadyn import inner, teaching
@@ -65,7 +66,8 @@ def test_taught_bayes_comes_to_the_expected_error_of_each_teacher():
     best = partial(teaching.for_bayes, examples=2)
     teachers = (best, partial(best, least_first=True))
     learner = teaching.taught(bayes_linear(PLAIN), teachers, n_x=2, examples=2)
-    tasks = dataclasses.replace(PLAIN.evaluation(64), argument=np.float32([1.5, 0.7]), size=4000)
+    sample = Partial(PLAIN.evaluation_task, spectrum=np.float32([1.5, 0.7]))
+    tasks = dataclasses.replace(PLAIN.evaluation(64), sample=sample, size=4000)
     lesson = np.float64(best(TASK))
     for each, shown in zip(
         teaching.sets(tasks, "best", "least"), (lesson, lesson[::-1]), strict=True

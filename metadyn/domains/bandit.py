@@ -134,7 +134,7 @@ class ContextualBandit:
     def evaluation(self, points: int = 0) -> TaskSet:
         """Sets up tasks of the training distribution; `points` is of no account."""
         del points
-        return TaskSet("in_distribution", self, Sampler(self), probes={STRENGTH: self.probe()})
+        return TaskSet("in_distribution", self, Sampler(self), {STRENGTH: self.probe()})
 
     # The probe.
 

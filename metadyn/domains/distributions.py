@@ -40,8 +40,7 @@ class Mixture:
         """Which of the domains the task of a key is of."""
         return jax.random.randint(jax.random.split(key)[0], (), 0, len(self.domains))
 
-    def __call__(self, key: Key, argument: None = None) -> Task:
-        del argument
+    def __call__(self, key: Key) -> Task:
         samplers = [domain.sample_task for domain in self.domains]
         return jax.lax.switch(self.component(key), samplers, jax.random.split(key)[1])
 
@@ -71,6 +70,5 @@ class Pool:
         """Task number `index`, from 0."""
         return self.domain.sample_task(jax.random.fold_in(jax.random.key(self.seed), index))
 
-    def __call__(self, key: Key, argument: None = None) -> Task:
-        del argument
+    def __call__(self, key: Key) -> Task:
         return self.task(jax.random.randint(key, (), 0, self.size))

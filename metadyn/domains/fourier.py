@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Complex, Float
 
 from metadyn import prng
@@ -143,8 +144,8 @@ class FourierRegression(Regression):
         """Sets up functions of fixed `amplitudes` and random phases (`evaluation_task`)."""
         amplitudes = self.amplitudes(frequencies)
         probes = {STRENGTH: self.probe(amplitudes, points)}
-        sample = self.evaluation_task
-        return TaskSet("in_distribution", self, sample, np.array(amplitudes, np.float32), probes)
+        sample = Partial(self.evaluation_task, amplitudes=np.array(amplitudes, np.float32))
+        return TaskSet("in_distribution", self, sample, probes)
 
     # The probe.
 

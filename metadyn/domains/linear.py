@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from metadyn import prng
@@ -188,8 +189,9 @@ class LinearRegression(Regression):
         """Sets up tasks of one spectrum (`spectrum`) in random directions (`evaluation_task`)."""
         s = self.spectrum(scale, outsize)
         probe = dataclasses.replace(self.probe(points), modes=_modes(s))
-        sample = self.evaluation_task if rotate else partial(self.evaluation_task, rotate=False)
-        return TaskSet("in_distribution", self, sample, np.array(s, np.float32), {STRENGTH: probe})
+        draw = self.evaluation_task if rotate else partial(self.evaluation_task, rotate=False)
+        sample = Partial(draw, spectrum=np.array(s, np.float32))
+        return TaskSet("in_distribution", self, sample, {STRENGTH: probe})
 
     # The probe.
 
