@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -69,6 +69,15 @@ def calls(
     drawn = tasks.sample, key
     probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
     return [(tasks.domain, *learner, *drawn, part, *probed, chunk) for part in parts]
+
+
+def form_of(given: tuple[Any, ...]) -> Hashable:
+    """What the arguments of a call of `inner.measure` have in common with those it shares a
+    compiled program with."""
+    domain, make, params, seeded, sample, _, indices, *probed = given
+    leaves, form = jax.tree.flatten((params, sample, indices))
+    shapes = [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    return domain, make, seeded, form, tuple(shapes), *probed
 
 
 def described(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metadyn import absent_devices, cost, inner, mesh
 from metadyn.errors import ConfigError
-from metadyn.measuring import bytes_needed, calls
+from metadyn.measuring import bytes_needed, calls, form_of
 from metadyn.outer import OuterLoop
 from metadyn.programs import ProgramCache, split_constants
 from metadyn.progress import Progress
@@ -61,19 +60,17 @@ def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
 
 def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
     """Lists the programs that measure, each once, whatever it is of."""
-    found: dict[Any, Program] = {}
+    found: dict[Hashable, Program] = {}
     key = jax.eval_shape(lambda: jax.random.key(0))
     for each in plan.every:
         given = calls(*each.given(loop.abstract.params, key))
-        domain, make, _, seeded, sample, _, indices, times, *probed = given[0]
-        leaves, form = jax.tree.flatten(sample)
-        shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        same = (domain, make, seeded, form, shapes, len(indices), times, *probed)
+        same = form_of(given[0])
         called = len(given) * (len(plan.outer.checkpoint_steps) if each.followed else 1)
         if same in found:
             found[same] = found[same]._replace(times=found[same].times + called)
             continue
         trace = lambda given=given: inner.measure.trace(*given[0])
+        times = each.contender.times_in(each.tasks.domain)
         turns = times[-1] / (len(times) - 1)
         found[same] = Program(each.called, trace, called, turns)
     return list(found.values())

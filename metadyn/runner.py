@@ -13,7 +13,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
@@ -33,6 +33,7 @@ from metadyn.measuring import (
     calls,
     check_step,
     described,
+    form_of,
     readings,
     require_memory,
     weights,
@@ -77,8 +78,6 @@ class Runner:
         self.followed = [(each, _described(each)) for each in plan.every if each.followed]
         """What is measured at every checkpoint, and its description."""
         self.bayes: dict[str, tuple[float, float]] = {}
-        self.later: list[Future[Any]] = []
-        """Programs that are compiled beside training, and are needed after it."""
 
     def calls(self, stored: bool = False) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
         """Yields what is to be measured, and the arguments of each call: shapes for parameters.
@@ -89,43 +88,38 @@ class Runner:
             if stored or not self.store.has_measurement(each.tasks.name, each.contender.name):
                 yield each.called, calls(*each.given(self.loop.abstract.params, self.key))
 
-    def prepare(self, compiling: ThreadPoolExecutor) -> None:
-        """Begins to compile all programs, on every core, and waits for those that are needed first.
+    def prepare(self) -> None:
+        """Compiles all programs that are needed, on every core.
 
-        Those train, or measure at outer step 0. Raises `ConfigError` if one that trains cannot fit
-        into the memory, by the compiler's own account.
+        Raises `ConfigError` if one that trains cannot fit into the memory, by the compiler's own
+        account.
         """
         if jax.process_count() > 1:
             return
-        loop, lower = self.loop, inner.measure.lower
-        first: dict[str, Future[Any]] = {
-            name: compiling.submit(check_compiled, loop, name) for name in loop.trained
-        }
-        early = {each.called for each in self.plan.every if each.watched}
-        for called, (given, *_) in self.calls():
-            future = compiling.submit(lambda given: lower(*given).compile(), given)
-            if called in early:
-                first[called] = future
-            else:
-                self.later.append(future)
-        with self.progress.counting("compiling", len(first)) as show:
-            for name, each in first.items():
-                show(name)
-                each.result()
-
-    def train_alone(self, compiling: ThreadPoolExecutor) -> None:
-        """Trains its meta-learners, from the newest checkpoint or from the start."""
-        loop = self.loop
+        wanted: dict[str, Callable[[], Any]] = {}
         if not {*self.plan.outer.checkpoint_steps} <= {*self.stored}:
-            self.prepare(compiling)
+            wanted |= {n: partial(check_compiled, self.loop, n) for n in self.loop.trained}
+        forms = {form_of(given): (called, given) for called, (given, *_) in self.calls()}
+        compiled = lambda given: inner.measure.lower(*given).compile()
+        wanted |= {called: partial(compiled, given) for called, given in forms.values()}
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            futures = {called: pool.submit(each) for called, each in wanted.items()}
+            with self.progress.counting("compiling", len(futures)) as show:
+                for called, each in futures.items():
+                    show(called)
+                    each.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def train_alone(self) -> None:
+        """Trains its meta-learners, from the newest checkpoint or from the start."""
 
         def run(states: Sequence[TrainState], target: int) -> Trained:
-            for state, metrics in loop.run(states[0], target):
-                for program in filter(Future.done, self.later):
-                    program.result()  # what cannot be measured is not trained to the end
+            for state, metrics in self.loop.run(states[0], target):
                 yield [state], [metrics]
 
-        train([self], lambda: [loop.init()], run)
+        train([self], lambda: [self.loop.init()], run)
 
     def save(self, state: TrainState) -> None:
         """Stores the state and, at outer steps for which they are planned, mode trajectories.
@@ -499,10 +493,9 @@ def run_study(
                 mesh.on_main_process(lambda: page.exists() or bool(view.write(run, progress)))
                 return done
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.is_main_process())
-            compiling = ThreadPoolExecutor(os.cpu_count())
-            stack.callback(compiling.shutdown, wait=False, cancel_futures=True)
+            runner.prepare()
             if plan.trained:
-                runner.train_alone(compiling)
+                runner.train_alone()
             runner.measure_all()
 
             def conclude() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import io
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -96,9 +95,12 @@ def test_the_wait_for_compiling_is_in_sight(terminal, monkeypatch):
     monkeypatch.setattr(metadyn.progress, "LINE_EVERY", 0.2)
     monkeypatch.setattr(runner, "check_compiled", lambda loop, name: time.sleep(1.3))
     loop = SimpleNamespace(trained={"lstm": None})
-    waiting = SimpleNamespace(progress=Progress(console), loop=loop, watched=[], calls=lambda: [])
-    with ThreadPoolExecutor(1) as compiling:
-        runner.Runner.prepare(waiting, compiling)
+    plan = SimpleNamespace(outer=SimpleNamespace(checkpoint_steps=(0,)))
+    runner.Runner.prepare(
+        SimpleNamespace(
+            progress=Progress(console), loop=loop, plan=plan, stored=[], calls=lambda: []
+        )
+    )
     if terminal:
         ticks = re.findall(r"0/1 (\S+) lstm", text.getvalue())
         assert {"0:00:00", "0:00:01"} <= {*ticks}

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -244,16 +243,21 @@ def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_
     assert summary.stat().st_mtime_ns == before
 
 
-def test_what_cannot_be_measured_stops_training_as_soon_as_it_is_known(tmp_path):
-    """A program that training does not wait for, and that fails."""
+def test_what_cannot_be_compiled_is_found_before_training(tmp_path, monkeypatch):
+    """A program that measures what is trained, once it is, and cannot be compiled."""
     config = STUDY.presets["quick"]
     asked = runner.run_config(STUDY, "quick", 0, config, plan(config))
     folder = RunFolder.create(tmp_path / "r", asked)
     mine = runner.Runner(plan(config), folder, 0, Progress(None))
-    mine.prepare = lambda compiling: mine.later.append(compiling.submit(lambda: 1 / 0))
-    with ThreadPoolExecutor(1) as compiling, pytest.raises(ZeroDivisionError):
-        mine.train_alone(compiling)
-    assert max(mine.stored) < config.outer.steps
+    lower, last = runner.inner.measure.lower, [*mine.calls()][-1]
+
+    def failing(*given):
+        return 1 / 0 if given[1] == last[1][0][1] else lower(*given)
+
+    monkeypatch.setattr(runner.inner.measure, "lower", failing)
+    with pytest.raises(ZeroDivisionError):
+        mine.prepare()
+    assert not mine.stored
 
 
 class Killed(BaseException):
