@@ -165,7 +165,7 @@ QUICK = Config(
     bandit=ContextualBandit(contexts=2, actions=3, steps=12),
     examples=3,
     descent=10,
-    outer=md.OuterConfig(steps=700, seeds=3, learning_rate=3e-2, warmup=70, checkpoints=1),
+    outer=md.OuterConfig(steps=500, seeds=3, learning_rate=3e-2, warmup=50, checkpoints=1),
     measure=md.MeasureConfig(tasks=1024, updating_tasks=32, shifted_tasks=64, probe_points=16),
 )
 WORKSTATION = Config(

@@ -126,12 +126,10 @@ def run(
     def segment(state, span):
         start, stop = span
         state, total = jax.lax.fori_loop(start, stop, step, (state, jnp.zeros(())))
-        return state, look(state) | {"loss": total / (stop - start)}
+        return state, look(state) | {"loss": total / (stop - start)}  # 0 / 0 at t = 0
 
-    state = learner.init(key_init)
-    first = look(state) | {"loss": jnp.array(jnp.nan)}
-    _, rest = jax.lax.scan(segment, state, (times[:-1], times[1:]))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+    spans = np.append(times[:1], times[:-1]), times
+    return jax.lax.scan(segment, learner.init(key_init), spans)[1]
 
 
 def stepped(
