@@ -170,7 +170,8 @@ QUICK = Config(
 )
 WORKSTATION = Config(
     of="workstation",
-    outer=md.OuterConfig(steps=3000, learning_rate=2e-2, checkpoints=1),
+    learners=("lstm", "gru", "transformer", "maml"),
+    outer=md.OuterConfig(steps=4000, learning_rate=2e-2, checkpoints=1),
     measure=md.MeasureConfig(tasks=2048, updating_tasks=64, shifted_tasks=64),
 )
 PAPER = Config(
