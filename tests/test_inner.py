@@ -143,7 +143,8 @@ def test_65536_tasks_fit_in_8_gib():
 
 def axes_of(learner, probes):
     """The axes of each reading, by what is stored beside a measurement."""
-    tasks = TaskSet("tasks", DOMAIN, DOMAIN.sample_task, dict(probes), size=3)
+    sample = Partial(DOMAIN.evaluation_task, spectrum=S)
+    tasks = TaskSet("tasks", DOMAIN, sample, dict(probes), size=3)
     found = measuring.described(tasks, Contender("learner", "learner", learner))["axes"]
     assert all(axes[:2] == ["task", "step"] for axes in found.values())
     return {name: tuple(axes[2:]) for name, axes in found.items()}
@@ -152,7 +153,8 @@ def axes_of(learner, probes):
 def test_all_that_a_probe_reads_is_reckoned_up():
     """8 answers of 2 numbers, a strength and a loss, at 9 times on 3 tasks, in float32."""
     probe = DOMAIN.answers(8)
-    tasks = TaskSet("tasks", DOMAIN, DOMAIN.sample_task, {"said": probe}, size=3)
+    sample = Partial(DOMAIN.evaluation_task, spectrum=S)
+    tasks = TaskSet("tasks", DOMAIN, sample, {"said": probe}, size=3)
     bayes = Contender("bayes", "Bayes", bayes_linear(DOMAIN), "bayes")
     assert measuring.bytes_needed(tasks, bayes, seeds=1) == 4 * 3 * 9 * (8 * 2 + 1 + 1)
 

@@ -296,5 +296,6 @@ def test_a_study_that_is_planned_again_shares_what_is_compiled(name):
     study = load_study(name)
     one, other = (study.plan(study.presets["quick"]).comparisons[0] for _ in range(2))
     assert [each.make for each in one.contenders] == [each.make for each in other.contenders]
-    drawn = [[(each.sample, each.probes) for each in part.sets] for part in (one, other)]
+    form = jax.tree.structure
+    drawn = [[(form(each.sample), each.probes) for each in p.sets] for p in (one, other)]
     assert drawn[0] == drawn[1]
