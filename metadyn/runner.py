@@ -114,11 +114,8 @@ class Runner:
 
     def train_alone(self) -> None:
         """Trains its meta-learners, from the newest checkpoint or from the start."""
-
-        def run(states: Sequence[TrainState], target: int) -> Trained:
-            for state, metrics in self.loop.run(states[0], target):
-                yield [state], [metrics]
-
+        alone = lambda found: ([found[0]], [found[1]])
+        run = lambda states, target: map(alone, self.loop.run(states[0], target))
         train([self], lambda: [self.loop.init()], run)
 
     def save(self, state: TrainState) -> None:
