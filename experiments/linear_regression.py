@@ -133,7 +133,7 @@ def out_of_distribution(results, name):
     for shift, what in TITLES.items():
         if shift in SHIFTS:
             pairs = [pair(shift), pair("in_distribution")]
-            found = dynamics.excesses(pairs, np.subtract.reduce)
+            found = dynamics.excesses(pairs, lambda e: e[0] - e[1])
             said = f"{what}: the {called} falls behind Bayes; its excess exceeds that within"
             yield md.criterion(f"{name}_out_of_distribution_{shift}", found, said, at_least=0.0)
         if "saturated_gates" in results[shift, name]:

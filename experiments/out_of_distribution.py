@@ -119,14 +119,14 @@ def criteria(config: Config, results):
         yield row(data, "excess", excess_of(results, name), "excess loss within")
         trained = [each.isel(outer_step=-1) for each in (results[HELDOUT, name], plain)]
         seconds = [labelled.about(each).seconds for each in trained]
-        found = dynamics.excesses([(each, best) for each in trained], np.divide.reduce)
+        found = dynamics.excesses([(each, best) for each in trained], lambda e: e[0] / e[1])
         said = "excess within over the plain network's"
         yield row(data, "cost", found, said, COST if name == f"{config.meta}_both" else math.inf)
         found = dynamics.exact(seconds[0] / max(seconds[1], 1e-3))
         yield row(data, "seconds", found, "seconds of training over the plain network's")
         pairs = {each: (results[each, name], results[each, "bayes"]) for each in SETS}
         for shift in [each for each in SETS if each != WITHIN]:
-            found = dynamics.excesses([pairs[shift], pairs[WITHIN]], np.subtract.reduce)
+            found = dynamics.excesses([pairs[shift], pairs[WITHIN]], lambda e: e[0] - e[1])
             most = bounds.get(shift)
             said = f"growth of the excess, {shift}"
             yield row(data, f"growth_{shift}", found, said, most or math.inf)

@@ -53,9 +53,8 @@ def pools(config: Config) -> md.Comparison:
     points, label = sizes.probe_points, getattr(config, config.meta).label
     probes = {STRENGTH: domain.answers(points)}
     fresh = md.TaskSet(FRESH, domain, Sampler(domain), probes=probes, kinds=("meta", "bayes"))
-    sets = [sizes.sized(fresh, "heldout_tasks")]
-    for shift, factor in ((WITHIN, 1.0), (LARGER, 4.0)):
-        sets.append(sizes.sized(domain.evaluation(points, factor), "shifted_tasks", shift))
+    shifted = lambda name, by: sizes.sized(domain.evaluation(points, by), "shifted_tasks", name)
+    sets = [sizes.sized(fresh, "heldout_tasks"), shifted(WITHIN, 1.0), shifted(LARGER, 4.0)]
     contenders, pairs = [replace(plain, label=f"{label}, ever new tasks")], []
     for size in config.pools:
         pool, called = Pool(domain, size), f"{label}, {size} tasks"
@@ -115,8 +114,9 @@ def criteria(config: Config, results):
     for name, data in results.learners(WITHIN, "meta").items():
         found, label = excess_of(results, name), labelled.about(data).label
         yield md.criterion(f"{name}_excess", found, f"{label}: excess on fresh tasks")
-        found = dynamics.excesses([pair(LARGER, name), pair(WITHIN, name)], np.subtract.reduce)
-        yield md.criterion(f"{name}_growth_{LARGER}", found, f"{label}: excess growth, {LARGER}")
+        said = f"{label}: growth of the excess, {LARGER}"
+        found = dynamics.excesses([pair(LARGER, name), pair(WITHIN, name)], lambda e: e[0] - e[1])
+        yield md.criterion(f"{name}_growth_{LARGER}", found, said)
     apart = {size: distances(results, size) for size in config.pools}
     for size, each in apart.items():
         for kind, found in zip(KINDS, each, strict=False):
@@ -133,9 +133,9 @@ def criteria(config: Config, results):
                 found = dynamics.measured_excess(*pair(task_set, name, RIGHT))
                 yield md.criterion(f"{name}_{task_set}_over_right", found, said)
     two = [pair("band_3_4", f"{config.meta}{each}", RIGHT) for each in ("_mixture", "")]
+    ratio = dynamics.excesses(two, lambda e: e[0] / e[1])
     said = "a mixture of bands at least halves the excess in another band"
-    found = dynamics.excesses(two, np.divide.reduce)
-    yield md.criterion("bands_gain", found, said, 0.5, surely=True)
+    yield md.criterion("bands_gain", ratio, said, 0.5, surely=True)
 
 
 def diversity(results):

@@ -173,7 +173,7 @@ class Domain(Protocol):
         """Numbers in one answer, for learners that must size an output layer."""
 
     def __hash__(self) -> int:
-        """Domains are hashable, as frozen dataclasses are: equal ones share compiled programs."""
+        """Domains are hashable, as frozen dataclasses are, for programs are compiled for each."""
 
     def sample_task(self, key: Key) -> Task:
         """Draws a task of the meta-training distribution."""
@@ -239,7 +239,8 @@ class TaskSet:
     name: str
     domain: Domain
     sample: Sample
-    """Sets that differ in the arrays of a `jax.tree_util.Partial` alone share compiled programs."""
+    """Draws a task from a key. It is kept as a `jax.tree_util.Partial`: arrays that are bound in it
+    are arguments of compiled programs, so that sets which differ in these alone share one."""
     probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
     """What is read of each learner, by the name under which it is recorded."""
     size: int = 0

@@ -370,16 +370,21 @@ def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
 
 
 def excesses(
-    pairs: Sequence[tuple[xr.Dataset, xr.Dataset]], take: Callable[[Any], np.ndarray]
+    pairs: Sequence[tuple[xr.Dataset, xr.Dataset]], take: Callable[[np.ndarray], Numbers]
 ) -> Estimate:
-    """What `take` makes of several excess losses [pair, ...]: `np.divide.reduce`, their ratio.
+    """Estimates a function of the excess losses of several learners, such as the ratio of two.
 
-    Each pair is a learner's measurement and Bayes' on the same tasks, of domains with one floor.
+    What `take` is given is [pair, ...]. Each pair is a learner's measurement and Bayes' on the same
+    tasks.
     """
-    floor = labelled.about(pairs[0][0]).loss_floor
+    floors = [labelled.about(learner).loss_floor for learner, _ in pairs]
     losses = [episode_loss(data) for pair in pairs for data in pair]
-    excess = lambda *each: excess_loss(np.array(each[::2]), np.array(each[1::2]), floor)
-    return estimate(lambda *each: take(excess(*each)), *losses)
+
+    def statistic(*means: Numbers) -> Numbers:
+        both = zip(means[::2], means[1::2], floors, strict=True)
+        return take(np.array([excess_loss(*each) for each in both]))
+
+    return estimate(statistic, *losses)
 
 
 def equal_excess(

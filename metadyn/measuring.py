@@ -66,17 +66,18 @@ def calls(
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
     parts = np.split(indices, max(1, len(indices) // min(size, chunk)))
     learner = contender.make, params, contender.seeded
-    drawn = tasks.sample, key
     probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
-    return [(tasks.domain, *learner, *drawn, part, *probed, chunk) for part in parts]
+    return [(tasks.domain, *learner, tasks.sample, key, part, *probed, chunk) for part in parts]
 
 
-def form_of(given: tuple[Any, ...]) -> Hashable:
-    """What the arguments of a call of `inner.measure` have in common with those it shares a
-    compiled program with."""
+def program_key(given: tuple[Any, ...]) -> Hashable:
+    """Returns a key: calls of `inner.measure` with equal keys run one compiled program.
+
+    `given` are the arguments of a call. Random keys, which are all of one type, are left out.
+    """
     domain, make, params, seeded, sample, _, indices, *probed = given
-    leaves, form = jax.tree.flatten((params, sample, indices))
-    shapes = [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    leaves, form = jax.tree.flatten(jax.eval_shape(lambda *each: each, params, sample, indices))
+    shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
     return domain, make, seeded, form, tuple(shapes), *probed
 
 

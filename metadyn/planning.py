@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from metadyn import absent_devices, cost, inner, mesh
 from metadyn.errors import ConfigError
-from metadyn.measuring import bytes_needed, calls, form_of
+from metadyn.measuring import bytes_needed, calls, program_key
 from metadyn.outer import OuterLoop
 from metadyn.programs import ProgramCache, split_constants
 from metadyn.progress import Progress
@@ -63,15 +63,15 @@ def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
     found: dict[Hashable, Program] = {}
     key = jax.eval_shape(lambda: jax.random.key(0))
     for each in plan.every:
-        given = calls(*each.given(loop.abstract.params, key))
-        same = form_of(given[0])
-        called = len(given) * (len(plan.outer.checkpoint_steps) if each.followed else 1)
+        given = calls(*each.arguments(loop.abstract.params, key))
+        same = program_key(given[0])
+        called = len(given) * (len(plan.outer.checkpoint_steps) if each.at_checkpoints else 1)
         if same in found:
             found[same] = found[same]._replace(times=found[same].times + called)
             continue
         trace = lambda given=given: inner.measure.trace(*given[0])
         times = each.contender.times_in(each.tasks.domain)
-        turns = times[-1] / (len(times) - 1)
+        turns = times[-1] / len(times)
         found[same] = Program(each.called, trace, called, turns)
     return list(found.values())
 
@@ -252,7 +252,7 @@ def disk(plan: Plan, loop: OuterLoop) -> int:
     checkpoints = len(plan.outer.checkpoint_steps)
     total = (checkpoints + 2) * state if plan.trained else 0
     for each in plan.every:
-        times = checkpoints if each.followed else 1
+        times = checkpoints if each.at_checkpoints else 1
         total += times * bytes_needed(each.tasks, each.contender, plan.outer.seeds)
     return total
 
@@ -262,12 +262,13 @@ def estimated(
 ) -> dict[str, float]:
     """Seconds that training each meta-learner of all loops would take here, from timed steps.
 
-    Timed is one dispatch, of as many outer steps as take 2 seconds by the pace of the first.
-    `run(state, step)` yields the state, and metrics, after each dispatch up to an outer step.
+    Timed is the third dispatch: the first compiles, and the second gives the pace, by which the
+    third is as long as it would be (`OuterLoop.dispatched`). `run(state, step)` yields the state,
+    and metrics, after each dispatch up to an outer step.
     """
     first, steps = loops[0], loops[0].config.steps
-    for reached, _ in run(state, min(1, steps - 1)):
-        state = reached
+    for step in range(1, min(3, steps)):
+        state, _ = next(run(state, step))
     for loop in loops:
         loop.seconds = dict.fromkeys(loop.trained, 0.0)
     next(run(state, steps))

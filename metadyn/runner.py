@@ -33,7 +33,7 @@ from metadyn.measuring import (
     calls,
     check_step,
     described,
-    form_of,
+    program_key,
     readings,
     require_memory,
     weights,
@@ -75,40 +75,44 @@ class Runner:
         self.state: TrainState | None = None
         self.stored: list[int] = mesh.on_main_process(run.steps)
         """The outer steps whose state is stored."""
-        self.followed = [(each, _described(each)) for each in plan.every if each.followed]
+        self.at_checkpoints = [
+            (each, _described(each)) for each in plan.every if each.at_checkpoints
+        ]
         """What is measured at every checkpoint, and its description."""
         self.bayes: dict[str, tuple[float, float]] = {}
 
-    def calls(self, stored: bool = False) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    def calls(self, stored: bool = False) -> Iterator[tuple[Measurement, list[tuple[Any, ...]]]]:
         """Yields what is to be measured, and the arguments of each call: shapes for parameters.
 
         With what is stored already, too, if that is wanted.
         """
         for each in self.plan.every:
             if stored or not self.store.has_measurement(each.tasks.name, each.contender.name):
-                yield each.called, calls(*each.given(self.loop.abstract.params, self.key))
+                yield each, calls(*each.arguments(self.loop.abstract.params, self.key))
 
     def prepare(self) -> None:
-        """Compiles all programs that are needed, on every core.
+        """Compiles all programs that are still needed, each once, on every core.
 
         Raises `ConfigError` if one that trains cannot fit into the memory, by the compiler's own
-        account.
+        account. Several processes would have to agree on an order: they compile as they go.
         """
-        if jax.process_count() > 1:
+        training = not {*self.plan.outer.checkpoint_steps} <= {*self.stored}
+        wanted: dict[Any, tuple[str, Callable[[], Any]]] = {}
+        for name in self.loop.trained if training else ():
+            wanted[name] = name, partial(check_compiled, self.loop, name)
+        for each, (given, *_) in self.calls():
+            if training or not each.at_checkpoints:
+                compiled = lambda given=given: inner.measure.lower(*given).compile()
+                wanted.setdefault(program_key(given), (each.called, compiled))
+        if jax.process_count() > 1 or not wanted:
             return
-        wanted: dict[str, Callable[[], Any]] = {}
-        if not {*self.plan.outer.checkpoint_steps} <= {*self.stored}:
-            wanted |= {n: partial(check_compiled, self.loop, n) for n in self.loop.trained}
-        forms = {form_of(given): (called, given) for called, (given, *_) in self.calls()}
-        compiled = lambda given: inner.measure.lower(*given).compile()
-        wanted |= {called: partial(compiled, given) for called, given in forms.values()}
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
-            futures = {called: pool.submit(each) for called, each in wanted.items()}
+            futures = [(called, pool.submit(make)) for called, make in wanted.values()]
             with self.progress.counting("compiling", len(futures)) as show:
-                for called, each in futures.items():
+                for called, future in futures:
                     show(called)
-                    each.result()
+                    future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -130,10 +134,10 @@ class Runner:
             self.stored.remove(old)
         about: dict[str, dict[str, Any]] = {}
         found: dict[str, dict[str, Any]] = {}
-        for each, said in self.followed:
+        for each, description in self.at_checkpoints:
             task_set, learner = each.tasks.name, each.contender.name
-            taken = said["about"] | {"seconds": round(self.loop.seconds[each.meta], 3)}
-            about.setdefault(task_set, {})[learner] = said | {"about": taken}
+            timed = description["about"] | {"seconds": round(self.loop.seconds[each.meta], 3)}
+            about.setdefault(task_set, {})[learner] = description | {"about": timed}
             if step in planned:
                 found.setdefault(task_set, {})[learner] = self.readings(each, state.params)
         self.store.save_checkpoint(step, state, found or None, about)
@@ -145,8 +149,8 @@ class Runner:
         if self.state is not None and int(self.state.step) == step:
             return self.state
         self.store.finish()
-        stored = self.store.about(step) if self.followed else {}
-        for each, _ in self.followed:
+        stored = self.store.about(step) if self.at_checkpoints else {}
+        for each, _ in self.at_checkpoints:
             about = stored[each.tasks.name][each.contender.name]["about"]
             self.loop.seconds[each.meta] = about["seconds"]
         return self.store.restore_state(step, self.loop.abstract)
@@ -168,7 +172,7 @@ class Runner:
         Keeps Bayes' loss on the training distribution and its floor, by the meta-learner's name.
         """
         for each in self.plan.every:
-            if each.watched and not each.followed:
+            if each.watched and not each.at_checkpoints:
                 self.measure(each, {})
         for part in self.plan.comparisons:
             if part.metas and part.measure.heldout_tasks:
@@ -180,7 +184,7 @@ class Runner:
 
     def readings(self, wanted: Measurement, trained: Mapping[str, Params]) -> dict[str, Any]:
         """Measures one learner on one set of tasks, given all outer parameters."""
-        return readings(*wanted.given(trained, self.key), self._measure)
+        return readings(*wanted.arguments(trained, self.key), self._measure)
 
     def measure(self, wanted: Measurement, trained: Mapping[str, Params]) -> None:
         """Makes and stores a measurement, unless it is stored already."""
@@ -294,11 +298,12 @@ def train(
         each.store.finish()
 
 
-def _described(each: Measurement) -> dict[str, Any]:
+def _described(measurement: Measurement) -> dict[str, Any]:
     """The description of a measurement, with the contender's place in the comparison's figures."""
-    part, names = each.part, [contender.name for contender in each.part.contenders]
-    place = names.index(each.contender.name) if each.contender.name in names else len(names)
-    return described(each.tasks, each.contender, place, part.title, part.followed)
+    part, tasks, contender, _ = measurement
+    names = [each.name for each in part.contenders]
+    place = names.index(contender.name) if contender.name in names else len(names)
+    return described(tasks, contender, place, part.title, part.followed)
 
 
 # What is checked before training.
@@ -312,7 +317,7 @@ def check_memory(plan: Plan) -> None:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         what = f"the weights of {contender.name} and what trains them"  # moments, gradient
         require_memory(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
-    for tasks, contender in plan.pairs:
+    for tasks, contender in plan.measured:
         needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
@@ -331,7 +336,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         }
         for name, each in plan.trained.items()
     }
-    for tasks, contender in plan.pairs:
+    for tasks, contender in plan.measured:
         times = contender.times_in(tasks.domain)
         asked[f"{contender.name} on {tasks.name}"] = {
             "label": contender.label,
@@ -382,7 +387,7 @@ def check_traced(plan: Plan) -> None:
     Objectives give a loss and metrics, each of them one number.
     """
     alike: dict[Any, tuple[TaskSet, Contender]] = {}
-    for tasks, who in plan.pairs:
+    for tasks, who in plan.measured:
         form = jax.tree.structure(tasks.sample)
         alike.setdefault((tasks.domain, form, who.make), (tasks, who))
     for pair in alike.values():
@@ -412,7 +417,7 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
     for each in plan.every:
         names = each.tasks.name, each.contender.name
         sets.setdefault(names[0], []).append(names[1])
-        at = steps if each.followed else None
+        at = steps if each.at_checkpoints else None
         planned[names] = _described(each), min(4, each.tasks.size), at
     results = Results(sets, lambda *names: _made_up(*planned[names]))
     criteria = study.judged(config, results)

@@ -412,10 +412,10 @@ class Measurement(NamedTuple):
     tasks: TaskSet
     contender: Contender
     watched: bool
-    """Whether it is made while there is training: at every checkpoint, or of Bayes before it."""
+    """Whether it is made at every checkpoint, or, of Bayes, once before training."""
 
     @property
-    def followed(self) -> bool:
+    def at_checkpoints(self) -> bool:
         """Whether it is made at every checkpoint."""
         return self.watched and self.contender.trained
 
@@ -429,8 +429,11 @@ class Measurement(NamedTuple):
         """What it is called in messages, by the names of the contender and the set."""
         return f"{self.contender.name} on {self.tasks.name}"
 
-    def given(self, params: Mapping[str, Params], key: Any) -> tuple[Any, ...]:
-        """Returns the arguments of `measuring.readings`, given all outer parameters, or shapes."""
+    def arguments(self, params: Mapping[str, Params], key: Any) -> tuple[Any, ...]:
+        """Returns what `measuring.calls` and `readings` take; `params` are those of `Plan.trained`.
+
+        They may be shapes.
+        """
         of_one, chunk = params.get(self.meta, ()), self.part.measure.chunk
         return self.tasks, self.contender, of_one, key, chunk
 
@@ -445,9 +448,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.outer.check_batch(self.trained.values())
-        names = [(tasks.name, contender.name) for tasks, contender in self.pairs]
+        names = [(tasks.name, contender.name) for tasks, contender in self.measured]
         check_unique(names, "measurement", "is asked for twice: rename the set")
-        for tasks, _ in self.pairs:
+        for tasks, _ in self.measured:
             check(tasks.size >= 1, tasks.option or tasks.name, tasks.size, "must be 1 or more")
 
     @functools.cached_property
@@ -464,12 +467,13 @@ class Plan:
         found = []
         for part in self.comparisons:
             both = [c for c in part.contenders if c.kind in ("meta", "bayes")]
-            found += [Measurement(part, tasks, who, True) for who in both for tasks in part.watched]
-            found += [Measurement(part, *pair, False) for pair in part.measurements]
+            watched = [(tasks, who) for who in both for tasks in part.watched]
+            found += [Measurement(part, *pair, watched=True) for pair in watched]
+            found += [Measurement(part, *pair, watched=False) for pair in part.measurements]
         return found
 
     @property
-    def pairs(self) -> list[tuple[TaskSet, Contender]]:
+    def measured(self) -> list[tuple[TaskSet, Contender]]:
         """Each set of tasks with each contender that is measured on it."""
         return [(each.tasks, each.contender) for each in self.every]
 

@@ -305,7 +305,7 @@ def run_sweep(
     plans: dict[int, Plan] = {}
     if not (mine and is_sweep(out) and all(map(SweepFolder(out).whole, mine))):
         plans = planned(sweep, study, configs, part)
-        measured = lambda plan: tuple((tasks.name, who.name) for tasks, who in plan.pairs)
+        measured = lambda plan: tuple((tasks.name, who.name) for tasks, who in plan.measured)
         unlike = {measured(plan): i for i, plan in plans.items()}.values()
         with progress.counting("checking", len(unlike)) as show:
             for i in unlike:
@@ -369,11 +369,11 @@ def _run(
             show(sweep.called(i))
             # Those of what is stored, too: the same numbers are to be arguments when this sweep, or
             # this part of it, is gone on with, so that bits are the same.
-            undone = set() if folder.ended(i) else {called for called, _ in runner.calls()}
-            for called, parts in runner.calls(stored=True):
+            undone = set() if folder.ended(i) else {each.called for each, _ in runner.calls()}
+            for each, parts in runner.calls(stored=True):
                 for given in parts:
                     params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
-                    known = called in undone and not jax.tree.leaves(params)
+                    known = each.called in undone and not jax.tree.leaves(params)
                     shared.expect(_traced(given), (params, *others) if known else None)
     names = [f"{len(members)} settings" for members in forms]
     with progress.studies(names) as begin:

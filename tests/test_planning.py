@@ -10,11 +10,12 @@ from typing import get_args
 
 import jax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import metadyn
 from benchmarks import compile as compiling
 from benchmarks import tiny_study
-from metadyn import absent_devices, cost, inner, mesh, planning
+from metadyn import absent_devices, cost, inner, mesh, outer, planning
 from metadyn.cli import main
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
@@ -58,6 +59,24 @@ def test_operations_are_those_of_the_products_and_a_little_more(plan):
     assert products < planning.compiled(step).operations < 4 * products
 
 
+def test_each_step_of_an_episode_counts_once(plan):
+    """A loop of unknown length from one probed time to the next, in a scan over these times."""
+    found, _ = plan
+    program = planning.programs(*plan)[-1]
+
+    def scans(jaxpr):
+        for equation in jaxpr.eqns:
+            within = [*jaxprs_in_params(equation.params)]
+            if equation.primitive.name == "scan":
+                names = {each.primitive.name for part in within for each in part.eqns}
+                yield from [equation.params["length"]] * ("while" in names)
+            for part in within:
+                yield from scans(part)
+
+    (times,) = scans(program.trace().jaxpr.jaxpr)
+    assert program.turns * times == found.comparisons[0].domain.steps
+
+
 def test_stored_bytes_are_those_of_state_and_readings(plan):
     """8 episodes of 4 probed times, two modes; weights, two moments, two counts and a step."""
     found, loop = plan
@@ -70,16 +89,19 @@ def test_stored_bytes_are_those_of_state_and_readings(plan):
 
 
 def test_time_is_estimated_from_few_steps(plan, monkeypatch):
-    """The first gives the pace, and one dispatch is timed: 20 steps, or fewer on a slow machine."""
+    """One dispatch is timed, of 20 steps, or of fewer where that would take too long."""
     _, loop = plan
     ran, run = [], loop.advance
-    monkeypatch.setattr(loop, "dispatched", lambda left: min(left, 20))
     monkeypatch.setattr(
         loop, "compiled", lambda name: lambda state, n: (ran.append(int(n)), run(state, n))[1]
     )
-    found = planning.estimated([loop], loop.init(), loop.run)
-    assert ran == [1, 20]
-    assert found == {"lstm": pytest.approx(loop.seconds["lstm"] / 20 * loop.config.steps)}
+    for seconds, steps in ((1e9, 20), (1e-9, 1)):
+        monkeypatch.setattr(outer, "DISPATCH_SECONDS", seconds)
+        ran.clear()
+        loop.pace = 0.0
+        found = planning.estimated([loop], loop.init(), loop.run)
+        assert ran == [1, 1, steps]
+        assert found == {"lstm": pytest.approx(loop.seconds["lstm"] / steps * loop.config.steps)}
 
 
 @pytest.mark.parametrize("name", ["h200", "h100:3", "v5e:x", "", "here:2"])

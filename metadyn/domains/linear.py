@@ -189,6 +189,7 @@ class LinearRegression(Regression):
         """Sets up tasks of one spectrum (`spectrum`) in random directions (`evaluation_task`)."""
         s = self.spectrum(scale, outsize)
         probe = dataclasses.replace(self.probe(points), modes=_modes(s))
+        # What a JAX Partial binds is traced, which a flag must not be.
         draw = self.evaluation_task if rotate else partial(self.evaluation_task, rotate=False)
         sample = Partial(draw, spectrum=np.array(s, np.float32))
         return TaskSet("in_distribution", self, sample, {STRENGTH: probe})
