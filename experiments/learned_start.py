@@ -201,8 +201,8 @@ QUICK = Config(
 WORKSTATION = Config(
     linear=LinearRegression(spread="even"),
     outer=md.OuterConfig(steps=6000, checkpoints=4),
-    linear_maml=MAMLConfig(outer_batch=32, outer_learning_rate=3e-3),
-    nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=16),
+    linear_maml=MAMLConfig(outer_batch=32, outer_learning_rate=1e-3),
+    nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=16, outer_learning_rate=3e-3),
     measure=md.MeasureConfig(
         tasks=2048, updating_tasks=128, tracked_tasks=64, heldout_tasks=1024, probe_points=16
     ),
