@@ -184,7 +184,7 @@ class Runner:
 
     def readings(self, wanted: Measurement, trained: Mapping[str, Params]) -> dict[str, Any]:
         """Measures one learner on one set of tasks, given all outer parameters."""
-        return readings(*wanted.arguments(trained, self.key), measure=self._measure)
+        return readings(*wanted.arguments(trained, self.key), self._measure)
 
     def measure(self, wanted: Measurement, trained: Mapping[str, Params]) -> None:
         """Makes and stores a measurement, unless it is stored already."""

@@ -429,7 +429,9 @@ class Measurement(NamedTuple):
         """What it is called in messages, by the names of the contender and the set."""
         return f"{self.contender.name} on {self.tasks.name}"
 
-    def arguments(self, params: Mapping[str, Params], key: Any) -> tuple[Any, ...]:
+    def arguments(
+        self, params: Mapping[str, Params], key: Any
+    ) -> tuple[TaskSet, Contender, Params, Any, int]:
         """Returns what `measuring.calls` and `readings` take; `params` are those of `Plan.trained`.
 
         They may be shapes.
