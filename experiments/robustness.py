@@ -151,7 +151,7 @@ def robustness(results):
                 axis.text(0, i, " learned too few modes", va="center", color=colour, fontsize=9)
         axis.axvline(0, **figures.LEVEL)
         axis.set_yticks(range(len(rows)), [labelled.about(d).label for d, _ in rows], fontsize=9)
-        axis.set(title=TITLES[name], ylim=(len(rows) - 0.5, -0.5))
+        axis.set(title=TITLES[name], ylim=(max(len(rows), 1) - 0.5, -0.5))
         axis.set_xlabel("slope (meta-learner: minus Bayes')")
     axis.set_xlabel("staggering minus Bayes'")  # of the bandit, which is the last
     shown = [axis.plot([], [], marker, color=colour)[0] for marker, colour in styles.values()]
