@@ -30,7 +30,6 @@ from metadyn.base import (
     Probe,
     Query,
     Sample,
-    Sampler,
     Task,
     indexed_keys,
 )
@@ -61,7 +60,7 @@ def observe(domain: Domain, keys: Keys, sample: Sample | None = None) -> tuple[Q
     the same key. `sample(key)` draws the tasks; by default the domain does.
     """
     T, B = domain.steps, len(keys)
-    sample = sample or Sampler(domain)
+    sample = sample or domain.sample_task
     key_task, key_episode = jax.vmap(jax.random.split)(keys).T
     _, key_steps = jax.vmap(jax.random.split)(key_episode).T
 

@@ -96,6 +96,8 @@ class Runner:
         Raises `ConfigError` if one that trains cannot fit into the memory, by the compiler's own
         account. Several processes would have to agree on an order: they compile as they go.
         """
+        if jax.process_count() > 1:
+            return
         training = not {*self.plan.outer.checkpoint_steps} <= {*self.stored}
         wanted: dict[Any, tuple[str, Callable[[], Any]]] = {}
         for name in self.loop.trained if training else ():
@@ -104,7 +106,7 @@ class Runner:
             if training or not each.at_checkpoints:
                 compiled = lambda given=given: inner.measure.lower(*given).compile()
                 wanted.setdefault(program_key(given), (each.called, compiled))
-        if jax.process_count() > 1 or not wanted:
+        if not wanted:
             return
         pool = ThreadPoolExecutor(os.cpu_count())
         try:

@@ -230,13 +230,17 @@ def test_a_run_whose_criteria_were_edited_since_is_judged_anew(done, monkeypatch
     assert RunFolder(done).summary() == summary
 
 
-def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_size(done):
+def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_size(
+    done, monkeypatch
+):
     def sized(config, results):
         tasks = results["in_distribution", "lstm"].sizes["task"]
         yield md.criterion("loss", dynamics.exact(1.0), f"of {tasks} tasks", at_least=0.0)
 
     study = dataclasses.replace(STUDY, criteria=sized)
-    run(study, done)  # other criteria: judged
+    with monkeypatch.context() as patched:  # nothing is compiled for it
+        patched.setattr(runner.inner.measure, "lower", lambda *given: 1 / 0)
+        run(study, done)  # other criteria: judged
     summary = done / "summary.json"
     before = summary.stat().st_mtime_ns
     run(study, done)
@@ -244,17 +248,16 @@ def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_
 
 
 def test_what_cannot_be_compiled_is_found_before_training(tmp_path, monkeypatch):
-    """A program that measures what is trained, once it is, and cannot be compiled."""
-    lower = runner.inner.measure.lower
-    late = [each for each in plan(STUDY.presets["quick"]).every if not each.watched]
-    (sizes,) = {each.tasks.size for each in late if each.contender.trained}
+    """A program that measures what is trained, on 6 tasks, once it is, and cannot be compiled."""
+    sizes, lower = dataclasses.replace(Config().measure, tasks=6), runner.inner.measure.lower
+    study = dataclasses.replace(STUDY, presets={"quick": Config(measure=sizes)})
 
     def failing(*given):
-        return 1 / 0 if given[3] and len(given[6]) == sizes else lower(*given)
+        return 1 / 0 if len(given[6]) == 6 else lower(*given)
 
     monkeypatch.setattr(runner.inner.measure, "lower", failing)
     with pytest.raises(ZeroDivisionError):
-        run(STUDY, tmp_path / "r")
+        run(study, tmp_path / "r")
     assert not RunFolder(tmp_path / "r").steps()
 
 
