@@ -47,6 +47,8 @@ class Config(md.StudyConfig):
 
     linear: LinearRegression = LinearRegression()
     bandit: ContextualBandit = ContextualBandit()
+    small: LSTMConfig = LSTMConfig()
+    """The LSTM of the bandit, and in both domains the one that stays far from Bayes."""
 
 
 def compared(config: Config, name: str) -> md.Comparison:
@@ -58,7 +60,8 @@ def compared(config: Config, name: str) -> md.Comparison:
     contenders = [md.Contender("bayes", "Bayes-optimal", beliefs.learner, "bayes")]
     for network, label in LABELS.items():
         meta: Any = "lstm" if network == "control" else network
-        made: Any = dataclasses.replace(config, meta=meta).meta_learner(domain, heads)
+        lstm = config.lstm if linear and network == meta else config.small
+        made: Any = dataclasses.replace(config, meta=meta, lstm=lstm).meta_learner(domain, heads)
         rate = RATES.get(network, 1) * config.outer.learning_rate
         own = made.own or dataclasses.replace(config.outer, learning_rate=rate)
         read = beside.mean_values if network == "transformer" else beside.whole
@@ -72,11 +75,6 @@ def compared(config: Config, name: str) -> md.Comparison:
     causal = sizes.sized(training_tasks(domain), name=f"causal_{name}", kinds=("reference",))
     how = sizes, objective, heads, name, TITLES[name], False
     return md.Comparison(domain, contenders, [causal], (), *how)
-
-
-def plan(config: Config) -> md.Plan:
-    """One comparison of each domain."""
-    return md.Plan(config.outer, [compared(config, name) for name in TITLES])
 
 
 @lru_cache(maxsize=16)  # criteria and figures both ask for it
@@ -161,18 +159,19 @@ QUICK = Config(
     measure=md.MeasureConfig(tasks=512, tracked_tasks=0, heldout_tasks=1024),
 )
 WORKSTATION = Config(
-    lstm=LSTMConfig(hidden=128),
-    outer=md.OuterConfig(5000, optimizer="nadam", b2=0.98, learning_rate=2e-2, checkpoints=6),
+    lstm=LSTMConfig(hidden=256),
+    outer=md.OuterConfig(6000, optimizer="nadam", b2=0.98, learning_rate=2e-2, checkpoints=6),
     measure=md.MeasureConfig(tasks=1024, tracked_tasks=0, heldout_tasks=2048),
 )
 PAPER = Config(
     **paper(50_000, batch=256, checkpoints=12),
+    small=LSTMConfig(hidden=256),
     measure=md.MeasureConfig(tasks=8192, tracked_tasks=0, heldout_tasks=4096),
 )
 study = md.Study(
     "amortised_bayes",
     {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
-    plan,
+    lambda config: md.Plan(config.outer, [compared(config, name) for name in TITLES]),
     criteria,
     {
         "decoded": partial(panels, by_step, xlabel="pairs that the state has read"),

@@ -14,6 +14,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, labelled, sweep
+from metadyn.domains.linear import LinearRegression
 from metadyn.objectives import Target
 from metadyn.several_domains import EVEN, SIGN, STUDIES, TITLES, DomainsConfig
 from metadyn.study import HELDOUT, TRACKED, censored, paper
@@ -27,15 +28,16 @@ INNER = {
     " --sgd.updates 3000",
     "nonlinear": f"--mlp.optimizer {OPTIMIZERS} --mlp.learning-rate 0.2 0.02 1e-3 1e-3"
     " --mlp.updates 5000 5000 1000 1500 --mlp.depth 4 --mlp.width 64",
-    "bandit": f"--policy.optimizer {OPTIMIZERS} --policy.learning-rate 0.3 0.03 0.01 0.03",
+    "bandit": f"--policy.optimizer {OPTIMIZERS} --policy.learning-rate 0.3 0.03 0.01 0.03"
+    " --policy.updates 60000 60000 10000 5000",
 }
 NOISE = {
     "linear": ("noise σ = {}", "--domain.sigma 0.5"),
     "nonlinear": ("noise σ = {}", "--domain.sigma 0.5"),
-    "bandit": ("pay with 90% or 10%", "--domain.p-high 0.9 --domain.p-low 0.1"),
+    "bandit": ("pay with 90% or 10%", "--domain.p-high 0.9 --domain.p-low 0.1 --domain.steps {}"),
 }
 """In the bandit the correct action pays with the one probability, any other with the other; "Bayes"
-is then Thompson sampling from the exact posterior."""
+is then Thompson sampling from the exact posterior, which takes episodes of twice the length."""
 VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "noise": "noise"}
 
 
@@ -57,14 +59,12 @@ class Config(DomainsConfig):
 def sweeps(config: Config, name: str) -> dict[str, tuple[str, str]]:
     """What is varied in a domain: label of each, and options of `metadyn sweep STUDY --zip`."""
     rates, widths = (" ".join(map(str, each)) for each in (config.outer_rates, config.widths))
+    outer, (noise, noisy) = f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate", NOISE[name]
     found = {
         "inner": ("inner optimiser {}", INNER[name]),
-        "outer": (
-            "outer optimiser {}",
-            f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate {rates}",
-        ),
+        "outer": ("outer optimiser {}", f"{outer} {rates}"),
         "hidden": ("{} hidden units", f"--{config.meta}.hidden {widths}"),
-        "noise": NOISE[name],
+        "noise": (noise, noisy.format(2 * config.bandit.steps)),
     }
     return {kind: each for kind, each in found.items() if kind != "hidden" or widths}
 
@@ -89,7 +89,9 @@ def plan(config: Config) -> md.Plan:
         base, inner = made.pop("inner")
         inner += [base.bayes] if name == "bandit" else []
         tasks = base.domain.evaluation(sizes.probe_points)
-        sets = [sizes.sized(tasks, "updating_tasks", f"inner_{name}")]
+        many = "tasks" if name == "bandit" else "updating_tasks"  # an update costs a microsecond
+        tasks = sizes.sized(tasks, many, f"inner_{name}")
+        sets = [dataclasses.replace(tasks, updating_size=None)]
         comparisons.append(md.Comparison(base.domain, inner, sets, measure=sizes, title=title))
         for ending, (whole, metas) in made.items():
             changes = {"contenders": [*metas, whole.bayes], "followed": False}
@@ -127,7 +129,7 @@ def criteria(config: Config, results):
         said = f"it staggers alike under every optimiser: the least, times {SIGN[name]}, above 0"
         yield md.criterion(f"{name}_inner_optimizers", least, said, at_least=0.0, surely=True)
         for varied in filter(of, VARIED):
-            pairs = [rows[each] for each in of(varied) if np.isfinite(beyond[each].value)]
+            pairs = [rows[each] for each in of(varied) if np.isfinite(beyond[each]).all()]
             none = dynamics.exact(len(of(varied)) - len(pairs))
             said = f"variants of {VARIED[varied]} that learned too little to have an order: none"
             yield md.criterion(f"{name}_{varied}_unordered", none, said, 0.0, surely=True)
@@ -164,14 +166,15 @@ QUICK = Config(
     **EVEN,
     outer=md.OuterConfig(steps=3000, learning_rate=3e-2, schedule="linear", checkpoints=4),
     measure=md.MeasureConfig(
-        updating_tasks=32, tracked_tasks=512, heldout_tasks=512, probe_points=16
+        2048, updating_tasks=32, tracked_tasks=512, heldout_tasks=512, probe_points=16
     ),
 )
 WORKSTATION = Config(
     of="workstation",
+    linear=LinearRegression(spread="even"),
     target="bayes",
     outer=md.OuterConfig(steps=4000, learning_rate=3e-2, schedule="linear", checkpoints=4),
-    measure=md.MeasureConfig(updating_tasks=256, tracked_tasks=1024, heldout_tasks=1024),
+    measure=md.MeasureConfig(8192, updating_tasks=256, tracked_tasks=1024, heldout_tasks=1024),
 )
 PAPER = Config(
     **paper(50_000, batch=512, checkpoints=4),
@@ -187,11 +190,7 @@ ROWS = {
     for kind, (label, words) in sweeps(config, name).items()
     for value in next(iter(sweep.parsed(words.split()).values()))
 }
-COLUMNS = {
-    "staggering": "staggering",
-    "censored_modes": "modes never learned",
-    "excess": "excess loss of the LSTM",
-}
+COLUMNS = {"staggering": "staggering", "censored_modes": "unlearned modes", "excess": "excess loss"}
 TITLE = (
     "Staggering by optimiser, width and noise: slope of log learning time on log scale, in the "
     "bandit (t_K − t_1) / t_K; the LSTM's minus Bayes', in the bandit the ordinary learner's too"
