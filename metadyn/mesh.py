@@ -143,6 +143,12 @@ def on_main_process(f: Callable[[], Any]) -> Any:
     return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
 
+def cores() -> int:
+    """Counts the CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def use_every_core() -> None:
     """Makes each CPU core a device of its own, if it is CPUs that JAX will run on.
 
@@ -154,12 +160,10 @@ def use_every_core() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in flags:
         return
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    devices = min(8, 1 << (cores.bit_length() - 1))
+    devices = min(8, 1 << (cores().bit_length() - 1))
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", devices)
-        if devices == cores and "xla_cpu_multi_thread_eigen" not in flags:
+        if devices == cores() and "xla_cpu_multi_thread_eigen" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
 
 

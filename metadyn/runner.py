@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import signal
 import time
@@ -108,7 +107,7 @@ class Runner:
                 wanted.setdefault(program_key(given), (each.called, compiled))
         if not wanted:
             return
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor(mesh.cores())
         try:
             futures = [(called, pool.submit(make)) for called, make in wanted.values()]
             with self.progress.counting("compiling", len(futures)) as show:
