@@ -4,7 +4,7 @@
 
 Rabinowitz (2019), arXiv:1905.01320, says that what is found does not depend on the optimiser. One
 thing at a time is changed in the studies of the three domains, for an LSTM of 64 units (256 in the
-paper's preset). A learner that is too slow to have learned anything has no slope.
+paper's preset). Those that learn every mode are compared with Bayes; the others are counted.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def sweeps(config: Config, name: str) -> dict[str, tuple[str, str]]:
     outer, (noise, noisy) = f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate", NOISE[name]
     found = {
         "inner": ("inner optimiser {}", INNER[name]),
-        "outer": ("outer optimiser {}", f"{outer} {rates}"),
+        "outer": ("outer optimiser {}", f"{outer} {rates} --outer.b2 None"),
         "hidden": ("{} hidden units", f"--{config.meta}.hidden {widths}"),
         "noise": (noise, noisy.format(2 * config.bandit.steps)),
     }
@@ -119,20 +119,22 @@ def criteria(config: Config, results):
         rows, bound = found(results, name, "inner", TRACKED), WITHIN[name]
         merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
         beyond = {variant: dynamics.differences([pair]) for variant, pair in rows.items()}
+        missed = {each: censored(f"{name}_{each}", data) for each, (data, _) in rows.items()}
         for variant, (data, bayes) in rows.items():
             said = f"{labelled.about(data).label}: {merit}" + " minus Bayes'" * (bayes is not None)
             yield md.criterion(f"{name}_{variant}_staggering", beyond[variant], said)
-            yield censored(f"{name}_{variant}", data)
+        yield from missed.values()
+        learned = {n for n in rows if missed[n].value == 0 and np.isfinite(beyond[n]).all()}
         of = lambda kind, rows=rows: [each for each in rows if each.startswith(kind)]
         take = lambda each, sign=SIGN[name]: (sign * each).min(0)
         least = dynamics.differences([rows[each] for each in of("inner")], take)
         said = f"it staggers alike under every optimiser: the least, times {SIGN[name]}, above 0"
         yield md.criterion(f"{name}_inner_optimizers", least, said, at_least=0.0, surely=True)
         for varied in filter(of, VARIED):
-            pairs = [rows[each] for each in of(varied) if np.isfinite(beyond[each]).all()]
+            pairs = [rows[each] for each in of(varied) if each in learned]
             none = dynamics.exact(len(of(varied)) - len(pairs))
-            said = f"variants of {VARIED[varied]} that learned too little to have an order: none"
-            yield md.criterion(f"{name}_{varied}_unordered", none, said, 0.0, surely=True)
+            said = f"variants of {VARIED[varied]} that do not surely learn every mode: none"
+            yield md.criterion(f"{name}_{varied}_unlearned", none, said, 0.0, surely=True)
             take = lambda each: np.abs(each).max(0)
             worst = dynamics.differences(pairs, take) if pairs else dynamics.exact(np.nan)
             said = f"the other variants surely stagger as Bayes does, to within {bound:g}"
@@ -173,8 +175,8 @@ WORKSTATION = Config(
     of="workstation",
     linear=LinearRegression(spread="even"),
     target="bayes",
-    outer=md.OuterConfig(steps=4000, learning_rate=3e-2, schedule="linear", checkpoints=4),
-    measure=md.MeasureConfig(8192, updating_tasks=256, tracked_tasks=1024, heldout_tasks=1024),
+    outer=md.OuterConfig(4000, optimizer="nadam", b2=0.98, schedule="linear", checkpoints=4),
+    measure=md.MeasureConfig(4096, updating_tasks=256, tracked_tasks=1024, heldout_tasks=1024),
 )
 PAPER = Config(
     **paper(50_000, batch=512, checkpoints=4),
@@ -195,11 +197,10 @@ TITLE = (
     "Staggering by optimiser, width and noise: slope of log learning time on log scale, in the "
     "bandit (t_K − t_1) / t_K; the LSTM's minus Bayes', in the bandit the ordinary learner's too"
 )
-SAYS = {
-    "inner_optimizers": "Ordinary learners stagger whatever their optimiser",
-    "outer_unordered": "Every outer optimiser trains the LSTM so far that it has an order",
-}
-WHERE = "The LSTM, where it has an order, staggers as Bayes does, to within {{:g}}, whatever the {}"
+SAYS = {"inner_optimizers": "Ordinary learners stagger whatever their optimiser"}
+LEARNS = "The LSTM comes to learn every mode, whatever the {}"
+SAYS |= {f"{varied}_unlearned": LEARNS.format(what) for varied, what in VARIED.items()}
+WHERE = "Where it does, it staggers as Bayes does, to within {{:g}}, whatever the {}"
 SAYS |= {f"{varied}_worst": WHERE.format(what) for varied, what in VARIED.items()}
 study = md.Study(
     "robustness",
