@@ -62,7 +62,7 @@ def sweeps(config: Config, name: str) -> dict[str, tuple[str, str]]:
     outer, (noise, noisy) = f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate", NOISE[name]
     found = {
         "inner": ("inner optimiser {}", INNER[name]),
-        "outer": ("outer optimiser {}", f"{outer} {rates} --outer.b2 None"),
+        "outer": ("outer optimiser {}", f"{outer} {rates}"),
         "hidden": ("{} hidden units", f"--{config.meta}.hidden {widths}"),
         "noise": (noise, noisy.format(2 * config.bandit.steps)),
     }
@@ -175,7 +175,7 @@ WORKSTATION = Config(
     of="workstation",
     linear=LinearRegression(spread="even"),
     target="bayes",
-    outer=md.OuterConfig(4000, optimizer="nadam", b2=0.98, schedule="linear", checkpoints=4),
+    outer=md.OuterConfig(steps=5000, learning_rate=3e-2, schedule="linear", checkpoints=4),
     measure=md.MeasureConfig(4096, updating_tasks=256, tracked_tasks=1024, heldout_tasks=1024),
 )
 PAPER = Config(
