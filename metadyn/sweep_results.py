@@ -230,9 +230,7 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
 
     Where these lines would be too many, points are drawn.
     """
-    values = sorted(
-        {row["options"][option] for row in found}, key=lambda v: (isinstance(v, str), v)
-    )
+    values = _values(found, option)
     numeric = not any(isinstance(value, str) for value in values)
     others = [name for name in options if name != option]
     lines: dict[str, list[Row]] = {}
@@ -268,12 +266,16 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
     return figure
 
 
+def _values(found: Sequence[Row], option: str) -> list[Any]:
+    """The values of an option: numbers in their order, then words in theirs."""
+    each = {row["options"][option] for row in found}
+    return sorted(each, key=lambda value: (isinstance(value, str), value))
+
+
 @figures.styled
 def heat_map(found: Sequence[Row], across: str, down: str) -> Figure:
     """Draws each figure of merit of a grid of two options as a map, with the numbers."""
-    columns, lines = (
-        [*dict.fromkeys(r["options"][name] for r in found)] for name in (across, down)
-    )
+    columns, lines = (_values(found, option) for option in (across, down))
     figure, axes = figures.grid(len(MERITS), width=1.6 + 0.9 * len(columns), height=3.8)
     for axis, (name, label) in zip(axes, MERITS.items(), strict=True):
         values = np.full((len(lines), len(columns)), np.nan)

@@ -101,6 +101,20 @@ def test_figures_are_drawn_against_each_option_and_as_a_map(done, capsys):
         assert matplotlib.image.imread(path).std() > 0.02
 
 
+def test_a_map_has_its_numbers_in_order_however_they_were_typed():
+    grid = list(itertools.product((3e-2, 1e-2), ("sgd", 8, 4)))
+    merits = [dict.fromkeys(sweep_results.MERITS, [float(i)] * 3) for i in range(len(grid))]
+    about = {"learner": "LSTM", "merit": "slope"}
+    rows = [
+        {"options": {"rate": rate, "other": other}, **about, **merit}
+        for (rate, other), merit in zip(grid, merits, strict=True)
+    ]
+    axis = sweep_results.heat_map(rows, "rate", "other").axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["0.01", "0.03"]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["4", "8", "sgd"]
+    np.testing.assert_array_equal(axis.images[0].get_array(), [[5, 2], [4, 1], [3, 0]])
+
+
 def test_a_sweep_ends_with_a_page_of_all_settings(done, capsys, monkeypatch):
     page = done / "report.html"
     data = view.collect(sweep.SweepFolder(done))
