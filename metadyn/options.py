@@ -14,6 +14,21 @@ from typing import Any
 
 from metadyn.errors import ConfigError, meant
 
+_CLEARER = {
+    r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.": (
+        r"\2 \1: choose from \3"
+    ),
+    r"Missing value for argument '(.*)'\. Expected .*": r"\1: give it a value",
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: '(.*)'": (
+        r"\1 \2: must be a whole number"
+    ),
+    r"Error parsing (\S+): no type matching \{None\}\|FLOAT could .* from \['(.*?)'\]\..*": (
+        r"\1 \2: must be a number, or None"
+    ),
+    r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2: must be a number",
+}
+"""What tyro says of bad values, and how we say it."""
+
 
 def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = ()) -> Any:
     """`default` with command-line overrides, such as ["--domain.sigma", "0.2"].
@@ -42,16 +57,23 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
         if not stop.code:
             return None
         text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]|-{3,}", " ", errors.getvalue())
-        text = re.sub(r"^\s*(Value error|Parsing error|Unrecognized options)\s", "", text)
+        headings = r"^\s*(Value error|Parsing error|Missing argument|Unrecognized options)\s"
+        text = re.sub(headings, "", text)
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
-        known = [option for option, _ in options_of(default)]
+        known = dict(options_of(default))
         near = [*known, *beside]
         words = (word.partition("=")[0].replace("_", "-") for word in overrides)
-        unknown = (word for word in words if word.startswith("--") and word not in known)
+        unknown = (word for word in words if word[:1] in {*"-–—"} and word not in known)
         hinted = next((hint for word in unknown if (hint := meant(word, near))), "")
         said = " ".join(text.split()) + hinted
-        form = r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\."
-        said = re.sub(form, r"\2 \1: choose from \3", said)
+        for form, clearer in _CLEARER.items():
+            said = re.sub(form, clearer, said)
+        stray = re.match(r"Unrecognized options: ([^\s,]+)", said)
+        for option, values in _typed(overrides).items():
+            single = not isinstance(known.get(option, ()), tuple)
+            if stray and single and stray[1] in values.split()[1:]:
+                fix = "takes one value; several, unquoted, are for `metadyn sweep`"
+                said = f"{option} {values}: {fix}"
         raise ConfigError(said) from None
     except Exception as error:  # of a configuration of the user's own
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -96,12 +118,7 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
     """
     ending = error.field.removeprefix("--").replace("_", "-")
     values = {o: v for o, v in options_of(config) if ending and f".{o[2:]}".endswith(f".{ending}")}
-    words = [part for word in overrides for part in word.split("=", int(word.startswith("--")))]
-    starts = [i for i, word in enumerate(words) if word.startswith("--")]
-    typed = {
-        words[i].replace("_", "-"): " ".join(words[i + 1 : end])
-        for i, end in pairwise([*starts, len(words)])
-    }
+    typed = _typed(overrides)
 
     def likely(option: str) -> tuple[bool, bool, bool]:
         """How surely this is the option that is complained about, of several that end alike."""
@@ -113,6 +130,16 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
     if best is None or not (any(likely(best)) or error.value is None):
         return error
     return ConfigError(f"{best} {typed.get(best, values[best])}: {error.fix}")
+
+
+def _typed(overrides: Sequence[str]) -> dict[str, str]:
+    """The value of each option, as it was typed."""
+    words = [part for word in overrides for part in word.split("=", int(word.startswith("--")))]
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    return {
+        words[i].replace("_", "-"): " ".join(words[i + 1 : end])
+        for i, end in pairwise([*starts, len(words)])
+    }
 
 
 def _reads_as(text: str, value: Any) -> bool:
