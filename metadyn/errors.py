@@ -75,7 +75,12 @@ def check_choice(field: str, value: Any, choices: Any) -> None:
 
 
 def check_positive(config: Any, *fields: str) -> None:
-    """Raises `ConfigError` unless each named field of `config` is a number above zero."""
+    """Raises `ConfigError` unless each named field of `config` is a number above zero.
+
+    A whole number must be one that JAX can count to, in 32 bits.
+    """
     for field in fields:
         value = getattr(config, field)
         check(0 < value < float("inf"), field, value, "must be positive and finite")
+        countable = not isinstance(value, int) or value < 2**31
+        check(countable, field, value, f"must be below {2**31}")

@@ -253,6 +253,7 @@ WRONG = "study = 'linear regression'\n"
         (["run", STUDY, "—domain.sigma", "1"], "did you mean '--domain.sigma'?"),
         (["run", STUDY, "--outer.b2", "none"], "--outer.b2 none: must be a number, or None"),
         (["run", STUDY, "--domain.steps", "0"], "--domain.steps 0: must be positive"),
+        (["run", STUDY, "--outer.batch", "3000000000"], "--outer.batch 3000000000: must be below"),
         (["run", STUDY, "--domain.n-x", "2.5"], "--domain.n-x 2.5: must be a whole number"),
         (["run", STUDY, "--outer.optimizer", "magic"], "--outer.optimizer magic: "),
         (["run", STUDY, "--outer.schedule", "sawtooth"], "--outer.schedule sawtooth: choose from"),
