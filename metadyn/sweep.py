@@ -156,6 +156,9 @@ def settings(
         return list(itertools.product(*options.values()))
     several = {name: values for name, values in options.items() if len(values) > 1}
     size = count
+    if kind == "random":
+        fix = "give the least and the greatest value of at least one option, to draw from"
+        check(several, "--random", count, fix)
     if kind == "zip":
         sizes = {len(values) for values in several.values()}
         said = ", ".join(f"{len(values)} of {name}" for name, values in several.items())

@@ -393,6 +393,7 @@ def test_ranges_and_rows_of_values():
         (["--zip", "--random", "3"], "not allowed with"),
         (["--random", "0", "--domain.sigma", "1", "2"], "--random 0: must be 1 or more"),
         (["--random", "3", "--domain.sigma", "2", "1"], "the least and the greatest"),
+        (["--random", "3", "--domain.sigma", "2"], "--random 3: give the least and the greatest"),
         (["--random", "3", "--meta", "lstm", "gru"], "the least and the greatest"),
         (["--part", "3/2"], "--part 3/2: give I/N"),
         (["--part", "2/2"], "--part"),
