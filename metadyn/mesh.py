@@ -57,6 +57,10 @@ def start(
         option = missing.get(lacking[0], "--process-id")
         said = "give all of --coordinator HOST:PORT, --processes and --process-id, or none"
         raise ConfigError(f"{option} is missing: {said}")
+    if not lacking:
+        n, i = told["num_processes"], told["process_id"]
+        check(n >= 1, "--processes", n, "must be 1 or more")
+        check(0 <= i < n, "--process-id", i, f"must be from 0 to {n - 1}, below --processes {n}")
     # Its handler of SIGTERM would take the place of ours, which saves.
     jax.config.update("jax_enable_preemption_service", False)
     try:

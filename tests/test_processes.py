@@ -110,7 +110,10 @@ def test_launchers_are_recognised(environment, joins, monkeypatch):
     [
         (["--processes", "2"], "--coordinator is missing: give all of --coordinator"),
         (["--coordinator", "localhost:1"], "--processes is missing"),
-        (["--coordinator", "x", "--processes", "2", "--process-id", "7"], "cannot be joined"),
+        (
+            ["--coordinator", "x", "--processes", "2", "--process-id", "7"],
+            "--process-id 7: must be",
+        ),
         (["--coordinator", "x", "--processes", "2", "--process-id", "0"], "cannot be joined"),
         (["--processes", "two"], "invalid int value"),
     ],
