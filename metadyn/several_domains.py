@@ -76,6 +76,8 @@ class LearnersConfig(SeveralDomainsConfig):
         super().__post_init__()
         right = self.learners and set(self.learners) <= set(NETWORKS)
         check(right, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
+        once = len({*self.learners}) == len(self.learners)
+        check(once, "learners", self.learners, "name each once")
 
     def contenders(self, name: str) -> tuple[Comparison, list[Contender]]:
         """What a domain's own study compares, and those of the meta-learners that can serve there.
