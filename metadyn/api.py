@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from metadyn import inner, labelled
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
-from metadyn.errors import check
+from metadyn.errors import check, meant
 from metadyn.measuring import described, readings
 from metadyn.objectives import ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
@@ -51,6 +52,11 @@ def train(
     """
     fix = "give a meta-learner, such as LSTMConfig().make(domain)"
     check(isinstance(meta, MetaLearner), "meta", meta, fix)
+    check(isinstance(seed, Integral), "seed", seed, "must be a whole number")
+    known = [field.name for field in dataclasses.fields(OuterConfig)]
+    for name, value in outer.items():
+        check(name in known, name, value, f"is no field of `OuterConfig`{meant(name, known)}")
+    check(isinstance(steps, Integral), "steps", steps, "must be a whole number")
     config = OuterConfig(steps=steps, seeds=seeds, **{"warmup": min(200, steps // 10), **outer})
     training = MetaTraining(meta, objective(domain, meta))
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
@@ -84,7 +90,8 @@ def measure(
     sizes below 1, contenders that are not trained, and probes that read other than they say.
     """
     if not isinstance(tasks, TaskSet):
-        check(tasks >= 1, "tasks", tasks, "must be at least 1")
+        whole = isinstance(tasks, Integral) and tasks >= 1
+        check(whole, "tasks", tasks, "must be a whole number, at least 1, or a set of tasks")
         evaluation = domain.evaluation(points)
         tasks = dataclasses.replace(evaluation, size=tasks, updating_size=updating_tasks)
     check(isinstance(learners, Mapping) and learners, "learners", learners, "give some, by name")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import numbers
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,10 +79,14 @@ def check_choice(field: str, value: Any, choices: Any) -> None:
 def check_positive(config: Any, *fields: str) -> None:
     """Raises `ConfigError` unless each named field of `config` is a number above zero.
 
-    A whole number must be one that JAX can count to, in 32 bits.
+    A field of type int takes whole numbers alone, and those that JAX can count to, in 32 bits.
     """
+    whole = {field.name for field in dataclasses.fields(config) if field.type in (int, "int")}
     for field in fields:
         value = getattr(config, field)
+        if field in whole:
+            check(isinstance(value, numbers.Integral), field, value, "must be a whole number")
+        check(isinstance(value, numbers.Real), field, value, "must be a number")
         check(0 < value < float("inf"), field, value, "must be positive and finite")
         countable = not isinstance(value, int) or value < 2**31
         check(countable, field, value, f"must be below {2**31}")

@@ -17,6 +17,26 @@ C = ((0.5, 0.1, 0.0), (0.1, 0.3, -0.1), (0.0, -0.1, 0.8))
 GENERAL = LinearRegression(3, 2, mean=M, row_covariance=R, column_covariance=C)
 
 
+def made(**given):
+    """A domain as a notebook makes it, where no types are checked."""
+    domain = object.__new__(LinearRegression)
+    for field in dataclasses.fields(domain):
+        object.__setattr__(domain, field.name, given.get(field.name, field.default))
+    domain.__post_init__()
+    return domain
+
+
+def test_matrices_may_be_arrays_and_sizes_must_be_whole():
+    given = {"mean": np.array(M), "row_covariance": np.array(R), "column_covariance": [*C]}
+    domain = made(n_x=3, n_y=2, **given)
+    assert domain == GENERAL
+    assert hash(domain) == hash(GENERAL)
+    with pytest.raises(ConfigError, match=r"n_x = 2\.5: must be a whole number"):
+        made(n_x=2.5)
+    with pytest.raises(ConfigError, match="sigma = '1': must be a number"):
+        made(sigma="1")
+
+
 def test_prior_has_the_moments_of_a_matrix_normal():
     n = 40_000
     keys = jax.random.split(jax.random.key(0), n)

@@ -59,6 +59,15 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
     meta = LSTMConfig(hidden=4)
     with pytest.raises(ConfigError, match=r"meta = .*: give a meta-learner, such as"):
         metadyn.train.__wrapped__(meta, domain)
+    for wrong, says in (
+        ({"steps": "3"}, "steps = '3': must be a whole number"),
+        ({"seed": 1.5}, r"seed = 1\.5: must be a whole number"),
+        ({"learningrate": 1}, "learningrate = 1: is no field of .* mean 'learning_rate'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            metadyn.train.__wrapped__(meta.make(domain), domain, **wrong)
+    with pytest.raises(ConfigError, match="tasks = '9': must be a whole number"):
+        metadyn.measure.__wrapped__(domain, both, tasks="9")
     for wrong in (meta.make(domain), both["ridge"].init):
         with pytest.raises(ConfigError, match="learners = 'one': is not trained: give what"):
             metadyn.measure.__wrapped__(domain, {"one": wrong})

@@ -86,6 +86,7 @@ class FourierRegression(Regression):
     (cos 2πx, sin 2πx); fourier, as these at every frequency of the prior."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spectrum", tuple(self.spectrum))  # an array cannot be hashed
         check_spectrum("spectrum", self.spectrum)
         check(0 <= self.sigma < float("inf"), "sigma", self.sigma, "must be 0 or more, and finite")
         check_positive(self, "steps")
