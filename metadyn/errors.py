@@ -46,9 +46,10 @@ def error_context(what: str, *kept: type[ConfigError]) -> Iterator[None]:
     except kept:
         raise
     except (Exception, SystemExit) as error:
-        kind = type(error) if isinstance(error, ConfigError) else ConfigError
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise kind(f"{what} ({said[:200]})") from error
+        if isinstance(error, ConfigError):  # a line already, whose end is the fix
+            raise type(error)(f"{what} ({said})") from error
+        raise ConfigError(f"{what} ({said[:200]})") from error
 
 
 def check_unique(names: Sequence[Any], field: str, fix: str) -> None:

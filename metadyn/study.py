@@ -222,6 +222,9 @@ class Contender:
         check_name(self.name, "contender")
         learner, who = self.learner, f"of contender {self.name!r}"
         check(isinstance(self.label, str), "label", self.label, f"{who}, must be words")
+        known = isinstance(learner, (Learner, MetaLearner, Derived))
+        fix = f"{who}, must be a `Learner`, or a meta-learner, such as LSTMConfig().make(domain)"
+        check(known, "learner", learner, fix)
         check_choice("clock", self.clock, Clock)
         fix = f"{who}, which counts updates: say after which of them it is probed"
         check(self.times is not None or self.clock == "observations", "times", self.times, fix)
@@ -731,6 +734,7 @@ def load_study(name: str) -> Study:
     path = str(folder() / f"{name}.py") if name in known() else name
     if not os.path.isfile(path):  # False too for what cannot be a path
         fix = f"there is no such file, and no such study: choose from {', '.join(known())}"
+        fix = "is a folder: name one study, or a Python file" if os.path.isdir(path) else fix
         fix += meant(name, known())
         raise ConfigError(f"study = {name!r}: {fix}", "study", name, fix)
     if (beside := str(Path(path).absolute().parent)) not in sys.path:

@@ -217,6 +217,7 @@ EMPTY = "x = 1\n"
 BROKEN = "import nonsense_that_is_not_there\n"
 LEAVES = "raise SystemExit(0)\n"
 WRONG = "study = 'linear regression'\n"
+TYPO = "import metadyn\nstudy = metadyn.load_study('linear_regresion')\n"
 
 
 @pytest.mark.parametrize(
@@ -234,6 +235,8 @@ WRONG = "study = 'linear regression'\n"
         (["run", "WRONG"], "defines no `study"),
         (["run", "BROKEN"], "nonsense_that_is_not_there"),
         (["run", "LEAVES"], "cannot be imported"),
+        (["run", "TYPO"], "did you mean 'linear_regression'?"),
+        (["sweep", "FOREIGN", "--domain.sigma", "1", "2"], "is a folder: name one study"),
         (["run", STUDY, "--preset", "huge"], "choose from quick, workstation, paper"),
         (["run", STUDY, "--seed", "-1"], "--seed -1"),
         (["run", STUDY, "--seed", "4294967296"], "--seed 4294967296: must be from 0"),
@@ -278,7 +281,7 @@ WRONG = "study = 'linear regression'\n"
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("EMPTY", "BROKEN", "LEAVES", "WRONG"):
+    for name in ("EMPTY", "BROKEN", "LEAVES", "WRONG", "TYPO"):
         Path(name).write_text(globals()[name])
     Path("FOREIGN").mkdir()
     Path("FOREIGN/thesis.tex").write_text("dear")
