@@ -44,7 +44,7 @@ def stacked(estimates: Iterable[Estimate]) -> Estimate:
 
 
 def exact(value: float | int) -> Estimate:
-    """A number that is known exactly; NaN for one that there is not."""
+    """An estimate of what is known exactly; NaN where there is no number."""
     return Estimate(*[np.asarray(value, np.float64)] * 3)
 
 
@@ -176,7 +176,7 @@ def rank_correlation(
 
 
 def samples(data: xr.Dataset, name: str) -> np.ndarray:
-    """A stored reading [seed, task, (outer_step,) step, ...], one seed if it has none."""
+    """A stored reading [seed, task, (outer_step,) step, ...]; one seed if it has no such axis."""
     array = data[name] if "seed" in data[name].dims else data[name].expand_dims("seed")
     lead = ("seed", "task", "outer_step", "step")
     return array.transpose(*lead, ..., missing_dims="ignore").to_numpy()
@@ -306,7 +306,7 @@ def outer_times_of(trained: xr.Dataset) -> Callable[[np.ndarray, np.ndarray], np
 
 
 def over_outer_training(trained: xr.Dataset, bayes: xr.Dataset) -> tuple[Outer, Inner]:
-    """Mode strengths over outer training, and Bayes', as `outer_times_of` is to have them.
+    """Mode strengths over outer training, and Bayes', as `outer_times_of` takes them.
 
     Which of several exchangeable modes the outer loop comes to learn first is chance, and differs
     between seeds. They are put in each seed's own order, which is found on one half of the tasks;

@@ -214,7 +214,7 @@ def discounted(rewards: Float[Array, "T B"], discount: float) -> Float[Array, "T
 
 
 def mean_of_others(values: Float[Array, "T B"], group: int) -> Float[Array, "T B"]:
-    """Averages, for each episode, the others of its group; groups are episodes in a row."""
+    """Averages, for each episode, the others of its group; a group is consecutive episodes."""
     grouped = values.reshape(len(values), -1, group)
     rest = grouped.sum(-1, keepdims=True) - grouped
     return (rest / (group - 1)).reshape(values.shape)

@@ -374,8 +374,7 @@ def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) ->
 
 
 def check_compiled(loop: OuterLoop, name: str) -> None:
-    """Compiles the outer step of a meta-learner; raises `ConfigError` if by its account it cannot
-    fit into the memory."""
+    """Compiles an outer step of a meta-learner. Raises `ConfigError` if it cannot fit in memory."""
     account = loop.compiled(name).memory_analysis()
     if account is not None:
         used = account.temp_size_in_bytes + account.argument_size_in_bytes
@@ -403,7 +402,7 @@ def check_traced(plan: Plan) -> None:
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
-    """Returns the criteria, had of made-up numbers, and draws the study's figures.
+    """Judges the criteria on made-up numbers, returns them, and draws the study's figures.
 
     Raises `ConfigError` if they cannot be had of the plan.
 

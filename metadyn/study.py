@@ -142,7 +142,7 @@ class StudyConfig:
 def to_train(
     option: str, network: Any, outer: OuterConfig, domain: Domain, heads: int = 0
 ) -> Contender:
-    """Makes the contender that a meta-learner's configuration, set by an option, is of.
+    """Makes a contender of a meta-learner's configuration, which options set.
 
     Raises `ConfigError` if it cannot serve that domain.
     """

@@ -132,7 +132,7 @@ class ContextualBandit:
         return jnp.append(action, feedback.reward)
 
     def evaluation(self, points: int = 0) -> TaskSet:
-        """Sets up tasks of the training distribution; `points` is of no account."""
+        """Sets up tasks of the training distribution; `points` is ignored."""
         del points
         return TaskSet("in_distribution", self, Sampler(self), {STRENGTH: self.probe()})
 

@@ -19,7 +19,7 @@ from metadyn.errors import check, check_positive
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Tasks of one of several domains, each as likely, that differ in nothing but their priors.
+    """Tasks of several domains, all equally likely, that differ in nothing but their priors.
 
     Raises `ConfigError` for no domains, for other than one weight for each, and for weights that
     are not above 0.
@@ -52,7 +52,7 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """A number of tasks of one domain, drawn once and for all; each as likely.
+    """A number of tasks of one domain, drawn once and for all, all equally likely.
 
     Raises `ConfigError` for an empty pool.
     """
