@@ -50,6 +50,7 @@ from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.maml import MAMLConfig
 from metadyn.learners.networks import GRUConfig
 from metadyn.objectives import Objective, ObjectiveOf, prediction_loss
+from metadyn.options import options_of
 from metadyn.outer import MetaTraining, OuterConfig
 from metadyn.store import Results
 
@@ -651,7 +652,13 @@ class Study:
         @functools.wraps(make)
         def plan(config: Any) -> Plan:
             with error_context(said, ConfigError):
-                found = make(config)
+                try:
+                    found = make(config)
+                except (MemoryError, OverflowError) as error:
+                    sizes = {o: n for o, n in options_of(config) if isinstance(n, int)}
+                    largest = max(sizes, key=sizes.__getitem__, default="preset")
+                    fix = "too large a number to set the study up with; lower it"
+                    raise ConfigError(f"{largest} {sizes.get(largest)}: {fix}") from error
                 check(isinstance(found, Plan), "plan", found, "must return a `metadyn.Plan`")
                 return found
 

@@ -257,6 +257,7 @@ TYPO = "import metadyn\nstudy = metadyn.load_study('linear_regresion')\n"
         (["run", STUDY, "--outer.b2", "none"], "--outer.b2 none: must be a number, or None"),
         (["run", STUDY, "--domain.steps", "0"], "--domain.steps 0: must be positive"),
         (["run", STUDY, "--outer.batch", "3000000000"], "--outer.batch 3000000000: must be below"),
+        (["run", STUDY, "--lstm.hidden", "2000000000"], "--lstm.hidden 2000000000: too large"),
         (["run", STUDY, "--domain.n-x", "2.5"], "--domain.n-x 2.5: must be a whole number"),
         (["run", STUDY, "--outer.optimizer", "magic"], "--outer.optimizer magic: "),
         (["run", STUDY, "--outer.schedule", "sawtooth"], "--outer.schedule sawtooth: choose from"),
