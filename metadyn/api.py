@@ -15,7 +15,7 @@ from rich.console import Console
 from metadyn import inner, labelled
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
 from metadyn.errors import check, meant
-from metadyn.measuring import described, readings
+from metadyn.measuring import described, readings, weights
 from metadyn.objectives import ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 from metadyn.progress import Progress
@@ -58,7 +58,10 @@ def train(
         check(name in known, name, value, f"is no field of `OuterConfig`{meant(name, known)}")
     check(isinstance(steps, Integral), "steps", steps, "must be a whole number")
     config = OuterConfig(steps=steps, seeds=seeds, **{"warmup": min(200, steps // 10), **outer})
+    fix = "give an object, such as LinearRegression()"
+    check(not isinstance(domain, type), "domain", domain, fix)
     training = MetaTraining(meta, objective(domain, meta))
+    training.check_traced("a meta-learner on this domain", weights(meta.init))
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
     losses: dict[int, np.ndarray] = {}
     with Progress(Console() if progress else None).training(steps, 0) as show:

@@ -17,6 +17,7 @@ from scipy.special import ndtri, stdtrit
 
 from metadyn import labelled
 from metadyn.base import STRENGTH
+from metadyn.errors import check
 
 Numbers = np.ndarray | np.floating | float
 Statistic = Callable[..., Numbers]
@@ -255,6 +256,7 @@ def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) ->
     Meta-learners that are followed over outer training are taken at its end.
     """
     parts = labelled.split(data).items()
+    check(len(parts) > 0, "data", dict(parts), "holds no learner")
     found = {n: merit(p.isel(outer_step=-1, missing_dims="ignore"), probe) for n, p in parts}
     named = stacked(found.values())._asdict().items()
     return xr.Dataset({part: ("learner", each) for part, each in named}, {"learner": [*found]})

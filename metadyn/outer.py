@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from metadyn import inner, mesh, prng
 from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys
-from metadyn.errors import check, check_choice, check_positive
+from metadyn.errors import check, check_choice, check_positive, error_context
 from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
 
@@ -132,6 +132,18 @@ class MetaTraining(NamedTuple):
     def check(self, holds: Any, field: str, outer: OuterConfig, fix: str) -> None:
         """Raises `ConfigError`, naming the option and the value of a field, unless `holds`."""
         check(holds, self.option(field), getattr(self.own or outer, field), fix)
+
+    def check_traced(self, name: str, params: Params) -> None:
+        """Raises `ConfigError` unless the objective gives a loss and metrics, each one number.
+
+        It is traced, not computed, for outer parameters of which shapes are enough.
+        """
+        group = self.objective.group
+        keys = jax.eval_shape(lambda key: jax.random.split(key, group), jax.random.key(0))
+        with error_context(f"the objective of {name} cannot be computed"):
+            loss, metrics = jax.eval_shape(self.objective.loss, params, keys)
+            for what, value in [("loss", loss), *metrics.items()]:
+                check(value.shape == (), what, f"of shape {value.shape}", "must be one number")
 
     def option(self, field: str) -> str:
         """The option that sets a field of the outer loop that it is trained by, for messages."""

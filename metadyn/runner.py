@@ -26,7 +26,7 @@ import xarray as xr
 
 from metadyn import dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
-from metadyn.errors import ConfigError, ConfigWarning, check, error_context
+from metadyn.errors import ConfigError, ConfigWarning, error_context
 from metadyn.measuring import (
     bytes_needed,
     calls,
@@ -382,10 +382,7 @@ def check_compiled(loop: OuterLoop, name: str) -> None:
 
 
 def check_traced(plan: Plan) -> None:
-    """Raises `ConfigError` unless every learner can take a step, and every objective be computed.
-
-    Objectives give a loss and metrics, each of them one number.
-    """
+    """Raises `ConfigError` unless every learner can take a step, and every objective be had."""
     alike: dict[Any, tuple[TaskSet, Contender]] = {}
     for tasks, who in plan.measured:
         form = jax.tree.structure(tasks.sample)
@@ -393,12 +390,7 @@ def check_traced(plan: Plan) -> None:
     for pair in alike.values():
         check_step(*pair)
     for name, each in plan.trained.items():
-        objective, params = each.objective, weights(each.meta.init)
-        keys = jax.eval_shape(partial(jax.random.split, num=objective.group), jax.random.key(0))
-        with error_context(f"the objective of {name} cannot be computed"):
-            loss, metrics = jax.eval_shape(objective.loss, params, keys)
-            for what, value in [("loss", loss), *metrics.items()]:
-                check(value.shape == (), what, f"of shape {value.shape}", "must be one number")
+        each.check_traced(name, weights(each.meta.init))
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:

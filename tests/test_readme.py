@@ -66,6 +66,12 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
     ):
         with pytest.raises(ConfigError, match=says):
             metadyn.train.__wrapped__(meta.make(domain), domain, **wrong)
+    with pytest.raises(ConfigError, match="give an object, such as LinearRegression"):
+        metadyn.train.__wrapped__(meta.make(domain), LinearRegression)
+    with pytest.raises(ConfigError, match="objective of a meta-learner on this domain cannot be"):
+        metadyn.train(meta.make(LinearRegression(3, 3)), domain)
+    with pytest.raises(ConfigError, match=r"data = \{\}: holds no learner"):
+        metadyn.dynamics.slope({})
     with pytest.raises(ConfigError, match="tasks = '9': must be a whole number"):
         metadyn.measure.__wrapped__(domain, both, tasks="9")
     for wrong in (meta.make(domain), both["ridge"].init):
