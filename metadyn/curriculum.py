@@ -75,7 +75,7 @@ class SomeFrequencies(FourierRegression):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SomeContexts(ContextualBandit):
-    """A bandit of which the first contexts are there, as many as are admitted: (task, number)."""
+    """A bandit of which the contexts admitted so far, the first ones, are drawn: (task, number)."""
 
     admission: Admission = Admission((0,))
     step: Int[Array, ""] | int = 0

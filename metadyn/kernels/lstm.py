@@ -143,8 +143,10 @@ _lstm = jax.custom_vjp(_scan)
 
 
 class Local(NamedTuple):
-    """Derivatives within one step, each [H, B]: of c by the arguments of i, f and g, of h by that
-    of o and by c, and of c by the c before."""
+    """Derivatives within one step, each [H, B].
+
+    Of c by the arguments of i, f and g and by the c before; of h by the argument of o and by c.
+    """
 
     c_by_i: Array
     c_by_f: Array
