@@ -34,27 +34,13 @@ STOPPED = "interrupted; the same command goes on from here"
 GRACE_SECONDS = 6.0  # seconds
 
 
-_RUN = "runs/linear_regression-quick-0"
-_EXAMPLES = {
-    "run": "linear_regression --domain.sigma 0.3",
-    "sweep": "linear_regression --domain.sigma 0.1 0.3 --outer.learning-rate 1e-2 3e-2",
-    "figures": _RUN,
-    "report": _RUN,
-    "view": f"{_RUN} --serve 8000",
-    "claims": f"experiments/ {_RUN}",
-    "devices": "",
-    "list": "",
-    "completion": "bash > ~/.local/share/bash-completion/completions/metadyn",
-}
-
-
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **given: Any):
         super().__init__(allow_abbrev=False, **given)  # --s is not --seed, but an option of a study
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match("argument command: invalid choice: '(.*?)'", message)
-        near = meant(unknown[1], _EXAMPLES) if unknown else ""
+        near = meant(unknown[1], _DOES) if unknown else ""
         raise ConfigError(f"{message}{near}; see metadyn --help")
 
 
@@ -62,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="metadyn",
         description="Measures in what order learners learn.",
-        epilog=f"Example: metadyn run {_EXAMPLES['run']}",
+        epilog=f"Example: metadyn run {_DOES['run'][1]}",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
@@ -71,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Does a study. The same command on the same DIR goes on where it was left. "
         "Options that are not listed here override the preset: see `metadyn run STUDY --options`.",
     )
-    run.set_defaults(do=_run)
     run.add_argument("study", help="a study's name, a Python file that defines one, or a folder")
     run.add_argument(
         "--out",
@@ -86,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Does a study under every combination of the values that are given. Any option "
         "of the study may have several. The same command on the same DIR goes on.",
     )
-    sweep.set_defaults(do=_sweep)
     sweep.add_argument("study", help="a study's name, or a Python file that defines one")
     sweep.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED-sweep")
     sweep.add_argument("--seeds", nargs="+", metavar="N", help="the same as --outer.seeds")
@@ -107,7 +91,6 @@ def _parser() -> argparse.ArgumentParser:
         said = "say what it would need, without running it: here, or on a device such as h100:8"
         command.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=said)
     devices = commands.add_parser("devices", help="say what a run would use")
-    devices.set_defaults(do=_devices)
     for command in (run, devices):
         several = command.add_argument_group(
             "several processes",
@@ -117,32 +100,27 @@ def _parser() -> argparse.ArgumentParser:
         several.add_argument("--processes", type=int, metavar="N")
         several.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
     figures = commands.add_parser("figures", help="draw the figures again from what DIR holds")
-    figures.set_defaults(do=_figures)
     figures.add_argument("dir", metavar="DIR")
     figures.add_argument("--study", metavar="FILE", help="of a study of your own: its file")
     report = commands.add_parser("report", help="print the verdict, or how far a run has come")
-    report.set_defaults(do=_report)
     report.add_argument("dir", metavar="DIR")
     view = commands.add_parser("view", help="make DIR/report.html, a page of a run or a sweep")
-    view.set_defaults(do=_view)
     view.add_argument("dir", metavar="DIR")
     said = "show it at 127.0.0.1:PORT instead, while it goes on"
     view.add_argument("--serve", type=int, metavar="PORT", help=said)
-    listed = commands.add_parser("list", help="name the studies, their presets, how long they took")
-    listed.set_defaults(do=_list)
+    commands.add_parser("list", help="name the studies, their presets, how long they took")
     claims = commands.add_parser(
         "claims",
         help="judge the paper's claims from what runs came to",
         description="Copies what the given runs came to beside the studies, and writes the tables "
         "in the folder's README.md anew.",
     )
-    claims.set_defaults(do=_claims)
     claims.add_argument("folder", help="a folder of studies")
     claims.add_argument("dir", metavar="DIR", nargs="*", help="runs that are done")
     completion = commands.add_parser("completion", help="print a shell's completion script")
-    completion.set_defaults(do=_completion)
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
-    for name, example in _EXAMPLES.items():
+    for name, (do, example) in _DOES.items():
+        commands.choices[name].set_defaults(do=do)
         commands.choices[name].epilog = f"Example: metadyn {name} {example}".rstrip()
     return parser
 
@@ -521,6 +499,24 @@ def _devices(arguments: argparse.Namespace) -> int:
             print(f"{name}: {value}")
     mesh.shut_down()
     return DONE
+
+
+_RUN = "runs/linear_regression-quick-0"
+_DOES = {
+    "run": (_run, "linear_regression --domain.sigma 0.3"),
+    "sweep": (
+        _sweep,
+        "linear_regression --domain.sigma 0.1 0.3 --outer.learning-rate 1e-2 3e-2",
+    ),
+    "figures": (_figures, _RUN),
+    "report": (_report, _RUN),
+    "view": (_view, f"{_RUN} --serve 8000"),
+    "claims": (_claims, f"experiments/ {_RUN}"),
+    "devices": (_devices, ""),
+    "list": (_list, ""),
+    "completion": (_completion, "bash > ~/.local/share/bash-completion/completions/metadyn"),
+}
+"""What each command does, and an example of its arguments."""
 
 
 if __name__ == "__main__":
