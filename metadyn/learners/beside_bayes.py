@@ -162,14 +162,14 @@ class Beside:
         """The learner that these parameters are, and Bayes beside it."""
         network, bayes, domain = self.meta.learner(params), self.beliefs.learner, self.domain
 
+        def told(known: State, carry: Carry, query: Array, distance: Array) -> dict[str, Array]:
+            read = {**self.beliefs.read(known), "state": self.read(carry)}
+            return read | {"query": query, "distance": distance}
+
         def init(key: Key) -> Both:
             before = network.init(key), bayes.init(key)
-            said = {
-                **self.beliefs.read(before[1]),
-                "state": self.read(before[0].carry),
-                "query": jnp.zeros(encoded_shapes(domain)[0]),
-                "distance": jnp.zeros(()),
-            }
+            query = jnp.zeros(encoded_shapes(domain)[0])
+            said = told(before[1], before[0].carry, query, jnp.zeros(()))
             return Both(*before, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), said))
 
         def predict(state: Both, query: Query) -> Answer:
@@ -178,12 +178,8 @@ class Beside:
         def update(state: Both, query: Query, feedback: Feedback) -> Both:
             answer, best = predict(state, query), bayes.predict(state.bayes, query)
             after = network.update(state.network, query, feedback)
-            said = {
-                **self.beliefs.read(state.bayes),
-                "state": self.read(after.carry),
-                "query": domain.encode_query(query),
-                "distance": self.beliefs.distance(answer, best),
-            }
+            apart = self.beliefs.distance(answer, best)
+            said = told(state.bayes, after.carry, domain.encode_query(query), apart)
             return Both(after, bayes.update(state.bayes, query, feedback), said)
 
         def diagnose(state: Both) -> Mapping[str, Array]:
