@@ -35,7 +35,7 @@ def check(holds: Any, field: str, value: Any, fix: str) -> None:
 
 
 @contextmanager
-def error_context(what: str, *kept: type[ConfigError]) -> Iterator[None]:
+def error_context(what: str, *kept: type[BaseException]) -> Iterator[None]:
     """Raises whatever goes wrong inside as a `ConfigError`, in one line that begins with `what`.
 
     For code that is a user's own. A subclass of `ConfigError` stays what it is; errors of the kinds

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from metadyn.errors import ConfigError, meant
+from metadyn.errors import ConfigError, error_context, meant
 
 _CLEARER = {
     r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.": (
@@ -38,9 +38,9 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
     """
     import tyro
 
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
+    errors, what = io.StringIO(), "the study's configuration takes no such options"
+    try:  # a configuration of the user's own may go wrong in any way
+        with contextlib.redirect_stderr(errors), error_context(what, ConfigError, SystemExit):
             found = tyro.cli(
                 type(default),
                 prog="metadyn run STUDY",
@@ -75,9 +75,6 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
                 fix = "takes one value; several, unquoted, are for `metadyn sweep`"
                 said = f"{option} {values}: {fix}"
         raise ConfigError(said) from None
-    except Exception as error:  # of a configuration of the user's own
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"the study's configuration takes no such options ({said})") from error
 
 
 def _matrices() -> Any:
