@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import platform
 import signal
 import time
@@ -40,7 +39,7 @@ from metadyn.measuring import (
 from metadyn.options import options_of
 from metadyn.outer import OuterLoop, TrainState
 from metadyn.progress import Progress
-from metadyn.store import Results, RunFolder
+from metadyn.store import Results, RunFolder, finite
 from metadyn.study import Contender, Criterion, Measurement, Plan, Study
 from metadyn.tensorboard import check_installed, scalars
 
@@ -558,9 +557,7 @@ def environment() -> dict[str, Any]:
 
 
 def _as_json(criterion: Criterion) -> dict[str, Any]:
-    row = dataclasses.asdict(criterion)
-    for name in ("value", "low", "high"):
-        row[name] = row[name] if math.isfinite(row[name]) else None
+    row = finite(dataclasses.asdict(criterion))
     if criterion.passed is None:
         del row["passed"], row["verdict"]
     return row

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import reprlib
@@ -516,6 +517,15 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes JSON, as `write_whole` writes."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Replaces NaN and infinities, which JSON does not have, by None."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, complaint: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from metadyn import dynamics, figures, labelled
 from metadyn.claims import number
 from metadyn.errors import ConfigError, check, error_context
 from metadyn.progress import SILENT, Progress
-from metadyn.store import read_json, write_json
+from metadyn.store import finite, read_json, write_json
 from metadyn.sweep import SweepFolder, value_of
 
 MERITS = {
@@ -89,7 +89,7 @@ def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     """
     path = folder.path / "summary.json"
     if not path.exists():
-        return _finite(measured(folder, progress))
+        return finite(measured(folder, progress))
     written, fix = read_json(path, f"{path} cannot be read"), "is not as metadyn writes it"
     with error_context(f"{path} {fix}; remove the file"):
         found = written["settings"]
@@ -152,20 +152,11 @@ def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
     """
     from metadyn import view
 
-    sweep, found = folder.sweep, _finite(measured(folder, progress))
+    sweep, found = folder.sweep, finite(measured(folder, progress))
     about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
     draw(folder, found, progress)
     view.write(folder, progress)
     write_json(folder.path / "summary.json", {**about, "settings": found})
-
-
-def _finite(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON does not have, by None."""
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
