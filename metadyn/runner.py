@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -499,7 +498,7 @@ def run_study(
                     show("criteria")
                     found = {"rehearsal": rehearsal}  # what was run elsewhere says so still
                     found |= {"environment": done["environment"]} if done else {}
-                    summary = judge(study, config, run, results, run.seconds(), found)
+                    summary = judge(study, config, run, results, run.seconds(), **found)
                 view.write(run, progress)
                 return summary
 
@@ -526,12 +525,7 @@ def _criteria_hash(rehearsed: Sequence[Criterion]) -> str:
 
 
 def judge(
-    study: Study,
-    config: Any,
-    run: RunFolder,
-    results: Results,
-    seconds: float,
-    more: Mapping[str, Any] = MappingProxyType({}),
+    study: Study, config: Any, run: RunFolder, results: Results, seconds: float, **more: Any
 ) -> dict[str, Any]:
     """Judges what is measured, and writes the summary of a run, with some `more` fields of it."""
     criteria = study.judged(config, results)
@@ -540,7 +534,8 @@ def judge(
         "environment": environment() | {"seconds": round(seconds, 1)},
         "criteria": [_as_json(c) for c in criteria if c.passed is not None],
         "reported": [_as_json(c) for c in criteria if c.passed is None],
-    } | dict(more)
+        **more,
+    }
     run.write_summary(summary)
     return summary
 
