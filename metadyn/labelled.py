@@ -8,7 +8,7 @@ are the `Modes` that it is of. Several learners make one dataset with a dimensio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -112,20 +112,25 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
         numbered = {d: np.arange(n) for d, n in part.sizes.items() if d not in part.coords}
         return part.assign_coords(numbered | coords).reset_coords("time")
 
-    merged = xr.concat(
-        [complete(part) for part in parts.values()],
-        xr.Variable("learner", list(parts)),
-        data_vars="all",
-        coords="different",
-        compat="equals",
-        join="outer",
-        combine_attrs="drop_conflicts",
-    ).set_coords("time")
+    merged = joined(map(complete, parts.values()), "learner", [*parts]).set_coords("time")
     attributes = [part.attrs for part in parts.values()]
     described = [name for name in OWN if name not in ("learner", "seconds")]  # runs differ in those
     own = [name for name in described if all(name in attrs for attrs in attributes)]
     merged = merged.assign_coords({n: ("learner", [attrs[n] for attrs in attributes]) for n in own})
     return merged.transpose(*(d for d in ORDER if d in merged.dims), ...)
+
+
+def joined(parts: Iterable[xr.Dataset], along: str, values: Sequence[Any]) -> xr.Dataset:
+    """Puts datasets side by side along a new dimension: what is shorter is padded with NaN."""
+    return xr.concat(
+        parts,
+        xr.Variable(along, values),
+        data_vars="all",
+        coords="different",
+        compat="equals",
+        join="outer",
+        combine_attrs="drop_conflicts",
+    )
 
 
 def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:

@@ -58,15 +58,8 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
             parts[i] = labelled.merge(measured)
     if not parts:
         raise ConfigError(f"task_set = {task_set!r}: no setting of {path} has any yet")
-    whole = xr.concat(
-        parts.values(),
-        xr.Variable("setting", [*parts]),
-        data_vars="all",
-        coords="different",
-        compat="equals",
-        join="outer",
-        combine_attrs="drop_conflicts",
-    ).reindex(setting=range(len(sweep.settings)))
+    whole = labelled.joined(parts.values(), "setting", [*parts])
+    whole = whole.reindex(setting=range(len(sweep.settings)))
     columns = dict(zip(sweep.options, zip(*sweep.settings, strict=True), strict=True))
     values = {field(name): [*map(value_of, columns[name])] for name in sweep.swept}
     if sweep.kind != "grid":
