@@ -154,26 +154,24 @@ def settings(
                 once = [*map(value_of, values)].count(value_of(value)) == 1
                 check(once, name, value, "given twice")
         return list(itertools.product(*options.values()))
-    several = {name: values for name, values in options.items() if len(values) > 1}
-    size = count
+    several = {name: len(values) for name, values in options.items() if len(values) > 1}
     if kind == "random":
         fix = "give the least and the greatest value of at least one option, to draw from"
         check(several, "--random", count, fix)
     if kind == "zip":
-        sizes = {len(values) for values in several.values()}
-        said = ", ".join(f"{len(values)} of {name}" for name, values in several.items())
-        check(len(sizes) <= 1, "--zip", said, "give as many values of each, or one")
-        size = max(sizes, default=1)
+        said = ", ".join(f"{n} of {name}" for name, n in several.items())
+        check(len({*several.values()}) <= 1, "--zip", said, "give as many values of each, or one")
+    total = size(options, kind, count)
     rng = np.random.default_rng(seed)
     columns = []
     for name, values in options.items():
         if len(values) == 1:
-            columns.append([values[0]] * size)
+            columns.append([values[0]] * total)
         elif kind == "zip":
             columns.append([*values])
         else:
             low, high = _range(name, values)
-            drawn = np.exp(rng.uniform(math.log(low), math.log(high), size))
+            drawn = np.exp(rng.uniform(math.log(low), math.log(high), total))
             columns.append([f"{round(x)}" if whole[name] else f"{x:.6g}" for x in drawn.tolist()])
     return list(zip(*columns, strict=True)) if columns else [()]
 
