@@ -474,9 +474,6 @@ def run_study(
         run = RunFolder(out)
         with ExitStack() as stack:
             mesh.on_main_process(lambda: stack.enter_context(run.locked()))
-            mesh.on_main_process(
-                lambda: RunFolder.create(out, asked).config
-            )  # of two begun together
             mesh.on_main_process(run.set_aside_damaged)
             page = run.path / "report.html"
             done = mesh.on_main_process(run.summary)
