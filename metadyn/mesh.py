@@ -120,8 +120,6 @@ def any_process(*flags: bool) -> list[bool]:
 
 def broadcast(number: int) -> int:
     """Gives the number that process 0 has to all processes; all must call it."""
-    if jax.process_count() == 1:
-        return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
