@@ -6,7 +6,7 @@ matrix product and every elementwise operation runs along the episodes.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +96,7 @@ def lstm(
     check_backend(backend, H, n)
     if backend == "fused":
         return fused.lstm(weights.input, weights.recurrent, weights.bias, inputs)
-    backends: dict[str, Any] = {"scan": _scan, "backward": _lstm}
-    return backends[backend](weights, inputs)
+    return (_scan if backend == "scan" else _lstm)(weights, inputs)
 
 
 def has_fused(hidden: int, inputs: int) -> bool:
