@@ -80,10 +80,8 @@ class ContextualBandit:
 
     # The contract of `base.Domain`.
 
-    @property
-    def loss_floor(self) -> float:
-        """The regret of a learner that knows the task: 0."""
-        return 0.0
+    loss_floor = 0.0
+    """The regret of a learner that knows the task."""
 
     @property
     def answer_size(self) -> int:

@@ -99,10 +99,8 @@ class FourierRegression(Regression):
 
     # The contract of `base.Domain`.
 
-    @property
-    def answer_size(self) -> int:
-        """Numbers in one answer: 1."""
-        return 1
+    answer_size = 1
+    """Numbers in one answer."""
 
     def sample_task(self, key: Key) -> FourierTask:
         """Draws the coefficients α_k, β_k ~ N(0, v_k)."""
