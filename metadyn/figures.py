@@ -452,10 +452,7 @@ def grouped_bars(axis: Any, names: Sequence[str], found: Sequence[tuple[str, Est
 
 
 def panels(
-    shown: Mapping[str, tuple[np.ndarray, Mapping[str, Estimate]]],
-    label: str,
-    palette: str = "viridis",
-    **axes: Any,
+    shown: Mapping[str, tuple[np.ndarray, Mapping[str, Estimate]]], label: str, **axes: Any
 ) -> Figure:
     """Draws estimates [x] by what they are called, a panel for each title.
 
@@ -467,8 +464,7 @@ def panels(
     height = 3.4 if alike else 3.2 + 0.2 * max(map(len, named), default=0)
     figure, every = grid(len(shown), label, 3.8, height, sharey=True)
     for axis, (title, (x, found)) in zip(every, shown.items(), strict=True):
-        estimates = dynamics.stacked(found.values())
-        curves(axis, x, estimates, [*found], palette, marker="o", ms=3)
+        curves(axis, x, dynamics.stacked(found.values()), [*found], marker="o", ms=3)
         axis.set(**axes)
         axis.set_title(title, fontsize=10)
         if not alike:
