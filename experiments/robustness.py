@@ -3,8 +3,8 @@
     metadyn run robustness [--preset quick|workstation|paper] [--meta lstm|gru] [overrides]
 
 Rabinowitz (2019), arXiv:1905.01320, says that what is found does not depend on the optimiser. One
-thing at a time is changed in the studies of the three domains, for an LSTM of 64 units (256 in the
-paper's preset). Those that learn every mode are compared with Bayes; the others are counted.
+thing at a time is changed, of an LSTM of 64 units (in the paper's preset 256). Those that learn
+every mode are compared with Bayes, the others counted. For more, `metadyn sweep` a domain's study.
 """
 
 import dataclasses
@@ -43,10 +43,7 @@ VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "noise": "noise"
 
 @dataclasses.dataclass(frozen=True)
 class Config(DomainsConfig):
-    """Everything the study depends on, beside its seed. Values are our choice.
-
-    To vary anything else, `metadyn sweep` the domain's own study.
-    """
+    """Everything the study depends on, beside its seed. Values are our choice."""
 
     target: Target = "feedback"
     """What the regressions' meta-learners are trained to predict."""
@@ -150,7 +147,8 @@ def robustness(results):
         for i, pair in enumerate(rows):
             far = dynamics.differences([pair])
             marker, colour = styles[labelled.about(pair[0]).kind]
-            axis.errorbar(far.value, i, xerr=figures.bars(far)[:, None], fmt=marker, color=colour)
+            style = {"color": colour, "mfc": "white" if censored("", pair[0]).value else colour}
+            axis.errorbar(far.value, i, xerr=figures.bars(far)[:, None], fmt=marker, **style)
             if np.isnan(far.value):
                 axis.text(0, i, " learned too few modes", va="center", color=colour, fontsize=9)
         axis.axvline(0, **figures.LEVEL)
@@ -159,7 +157,7 @@ def robustness(results):
         axis.set_xlabel("slope (meta-learner: minus Bayes')")
     axis.set_xlabel("staggering minus Bayes'")  # of the bandit, which is the last
     shown = [axis.plot([], [], marker, color=colour)[0] for marker, colour in styles.values()]
-    named = "ordinary learner", "meta-learner"
+    named = "ordinary learner", "meta-learner (hollow: some mode is never learned)"
     figure.legend(shown, named, loc="outside lower center", ncols=2, fontsize=11)
     return figure
 
