@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "in the folder's README.md anew.",
     )
     claims.add_argument("folder", help="a folder of studies")
-    claims.add_argument("dir", metavar="DIR", nargs="*", help="runs that are done")
+    claims.add_argument("dir", metavar="DIR", nargs="*", default=[], help="runs that are done")
     completion = commands.add_parser("completion", help="print a shell's completion script")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     for name, (do, example) in _DOES.items():
