@@ -112,8 +112,9 @@ def claimed(
     try:
         if not os.path.exists(folder / file):  # False too for what cannot be a path
             folder.mkdir(parents=True, exist_ok=True)
-            begun = {".lock", file, file + PART}  # by another process, or by one that was killed
-            if {each.name for each in folder.iterdir()} - begun:
+            begun = {".lock", file + PART}  # by another process, or by one that was killed
+            names = {each.name for each in folder.iterdir()}
+            if names - begun and file not in names:  # it may have come since it was looked for
                 fix = f"is not empty and holds no {what} of metadyn: {other}"
                 raise ConfigError(f"--out {path} {fix}")
             with lock(folder):

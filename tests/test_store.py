@@ -345,6 +345,20 @@ def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path)
     assert stored == IDENTITY | {"format": FORMAT}
 
 
+def test_a_run_that_another_process_begins_meanwhile_is_opened(tmp_path, monkeypatch):
+    RunFolder.create(tmp_path, IDENTITY)
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    looked, exists = [], os.path.exists
+
+    def not_yet(path):
+        looked.append(path)
+        return len(looked) > 1 and exists(path)
+
+    monkeypatch.setattr(os.path, "exists", not_yet)
+    assert RunFolder.create(tmp_path, IDENTITY).config["seed"] == 0
+    assert looked
+
+
 def test_foreign_and_broken_folders_are_refused_untouched(tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
