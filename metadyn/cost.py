@@ -72,7 +72,7 @@ class Account(NamedTuple):
     """What a compiled program takes on each device, by its compiler's account."""
 
     memory: int
-    """Bytes of its arguments, of results that take no argument's place, and of what is between."""
+    """Bytes (`memory`)."""
     reduced: tuple[int, ...]
     """Bytes of each all-reduce that stands in the program."""
     launches: tuple[int, ...]
@@ -81,10 +81,20 @@ class Account(NamedTuple):
 
 def account(compiled: Any) -> Account:
     """Reads a compiled program."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Account(taken, reduced(text), launches(text))
+    text = compiled.as_text()
+    return Account(memory(compiled), reduced(text), launches(text))
+
+
+def memory(compiled: Any) -> int:
+    """Bytes of its arguments, of results that take no argument's place, and of what is between.
+
+    0 if its compiler gives no account.
+    """
+    found = compiled.memory_analysis()
+    if found is None:
+        return 0
+    between = found.argument_size_in_bytes + found.temp_size_in_bytes
+    return between + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f64": 8, "s64": 8, "u64": 8}

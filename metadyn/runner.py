@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from metadyn import dynamics, inner, labelled, mesh
+from metadyn import cost, dynamics, inner, labelled, mesh
 from metadyn.base import Key, Params, TaskSet
 from metadyn.errors import ConfigError, ConfigWarning, error_context
 from metadyn.measuring import (
@@ -373,10 +373,8 @@ def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) ->
 
 def check_compiled(loop: OuterLoop, name: str) -> None:
     """Compiles an outer step of a meta-learner. Raises `ConfigError` if it cannot fit in memory."""
-    account = loop.compiled(name).memory_analysis()
-    if account is not None:
-        used = account.temp_size_in_bytes + account.argument_size_in_bytes
-        require_memory(f"an outer step of {name}", used, loop.trained[name].option("batch"))
+    used, option = cost.memory(loop.compiled(name)), loop.trained[name].option("batch")
+    require_memory(f"an outer step of {name}", used, option)
 
 
 def check_traced(plan: Plan) -> None:

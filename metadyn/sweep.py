@@ -151,8 +151,8 @@ def settings(
     if kind == "grid":
         for name, values in options.items():
             for value in values:
-                once = [*map(value_of, values)].count(value_of(value)) == 1
-                check(once, name, value, "given twice")
+                times = [*map(value_of, values)].count(value_of(value))  # NaN is not even itself
+                check(times <= 1, name, value, "given twice")
         return list(itertools.product(*options.values()))
     several = {name: len(values) for name, values in options.items() if len(values) > 1}
     if kind == "random":

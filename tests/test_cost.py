@@ -1,12 +1,14 @@
 """Operations counted from programs, against what their formulae say."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
 from metadyn import mesh
-from metadyn.cost import account, launches, operations, operations_of, reduced
+from metadyn.cost import account, launches, memory, operations, operations_of, reduced
 
 
 def test_products_count_two_for_each_multiplication_and_addition():
@@ -88,6 +90,10 @@ ENTRY %main (a: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
   ROOT %v = (s32[], f32[4,2]{1,0}) while(%a), condition=%d, body=%outer
 }
 """
+
+
+def test_a_compiler_that_gives_no_account_of_memory_counts_as_none():
+    assert memory(SimpleNamespace(memory_analysis=lambda: None)) == 0
 
 
 def test_programs_are_read_for_what_is_reduced_and_for_innermost_loops():

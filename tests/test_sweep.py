@@ -383,6 +383,7 @@ def test_ranges_and_rows_of_values():
             ["--domain.sigma", "0.1", "-1", "--outer.learning-rate", "1", "2"],
             "setting 3 of 4 (--domain.sigma -1 --outer.learning-rate 1): --domain.sigma -1: must",
         ),
+        (["--domain.sigma", "nan", "0.1"], "--domain.sigma nan: must be positive and finite"),
         (["--domain.sigma", "0.1", "loud"], "setting 2 of 2 (--domain.sigma loud): "),
         (["--measure.probe-points", "6", "3"], "--measure.probe-points 3: must be at least"),
         (
