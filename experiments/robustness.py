@@ -198,7 +198,7 @@ TITLE = (
 SAYS = {"inner_optimizers": "Ordinary learners stagger whatever their optimiser"}
 LEARNS = "The LSTM comes to learn every mode, whatever the {}"
 SAYS |= {f"{varied}_unlearned": LEARNS.format(what) for varied, what in VARIED.items()}
-WHERE = "Where it does, it staggers as Bayes does, to within {{:g}}, whatever the {}"
+WHERE = "If it does, the LSTM staggers as Bayes does, to within {{:g}}, whatever the {}"
 SAYS |= {f"{varied}_worst": WHERE.format(what) for varied, what in VARIED.items()}
 study = md.Study(
     "robustness",
