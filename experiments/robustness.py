@@ -37,7 +37,7 @@ NOISE = {
     "bandit": ("pay with 90% or 10%", "--domain.p-high 0.9 --domain.p-low 0.1 --domain.steps {}"),
 }
 """In the bandit the correct action pays with the one probability, any other with the other; "Bayes"
-is then Thompson sampling from the exact posterior, which takes episodes of twice the length."""
+is then Thompson sampling from the exact posterior, and episodes are of twice the length."""
 VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "noise": "noise"}
 
 
@@ -198,7 +198,9 @@ TITLE = (
 SAYS = {"inner_optimizers": "Ordinary learners stagger whatever their optimiser"}
 LEARNS = "The LSTM comes to learn every mode, whatever the {}"
 SAYS |= {f"{varied}_unlearned": LEARNS.format(what) for varied, what in VARIED.items()}
-WHERE = "If it does, the LSTM staggers as Bayes does, to within {{:g}}, whatever the {}"
+WHERE = (
+    "Where it learns every mode, the LSTM staggers as Bayes does, to within {{:g}}, whatever the {}"
+)
 SAYS |= {f"{varied}_worst": WHERE.format(what) for varied, what in VARIED.items()}
 study = md.Study(
     "robustness",
