@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import scipy.stats
+import xarray as xr
 
 from metadyn import figures, sweep
 from metadyn.errors import ConfigError
@@ -17,7 +18,7 @@ from metadyn.options import configured
 from metadyn.progress import Progress
 from metadyn.runner import rehearse, run_study
 from metadyn.several_domains import TITLES
-from metadyn.store import RunFolder
+from metadyn.store import Results, RunFolder
 from metadyn.study import load_study
 
 STUDY = str(Path(__file__).parent.parent / "experiments" / "robustness.py")
@@ -154,6 +155,27 @@ def test_what_is_never_learned_is_counted_and_gives_no_verdict(found):
         missed = [row for name, row in found.items() if f"{kind}_" in name and "censored" in name]
         unsure = [None in row or n[0] > 0 for row, n in zip(each, missed, strict=True)]
         assert found[f"{kind}_unlearned"][0] == sum(unsure)
+
+
+def test_a_variant_that_misses_a_mode_is_counted_and_not_compared(finished):
+    """It staggers by far, in the two modes that it learns; all others learn every mode at once."""
+    stored, study = RunFolder(finished).results(), load_study(STUDY)
+
+    def made_up(task_set, name):
+        data = stored[task_set, name].copy()
+        if task_set == "tracked_linear":
+            rates = [2.0, 1.0, 0.0] if name == "outer_adam" else [1.0, 1.0, 1.0]
+            strength, time = data["mode_strength"], data["time"] / data["time"].max()
+            rising = (xr.DataArray(rates, dims="mode") * time).broadcast_like(strength)
+            data["mode_strength"] = strength.copy(data=rising.transpose(*strength.dims))
+        return data
+
+    results = Results({s: [*stored.learners(s)] for s in stored.sets()}, made_up)
+    with among("linear"):
+        found = {row.name: row.value for row in study.criteria(study.presets["quick"], results)}
+    assert abs(found["linear_outer_adam_staggering"]) > 0.2
+    assert found["linear_outer_unlearned"] == 1
+    assert found["linear_outer_worst"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_figure_shows_each_variant_at_its_value_and_says_what_has_none(finished, found):
