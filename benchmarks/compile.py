@@ -4,15 +4,17 @@
 
 Needs the extra `aot`, some 5 GB of XLA's compilers: `pip install -e '.[aot]' -c constraints.txt`.
 Prints each program as it is compiled, and stores it in compiled.json and the table compiled.md
-beside this file. What these hold already is not compiled again: delete them to begin anew. REGEX is
-searched for in "STUDY: PROGRAM", such as "linear_regression: outer step". With `--lower` programs
-are lowered alone, which needs no compiler and stores nothing, and so is every backend of the LSTM
-kernel ("kernel: BACKEND"): CI does it.
+beside this file. A program is compiled if it, or one that differs from it in numbers alone, is not
+there already as it is now: what the code has changed since is compiled anew. REGEX is searched for
+in "STUDY: PROGRAM", such as "linear_regression: outer step". With `--lower` programs are lowered
+alone, which needs no compiler and stores nothing, and so is every backend of the LSTM kernel
+("kernel: BACKEND"): CI does it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -108,15 +110,15 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
     from metadyn.programs import split_constants
 
     try:
-        form, _ = split_constants(program.trace().jaxpr)
-        form = f"{form} {program.turns}"
+        jaxpr, _ = split_constants(program.trace().jaxpr)
+        form = hashlib.sha256(f"{jaxpr} {program.turns}".encode()).hexdigest()[:16]
         if form not in before:
             row = planning.compiled(program, there)
             more = {"operations": row.operations, "seconds": round(row.seconds, 1)}
             before[form] = row.account._asdict() | more
     except Exception as error:  # costs this program alone
         return {"fails": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    return before[form] | {"calls": program.times}
+    return before[form] | {"calls": program.times, "form": form}
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
@@ -178,14 +180,15 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     there, names = absent_devices.find(target), set()
-    before: dict[str, dict[str, Any]] = {}
+    stored = [found[target] for found in rows.values() if target in found]
+    before = {each["form"]: each for each in stored if "form" in each}
     with mesh.compiling_for(there):
         for study in known():
             for program in programs(study):
                 name = f"{study}: {program.name}"
                 names.add(name)
                 found = rows.setdefault(name, {})
-                if wanted(name) and target not in found:
+                if wanted(name):
                     found[target] = compiled(program, there, before)
                     print(f"{target}, {name}: {found[target]}", flush=True)
                     store(rows)

@@ -4,11 +4,13 @@ import dataclasses
 import json
 from collections import namedtuple
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
@@ -296,6 +298,37 @@ def test_programs_that_are_gone_are_no_longer_stored(monkeypatch, tmp_path):
     monkeypatch.setattr(mesh, "compiling_for", lambda there: nullcontext())
     compiling.compile_all("h100:1", lambda name: False)
     assert json.loads(compiling.FILE.read_text()) == {"a: here": stored["a: here"]}
+
+
+def test_only_what_the_code_has_changed_since_is_compiled_anew(monkeypatch, tmp_path):
+    """And of programs that differ in numbers alone, the first."""
+    made, functions = [], {"one": jnp.sin, "same": jnp.sin, "other": jnp.cos}
+
+    def programs(study):
+        for name, function in functions.items():
+            trace = partial(jax.jit(function).trace, jnp.float32(1))
+            yield SimpleNamespace(name=name, trace=trace, turns=(), times=1)
+
+    def compiled(program, there):
+        made.append(program.name)
+        account = cost.Account(memory=1, reduced=(), launches=())
+        return SimpleNamespace(operations=1.0, seconds=1.0, account=account)
+
+    monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
+    monkeypatch.setattr(compiling, "programs", programs)
+    monkeypatch.setattr(planning, "compiled", compiled)
+    monkeypatch.setattr("metadyn.study.known", lambda: ["a"])
+    monkeypatch.setattr("metadyn.absent_devices.find", lambda target: None)
+    monkeypatch.setattr(mesh, "compiling_for", lambda there: nullcontext())
+    compiling.compile_all("h100:1", lambda name: True)
+    assert made == ["one", "other"]
+    compiling.compile_all("h100:1", lambda name: True)
+    assert made == ["one", "other"]
+    functions["other"] = jnp.tanh
+    compiling.compile_all("h100:1", lambda name: True)
+    assert made == ["one", "other", "other"]
+    rows = json.loads(compiling.FILE.read_text())
+    assert [found["h100:1"]["memory"] for found in rows.values()] == [1, 1, 1]
 
 
 def test_the_stored_table_is_of_the_stored_programs():
