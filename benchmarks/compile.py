@@ -14,7 +14,6 @@ alone, which needs no compiler and stores nothing, and so is every backend of th
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -107,11 +106,11 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
     numbers alone.
     """
     from metadyn import planning
-    from metadyn.programs import split_constants
+    from metadyn.shared_programs import split_constants
 
     try:
-        jaxpr, _ = split_constants(program.trace().jaxpr)
-        form = hashlib.sha256(f"{jaxpr} {program.turns}".encode()).hexdigest()[:16]
+        form, _ = split_constants(program.trace().jaxpr)
+        form = f"{form[:16]} {program.turns}"
         if form not in before:
             row = planning.compiled(program, there)
             more = {"operations": row.operations, "seconds": round(row.seconds, 1)}

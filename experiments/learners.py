@@ -14,8 +14,8 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, labelled
-from metadyn.cost import operations
 from metadyn.domains.linear import LinearRegression
+from metadyn.program_cost import operations
 from metadyn.several_domains import (
     DESCENTS,
     EVEN,

@@ -32,7 +32,7 @@ runtime_version { major: 13 } dnn_version_info { major: 9 }
 """
 
 
-class Kind(NamedTuple):
+class DeviceKind(NamedTuple):
     """A kind of device."""
 
     platform: str
@@ -44,12 +44,12 @@ class Kind(NamedTuple):
 
 KINDS = {
     # JAX takes three quarters of a GPU's memory, unless it is told otherwise.
-    "h100": Kind(
+    "h100": DeviceKind(
         "cuda",
         84929347584 * 3 // 4,
         {n: {"target_config": _H100, "topology": f"1x1x{n}"} for n in (1, 2, 4, 8)},
     ),
-    "v5e": Kind(
+    "v5e": DeviceKind(
         "tpu",
         63 << 28,  # 15.75 GiB
         {

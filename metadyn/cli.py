@@ -290,7 +290,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         if word in words:
             raise ConfigError(f"{word}: is an option of `metadyn run` alone")
     options, known = sweep.parsed(words), dict(options_of(default))
-    kind: sweep.Kind = (
+    kind: sweep.SweepKind = (
         "random" if arguments.random is not None else "zip" if arguments.zip else "grid"
     )
     whole = {name: type(known.get(name)) is int for name in options}

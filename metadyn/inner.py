@@ -33,8 +33,8 @@ from metadyn.base import (
     Task,
     indexed_keys,
 )
-from metadyn.cost import largest
 from metadyn.errors import check
+from metadyn.program_cost import largest
 
 full_precision = jax.default_matmul_precision("highest")
 """Products of float32 numbers as they are, which GPUs and TPUs would round first: for all that

@@ -17,7 +17,7 @@ import xarray as xr
 from metadyn.base import STRENGTH, Modes
 from metadyn.errors import ConfigError
 
-Kind = Literal["ordinary", "meta", "bayes", "reference"]
+LearnerKind = Literal["ordinary", "meta", "bayes", "reference"]
 ORDER = ("learner", "outer_step", "seed", "task", "mode", "step")
 
 
@@ -29,7 +29,7 @@ class About:
     """Its name."""
     label: str
     """What figures call it."""
-    kind: Kind
+    kind: LearnerKind
     """What it is compared as: an ordinary learner, a meta-learner, Bayes, or a reference."""
     clock: str
     """What its time counts: "observations" or "updates"."""
@@ -47,7 +47,7 @@ class About:
     """How long it was trained, up to the last outer step: on that machine, compiling left out."""
 
 
-OWN = [field.name for field in dataclasses.fields(About)]
+FIELDS = [field.name for field in dataclasses.fields(About)]
 
 
 def describe(
@@ -78,7 +78,7 @@ def labelled(arrays: Mapping[str, Any], described: Mapping[str, Any]) -> xr.Data
 
 def about(data: xr.Dataset) -> About:
     """Tells whose measurement a dataset of one learner is."""
-    return About(**{name: data.attrs[name] for name in OWN if name in data.attrs})
+    return About(**{name: data.attrs[name] for name in FIELDS if name in data.attrs})
 
 
 def probes(data: xr.Dataset) -> list[str]:
@@ -114,7 +114,7 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
 
     merged = joined(map(complete, parts.values()), "learner", [*parts]).set_coords("time")
     attributes = [part.attrs for part in parts.values()]
-    described = [name for name in OWN if name not in ("learner", "seconds")]  # runs differ in those
+    described = [name for name in FIELDS if name not in ("learner", "seconds")]  # runs differ there
     own = [name for name in described if all(name in attrs for attrs in attributes)]
     merged = merged.assign_coords({n: ("learner", [attrs[n] for attrs in attributes]) for n in own})
     return merged.transpose(*(d for d in ORDER if d in merged.dims), ...)
@@ -149,7 +149,7 @@ def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
             if dim in part.dims and "loss" in part:
                 there = part["loss"].notnull().any([d for d in part["loss"].dims if d != dim])
                 part = part.isel({dim: np.flatnonzero(there.to_numpy())})
-        attrs = {each: part[each].item() for each in OWN if each in part.coords}
+        attrs = {each: part[each].item() for each in FIELDS if each in part.coords}
         if "outer_step" in part.dims and attrs.get("kind", "meta") != "meta":
             part = part.isel(outer_step=0, drop=True)  # `merge` repeated it
         if "closed_form" in part:  # of no seed and no task

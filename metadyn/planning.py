@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metadyn import absent_devices, cost, inner, mesh
+from metadyn import absent_devices, inner, mesh, program_cost
 from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls, program_key
 from metadyn.outer import OuterLoop
-from metadyn.programs import ProgramCache, split_constants
 from metadyn.progress import Progress
 from metadyn.runner import check_memory, check_traced
+from metadyn.shared_programs import ProgramCache, split_constants
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_program
 
@@ -76,18 +76,18 @@ def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
     return list(found.values())
 
 
-class Row(NamedTuple):
+class Needs(NamedTuple):
     """What a program takes on each device, once it is compiled."""
 
     program: Program
     operations: float
     """Of one call."""
-    account: cost.Account
+    account: program_cost.Account
     seconds: float
     """Of compiling."""
 
 
-def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Row:
+def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs:
     """Compiles a program, for devices elsewhere if they stand in.
 
     Raises `ConfigError`, naming the option to lower, if its compiler finds that it cannot fit.
@@ -100,9 +100,9 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Row:
             raise
         said = "does not fit into the memory, says its compiler"
         raise refused(program, said) from error
-    account, taken = cost.account(made), time.monotonic() - start
-    operations = cost.operations_of(traced.jaxpr.jaxpr, program.turns)
-    return Row(program, operations, account, taken)
+    account, taken = program_cost.account(made), time.monotonic() - start
+    operations = program_cost.operations_of(traced.jaxpr.jaxpr, program.turns)
+    return Needs(program, operations, account, taken)
 
 
 class Planned(NamedTuple):
@@ -191,7 +191,7 @@ def report(
         limit = mesh.memory(split=False)
         where = f"{mesh.processor()}, {size(limit)} for each"
         say(f"on {where}{', not here' if there else ''}; of each device and call:")
-        rows: list[tuple[Planned, Row]] = []
+        rows: list[tuple[Planned, Needs]] = []
         for planned in found:
             if planned.called:
                 say(planned.called)
@@ -239,7 +239,7 @@ def refused(program: Program, said: str) -> ConfigError:
 LINE = "{:44} {:>11} {:>9} {:>13} {:>9}"
 
 
-def line(row: Row) -> str:
+def line(row: Needs) -> str:
     """A program in a line, as `report` says it."""
     account, reduced = row.account, size(sum(row.account.reduced)) if row.account.reduced else "-"
     cells = size(account.memory), number(row.operations), reduced, f"{row.program.times:,}"

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from metadyn import cost, dynamics, inner, labelled, mesh
+from metadyn import dynamics, inner, labelled, mesh, program_cost
 from metadyn.base import Key, Params, TaskSet
 from metadyn.errors import ConfigError, ConfigWarning, error_context
 from metadyn.measuring import (
@@ -211,13 +211,13 @@ class Runner:
 
 Reported = Mapping[str, Mapping[str, Any]]
 """Metrics of each seed by meta-learner, on the devices or as NumPy arrays."""
-Trained = Iterator[tuple[Sequence[TrainState], Sequence[Reported]]]
+Dispatches = Iterator[tuple[Sequence[TrainState], Sequence[Reported]]]
 
 
 def train(
     runners: Sequence[Runner],
     start: Callable[[], Sequence[TrainState]],
-    run: Callable[[Sequence[TrainState], int], Trained],
+    run: Callable[[Sequence[TrainState], int], Dispatches],
     lost: Callable[[int, ConfigError], None] | None = None,
     gone: Collection[int] = (),
 ) -> None:
@@ -373,7 +373,7 @@ def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) ->
 
 def check_compiled(loop: OuterLoop, name: str) -> None:
     """Compiles an outer step of a meta-learner. Raises `ConfigError` if it cannot fit in memory."""
-    used, option = cost.memory(loop.compiled(name)), loop.trained[name].option("batch")
+    used, option = program_cost.memory(loop.compiled(name)), loop.trained[name].option("batch")
     require_memory(f"an outer step of {name}", used, option)
 
 

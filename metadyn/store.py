@@ -124,7 +124,7 @@ def claimed(
         said = getattr(error, "strerror", None) or error
         raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
     found: Any = opened(path)
-    for name, *both in differences(found.config, asked):
+    for name, *both in differing(found.config, asked):
         theirs, ours = map(reprlib.repr, both)
         raise ConfigError(
             f"--out {path} holds a {what} with {name} = {theirs}, not {ours}: "
@@ -499,11 +499,11 @@ def _sums(folder: Path) -> bytes:
     return "".join(lines).encode()
 
 
-def differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differing(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields where two trees of JSON differ: by which name, and the two values."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted({*theirs, *ours}):
-            yield from differences(theirs.get(key), ours.get(key), f"{name}.{key}")
+            yield from differing(theirs.get(key), ours.get(key), f"{name}.{key}")
     elif theirs != ours and (theirs == theirs or ours == ours):  # both are not NaN
         yield name.removeprefix(".config").removeprefix("."), theirs, ours
 

@@ -41,7 +41,7 @@ from metadyn.errors import (
     error_context,
     meant,
 )
-from metadyn.labelled import Kind
+from metadyn.labelled import LearnerKind
 from metadyn.learners.attention import LinearAttentionConfig, TransformerConfig
 from metadyn.learners.deltanet import DeltaNetConfig
 from metadyn.learners.learned_optimizer import LearnedOptimizerConfig
@@ -198,7 +198,7 @@ class Contender:
     label: str
     """What figures call it."""
     learner: Learner | MetaLearner | Derived
-    kind: Kind | None = None
+    kind: LearnerKind | None = None
     """What it is compared as: "ordinary" learners, "meta" (of meta-learners), "bayes", of which
     there is one and which excess loss is over, or a "reference". None: by what it is."""
     times: Sequence[int] | np.ndarray | None = None
@@ -236,7 +236,7 @@ class Contender:
                 check(n is None or (isinstance(n, int) and n >= 1), field, n, fix)
             enough = learner.points is None or (learner.batch or 1) <= learner.points
             check(enough, "points", learner.points, f"{who}, must be at least its batch")
-        kinds = [kind for kind in get_args(Kind) if (kind == "meta") == self.trained]
+        kinds = [kind for kind in get_args(LearnerKind) if (kind == "meta") == self.trained]
         object.__setattr__(self, "kind", self.kind or kinds[0])
         fix = f"{who}, a {type(learner).__name__}: choose from {kinds}"
         check(self.kind in kinds, "kind", self.kind, fix)

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from metadyn import inner, programs
+from metadyn import inner, shared_programs
 from metadyn.errors import ConfigError, check, error_context
 from metadyn.options import as_typed, configured
 from metadyn.progress import Progress
@@ -34,7 +34,7 @@ from metadyn.store import RunFolder, claimed, lock, read_json, write_json
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_program
 
-Kind = Literal["grid", "zip", "random"]
+SweepKind = Literal["grid", "zip", "random"]
 MOST = 10_000
 """Settings beyond which a sweep must be confirmed: our choice."""
 FORMAT = 1
@@ -60,7 +60,7 @@ class Sweep:
     study: str
     preset: str
     seed: int
-    kind: Kind
+    kind: SweepKind
     options: Mapping[str, Sequence[str]]
     """The values of each option, such as {"--domain.sigma": ("0.1", "0.3")}."""
     settings: Sequence[Sequence[str]]
@@ -129,7 +129,7 @@ def part_of(text: str) -> Part:
     return Part(int(index), int(of))
 
 
-def size(options: Mapping[str, Sequence[str]], kind: Kind, count: int) -> int:
+def size(options: Mapping[str, Sequence[str]], kind: SweepKind, count: int) -> int:
     """How many settings there are going to be, without making them."""
     sizes = [len(values) for values in options.values()]
     return {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
@@ -137,7 +137,7 @@ def size(options: Mapping[str, Sequence[str]], kind: Kind, count: int) -> int:
 
 def settings(
     options: Mapping[str, Sequence[str]],
-    kind: Kind,
+    kind: SweepKind,
     whole: Mapping[str, bool],
     count: int,
     seed: int,
@@ -321,7 +321,7 @@ def run_sweep(
         if plans:
             summary.unlink(missing_ok=True)
             with ExitStack() as stack:
-                shared = programs.ProgramCache()
+                shared = shared_programs.ProgramCache()
                 measure = lambda *given: shared(_traced(given), *_arguments(given))
                 runners: dict[int, Runner] = {}
                 for i, plan in plans.items():
@@ -358,7 +358,7 @@ def _run(
     configs: Sequence[Any],
     folder: SweepFolder,
     runners: Mapping[int, Runner],
-    shared: programs.ProgramCache,
+    shared: shared_programs.ProgramCache,
     progress: Progress,
 ) -> None:
     """Trains and measures settings, those of one form side by side."""

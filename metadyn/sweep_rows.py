@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from metadyn import mesh, programs
+from metadyn import mesh, shared_programs
 from metadyn.outer import OuterLoop, TrainState
 
 
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
     program: ClosedJaxpr
     form: str
-    numbers: programs.Numbers
+    numbers: shared_programs.Constants
     found: Any
     """The structure of what it returns."""
 
@@ -40,7 +40,7 @@ def row_of(loop: OuterLoop, name: str) -> Row:
         partial(loop.one_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
     )
     program, shapes = traced(now, jax.tree.map(one, stacked))
-    return Row(program, *programs.split_constants(program), jax.tree.structure(shapes))
+    return Row(program, *shared_programs.split_constants(program), jax.tree.structure(shapes))
 
 
 def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
@@ -65,7 +65,7 @@ class Rows:
         """Outer steps of all rows: (step, count, params, moments) to params, moments, metrics."""
         first, seeds = self.loops[0], self.loops[0].config.seeds
         rows = [row_of(loop, name) for loop in self.loops]
-        places = programs.varying([row.numbers for row in rows])
+        places = shared_programs.varying([row.numbers for row in rows])
         numbers = [jnp.stack([row.numbers[place] for row in rows]) for place in places]
         devices = len(mesh.devices())
         count = len(rows) * seeds
@@ -76,7 +76,7 @@ class Rows:
             which, *row = one
             mine = {place: of[which] for place, of in zip(places, numbers, strict=True)}
             leaves = jax.tree.leaves((now, row))
-            found = programs.evaluate(rows[0].program, mine, leaves)
+            found = shared_programs.evaluate(rows[0].program, mine, leaves)
             return jax.tree.unflatten(rows[0].found, found)
 
         def advance(now: Any, params: Any, moments: Any) -> Any:
@@ -104,7 +104,7 @@ class Rows:
         params, moments = jax.tree.map(all_rows, (state.params[name], state.moments[name]))
         return self._advance[name].trace(now, params, moments)
 
-    def start(self, shared: programs.ProgramCache) -> list[TrainState]:
+    def start(self, shared: shared_programs.ProgramCache) -> list[TrainState]:
         """Makes the state of each at outer step 0."""
         for loop in self.loops:
             shared.expect(loop.starting.trace(), ())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metadyn import cost, mesh
+from metadyn import mesh, program_cost
 from metadyn.kernels import fused
 from metadyn.kernels.lstm import LSTMWeights, has_fused, lstm
 
@@ -62,7 +62,7 @@ def test_seeds_are_one_more_axis_of_the_blocks():
 def test_operations_of_a_kernel_count_for_each_block():
     """What a whole block more costs, and the products of a step."""
     counts = [
-        cost.operations(lambda w, x: fused.lstm(*w, x, True), *case(16, batch, 3, 4)[:2])
+        program_cost.operations(lambda w, x: fused.lstm(*w, x, True), *case(16, batch, 3, 4)[:2])
         for batch in (64, 128)
     ]
     block = counts[1] - counts[0]

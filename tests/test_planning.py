@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 import metadyn
 from benchmarks import compile as compiling
 from benchmarks import tiny_study
-from metadyn import absent_devices, cost, inner, mesh, outer, planning
+from metadyn import absent_devices, inner, mesh, outer, planning, program_cost
 from metadyn.cli import main
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
@@ -123,8 +123,8 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
 @pytest.fixture
 def accounts(monkeypatch):
     """Programs that take 5 GiB each, by an account that is made up."""
-    account = cost.Account(5 << 30, (), ())
-    row = lambda program, there: planning.Row(program, 1.0, account, 0.0)
+    account = program_cost.Account(5 << 30, (), ())
+    row = lambda program, there: planning.Needs(program, 1.0, account, 0.0)
     monkeypatch.setattr(planning, "compiled", row)
     monkeypatch.setattr(planning, "estimated", lambda *given: {})
 
@@ -161,7 +161,7 @@ def test_a_sweep_is_planned_and_refused_once_all_is_said(
     assert [each.name for each in both[1:]] == [alone[1].name]
     assert both[1].times == 2 * alone[1].times
     assert found[0].disk == 2 * planning.disk(*plan)
-    flops = lambda program: cost.operations_of(program.trace().jaxpr)
+    flops = lambda program: program_cost.operations_of(program.trace().jaxpr)
     devices = len(mesh.devices())  # rows are split over them, of a run its episodes
     ratio = devices * -(-2 // devices)
     assert flops(both[0]) / flops(alone[0]) == pytest.approx(ratio, rel=0.1)
@@ -311,7 +311,7 @@ def test_only_what_the_code_has_changed_since_is_compiled_anew(monkeypatch, tmp_
 
     def compiled(program, there):
         made.append(program.name)
-        account = cost.Account(memory=1, reduced=(), launches=())
+        account = program_cost.Account(memory=1, reduced=(), launches=())
         return SimpleNamespace(operations=1.0, seconds=1.0, account=account)
 
     monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")

@@ -8,7 +8,7 @@ from scipy.special import ndtri
 from scipy.stats import kstest
 
 from metadyn import prng
-from metadyn.kernels import dense
+from metadyn.kernels import products
 
 KEY = jax.random.key(3)
 
@@ -57,7 +57,7 @@ def test_a_draw_that_a_product_uses_is_compiled_at_all():
     def answer(key, given, weights):
         key, _ = jax.random.split(prng.fast(key))
         drawn = jax.random.uniform(prng.fast(key), (1,))
-        return dense.matvec(weights, jnp.concatenate([drawn, given]))
+        return products.matvec(weights, jnp.concatenate([drawn, given]))
 
     keys, given, weights = jax.random.split(KEY, 1), jnp.ones((1, 1)), jnp.ones((16, 2))
     answers = jax.jit(jax.vmap(answer, (0, 0, None)))(keys, given, weights)

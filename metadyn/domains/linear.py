@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from metadyn import prng
 from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet, kept
 from metadyn.errors import check, check_choice, check_positive
-from metadyn.kernels import dense
+from metadyn.kernels import products
 
 Matrix = tuple[tuple[float, ...], ...] | None
 """Rows of numbers."""
@@ -183,7 +183,7 @@ class LinearRegression(Regression):
     ) -> Float[Array, " n_y"]:
         """Gives the target y = W x + ε, whatever was answered."""
         del answer
-        return dense.matvec(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
+        return products.matvec(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
 
     def evaluation(
         self, points: int = 32, scale: float = 1.0, outsize: float = 1.0, rotate: bool = True

@@ -1,1 +1,1 @@
-"""Kernels: an LSTM over a whole episode, several backends behind one function; dense products."""
+"""Kernels: an LSTM over whole episodes, several backends behind one function; matrix products."""

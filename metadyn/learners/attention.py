@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from metadyn.base import Domain, Feedback, Key, Learner, Params, Query, encoded_shapes
 from metadyn.errors import check, check_positive
-from metadyn.kernels import dense
-from metadyn.learners.blocks import HeadedConfig, by_token, joined, queries_keys_values
+from metadyn.kernels import products
+from metadyn.learners.residual_blocks import HeadedConfig, by_token, joined, queries_keys_values
 
 Cache = tuple[Float[Array, "room heads d"], Float[Array, "room heads d"], Int[Array, ""]]
 Sums = tuple[Float[Array, "heads d d"], Int[Array, ""]]
@@ -49,10 +49,10 @@ class SoftmaxAttention(nnx.Module):
         T = x.shape[-2]
         projected = queries_keys_values(self.project, x, self.heads)
         query, key, value = (each.swapaxes(-2, -3) for each in projected)
-        scores = dense.similarities(query, key) / jnp.sqrt(self.d)
+        scores = products.similarities(query, key) / jnp.sqrt(self.d)
         past = jnp.tril(jnp.ones((T, T), bool))
         weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
-        return by_token(self.out, joined(dense.times(weights, value)))
+        return by_token(self.out, joined(products.times(weights, value)))
 
     def start(self, steps: int) -> Cache:
         """An empty cache."""
@@ -104,8 +104,8 @@ class LinearAttention(nnx.Module):
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
         """The attention of each token to those up to it."""
         query, key, value = (each.swapaxes(-2, -3) for each in self._projected(x))
-        scores = jnp.tril(dense.similarities(query, key))
-        mixed = dense.times(scores, value) / jnp.arange(1, x.shape[-2] + 1)[:, None]
+        scores = jnp.tril(products.similarities(query, key))
+        mixed = products.times(scores, value) / jnp.arange(1, x.shape[-2] + 1)[:, None]
         return by_token(self.out, joined(mixed))
 
     def start(self, steps: int) -> Sums:

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn.base import Domain
-from metadyn.kernels import dense
-from metadyn.learners.blocks import HeadedConfig, by_token, joined, queries_keys_values
+from metadyn.kernels import products
+from metadyn.learners.residual_blocks import HeadedConfig, by_token, joined, queries_keys_values
 
 FastWeights = Float[Array, "*B heads d d"]
 TOGETHER = 64
@@ -90,15 +90,15 @@ def _part(memory: FastWeights | None, tokens: list[Array]) -> tuple[FastWeights,
     Without a memory they are zero before. Axes: *B, heads, and of tokens size and d.
     """
     query, key, value, rate = tokens
-    recalled = lambda a: 0.0 if memory is None else dense.similarities(a, memory)
-    before = jnp.tril(rate * dense.similarities(key, key), -1)
+    recalled = lambda a: 0.0 if memory is None else products.similarities(a, memory)
+    before = jnp.tril(rate * products.similarities(key, key), -1)
     error = jax.lax.custom_linear_solve(
         lambda error: error + before @ error,
         rate * (value - recalled(key)),
         lambda _, right: _substituted(before, right),
         lambda _, right: _substituted(before, right, transposed=True),
     )
-    read = dense.times(jnp.tril(dense.similarities(query, key)), error) + recalled(query)
+    read = products.times(jnp.tril(products.similarities(query, key)), error) + recalled(query)
     more = error.mT @ key
     return more if memory is None else memory + more, read
 

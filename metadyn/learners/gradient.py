@@ -19,7 +19,7 @@ from metadyn import prng
 from metadyn.base import Answer, Feedback, Key, Learner, Query
 from metadyn.domains.bandit import Outcome
 from metadyn.errors import check, check_positive
-from metadyn.kernels import dense
+from metadyn.kernels import products
 from metadyn.optimizers import named_optimizer
 
 Weights = Any
@@ -121,8 +121,8 @@ def mlp(n_x: int, n_y: int, depth: int = 6, width: int = 256) -> Network:
     def apply(weights: list[Layer], x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
         *hidden, last = weights
         for W, b in hidden:
-            x = jax.nn.relu(dense.matvec(W, x) + b)
-        return dense.matvec(last.weight, x) + last.bias
+            x = jax.nn.relu(products.matvec(W, x) + b)
+        return products.matvec(last.weight, x) + last.bias
 
     return Network(init, apply)
 
@@ -136,7 +136,7 @@ class Layer(NamedTuple):
 
 def _product(weights: list[Array], x: Float[Array, " n_x"]) -> Float[Array, " n_y"]:
     # Multiplied out from the output's side: for n_y below the batch fewer operations in all.
-    return dense.matvec(reduce(dense.times, reversed(weights)), x)
+    return products.matvec(reduce(products.times, reversed(weights)), x)
 
 
 def half_squared_error(answer: Array, feedback: Array) -> Array:

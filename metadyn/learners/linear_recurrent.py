@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn.base import Domain, Key
-from metadyn.learners.blocks import BlocksConfig, by_token
+from metadyn.learners.residual_blocks import BlocksConfig, by_token
 
 State = Float[Array, " H"]
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from metadyn import mesh
-from metadyn.cost import account, launches, memory, operations, operations_of, reduced
+from metadyn.program_cost import account, launches, memory, operations, operations_of, reduced
 
 
 def test_products_count_two_for_each_multiplication_and_addition():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metadyn import mesh
-from metadyn.kernels import dense
+from metadyn.kernels import products
 
 RNG = np.random.default_rng(0)
 W, V = RNG.standard_normal((2, 7, 4, 6), np.float32)  # [learner, m, n]
@@ -25,14 +25,14 @@ X = RNG.standard_normal((7, 9, 6), np.float32)  # [learner, query, n]
 )
 def test_apply_is_the_product_however_it_is_mapped(axes, shape):
     outer, inner = axes
-    apply = jax.vmap(dense.matvec, inner)
+    apply = jax.vmap(products.matvec, inner)
     apply = jax.vmap(apply, outer) if any(axis is not None for axis in outer) else apply
     W_shape, x_shape = shape.split("->")[0].split(",")
     sizes = {"l": 7, "q": 9, "m": 4, "n": 6}
     A, x = (RNG.standard_normal([sizes[d] for d in each]) for each in (W_shape, x_shape))
     found = apply(jnp.float32(A), jnp.float32(x))
     np.testing.assert_allclose(found, np.einsum(shape, A, x), rtol=1e-4, atol=1e-5)
-    one = dense.matvec(jnp.array(W[0]), jnp.array(X[0, 0]))
+    one = products.matvec(jnp.array(W[0]), jnp.array(X[0, 0]))
     np.testing.assert_allclose(one, W[0] @ X[0, 0], rtol=1e-5, atol=1e-6)
 
 
@@ -51,7 +51,7 @@ def test_derivatives_are_those_of_plain_products(backend, monkeypatch):
         return jax.vmap(each)(W, V, X)
 
     plain = gradient(lambda W, x: W @ x, lambda A, B: A @ B, lambda A, B: A @ B.T)
-    ours = gradient(dense.matvec, dense.times, dense.similarities)
+    ours = gradient(products.matvec, products.times, products.similarities)
     for found, expected in zip(ours, plain, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -59,12 +59,12 @@ def test_derivatives_are_those_of_plain_products(backend, monkeypatch):
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_products_of_stacks_are_those_of_each(backend, monkeypatch):
     monkeypatch.setattr(mesh, "backend", lambda: backend)
-    product = lambda W, V: jnp.sum(jnp.sin(dense.times(dense.similarities(W, V), W)))
+    product = lambda W, V: jnp.sum(jnp.sin(products.times(products.similarities(W, V), W)))
     each = jax.vmap(jax.value_and_grad(product, (0, 1)))(W, V)
     whole = jax.value_and_grad(product, (0, 1))(W, V)
     np.testing.assert_allclose(each[0].sum(), whole[0], rtol=1e-5)
     A, B = W[..., :4], V[..., :4]  # square: B has the shape of its transpose
-    found = dense.similarities(jnp.array(A), jnp.array(B))
+    found = products.similarities(jnp.array(A), jnp.array(B))
     np.testing.assert_allclose(found, np.einsum("lik,ljk->lij", A, B), 1e-4, 1e-4)
     for one, all_at_once in zip(each[1], whole[1], strict=True):
         np.testing.assert_allclose(one, all_at_once, rtol=1e-4, atol=1e-5)

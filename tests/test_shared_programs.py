@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from metadyn import mesh
-from metadyn.programs import ProgramCache, evaluate, split_constants, varying
+from metadyn.shared_programs import ProgramCache, evaluate, split_constants, varying
 
 X = np.linspace(0.1, 1, 6, dtype=np.float32)
 

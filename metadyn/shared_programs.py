@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 Place = tuple[Any, ...]
 """Where in a program a number stands: steps down into it, and the position there."""
-Numbers = Mapping[Place, Any]
+Constants = Mapping[Place, Any]
 CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -89,20 +89,20 @@ def _form(jaxpr: Jaxpr, at: Place, numbers: dict[Place, np.ndarray]) -> list[Any
     return form
 
 
-def varying(many: Sequence[Numbers]) -> list[Place]:
+def varying(many: Sequence[Constants]) -> list[Place]:
     """The places at which programs of one form have different numbers."""
     first, *others = many
     alike = lambda a, b: np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
     return [p for p in first if not all(alike(first[p], each[p]) for each in others)]
 
 
-def evaluate(program: ClosedJaxpr, numbers: Numbers, arguments: Sequence[Any]) -> list[Any]:
+def evaluate(program: ClosedJaxpr, numbers: Constants, arguments: Sequence[Any]) -> list[Any]:
     """Runs a program with other numbers at some places, which may be traced."""
     consts = [numbers.get(("constant", i), value) for i, value in enumerate(program.consts)]
     return _evaluate(program.jaxpr, (), numbers, [*consts, *arguments])
 
 
-def _evaluate(jaxpr: Jaxpr, at: Place, numbers: Numbers, given: Sequence[Any]) -> list[Any]:
+def _evaluate(jaxpr: Jaxpr, at: Place, numbers: Constants, given: Sequence[Any]) -> list[Any]:
     values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=True))
 
     def read(place: Place, atom: Any) -> Any:
@@ -128,11 +128,11 @@ def _within(place: Place, step: Place) -> bool:
     return place[: len(step)] == step
 
 
-def _again(eqn: JaxprEqn, at: Place, numbers: Numbers, operands: list[Any]) -> list[Any]:
+def _again(eqn: JaxprEqn, at: Place, numbers: Constants, operands: list[Any]) -> list[Any]:
     """Does an operation anew, with other numbers in the programs inside it."""
     inner, params, kind = _inner(eqn), eqn.params, eqn.primitive.name
 
-    def run(step: Place, *given: Any, numbers: Numbers = numbers) -> list[Any]:
+    def run(step: Place, *given: Any, numbers: Constants = numbers) -> list[Any]:
         return _evaluate(inner[step], (*at, *step), numbers, given)
 
     if kind in CALLS:
@@ -187,12 +187,14 @@ class ProgramCache:
     def __init__(self) -> None:
         self._awaited: Counter[str] = Counter()
         self._results: dict[str, list[Any]] = {}
-        self._first: dict[str, Numbers] = {}
+        self._first: dict[str, Constants] = {}
         self._varying: dict[str, set[Place]] = {}
         self._compiled: dict[tuple[str, int], tuple[list[Place], Callable[..., Any]]] = {}
         self._split = functools.cache(split_constants)
 
-    def expect(self, traced: Any, arguments: tuple[Any, ...] | None = None) -> tuple[str, Numbers]:
+    def expect(
+        self, traced: Any, arguments: tuple[Any, ...] | None = None
+    ) -> tuple[str, Constants]:
         """Announces a traced program (`jax.stages.Traced`), with its arguments if they are known.
 
         Returns its form and numbers.
@@ -215,7 +217,7 @@ class ProgramCache:
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), found)
 
     def _run(
-        self, form: str, numbers: Numbers, traced: Any, arguments: tuple[Any, ...]
+        self, form: str, numbers: Constants, traced: Any, arguments: tuple[Any, ...]
     ) -> list[Any]:
         key = form, len(self._varying[form])
         if key not in self._compiled:
@@ -229,7 +231,7 @@ class ProgramCache:
         return compiled([numbers[place] for place in places], jax.tree.leaves(arguments))
 
 
-def _call(form: str, numbers: Numbers, arguments: tuple[Any, ...]) -> str:
+def _call(form: str, numbers: Constants, arguments: tuple[Any, ...]) -> str:
     """A program, its numbers and its arguments, as a hash."""
     hashed = hashlib.sha256(form.encode())
     for leaf in (*numbers.values(), *jax.tree.leaves(arguments)):
