@@ -146,7 +146,7 @@ class RunFolder:
         self._writing: Future[None] | None = None
         self._sound: set[Path] = set()
         self.seconds: Callable[[], float] = self._taken
-        self.config = read_json(self.path / "config.json", f"{path} holds no run of metadyn")
+        self.config = read_json(self.path / "config.json", f"{self.path} holds no run of metadyn")
         if missing := {"study", "preset", "seed", "config"} - set(self.config):
             raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
         if self.config.get("format") != FORMAT:

@@ -679,8 +679,11 @@ class Study:
         """
 
         def with_more(comparison: Comparison) -> Comparison:
-            for contender in more:
-                comparison = comparison.joined(contender(comparison))
+            for make in more:
+                made = make(comparison)
+                fix = "what is beside a study must be a metadyn.Contender"
+                check(isinstance(made, Contender), "contender", type(made).__name__, fix)
+                comparison = comparison.joined(made)
             return comparison
 
         return self._changed(name, with_more)

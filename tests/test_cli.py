@@ -276,6 +276,7 @@ TYPO = "import metadyn\nstudy = metadyn.load_study('linear_regresion')\n"
         (["run", STUDY, "--out", "FOREIGN"], "holds no run"),
         (["figures", "nowhere"], "holds no run"),
         (["report", "FOREIGN"], "holds no run"),
+        (["report", ""], "metadyn: /"),
         (["report", "--loud", "x"], "--loud"),
         (["devices", "extra"], "extra"),
     ],
@@ -476,6 +477,12 @@ def test_a_study_imports_what_stands_beside_it(tmp_path, monkeypatch):
     mine = "import metadyn, beside_mine\nstudy = metadyn.load_study(beside_mine.STUDY)"
     (tmp_path / "mine.py").write_text(mine)
     assert load_study(str(tmp_path / "mine.py")).name == load_study(TINY).name
+
+
+def test_what_is_put_beside_a_study_must_be_a_contender():
+    study = load_study(TINY).beside("mine", lambda comparison: None)
+    with pytest.raises(metadyn.ConfigError, match=r"NoneType.*must be a metadyn\.Contender"):
+        study.plan(study.presets["quick"])
 
 
 def test_metadyn_alone_says_what_to_type(capsys):
