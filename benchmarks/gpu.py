@@ -84,7 +84,7 @@ DRY = Sizes(
     entries=8,
     repeats=2,
     seconds=1e-3,
-    suite=("test_cost",),
+    suite=("test_program_cost",),
     workers=1,
     study=("benchmarks/tiny_study.py", "--outer.steps", "20"),
 )

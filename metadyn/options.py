@@ -62,8 +62,13 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
         known = dict(options_of(default))
         near = [*known, *beside]
-        words = (word.partition("=")[0].replace("_", "-") for word in overrides)
-        unknown = (word for word in words if word[:1] in {*"-–—"} and word not in known)
+        words = [word.partition("=")[0].replace("_", "-") for word in overrides]
+        groups = {name.rpartition(".")[0] for name in known}  # such as --lstm hidden, for a dot
+        unknown = (
+            f"{word}.{after}" if word in groups else word
+            for word, after in pairwise([*words, ""])
+            if word[:1] in {*"-–—"} and word not in known
+        )
         hinted = next((hint for word in unknown if (hint := meant(word, near))), "")
         said = " ".join(text.split()) + hinted
         for form, clearer in _CLEARER.items():

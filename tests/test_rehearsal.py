@@ -18,7 +18,7 @@ from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.measuring import bytes_needed, check_step
 from metadyn.progress import Progress
-from metadyn.store import RunFolder, differences
+from metadyn.store import RunFolder, differing
 from metadyn.study import beyond_bayes, excess
 
 
@@ -499,8 +499,8 @@ def test_a_setting_that_cannot_be_stored_is_refused_and_one_that_is_no_number_is
     tmp_path, monkeypatch
 ):
     study = lambda value: dataclasses.replace(STUDY, presets={"quick": Own(own=value)})
-    assert [*differences({"a": float("nan")}, {"a": float("nan")})] == []
-    assert [*differences({"a": float("nan")}, {"a": 1.0})] != []
+    assert [*differing({"a": float("nan")}, {"a": float("nan")})] == []
+    assert [*differing({"a": float("nan")}, {"a": 1.0})] != []
     said = refused(study(np.zeros(2)), tmp_path / "r", monkeypatch)
     assert said.startswith("--own = array([0., 0.]) cannot be stored: use numbers")
 
