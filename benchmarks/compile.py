@@ -187,9 +187,9 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
                 name = f"{study}: {program.name}"
                 names.add(name)
                 found = rows.setdefault(name, {})
-                if wanted(name):
-                    found[target] = compiled(program, there, before)
-                    print(f"{target}, {name}: {found[target]}", flush=True)
+                if wanted(name) and (made := compiled(program, there, before)) != found.get(target):
+                    found[target] = made
+                    print(f"{target}, {name}: {made}", flush=True)
                     store(rows)
     store({name: found for name, found in rows.items() if name in names})  # the others are gone
 

@@ -63,7 +63,7 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
         known = dict(options_of(default))
         near = [*known, *beside]
         words = [word.partition("=")[0].replace("_", "-") for word in overrides]
-        groups = {name.rpartition(".")[0] for name in known}  # such as --lstm hidden, for a dot
+        groups = {name.rpartition(".")[0] for name in known}  # --lstm hidden lacks a dot
         unknown = (
             f"{word}.{after}" if word in groups else word
             for word, after in pairwise([*words, ""])

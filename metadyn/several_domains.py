@@ -28,8 +28,6 @@ EVEN = SMALL | {"linear": LinearRegression(n_x=3, n_y=3, spread="even")}
 """The same with singular values at even steps, of which the least is large enough to be placed."""
 SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
 """The sign of the figure of merit of a learner that learns one mode after another."""
-WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
-"""How far an LSTM may stagger beyond Bayes: the bounds of the domains' own studies."""
 NETWORKS = get_args(Network)
 DESCENTS = ("maml", "learned_optimizer")
 """Those that train a network on squared errors within the episode: not for the bandit."""
