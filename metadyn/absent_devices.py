@@ -58,8 +58,13 @@ KINDS = {
         },
     ),
 }
-OPTIONS = {"cuda": {"xla_gpu_autotune_level": "0"}, "tpu": {}}
-"""Of the compilers: products are not timed to choose among, as there is nothing to time them on."""
+_UNTIMED = {"xla_gpu_autotune_level": "0"}
+OPTIONS: dict[str, list[dict[str, str]]] = {
+    "cuda": [_UNTIMED, _UNTIMED | {"xla_gpu_enable_triton_gemm": "False"}],
+    "tpu": [{}],
+}
+"""What compilers are told, in the order in which it is tried. Kernels of products cannot be timed
+to choose among them; where Triton's kernel then turns out impossible, cuBLAS takes its place."""
 
 
 def find(name: str) -> TargetDevices:

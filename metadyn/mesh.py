@@ -208,8 +208,8 @@ class TargetDevices(NamedTuple):
     devices: Sequence[Any]
     memory: int
     """Bytes that each of them has."""
-    options: Mapping[str, str]
-    """What their compiler is told."""
+    options: Sequence[Mapping[str, str]]
+    """What their compiler is told; each is tried where it fails by those before."""
 
 
 _elsewhere: list[TargetDevices] = []

@@ -93,13 +93,17 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs
     Raises `ConfigError`, naming the option to lower, if its compiler finds that it cannot fit.
     """
     start, traced = time.monotonic(), program.trace()
-    try:
-        made = traced.lower().compile(dict(there.options) if there else None)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        said = "does not fit into the memory, says its compiler"
-        raise refused(program, said) from error
+    lowered, ways = traced.lower(), there.options if there else [{}]
+    for options in ways:
+        try:
+            made = lowered.compile(dict(options))
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                said = "does not fit into the memory, says its compiler"
+                raise refused(program, said) from error
+            if options is ways[-1]:
+                raise
     account, taken = program_cost.account(made), time.monotonic() - start
     operations = program_cost.operations_of(traced.jaxpr.jaxpr, program.turns)
     return Needs(program, operations, account, taken)

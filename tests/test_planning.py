@@ -181,15 +181,24 @@ def test_a_compiler_that_runs_out_of_memory_is_told_apart(plan):
         "INTERNAL: something else": jax.errors.JaxRuntimeError,
     }.items():
 
-        def trace(said=said):
-            class Lowered:
-                def lower(self):
-                    raise jax.errors.JaxRuntimeError(said)
+        class Traced:
+            def lower(self):
+                return self
 
-            return Lowered()
+            def compile(self, options, said=said):
+                raise jax.errors.JaxRuntimeError(said)
 
         with pytest.raises(raised):
-            planning.compiled(planning.programs(*plan)[0]._replace(trace=trace))
+            planning.compiled(planning.programs(*plan)[0]._replace(trace=Traced))
+
+
+def test_a_compiler_is_told_the_next_where_it_fails_by_what_it_was_told(plan):
+    program = planning.programs(*plan)[-1]
+    unknown = {"xla_no_such_option": "1"}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        planning.compiled(program, mesh.TargetDevices(jax.devices(), 1 << 30, [unknown]))
+    made = planning.compiled(program, mesh.TargetDevices(jax.devices(), 1 << 30, [unknown, {}]))
+    assert made.account == planning.compiled(program).account
 
 
 def test_sizes_are_said_in_units():
@@ -252,7 +261,7 @@ def test_devices_elsewhere_stand_in_and_leave():
         device_kind = "TPU v5 lite"
 
     here = mesh.devices(), mesh.backend(), mesh.memory(True)
-    with mesh.compiling_for(mesh.TargetDevices([Device()] * 4, 10, {})):
+    with mesh.compiling_for(mesh.TargetDevices([Device()] * 4, 10, [])):
         assert (len(mesh.devices()), mesh.backend()) == (4, "tpu")
         assert (mesh.memory(split=False), mesh.memory(split=True)) == (10, 40)
         assert mesh.processor() == "4 × TPU v5 lite"
