@@ -81,12 +81,18 @@ def _form(jaxpr: Jaxpr, at: Place, numbers: dict[Place, np.ndarray]) -> list[Any
     for i, eqn in enumerate(jaxpr.eqns):
         inner, kind = _inner(eqn), eqn.primitive.name
         params = {} if kind in CALLS else eqn.params
-        said = {k: str(v) for k, v in params.items() if k not in OPENED.get(kind, ())}
+        said = {k: _said(v) for k, v in params.items() if k not in OPENED.get(kind, ())}
         read = [name((*at, i, k), atom) for k, atom in enumerate(eqn.invars)]
         opened = [_form(each, (*at, i, *step), numbers) for step, each in inner.items()]
         form.append([kind, read, said, opened, [name((), var) for var in eqn.outvars]])
     form.append([name((*at, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)])
     return form
+
+
+def _said(parameter: Any) -> str:
+    """Of an operation, the same in every process: Python orders sets as it likes."""
+    ordered = sorted(parameter) if isinstance(parameter, (set, frozenset)) else parameter
+    return str(ordered)
 
 
 def varying(many: Sequence[Constants]) -> list[Place]:

@@ -1,5 +1,9 @@
 """Programs that differ in numbers alone: which do, and what they compute of other numbers."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +105,30 @@ def test_what_does_something_else_is_of_another_form():
     ]
     forms = [split_constants(jax.make_jaxpr(each)(X))[0] for each in several]
     assert len({*forms}) == len(forms)
+
+
+def test_a_form_is_the_same_in_every_process():
+    """Although sets of names, such as those of a mesh's axes, are in an order of their own there."""
+    code = """
+import jax
+from metadyn.shared_programs import split_constants
+mesh = jax.make_mesh((1, 1, 1), ("seeds", "spare", "episodes"))
+P = jax.sharding.PartitionSpec
+mapped = jax.shard_map(lambda x: 2 * x, mesh=mesh, in_specs=P(), out_specs=P())
+program = jax.make_jaxpr(mapped)(1.0)
+axes = next(e.params["newly_manual_axes"] for e in program.eqns if "mesh" in e.params)
+print([*axes], split_constants(program)[0], sep=":")
+"""
+    run = lambda seed: subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONHASHSEED": seed},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.split(":")
+    (axes, form), (other_axes, same_form) = map(run, ("1", "2"))
+    assert axes != other_axes
+    assert form == same_form
 
 
 def test_other_random_keys_are_of_another_form():
