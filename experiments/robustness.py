@@ -49,6 +49,8 @@ class Config(DomainsConfig):
     """What the regressions' meta-learners are trained to predict."""
     outer_rates: tuple[float, float, float, float] = (3.0, 1.0, 1e-2, 3e-2)
     """Learning rates of the outer loop, by SGD, momentum, RMSprop and Adam."""
+    linear_updates: tuple[int, int, int, int] = (1, 1, 1, 1)
+    """Updates in one outer step of linear regression, by the same: SGD needs more of them."""
     widths: tuple[int, ...] = (32, 128)
     """Other numbers of hidden units."""
 
@@ -57,12 +59,13 @@ def sweeps(config: Config, name: str) -> dict[str, tuple[str, str]]:
     """What is varied in a domain: label of each, and options of `metadyn sweep STUDY --zip`."""
     words = lambda values: " ".join(map(str, values))
     outer = f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate {words(config.outer_rates)}"
-    noise, noisy = NOISE[name]
+    if name == "linear":
+        outer += f" --outer.updates-per-step {words(config.linear_updates)}"
     found = {
         "inner": ("inner optimiser {}", INNER[name]),
         "outer": ("outer optimiser {}", outer),
         "hidden": ("{} hidden units", f"--{config.meta}.hidden {words(config.widths)}"),
-        "noise": (noise, noisy.format(2 * config.bandit.steps)),
+        "noise": (NOISE[name][0], NOISE[name][1].format(2 * config.bandit.steps)),
     }
     return {kind: each for kind, each in found.items() if kind != "hidden" or config.widths}
 
@@ -78,12 +81,13 @@ def plan(config: Config) -> md.Plan:
                 whole = STUDIES[name].plan(changed).comparisons[0]
                 wanted = ORDINARY[name] if kind == "inner" else config.meta
                 (found,) = (each for each in whole.contenders if each.name == wanted)
-                fields: dict[str, Any] = {"curve": None, "label": label.format(value)}
+                fields: dict[str, Any] = {"name": f"{kind}_{value}", "curve": None}
+                n = changed.outer.updates_per_step
+                fields["label"] = label.format(value) + f", {n} updates a step" * (n > 1)
                 if kind == "outer":
                     fields |= {"own": changed.outer, "options": {"learning_rate": "outer_rates"}}
                 ending = {"inner": "inner", "noise": f"{name}_noise_{value}"}.get(kind, name)
-                _, several = made.setdefault(ending, (whole, []))
-                several.append(dataclasses.replace(found, name=f"{kind}_{value}", **fields))
+                made.setdefault(ending, (whole, []))[1].append(dataclasses.replace(found, **fields))
         base, inner = made.pop("inner")
         inner += [base.bayes] if name == "bandit" else []
         many = "tasks" if name == "bandit" else "updating_tasks"  # an update costs a microsecond
@@ -173,6 +177,7 @@ WORKSTATION = Config(
     of="workstation",
     linear=LinearRegression(spread="even"),
     target="bayes",
+    linear_updates=(2, 1, 1, 1),
     outer=md.OuterConfig(steps=5000, learning_rate=3e-2, schedule="linear", checkpoints=4),
     measure=md.MeasureConfig(4096, updating_tasks=256, tracked_tasks=1024, heldout_tasks=1024),
 )
@@ -191,10 +196,7 @@ ROWS = {
     for value in next(iter(sweep.parsed(words.split()).values()))
 }
 COLUMNS = {"staggering": "staggering", "censored_modes": "unlearned modes", "excess": "excess loss"}
-TITLE = (
-    "Staggering by optimiser, width and noise: slope of log learning time on log scale, in the "
-    "bandit (t_K − t_1) / t_K; the LSTM's minus Bayes', in the bandit the ordinary learner's too"
-)
+TITLE = "Staggering by optimiser, width and noise; of the LSTM, and in the bandit, minus Bayes'"
 SAYS = {"inner_optimizers": "Ordinary learners stagger whatever their optimiser"}
 AS_BAYES = "Where it learns every mode, the LSTM staggers as Bayes does, to within {:g}"
 for varied, what in VARIED.items():

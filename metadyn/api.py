@@ -68,7 +68,7 @@ def train(
         for state, metrics in loop.run(loop.init(), steps):
             step, now = int(state.step), metrics["meta"]
             losses[step] = np.asarray(now.get("loss", np.full(seeds, np.nan)))
-            show(step, {"training": now}, config.batch * seeds)
+            show(step, {"training": now}, loop.episodes)
     return Trained(meta, state.params["meta"], losses)
 
 

@@ -40,7 +40,11 @@ class OuterConfig:
     steps: int = 16_000
     """Outer steps."""
     batch: int = 32
-    """Episodes in one outer step of each seed of each meta-learner, over all devices."""
+    """Episodes in one update of each seed of each meta-learner, over all devices."""
+    updates_per_step: int = 1
+    """Updates in one outer step, each on a batch of its own. With more than 1 of its own, one
+    meta-learner is trained for longer than those beside it. Warm-up, schedule and objectives that
+    change count updates."""
     seeds: int = 4
     """Meta-learners trained side by side, each from its own initial weights on its own episodes."""
     optimizer: str = "adam"
@@ -66,8 +70,11 @@ class OuterConfig:
     GPUs take tensorfloat32 for bfloat16 too, TPUs three bfloat16 products for tensorfloat32."""
 
     def __post_init__(self) -> None:
-        positive = "steps batch seeds learning_rate clip checkpoints dispatch"
+        positive = "steps batch updates_per_step seeds learning_rate clip checkpoints dispatch"
         check_positive(self, *positive.split())
+        fix = f"must be below {2**31} / steps = {2**31 // self.steps}"
+        right = self.steps * self.updates_per_step < 2**31
+        check(right, "updates_per_step", self.updates_per_step, fix)
         right = 0 <= self.warmup < self.steps
         check(right, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
         check_choice("schedule", self.schedule, Schedule)
@@ -108,9 +115,13 @@ class TrainState(NamedTuple):
     """By the name of the meta-learner."""
     moments: dict[str, Any]
 
-    def only(self, name: str) -> TrainState:
-        """Returns the state of one meta-learner alone, with a step of its own to be consumed."""
-        step = self.step if isinstance(self.step, jax.ShapeDtypeStruct) else self.step.copy()
+    def only(self, name: str, updates_per_step: int = 1) -> TrainState:
+        """Returns the state of one meta-learner alone, whose step counts its updates.
+
+        The step is a new array: the state is to be consumed.
+        """
+        abstract = isinstance(self.step, jax.ShapeDtypeStruct)
+        step = self.step if abstract else updates_per_step * self.step
         return TrainState(step, {name: self.params[name]}, {name: self.moments[name]})
 
 
@@ -126,7 +137,7 @@ class MetaTraining(NamedTuple):
     """The options that set fields of `own`, by field, for messages."""
 
     def batch(self, outer: OuterConfig) -> int:
-        """Episodes in one of its outer steps."""
+        """Episodes in one of its updates."""
         return (self.own or outer).batch
 
     def check(self, holds: Any, field: str, outer: OuterConfig, fix: str) -> None:
@@ -180,7 +191,7 @@ class OuterLoop:
         self.config, self.trained = config, trained
         config.check_batch(trained.values())
         optimizers = {
-            name: (each.own or config).transformation(config.steps)
+            name: (each.own or config).transformation(config.steps * self.updates_per_step(name))
             for name, each in trained.items()
         }
         key_init, key_episodes = jax.random.split(prng.fast(key))
@@ -252,7 +263,7 @@ class OuterLoop:
         )
         """The shapes, types and placement of a state."""
         self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())
-        """`advance(state, count)`: `count` outer steps on; (state, mean metrics of each seed by
+        """`advance(state, count)`: `count` updates on; (state, mean metrics of each seed by
         meta-learner). The state passed in is consumed. Compiled once for all counts, and for each
         set of meta-learners that a state is of."""
         self.compiled = functools.cache(
@@ -279,14 +290,15 @@ class OuterLoop:
             params, moments = state.params, state.moments
             metrics: dict[str, Metrics] = {}
             for name in self.trained:  # each by itself, so that its time is known
-                advance, alone = self.compiled(name), state.only(name)
+                advance, times = self.compiled(name), self.updates_per_step(name)
+                alone, updates = state.only(name, times), jnp.int32(times * count)
                 start = time.perf_counter()
-                now, found = jax.block_until_ready(advance(alone, jnp.int32(count)))
+                now, found = jax.block_until_ready(advance(alone, updates))
                 self.seconds[name] += time.perf_counter() - start
                 params, moments = params | now.params, moments | now.moments
                 metrics |= found
             self.pace = (sum(self.seconds.values()) - begun) / count
-            step, state = step + count, TrainState(now.step, params, moments)
+            step, state = step + count, TrainState(state.step + count, params, moments)
             self.check_finite(step, metrics)
             yield state, metrics
 
@@ -296,8 +308,18 @@ class OuterLoop:
         return mesh.broadcast(min(self.config.dispatch, left, most))
 
     def batch(self, name: str) -> int:
-        """Episodes in one outer step of a meta-learner."""
+        """Episodes in one update of each seed of a meta-learner."""
         return self.trained[name].batch(self.config)
+
+    def updates_per_step(self, name: str) -> int:
+        """Updates of a meta-learner in one outer step."""
+        return (self.trained[name].own or self.config).updates_per_step
+
+    @property
+    def episodes(self) -> int:
+        """Episodes in one outer step, of all seeds and meta-learners."""
+        each = (self.batch(name) * self.updates_per_step(name) for name in self.trained)
+        return self.config.seeds * sum(each)
 
     def check_finite(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises `ConfigError`, which names the learning rate, when a metric is not finite."""

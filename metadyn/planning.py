@@ -55,7 +55,8 @@ def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
     for name, each in plan.trained.items():
         trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
         option = each.option("batch")
-        yield Program(f"outer step of {name}", trace, plan.outer.steps, option=option)
+        times = plan.outer.steps * loop.updates_per_step(name)
+        yield Program(f"outer step of {name}", trace, times, option=option)
 
 
 def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:

@@ -261,7 +261,7 @@ def train(
             each.measure_bayes()
     missing = [step for step in outer.checkpoint_steps if step not in stored()]
     reached = max(step for step in stored() if step < min(missing, default=outer.steps + 1))
-    episodes = outer.seeds * sum(r.loop.batch(name) for r in runners for name in r.plan.trained)
+    episodes = sum(each.loop.episodes for each in runners)
     with (
         progress.training(outer.steps, reached) as advance,
         scalars(runners[0].tensorboard, max(stored())) as log,

@@ -61,7 +61,7 @@ TRACKED, HELDOUT = "tracked", "heldout"
 """The sets of tasks on which meta-learners are measured at every checkpoint: the first of those of
 evaluation, for mode trajectories; and some of the training distribution, for excess loss."""
 Clock = Literal["observations", "updates"]
-OWN = ("learning_rate", "batch")
+OWN = ("learning_rate", "batch", "updates_per_step")
 """Settings of the outer loop that a meta-learner's configuration may have as `outer_…`."""
 Network = Literal[
     "lstm",

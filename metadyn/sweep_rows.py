@@ -47,7 +47,8 @@ def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
     """Which outer loops, by their numbers, can be rows of one program."""
     forms: dict[Hashable, list[int]] = {}
     for i, loop in loops.items():
-        config, rows = loop.config, tuple((n, row_of(loop, n).form) for n in loop.trained)
+        config, names = loop.config, loop.trained
+        rows = tuple((n, loop.updates_per_step(n), row_of(loop, n).form) for n in names)
         form = rows, config.seeds, config.checkpoint_steps, config.dispatch
         forms.setdefault(form, []).append(i)
     return list(forms.values())
@@ -62,7 +63,7 @@ class Rows:
         self._compiled = functools.cache(lambda name: self.trace(name).lower().compile())
 
     def _program(self, name: str) -> Any:
-        """Outer steps of all rows: (step, count, params, moments) to params, moments, metrics."""
+        """Updates of all rows: (step, count, params, moments) to params, moments, metrics."""
         first, seeds = self.loops[0], self.loops[0].config.seeds
         rows = [row_of(loop, name) for loop in self.loops]
         places = shared_programs.varying([row.numbers for row in rows])
@@ -127,7 +128,8 @@ class Rows:
             count, taken = first.dispatched(target - step), 0.0
             metrics: dict[str, Any] = {}
             for name in self._advance:
-                advance, now = self._compiled(name), (np.int32(step), np.int32(count))
+                advance, times = self._compiled(name), first.updates_per_step(name)
+                now = np.int32(times * step), np.int32(times * count)
                 start = time.perf_counter()
                 found = jax.block_until_ready(advance(now, params[name], moments[name]))
                 seconds = time.perf_counter() - start

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 import metadyn as md
+from metadyn.domains.linear import LinearRegression
+from metadyn.learners.lstm import LSTMConfig
 from metadyn.runner import rehearse
+from metadyn.study import to_train
 
 STUDY = md.load_study("learners")
 QUICK = STUDY.presets["quick"]
@@ -39,6 +42,14 @@ def test_settings_of_a_learners_own_take_the_place_of_the_outer_loops(plan):
     assert own["deltanet_linear"].learning_rate == QUICK.deltanet.outer_learning_rate
     assert own["maml_linear"].batch == QUICK.maml.outer_batch == 8
     assert own["lstm_linear"].batch == own["deltanet_linear"].batch == QUICK.outer.batch
+
+    @dataclasses.dataclass(frozen=True)
+    class Slow(LSTMConfig):
+        outer_updates_per_step: int = 3
+
+    slow = to_train("slow", Slow(), QUICK.outer, LinearRegression())
+    assert slow.own == dataclasses.replace(QUICK.outer, updates_per_step=3)
+    assert slow.options == {"updates_per_step": "slow.outer_updates_per_step"}
 
 
 def test_the_study_is_rehearsed_without_complaint():

@@ -20,7 +20,7 @@ from metadyn.learners.attention import TransformerConfig
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Objective, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop, _gradient
-from metadyn.sweep_rows import Rows
+from metadyn.sweep_rows import Rows, by_program
 
 DOMAIN = LinearRegression(2, 2, steps=5)
 META = LSTMConfig(hidden=8).make(DOMAIN)
@@ -117,6 +117,38 @@ def test_meta_learners_side_by_side_equal_each_alone(shared):
         together.params["lstm"],
         alone.params["lstm"],
     )
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_several_updates_in_each_outer_step_are_as_many_outer_steps(rows):
+    """To the bit, under a schedule over all of them, and beside another of one update a step."""
+    plain = MetaTraining(META, OBJECTIVE)
+    twice = plain._replace(own=dataclasses.replace(CONFIG, updates_per_step=2))
+    both = OuterLoop({"lstm": plain, "twice": twice}, CONFIG, jax.random.key(0))
+    assert both.episodes == 2 * (8 + 2 * 8)
+
+    def run(loop, target):
+        advance, start = Rows([loop]).run if rows else loop.run, loop.init()
+        *_, (state, metrics) = advance([start] if rows else start, target)
+        return (state[0], metrics[0]) if rows else (state, metrics)
+
+    (found, metrics), (same, _) = run(both, 10), run(loop_of(), 10)
+    longer, losses = run(loop_of(dataclasses.replace(CONFIG, steps=80, dispatch=14)), 20)
+    assert int(found.step) == 10
+    equal = partial(jax.tree.map, np.testing.assert_array_equal)
+    equal(
+        (found.params["lstm"], found.moments["lstm"]), (same.params["lstm"], same.moments["lstm"])
+    )
+    equal(
+        (found.params["twice"], found.moments["twice"], metrics["twice"]),
+        (longer.params["lstm"], longer.moments["lstm"], losses["lstm"]),
+    )
+
+
+def test_settings_of_unlike_numbers_of_updates_are_no_rows_of_one_program():
+    counts = [1, 2, 2]
+    loops = [loop_of(dataclasses.replace(CONFIG, updates_per_step=n)) for n in counts]
+    assert by_program(dict(enumerate(loops))) == [[0], [1, 2]]
 
 
 def test_nothing_is_compiled_or_transferred_after_the_first_dispatch():

@@ -49,7 +49,8 @@ def of_two(words):
 def finished(tmp_path_factory):
     out, study = tmp_path_factory.mktemp("runs") / "robustness", load_study(STUDY)
     config, module = configured(study.presets["quick"], SMALL), sys.modules[study.plan.__module__]
-    config = dataclasses.replace(config, outer_rates=config.outer_rates[::3])
+    of_each = ("outer_rates", "linear_updates")
+    config = dataclasses.replace(config, **{name: getattr(config, name)[::3] for name in of_each})
     inner = {name: of_two(words) for name, words in module.INNER.items()}
     two = patch.multiple(module, INNER=inner, OPTIMIZERS=" ".join(OPTIMIZERS))
     with two, among(*DOMAINS):

@@ -108,7 +108,7 @@ def test_what_does_something_else_is_of_another_form():
 
 
 def test_a_form_is_the_same_in_every_process():
-    """Although sets of names, such as those of a mesh's axes, are in an order of their own there."""
+    """Although sets of names, such as of a mesh's axes, are in another order there."""
     code = """
 import jax
 from metadyn.shared_programs import split_constants
