@@ -5,10 +5,11 @@
 Needs the extra `aot`, some 5 GB of XLA's compilers: `pip install -e '.[aot]' -c constraints.txt`.
 Prints each program as it is compiled, and stores it in compiled.json and the table compiled.md
 beside this file. A program is compiled if it, or one that differs from it in numbers alone, is not
-there already as it is now: what the code has changed since is compiled anew. REGEX is searched for
-in "STUDY: PROGRAM", such as "linear_regression: outer step". With `--lower` programs are lowered
-alone, which needs no compiler and stores nothing, and so is every backend of the LSTM kernel
-("kernel: BACKEND"): CI does it.
+there already as it is now: what the code or JAX has changed since is compiled anew. REGEX is
+searched for in "STUDY: PROGRAM", such as "linear_regression: outer step". With `--lower` programs
+are lowered alone, which needs no compiler and stores nothing, and so is every backend of the LSTM
+kernel ("kernel: BACKEND"): CI does it. It ends with exit code 1 if a study's program has a product
+that is not of full float32, or what GPUs and TPUs lack: float64, or LAPACK's calls.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 from unittest.mock import patch
 
 TARGETS = {"cuda": ("h100:1", "h100:8"), "tpu": ("v5e:1", "v5e:4")}
@@ -35,8 +36,9 @@ HEAD = """# Programs compiled for devices that were not there
 Written by `python -m benchmarks.compile`, whose docstring says how; on such devices nothing was
 timed. A cell has the memory that a program takes of each device; the operations on arrays in one
 turn of each of its innermost loops, such as a step of an episode forwards + backwards; the bytes
-that are all-reduced; and seconds of compiling on a share of one CPU core. FLOPs are those of one
-call on the first of the devices that has a cell. A dash: not compiled yet."""
+that are all-reduced, in such a turn or after it; the bytes that each device has after all other
+exchanges, which come once in a call; and seconds of compiling on a share of one CPU core. FLOPs are
+those of one call on the first of the devices that has a cell. A dash: not compiled yet."""
 
 
 def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
@@ -76,6 +78,30 @@ def lowered(program: Any, platform: str) -> str:
     return program.trace().lower(lowering_platforms=(platform,)).as_text()
 
 
+EXACT = {("HIGHEST", "HIGHEST")}
+
+
+def roundings(text: str) -> set[tuple[str, str] | None]:
+    """The precisions that the products of a lowered program ask for; None, if one asks for none.
+
+    Three products in TensorFloat32 in the place of one are as exact as float32: test_fused.py sees
+    it on a GPU.
+    """
+    products = [line for line in text.splitlines() if "stablehlo.dot" in line]
+    threefold = r"algorithm = <lhs_precision_type = tf32.*num_primitive_operations = 3,"
+    single = [line for line in products if not re.search(threefold, line)]
+    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in single]
+    asked = {each and (each[1], each[2]) for each in found}
+    return asked | (EXACT if single != products else set())
+
+
+def wrong(text: str) -> list[str]:
+    """What a lowered program has that one of float32 on GPUs and TPUs must not have."""
+    rounded = [f"products of precision {each}" for each in roundings(text) - EXACT]
+    lacking = {"float64": r"[<x]f64>", "LAPACK": "@lapack"}
+    return rounded + [name for name, form in lacking.items() if re.search(form, text)]
+
+
 def as_hopper() -> None:
     """Says that Triton kernels are for Hopper if no GPU is here, as JAX 0.10 takes for granted."""
     import jax
@@ -105,6 +131,8 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
     What was compiled `before`, by its form, is not compiled again: programs of one form differ in
     numbers alone.
     """
+    import jax
+
     from metadyn import planning
     from metadyn.shared_programs import split_constants
 
@@ -113,8 +141,11 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
         form = f"{form[:16]} {program.turns}"
         if form not in before:
             row = planning.compiled(program, there)
-            more = {"operations": row.operations, "seconds": round(row.seconds, 1)}
-            before[form] = row.account._asdict() | more
+            before[form] = row.account._asdict() | {
+                "operations": row.operations,
+                "seconds": round(row.seconds, 1),
+                "jax": jax.__version__,
+            }
     except Exception as error:  # costs this program alone
         return {"fails": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return before[form] | {"calls": program.times, "form": form}
@@ -153,14 +184,17 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     if "fails" in row:
         return row["fails"].replace("|", "/")
     steps = " + ".join(map(str, row["launches"])) or "no loop"
-    reduced = f"; {size(sum(row['reduced']))} reduced" if row["reduced"] else ""
-    return f"{size(row['memory'])}; {steps}{reduced}; {row['seconds']:.0f} s"
+    moved = (
+        f"; {size(sum(row[each]))} {each}" for each in ("reduced", "gathered") if row.get(each)
+    )
+    return f"{size(row['memory'])}; {steps}{''.join(moved)}; {row['seconds']:.0f} s"
 
 
-def lower_all(platform: str, wanted: Callable[[str], Any]) -> None:
-    """Lowers programs for a platform, and prints how long each took."""
+def lower_all(platform: str, wanted: Callable[[str], Any]) -> int:
+    """Lowers programs for a platform, says how long each took, and returns how many are `wrong`."""
     from metadyn.study import known
 
+    bad = 0
     made = {"kernel": partial(kernels, platform)}
     made |= {study: partial(programs, study) for study in known()}
     with said_to_be_here(platform):
@@ -168,19 +202,27 @@ def lower_all(platform: str, wanted: Callable[[str], Any]) -> None:
             for program in each():
                 name, start = f"{of}: {program.name}", time.monotonic()
                 if wanted(name):
-                    lowered(program, platform)
-                    print(f"{platform}, {name}: {time.monotonic() - start:.1f} s", flush=True)
+                    text = lowered(program, platform)
+                    found = wrong(text) if of != "kernel" else []  # a kernel alone asks for nothing
+                    bad += bool(found)
+                    said = [f"{time.monotonic() - start:.1f} s", *found]
+                    print(f"{platform}, {name}: {', '.join(said)}", flush=True)
+    return bad
 
 
 def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     """Compiles programs for devices elsewhere, and stores each as it is done."""
-    from metadyn import absent_devices, mesh
+    import jax
+
+    from metadyn import absent_devices, mesh, program_cost
     from metadyn.study import known
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     there, names = absent_devices.find(target), set()
     stored = [found[target] for found in rows.values() if target in found]
-    before = {each["form"]: each for each in stored if "form" in each}
+    whole = {*program_cost.Account._fields, "form", "jax"}
+    now = [each for each in stored if each.keys() >= whole and each["jax"] == jax.__version__]
+    before = {each["form"]: each for each in now}
     with mesh.compiling_for(there):
         for study in known():
             for program in programs(study):
@@ -200,27 +242,38 @@ def store(rows: Mapping[str, Mapping[str, Any]]) -> None:
     FILE.with_suffix(".md").write_text("\n".join(table(rows)) + "\n")
 
 
-def main() -> None:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"compile: {message}\n")
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
+def main(given: Sequence[str] | None = None) -> None:
     """The command line."""
     from metadyn import absent_devices
     from metadyn.errors import ConfigError
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = _Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--platform", choices=[*TARGETS], help="default: both")
-    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--only", type=_pattern, default=re.compile(""), metavar="REGEX")
     parser.add_argument("--lower", action="store_true", help="lower alone, store nothing")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     absent_devices.alone()
-    wanted = partial(re.search, arguments.only)
-    for platform in [arguments.platform] if arguments.platform else [*TARGETS]:
-        if arguments.lower:
-            lower_all(platform, wanted)
-            continue
-        try:
-            for target in TARGETS[platform]:
-                compile_all(target, wanted)
-        except ConfigError as error:
-            sys.exit(f"compile: {error}".replace("--plan ", ""))
+    wanted = arguments.only.search
+    platforms = [arguments.platform] if arguments.platform else [*TARGETS]
+    if arguments.lower:
+        sys.exit(any([lower_all(platform, wanted) for platform in platforms]))
+    try:
+        for target in (target for platform in platforms for target in TARGETS[platform]):
+            compile_all(target, wanted)
+    except ConfigError as error:
+        parser.error(str(error).replace("--plan ", ""))
 
 
 if __name__ == "__main__":

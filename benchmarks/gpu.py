@@ -76,7 +76,7 @@ class Sizes:
 
 
 DRY = Sizes(
-    hidden=(4,),
+    hidden=(4, 5),
     precisions=("float32",),
     batch=8,
     steps=3,

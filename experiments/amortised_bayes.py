@@ -57,7 +57,8 @@ def compared(config: Config, name: str) -> md.Comparison:
     beliefs = (beside.linear_beliefs if linear else beside.bandit_beliefs)(domain)
     policy = lambda domain, meta: md.actor_critic(domain, meta.meta)  # Bayes has no part in it
     objective, heads = (predicting("bayes", beliefs.learner), 0) if linear else (policy, 1)
-    contenders = [md.Contender("bayes", "Bayes-optimal", beliefs.learner, "bayes")]
+    said = "Bayes-optimal" if linear or domain.deterministic else "most probable action"
+    contenders = [md.Contender("bayes", said, beliefs.learner, "bayes")]
     for network, label in LABELS.items():
         meta: Any = "lstm" if network == "control" else network
         lstm = config.lstm if linear and network == meta else config.small

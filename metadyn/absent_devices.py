@@ -82,7 +82,8 @@ def find(name: str) -> TargetDevices:
     try:
         devices = get_topology_desc(platform=platform, **told).devices
     except Exception as error:
-        said = f"the compiler for {platform} is not here: pip install 'metadyn[aot]'"
+        cause = " ".join(str(error).split())[:200]
+        said = f"the compiler for {platform} is not here: pip install 'metadyn[aot]' ({cause})"
         raise ConfigError(f"--plan {name}: {said}") from error
     return TargetDevices(devices, memory, OPTIONS[platform])
 

@@ -63,13 +63,13 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
         known = dict(options_of(default))
         near = [*known, *beside]
         words = [word.partition("=")[0].replace("_", "-") for word in overrides]
-        groups = {name.rpartition(".")[0] for name in known}  # --lstm hidden lacks a dot
-        unknown = (
-            f"{word}.{after}" if word in groups else word
+        inside = lambda word: [name for name in known if name.startswith(f"{word}.")]
+        hints = (  # --lstm hidden lacks a dot
+            meant(f"{word}.{after}", of) if (of := inside(word)) else meant(word, near)
             for word, after in pairwise([*words, ""])
             if word[:1] in {*"-–—"} and word not in known
         )
-        hinted = next((hint for word in unknown if (hint := meant(word, near))), "")
+        hinted = next(filter(None, hints), "")
         said = " ".join(text.split()) + hinted
         for form, clearer in _CLEARER.items():
             said = re.sub(form, clearer, said)

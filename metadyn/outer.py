@@ -131,8 +131,8 @@ class MetaTraining(NamedTuple):
     meta: MetaLearner
     objective: Objective
     own: OuterConfig | None = None
-    """Its own optimiser and batch; its schedule is stretched over the run's steps. None: those of
-    the whole outer loop."""
+    """Its own optimiser, batch and updates in each step; its schedule is stretched over the run's
+    steps, and all else is the whole outer loop's. None: all is."""
     options: Mapping[str, str] | None = None
     """The options that set fields of `own`, by field, for messages."""
 

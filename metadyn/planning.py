@@ -200,7 +200,7 @@ def report(
         for planned in found:
             if planned.called:
                 say(planned.called)
-            say(LINE.format("", "memory", "FLOPs", "all-reduced", "calls"))
+            say(LINE.format("", "memory", "FLOPs", "communicated", "calls"))
             with progress.counting("compiling", len(planned.programs)) as show:
                 for program in planned.programs:
                     show(program.name)
@@ -246,8 +246,9 @@ LINE = "{:44} {:>11} {:>9} {:>13} {:>9}"
 
 def line(row: Needs) -> str:
     """A program in a line, as `report` says it."""
-    account, reduced = row.account, size(sum(row.account.reduced)) if row.account.reduced else "-"
-    cells = size(account.memory), number(row.operations), reduced, f"{row.program.times:,}"
+    account, times = row.account, f"{row.program.times:,}"
+    communicated = size(sum(moved)) if (moved := account.reduced + account.gathered) else "-"
+    cells = size(account.memory), number(row.operations), communicated, times
     return LINE.format(row.program.name[:44], *cells)
 
 

@@ -75,6 +75,8 @@ class Account(NamedTuple):
     """Bytes (`memory`)."""
     reduced: tuple[int, ...]
     """Bytes of each all-reduce that stands in the program."""
+    gathered: tuple[int, ...]
+    """Bytes that each device has after each other exchange between them, such as an all-gather."""
     launches: tuple[int, ...]
     """Operations on arrays in one turn of each innermost loop, such as a step of an episode."""
 
@@ -82,7 +84,7 @@ class Account(NamedTuple):
 def account(compiled: Any) -> Account:
     """Reads a compiled program."""
     text = compiled.as_text()
-    return Account(memory(compiled), reduced(text), launches(text))
+    return Account(memory(compiled), exchanged(text), exchanged(text, GATHERS), launches(text))
 
 
 def memory(compiled: Any) -> int:
@@ -101,10 +103,14 @@ WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f64": 8, "s64": 8, "
 """Bytes of a number, by XLA's names of types; of the others 4."""
 
 
-def reduced(program: str) -> tuple[int, ...]:
-    """Bytes of each all-reduce in the text of a compiled program."""
+GATHERS = "all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+"""XLA's exchanges between devices, beside all-reduces."""
+
+
+def exchanged(program: str, kinds: str = "all-reduce") -> tuple[int, ...]:
+    """Bytes of the results of each exchange of some kinds in the text of a compiled program."""
     sizes = []
-    for shapes in re.findall(r"= (.*?) all-reduce(?:-start)?\(", program):
+    for shapes in re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         counts = [(WIDTH.get(kind, 4), dims.split(",")) for kind, dims in arrays]
         sizes.append(sum(w * math.prod(int(n) for n in dims if n) for w, dims in counts))

@@ -1,5 +1,6 @@
 """The amortised-Bayes study: what it compares, its figures of merit on planted states, refusals."""
 
+import dataclasses
 import sys
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 import metadyn as md
 from metadyn import decoding, figures, labelled
+from metadyn.domains.bandit import ContextualBandit
 from metadyn.dynamics import Estimate
 from metadyn.learners import beside_bayes as beside
 from metadyn.measuring import check_step
@@ -32,6 +34,13 @@ def test_every_network_is_trained_in_both_domains_and_recurrent_ones_are_operate
     assert rates["control_linear"] < rates["lstm_linear"] / 50
     sizes = {n: sum(x.size for x in _leaves(each.meta)) for n, each in plan.trained.items()}
     assert sizes["control_bandit"] == sizes["lstm_bandit"]
+
+
+def test_the_exact_posterior_is_called_optimal_only_where_it_is():
+    labels = lambda config: [part.bayes.label for part in STUDY.plan(config).comparisons]
+    uncertain = dataclasses.replace(QUICK, bandit=ContextualBandit(p_high=0.9))
+    assert labels(QUICK) == ["Bayes-optimal", "Bayes-optimal"]
+    assert labels(uncertain) == ["Bayes-optimal", "most probable action"]
 
 
 def test_what_is_operated_on_keeps_nothing_of_one_trace_that_another_would_read():

@@ -435,6 +435,7 @@ def test_close_names_are_suggested(refused):
     refused(["linear_regression", "--preset", "qick"], "did you mean 'quick'?")
     refused(["linear_regression", "--domain.sigm", "1"], "did you mean '--domain.sigma'?")
     refused(["linear_regression", "--lstm", "hidden", "8"], "did you mean '--lstm.hidden'?")
+    refused(["linear_regression", "--lstm", "8"], "did you mean '--lstm.hidden'?")
 
 
 def test_an_option_of_a_study_is_not_taken_for_the_beginning_of_one_of_the_commands(

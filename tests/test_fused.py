@@ -1,11 +1,14 @@
 """The fused LSTM kernels against the reference: on a GPU as they are, elsewhere interpreted."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.lax import DotAlgorithmPreset as Algorithm
 
 from metadyn import mesh, program_cost
 from metadyn.kernels import fused
@@ -31,12 +34,18 @@ def case(hidden, batch, steps, inputs):
 
 @pytest.mark.parametrize(
     ("hidden", "batch", "steps", "inputs"),
-    [(16, 1, 5, 10), (32, 64, 1, 15), (64, 70, 20, 3), (128, 33, 4, 16), (192, 2, 3, 2)],
-    ids=["one episode", "whole blocks", "part of a block", "two tiles", "three tiles"],
+    [
+        *((16, 1, 5, 10), (32, 64, 1, 15), (64, 70, 20, 3), (64, 65, 2, 3), (64, 1, 3, 10)),
+        *((128, 33, 4, 16), (192, 2, 3, 2), (256, 3, 2, 10)),
+    ],
 )
+@pytest.mark.parametrize("block", [fused.FEW, fused.MANY])
 @jax.default_matmul_precision("float32")
-def test_values_and_gradients_are_those_of_the_reference(hidden, batch, steps, inputs):
-    """To 1e-5 of the greatest entry, at float32."""
+def test_values_and_gradients_are_those_of_the_reference(
+    hidden, batch, steps, inputs, block, monkeypatch
+):
+    """To 1e-5 of the greatest entry, at float32, in blocks of as many episodes as on GPUs."""
+    monkeypatch.setattr(fused, "MANY", block)  # what is interpreted takes many
     weights, x, direction = case(hidden, batch, steps, inputs)
 
     def found(run):
@@ -53,10 +62,42 @@ def test_values_and_gradients_are_those_of_the_reference(hidden, batch, steps, i
 def test_seeds_are_one_more_axis_of_the_blocks():
     weights, x, _ = case(16, 5, 3, 4)
     two = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), weights)
-    both = jax.vmap(lambda w: fused.lstm(*w, x, INTERPRET))(two)
+    loss = lambda run: lambda w: (jnp.sum(jnp.sin(h := run(w))), h)
+    ours = jax.grad(loss(lambda w: fused.lstm(*w, x, INTERPRET)), has_aux=True)
+    both = jax.vmap(ours)(two)
     for seed in range(2):
-        each = lstm(jax.tree.map(lambda a, seed=seed: a[seed], two), x, "scan")
-        np.testing.assert_allclose(both[seed], each, atol=1e-6)
+        one = lambda leaf, seed=seed: leaf[seed]
+        each = jax.grad(loss(lambda w: lstm(w, x, "scan")), has_aux=True)(jax.tree.map(one, two))
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), jax.tree.map(one, both), each)
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ("float32", Algorithm.TF32_TF32_F32_X3),
+        ("tensorfloat32", (jax.lax.Precision.HIGH,) * 2),
+        ("bfloat16", (jax.lax.Precision.DEFAULT,) * 2),
+    ],
+)
+def test_float32_is_three_products_in_every_kernel(asked, made):
+    """And what else JAX says holds in kernels as it does elsewhere."""
+    weights, x, _ = case(64, 4, 2, 3)
+    with jax.default_matmul_precision(asked):
+        loss = lambda w: jnp.sum(fused.lstm(*w, x, False))
+        program = jax.make_jaxpr(jax.grad(loss))(weights)
+    said = [*precisions(program.jaxpr)]
+    assert len(said) > 2
+    assert {*said} == {made}
+
+
+def precisions(jaxpr, inside=False):
+    """What each product within a kernel is told."""
+    for equation in jaxpr.eqns:
+        if inside and equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        within = inside or equation.primitive.name == "pallas_call"
+        for each in jaxprs_in_params(equation.params):
+            yield from precisions(each, within)
 
 
 def test_operations_of_a_kernel_count_for_each_block():

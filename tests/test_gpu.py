@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,11 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "results.json").read_text())
     names = " ".join(each["name"] for each in found)
-    for part in ("float32: metadyn, ms", "copies", "share of", "backward", "scan", "flax"):
+    parts = ["hidden 4", "hidden 5", "float32: metadyn, ms", "copies", "share of", "backward"]
+    parts += ["scan", "flax", *([gpu.RIVAL] if find_spec("torch") else [])]
+    for part in parts:
         assert part in names
+    assert "Error" not in done.stdout
     assert all(each["value"] > 0 for each in found)
     kind = mesh.processor().partition(" × ")[2]
     assert {each["device"].partition(" × ")[2] for each in found} == {kind}

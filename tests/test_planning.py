@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,14 @@ def test_programs_are_those_that_a_run_compiles(plan, tmp_path):
     assert inner.measure._cache_size() == sum("outer step" not in each.name for each in programs)
     needed = planning.disk(*plan)
     assert needed > 0
+
+
+def test_every_update_of_an_outer_step_is_counted(plan):
+    (once, *_), (thrice, *_) = (
+        planning.programs(*plan),
+        planning.programs(*planned(updates_per_step=3)),
+    )
+    assert thrice.times == 3 * once.times > 0
 
 
 def test_operations_are_those_of_the_products_and_a_little_more(plan):
@@ -116,14 +125,14 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
         raise RuntimeError("no plugin")
 
     monkeypatch.setattr(absent_devices, "get_topology_desc", missing)
-    with pytest.raises(ConfigError, match=r"--plan h100:8: .*metadyn\[aot\]"):
+    with pytest.raises(ConfigError, match=r"--plan h100:8: .*metadyn\[aot\].*no plugin"):
         absent_devices.find("h100:8")
 
 
 @pytest.fixture
 def accounts(monkeypatch):
     """Programs that take 5 GiB each, by an account that is made up."""
-    account = program_cost.Account(5 << 30, (), ())
+    account = program_cost.Account(5 << 30, (), (), ())
     row = lambda program, there: planning.Needs(program, 1.0, account, 0.0)
     monkeypatch.setattr(planning, "compiled", row)
     monkeypatch.setattr(planning, "estimated", lambda *given: {})
@@ -297,6 +306,28 @@ def test_every_backend_of_the_lstm_kernel_is_lowered(platform):
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--platform", "rocm"], "--platform: invalid choice: 'rocm'"),
+        (["--only", "("], "--only: '(' is no regular expression"),
+        (["--platform", "cuda"], "the compiler for cuda is not here: pip install 'metadyn[aot]'"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_line_and_exit_code_2(given, said, monkeypatch, capsys):
+    def missing(**told):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(absent_devices, "get_topology_desc", missing)
+    monkeypatch.setattr(absent_devices, "alone", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        compiling.main(given)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert line.startswith("compile: ")
+    assert said in line
+
+
 def test_programs_that_are_gone_are_no_longer_stored(monkeypatch, tmp_path):
     stored = {"a: here": {"h100:1": {"fails": "x"}}, "a: gone": {"h100:1": {"fails": "x"}}}
     monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
@@ -320,7 +351,7 @@ def test_only_what_the_code_has_changed_since_is_compiled_anew(monkeypatch, tmp_
 
     def compiled(program, there):
         made.append(program.name)
-        account = program_cost.Account(memory=1, reduced=(), launches=())
+        account = program_cost.Account(memory=1, reduced=(), gathered=(), launches=())
         return SimpleNamespace(operations=1.0, seconds=1.0, account=account)
 
     monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
@@ -336,6 +367,9 @@ def test_only_what_the_code_has_changed_since_is_compiled_anew(monkeypatch, tmp_
     functions["other"] = jnp.tanh
     compiling.compile_all("h100:1", lambda name: True)
     assert made == ["one", "other", "other"]
+    with patch.object(jax, "__version__", "another"):
+        compiling.compile_all("h100:1", lambda name: True)
+    assert made == ["one", "other", "other", "one", "other"]
     rows = json.loads(compiling.FILE.read_text())
     assert [found["h100:1"]["memory"] for found in rows.values()] == [1, 1, 1]
 

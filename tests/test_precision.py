@@ -1,7 +1,6 @@
 """What is computed in float32 proper, as the programs for GPUs and TPUs say: neither is needed."""
 
 import dataclasses
-import re
 from functools import partial
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks.compile import as_hopper
+from benchmarks.compile import EXACT, as_hopper, roundings, wrong
 from benchmarks.rounding import rounded
 from metadyn import inner
 from metadyn.domains.bandit import ContextualBandit
@@ -58,22 +57,6 @@ def lowered(platform, monkeypatch):
     return lambda f, *given: f.trace(*given).lower(lowering_platforms=(platform,)).as_text()
 
 
-EXACT = {("HIGHEST", "HIGHEST")}
-
-
-def roundings(text):
-    """The precisions that the products of a program ask for; None, if one asks for none.
-
-    Three products in TensorFloat32 in the place of one are as exact as float32: test_fused.py sees
-    it on a GPU.
-    """
-    products = [line for line in text.splitlines() if "stablehlo.dot" in line]
-    threefold = r"algorithm = <lhs_precision_type = tf32.*num_primitive_operations = 3,"
-    single = [line for line in products if not re.search(threefold, line)]
-    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in single]
-    return {each and each.groups() for each in found} | (EXACT if single != products else set())
-
-
 @pytest.mark.parametrize("name", [*ORDINARY, *TRAINED])
 def test_all_that_measures_is_float32(name, lowered):
     if name in ORDINARY:
@@ -99,6 +82,17 @@ def loop_of(domain, precision, network=LSTM, teacher=None):
     objective = make(domain, meta)
     config = OuterConfig(steps=4, batch=32, seeds=2, warmup=1, precision=precision)
     return OuterLoop({"lstm": MetaTraining(meta, objective)}, config, jax.random.key(0))
+
+
+def test_what_no_program_of_float32_may_have_is_found(lowered):
+    a = jnp.ones((2, 2))
+    exact, rounded = (partial(jnp.dot, precision=each) for each in ("highest", "default"))
+    assert wrong(lowered(jax.jit(exact), a, a)) == []
+    assert wrong(lowered(jax.jit(lambda a: exact(a, rounded(a, a))), a)) == [
+        "products of precision ('DEFAULT', 'DEFAULT')"
+    ]
+    assert wrong("%1 = stablehlo.convert %0 : tensor<2xf64>") == ["float64"]
+    assert wrong("custom_call @lapack_spotrf_ffi") == ["LAPACK"]
 
 
 ASKED = {"float32": "HIGHEST", "tensorfloat32": "HIGH", "bfloat16": "DEFAULT"}
@@ -131,6 +125,7 @@ def test_bayes_is_exact_where_it_teaches(lowered):
     assert found == {("DEFAULT", "DEFAULT")} | EXACT
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("backend", ["scan", "backward"])
 def test_every_backend_of_the_lstm_is_rounded_alike(backend, lowered):
     loop = loop_of(FOURIER, "bfloat16", dataclasses.replace(LSTM, backend=backend))

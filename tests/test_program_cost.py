@@ -5,10 +5,18 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from metadyn import mesh
-from metadyn.program_cost import account, launches, memory, operations, operations_of, reduced
+from metadyn.program_cost import (
+    GATHERS,
+    account,
+    exchanged,
+    launches,
+    memory,
+    operations,
+    operations_of,
+)
 
 
 def test_products_count_two_for_each_multiplication_and_addition():
@@ -62,6 +70,11 @@ def test_an_account_is_of_one_device():
     found = account(jax.jit(whole).trace(x).lower().compile())
     assert found.reduced == ((32 * 4,) if count > 1 else found.reduced)
     assert 64 * 32 * 4 + 32 * 4 <= found.memory < 2 * 64 * 32 * 4 + 4096
+    split, everywhere = (NamedSharding(mesh.mesh(), of) for of in (parts, PartitionSpec()))
+    gather = jax.jit(jnp.sin, in_shardings=split, out_shardings=everywhere)
+    assert sum(account(gather.trace(x).lower().compile()).gathered) == (
+        64 * count * 32 * 4 if count > 1 else 0
+    )
 
 
 PROGRAM = """HloModule jit_f
@@ -87,6 +100,9 @@ ENTRY %main (a: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
   %a = (s32[], f32[4,2]{1,0}) parameter(0)
   %r = f32[10]{0} all-reduce(%a), to_apply=%sum
   %s = (bf16[3,2]{1,0}, f32[]) all-reduce-start(%a), to_apply=%sum
+  %d = (bf16[3,2]{1,0}, f32[]) all-reduce-done(%s)
+  %g = ((f32[1,5]{1,0}, s32[1]), (f32[4,5]{1,0}, s32[4])) all-gather-start(%a), dimensions={0}
+  %h = (f32[4,5]{1,0}, s32[4]) all-gather-done(%g)
   ROOT %v = (s32[], f32[4,2]{1,0}) while(%a), condition=%d, body=%outer
 }
 """
@@ -96,6 +112,7 @@ def test_a_compiler_that_gives_no_account_of_memory_counts_as_none():
     assert memory(SimpleNamespace(memory_analysis=lambda: None)) == 0
 
 
-def test_programs_are_read_for_what_is_reduced_and_for_innermost_loops():
-    assert reduced(PROGRAM) == (40, 2 * 6 + 4)
+def test_programs_are_read_for_what_is_exchanged_and_for_innermost_loops():
+    assert exchanged(PROGRAM) == (40, 2 * 6 + 4)
+    assert exchanged(PROGRAM, GATHERS) == (4 * 4 * 6,)
     assert launches(PROGRAM) == (2,)  # the copy that is begun, the fusion

@@ -5,7 +5,7 @@ launch; what it leaves for its next step is still in the caches beside it. What 
 finds are the derivatives by the gates' arguments; those by the weights are products after it.
 
 Arrays are laid out as in `metadyn.kernels.lstm`. Through Pallas, whose Triton backend JAX 0.11
-calls deprecated; 0.10 to 0.12 have it.
+calls deprecated; 0.10 and 0.11 have it.
 """
 
 from __future__ import annotations
