@@ -29,7 +29,7 @@ INNER = {
     "nonlinear": f"--mlp.optimizer {OPTIMIZERS} --mlp.learning-rate 0.2 0.02 1e-3 1e-3"
     " --mlp.updates 5000 5000 1000 1500 --mlp.depth 4 --mlp.width 64",
     "bandit": f"--policy.optimizer {OPTIMIZERS} --policy.learning-rate 0.3 0.03 0.01 0.03"
-    " --policy.updates 60000 60000 10000 5000",
+    " --policy.updates {0} {0} {1} {2}",
 }
 NOISE = {
     "linear": ("noise σ = {}", "--domain.sigma 0.5"),
@@ -58,11 +58,12 @@ class Config(DomainsConfig):
 def sweeps(config: Config, name: str) -> dict[str, tuple[str, str]]:
     """What is varied in a domain: label of each, and options of `metadyn sweep STUDY --zip`."""
     words = lambda values: " ".join(map(str, values))
+    n = config.within("bandit").policy.updates
     outer = f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate {words(config.outer_rates)}"
     if name == "linear":
         outer += f" --outer.updates-per-step {words(config.linear_updates)}"
     found = {
-        "inner": ("inner optimiser {}", INNER[name]),
+        "inner": ("inner optimiser {}", INNER[name].format(2 * n, n // 3, n // 6)),
         "outer": ("outer optimiser {}", outer),
         "hidden": ("{} hidden units", f"--{config.meta}.hidden {words(config.widths)}"),
         "noise": (NOISE[name][0], NOISE[name][1].format(2 * config.bandit.steps)),
@@ -94,9 +95,8 @@ def plan(config: Config) -> md.Plan:
         tasks = sizes.sized(base.domain.evaluation(sizes.probe_points), many, f"inner_{name}")
         sets = [dataclasses.replace(tasks, updating_size=None)]
         comparisons.append(md.Comparison(base.domain, inner, sets, measure=sizes, title=title))
-        for ending, (whole, metas) in made.items():
-            changes = {"contenders": [*metas, whole.bayes], "followed": False}
-            comparisons.append(whole.alone(ending, title, **changes))
+        for at, (whole, of) in made.items():
+            comparisons += [whole.alone(at, title, contenders=[*of, whole.bayes], followed=False)]
     return md.Plan(config.outer, comparisons)
 
 

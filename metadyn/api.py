@@ -82,6 +82,7 @@ def measure(
     updates: int = 3000,
     seed: int = 0,
     chunk: int = 4096,
+    progress: bool = True,
 ) -> xr.Dataset:
     """Measures learners on the same tasks, as one labelled dataset.
 
@@ -100,19 +101,21 @@ def measure(
     check(isinstance(learners, Mapping) and learners, "learners", learners, "give some, by name")
     fix = "is not trained: give what `metadyn.train` returns, under a name"
     parts = {}
-    for place, (name, learner) in enumerate(learners.items()):
-        params: Params = ()
-        if isinstance(learner, Contender):
-            check(not learner.seeded, "learners", name, fix)
-            contender = learner
-        elif isinstance(learner, Learner):
-            times = inner.log_spaced(updates, 60) if learner.clock == "updates" else None
-            kind = "bayes" if name == "bayes" else "ordinary"
-            contender = Contender(name, name, learner, kind, times)  # type: ignore[arg-type]
-        else:
-            check(isinstance(learner, Trained), "learners", name, fix)
-            contender, params = Contender(name, name, learner.meta), learner.params
-        arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
-        about = described(tasks, contender, place)
-        parts[name] = labelled.labelled(arrays, about)
+    with Progress(Console() if progress else None).counting("measuring", len(learners)) as show:
+        for place, (name, learner) in enumerate(learners.items()):
+            show(str(name))
+            params: Params = ()
+            if isinstance(learner, Contender):
+                check(not learner.seeded, "learners", name, fix)
+                contender = learner
+            elif isinstance(learner, Learner):
+                times = inner.log_spaced(updates, 60) if learner.clock == "updates" else None
+                kind = "bayes" if name == "bayes" else "ordinary"
+                contender = Contender(name, name, learner, kind, times)  # type: ignore[arg-type]
+            else:
+                check(isinstance(learner, Trained), "learners", name, fix)
+                contender, params = Contender(name, name, learner.meta), learner.params
+            arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
+            about = described(tasks, contender, place)
+            parts[name] = labelled.labelled(arrays, about)
     return labelled.merge(parts)

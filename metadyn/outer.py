@@ -158,7 +158,8 @@ class MetaTraining(NamedTuple):
 
     def option(self, field: str) -> str:
         """The option that sets a field of the outer loop that it is trained by, for messages."""
-        return (self.options or {}).get(field, f"outer.{field}")
+        group = "outer" if self.own is None or self.options else "own"
+        return (self.options or {}).get(field, f"{group}.{field}")
 
 
 def _gradient(

@@ -36,7 +36,7 @@ from metadyn.measuring import (
     weights,
 )
 from metadyn.options import options_of
-from metadyn.outer import OuterLoop, TrainState
+from metadyn.outer import OuterConfig, OuterLoop, TrainState
 from metadyn.progress import Progress
 from metadyn.store import Results, RunFolder, finite
 from metadyn.study import Contender, Criterion, Measurement, Plan, Study
@@ -315,7 +315,9 @@ def check_memory(plan: Plan) -> None:
         leaves = jax.tree.leaves(weights(contender.learner.init))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         what = f"the weights of {contender.name} and what trains them"  # moments, gradient
-        require_memory(what, 4 * outer.seeds * size, contender.option or "outer.seeds")
+        many = 4 * OuterConfig.seeds * size <= mesh.memory(split=False)  # the usual number fits
+        option = "outer.seeds" if many else contender.option or "outer.seeds"
+        require_memory(what, 4 * outer.seeds * size, option)
     for tasks, contender in plan.measured:
         needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)

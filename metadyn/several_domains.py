@@ -78,6 +78,8 @@ class LearnersConfig(SeveralDomainsConfig):
         check(right, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
         once = len({*self.learners}) == len(self.learners)
         check(once, "learners", self.learners, "name each once")
+        fix = "does not choose what is trained here: --learners does"
+        check(self.meta == type(self).meta, "meta", self.meta, fix)
 
     def contenders(self, name: str) -> tuple[Comparison, list[Contender]]:
         """What a domain's own study compares, and those of the meta-learners that can serve there.

@@ -156,7 +156,7 @@ def to_train(
         _made(network, domain, heads),
         objective=getattr(network, "objective", None),
         own=dataclasses.replace(outer, **own) if own else None,
-        options={field: f"{option}.outer_{field}" for field in own},
+        options={f: f"{option}.outer_{f}" if f in own else f"outer.{f}" for f in OWN},
         option=f"{option}.{max(sizes, key=sizes.__getitem__)}",  # likeliest to be too large
     )
 
@@ -655,8 +655,10 @@ class Study:
                 try:
                     found = make(config)
                 except (MemoryError, OverflowError) as error:
-                    sizes = {o: n for o, n in options_of(config) if isinstance(n, int)}
-                    largest = max(sizes, key=sizes.__getitem__, default="preset")
+                    numbers = lambda of: {o: n for o, n in options_of(of) if isinstance(n, int)}
+                    sizes, usual = numbers(config), numbers(next(iter(self.presets.values())))
+                    grown = lambda option: sizes[option] / max(usual.get(option, 1), 1)
+                    largest = max(sizes, key=grown, default="preset")
                     fix = "too large a number to set the study up with; lower it"
                     raise ConfigError(f"{largest} {sizes.get(largest)}: {fix}") from error
                 check(isinstance(found, Plan), "plan", found, "must return a `metadyn.Plan`")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,7 @@ def all_parameters_are_trained(config, name):
 def untrained_it_answers_zero(meta):
     """The prior mean is answered at first, and seeds start apart. For meta-learners of `linear`."""
     a, b, c = map(meta.init, map(jax.random.key, (0, 0, 1)))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
     same = jax.tree.map(np.array_equal, a["body"], c["body"])
     assert not all(jax.tree.leaves(same))
     np.testing.assert_array_equal(unroll(meta, a, *episodes("linear")), 0)

@@ -305,6 +305,7 @@ def test_bad_values_are_named_as_they_were_typed(option, refused):
     ("option", "value", "what"),
     [
         ("--lstm.hidden", "200000", "the weights of lstm and what trains them"),
+        ("--outer.seeds", "100000000", "the weights of lstm and what trains them"),
         (
             "--measure.tracked-tasks",
             "2000000000",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,7 @@ def test_probing_a_state_leaves_its_bits_alone(name):
     state = jax.jit(learner.init)(jax.random.key(0))
     before = jax.tree.map(np.array, state)
     jax.jit(jax.vmap(learner.predict, (None, 0)))(state, PROBE.queries)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, state))
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, state))
 
 
 def make_bayes(params):
@@ -107,7 +108,7 @@ def test_a_task_is_the_same_in_any_chunk_and_among_any_others():
 
 def test_the_same_key_gives_the_same_bits_twice():
     once, twice = (measure(jnp.arange(64)) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, once, twice)
+    chex.assert_trees_all_equal(once, twice)
 
 
 def test_readings_are_in_range():

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 import metadyn as md
@@ -49,7 +49,11 @@ def test_settings_of_a_learners_own_take_the_place_of_the_outer_loops(plan):
 
     slow = to_train("slow", Slow(), QUICK.outer, LinearRegression())
     assert slow.own == dataclasses.replace(QUICK.outer, updates_per_step=3)
-    assert slow.options == {"updates_per_step": "slow.outer_updates_per_step"}
+    assert slow.options == {
+        "learning_rate": "outer.learning_rate",
+        "batch": "outer.batch",
+        "updates_per_step": "slow.outer_updates_per_step",
+    }
 
 
 def test_the_study_is_rehearsed_without_complaint():
@@ -75,7 +79,7 @@ def test_a_batch_of_its_own_takes_the_first_episodes_and_leaves_the_others_alone
     together, seconds = trained(both, outer)
     for name, config in (("a", outer), ("b", small)):
         alone, _ = trained({name: md.MetaTraining(meta, objective)}, config)
-        jax.tree.map(np.testing.assert_array_equal, together[name], alone[name])
+        chex.assert_trees_all_equal(together[name], alone[name])
     assert set(seconds) == {"a", "b"}
     assert all(taken > 0 for taken in seconds.values())
 

@@ -1,5 +1,6 @@
 """The LSTM: kernels against a float64 NumPy LSTM, steps against whole episodes."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,7 +219,7 @@ def test_an_untrained_lstm_answers_zero_and_saturates_nothing():
 def test_seeds_start_apart_and_one_seed_twice_starts_alike():
     meta = LSTMConfig(hidden=4).make(LinearRegression(2, 2))
     a, b, c = (jax.tree.map(np.asarray, jax.jit(meta.init)(jax.random.key(k))) for k in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
     recurrent = a["body"]["recurrent"]
     for name in ("input", "recurrent"):
         assert not np.array_equal(a["body"][name], c["body"][name])

@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bits(shared):
     resumed = shared.init()
     for loop, target in ((shared, 13), (loop_of(), 29), (loop_of(), 40)):
         resumed = last(loop, jax.device_put(resumed, mesh.replicated()), target)
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    chex.assert_trees_all_equal(whole, resumed)
 
 
 def test_a_dispatch_that_would_take_long_is_cut_short(monkeypatch):
@@ -89,13 +90,13 @@ def test_a_dispatch_that_would_take_long_is_cut_short(monkeypatch):
     assert [loop.dispatched(left) for left in (3, 9)] == [3, 4]
     other, again = last(whole, whole.init(), 12), loop_of()
     again.pace = 1.0
-    jax.tree.map(np.testing.assert_array_equal, last(again, again.init(), 12), other)
+    chex.assert_trees_all_equal(last(again, again.init(), 12), other)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(shared):
     one, again = (last(loop, loop.init(), 10) for loop in (shared, loop_of()))
     other = last(loop_of(seed=1), loop_of(seed=1).init(), 10)
-    jax.tree.map(np.testing.assert_array_equal, one, again)
+    chex.assert_trees_all_equal(one, again)
     weights, others = (each.params["lstm"]["body"]["input"] for each in (one, other))
     assert not np.array_equal(weights, others)
     assert not np.array_equal(weights[0], weights[1])
@@ -112,11 +113,8 @@ def test_meta_learners_side_by_side_equal_each_alone(shared):
     both = OuterLoop(trained, CONFIG, jax.random.key(0))
     together, alone = last(both, both.init(), 10), last(shared, shared.init(), 10)
     assert together.params["noisy"]["body"]["recurrent"].shape == (2, 24, 6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        together.params["lstm"],
-        alone.params["lstm"],
-    )
+    one, other = together.params["lstm"], alone.params["lstm"]
+    chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -135,11 +133,10 @@ def test_several_updates_in_each_outer_step_are_as_many_outer_steps(rows):
     (found, metrics), (same, _) = run(both, 10), run(loop_of(), 10)
     longer, losses = run(loop_of(dataclasses.replace(CONFIG, steps=80, dispatch=14)), 20)
     assert int(found.step) == 10
-    equal = partial(jax.tree.map, np.testing.assert_array_equal)
-    equal(
+    chex.assert_trees_all_equal(
         (found.params["lstm"], found.moments["lstm"]), (same.params["lstm"], same.moments["lstm"])
     )
-    equal(
+    chex.assert_trees_all_equal(
         (found.params["twice"], found.moments["twice"], metrics["twice"]),
         (longer.params["lstm"], longer.moments["lstm"], losses["lstm"]),
     )
@@ -189,8 +186,15 @@ def test_the_time_that_compiling_takes_is_not_that_of_training(rows, monkeypatch
     assert loop.pace == 0  # or the next dispatch would be short
 
 
-@pytest.mark.parametrize("rate", ["learning_rate", "outer_sgd_learning_rate"])
-def test_it_is_the_meta_learner_s_own_learning_rate_that_is_named(rate):
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({"learning_rate": "outer_sgd_learning_rate"}, "outer_sgd_learning_rate"),
+        ({"batch": "outer_sgd_batch"}, "outer.learning_rate"),
+        (None, "own.learning_rate"),  # no option sets it
+    ],
+)
+def test_it_is_the_meta_learner_s_own_learning_rate_that_is_named(options, rate):
     """Descent of b⁴ from 1 by steps of 3 runs away: −11, 16 thousand, −5e13, beyond float32."""
 
     def loss(params, keys):
@@ -200,7 +204,7 @@ def test_it_is_the_meta_learner_s_own_learning_rate_that_is_named(rate):
     own = dataclasses.replace(CONFIG, optimizer="sgd", learning_rate=3.0, warmup=0, clip=1e30)
     trained = {
         "lstm": MetaTraining(META, OBJECTIVE),
-        "wild": MetaTraining(META, Objective(loss), own, {"learning_rate": rate}),
+        "wild": MetaTraining(META, Objective(loss), own, options),
     }
     loop = OuterLoop(trained, CONFIG, jax.random.key(0))
     says = f"^{rate} = 3.0: the loss of wild is no longer finite at outer step 7; lower it$"
@@ -320,9 +324,7 @@ def test_episodes_some_at_a_time_give_the_gradient_of_all_at_once(on_cpu):
     assert "length=32" not in str(jax.make_jaxpr(partial(_gradient, OBJECTIVE))(params, keys))
     found = _gradient(OBJECTIVE, params, keys)
     expected = jax.jit(jax.grad(OBJECTIVE.loss, has_aux=True))(params, keys)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
-    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

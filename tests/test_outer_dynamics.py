@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
+import chex
 import jax
 import matplotlib.image
 import numpy as np
@@ -171,7 +172,7 @@ def test_a_training_may_have_an_optimiser_of_its_own():
     *_, (state, _) = loop.run(loop.init(), 10)
     alone = OuterLoop({"a": plain}, config, jax.random.key(0))
     *_, (other, _) = alone.run(alone.init(), 10)
-    jax.tree.map(np.testing.assert_array_equal, state.params["a"], other.params["a"])
+    chex.assert_trees_all_equal(state.params["a"], other.params["a"])
     inputs = [state.params[name]["body"]["input"] for name in ("a", "b")]
     assert not np.allclose(*inputs)
     moments = [len(jax.tree.leaves(each)) for each in (state.moments["a"], state.moments["b"])]

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,20 @@ def criteria(config, results):
 
 def figure(results):
     return figures.mode_strength(results.learners("in_distribution"))
+
+
+def test_of_a_plan_that_is_too_large_the_setting_that_grew_most_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Sizes:
+        few: int = 3
+        many: int = 8192
+
+    def too_large(config):
+        raise MemoryError
+
+    study = md.Study("large", {"quick": Sizes()}, too_large, lambda config, results: [], {})
+    with pytest.raises(ConfigError, match="--few 5000: too large a number"):
+        study.plan(Sizes(few=5000))
 
 
 STUDY = md.Study("tiny", {"quick": Config()}, plan, criteria, {"own": figure})
@@ -292,7 +307,7 @@ def test_the_state_is_stored_from_time_to_time_whatever_checkpoints_are_planned(
     assert restored[0] == 6
     assert RunFolder(tmp_path / "killed").steps() == [0, 8, 9]
     whole, other = (RunFolder(tmp_path / name).state(9) for name in ("whole", "killed"))
-    jax.tree.map(np.testing.assert_array_equal, whole, other)
+    chex.assert_trees_all_equal(whole, other)
 
 
 def test_a_page_that_was_not_written_is_written_when_the_run_is_asked_for_again(done):

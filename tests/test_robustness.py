@@ -45,6 +45,13 @@ def of_two(words):
     return " ".join(word for name, values in options.items() for word in (name, *values[::3]))
 
 
+def test_ordinary_policies_are_run_as_long_as_the_bandits_own_study_says():
+    study = load_study(STUDY)
+    sweeps, presets = sys.modules[study.plan.__module__].sweeps, study.presets
+    for preset, updates in {"quick": "60000 60000 10000", "paper": "400000 400000 66666"}.items():
+        assert f"--policy.updates {updates} " in sweeps(presets[preset], "bandit")["inner"][1]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out, study = tmp_path_factory.mktemp("runs") / "robustness", load_study(STUDY)
