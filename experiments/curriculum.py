@@ -125,7 +125,7 @@ def outer_gains(config: Config, results, name: str):
     level, steps, gains = dynamics.to_equal_excess([*arms.values()], bayes)
     yield md.criterion(f"{name}_level", level, f"{TITLES[name]}: excess loss that all come to")
     for (arm, data), taken, gain in zip(arms.items(), steps, gains, strict=True):
-        said, row = f"{TITLES[name]}, {ARMS[arm]}: ", f"{name}_{arm}"
+        said, row = f"{TITLES[name]}, {ARMS.get(arm, arm)}: ", f"{name}_{arm}"
         seconds = labelled.about(data).seconds / config.outer.steps
         for what, each in (("episodes", config.outer.batch), ("seconds", seconds)):
             found = dynamics.Estimate(*(each * part for part in taken))

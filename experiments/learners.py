@@ -70,15 +70,15 @@ def criteria(config: Config, results):
             beyond = dynamics.difference(data, bayes)
             yield md.criterion(f"{row}_beyond", beyond, f"{what} minus Bayes'")
             yield censored(row, data)
-            if learner in metas:
+            if labelled.about(data).kind == "meta":
                 excess = excess_of(results, learner, f"_{name}")
                 yield md.criterion(f"{row}_excess", excess, f"excess loss of the {called}")
                 if excess.value <= NEAR:
                     near.append((data, bayes))
                     signs.append(SIGN[name])
-                domain = getattr(config, name)
                 seconds = labelled.about(results[f"{HELDOUT}_{name}", learner]).seconds
-                yield from costs(row, domain, metas[learner].learner, seconds)
+                if learner in metas:  # or it is another's, beside the study
+                    yield from costs(row, getattr(config, name), metas[learner].learner, seconds)
                 both = (results[f"{TRACKED}_{name}", who] for who in (learner, "bayes"))
                 said = f"{called}: the same, over outer training"
                 yield md.criterion(f"{row}_outer", dynamics.outer_merit(*both), said)

@@ -178,6 +178,14 @@ def test_the_study_is_rehearsed_without_complaint():
     assert trains == {"linear": ["lstm"], "nonlinear": arms, "bandit": arms[:-1]}
     rehearse(study, config, plan)
 
+    def mine(comparison):
+        meta = LSTMConfig(hidden=4).make(comparison.domain, comparison.heads)
+        return md.Contender("mine", "mine", meta)
+
+    study = study.beside("with_mine", mine)
+    named = {each.name for each in rehearse(study, config, study.plan(config))}
+    assert {"nonlinear_mine_gain", "bandit_mine_gain"} <= named
+
 
 @pytest.mark.parametrize(
     ("options", "says"),

@@ -56,9 +56,16 @@ def test_settings_of_a_learners_own_take_the_place_of_the_outer_loops(plan):
     }
 
 
-def test_the_study_is_rehearsed_without_complaint():
+def test_the_study_is_rehearsed_without_complaint_with_another_beside_it():
+    def mine(comparison):
+        meta = LSTMConfig(hidden=4).make(comparison.domain, comparison.heads)
+        return md.Contender("mine", "mine", meta)
+
+    study = STUDY.beside("with_mine", mine)
     few = dataclasses.replace(QUICK, learners=("lstm", "maml"))
-    rehearse(STUDY, few, STUDY.plan(few))
+    named = {each.name for each in rehearse(study, few, study.plan(few))}
+    for figure in ("staggering", "beyond", "excess", "outer"):
+        assert {f"linear_mine_{figure}", f"bandit_mine_{figure}"} <= named
 
 
 def test_a_batch_of_its_own_takes_the_first_episodes_and_leaves_the_others_alone():
