@@ -120,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help="print a shell's completion script")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     for name, (do, example) in _DOES.items():
-        commands.choices[name].set_defaults(do=do)
+        own = [*commands.choices[name]._option_string_actions]  # which a study does not have
+        commands.choices[name].set_defaults(do=do, own=own)
         commands.choices[name].epilog = f"Example: metadyn {name} {example}".rstrip()
     return parser
 
@@ -128,11 +129,6 @@ def _parser() -> argparse.ArgumentParser:
 def _commands() -> dict[str, argparse.ArgumentParser]:
     (commands,) = (a.choices for a in _parser()._actions if isinstance(a.choices, dict))
     return commands
-
-
-def _own(arguments: argparse.Namespace) -> list[str]:
-    """The options of a command itself, which a study does not have."""
-    return [*_commands()[arguments.command]._option_string_actions]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, overrides = _parser().parse_known_args(argv)
         do = arguments.do
         if overrides and do not in (_run, _sweep):
-            near = meant(overrides[0], _own(arguments))
+            near = meant(overrides[0], arguments.own)
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}{near}")
         arguments.overrides = overrides
         if (out := getattr(arguments, "out", None)) is not None:
@@ -282,7 +278,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     _begin(arguments)
     study, preset, seed = load_study(arguments.study), arguments.preset, arguments.seed
-    _check_preset(study, preset, _own(arguments))
+    _check_preset(study, preset, arguments.own)
     default, words = study.presets[preset], list(arguments.overrides)
     if arguments.seeds:
         words = ["--outer.seeds", *arguments.seeds, *words]
@@ -302,7 +298,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{total:,} settings are more than {sweep.MOST:,}: confirm with --yes")
     settings = sweep.settings(options, kind, whole, count, seed)
     asked = sweep.Sweep(study.name, preset, seed, kind, options, settings)
-    configs = asked.configs(default, _own(arguments))
+    configs = asked.configs(default, arguments.own)
     out = arguments.out or str(Path("runs") / f"{study.name}-{preset}-{seed}-sweep")
     part = sweep.part_of(arguments.part)
     progress = Progress(Terminal())
@@ -342,7 +338,7 @@ def _studies(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
     studies = load_studies(arguments.study) if several else [load_study(arguments.study)]
     for study in studies:
-        _check_preset(study, preset, _own(arguments))
+        _check_preset(study, preset, arguments.own)
     progress = Progress(Terminal() if mesh.is_main_process() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:
@@ -363,7 +359,7 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
 
     preset, seed, overrides = arguments.preset, arguments.seed, arguments.overrides
     given = ["--help"] if arguments.options else overrides
-    config = configured(study.presets[preset], given, _own(arguments))
+    config = configured(study.presets[preset], given, arguments.own)
     if config is None:
         return DONE
     progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
