@@ -91,7 +91,7 @@ class OuterConfig:
     def check_batch(self, trained: Iterable[MetaTraining]) -> None:
         """Raises `ConfigError` unless the batch is of whole groups that the devices can share."""
         for each in trained:
-            group, batch = each.objective.group, each.batch(self)
+            group, batch = each.objective.group, each.settings(self).batch
             fix = f"must be a multiple of {group}: the objective takes so many episodes together"
             each.check(batch % group == 0, "batch", self, fix)
             mesh.shares(self.seeds, batch, group, each.option("batch"))
@@ -136,13 +136,13 @@ class MetaTraining(NamedTuple):
     options: Mapping[str, str] | None = None
     """The options that set fields of `own`, by field, for messages."""
 
-    def batch(self, outer: OuterConfig) -> int:
-        """Episodes in one of its updates."""
-        return (self.own or outer).batch
+    def settings(self, outer: OuterConfig) -> OuterConfig:
+        """The settings that it is trained by: its own, or those of the whole outer loop."""
+        return self.own or outer
 
     def check(self, holds: Any, field: str, outer: OuterConfig, fix: str) -> None:
         """Raises `ConfigError`, naming the option and the value of a field, unless `holds`."""
-        check(holds, self.option(field), getattr(self.own or outer, field), fix)
+        check(holds, self.option(field), getattr(self.settings(outer), field), fix)
 
     def check_traced(self, name: str, params: Params) -> None:
         """Raises `ConfigError` unless the objective gives a loss and metrics, each one number.
@@ -190,10 +190,12 @@ class OuterLoop:
 
     def __init__(self, trained: Mapping[str, MetaTraining], config: OuterConfig, key: Key):
         self.config, self.trained = config, trained
+        self.settings = {name: each.settings(config) for name, each in trained.items()}
+        """The settings that each meta-learner is trained by, by its name."""
         config.check_batch(trained.values())
         optimizers = {
-            name: (each.own or config).transformation(config.steps * self.updates_per_step(name))
-            for name, each in trained.items()
+            name: own.transformation(config.steps * own.updates_per_step)
+            for name, own in self.settings.items()
         }
         key_init, key_episodes = jax.random.split(prng.fast(key))
         seeds = jnp.arange(config.seeds)
@@ -212,7 +214,7 @@ class OuterLoop:
             step, count = now
 
             def episodes(i):
-                share = mesh.local_episodes(self.batch(name))
+                share = mesh.local_episodes(self.settings[name].batch)
                 return indexed_keys(jax.random.fold_in(key, step + i), share)
 
             def outer_step(i, carry):
@@ -241,7 +243,7 @@ class OuterLoop:
                     (state.step, count),
                     (self.keys(), state.params[name], state.moments[name]),
                     config.seeds,
-                    self.batch(name),
+                    self.settings[name].batch,
                     trained[name].objective.group,
                 )
             return TrainState(state.step + count, params, moments), metrics
@@ -291,7 +293,7 @@ class OuterLoop:
             params, moments = state.params, state.moments
             metrics: dict[str, Metrics] = {}
             for name in self.trained:  # each by itself, so that its time is known
-                advance, times = self.compiled(name), self.updates_per_step(name)
+                advance, times = self.compiled(name), self.settings[name].updates_per_step
                 alone, updates = state.only(name, times), jnp.int32(times * count)
                 start = time.perf_counter()
                 now, found = jax.block_until_ready(advance(alone, updates))
@@ -308,18 +310,10 @@ class OuterLoop:
         most = max(1, int(DISPATCH_SECONDS / self.pace)) if self.pace else left
         return mesh.broadcast(min(self.config.dispatch, left, most))
 
-    def batch(self, name: str) -> int:
-        """Episodes in one update of each seed of a meta-learner."""
-        return self.trained[name].batch(self.config)
-
-    def updates_per_step(self, name: str) -> int:
-        """Updates of a meta-learner in one outer step."""
-        return (self.trained[name].own or self.config).updates_per_step
-
     @property
     def episodes(self) -> int:
         """Episodes in one outer step, of all seeds and meta-learners."""
-        each = (self.batch(name) * self.updates_per_step(name) for name in self.trained)
+        each = (own.batch * own.updates_per_step for own in self.settings.values())
         return self.config.seeds * sum(each)
 
     def check_finite(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:

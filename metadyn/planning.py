@@ -55,7 +55,7 @@ def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
     for name, each in plan.trained.items():
         trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
         option = each.option("batch")
-        times = plan.outer.steps * loop.updates_per_step(name)
+        times = plan.outer.steps * loop.settings[name].updates_per_step
         yield Program(f"outer step of {name}", trace, times, option=option)
 
 

@@ -48,7 +48,7 @@ def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
     forms: dict[Hashable, list[int]] = {}
     for i, loop in loops.items():
         config, names = loop.config, loop.trained
-        rows = tuple((n, loop.updates_per_step(n), row_of(loop, n).form) for n in names)
+        rows = tuple((n, loop.settings[n].updates_per_step, row_of(loop, n).form) for n in names)
         form = rows, config.seeds, config.checkpoint_steps, config.dispatch
         forms.setdefault(form, []).append(i)
     return list(forms.values())
@@ -87,7 +87,7 @@ class Rows:
                 (now, numbers),
                 (jnp.asarray(at // seeds), first.keys()[at % seeds], *stacked),
                 len(at),
-                first.batch(name),
+                first.settings[name].batch,
                 first.trained[name].objective.group,
             )
             return jax.tree.map(lambda leaf: leaf[:count], found)
@@ -128,7 +128,7 @@ class Rows:
             count, taken = first.dispatched(target - step), 0.0
             metrics: dict[str, Any] = {}
             for name in self._advance:
-                advance, times = self._compiled(name), first.updates_per_step(name)
+                advance, times = self._compiled(name), first.settings[name].updates_per_step
                 now = np.int32(times * step), np.int32(times * count)
                 start = time.perf_counter()
                 found = jax.block_until_ready(advance(now, params[name], moments[name]))
