@@ -127,7 +127,8 @@ def outer_gains(config: Config, results, name: str):
     for (arm, data), taken, gain in zip(arms.items(), steps, gains, strict=True):
         said, row = f"{TITLES[name]}, {ARMS.get(arm, arm)}: ", f"{name}_{arm}"
         seconds = labelled.about(data).seconds / config.outer.steps
-        for what, each in (("episodes", config.outer.batch), ("seconds", seconds)):
+        episodes = config.outer.batch * config.outer.updates_per_step
+        for what, each in (("episodes", episodes), ("seconds", seconds)):
             found = dynamics.Estimate(*(each * part for part in taken))
             yield md.criterion(f"{row}_{what}", found, f"{said}{what} to that loss")
         bound = {"at_most": 1.5, "surely": True} if arm == "measured" else {}

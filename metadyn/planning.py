@@ -97,7 +97,7 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs
     lowered, ways = traced.lower(), there.options if there else [{}]
     for options in ways:
         try:
-            made = lowered.compile(dict(options))
+            made = lowered.compile(dict(options) or None)
             break
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
