@@ -225,14 +225,15 @@ def merit(data: xr.Dataset, probe: str = STRENGTH) -> Estimate:
     return estimate(merit_of(data, probe), strength(data, probe))
 
 
-def difference(data: xr.Dataset, other: xr.Dataset) -> Estimate:
+def difference(data: xr.Dataset, other: xr.Dataset, probe: str = STRENGTH) -> Estimate:
     """How far one learner staggers beyond another on the same tasks, with a paired interval."""
-    return differences([(data, other)])
+    return differences([(data, other)], probe=probe)
 
 
 def differences(
     pairs: Sequence[tuple[xr.Dataset, xr.Dataset | None]],
     take: Callable[[np.ndarray], Numbers] = lambda each: each[0],
+    probe: str = STRENGTH,
 ) -> Estimate:
     """Applies `take` to how far the first learner of each pair staggers beyond the second.
 
@@ -240,14 +241,14 @@ def differences(
     that does not stagger.
     """
     flat = [data for pair in pairs for data in pair if data is not None]
-    merits = [merit_of(data) for data in flat]
+    merits = [merit_of(data, probe) for data in flat]
 
     def statistic(*means: np.ndarray) -> Numbers:
         found = iter([merit(mean) for merit, mean in zip(merits, means, strict=True)])
         beyond = [next(found) - (0 if other is None else next(found)) for _, other in pairs]
         return take(np.array(beyond))
 
-    return estimate(statistic, *map(strength, flat))
+    return estimate(statistic, *(strength(data, probe) for data in flat))
 
 
 def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) -> xr.Dataset:
@@ -262,9 +263,9 @@ def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) ->
     return xr.Dataset({part: ("learner", each) for part, each in named}, {"learner": [*found]})
 
 
-def last_times(data: xr.Dataset) -> Float[np.ndarray, " run"]:
+def last_times(data: xr.Dataset, probe: str = STRENGTH) -> Float[np.ndarray, " run"]:
     """The learning time of the last mode of each run; infinite where it is censored."""
-    return np.nan_to_num(times_of(data)(samples(data, STRENGTH)), nan=np.inf).max(-1).ravel()
+    return np.nan_to_num(times_of(data, probe)(samples(data, probe)), nan=np.inf).max(-1).ravel()
 
 
 def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Float[np.ndarray, " 2"]:
@@ -307,15 +308,17 @@ def outer_times_of(trained: xr.Dataset) -> Callable[[np.ndarray, np.ndarray], np
     return lambda mean, bayes: learning_times(steps, share_of_bayes(mean, bayes))
 
 
-def over_outer_training(trained: xr.Dataset, bayes: xr.Dataset) -> tuple[Outer, Inner]:
+def over_outer_training(
+    trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH
+) -> tuple[Outer, Inner]:
     """Mode strengths over outer training, and Bayes', as `outer_times_of` takes them.
 
     Which of several exchangeable modes the outer loop comes to learn first is chance, and differs
     between seeds. They are put in each seed's own order, which is found on one half of the tasks;
     strengths are those of the other half, so that noise alone would order nothing.
     """
-    strength, best = (samples(each, STRENGTH) for each in (trained, bayes))
-    if not labelled.modes(trained).exchangeable:
+    strength, best = (samples(each, probe) for each in (trained, bayes))
+    if not labelled.modes(trained, probe).exchangeable:
         return strength, best
     best = np.broadcast_to(best.mean(-1, keepdims=True), best.shape)  # to Bayes they are alike
     one, other = slice(0, None, 2), slice(1, None, 2)
@@ -324,23 +327,23 @@ def over_outer_training(trained: xr.Dataset, bayes: xr.Dataset) -> tuple[Outer, 
     return np.take_along_axis(strength[:, other], order, -1), best[:, other]
 
 
-def outer_times(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
+def outer_times(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
     """The outer step at which the outer loop comes to learn each mode [mode] (`outer_times_of`)."""
-    return estimate(outer_times_of(trained), *over_outer_training(trained, bayes))
+    return estimate(outer_times_of(trained), *over_outer_training(trained, bayes, probe))
 
 
-def outer_merit(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
+def outer_merit(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
     """How far the modes stagger over outer training (`order_of` those steps)."""
-    times, order = outer_times_of(trained), order_of(trained)
+    times, order = outer_times_of(trained), order_of(trained, probe)
     statistic = lambda mean, best: order(times(mean, best))
-    return estimate(statistic, *over_outer_training(trained, bayes))
+    return estimate(statistic, *over_outer_training(trained, bayes, probe))
 
 
-def outer_correlation(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
+def outer_correlation(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
     """How learning times within the last episodes and over outer training correlate in rank."""
-    inner, outer = times_of(trained), outer_times_of(trained)
+    inner, outer = times_of(trained, probe), outer_times_of(trained)
     ranks = lambda mean, best: rank_correlation(inner(mean[..., -1, :, :]), outer(mean, best))
-    return estimate(ranks, *over_outer_training(trained, bayes))
+    return estimate(ranks, *over_outer_training(trained, bayes, probe))
 
 
 def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:

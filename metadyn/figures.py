@@ -53,6 +53,7 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "lines.linewidth": 2,
 }
+MODES = 30  # panels of modes in one figure, at most: those shown are spread evenly
 UP_TO = (-0.1, 1.15)  # limits of an axis of strengths, which are 1 once learned
 LEVEL = {"color": "grey", "lw": 0.8, "zorder": 0}  # how a line that marks a level is drawn
 Measured = xr.Dataset | Mapping[str, xr.Dataset]
@@ -67,7 +68,7 @@ def draw(folder: Path, results: Results, own: Own, progress: Progress) -> list[P
     What has not been measured yet, in a run that was stopped, is left out.
     """
     folder.mkdir(exist_ok=True)
-    trained, paths = histories(results), []
+    trained, paths = by_probe(histories(results)), []
     wanted = of_every_run(results, trained)
     wanted |= {name: partial(figure, results) for name, figure in own.items()}
     with progress.counting("drawing", len(wanted) + len(trained)) as show:
@@ -111,10 +112,9 @@ def of_every_run(
     found: dict[str, Callable[[], Figure]] = {}
     first = next(iter(measured.values()), xr.Dataset())
     for probe in labelled.probes(first):
-        suffix = "" if probe == STRENGTH else f"_{probe}"
         alike = labelled.modes(first, probe).exchangeable
         for figure in (mode_strength, single_runs if alike else learning_times):
-            found[figure.__name__ + suffix] = partial(figure, measured, probe)
+            found[figure.__name__ + ending(probe)] = partial(figure, measured, probe)
     for suffix, training in trained.items():
         for of_training in (inner_curves, outer_learning, distance_to_bayes):
             found[of_training.__name__ + suffix] = partial(of_training, training)
@@ -234,16 +234,25 @@ class LearningHistory:
     """The mode trajectories of Bayes, which have no outer steps."""
     losses: tuple[xr.Dataset, xr.Dataset]
     """The two of them on held-out tasks of the training distribution."""
+    probe: str = STRENGTH
+    """Name of the probe that read the modes."""
+
+    @property
+    def modes(self) -> labelled.Modes:
+        """What the probe reads the strengths of."""
+        return labelled.modes(self.trained, self.probe)
 
     @functools.cached_property
     def strengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Mode strengths [seed, task, outer_step, step, mode], and Bayes' [1, task, step, mode]."""
-        return dynamics.strength(self.trained), dynamics.strength(self.bayes)
+        both = self.trained, self.bayes
+        trained, bayes = (dynamics.strength(each, self.probe) for each in both)
+        return trained, bayes
 
     @functools.cached_property
     def over(self) -> tuple[np.ndarray, np.ndarray]:
         """Those strengths in the order of outer training, if modes are exchangeable."""
-        return dynamics.over_outer_training(self.trained, self.bayes)
+        return dynamics.over_outer_training(self.trained, self.bayes, self.probe)
 
 
 def histories(results: Results) -> dict[str, LearningHistory]:
@@ -268,22 +277,37 @@ def histories(results: Results) -> dict[str, LearningHistory]:
     return found
 
 
+def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistory]:
+    """Each of them as each of its probes reads it: endings have the probe's name after them."""
+    return {
+        suffix + ending(probe): dataclasses.replace(training, probe=probe)
+        for suffix, training in trained.items()
+        for probe in labelled.probes(training.trained)
+    }
+
+
+def ending(probe: str) -> str:
+    """What the names of figures of a probe end with: nothing for that of every set of tasks."""
+    return "" if probe == STRENGTH else f"_{probe}"
+
+
 @styled
 def inner_curves(training: LearningHistory) -> Figure:
     """Draws the inner learning curve of each mode (panels) over outer training, and Bayes'."""
-    modes, (strength, best) = labelled.modes(training.trained), training.strengths
+    modes, (strength, best) = training.modes, training.strengths
     times, steps = (training.trained[name].to_numpy() for name in ("time", "outer_step"))
-    shown = np.unique(np.linspace(0, len(steps) - 1, 9).round().astype(int))
-    mean = dynamics.estimate(np.asarray, strength[:, :, shown])
-    labels = [f"{step:,}" for step in steps[shown]]
-    figure, axes = grid(len(modes.values), modes.strength, 2.6, 2.9, 5, sharex=True, sharey=True)
+    spread = lambda n, most: np.unique(np.linspace(0, n - 1, most).round().astype(int))
+    shown, which = spread(len(steps), 9), spread(len(modes.values), MODES)
+    mean = dynamics.estimate(np.asarray, strength[:, :, shown][..., which])
+    labels, names = [f"{step:,}" for step in steps[shown]], _named(modes)
+    figure, axes = grid(len(which), modes.strength, 2.6, 2.9, 5, sharex=True, sharey=True)
     label = modes.label.replace("\n", " ")
-    for k, (axis, name) in enumerate(zip(axes, _named(modes), strict=True)):
-        of_mode = Estimate(*(part[:, :, k].T for part in mean))
+    for i, (axis, k) in enumerate(zip(axes, which, strict=True)):
+        of_mode = Estimate(*(part[:, :, i].T for part in mean))
         curves(axis, times, of_mode, labels, "plasma", lw=1.6)
         axis.plot(times, best.mean((0, 1))[:, k], "k--", lw=1.5, label="Bayes")
         axis.axhline(modes.p, **LEVEL)
-        axis.set_title(f"{label}: {name}", fontsize=10)
+        axis.set_title(f"{label}: {names[k]}", fontsize=10)
         axis.set(xlabel="observations", ylim=UP_TO)
         axis.label_outer()
     figure.suptitle(f"{training.called}: inner learning curves over outer training")
@@ -295,8 +319,8 @@ def inner_curves(training: LearningHistory) -> Figure:
 @styled
 def outer_learning(training: LearningHistory) -> Figure:
     """Draws inner learning times, and how near each mode is to Bayes, against outer step."""
-    modes, (strength, best) = labelled.modes(training.trained), training.strengths
-    inner, outer = dynamics.times_of(training.trained), dynamics.outer_times_of(training.trained)
+    modes, (strength, best), trained = training.modes, training.strengths, training.trained
+    inner, outer = dynamics.times_of(trained, training.probe), dynamics.outer_times_of(trained)
     figure, left, right, steps = _over_outer_training(training, "learning of each mode")
     reached = outer(*(each.mean((0, 1)) for each in training.over))
     halfway = [f"{name}: {n:,.0f}" for name, n in zip(_named(modes), reached, strict=True)]
@@ -308,7 +332,7 @@ def outer_learning(training: LearningHistory) -> Figure:
         right.plot(n, 0.5, "s", color=colour, ms=7, mec="black", zorder=5)
     left.plot([], [], "--", color="grey", label="Bayes")
     left.set_ylabel(f"inner learning time $t_k$ (to {modes.p:g})\nin observations")
-    left.set_ylim(0, training.trained["time"][-1])
+    left.set_ylim(0, trained["time"][-1])
     right.axhline(1, **LEVEL | {"ls": "--", "lw": 1.2})
     right.axhline(0.5, **LEVEL)
     right.set(ylim=(-0.2, 2.1), ylabel="mean strength over the episode\n(0 untrained, 1 as Bayes)")
@@ -323,7 +347,7 @@ def outer_learning(training: LearningHistory) -> Figure:
 def distance_to_bayes(training: LearningHistory) -> Figure:
     """Draws excess loss over Bayes, and the distance of each mode's curve, against outer step."""
     figure, left, right, steps = _over_outer_training(training, "distance to Bayes")
-    floor, modes = labelled.about(training.losses[0]).loss_floor, labelled.modes(training.trained)
+    floor, modes = labelled.about(training.losses[0]).loss_floor, training.modes
     loss, best = (dynamics.episode_loss(each) for each in training.losses)
     excess = dynamics.measured_excess(*training.losses)
     each = np.asarray(dynamics.excess_loss(loss.mean(1), best.mean(), floor))
@@ -358,10 +382,7 @@ def _over_outer_training(
 
 def animation(training: LearningHistory, path: Path) -> None:
     """Writes a GIF of all inner learning curves, one frame a checkpoint, Bayes' beside them."""
-    modes, (mean, bayes) = (
-        labelled.modes(training.trained),
-        (each.mean((0, 1)) for each in training.strengths),
-    )
+    modes, (mean, bayes) = training.modes, (each.mean((0, 1)) for each in training.strengths)
     times, steps = (training.trained[name].to_numpy() for name in ("time", "outer_step"))
     figure = Figure(figsize=(5.6, 4.2), dpi=80, layout="constrained")
     axis, canvas = figure.subplots(), FigureCanvasAgg(figure)
@@ -398,12 +419,12 @@ def orders(trainings: Sequence[LearningHistory]) -> Figure:
     label = "outer learning time $n_k$\n(outer step half-way to Bayes)"
     figure, axes = grid(len(trainings), label, width=4.4, height=4.3)
     for axis, training in zip(axes, trainings, strict=True):
-        modes = labelled.modes(training.trained)
-        at_end, outer = (f(training.trained) for f in (dynamics.times_of, dynamics.outer_times_of))
+        modes, trained, probe = training.modes, training.trained, training.probe
+        at_end, outer = dynamics.times_of(trained, probe), dynamics.outer_times_of(trained)
         inner = lambda mean, t=at_end: t(mean[..., -1, :, :])
         title = "contexts by their rank in either order"
         if not modes.exchangeable:
-            ranks = dynamics.outer_correlation(training.trained, training.bayes)
+            ranks = dynamics.outer_correlation(trained, training.bayes, probe)
             title = f"rank correlation {dynamics.text(ranks)}"
         x = dynamics.estimate(inner, training.strengths[0])
         y = dynamics.estimate(outer, *training.over)

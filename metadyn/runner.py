@@ -392,7 +392,7 @@ def check_traced(plan: Plan) -> None:
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
-    """Judges the criteria on made-up numbers, returns them, and draws the study's figures.
+    """Judges the criteria on made-up numbers, returns them, and draws the figures.
 
     Raises `ConfigError` if they cannot be had of the plan.
 
@@ -411,10 +411,14 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
         planned[names] = _described(each), min(4, each.tasks.size), at
     results = Results(sets, lambda *names: _made_up(*planned[names]))
     criteria = study.judged(config, results)
-    for draw in study.own_figures().values():
-        draw(results)
     from metadyn import figures
 
+    every = figures.of_every_run(results, figures.by_probe(figures.histories(results)))
+    for name, figure in every.items():
+        with error_context(f"figure {name!r} cannot be drawn"):
+            figure()
+    for draw in study.own_figures().values():
+        draw(results)
     parts = [word for each in plan.every for word in (each.part.title, each.contender.label)]
     modes = [probe.modes for each in plan.every for probe in each.tasks.probes.values()]
     figures.check_words([*parts, *(word for each in modes for word in (each.axis, each.strength))])

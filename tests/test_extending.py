@@ -136,6 +136,17 @@ def test_a_second_probe_is_recorded_analysed_and_drawn_by_its_name(of_others):
     assert "far_mode" in data["far"].dims
     drawn = {path.stem for path in (of_others / "figures").glob("*.png")}
     assert {"mode_strength_far", "learning_times_far"} <= drawn
+    over = "inner_curves", "outer_learning", "distance_to_bayes"
+    assert {f"{each}_far" for each in over} <= drawn
+    assert (of_others / "figures" / "inner_curves_far.gif").stat().st_size > 0
+    results = metadyn.RunFolder(of_others).results()
+    found = metadyn.figures.by_probe(metadyn.figures.histories(results))
+    assert {*found} == {"", "_far"}
+    np.testing.assert_allclose(found["_far"].strengths[1], found[""].strengths[1], atol=1e-4)
+    assert not np.allclose(found["_far"].strengths[0], found[""].strengths[0], atol=1e-2)
+    axis = found["_far"].trained, found["_far"].bayes
+    lstm = metadyn.dynamics.outer_merit(*axis), metadyn.dynamics.outer_merit(*axis, "far")
+    assert lstm[0] != lstm[1]
     slopes = metadyn.dynamics.slope(data, "far")
     assert np.isfinite(slopes.sel(learner="bayes")["value"])
 

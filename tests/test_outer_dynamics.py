@@ -402,3 +402,12 @@ def test_what_is_read_while_a_run_writes_is_whole(tmp_path):
     assert looks == sorted(looks)
     assert len(set(looks)) > 3
     assert looks[-1] == 12
+
+
+def test_of_very_many_modes_those_drawn_are_spread_over_all():
+    trained, bayes = bandit_over_outer_training(np.tile(np.arange(0, 80) % 50, (2, 1)), tasks=4)
+    figure = figures.inner_curves(figures.LearningHistory("LSTM", trained, bayes, (trained, bayes)))
+    shown = [int(axis.get_title().split(": ")[1]) for axis in figure.axes if axis.get_visible()]
+    assert len(shown) == figures.MODES
+    assert (shown[0], shown[-1]) == (1, 80)
+    assert set(np.diff(shown)) == {2, 3}

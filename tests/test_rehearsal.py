@@ -137,6 +137,16 @@ def test_a_study_that_is_right_is_rehearsed_silently_and_runs(finished, tmp_path
     assert (out / "figures" / "own.png").is_file()
 
 
+def test_a_figure_of_every_run_that_cannot_be_drawn_is_found_before(tmp_path, monkeypatch):
+    def broken(training):
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(figures, "outer_learning", broken)
+    broken.__name__ = "outer_learning"
+    said = refused(STUDY, tmp_path / "r", monkeypatch)
+    assert "figure 'outer_learning' cannot be drawn (ValueError: no such axis)" in said
+
+
 def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
     one = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
     once = lambda sizes: dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
