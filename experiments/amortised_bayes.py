@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import metadyn as md
-from metadyn import decoding, dynamics, figures
+from metadyn import decoding, dynamics, errors, figures
 from metadyn.base import training_tasks
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
@@ -28,17 +28,15 @@ TITLES = {"linear": "linear regression", "bandit": "contextual bandit"}
 RECURRENT = {"lstm": "LSTM", "gru": "GRU"}
 LABELS = RECURRENT | {"transformer": "transformer", "control": "LSTM far from Bayes"}
 ROWS = {(name, each): f"{TITLES[name]}, {LABELS[each]}" for name in TITLES for each in LABELS}
-RATES = {"gru": 1 / 3, "control": 1 / 100}
-"""Learning rates, over that of the outer loop. The control is an LSTM trained for as long."""
+RATES = {"gru": 1 / 3, "control": 1 / 100}  # learning rates, over that of the outer loop
 NEAR = 0.3  # excess loss up to which a recurrent network counts as near Bayes
 COLUMNS = "excess mean untrained uncertainty nonlinear to_bayes from_bayes delay kept"
-SURELY = {
+SURELY = {  # what is expected, each of the whole interval
     "linear_lstm_uncertainty": {"at_most": 0.5},
     "linear_lstm_nonlinear": {"at_most": 0.5},
     "linear_lstm_direction": {"at_least": 0.0},
     "linear_lstm_kept": {"at_least": 0.5},
 }
-"""Criteria of what is expected, each of the whole interval."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +51,7 @@ class Config(md.StudyConfig):
 
 def compared(config: Config, name: str) -> md.Comparison:
     """Networks beside Bayes in one domain, and copies of recurrent ones put on other states."""
+    errors.check(config.meta == Config.meta, "meta", config.meta, "all are trained: leave it out")
     domain, linear, sizes = getattr(config, name), name == "linear", config.measure
     beliefs = (beside.linear_beliefs if linear else beside.bandit_beliefs)(domain)
     policy = lambda domain, meta: md.actor_critic(domain, meta.meta)  # Bayes has no part in it
@@ -180,6 +179,7 @@ study = md.Study(
         "causal": causal,
     },
     section="ours",
+    closed="Bayes' state is written into each of them, in a way of its own",
     tables=[
         md.Table(
             "Amortised Bayes: R² of decoding and of simulation, and the causal test",

@@ -107,7 +107,8 @@ def found(results, name: str, *kinds: str) -> dict[str, tuple[Any, Any]]:
         if f"{task_set}_".startswith(begins):
             bayes = results.learners(task_set, "bayes").get("bayes")
             for variant, data in results.learners(task_set, "ordinary", "meta").items():
-                rows[variant] = data.isel(outer_step=-1, missing_dims="ignore"), bayes
+                called = f"{task_set}_{variant}" if variant in rows else variant  # one put beside
+                rows[called] = data.isel(outer_step=-1, missing_dims="ignore"), bayes
     return rows
 
 
@@ -169,9 +170,7 @@ def robustness(results):
 QUICK = Config(
     **EVEN,
     outer=md.OuterConfig(steps=3000, learning_rate=3e-2, schedule="linear", checkpoints=4),
-    measure=md.MeasureConfig(
-        2048, updating_tasks=32, tracked_tasks=512, heldout_tasks=512, probe_points=16
-    ),
+    measure=md.MeasureConfig(2048, 32, tracked_tasks=512, heldout_tasks=512, probe_points=16),
 )
 WORKSTATION = Config(
     of="workstation",

@@ -639,6 +639,8 @@ class Study:
     """What it claims, for `metadyn claims`: by the name of the figure that shows a claim, and that
     of the criterion that judges it, what it says."""
     tables: Sequence[Table] = ()
+    closed: str = ""
+    """Why no learner can be put beside its own, of a study for which none can."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "study")
@@ -677,8 +679,12 @@ class Study:
         `contender(comparison)` makes one for each comparison of the study, from its `domain` and
         the `heads` that its objective needs. Ordinary learners are measured on every set that
         others are; meta-learners are trained on the same episodes and measured on the same tasks as
-        the study's own. So each appears in every figure and criterion of its kind.
+        the study's own. So each appears in every figure and criterion of its kind. Raises
+        `ConfigError` for a study that is `closed`.
         """
+        check(
+            not self.closed, "study", self.name, f"takes no learner beside its own: {self.closed}"
+        )
 
         def with_more(comparison: Comparison) -> Comparison:
             for make in more:

@@ -488,6 +488,12 @@ def test_what_is_put_beside_a_study_must_be_a_contender():
         study.plan(study.presets["quick"])
 
 
+@pytest.mark.parametrize("name", ["amortised_bayes", "teaching"])
+def test_studies_that_make_more_of_each_learner_take_none_beside_their_own(name):
+    with pytest.raises(metadyn.ConfigError, match=f"'{name}': takes no learner beside its own: "):
+        load_study(name).beside("mine", lambda comparison: comparison.bayes)
+
+
 def test_metadyn_alone_says_what_to_type(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out

@@ -14,12 +14,13 @@ import xarray as xr
 
 from metadyn import figures, sweep
 from metadyn.errors import ConfigError
+from metadyn.learners.lstm import LSTMConfig
 from metadyn.options import configured
 from metadyn.progress import Progress
 from metadyn.runner import rehearse, run_study
 from metadyn.several_domains import TITLES
 from metadyn.store import Results, RunFolder
-from metadyn.study import load_study
+from metadyn.study import Contender, load_study
 
 STUDY = str(Path(__file__).parent.parent / "experiments" / "robustness.py")
 SMALL = [
@@ -184,6 +185,21 @@ def test_a_variant_that_misses_a_mode_is_counted_and_not_compared(finished):
     assert abs(found["linear_outer_adam_staggering"]) > 0.2
     assert found["linear_outer_unlearned"] == 1
     assert found["linear_outer_worst"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_meta_learner_beside_the_study_has_a_row_for_each_set_that_it_is_measured_on():
+    def mine(comparison):
+        return Contender("mine", "mine", LSTMConfig(hidden=4).make(comparison.domain))
+
+    study = load_study(STUDY).beside("with_mine", mine)
+    config = configured(study.presets["quick"], SMALL)
+    with among("linear"):
+        names = {each.name for each in rehearse(study, config, study.plan(config))}
+    of_mine = {name for name in names if "mine" in name}
+    excess = {"linear_mine_excess", "linear_heldout_linear_noise_0.5_mine_excess"}
+    assert {name for name in of_mine if name.endswith("excess")} == excess
+    slopes = {"linear_mine_staggering", "linear_tracked_linear_noise_0.5_mine_staggering"}
+    assert {name for name in of_mine if name.endswith("staggering")} == slopes
 
 
 def test_the_figure_shows_each_variant_at_its_value_and_says_what_has_none(finished, found):
