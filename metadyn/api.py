@@ -15,7 +15,14 @@ from rich.console import Console
 from metadyn import inner, labelled
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
 from metadyn.errors import check, meant
-from metadyn.measuring import described, readings, weights
+from metadyn.measuring import (
+    bytes_needed,
+    described,
+    readings,
+    require_memory,
+    training_bytes,
+    weights,
+)
 from metadyn.objectives import ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 from metadyn.progress import Progress
@@ -48,7 +55,8 @@ def train(
     `outer` are further fields of `OuterConfig`, such as `batch` and `learning_rate`. Several
     `seeds` are trained at once, each from its own initial weights on its own episodes. Nothing is
     stored, and mode trajectories are not kept: `metadyn run` does that. Raises `ConfigError` for
-    settings that do not fit and for a loss that is no longer finite.
+    settings that do not fit, for what cannot fit into the memory, and for a loss that is no longer
+    finite.
     """
     fix = "give a meta-learner, such as LSTMConfig().make(domain)"
     check(isinstance(meta, MetaLearner), "meta", meta, fix)
@@ -62,6 +70,9 @@ def train(
     check(not isinstance(domain, type), "domain", domain, fix)
     training = MetaTraining(meta, objective(domain, meta))
     training.check_traced("a meta-learner on this domain", weights(meta.init))
+    require_memory(
+        "their weights and what trains them", seeds * training_bytes(meta.init), "seeds", seeds
+    )
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
     losses: dict[int, np.ndarray] = {}
     with Progress(Console() if progress else None).training(steps, 0) as show:
@@ -91,7 +102,8 @@ def measure(
     others are compared with), or contenders, for labels and times of one's own. Tasks are the
     domain's evaluation tasks with `points` queries to a probe, or a set given whole. Learners that
     count updates take `updates` of them, on `updating_tasks` of the tasks. Raises `ConfigError` for
-    sizes below 1, contenders that are not trained, and probes that read other than they say.
+    sizes below 1, contenders that are not trained, probes that read other than they say, and for
+    what cannot fit into the memory.
     """
     if not isinstance(tasks, TaskSet):
         whole = isinstance(tasks, Integral) and tasks >= 1
@@ -100,21 +112,28 @@ def measure(
         tasks = dataclasses.replace(evaluation, size=tasks, updating_size=updating_tasks)
     check(isinstance(learners, Mapping) and learners, "learners", learners, "give some, by name")
     fix = "is not trained: give what `metadyn.train` returns, under a name"
+    each: dict[str, tuple[Contender, Params]] = {}
+    for name, learner in learners.items():
+        if isinstance(learner, Contender):
+            check(not learner.seeded, "learners", name, fix)
+            each[name] = learner, ()
+        elif isinstance(learner, Learner):
+            times = inner.log_spaced(updates, 60) if learner.clock == "updates" else None
+            kind = "bayes" if name == "bayes" else "ordinary"
+            each[name] = Contender(name, name, learner, kind, times), ()  # type: ignore[arg-type]
+        else:
+            check(isinstance(learner, Trained), "learners", name, fix)
+            each[name] = Contender(name, name, learner.meta), learner.params
+    for contender, params in each.values():
+        seeds = max((len(leaf) for leaf in jax.tree.leaves(params)), default=1)
+        needed = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
+        size = tasks.size_for(contender.clock)
+        field = "updating_tasks" if size < tasks.size else "tasks"
+        require_memory(f"what {contender.name} does on them", needed, field, size, split=True)
     parts = {}
-    with Progress(Console() if progress else None).counting("measuring", len(learners)) as show:
-        for place, (name, learner) in enumerate(learners.items()):
+    with Progress(Console() if progress else None).counting("measuring", len(each)) as show:
+        for place, (name, (contender, params)) in enumerate(each.items()):
             show(str(name))
-            params: Params = ()
-            if isinstance(learner, Contender):
-                check(not learner.seeded, "learners", name, fix)
-                contender = learner
-            elif isinstance(learner, Learner):
-                times = inner.log_spaced(updates, 60) if learner.clock == "updates" else None
-                kind = "bayes" if name == "bayes" else "ordinary"
-                contender = Contender(name, name, learner, kind, times)  # type: ignore[arg-type]
-            else:
-                check(isinstance(learner, Trained), "learners", name, fix)
-                contender, params = Contender(name, name, learner.meta), learner.params
             arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
             about = described(tasks, contender, place)
             parts[name] = labelled.labelled(arrays, about)

@@ -16,7 +16,7 @@ from metadyn.base import STRENGTH, Key, Learner, Params, Probe, TaskSet
 from metadyn.errors import ConfigError, check, check_name, error_context
 from metadyn.study import Contender
 
-TAKEN = ("time", "closed_form", "learner", "seed", "task", "step", "mode", "outer_step")
+RESERVED = ("time", "closed_form", "learner", "seed", "task", "step", "mode", "outer_step")
 """Names in the labelled arrays that no diagnosis can have."""
 
 
@@ -120,7 +120,7 @@ def _axes(
     """
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
-    taken = {*axes, *tasks.probes, *TAKEN}
+    taken = {*axes, *tasks.probes, *RESERVED}
 
     def trace(key: Key, params: Params, task: Any) -> None:
         with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
@@ -213,6 +213,11 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * each
 
 
+def training_bytes(init: Callable[[Key], Params]) -> int:
+    """Reckons up what one seed of a meta-learner takes: weights, gradient and two moments."""
+    return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights(init)))
+
+
 def require_memory(
     what: str, needed: int, field: str, value: Any = None, split: bool = False
 ) -> None:
@@ -224,4 +229,5 @@ def require_memory(
     gib = 1 << 30
     fix = f"{what} would take {needed / gib:,.1f} GiB of the {there / gib:,.1f} there are; lower it"
     if needed > there:
-        raise ConfigError(f"{field}: {fix}", field, value, fix)
+        said = field if value is None else f"{field} = {value!r}"
+        raise ConfigError(f"{said}: {fix}", field, value, fix)

@@ -307,18 +307,22 @@ def local_episodes(total: int) -> Int[Array, " share"]:
 
 
 def microbatch(episodes: int, together: int = 1, cached: int = CACHED_EPISODES) -> int:
-    """Chooses how many of its episodes a device differentiates at a time.
+    """Chooses how many of its episodes a device differentiates at a time, in equal parts.
 
-    They are equal parts, of whole groups.
-
-    On a CPU core so many that what the backward pass needs stays in its cache, which is said to
-    hold that of so many `cached` ones; elsewhere all.
+    A part is a whole number of groups of `together`. On a CPU core it has so many that what the
+    backward pass needs stays in the core's cache, which is said to hold that of `cached` episodes;
+    elsewhere it has all.
     """
     if backend() != "cpu":
         return episodes
     parts = range(together, max(cached, together) + 1, together)
     whole = [n for n in parts if episodes % n == 0 and 2 * n > cached]
     return max(whole, default=episodes)
+
+
+def cached_episodes(meta: Any) -> int:
+    """Episodes of a meta-learner whose backward pass stays in the cache of a CPU core."""
+    return getattr(meta, "cached_episodes", CACHED_EPISODES)
 
 
 def mean(tree: Any) -> Any:

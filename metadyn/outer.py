@@ -210,7 +210,7 @@ class OuterLoop:
         def one_seed(name, now, one):
             objective, optimizer = trained[name].objective, optimizers[name]
             key, params, moments = one
-            cached = getattr(trained[name].meta, "cached_episodes", mesh.CACHED_EPISODES)
+            cached = mesh.cached_episodes(trained[name].meta)
             step, count = now
 
             def episodes(i):

@@ -33,6 +33,7 @@ from metadyn.measuring import (
     program_key,
     readings,
     require_memory,
+    training_bytes,
     weights,
 )
 from metadyn.options import options_of
@@ -312,12 +313,11 @@ def check_memory(plan: Plan) -> None:
     """Raises `ConfigError`, naming the option to lower, for what cannot fit into the memory."""
     outer = plan.outer
     for contender in (meta for part in plan.comparisons for meta in part.metas):
-        leaves = jax.tree.leaves(weights(contender.learner.init))
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        what = f"the weights of {contender.name} and what trains them"  # moments, gradient
-        many = 4 * OuterConfig.seeds * size <= mesh.memory(split=False)  # the usual number fits
+        each = training_bytes(contender.learner.init)
+        many = OuterConfig.seeds * each <= mesh.memory(split=False)  # the usual number fits
         option = "outer.seeds" if many else contender.option or "outer.seeds"
-        require_memory(what, 4 * outer.seeds * size, option)
+        what = f"the weights of {contender.name} and what trains them"
+        require_memory(what, outer.seeds * each, option)
     for tasks, contender in plan.measured:
         needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)

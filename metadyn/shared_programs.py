@@ -90,7 +90,7 @@ def _form(jaxpr: Jaxpr, at: Place, numbers: dict[Place, np.ndarray]) -> list[Any
 
 
 def _said(parameter: Any) -> str:
-    """Of an operation, the same in every process: Python orders sets as it likes."""
+    """Writes a parameter of an operation alike in every process: Python orders sets as it likes."""
     ordered = sorted(parameter) if isinstance(parameter, (set, frozenset)) else parameter
     return str(ordered)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import metadyn as md
-from metadyn import dynamics, figures, runner
+from metadyn import dynamics, figures, mesh, runner
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.learners.bayes import bayes_linear
@@ -145,6 +145,18 @@ def test_a_figure_of_every_run_that_cannot_be_drawn_is_found_before(tmp_path, mo
     broken.__name__ = "outer_learning"
     said = refused(STUDY, tmp_path / "r", monkeypatch)
     assert "figure 'outer_learning' cannot be drawn (ValueError: no such axis)" in said
+
+
+def test_what_cannot_fit_into_the_memory_is_refused_in_a_notebook_too(monkeypatch):
+    domain = Config().domain
+    learners = {"bayes": bayes_linear(domain)}
+    said = r"tasks = 2000000000: what bayes does on them would take [\d,.]+ GiB of the"
+    with pytest.raises(ConfigError, match=said):
+        md.measure(domain, learners, tasks=2_000_000_000, points=6, progress=False)
+    monkeypatch.setattr(mesh, "memory", lambda split: 1000)
+    meta = LSTMConfig(hidden=4).make(domain)
+    with pytest.raises(ConfigError, match="seeds = 3: their weights and what trains them would"):
+        md.train(meta, domain, steps=2, seeds=3, progress=False)
 
 
 def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import Domain, Feedback, Key, Learner, Params, Query, encoded_shapes
+from metadyn.base import (
+    Domain,
+    Feedback,
+    Key,
+    Learner,
+    Params,
+    Query,
+    encoded_episodes,
+    encoded_shapes,
+)
 from metadyn.errors import check, check_positive
 from metadyn.kernels import products
 from metadyn.learners.residual_blocks import HeadedConfig, by_token, joined, queries_keys_values
@@ -216,9 +225,7 @@ class OneLayerAttention:
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
         """The whole-episode form: answers [T, answer_size, B], and below them the heads."""
-        over_batch_and_time = lambda f: jax.vmap(jax.vmap(f, -1, -1))
-        x = over_batch_and_time(self.domain.encode_query)(queries)
-        y = over_batch_and_time(self.domain.encode_feedback)(feedback)
+        x, y = encoded_episodes(self.domain, queries, feedback)
         total = jnp.cumsum(y[:, :, None] * x[:, None], axis=0)
         means = total / jnp.arange(1, len(x) + 1)[:, None, None, None]
         before = jnp.concatenate([jnp.zeros_like(means[:1]), means[:-1]])

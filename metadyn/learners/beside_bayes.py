@@ -146,7 +146,7 @@ class Beside:
     @property
     def cached_episodes(self) -> int:
         """Episodes of the meta-learner that a core's cache holds (`outer.OuterLoop`)."""
-        return getattr(self.meta, "cached_episodes", mesh.CACHED_EPISODES)
+        return mesh.cached_episodes(self.meta)
 
     def init(self, key: Key) -> Params:
         """Draws the meta-learner's outer parameters."""

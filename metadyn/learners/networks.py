@@ -18,7 +18,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn import mesh
-from metadyn.base import Answer, Domain, Feedback, Key, Learner, Params, Query, encoded_shapes
+from metadyn.base import (
+    Answer,
+    Domain,
+    Feedback,
+    Key,
+    Learner,
+    Params,
+    Query,
+    encoded_episodes,
+    encoded_shapes,
+)
 from metadyn.errors import check, check_positive
 from metadyn.kernels.lstm import apply
 
@@ -158,9 +168,7 @@ class _NetworkMetaLearner:
         """Runs whole episodes: the answers [T, answer_size, B], and below them the heads."""
         network = self.network(params)
         whole = getattr(network.body, "episodes", None) or partial(self._whole, network.body)
-        over_batch_and_time = lambda f: jax.vmap(jax.vmap(f, -1, -1))
-        x = over_batch_and_time(self.domain.encode_query)(queries)
-        y = over_batch_and_time(self.domain.encode_feedback)(feedback)
+        x, y = encoded_episodes(self.domain, queries, feedback)
         y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
         inputs = jnp.concatenate([x, y_before], axis=1)
         return network.episodes(whole(inputs))

@@ -62,7 +62,7 @@ class Normalised:
 
     def __init__(self, domain: Domain, make: Callable[[Any], MetaLearner]):
         self.domain, self.inside = domain, make(_Inside(domain))
-        self.cached_episodes = getattr(self.inside, "cached_episodes", mesh.CACHED_EPISODES)
+        self.cached_episodes = mesh.cached_episodes(self.inside)
 
     def init(self, key: Key) -> Params:
         """Draws the outer parameters of the meta-learner inside."""
