@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -55,15 +58,15 @@ def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
     yield from planning.programs(plan, loop)
 
 
-def kernels(platform: str) -> Iterator[Any]:
-    """The gradient through every backend of the LSTM kernel that a platform has, at 64 units."""
+def kernels(platform: str, hidden: int = 64, sharding: Any = None) -> Iterator[Any]:
+    """The gradient through every backend of the LSTM kernel that a platform has."""
     import jax
     import jax.numpy as jnp
 
     from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
 
-    hidden, inputs, episodes = 64, 6, 128
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    inputs, episodes = 6, 128
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     weights = LSTMWeights(array(4 * hidden, inputs), array(4 * hidden, hidden), array(4 * hidden))
     for backend in get_args(Backend):
         if backend != "fused" or platform == "cuda":
@@ -151,13 +154,51 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
     return before[form] | {"calls": program.times, "form": form}
 
 
+FUSED = {
+    f"kernel: fused, {hidden} units, products in {called}": (hidden, precision)
+    for hidden in (64, 128, 256)
+    for called, precision in {"float32": "float32", "TensorFloat32": "tensorfloat32"}.items()
+}
+"""The fused kernels whose registers are counted: hidden units, and JAX's name of a precision."""
+
+
+def registers(hidden: int, precision: str, there: Any) -> dict[str, list[int]]:
+    """Registers of a thread of each fused kernel, and bytes that it spills, by NVIDIA's `ptxas`."""
+    import jax
+    from nvidia import cu13 as nvidia  # it comes with the extra `aot`
+
+    assembler, counted = Path(next(iter(nvidia.__path__)), "bin", "ptxas"), {}
+    on = jax.sharding.SingleDeviceSharding(there.devices[0])
+    with jax.default_matmul_precision(precision), tempfile.TemporaryDirectory() as folder:
+        with said_to_be_here("cuda"):
+            (fused,) = (each for each in kernels("cuda", hidden, on) if each.name == "fused")
+            fused.trace().lower().compile({**there.options[0], "xla_dump_to": folder})
+        for path in Path(folder).glob("*.ptx"):
+            if kernel := re.search(r"\.entry (forward|backward)_kernel", path.read_text()):
+                command = [assembler, "-v", "-arch=sm_90a", path, "-o", os.devnull]
+                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+                (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+                (used,) = re.findall(r"Used (\d+) registers", said)
+                counted[kernel[1]] = [int(used), int(spilled)]
+    return counted
+
+
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
     """Lines of Markdown: a table for each study, in which each program is a line."""
     from metadyn.planning import number
 
     targets = [target for each in TARGETS.values() for target in each]
     yield HEAD
-    for study in sorted({name.partition(": ")[0] for name in rows}):
+    if counted := {name: rows[name]["h100:1"] for name in FUSED if name in rows}:
+        yield ""
+        yield "## Registers of a thread, and bytes that it spills, on one H100"
+        yield ""
+        yield "| kernel of the LSTM | forwards | backwards |"
+        yield "| --- | --- | --- |"
+        for name, of in counted.items():
+            cells = ("{}, {} B".format(*of[kernel]) for kernel in ("forward", "backward"))
+            yield f"| {name.partition(': ')[2]} | {' | '.join(cells)} |"
+    for study in sorted({name.partition(": ")[0] for name in rows if name not in FUSED}):
         mine = {n.partition(": ")[2]: of for n, of in rows.items() if n.startswith(f"{study}: ")}
         yield ""
         yield f"## {study}, preset {PRESET}"
@@ -218,11 +259,15 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     from metadyn.study import known
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
-    there, names = absent_devices.find(target), set()
-    stored = [found[target] for found in rows.values() if target in found]
+    there, names = absent_devices.find(target), {*FUSED}
+    programs_of = (found for name, found in rows.items() if name not in FUSED)
+    stored = [found[target] for found in programs_of if target in found]
     whole = {*program_cost.Account._fields, "form", "jax"}
     now = [each for each in stored if each.keys() >= whole and each["jax"] == jax.__version__]
     before = {each["form"]: each for each in now}
+    for name in filter(wanted, FUSED if target == "h100:1" else ()):
+        rows[name] = {target: registers(*FUSED[name], there)}
+        print(f"{target}, {name}: {rows[name][target]}", flush=True)
     with mesh.compiling_for(there):
         for study in known():
             for program in programs(study):

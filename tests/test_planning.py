@@ -355,6 +355,7 @@ def test_only_what_the_code_has_changed_since_is_compiled_anew(monkeypatch, tmp_
         return SimpleNamespace(operations=1.0, seconds=1.0, account=account)
 
     monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
+    monkeypatch.setattr(compiling, "FUSED", {})
     monkeypatch.setattr(compiling, "programs", programs)
     monkeypatch.setattr(planning, "compiled", compiled)
     monkeypatch.setattr("metadyn.study.known", lambda: ["a"])
@@ -386,6 +387,26 @@ def test_a_table_says_what_was_compiled_what_failed_and_what_was_not():
     *_, line = compiling.table({"study: outer step of x": found})
     said = "| outer step of x | 7 | 2 G | 1.5 KiB; 6 + 5; 8 B reduced; 1 s | Error: a / b | – | – |"
     assert line == said
+
+
+def test_registers_of_the_fused_kernels_are_stored_where_one_gpu_is_compiled_for(
+    monkeypatch, tmp_path
+):
+    name = "kernel: fused, 64 units, products in float32"
+    found = {"backward": [238, 0], "forward": [255, 3]}
+    monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
+    monkeypatch.setattr(compiling, "FUSED", {name: (64, "float32")})
+    monkeypatch.setattr(compiling, "registers", lambda hidden, precision, there: found)
+    monkeypatch.setattr("metadyn.study.known", lambda: [])
+    monkeypatch.setattr("metadyn.absent_devices.find", lambda target: None)
+    monkeypatch.setattr(mesh, "compiling_for", lambda there: nullcontext())
+    compiling.compile_all("h100:8", lambda name: True)
+    assert json.loads(compiling.FILE.read_text()) == {}
+    compiling.compile_all("h100:1", lambda name: True)
+    assert json.loads(compiling.FILE.read_text()) == {name: {"h100:1": found}}
+    compiling.compile_all("h100:8", lambda name: True)
+    lines = compiling.FILE.with_suffix(".md").read_text().splitlines()
+    assert lines[-1] == "| fused, 64 units, products in float32 | 255, 3 B | 238, 0 B |"
 
 
 @pytest.mark.parametrize("name", ["linear_regression", "nonlinear_regression", "contextual_bandit"])
