@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jax.lax import DotAlgorithmPreset as Algorithm
 from jaxtyping import Array, Float
 
@@ -156,6 +155,8 @@ def _tiled(hidden: int) -> tuple[Callable[[Any], Any], int]:
 
 def _call(kernel, episodes: int, inputs, weights, outputs, interpret: bool):
     """Runs a kernel over blocks of episodes, which are the last axis of inputs and outputs."""
+    from jax.experimental.pallas import triton  # a tenth of a second, for GPUs alone
+
     last = lambda shape: pl.BlockSpec((*shape[:-1], episodes), lambda b: (*[0] * len(shape[1:]), b))
     whole = lambda shape: pl.BlockSpec(shape, lambda b: (0,) * len(shape))
     dot = partial(jnp.dot, precision=exact(interpret), preferred_element_type=jnp.float32)
