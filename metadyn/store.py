@@ -41,7 +41,7 @@ import orbax.checkpoint as ocp
 import xarray as xr
 
 from metadyn import mesh
-from metadyn.errors import ConfigError, ConfigWarning
+from metadyn.errors import ConfigError, ConfigWarning, check
 from metadyn.labelled import about, labelled, merge
 
 Arrays = Mapping[str, Any]
@@ -472,6 +472,7 @@ def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
     (`sweep_results.load`). Raises `ConfigError` for a folder that holds no run and a set that it
     does not hold.
     """
+    check(isinstance(path, str | os.PathLike), "path", path, "must be that of a folder")
     if (Path(path) / "sweep.json").exists():
         from metadyn import sweep_results
 

@@ -140,6 +140,8 @@ def test_a_critic_is_trained_through_a_head(name):
 def test_bad_networks_are_named():
     with pytest.raises(ConfigError, match="heads = -1: must be 0 or more"):
         made("gru", heads=-1)
+    with pytest.raises(ConfigError, match="domain = 3: must be a domain, such as Linear"):
+        Recurrent.__init__.__wrapped__(object.__new__(Recurrent), 3, None)
     with pytest.raises(ConfigError, match="hidden = 0"):
         GRUConfig(hidden=0)
     assert GRUConfig(hidden=5).make(DOMAIN, heads=1).heads == 1

@@ -1,5 +1,7 @@
 """Normalised feedback: both forms agree, against NumPy, and what does and does not change."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,15 @@ def test_step_by_step_is_whole(meta, scale):
     assert np.std(whole[1:]) > 1e-2 * scale
     found = stepped(made.learner(params), queries, feedback)
     np.testing.assert_allclose(found, whole, 1e-4, 1e-5 * scale)
+
+
+def test_a_normalised_meta_learner_can_be_copied(meta):
+    made, params = meta
+    again = copy.deepcopy(made)
+    assert again.inside.domain is not made.inside.domain
+    queries, feedback = pairs(made.domain)
+    found, whole = (each.unroll(params, queries, feedback) for each in (again, made))
+    np.testing.assert_array_equal(found, whole)
 
 
 def test_the_network_inside_reads_what_numpy_says(meta):

@@ -195,6 +195,8 @@ def test_load_pads_learners_of_other_lengths(written_run):
     np.testing.assert_array_equal(data["time"].sel(learner="sgd"), range(6))
     with pytest.raises(ConfigError, match="holds heldout, in_distribution, tracked"):
         metadyn.load(run.path, "nonsense")
+    with pytest.raises(ConfigError, match="path = None: must be that of a folder"):
+        metadyn.load.__wrapped__(None)
 
 
 def test_a_run_without_trajectories_says_so(tmp_path):

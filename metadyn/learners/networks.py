@@ -94,6 +94,8 @@ class _NetworkMetaLearner:
 
     def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], Any], heads: int = 0):
         check(heads >= 0, "heads", heads, "must be 0 or more")
+        fix = "must be a domain, such as LinearRegression()"
+        check(hasattr(domain, "sample_task"), "domain", domain, fix)
         self.domain, self.heads = domain, heads
         (n,), (self._m,) = encoded_shapes(domain)
         self._n_in = n + self._m

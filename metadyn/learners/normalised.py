@@ -20,6 +20,8 @@ class _Inside:
     domain: Any
 
     def __getattr__(self, name: str) -> Any:  # of all else that a domain has
+        if name == "domain":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.domain, name)
 
     def query(self, task: Any, key: Key) -> Query:
