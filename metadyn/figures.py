@@ -278,12 +278,14 @@ def histories(results: Results) -> dict[str, LearningHistory]:
 
 
 def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistory]:
-    """Each of them as each of its probes reads it: endings have the probe's name after them."""
-    return {
-        suffix + ending(probe): dataclasses.replace(training, probe=probe)
-        for suffix, training in trained.items()
-        for probe in labelled.probes(training.trained)
-    }
+    """Each of them as each probe reads it: names and endings have that of the probe after them."""
+    found = dict(trained)
+    for suffix, training in trained.items():
+        for probe in sorted({*labelled.probes(training.trained)} - {training.probe}):
+            called = f"{training.called}, {probe}"
+            read = dataclasses.replace(training, probe=probe, called=called)
+            found[suffix + ending(probe)] = read
+    return found
 
 
 def ending(probe: str) -> str:

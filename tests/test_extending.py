@@ -141,7 +141,8 @@ def test_a_second_probe_is_recorded_analysed_and_drawn_by_its_name(of_others):
     assert (of_others / "figures" / "inner_curves_far.gif").stat().st_size > 0
     results = metadyn.RunFolder(of_others).results()
     found = metadyn.figures.by_probe(metadyn.figures.histories(results))
-    assert {*found} == {"", "_far"}
+    assert [*found] == ["", "_far"]
+    assert found["_far"].called == f"{found[''].called}, far"
     np.testing.assert_allclose(found["_far"].strengths[1], found[""].strengths[1], atol=1e-4)
     assert not np.allclose(found["_far"].strengths[0], found[""].strengths[0], atol=1e-2)
     axis = found["_far"].trained, found["_far"].bayes
