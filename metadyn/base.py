@@ -303,10 +303,11 @@ def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 
-def encoded_episodes(
-    domain: Domain, queries: Query, feedback: Feedback
-) -> tuple[Float[Array, "T n B"], Float[Array, "T m B"]]:
-    """The queries and the feedback of B whole episodes [T, ..., B], as a network reads them."""
+def encoded_episodes(domain: Domain, queries: Query, feedback: Feedback) -> tuple[Any, Any]:
+    """The queries and the feedback of B whole episodes [T, ..., B], as a network reads them.
+
+    That is [T, n, B] and [T, m, B], of NumPy arrays where these are given and encode as they are.
+    """
     over_batch_and_time = lambda encode: jax.vmap(jax.vmap(encode, -1, -1))
     x = over_batch_and_time(domain.encode_query)(queries)
     return x, over_batch_and_time(domain.encode_feedback)(feedback)
