@@ -10,6 +10,9 @@ searched for in "STUDY: PROGRAM", such as "linear_regression: outer step". With 
 are lowered alone, which needs no compiler and stores nothing, and so is every backend of the LSTM
 kernel ("kernel: BACKEND"): CI does it. It ends with exit code 1 if a study's program has a product
 that is not of full float32, or what GPUs and TPUs lack: float64, or LAPACK's calls.
+
+With one H100 NVIDIA's `ptxas` also says how many registers a thread of each fused LSTM kernel
+takes, and how many bytes it spills ("kernel: fused, ...").
 """
 
 from __future__ import annotations
@@ -177,10 +180,15 @@ def registers(hidden: int, precision: str, there: Any) -> dict[str, list[int]]:
             if kernel := re.search(r"\.entry (forward|backward)_kernel", path.read_text()):
                 command = [assembler, "-v", "-arch=sm_90a", path, "-o", os.devnull]
                 said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-                (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
-                (used,) = re.findall(r"Used (\d+) registers", said)
-                counted[kernel[1]] = [int(used), int(spilled)]
+                counted[kernel[1]] = used(said)
     return counted
+
+
+def used(said: str) -> list[int]:
+    """Registers of a thread and bytes that it spills, of what `ptxas -v` said of one kernel."""
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+    return [int(registers), int(spilled)]
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:

@@ -268,9 +268,9 @@ def as_subclass(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
     return kind(**own, **more)
 
 
-def training_tasks(domain: Domain, name: str = "heldout", size: int = 0) -> TaskSet:
+def training_tasks(domain: Domain) -> TaskSet:
     """Tasks of a domain's meta-training distribution itself, on which losses are measured."""
-    return TaskSet(name, domain, Sampler(domain), size=size)
+    return TaskSet("heldout", domain, Sampler(domain))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,9 +284,10 @@ class Sampler:
 
 
 def kept(make: Callable[P, T]) -> Callable[P, T]:
-    """Calls a function once for the same arguments, which are hashable, and keeps its result.
+    """Returns a function that is called once for each choice of arguments, and keeps its result.
 
-    Its arrays are values even where the first call is part of what JAX traces.
+    Arguments are hashable. Arrays in the result are values, not tracers, even where the first call
+    comes while JAX traces.
     """
 
     @functools.cache

@@ -245,9 +245,8 @@ class LearningHistory:
     @functools.cached_property
     def strengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Mode strengths [seed, task, outer_step, step, mode], and Bayes' [1, task, step, mode]."""
-        both = self.trained, self.bayes
-        trained, bayes = (dynamics.strength(each, self.probe) for each in both)
-        return trained, bayes
+        of = partial(dynamics.strength, probe=self.probe)
+        return of(self.trained), of(self.bayes)
 
     @functools.cached_property
     def over(self) -> tuple[np.ndarray, np.ndarray]:

@@ -64,8 +64,10 @@ class Runner:
         progress: Progress,
         tensorboard: bool = False,
         measure: Callable[..., Any] = inner.measure,
+        called: str = "",
     ):
         self.plan, self.store, self.progress = plan, run, progress
+        self.called = called  # what messages call the setting that it is of a sweep
         self.tensorboard = run.tensorboard if tensorboard else None
         key = jax.random.key(seed)
         self.key, self._measure = stream(key, "evaluation"), measure
@@ -196,6 +198,7 @@ class Runner:
                 if lost.any():
                     said = f"is not finite in {lost.sum():,} of {lost.size:,} episodes"
                     said = f"the loss of {wanted.called} {said}"
+                    said = f"{self.called}: {said}" if self.called else said
                     warnings.warn(said, ConfigWarning, stacklevel=2)
             self.store.save_measurement(*names, found, _described(wanted))
 
@@ -222,13 +225,14 @@ def train(
     lost: Callable[[int, ConfigError], None] | None = None,
     gone: Collection[int] = (),
 ) -> None:
-    """Trains the meta-learners of a plan, or of several side by side; stores as it goes.
+    """Trains the meta-learners of a plan, or those of several plans side by side.
 
-    It goes on from the newest checkpoint that all have. Their outer steps and checkpoints are the
-    same. `start()` gives their states at outer step 0, and `run(states, step)` yields, after each
-    dispatch up to an outer step, their states and metrics. A plan of which a metric is no longer
-    finite stops all, unless there is `lost(which, error)`, which is told: others then go on. Those
-    that are `gone` were lost before.
+    At every checkpoint it stores the state of training and the mode trajectories. It goes on from
+    the newest checkpoint that all plans have; all have the same outer steps and checkpoints.
+    `start()` returns the state of each plan at outer step 0. `run(states, step)` trains up to an
+    outer step, and yields the states and metrics of all plans after each dispatch. Where a metric
+    of a plan is no longer finite, `lost(which, error)` is called and the other plans go on; without
+    it training ends with that `ConfigError`. Plans in `gone` were lost before, and not trained.
     """
     outer, progress = runners[0].plan.outer, runners[0].progress
     going = {i: each for i, each in enumerate(runners) if i not in gone}

@@ -329,7 +329,8 @@ def run_sweep(
                     run = RunFolder.create(folder.setting(i), asked)
                     stack.enter_context(run.locked())
                     run.set_aside_damaged()
-                    runners[i] = Runner(plan, run, sweep.seed, progress, measure=measure)
+                    said = sweep.called(i)
+                    runners[i] = Runner(plan, run, sweep.seed, progress, False, measure, said)
                 _run(study, configs, folder, runners, shared, progress)
         with lock(folder.path):  # of parts that end together the first draws
             if not summary.exists() and all(map(folder.ended, range(len(configs)))):

@@ -129,12 +129,12 @@ def for_bayes(task: LinearTask, examples: int, least_first: bool = False) -> Les
 def through(
     learner: Learner, task: LinearTask, start: Lesson, queries: Array, steps: int, rate: float
 ) -> Lesson:
-    """Optimises a lesson by gradient descent through a learner's own updates.
+    """Optimises the inputs of a lesson by gradient descent through a learner's own updates.
 
-    Its inputs, of norm √n_x, are to leave the learner with the least error on given queries
-    [q, n_x]. By gradient descent through the learner's own updates, without noise,
-    from `start`: so many steps whose length falls from `rate` times the norm of all inputs to zero.
-    The best inputs on the way are kept.
+    What is minimised is the learner's error on given queries [q, n_x] after the lesson, which is
+    taught without noise; every input has norm √n_x. The descent begins at `start` and takes `steps`
+    steps, whose length falls from `rate` times the norm of all inputs to zero. Returns the best
+    lesson met on the way.
     """
     size = start.shape[1] ** 0.5
 

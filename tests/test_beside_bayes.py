@@ -1,5 +1,7 @@
 """Networks beside Bayes: what is recorded, and what a replaced state does, in float64 NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,7 +158,7 @@ def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
     both, params = made()
     contender = md.Contender("lstm", "LSTM", both, times=(0, 2, 4, 6))
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    tasks = training_tasks(DOMAIN, "some", 20)
+    tasks = dataclasses.replace(training_tasks(DOMAIN), size=20)
     arrays = measuring.readings(tasks, contender, stacked, jax.random.key(0))
     data = labelled.labelled(arrays, measuring.described(tasks, contender))
     assert data["state"].dims == ("seed", "task", "step", "state_0")

@@ -389,6 +389,15 @@ def test_a_table_says_what_was_compiled_what_failed_and_what_was_not():
     assert line == said
 
 
+def test_registers_and_spills_are_read_off_what_the_assembler_says():
+    said = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'forward_kernel' for 'sm_90a'
+ptxas info    : Function properties for forward_kernel
+    24 bytes stack frame, 20 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 24 bytes cumulative stack size"""
+    assert compiling.used(said) == [255, 20]
+
+
 def test_registers_of_the_fused_kernels_are_stored_where_one_gpu_is_compiled_for(
     monkeypatch, tmp_path
 ):

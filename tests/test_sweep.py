@@ -14,7 +14,7 @@ import xarray as xr
 from browser import in_browser, needs_chromium, text_of
 
 import metadyn
-from metadyn import sweep, sweep_results, view
+from metadyn import runner, sweep, sweep_results, view
 from metadyn.cli import main
 from metadyn.errors import ConfigError
 from metadyn.progress import Progress
@@ -434,6 +434,25 @@ def test_settings_without_a_meta_learner_that_is_followed_are_said_to_be_done(do
     rows = sweep_results.measured(sweep.SweepFolder(done))
     assert [row["setting"] for row in rows] == [0, 1, 2, 3]
     assert {row["lost"] for row in rows} == {"done, with no meta-learner that is followed"}
+
+
+def test_a_measured_loss_that_is_not_finite_is_said_with_its_setting(
+    done, tmp_path, monkeypatch, capsys
+):
+    out = Path(shutil.copytree(done, tmp_path / "grid"))
+    setting = out / "settings" / "2"
+    shutil.rmtree(setting / "measurements" / "in_distribution" / "bayes")
+    for path in (setting / "summary.json", out / "summary.json"):
+        path.unlink()
+    readings = runner.readings
+
+    def unbounded(*given):
+        return {name: each * np.nan for name, each in readings(*given).items()}
+
+    monkeypatch.setattr(runner, "readings", unbounded)
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
+    said = "setting 3 of 4 (--outer.learning-rate 3e-2 --domain.sigma 0.1): the loss of bayes on"
+    assert said in capsys.readouterr().err
 
 
 def test_criteria_that_fail_on_one_setting_do_not_keep_the_others_from_being_judged(
