@@ -111,6 +111,20 @@ def test_the_same_key_gives_the_same_bits_twice():
     chex.assert_trees_all_equal(once, twice)
 
 
+def test_neither_a_sets_name_nor_a_learners_decides_what_is_drawn():
+    """So what differs by name alone is compared on the same tasks, from the same weights."""
+    sample = Partial(DOMAIN.evaluation_task, spectrum=S)
+    measured = lambda tasks, learner: measuring.readings(
+        TaskSet(tasks, DOMAIN, sample, {"mode_strength": PROBE}, size=8),
+        Contender(learner, "SGD", learners()["sgd"], times=(0, 5, 8)),
+        (),
+        jax.random.key(4),
+    )
+    chex.assert_trees_all_equal(measured("heldout", "sgd"), measured("heldout_gru", "other"))
+    first, second = measured("heldout", "sgd")["mode_strength"][:2]
+    assert np.any(np.asarray(first) != np.asarray(second))
+
+
 def test_readings_are_in_range():
     readings = measure(jnp.arange(64))
     for share in ("off_diagonal", "unexplained"):
