@@ -1,5 +1,6 @@
 """The nonlinear-regression study: a whole small one, and bad input to it."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -74,9 +75,19 @@ def test_both_outer_loops_and_every_set_load(finished):
     assert metadyn.load(finished, "heldout_band")["outer_step"].values[-1] == 30
 
 
+def test_the_second_lstm_has_updates_of_its_own_number():
+    study = metadyn.load_study("nonlinear_regression")
+    outer = dataclasses.replace(study.config("quick").outer, updates_per_step=3)
+    config = dataclasses.replace(study.config("quick"), outer=outer, pass_band_updates=2)
+    first, second = study.plan(config).trained.values()
+    assert first.settings(outer).updates_per_step == 3
+    assert second.settings(outer) == dataclasses.replace(outer, updates_per_step=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--pass-band-updates", "0"], "--pass-band-updates 0: must be positive"),
         (
             ["--measure.probe-points", "10"],
             "-points 10: must be at least 11 to resolve frequency 5",
@@ -93,7 +104,8 @@ def test_both_outer_loops_and_every_set_load(finished):
         (["--optimizers.sgd.updates", "0"], "--optimizers.sgd.updates 0: must be positive"),
         (
             ["--stop-band", "2"],
-            "--stop-band 2: name at least one frequency, all above 0 and outside",
+            "--stop-band 2: name at least one frequency, all above 0 and outside pass_band: "
+            "[2, 3, 4]",
         ),
         (["--stop-band"], "--stop-band : name at least one frequency"),
         (["--stop-band", "0"], "above 0"),
