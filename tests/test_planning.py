@@ -25,7 +25,9 @@ from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend
 from metadyn.learners.bayes import bayes_linear
 from metadyn.outer import OuterLoop
+from metadyn.shared_programs import ProgramCache
 from metadyn.study import load_study
+from metadyn.sweep_rows import Rows
 
 STUDY = str(Path(tiny_study.__file__))
 SHORT = ["--outer.steps", "40"]
@@ -113,6 +115,24 @@ def test_time_is_estimated_from_few_steps(plan, monkeypatch):
         found = planning.estimated([loop], loop.init(), loop.run)
         assert ran == [1, 1, steps]
         assert found == {"lstm": pytest.approx(loop.seconds["lstm"] / steps * loop.config.steps)}
+
+
+def test_time_of_settings_side_by_side_is_that_of_all(monkeypatch):
+    """Settings share the time of a step evenly, and the estimate is of what they take together."""
+    loops = [planned(learning_rate=rate)[1] for rate in (1e-2, 3e-2)]
+    rows, ran = Rows(loops), []
+
+    def counted(states, target):
+        for state, metrics in rows.run(states, target):
+            ran.append(int(state[0].step))
+            yield state, metrics
+
+    monkeypatch.setattr(outer, "DISPATCH_SECONDS", 1e9)
+    found = planning.estimated(loops, rows.start(ProgramCache()), counted)
+    assert ran == [1, 2, 22]
+    first, second = (loop.seconds["lstm"] for loop in loops)
+    assert first == second > 0
+    assert found == {"lstm": pytest.approx((first + second) / 20 * loops[0].config.steps)}
 
 
 @pytest.mark.parametrize("name", ["h200", "h100:3", "v5e:x", "", "here:2"])
