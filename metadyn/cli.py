@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from metadyn.errors import ConfigError, ConfigWarning, meant
+from metadyn.errors import ConfigError, ConfigWarning, check, meant
 from metadyn.options import as_typed, configured, options_of
 
 if TYPE_CHECKING:  # imported when needed: they start JAX
@@ -124,11 +124,6 @@ def _parser() -> argparse.ArgumentParser:
         commands.choices[name].set_defaults(do=do, own=own)
         commands.choices[name].epilog = f"Example: metadyn {name} {example}".rstrip()
     return parser
-
-
-def _commands() -> dict[str, argparse.ArgumentParser]:
-    (commands,) = (a.choices for a in _parser()._actions if isinstance(a.choices, dict))
-    return commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,14 +252,14 @@ def _begin(arguments: argparse.Namespace) -> None:
     sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
     mesh.use_compilation_cache(not arguments.no_cache)
-    if not 0 <= arguments.seed < 2**32:  # of which JAX makes a key
-        raise ConfigError(f"--seed {arguments.seed}: must be from 0 to {2**32 - 1}")
+    right = 0 <= arguments.seed < 2**32  # of which JAX makes a key
+    check(right, "--seed", arguments.seed, f"must be from 0 to {2**32 - 1}")
 
 
 def _check_preset(study: Study, preset: str, own: Sequence[str]) -> None:
-    if preset not in study.presets:
-        known, near = ", ".join(study.presets), meant(preset, study.presets)
-        raise ConfigError(f"--preset {preset}: of {study.name}, choose from {known}{near}")
+    known, near = ", ".join(study.presets), meant(preset, study.presets)
+    fix = f"of {study.name}, choose from {known}{near}"
+    check(preset in study.presets, "--preset", preset, fix)
     for field, _ in options_of(study.presets[preset]):
         if field in own:
             said = "is an option of `metadyn run` itself: rename this field of its configuration"
@@ -291,8 +286,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     )
     whole = {name: type(known.get(name)) is int for name in options}
     count = arguments.random or 0
-    if kind == "random" and count < 1:
-        raise ConfigError(f"--random {count}: must be 1 or more")
+    check(kind != "random" or count >= 1, "--random", count, "must be 1 or more")
     total = sweep.size(options, kind, count)
     if total > sweep.MOST and not arguments.yes:
         raise ConfigError(f"{total:,} settings are more than {sweep.MOST:,}: confirm with --yes")
@@ -437,7 +431,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _completion(arguments: argparse.Namespace) -> int:
     from metadyn import completion
 
-    print(completion.script(_commands(), arguments.shell), end="")
+    (commands,) = (a.choices for a in _parser()._actions if isinstance(a.choices, dict))
+    print(completion.script(commands, arguments.shell), end="")
     return DONE
 
 

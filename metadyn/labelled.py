@@ -38,7 +38,7 @@ class About:
     drawn: bool = True
     """Whether it has a place in figures."""
     place: int = 0
-    """That place, from the left."""
+    """Its position among the learners of a figure, from the left, from 0."""
     title: str = ""
     """What figures call the comparison that it is part of."""
     followed: bool = True

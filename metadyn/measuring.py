@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metadyn import inner, labelled, mesh
-from metadyn.base import STRENGTH, Key, Learner, Params, Probe, TaskSet
+from metadyn.base import STRENGTH, Key, Params, Probe, TaskSet
 from metadyn.errors import ConfigError, check, check_name, error_context
 from metadyn.study import Contender
 
@@ -64,7 +64,7 @@ def calls(
     check(size >= 1, tasks.option or tasks.name, size, "must be 1 or more")
     check(chunk >= 1, "chunk", chunk, "must be 1 or more")
     indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
-    parts = np.split(indices, max(1, len(indices) // min(size, chunk)))
+    parts = np.split(indices, len(indices) // min(size, chunk))
     learner = contender.make, params, contender.seeded
     probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
     return [(tasks.domain, *learner, tasks.sample, key, part, *probed, chunk) for part in parts]
@@ -144,8 +144,7 @@ def _axes(
                     fix = f"axis {axis!r} is {sizes.setdefault(axis, n)} long elsewhere: rename it"
                     check(sizes[axis] == n, f"probe {name!r}", n, fix)
 
-    meta = contender.learner
-    params = () if isinstance(meta, Learner) else weights(meta.init)
+    params = weights(contender.learner.init) if contender.seeded else ()
     with error_context(f"tasks of {tasks.name!r} cannot be drawn"):
         task = _task(tasks) if tasks.probes else None
     jax.eval_shape(trace, jax.random.key(0), params, task)
@@ -167,28 +166,22 @@ def _task(tasks: TaskSet) -> Any:
 
 def check_step(tasks: TaskSet, contender: Contender) -> None:
     """Raises `ConfigError` unless a learner can take a step on a set of tasks. Traced, not run."""
-    meta = contender.learner
-    params = () if isinstance(meta, Learner) else weights(meta.init)
+    params = weights(contender.learner.init) if contender.seeded else ()
 
     def trace(key: Key, params: Params, task: Any) -> None:
         learner = contender.make(params)
         state = learner.init(key)
-        first = jnp.int32(0)
-        _check_state(state, *inner.stepped(tasks.domain, learner, task, key, first, state))
+        after, loss = inner.stepped(tasks.domain, learner, task, key, jnp.int32(0), state)
+        check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
+        (leaves, tree), (updated, found) = map(jax.tree.flatten, (state, after))
+        right: bool = tree == found  # type: ignore[operator]
+        check(right, "update", found, f"must give a state as init does, {tree}")
+        for one, other in zip(leaves, updated, strict=True):
+            kind, new = ((jnp.shape(leaf), jnp.result_type(leaf).name) for leaf in (one, other))
+            check(kind == new, "update", new, f"must give a state as init does, {kind}")
 
     with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
         jax.eval_shape(trace, jax.random.key(0), params, _task(tasks))
-
-
-def _check_state(before: Any, after: Any, loss: Any) -> None:
-    """Raises `ConfigError` unless a state stays of its kind, and a loss is one number."""
-    check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
-    (leaves, tree), (updated, found) = map(jax.tree.flatten, (before, after))
-    right: bool = tree == found  # type: ignore[operator]
-    check(right, "update", found, f"must give a state as init does, {tree}")
-    for one, other in zip(leaves, updated, strict=True):
-        kind, new = ((jnp.shape(leaf), jnp.result_type(leaf).name) for leaf in (one, other))
-        check(kind == new, "update", new, f"must give a state as init does, {kind}")
 
 
 def _check_read(name: str, probe: Probe, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -223,7 +216,7 @@ def require_memory(
 ) -> None:
     """Raises `ConfigError`, naming the field to lower, unless so many bytes can be had.
 
-    They are those of arrays that are split over all devices, or that each has a copy of.
+    With `split` they are divided over all devices; otherwise each device has a copy of them.
     """
     there = mesh.memory(split)
     gib = 1 << 30

@@ -67,7 +67,7 @@ def start(
         jax.distributed.initialize(**told, heartbeat_timeout_seconds=HEARTBEAT)
     except (RuntimeError, ValueError, IndexError) as error:
         said = str(error).splitlines()[0]
-        where = f"--coordinator {told['coordinator_address']}" if coordinator else "this launcher"
+        where = f"--coordinator {told['coordinator_address']}" if not lacking else "this launcher"
         raise ConfigError(f"{where}: the processes cannot be joined ({said})") from error
 
 
@@ -137,7 +137,7 @@ def on_main_process(f: Callable[[], Any]) -> Any:
             said = json.dumps(f()).encode()
         except (ConfigError, OSError) as raised:
             error = raised
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
+    length = broadcast(len(said))
     if not length:
         shut_down()
         raise error
@@ -285,11 +285,12 @@ def train_seeds(
 def shares(
     seeds: int, batch: int, together: int = 1, field: str = "outer.batch"
 ) -> tuple[int, int, int]:
-    """Groups of devices, devices of a group that share its episodes, and those that repeat them.
+    """Says how seeds and their episodes are divided over the devices.
 
-    There are as many groups as divide both the devices and the seeds. Raises `ConfigError` unless
-    the devices of a group can share a batch, which `field` sets, equally, `together` episodes at a
-    time; CPU cores that cannot repeat each other's work.
+    Returns the number of groups of devices, which divides both the devices and the seeds; the
+    number of devices of a group that share its episodes; and how many devices repeat the same work.
+    Raises `ConfigError`, naming `field`, unless the devices of a group can share a batch equally,
+    `together` episodes at a time. CPU cores that cannot share it so repeat each other's work.
     """
     groups = math.gcd(seeds, len(devices()))
     group = len(devices()) // groups

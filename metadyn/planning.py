@@ -24,8 +24,6 @@ from metadyn.shared_programs import ProgramCache, split_constants
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_program
 
-HERE = "here"
-
 
 class Program(NamedTuple):
     """A program that a run compiles."""
@@ -35,13 +33,13 @@ class Program(NamedTuple):
     times: int
     """How often the run calls it."""
     turns: float = 1
-    """Of its loops of unknown length, in one call."""
+    """Mean number of turns of each of its loops of unknown length, by which FLOPs are counted."""
     option: str = "measure.chunk"
     """What to change if it does not fit."""
     fix: str = "lower it"
     """How to change it."""
     settings: int = 0
-    """Of a sweep, that it trains side by side. 0: it measures, or is not of a sweep."""
+    """How many settings of a sweep it trains at once. 0: it measures, or is of a single run."""
 
 
 def programs(plan: Plan, loop: OuterLoop) -> list[Program]:
@@ -190,7 +188,7 @@ def report(
 
     Raises `ConfigError`, once all is said, for what cannot fit.
     """
-    say, there = progress.say, None if device == HERE else absent_devices.find(device)
+    say, there = progress.say, None if device == "here" else absent_devices.find(device)
     with mesh.compiling_for(there) if there else nullcontext():
         found = wanted()
         limit = mesh.memory(split=False)
@@ -211,8 +209,8 @@ def report(
                     say(line(row))
                     rows.append((planned, row))
             trained = [row for of, row in rows if of is planned and row.program.settings]
-            if trained:
-                most = max(row.account.memory / row.program.settings for row in trained)
+            most = max((row.account.memory / row.program.settings for row in trained), default=0)
+            if most:
                 many = number(limit // most)
                 say(f"settings that would fit into the memory side by side: {many}")
             if there is None and mesh.backend() == "cpu" and planned.timed:

@@ -81,14 +81,14 @@ class Runner:
         """What is measured at every checkpoint, and its description."""
         self.bayes: dict[str, tuple[float, float]] = {}
 
-    def calls(self, stored: bool = False) -> Iterator[tuple[Measurement, list[tuple[Any, ...]]]]:
-        """Yields what is to be measured, and the arguments of each call: shapes for parameters.
+    def calls(self) -> Iterator[tuple[Measurement, bool, list[tuple[Any, ...]]]]:
+        """Yields each measurement, whether it is stored, and the arguments of each of its calls.
 
-        With what is stored already, too, if that is wanted.
+        In the place of parameters are their shapes.
         """
         for each in self.plan.every:
-            if stored or not self.store.has_measurement(each.tasks.name, each.contender.name):
-                yield each, calls(*each.arguments(self.loop.abstract.params, self.key))
+            stored = self.store.has_measurement(each.tasks.name, each.contender.name)
+            yield each, stored, calls(*each.arguments(self.loop.abstract.params, self.key))
 
     def prepare(self) -> None:
         """Compiles all programs that are still needed, each once, on every core.
@@ -102,8 +102,8 @@ class Runner:
         wanted: dict[Any, tuple[str, Callable[[], Any]]] = {}
         for name in self.loop.trained if training else ():
             wanted[name] = name, partial(check_compiled, self.loop, name)
-        for each, (given, *_) in self.calls():
-            if training or not each.at_checkpoints:
+        for each, stored, (given, *_) in self.calls():
+            if not stored and (training or not each.at_checkpoints):
                 compiled = lambda given=given: inner.measure.lower(*given).compile()
                 wanted.setdefault(program_key(given), (each.called, compiled))
         if not wanted:
@@ -169,7 +169,7 @@ class Runner:
         return shown
 
     def measure_bayes(self) -> None:
-        """Measures Bayes where meta-learners are followed, so that a live run can be compared.
+        """Measures Bayes on tracked and held-out tasks, so that a live run can be compared.
 
         Keeps Bayes' loss on the training distribution and its floor, by the meta-learner's name.
         """

@@ -82,8 +82,8 @@ class Results:
 
     def learners(self, task_set: str, *kinds: str, drawn: bool = False) -> dict[str, xr.Dataset]:
         """Those measured on a set, in their places: of some kinds, or only those that are drawn."""
-        found = {name: self[task_set, name] for name in self._stored.get(task_set, ())}
-        placed = sorted(((about(data), data) for data in found.values()), key=lambda x: x[0].place)
+        found = [self[task_set, name] for name in self._stored.get(task_set, ())]
+        placed = sorted(((about(data), data) for data in found), key=lambda x: x[0].place)
         return {
             who.learner: data
             for who, data in placed
@@ -479,9 +479,8 @@ def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
         return sweep_results.load(Path(path), task_set)
     results = RunFolder(path).results()
     parts = results.learners(task_set)
-    if not parts:
-        held = ", ".join(sorted(results.sets())) or "nothing yet"
-        raise ConfigError(f"task_set = {task_set!r}: {path} holds {held}")
+    held = ", ".join(sorted(results.sets())) or "nothing yet"
+    check(parts, "task_set", task_set, f"{path} holds {held}")
     return merge(parts)
 
 

@@ -95,12 +95,11 @@ class MeasureConfig:
     """Tasks measured at a time, which bounds the memory."""
 
     def __post_init__(self) -> None:
-        names, tracked = [field.name for field in dataclasses.fields(self)], self.tracked_tasks
-        check_positive(self, *({*names} - {"tracked_tasks", "heldout_tasks"}))
-        fix = "must be above 0, or 0 for none"
-        check(self.heldout_tasks >= 0, "heldout_tasks", self.heldout_tasks, fix)
+        names = [field.name for field in dataclasses.fields(self)]
+        none = {n for n in ("tracked_tasks", "heldout_tasks") if getattr(self, n) == 0}
+        check_positive(self, *(name for name in names if name not in none))
         fix = "must be at least 2, as halves are compared, or 0 for none"
-        check(tracked == 0 or tracked >= 2, "tracked_tasks", tracked, fix)
+        check(self.tracked_tasks != 1, "tracked_tasks", self.tracked_tasks, fix)
 
     def sized(
         self, tasks: TaskSet, field: str = "tasks", name: str | None = None, **changes: Any
@@ -216,8 +215,8 @@ class Contender:
     option: str = ""
     """The option that sets its size, for messages."""
     of: str = ""
-    """The meta-learner of the comparison from whose outer parameters its own learner is made, once
-    these are trained. Its `learner` is then `Derived` from that meta-learner."""
+    """Name of a meta-learner of the same comparison, if `learner` is `Derived` from it: this
+    contender is made of its trained parameters, and is not trained itself."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "contender")
@@ -269,8 +268,9 @@ class Contender:
     def remade(self, change: Callable[[Learner], Learner], **fields: Any) -> Contender:
         """Returns a copy whose learner is `change(learner)`, with some other fields.
 
-        Of a meta-learner that is trained it is that of the trained learner, and a "reference" if no
-        kind is given. Its time counts what this one's does, and it has no closed form.
+        The copy of a meta-learner is not trained: it takes the trained parameters of the original,
+        and is a "reference" if no kind is given. Its clock is the original's; it has no closed
+        form, objective or optimiser of its own.
         """
         learner, make = self.learner, lambda params: change(self.make(params))
         fields = {"curve": None, "objective": None, "own": None, **fields}
@@ -300,18 +300,19 @@ class Comparison:
     sets: Sequence[TaskSet] = ()
     """What they are measured on, once training is done: each on the sets that are for its kind."""
     pairs: Sequence[tuple[TaskSet, Contender]] = ()
-    """Measurements beside these, of one learner on one set."""
+    """Measurements beside these, of one learner on one set; it need not be among `contenders`."""
     measure: MeasureConfig = MeasureConfig()
     objective: ObjectiveOf = prediction_loss
     """What its meta-learners are trained on."""
     heads: int = 0
     """Outputs beyond the answer that the objective needs."""
     name: str = ""
-    """Ending of the names of its own sets, where a study has several comparisons."""
+    """Ending, after "_", of the names of its tracked and held-out sets and of its meta-learners,
+    where a study has several comparisons."""
     title: str = ""
     """What figures call it."""
     followed: bool = True
-    """Whether figures follow its meta-learners over outer training."""
+    """Whether figures, reports and sweeps follow its meta-learners over outer training."""
     probes: Mapping[str, Callable[[TaskSet], Probe]] = dataclasses.field(default_factory=dict)
     """What is read beside the main probe, by name, wherever that is read."""
 
@@ -539,9 +540,10 @@ def criterion(
     at_least: float = -math.inf,
     surely: bool = False,
 ) -> Criterion:
-    """Judges an estimate: passed when it lies within the bounds, or `surely` with its interval.
+    """Judges an estimate by bounds: it passes if its value lies within them.
 
-    A value that does not exist (NaN) passes nothing.
+    With `surely` it passes only if its whole interval does. Without bounds it is reported and not
+    judged. A value that does not exist (NaN) never passes.
     """
     value, low, high = (float(np.asarray(part)) for part in estimate)
     if not (math.isfinite(at_most) or math.isfinite(at_least)):
@@ -750,11 +752,10 @@ def load_study(name: str) -> Study:
     Raises `ConfigError` if there is none.
     """
     path = str(folder() / f"{name}.py") if name in known() else name
-    if not os.path.isfile(path):  # False too for what cannot be a path
-        fix = f"there is no such file, and no such study: choose from {', '.join(known())}"
-        fix = "is a folder: name one study, or a Python file" if os.path.isdir(path) else fix
-        fix += meant(name, known())
-        raise ConfigError(f"study = {name!r}: {fix}", "study", name, fix)
+    fix = f"there is no such file, and no such study: choose from {', '.join(known())}"
+    fix = "is a folder: name one study, or a Python file" if os.path.isdir(path) else fix
+    is_file = os.path.isfile(path)  # False too for what cannot be a path
+    check(is_file, "study", name, fix + meant(name, known()))
     if (beside := str(Path(path).absolute().parent)) not in sys.path:
         sys.path.append(beside)  # for what it imports
     module = ModuleType(f"metadyn_study_{Path(path).stem}")
@@ -762,9 +763,8 @@ def load_study(name: str) -> Study:
     sys.modules[module.__name__] = module  # where dataclasses and their docstrings are looked up
     with error_context(f"study = {name!r}: cannot be imported"):
         SourceFileLoader(module.__name__, path).exec_module(module)
-    found = getattr(module, "study", None)
-    if not isinstance(found, Study):
-        raise ConfigError(f"study = {name!r}: defines no `study = metadyn.Study(...)`")
+    found: Any = getattr(module, "study", None)
+    check(isinstance(found, Study), "study", name, "defines no `study = metadyn.Study(...)`")
     return found
 
 
@@ -774,8 +774,7 @@ def load_studies(folder: str) -> list[Study]:
     Raises `ConfigError` if one of them defines none, or there is none.
     """
     paths = sorted(Path(folder).glob("*.py"))
-    if not paths:
-        raise ConfigError(f"study = {folder!r}: the folder holds no studies")
+    check(paths, "study", folder, "the folder holds no studies")
     studies = [load_study(str(path)) for path in paths]
     of_paper = lambda study: study.section.startswith("§")
     return sorted(studies, key=lambda study: (not of_paper(study), study.section, study.name))

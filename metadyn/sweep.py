@@ -72,9 +72,13 @@ class Sweep:
         return [name for name, values in self.options.items() if len(values) > 1]
 
     def overrides(self, i: int) -> list[str]:
-        """Gives what `metadyn run` would be given for a setting; a value may be several words."""
+        """Gives what `metadyn run` would be given for a setting.
+
+        A value such as "1 5" is several words, and a matrix, "[[1, 0], [0, 2]]", is one.
+        """
         pairs = zip(self.options, self.settings[i], strict=True)
-        return [word for name, value in pairs for word in (name, *value.split())]
+        split = lambda value: [value] if value.startswith("[") else value.split()
+        return [word for name, value in pairs for word in (name, *split(value))]
 
     def called(self, i: int) -> str:
         """What messages call a setting: its place, and the values of what is swept."""
@@ -124,8 +128,7 @@ def part_of(text: str) -> Part:
     """The part that "2/4" says. Raises `ConfigError` for anything else."""
     index, _, of = text.partition("/")
     right = index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)
-    if not right:
-        raise ConfigError(f"--part {text}: give I/N, such as 2/4, with I from 1 to N")
+    check(right, "--part", text, "give I/N, such as 2/4, with I from 1 to N")
     return Part(int(index), int(of))
 
 
@@ -371,11 +374,11 @@ def _run(
             show(sweep.called(i))
             # Those of what is stored, too: the same numbers are to be arguments when this sweep, or
             # this part of it, is gone on with, so that bits are the same.
-            undone = set() if folder.ended(i) else {each.called for each, _ in runner.calls()}
-            for each, parts in runner.calls(stored=True):
+            ended = folder.ended(i)
+            for _, stored, parts in runner.calls():
                 for given in parts:
                     params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
-                    known = each.called in undone and not jax.tree.leaves(params)
+                    known = not (ended or stored or jax.tree.leaves(params))
                     shared.expect(_traced(given), (params, *others) if known else None)
     names = [f"{len(members)} settings" for members in forms]
     with progress.studies(names) as begin:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from metadyn import dynamics, figures, labelled
 from metadyn.claims import number
-from metadyn.errors import ConfigError, check, error_context
+from metadyn.errors import check, error_context
 from metadyn.progress import SILENT, Progress
 from metadyn.store import finite, read_json, write_json
 from metadyn.sweep import SweepFolder, value_of
@@ -56,8 +56,7 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
         measured = run.results().learners(task_set) if run and not folder.lost(i) else {}
         if measured:
             parts[i] = labelled.merge(measured)
-    if not parts:
-        raise ConfigError(f"task_set = {task_set!r}: no setting of {path} has any yet")
+    check(parts, "task_set", task_set, f"no setting of {path} has any yet")
     whole = labelled.joined(parts.values(), "setting", [*parts])
     whole = whole.reindex(setting=range(len(sweep.settings)))
     columns = dict(zip(sweep.options, zip(*sweep.settings, strict=True), strict=True))
@@ -108,7 +107,7 @@ def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     return found
 
 
-@functools.lru_cache(maxsize=4096)  # the table, the page and a live server all ask for them
+@functools.cache  # the table, the page and a live server all ask for them
 def _of_ended(folder: SweepFolder, i: int) -> tuple[Row, ...]:
     return (*_measured(folder, i),)
 

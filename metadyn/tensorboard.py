@@ -9,9 +9,6 @@ from pathlib import Path
 
 from metadyn.errors import ConfigError
 
-Log = Callable[[int, Mapping[str, float]], None]
-"""`log(outer step, {name: value})`."""
-
 
 def check_installed() -> None:
     """Raises `ConfigError` unless the extra is there."""
@@ -21,8 +18,8 @@ def check_installed() -> None:
 
 
 @contextmanager
-def scalars(folder: Path | None, step: int) -> Iterator[Log]:
-    """Yields what writes scalars into `folder`; None writes nothing.
+def scalars(folder: Path | None, step: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Yields `log(outer step, {name: value})`, which writes into `folder`; for None, nothing.
 
     What an earlier run logged after `step`, from which this one goes on, is no longer shown.
     """

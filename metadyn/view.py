@@ -195,10 +195,9 @@ def _learner(data: xr.Dataset, probe: str, share: int) -> dict[str, Any]:
 def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str, Any]]:
     """Excess loss over Bayes on tasks of the training distribution, against outer step."""
     best = next((d for d in measured.values() if labelled.about(d).kind == "bayes"), None)
-    trained = [data for data in measured.values() if "outer_step" in data.dims]
-    if best is None or not trained:
+    if best is None:
         return
-    for data in trained:
+    for data in (data for data in measured.values() if "outer_step" in data.dims):
         found = dynamics.measured_excess(data, best)
         yield {
             "group": name.replace(HELDOUT, TRACKED, 1),
@@ -224,7 +223,7 @@ def _rounded(values: Any) -> Any:
     """Nested lists of six digits, which the page rounds to three; None for what is not finite."""
     if np.ndim(values):
         return [_rounded(each) for each in values]
-    return None if values is None or not math.isfinite(values) else float(f"{values:.6g}")
+    return float(f"{values:.6g}") if math.isfinite(values) else None
 
 
 def _stored(of: RunFolder | SweepFolder) -> Any:

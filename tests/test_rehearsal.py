@@ -203,6 +203,15 @@ def test_a_closed_form_that_cannot_be_stored_is_refused(tmp_path, monkeypatch):
     assert re.search(says, refused(study, tmp_path / "r", monkeypatch))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("tracked_tasks", 1), ("heldout_tasks", 2.5), ("tasks", 0)]
+)
+def test_sizes_that_no_set_has_are_refused(field, value):
+    with pytest.raises(ConfigError, match=f"{field} = {value}: must be"):
+        md.MeasureConfig(**{field: value})
+    assert md.MeasureConfig(tracked_tasks=0, heldout_tasks=0).tracked_tasks == 0
+
+
 @pytest.mark.parametrize("times", [(1, 2, 3), (), (0,), (0, 2, 2), np.array([0, 1.5, 2])])
 def test_times_that_do_not_increase_from_0_are_refused(times):
     with pytest.raises(ConfigError, match="must be whole numbers that increase strictly"):

@@ -484,10 +484,11 @@ def test_criteria_that_fail_on_one_setting_do_not_keep_the_others_from_being_jud
 
 
 def test_a_value_of_several_words_is_one_setting():
-    words = ["--stop-band", "1 5", "2 4", "--learners", "lstm gru"]
+    """A matrix is one word, whatever its spaces."""
+    words = ["--stop-band", "1 5", "2 4", "--learners", "lstm gru", "--rows", "[[1, 0], [0, 2]]"]
     options = sweep.parsed(words)
     settings = sweep.settings(options, "grid", dict.fromkeys(options, False), 0, 0)
     asked = sweep.Sweep("tiny", "quick", 0, "grid", options, settings)
     given = [asked.overrides(i) for i in range(len(settings))]
-    ends = ["--learners", "lstm", "gru"]
+    ends = ["--learners", "lstm", "gru", "--rows", "[[1, 0], [0, 2]]"]
     assert given == [["--stop-band", "1", "5", *ends], ["--stop-band", "2", "4", *ends]]
