@@ -9,7 +9,6 @@ each, the same weights descend the expected loss itself, which is known in close
 """
 
 import dataclasses
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, labelled
-from metadyn.base import STRENGTH, Modes, Probe, TaskSet
+from metadyn.base import STRENGTH, Modes, Probe, TaskSet, kept
 from metadyn.domains.linear import LinearRegression, LinearTask
 from metadyn.errors import check
 from metadyn.learners.attention import OneLayerAttentionConfig
@@ -63,7 +62,7 @@ class Components(LinearRegression):
         """Draws an input x ~ N(0, Λ)."""
         return jnp.sqrt(jnp.array(self.variances)) * super().query(task, key)
 
-    @cache  # noqa: B019 (domains are few, and hashable)
+    @kept
     def components(self) -> Probe:
         """Reads the strength of each component: the answer to its unit input, over the task's."""
         read = lambda task, answers: {"strength": answers[:, 0] / task.W[0]}

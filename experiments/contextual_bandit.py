@@ -93,7 +93,7 @@ def plan(config: Config) -> md.Plan:
             md.Contender("bayes", f"{said}Thompson sampling", thompson, "bayes"),
             md.Contender("bayes_greedy", f"{said}most probable action", likeliest, "reference"),
         ]
-    ordinary = [*policies(policy, domain)][::2]
+    ordinary = [each for each in policies(policy, domain) if each.name.startswith("reinforce")]
     contenders = [*ordinary, config.meta_learner(domain, heads=1), *posteriors]
     outer = config.outer
     objective = partial(md.actor_critic, config=config.actor_critic, steps=outer.steps)

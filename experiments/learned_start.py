@@ -9,6 +9,7 @@ on that very network. Saxe et al. (2013), arXiv:1312.6120, derive the staggering
 """
 
 import dataclasses
+import re
 from functools import partial, reduce
 from itertools import pairwise
 
@@ -167,7 +168,8 @@ def start(results):
         by_alpha, changing, by_norm = axes[3 * i : 3 * i + 3]
         for (begins, label), colour in zip(SERIES.items(), figures.COLOURS, strict=False):
             learners = results.learners(name, "ordinary", "reference").items()
-            those = ((float(n.removeprefix(begins)), d) for n, d in learners if begins in n)
+            number = re.compile(re.escape(begins) + r"([\d.e+-]+)")
+            those = ((float(m[1]), d) for n, d in learners if (m := number.fullmatch(n)))
             found = dict(sorted(those, key=lambda each: each[0]))
             of_each = lambda what, found=found: [of_start(d, what).value for d in found.values()]
             slopes = dynamics.stacked(map(dynamics.merit, found.values()))

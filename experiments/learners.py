@@ -147,8 +147,8 @@ def slope_against_excess(results):
             shown.setdefault(labelled.about(data).label, point)
         axis.axhline(0, **figures.LEVEL)
         axis.axvline(NEAR, color="grey", ls=":", lw=1)
-        what = "staggering" if labelled.modes(bayes).exchangeable else "slope"
-        axis.set(title=title, xlabel="excess loss over Bayes", ylabel=f"{what} minus Bayes'")
+        label = f"{dynamics.merit_name(bayes)} minus Bayes'"
+        axis.set(title=title, xlabel="excess loss over Bayes", ylabel=label)
         axis.set_xscale("log")
         figures.log_ticks(axis.xaxis)
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)

@@ -69,6 +69,8 @@ class Config(md.StudyConfig):
     sample. The expected gradient is the same."""
     pass_band: Spectrum = band(2, 4)
     """Prior spectrum of the second LSTM, from frequency 0 on."""
+    pass_band_updates: int = 1
+    """Updates of the second LSTM in each outer step; the first has `outer.updates_per_step`."""
     stop_band: tuple[int, ...] = (1, 5)
     """Frequencies outside it, in which it is tested."""
     mlp: MLPConfig = MLPConfig()
@@ -78,10 +80,11 @@ class Config(md.StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive(self, "pass_band_updates")
         check_spectrum("pass_band", self.pass_band)
         passed = {k for k, v in enumerate(self.pass_band) if v > 0}
         apart = self.stop_band and all(k > 0 and k not in passed for k in self.stop_band)
-        fix = "name at least one frequency, all above 0 and outside pass_band"
+        fix = f"name at least one frequency, all above 0 and outside pass_band: {sorted(passed)}"
         check(bool(apart), "stop_band", self.stop_band, fix)
 
 
@@ -102,6 +105,9 @@ def plan(config: Config) -> md.Plan:
     passed, stopped = domains[1].support, config.stop_band
     small = [network(f.name, getattr(several, f.name)) for f in dataclasses.fields(several)]
     metas = [config.meta_learner(each) for each in domains]
+    own, updates = metas[1].own or config.outer, config.pass_band_updates
+    own = dataclasses.replace(own, updates_per_step=updates)
+    metas[1] = dataclasses.replace(metas[1], own=own)
     bayes = [md.Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in domains]
     objectives = [predicting(config.target, each.learner) for each in bayes]
     contenders = [network("mlp", config.mlp, drawn=True), *small, metas[0], bayes[0]]
@@ -160,15 +166,13 @@ def band_gain(results):
 
 QUICK = Config(
     outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
-    measure=md.MeasureConfig(
-        tasks=4096, updating_tasks=16, shifted_tasks=1024, tracked_tasks=64, heldout_tasks=512
-    ),
+    measure=md.MeasureConfig(4096, 16, shifted_tasks=1024, tracked_tasks=64, heldout_tasks=512),
 )
 WORKSTATION = Config(
-    lstm=LSTMConfig(hidden=192),
+    lstm=LSTMConfig(hidden=96),
     target="bayes",
-    outer=md.OuterConfig(steps=12_000, batch=32, optimizer="nadam", b2=0.98, learning_rate=1e-2),
-    measure=md.MeasureConfig(updating_tasks=64, tracked_tasks=256, heldout_tasks=1024),
+    outer=md.OuterConfig(8000, 64, 8, optimizer="nadam", b2=0.98, learning_rate=2e-2),
+    measure=md.MeasureConfig(updating_tasks=64, tracked_tasks=256, heldout_tasks=4096),
     excess_at_most=0.3,
 )
 PAPER = Config(

@@ -85,18 +85,14 @@ def plan(config: Config) -> md.Plan:
     for shift, factors in SETS.items():
         sets.append(sizes.sized(domain.evaluation(points, *factors), "shifted_tasks", shift))
         norms = [math.hypot(*domain.spectrum(*each)) for each in (factors, (1, 1))]
-        pairs.append((sets[-1], right(bayes.bayes_linear(domain.scaled(norms[0] / norms[1])))))
+        best = bayes.bayes_linear(domain.scaled(norms[0] / norms[1]))  # under this set's prior
+        pairs.append((sets[-1], md.Contender(RIGHT, "Bayes, right prior", best, "reference")))
     contenders += [
         md.Contender("bayes", "Bayes, plain training's prior", alone, "bayes"),
         md.Contender("bayes_mixture", "Bayes, mixture", mix, "reference"),
     ]
     compared = md.Comparison(domain, contenders, sets, pairs, sizes, followed=False)
     return md.Plan(config.outer, [compared])
-
-
-def right(learner: md.Learner) -> md.Contender:
-    """Bayes under the prior that a set of tasks is of, which is measured on that set alone."""
-    return md.Contender(RIGHT, "Bayes, right prior", learner, "reference")
 
 
 def over_right(results, task_set: str, name: str) -> dynamics.Estimate:
@@ -127,9 +123,8 @@ def criteria(config: Config, results):
         pairs = {each: (results[each, name], results[each, "bayes"]) for each in SETS}
         for shift in [each for each in SETS if each != WITHIN]:
             found = dynamics.excesses([pairs[shift], pairs[WITHIN]], lambda e: e[0] - e[1])
-            most = bounds.get(shift)
-            said = f"growth of the excess, {shift}"
-            yield row(data, f"growth_{shift}", found, said, most or math.inf)
+            said, most = f"growth of the excess, {shift}", bounds.get(shift, math.inf)
+            yield row(data, f"growth_{shift}", found, said, most)
         for where in (WITHIN, "x4"):
             found = dynamics.difference(*pairs[where])
             yield row(data, f"beyond_{where}", found, f"slope minus Bayes', {where}")

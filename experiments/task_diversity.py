@@ -140,11 +140,11 @@ def criteria(config: Config, results):
 
 def diversity(results):
     """Draws distances to the memorising and to the generalising Bayes by the number of tasks."""
-    known = [name for name in results.learners(FRESH) if name.startswith("pool_")]
-    sizes = sorted(int(name.removeprefix("pool_")) for name in known)
+    names = [name.removeprefix("pool_") for name in results.learners(FRESH)]
+    sizes = sorted(int(size) for size in names if size.isdecimal())
     both = zip(*(distances(results, size)[:-1] for size in sizes), strict=True)
     found = {f"to the {k} Bayes": dynamics.stacked(of) for k, of in zip(KINDS, both, strict=False)}
-    shown = {"answers on fresh tasks": (np.array(sizes), found)} if known else {}
+    shown = {"answers on fresh tasks": (np.array(sizes), found)} if sizes else {}
     axes = {"xscale": "log", "yscale": "log", "xlabel": "distinct tasks in training"}
     figure = figures.panels(shown, "mean-square distance", **axes)
     figures.log_ticks(figure.axes[0].yaxis)

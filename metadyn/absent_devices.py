@@ -39,15 +39,20 @@ class DeviceKind(NamedTuple):
     memory: int
     """Bytes of one, as far as programs get them."""
     topologies: dict[int, dict[str, Any]]
-    """What their compiler is told, by how many there are of them."""
+    """What their compiler is told of them, by how many there are."""
+    options: list[dict[str, str]]
+    """Options of the compiler, in the order in which they are tried."""
 
 
+_UNTIMED = {"xla_gpu_autotune_level": "0"}  # kernels of products cannot be timed, to choose among
 KINDS = {
     # JAX takes three quarters of a GPU's memory, unless it is told otherwise.
     "h100": DeviceKind(
         "cuda",
         84929347584 * 3 // 4,
         {n: {"target_config": _H100, "topology": f"1x1x{n}"} for n in (1, 2, 4, 8)},
+        # Where Triton's kernel of a product turns out impossible, cuBLAS takes its place.
+        [_UNTIMED, _UNTIMED | {"xla_gpu_enable_triton_gemm": "False"}],
     ),
     "v5e": DeviceKind(
         "tpu",
@@ -56,15 +61,9 @@ KINDS = {
             1: {"topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)},
             4: {"topology_name": "v5e:2x2"},
         },
+        [{}],
     ),
 }
-_UNTIMED = {"xla_gpu_autotune_level": "0"}
-OPTIONS: dict[str, list[dict[str, str]]] = {
-    "cuda": [_UNTIMED, _UNTIMED | {"xla_gpu_enable_triton_gemm": "False"}],
-    "tpu": [{}],
-}
-"""What compilers are told, in the order in which it is tried. Kernels of products cannot be timed
-to choose among them; where Triton's kernel then turns out impossible, cuBLAS takes its place."""
 
 
 def find(name: str) -> TargetDevices:
@@ -78,14 +77,14 @@ def find(name: str) -> TargetDevices:
     told = KINDS[kind].topologies.get(int(count or 1)) if right else None
     if told is None:
         raise ConfigError(f"--plan {name}: is not known: choose from {known}")
-    platform, memory = KINDS[kind].platform, KINDS[kind].memory
+    platform, memory, _, options = KINDS[kind]
     try:
         devices = get_topology_desc(platform=platform, **told).devices
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
         said = f"the compiler for {platform} is not here: pip install 'metadyn[aot]' ({cause})"
         raise ConfigError(f"--plan {name}: {said}") from error
-    return TargetDevices(devices, memory, OPTIONS[platform])
+    return TargetDevices(devices, memory, options)
 
 
 def alone() -> None:

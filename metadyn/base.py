@@ -258,12 +258,13 @@ class TaskSet:
 
     def size_for(self, clock: str) -> int:
         """Tasks that a learner is measured on, by what its time counts."""
-        updating = clock == "updates" and self.updating_size is not None
-        return min(self.size, self.updating_size or 0) if updating else self.size
+        if clock != "updates" or self.updating_size is None:
+            return self.size
+        return min(self.size, self.updating_size)
 
 
 def as_subclass(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
-    """Makes a domain of another kind, with the settings of a given one and more of its own."""
+    """Copies a domain as `kind`, a subclass of its class, whose own fields `more` sets."""
     own = {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
     return kind(**own, **more)
 

@@ -118,8 +118,8 @@ def _mlps(
     """One for each fit, in turn: what each says of all x, of which the first n are those of y."""
     optimizer = optax.adamw(RATE, weight_decay=DECAY)
     p, q, n = x.shape[-1], y.shape[-1], y.shape[-2]
-    inner = jax.random.normal(jax.random.key(0), (p, HIDDEN)) / jnp.sqrt(p)
-    start = inner, jnp.zeros(HIDDEN), jnp.zeros((HIDDEN, q)), jnp.zeros(q)
+    first = jax.random.normal(jax.random.key(0), (p, HIDDEN)) / jnp.sqrt(p)
+    start = first, jnp.zeros(HIDDEN), jnp.zeros((HIDDEN, q)), jnp.zeros(q)
 
     def answer(weights, x):
         W1, b1, W2, b2 = weights

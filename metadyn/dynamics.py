@@ -77,10 +77,11 @@ def estimate(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> 
 
 
 def estimate_over_runs(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> Estimate:
-    """A statistic of runs, such as a median, with its percentile bootstrap interval.
+    """A statistic of runs with its percentile bootstrap interval.
 
-    For what is no function of means. Samples are [run, ...]; the runs of each are resampled
-    independently. Draws without a finite value are treated as `estimate` does.
+    For statistics that are not functions of means, such as a median of runs. Samples are
+    [run, ...]; the runs of each are resampled independently. Draws without a finite value are
+    treated as `estimate` does.
     """
     rng = np.random.default_rng(0)
     drawn = [statistic(*(rng.choice(s, len(s)) for s in samples)) for _ in range(draws)]

@@ -277,7 +277,11 @@ def histories(results: Results) -> dict[str, LearningHistory]:
 
 
 def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistory]:
-    """Each of them as each probe reads it: names and endings have that of the probe after them."""
+    """One history for each meta-learner and each probe that it was read with, by `ending`.
+
+    A probe's name is appended to what the figure is called, and to its own name, unless it is the
+    main probe.
+    """
     found = dict(trained)
     for suffix, training in trained.items():
         for probe in sorted({*labelled.probes(training.trained)} - {training.probe}):
@@ -288,7 +292,7 @@ def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistor
 
 
 def ending(probe: str) -> str:
-    """What the names of figures of a probe end with: nothing for that of every set of tasks."""
+    """What the names of a probe's figures end with: "_" and its name; of the main probe nothing."""
     return "" if probe == STRENGTH else f"_{probe}"
 
 
@@ -423,7 +427,7 @@ def orders(trainings: Sequence[LearningHistory]) -> Figure:
         modes, trained, probe = training.modes, training.trained, training.probe
         at_end, outer = dynamics.times_of(trained, probe), dynamics.outer_times_of(trained)
         inner = lambda mean, t=at_end: t(mean[..., -1, :, :])
-        title = "contexts by their rank in either order"
+        title = "modes by their rank in either order"
         if not modes.exchangeable:
             ranks = dynamics.outer_correlation(trained, training.bayes, probe)
             title = f"rank correlation {dynamics.text(ranks)}"

@@ -46,7 +46,10 @@ Probes = tuple[tuple[str, Probe], ...]
 def interact(
     domain: Domain, task: Task, answer: Callable[[Query], Answer], keys: Keys
 ) -> tuple[Query, Answer, Feedback]:
-    """Poses one query, and returns it with the answer and the feedback, from a key of each."""
+    """Poses a query drawn with `keys[0]`, has it answered, and draws feedback with `keys[1]`.
+
+    Returns all three.
+    """
     query = full_precision(domain.query)(task, keys[0])
     answered = answer(query)
     return query, answered, full_precision(domain.feedback)(task, query, answered, keys[1])

@@ -121,6 +121,8 @@ def _axes(
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
     taken = {*axes, *tasks.probes, *RESERVED}
+    for name, probe in tasks.probes.items():
+        taken |= {inner.recorded(name, n) for n in (*probe.extras, probe.modes.coordinate)}
 
     def trace(key: Key, params: Params, task: Any) -> None:
         with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):

@@ -43,7 +43,7 @@ class Objective:
     None: this one throughout."""
 
     def at_step(self, step: Int[Array, ""]) -> Objective:
-        """The objective of one outer step, also where that changes over training by itself."""
+        """The objective at this outer step: that of `at`, if there is one, or this one."""
         return self.at(step).at_step(step) if self.at else self
 
 

@@ -43,8 +43,8 @@ class OuterConfig:
     """Episodes in one update of each seed of each meta-learner, over all devices."""
     updates_per_step: int = 1
     """Updates in one outer step, each on a batch of its own. With more than 1 of its own, one
-    meta-learner is trained for longer than those beside it. Warm-up, schedule and objectives that
-    change count updates."""
+    meta-learner is trained for longer than those beside it. Warm-up and schedule count updates;
+    objectives that change go by outer steps."""
     seeds: int = 4
     """Meta-learners trained side by side, each from its own initial weights on its own episodes."""
     optimizer: str = "adam"
@@ -62,8 +62,8 @@ class OuterConfig:
     checkpoints: int = 25
     """Log-spaced outer steps, beside step 0, at which state and mode trajectories are stored."""
     dispatch: int = 100
-    """Outer steps in one dispatch to the devices, or fewer, that take 2 seconds: how often progress
-    is shown."""
+    """Outer steps in one call to the devices; fewer, if so many would take more than 2 seconds.
+    Progress is shown after each call."""
     precision: Precision = "float32"
     """What products in training are rounded to on GPUs and TPUs, in the words of
     `jax.default_matmul_precision`; CPUs round nothing, and measurements are float32 everywhere.
@@ -115,14 +115,9 @@ class TrainState(NamedTuple):
     """By the name of the meta-learner."""
     moments: dict[str, Any]
 
-    def only(self, name: str, updates_per_step: int = 1) -> TrainState:
-        """Returns the state of one meta-learner alone, whose step counts its updates.
-
-        The step is a new array: the state is to be consumed.
-        """
-        abstract = isinstance(self.step, jax.ShapeDtypeStruct)
-        step = self.step if abstract else updates_per_step * self.step
-        return TrainState(step, {name: self.params[name]}, {name: self.moments[name]})
+    def only(self, name: str) -> TrainState:
+        """Returns the state of one meta-learner alone."""
+        return TrainState(self.step, {name: self.params[name]}, {name: self.moments[name]})
 
 
 class MetaTraining(NamedTuple):
@@ -131,8 +126,8 @@ class MetaTraining(NamedTuple):
     meta: MetaLearner
     objective: Objective
     own: OuterConfig | None = None
-    """Its own optimiser, batch and updates in each step; its schedule is stretched over the run's
-    steps, and all else is the whole outer loop's. None: all is."""
+    """Settings in place of the outer loop's: its own optimiser, batch and updates in each step. The
+    number of steps stays the run's. None: the outer loop's settings."""
     options: Mapping[str, str] | None = None
     """The options that set fields of `own`, by field, for messages."""
 
@@ -212,14 +207,16 @@ class OuterLoop:
             key, params, moments = one
             cached = mesh.cached_episodes(trained[name].meta)
             step, count = now
+            own = self.settings[name]
 
             def episodes(i):
-                share = mesh.local_episodes(self.settings[name].batch)
+                share = mesh.local_episodes(own.batch)
                 return indexed_keys(jax.random.fold_in(key, step + i), share)
 
             def outer_step(i, carry):
                 params, moments, total = carry
-                current = objective.at_step(step + i)
+                n = own.updates_per_step
+                current = objective.at_step((step + i) // n if n > 1 else step + i)
                 gradient, metrics = mesh.mean(_gradient(current, params, episodes(i), cached))
                 updates, moments = optimizer.update(gradient, moments, params)
                 total = jax.tree.map(jnp.add, total, metrics)
@@ -294,7 +291,9 @@ class OuterLoop:
             metrics: dict[str, Metrics] = {}
             for name in self.trained:  # each by itself, so that its time is known
                 advance, times = self.compiled(name), self.settings[name].updates_per_step
-                alone, updates = state.only(name, times), jnp.int32(times * count)
+                # Its step counts updates, and is a new array, as the state is consumed.
+                alone = state.only(name)._replace(step=times * state.step)
+                updates = jnp.int32(times * count)
                 start = time.perf_counter()
                 now, found = jax.block_until_ready(advance(alone, updates))
                 self.seconds[name] += time.perf_counter() - start

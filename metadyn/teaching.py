@@ -81,10 +81,11 @@ def _with_teacher(sample: Sample, teacher: Array, key: Key) -> Taught:
 def taught(
     learner: Learner, teachers: Sequence[Teacher], n_x: int, examples: int, each: int = 1
 ) -> Learner:
-    """A learner of `sets` that is shown a teacher's examples first, then what is posed.
+    """Wraps a learner so that it is first shown a teacher's examples, then the posed ones.
 
-    Each example is shown for `each` updates, with noise of its own each time. The teacher is asked
-    once for each task. Raises `ConfigError` for fewer examples or updates than one.
+    It is for the tasks that `sets` makes. Each example is shown for `each` updates, with noise of
+    its own each time. The teacher is asked once for each task. Raises `ConfigError` for fewer
+    examples or updates than one.
     """
     check(examples >= 1, "examples", examples, "must be at least 1")
     check(each >= 1, "each", each, "must be at least 1")

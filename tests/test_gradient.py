@@ -245,7 +245,8 @@ def test_an_optimiser_that_takes_no_schedule_is_refused_before_training():
 def test_a_balanced_start_needs_a_unit_for_each_mode():
     with pytest.raises(ConfigError, match="width = 3: must be at least 4"):
         balanced_deep_linear(4, 5, width=3)
-    balanced_deep_linear(4, 5, depth=1, width=3)
+    with pytest.raises(ConfigError, match="strength = 0: must be positive"):
+        balanced_deep_linear(4, 5, strength=0)
 
 
 def test_bad_networks_are_named():

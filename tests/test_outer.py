@@ -142,6 +142,24 @@ def test_several_updates_in_each_outer_step_are_as_many_outer_steps(rows):
     )
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_an_objective_that_changes_goes_by_outer_steps(updates):
+    """Four outer steps are 0 to 3, however many updates each of them has."""
+
+    def at(step):
+        def loss(params, keys):
+            value, metrics = OBJECTIVE.loss(params, keys)
+            return value, metrics | {"at": jnp.float32(step)}
+
+        return Objective(loss)
+
+    training = MetaTraining(META, Objective(at(0).loss, at=at))
+    config = dataclasses.replace(CONFIG, updates_per_step=updates)
+    loop = OuterLoop({"lstm": training}, config, jax.random.key(0))
+    *_, (_, metrics) = loop.run(loop.init(), 4)
+    np.testing.assert_array_equal(metrics["lstm"]["at"], 1.5)
+
+
 def test_settings_of_unlike_numbers_of_updates_are_no_rows_of_one_program():
     counts = [1, 2, 2]
     loops = [loop_of(dataclasses.replace(CONFIG, updates_per_step=n)) for n in counts]

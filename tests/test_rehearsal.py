@@ -204,7 +204,7 @@ def test_a_closed_form_that_cannot_be_stored_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("tracked_tasks", 1), ("heldout_tasks", 2.5), ("tasks", 0)]
+    ("field", "value"), [("tracked_tasks", 1), ("heldout_tasks", -2), ("tasks", 0)]
 )
 def test_sizes_that_no_set_has_are_refused(field, value):
     with pytest.raises(ConfigError, match=f"{field} = {value}: must be"):
@@ -434,6 +434,7 @@ def with_learner(**functions):
         ({"update": lambda s, x, y: jnp.zeros(4)}, "update = ((4,), 'float32'): must give a state"),
         ({"init": lambda key: jnp.zeros(3, int), "update": lambda s, x, y: s + 0.1}, "'int32'"),
         ({"diagnose": lambda s: {"mode_strength": s.sum()}}, "this name is taken"),
+        ({"diagnose": lambda s: {"unexplained": s.sum()}}, "this name is taken"),
         ({"diagnose": lambda s: s}, "AttributeError"),
     ],
 )

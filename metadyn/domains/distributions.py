@@ -28,7 +28,7 @@ class Mixture:
     domains: tuple[Any, ...]
     """Domains whose tasks are of the same shapes."""
     weights: tuple[float, ...] = ()
-    """How much losses count in tasks of each. None given: alike."""
+    """How much losses count in tasks of each. Empty: all count the same."""
 
     def __post_init__(self) -> None:
         check(len(self.domains) > 0, "domains", self.domains, "mix at least one")

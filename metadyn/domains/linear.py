@@ -79,8 +79,7 @@ class LinearRegression(Regression):
             check(right, field, rows, f"give {shape[0]} rows of {shape[1]} numbers")
             matrix = np.asarray(rows, np.float64)
             check(bool(np.isfinite(matrix).all()), field, rows, "every number must be finite")
-            if not isinstance(rows, tuple):  # an array cannot be hashed
-                object.__setattr__(self, field, tuple(map(tuple, matrix.tolist())))
+            object.__setattr__(self, field, tuple(map(tuple, matrix.tolist())))  # can be hashed
             if field == "mean":
                 continue
             check(np.allclose(matrix, matrix.T), field, rows, "a covariance must be symmetric")

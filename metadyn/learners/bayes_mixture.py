@@ -64,11 +64,7 @@ def bayes_memorising(pool: Pool) -> Learner:
     """
     size, variance = pool.size, pool.domain.sigma**2
 
-    @inner.full_precision
-    def matrices() -> Float[Array, "size n_y n_x"]:
-        return jax.vmap(pool.task)(jnp.arange(size)).W
-
-    W = jax.jit(matrices)()
+    W = jax.jit(inner.full_precision(lambda: jax.vmap(pool.task)(jnp.arange(size)).W))()
 
     def predict(state: Float[Array, " size"], x: Array) -> Array:
         return jnp.tensordot(jax.nn.softmax(state), W, 1) @ x

@@ -65,7 +65,8 @@ def deep_linear(
     n_x: int, n_y: int, depth: int = 2, width: int = 32, scale: float = 1e-2
 ) -> Network:
     """ŷ = W_depth … W_2 W_1 x with N(0, scale²) entries (Saxe et al. 2013)."""
-    shapes = _shapes(n_x, n_y, depth, width, scale)
+    check(scale > 0, "scale", scale, "must be positive")
+    shapes = _shapes(n_x, n_y, depth, width)
 
     def init(key: Key) -> list[Array]:
         keys = jax.random.split(key, depth)
@@ -75,29 +76,24 @@ def deep_linear(
 
 
 @functools.cache
-def balanced_deep_linear(
-    n_x: int, n_y: int, depth: int = 2, width: int = 32, strength: float = 1e-3
-) -> Network:
-    """Makes a deep linear network at the balanced, aligned start of Saxe's closed form.
+def balanced_deep_linear(n_x: int, n_y: int, width: int = 32, strength: float = 1e-3) -> Network:
+    """Makes a two-layer linear network at the balanced, aligned start of Saxe's closed form.
 
-    Every layer is a multiple of the identity and their product has `strength` a₀ on its diagonal,
+    Both layers are multiples of the identity and their product has `strength` a₀ on its diagonal,
     so that W_{l+1}ᵀ W_{l+1} = W_l W_lᵀ and the modes of a task whose singular vectors are the
     coordinate axes never mix.
     """
-    shapes = _shapes(n_x, n_y, depth, width, strength)
-    least = min(n_x, n_y) if depth > 1 else 1
+    check(strength > 0, "strength", strength, "must be positive")
+    shapes, least = _shapes(n_x, n_y, 2, width), min(n_x, n_y)
     check(width >= least, "width", width, f"must be at least {least}: each mode needs a unit")
-    layer = strength ** (1 / depth)
+    layer = strength**0.5
     return Network(lambda key: [layer * jnp.eye(*shape) for shape in shapes], _product)
 
 
-def _shapes(
-    n_x: int, n_y: int, depth: int, width: int, scale: float = 1.0
-) -> list[tuple[int, int]]:
+def _shapes(n_x: int, n_y: int, depth: int, width: int) -> list[tuple[int, int]]:
     """(rows, columns) of each layer of weights."""
     check(depth >= 1, "depth", depth, "must be at least 1")
     check(width >= 1, "width", width, "must be at least 1")
-    check(scale > 0, "scale", scale, "must be positive")
     sizes = [n_x, *[width] * (depth - 1), n_y]
     return list(zip(sizes[1:], sizes[:-1], strict=True))
 
