@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from metadyn.kernels.lstm import apply
 Carry = Any  # the state of a recurrent cell, the cache of a sequence model
 
 
+@runtime_checkable
 class CausalModel(Protocol):
     """A model of sequences for one episode, whose output at t depends on inputs up to t alone."""
 
