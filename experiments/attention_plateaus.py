@@ -48,7 +48,7 @@ class Components(LinearRegression):
         check(self.n_y == 1, "n_y", self.n_y, "the theory is of one output")
         given = np.array(self.column_covariance or [[1.0]])
         fix = "the theory is of weights N(0, I): leave it out"
-        check((given == np.eye(len(given))).all(), "column_covariance", given.tolist(), fix)
+        check(np.array_equal(given, np.eye(len(given))), "column_covariance", given.tolist(), fix)
         unit = tuple(tuple(float(i == j) for j in range(self.n_x)) for i in range(self.n_x))
         object.__setattr__(self, "column_covariance", unit)
         super().__post_init__()

@@ -389,10 +389,12 @@ def _figures(arguments: argparse.Namespace) -> int:
     if is_sweep(arguments.dir):
         from metadyn import sweep_results
 
+        fix = "figures of a sweep are the same for all studies: leave it out"
+        check(not arguments.study, "--study", arguments.study, fix)
         sweep = SweepFolder(arguments.dir)
-        for path in sweep_results.draw(sweep, sweep_results.rows(sweep, progress), progress):
-            print(path)
-        return DONE
+        return _drawn(
+            arguments.dir, sweep_results.draw(sweep, sweep_results.rows(sweep, progress), progress)
+        )
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
     found = load_study(name) if arguments.study or name in known() else None
@@ -401,12 +403,16 @@ def _figures(arguments: argparse.Namespace) -> int:
         theirs = f"{arguments.dir} is a run of {run.config['study']!r}"
         raise ConfigError(f"--study {name}: defines {found.name!r}, but {theirs}")
     paths = figures.draw(run.figures, run.results(), own, progress)
+    if paths and not found:
+        _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
+    return _drawn(arguments.dir, paths)
+
+
+def _drawn(folder: str, paths: list[Path]) -> int:
     for path in paths:
         print(path)
     if not paths:
-        _say(f"{arguments.dir} holds no measurement yet: nothing is drawn")
-    elif not found:
-        _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
+        _say(f"{folder} holds no measurement yet: nothing is drawn")
     return DONE
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -68,20 +69,28 @@ def draw(folder: Path, results: Results, own: Own, progress: Progress) -> list[P
     What has not been measured yet, in a run that was stopped, is left out.
     """
     folder.mkdir(exist_ok=True)
-    trained, paths = by_probe(histories(results)), []
-    wanted = of_every_run(results, trained)
-    wanted |= {name: partial(figure, results) for name, figure in own.items()}
-    with progress.counting("drawing", len(wanted) + len(trained)) as show:
-        for name, figure in wanted.items():
+    trained, saved = by_probe(histories(results)), {}
+    wanted = {f"inner_curves{name}.gif": partial(animation, of) for name, of in trained.items()}
+    own = {name: partial(figure, results) for name, figure in own.items()}
+    drawn = of_every_run(results, trained) | own
+    wanted |= {f"{name}.png": partial(picture, figure) for name, figure in drawn.items()}
+    counting = progress.counting("drawing", len(wanted))
+    with counting as show, ThreadPoolExecutor(1) as pool:  # one is encoded as the next is drawn
+        for name, made in wanted.items():
             show(name)
             with contextlib.suppress(NotMeasured):
-                FigureCanvasAgg(figure()).print_png(path := folder / f"{name}.png")
-                paths.append(path)
-        for name, training in trained.items():
-            show(f"inner_curves{name}.gif")
-            paths.append(folder / f"inner_curves{name}.gif")
-            animation(training, paths[-1])
-    return paths
+                saved[folder / name] = pool.submit(made(), folder / name)
+        for each in saved.values():
+            each.result()
+    return [*saved]
+
+
+def picture(figure: Callable[[], Figure]) -> Callable[[Path], None]:
+    """Draws a figure; what is returned writes it to a path, as a PNG."""
+    canvas = FigureCanvasAgg(figure())
+    canvas.draw()
+    dpi = canvas.figure.dpi
+    return partial(Image.fromarray(np.asarray(canvas.buffer_rgba())).save, dpi=(dpi, dpi))
 
 
 def checked(figure: Callable[[Results], Figure]) -> Callable[[Results], Figure]:
@@ -385,8 +394,11 @@ def _over_outer_training(
     return figure, *axes, steps
 
 
-def animation(training: LearningHistory, path: Path) -> None:
-    """Writes a GIF of all inner learning curves, one frame a checkpoint, Bayes' beside them."""
+def animation(training: LearningHistory) -> Callable[[Path], None]:
+    """Draws all inner learning curves, one frame a checkpoint, Bayes' beside them.
+
+    What is returned writes them to a path, as a GIF.
+    """
     modes, (mean, bayes) = training.modes, (each.mean((0, 1)) for each in training.strengths)
     times, steps = (training.trained[name].to_numpy() for name in ("time", "outer_step"))
     figure = Figure(figsize=(5.6, 4.2), dpi=80, layout="constrained")
@@ -415,7 +427,8 @@ def animation(training: LearningHistory, path: Path) -> None:
             axis.draw_artist(artist)
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     lasts = [250] * (len(frames) - 1) + [1250]  # ms: the last stays for a while
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=lasts, loop=0)
+    more = {"append_images": frames[1:], "duration": lasts, "loop": 0}
+    return partial(frames[0].save, save_all=True, **more)
 
 
 @styled

@@ -36,8 +36,8 @@ class Progress:
         self._bars = None
         if console is not None and console.is_terminal:
             cut = Column(ratio=1, no_wrap=True)  # what gives way where a terminal is narrow
-            name = TextColumn("{task.description}")
-            facts = TextColumn("{task.fields[facts]}", table_column=cut)
+            name = TextColumn("{task.description}", markup=False)
+            facts = TextColumn("{task.fields[facts]}", markup=False, table_column=cut)
             columns = (name, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), facts)
             self._bars = Bars(*columns, console=console, expand=True)
 

@@ -322,7 +322,7 @@ def check_memory(plan: Plan) -> None:
         option = "outer.seeds" if many else contender.option or "outer.seeds"
         what = f"the weights of {contender.name} and what trains them"
         require_memory(what, outer.seeds * each, option)
-    for tasks, contender in plan.measured:
+    for _, tasks, contender, _ in plan.every:
         needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
@@ -341,7 +341,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         }
         for name, each in plan.trained.items()
     }
-    for tasks, contender in plan.measured:
+    for _, tasks, contender, _ in plan.every:
         times = contender.times_in(tasks.domain)
         asked[f"{contender.name} on {tasks.name}"] = {
             "label": contender.label,
@@ -386,7 +386,7 @@ def check_compiled(loop: OuterLoop, name: str) -> None:
 def check_traced(plan: Plan) -> None:
     """Raises `ConfigError` unless every learner can take a step, and every objective be had."""
     alike: dict[Any, tuple[TaskSet, Contender]] = {}
-    for tasks, who in plan.measured:
+    for _, tasks, who, _ in plan.every:
         form = jax.tree.structure(tasks.sample)
         alike.setdefault((tasks.domain, form, who.make), (tasks, who))
     for pair in alike.values():

@@ -323,10 +323,11 @@ class Comparison:
         for name in (tasks.name for tasks in (*self.sets, *(tasks for tasks, _ in self.pairs))):
             fix = "sets measured at every checkpoint are called so: give another name"
             check(not name.startswith((TRACKED, HELDOUT)), "set of tasks", name, fix)
-        for contender in self.contenders:
+        trained = [each.name for each in self.metas]
+        for contender in (*self.contenders, *(who for _, who in self.pairs)):
             fix = f"contender {contender.name!r} is made of a meta-learner that is not compared"
-            known = ("", *(each.name for each in self.metas))
-            check(contender.of in known, "of", contender.of, fix)
+            of = contender.of or (contender.name if contender.trained else "")
+            check(of in ("", *trained), "of", of, fix)
         bayes = sum(contender.kind == "bayes" for contender in self.contenders)
         lacking = f"comparison {self.name or 'of ' + type(self.domain).__name__}"
         fix = "meta-learners are compared with one contender of kind 'bayes'"
@@ -455,9 +456,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.outer.check_batch(self.trained.values())
-        names = [(tasks.name, contender.name) for tasks, contender in self.measured]
+        names = [(each.tasks.name, each.contender.name) for each in self.every]
         check_unique(names, "measurement", "is asked for twice: rename the set")
-        for tasks, _ in self.measured:
+        for tasks in (each.tasks for each in self.every):
             check(tasks.size >= 1, tasks.option or tasks.name, tasks.size, "must be 1 or more")
 
     @functools.cached_property
@@ -478,11 +479,6 @@ class Plan:
             found += [Measurement(part, *pair, watched=True) for pair in watched]
             found += [Measurement(part, *pair, watched=False) for pair in part.measurements]
         return found
-
-    @property
-    def measured(self) -> list[tuple[TaskSet, Contender]]:
-        """Each set of tasks with each contender that is measured on it."""
-        return [(each.tasks, each.contender) for each in self.every]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -309,7 +309,7 @@ def run_sweep(
     plans: dict[int, Plan] = {}
     if not (mine and is_sweep(out) and all(map(SweepFolder(out).whole, mine))):
         plans = planned(sweep, study, configs, part)
-        measured = lambda plan: tuple((tasks.name, who.name) for tasks, who in plan.measured)
+        measured = lambda plan: tuple(each.called for each in plan.every)
         unlike = {measured(plan): i for i, plan in plans.items()}.values()
         with progress.counting("checking", len(unlike)) as show:
             for i in unlike:

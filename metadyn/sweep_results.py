@@ -114,7 +114,9 @@ def _of_ended(folder: SweepFolder, i: int) -> tuple[Row, ...]:
 
 def _measured(folder: SweepFolder, i: int) -> Iterator[Row]:
     sweep = folder.sweep
-    settings = dict(zip(map(field, sweep.options), map(value_of, sweep.settings[i]), strict=True))
+    typed = dict(zip(map(field, sweep.options), sweep.settings[i], strict=True))
+    values = {name: finite(value_of(each)) for name, each in typed.items()}
+    settings = {n: typed[n] if value is None else value for n, value in values.items()}  # "inf"
     row = {"setting": i, "folder": folder.setting(i).name, "options": settings, "lost": None}
     run = folder.run(i)
     if said := folder.lost(i):

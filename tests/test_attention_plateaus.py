@@ -93,6 +93,7 @@ def test_the_study_is_rehearsed_without_complaint():
             {"column_covariance": ((2.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0))},
             "column_cov.*leave it out",
         ),
+        ({"column_covariance": ((1.0, 1.0),)}, "column_covariance"),
     ],
 )
 def test_bad_domains_are_named(fields, says):

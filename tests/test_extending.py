@@ -113,7 +113,7 @@ def test_every_file_is_planned_as_it_stands_rehearsed_and_traced(name, tmp_path)
     plan = study.plan(config)
     if name in ("gru.py", "transformer.py", "late.py"):
         for tasks in ("in_distribution", "x4", "tracked", "heldout"):
-            names = {c.name for t, c in plan.measured if t.name == tasks}
+            names = {c.name for _, t, c, _ in plan.every if t.name == tasks}
             assert {"lstm", name.removesuffix(".py"), "bayes"} <= names
     rehearse(study, config, plan)
     keys = jax.random.split(jax.random.key(0), 4)

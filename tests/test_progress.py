@@ -32,7 +32,7 @@ def said(terminal: bool) -> str:
                 drawn()
             with progress.counting("measuring", 2) as show:
                 show("SGD on tracked")
-                show("Bayes on tracked")
+                show("Bayes [/b] on tracked")  # no markup: it is the user's own name
                 drawn()
             progress.say("figures are in DIR")
     progress.say("all done")
@@ -54,7 +54,7 @@ def test_a_terminal_shows_one_bar_for_all_studies_and_one_for_what_goes_on():
     assert "1/2" in last  # the second of two is going on
     assert "second" in last
     assert re.search("training .*10/10", text)
-    assert re.search("measuring .*1/2 .*0 s left  Bayes on tracked", text)
+    assert re.search("measuring .*1/2 .*0 s left  Bayes \\[/b] on tracked", text)
     assert "training 10/10  0 s left" not in text  # a line, which only files get
 
 

@@ -224,6 +224,17 @@ def test_times_may_be_an_array(tmp_path):
     assert run(study, tmp_path / "r")["study"] == "tiny"
 
 
+def test_what_is_measured_beside_the_contenders_is_none_that_would_need_training():
+    whole = comparison(Config())
+    (meta, _), tasks = whole.contenders, whole.sets[0]
+    other = dataclasses.replace(meta, name="other")
+    for who in (other, other.remade(lambda learner: learner, name="copy")):
+        with pytest.raises(ConfigError, match="of = 'other': contender .* that is not compared"):
+            dataclasses.replace(whole, pairs=[(tasks, who)])
+    copy = meta.remade(lambda learner: learner, name="copy")
+    assert dataclasses.replace(whole, pairs=[(tasks, copy)]).measurements[-1] == (tasks, copy)
+
+
 def test_a_derived_learner_says_whose_parameters_it_takes():
     meta = LSTMConfig(hidden=4).make(Config().domain)
     with pytest.raises(ConfigError, match=r"of = '': contender 'd' is derived: name the meta-"):

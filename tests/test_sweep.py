@@ -96,6 +96,7 @@ def test_figures_are_drawn_against_each_option_and_as_a_map(done, capsys):
     names = {"against_outer.learning_rate", "against_domain.sigma", "map"}
     assert {path.stem for path in (done / "figures").glob("*.png")} == names
     shutil.rmtree(done / "figures")
+    assert main(["figures", str(done), "--study", STUDY]) == 2
     assert main(["figures", str(done)]) == 0
     for path in map(Path, capsys.readouterr().out.split()):
         assert matplotlib.image.imread(path).std() > 0.02
@@ -427,6 +428,17 @@ def test_more_settings_than_files_may_be_open_are_refused(tmp_path, monkeypatch)
     given = asked, study, [study.presets["quick"]], sweep.Part(1, 1)
     with pytest.raises(ConfigError, match="1 settings need 257 open files, of 200"):
         sweep.planned(*given)
+
+
+def test_a_value_that_is_not_finite_is_an_option_like_any_other(done, tmp_path):
+    out = Path(shutil.copytree(done, tmp_path / "grid", ignore=shutil.ignore_patterns("figures")))
+    (out / "sweep.json").write_text((out / "sweep.json").read_text().replace('"3e-2"', '"inf"'))
+    folder = sweep.SweepFolder(out)
+    sweep_results.conclude(folder)
+    rates = {row["options"]["outer.learning_rate"] for row in sweep_results.rows(folder)}
+    assert rates == {0.01, "inf"}
+    assert (folder.figures / "map.png").exists()
+    np.testing.assert_array_equal(metadyn.load(out)["outer.learning_rate"], [1e-2, np.inf])
 
 
 def test_settings_without_a_meta_learner_that_is_followed_are_said_to_be_done(done, monkeypatch):
