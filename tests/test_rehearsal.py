@@ -229,7 +229,7 @@ def test_what_is_measured_beside_the_contenders_is_none_that_would_need_training
     (meta, _), tasks = whole.contenders, whole.sets[0]
     other = dataclasses.replace(meta, name="other")
     for who in (other, other.remade(lambda learner: learner, name="copy")):
-        with pytest.raises(ConfigError, match="of = 'other': contender .* that is not compared"):
+        with pytest.raises(ConfigError, match=r"of = 'other': contender .* that is not compared"):
             dataclasses.replace(whole, pairs=[(tasks, who)])
     copy = meta.remade(lambda learner: learner, name="copy")
     assert dataclasses.replace(whole, pairs=[(tasks, copy)]).measurements[-1] == (tasks, copy)
