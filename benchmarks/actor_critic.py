@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import os
-import time
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 
@@ -91,14 +90,12 @@ def main():
         config = dataclasses.replace(BASE, **fields)
         training = MetaTraining(META, actor_critic(DOMAIN, META, config))
         loop = OuterLoop({"lstm": training}, outer, jax.random.key(0))
-        state, _ = loop.advance(loop.init(), jnp.int32(1))
-        start = time.perf_counter()
+        state = loop.init()
         for target in (outer.steps // 2, outer.steps):
             *_, (state, _) = loop.run(state, target)
             half_way = half_way or jax.tree.map(lambda leaf: leaf[0].copy(), state.params["lstm"])
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - start
         earned = reward(META.learner, jax.tree.map(lambda leaf: leaf[0], state.params["lstm"]))
+        seconds = loop.seconds["lstm"]
         relative = (earned - chance) / (bayes - chance)
         spread = None if config.baseline == "value" else noise(config, half_way)
         rows.append(

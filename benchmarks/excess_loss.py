@@ -14,7 +14,6 @@ there are no rows but that and the settings of now.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -122,7 +121,6 @@ def train(problem: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         config = settings(problem, rest | stage)
         plan = study.plan(config)
         loops.append(OuterLoop({"lstm": plan.trained["lstm"]}, config.outer, jax.random.key(0)))
-        jax.block_until_ready(loops[-1].advance(loops[-1].init(), jnp.int32(0)))
     part, steps = plan.comparisons[0], config.outer.steps
     bayes = next(each for each in part.contenders if each.kind == "bayes")
     lstm = next(each for each in part.contenders if each.name == "lstm")
@@ -136,10 +134,9 @@ def train(problem: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     best = loss(bayes, ())
     over = lambda loss: dynamics.excess_loss(loss, best, part.domain.loss_floor)
     state, seconds, excess, mean, parts = loops[0].init(), [], [], None, 0
-    start = time.perf_counter()
     for i, loop in enumerate(loops):
         for now, metrics in loop.run(state, steps * (i + 1) // len(loops)):
-            seconds.append(time.perf_counter() - start)
+            seconds.append(sum(each.seconds["lstm"] for each in loops))
             excess.append(float(over(np.mean(metrics["lstm"]["loss"]))))
             state = now
             if changes.get(AVERAGED) and int(now.step) > 2 * steps / 3:

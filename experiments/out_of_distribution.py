@@ -153,20 +153,19 @@ def excess_by_scale(results):
     return figure
 
 
+OUTER = md.OuterConfig(
+    steps=2000, batch=48, optimizer="nadam", b2=0.98, learning_rate=3e-2, checkpoints=1
+)
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
-    outer=md.OuterConfig(
-        steps=2000, batch=48, optimizer="nadam", b2=0.98, learning_rate=3e-2, checkpoints=1
-    ),
+    outer=OUTER,
     measure=md.MeasureConfig(
         shifted_tasks=256, tracked_tasks=256, heldout_tasks=256, probe_points=12, chunk=256
     ),
 )
 WORKSTATION = Config(
     lstm=LSTMConfig(hidden=128),
-    outer=md.OuterConfig(
-        steps=4000, batch=48, optimizer="nadam", b2=0.98, learning_rate=2e-2, checkpoints=1
-    ),
+    outer=replace(OUTER, steps=4000, learning_rate=2e-2),
     measure=md.MeasureConfig(
         shifted_tasks=1024, tracked_tasks=256, heldout_tasks=1024, probe_points=16, chunk=512
     ),

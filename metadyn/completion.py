@@ -10,19 +10,17 @@ import operator
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from metadyn.study import known, load_study
 
-Shell = Literal["bash", "zsh", "tcsh"]
 
+def script(commands: Mapping[str, argparse.ArgumentParser], shell: str) -> str:
+    """Writes the completion script of bash, zsh or tcsh for commands and the options of studies.
 
-def script(commands: Mapping[str, argparse.ArgumentParser], shell: Shell) -> str:
-    """Writes a shell's completion script for commands, and under `run` for every study's options.
-
-    The overrides of a study are those of its quick preset. To be put where the shell looks for
+    After `run` come the options of each study's quick preset. To be put where the shell looks for
     scripts, or sourced.
     """
     kinds = []

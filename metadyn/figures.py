@@ -70,9 +70,9 @@ def draw(folder: Path, results: Results, own: Own, progress: Progress) -> list[P
     """
     folder.mkdir(exist_ok=True)
     trained, saved = by_probe(histories(results)), {}
+    drawn = of_every_run(results, trained)
+    drawn |= {name: partial(figure, results) for name, figure in own.items()}
     wanted = {f"inner_curves{name}.gif": partial(animation, of) for name, of in trained.items()}
-    own = {name: partial(figure, results) for name, figure in own.items()}
-    drawn = of_every_run(results, trained) | own
     wanted |= {f"{name}.png": partial(picture, figure) for name, figure in drawn.items()}
     counting = progress.counting("drawing", len(wanted))
     with counting as show, ThreadPoolExecutor(1) as pool:  # one is encoded as the next is drawn
@@ -427,7 +427,7 @@ def animation(training: LearningHistory) -> Callable[[Path], None]:
             axis.draw_artist(artist)
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     lasts = [250] * (len(frames) - 1) + [1250]  # ms: the last stays for a while
-    more = {"append_images": frames[1:], "duration": lasts, "loop": 0}
+    more: Any = {"append_images": frames[1:], "duration": lasts, "loop": 0}
     return partial(frames[0].save, save_all=True, **more)
 
 

@@ -194,14 +194,12 @@ def actor_critic(
         return config.value_weight * critic - jnp.mean(gain), metrics
 
     group = config.group if config.baseline == "leave_one_out" else 1
-    if not (config.annealed and steps):
-        return Objective(loss, group)
 
     def at(step: Array) -> Objective:
-        left = config.entropy * jnp.maximum(1 - step / steps, 0)
+        left = config.entropy * jnp.maximum(1 - step / (steps or 1), 0)
         return Objective(partial(loss, weight=left), group)
 
-    return Objective(loss, group, at)
+    return Objective(loss, group, at if config.annealed else None)
 
 
 def discounted(rewards: Float[Array, "T B"], discount: float) -> Float[Array, "T B"]:

@@ -81,7 +81,7 @@ class OuterConfig:
         right = self.b2 is None or 0 < self.b2 < 1
         check(right, "b2", self.b2, "must be above 0 and below 1")
         check_choice("precision", self.precision, Precision)
-        self.transformation()
+        self.transformation(self.steps)
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
@@ -96,9 +96,8 @@ class OuterConfig:
             each.check(batch % group == 0, "batch", self, fix)
             mesh.shares(self.seeds, batch, group, each.option("batch"))
 
-    def transformation(self, steps: int | None = None) -> optax.GradientTransformation:
-        """Makes the optimiser, after clipping, under its schedule over `steps` or its own steps."""
-        steps = steps or self.steps
+    def transformation(self, steps: int) -> optax.GradientTransformation:
+        """Makes the optimiser, after clipping, under its schedule over so many updates."""
         warmup = min(self.warmup, steps - 1)
         rate = scheduled(self.learning_rate, self.schedule, warmup, steps)
         return optax.chain(

@@ -198,6 +198,5 @@ class DemonstratedBandit(ContextualBandit):
         self, task: BanditTask, query: Int[Array, ""], answer: object, key: Key
     ) -> Outcome:
         """Shows the correct action of the context, and draws its reward."""
-        del answer
         correct = jnp.arange(self.actions) == task.best[query]
         return super().feedback(task, query, jnp.where(correct, 0.0, -jnp.inf), key)

@@ -97,7 +97,6 @@ class ContextualBandit:
 
     def query(self, task: BanditTask, key: Key) -> Int[Array, ""]:
         """Draws a context, uniformly."""
-        del task
         return jax.random.randint(key, (), 0, self.contexts)
 
     def pay(self, task: BanditTask) -> Float[Array, "K n"]:
@@ -131,7 +130,6 @@ class ContextualBandit:
 
     def evaluation(self, points: int = 0) -> TaskSet:
         """Sets up tasks of the training distribution; `points` is ignored."""
-        del points
         return TaskSet("in_distribution", self, Sampler(self), {STRENGTH: self.probe()})
 
     # The probe.

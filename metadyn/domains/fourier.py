@@ -119,12 +119,10 @@ class FourierRegression(Regression):
 
     def query(self, task: FourierTask, key: Key) -> Number:
         """Draws an input x, uniform on [−½, ½)."""
-        del task
         return jax.random.uniform(key, (1,), minval=-0.5, maxval=0.5)
 
     def feedback(self, task: FourierTask, query: Number, answer: object, key: Key) -> Number:
         """Gives the target y = f(x) + ε, whatever was answered."""
-        del answer
         return value(task, query) + self.sigma * prng.normal(key, (1,))
 
     def encode_query(self, query: Number) -> Float[Array, " n"]:

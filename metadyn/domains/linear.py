@@ -174,14 +174,12 @@ class LinearRegression(Regression):
 
     def query(self, task: LinearTask, key: Key) -> Float[Array, " n_x"]:
         """Draws an input x ~ N(0, I)."""
-        del task
         return prng.normal(key, (self.n_x,))
 
     def feedback(
         self, task: LinearTask, query: Float[Array, " n_x"], answer: object, key: Key
     ) -> Float[Array, " n_y"]:
         """Gives the target y = W x + ε, whatever was answered."""
-        del answer
         return products.matvec(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
 
     def evaluation(

@@ -29,15 +29,6 @@ class LSTMWeights(NamedTuple):
     bias: Float[Array, " Z"]
 
 
-class Gates(NamedTuple):
-    """Activations i, f, o in (0, 1) and candidate g in (−1, 1), each [H, ...]."""
-
-    i: Float[Array, " H *B"]
-    f: Float[Array, " H *B"]
-    o: Float[Array, " H *B"]
-    g: Float[Array, " H *B"]
-
-
 def apply(matrix: Float[Array, "m n"], columns: Float[Array, " n *B"]) -> Float[Array, " m *B"]:
     """matrix @ columns.
 
@@ -52,8 +43,8 @@ def cell(
     x: Float[Array, " n *B"],
     h: Float[Array, " H *B"],
     c: Float[Array, " H *B"],
-) -> tuple[Float[Array, " H *B"], Float[Array, " H *B"], Gates]:
-    """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', gates).
+) -> tuple[Float[Array, " H *B"], Float[Array, " H *B"], tuple[Array, ...]]:
+    """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', (i, f, o, g)), all alike.
 
     The products with x and h are apart: many queries to one state share the latter.
     """
@@ -68,9 +59,9 @@ def _activate(z: Float[Array, " Z *B"], c: Float[Array, " H *B"]):
     slope = jnp.where(jnp.arange(4 * H) < 3 * H, 0.5, 1.0).astype(z.dtype)
     t = jnp.tanh(slope.reshape(-1, *[1] * (z.ndim - 1)) * z)
     i, f, o = (0.5 + 0.5 * t[k * H : (k + 1) * H] for k in range(3))
-    gates = Gates(i, f, o, t[3 * H :])
-    c = gates.f * c + gates.i * gates.g
-    return gates.o * jnp.tanh(c), c, gates
+    g = t[3 * H :]
+    c = f * c + i * g
+    return o * jnp.tanh(c), c, (i, f, o, g)
 
 
 def lstm(
@@ -141,20 +132,6 @@ def _start(weights, inputs):
 _lstm = jax.custom_vjp(_scan)
 
 
-class Local(NamedTuple):
-    """Derivatives within one step, each [H, B].
-
-    Of c by the arguments of i, f and g and by the c before; of h by the argument of o and by c.
-    """
-
-    c_by_i: Array
-    c_by_f: Array
-    h_by_o: Array
-    c_by_g: Array
-    h_by_c: Array
-    c_by_c: Array
-
-
 def _lstm_forward(weights, inputs):
     both = _both(weights)
     # Elsewhere than on a CPU one array is kept in place of six: each is a launch a step.
@@ -164,7 +141,9 @@ def _lstm_forward(weights, inputs):
         c_before = carry[1]
         h, c, (i, f, o, g) = _step(both, weights.bias, x, *carry)
         tanh_c = jnp.tanh(c)
-        local = Local(
+        # Derivatives of c by the arguments of i and f, of h by that of o, of c by that of g, of h
+        # by c, and of c by the c before.
+        local = (
             g * i * (1 - i),
             c_before * f * (1 - f),
             tanh_c * o * (1 - o),
@@ -192,17 +171,15 @@ def _lstm_backward(residuals, dh_out):
     def step(carry, now):
         dh, dc, dz_after, total = carry
         dh_out, h, x_after, kept = now
-        local = Local(*kept)
+        c_by_i, c_by_f, h_by_o, c_by_g, h_by_c, c_by_c = kept
         if on_cpu:
             # h is what the step after saw, so its gradient is taken now: no shifted copy of h is
             # made.
             total = total + gradient(dz_after, x_after, h)
         dh = dh + dh_out
-        dc = dc + dh * local.h_by_c
-        dz = jnp.stack(
-            [dc * local.c_by_i, dc * local.c_by_f, dh * local.h_by_o, dc * local.c_by_g]
-        ).reshape(4 * H, -1)
-        carry = weights.recurrent.T @ dz, dc * local.c_by_c, dz if on_cpu else None, total
+        dc = dc + dh * h_by_c
+        dz = jnp.stack([dc * c_by_i, dc * c_by_f, dh * h_by_o, dc * c_by_g]).reshape(4 * H, -1)
+        carry = weights.recurrent.T @ dz, dc * c_by_c, dz if on_cpu else None, total
         return carry, weights.input.T @ dz if on_cpu else dz
 
     inputs_after = jnp.concatenate([inputs[1:], jnp.zeros_like(inputs[:1])])

@@ -122,41 +122,26 @@ class Both(NamedTuple):
     """What is recorded after the last update; zeros before the first."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Beside:
     """A meta-learner that Bayes accompanies through its own episodes, for the record.
 
     It answers as it would alone. Recorded at time t are `state`, read of the carry, in which are
     x_1 … x_t and y_1 … y_{t−1}; what is read of Bayes after the same t − 1 pairs; `query`, x_t as
     the network reads it; and `distance`, of its t-th answer from that of Bayes. States are recorded
-    in half precision, which is more than decoding can tell.
+    in half precision, which is more than decoding can tell. `read` says what is recorded of the
+    network's carry.
     """
 
-    meta: MetaLearner
-    domain: Domain
-    beliefs: Beliefs
-    read: Callable[[Carry], Float[Array, " D"]] = whole
-    """What is recorded of the network's carry."""
-
-    @property
-    def heads(self) -> int:
-        """Those of the meta-learner."""
-        return self.meta.heads
-
-    @property
-    def cached_episodes(self) -> int:
-        """Episodes of the meta-learner that a core's cache holds (`outer.OuterLoop`)."""
-        return mesh.cached_episodes(self.meta)
-
-    def init(self, key: Key) -> Params:
-        """Draws the meta-learner's outer parameters."""
-        return self.meta.init(key)
-
-    def unroll(
-        self, params: Params, queries: Query, feedback: Feedback
-    ) -> Float[Array, "T outputs B"]:
-        """Runs whole episodes of the meta-learner alone."""
-        return self.meta.unroll(params, queries, feedback)
+    def __init__(
+        self,
+        meta: MetaLearner,
+        domain: Domain,
+        beliefs: Beliefs,
+        read: Callable[[Carry], Float[Array, " D"]] = whole,
+    ):
+        self.meta, self.domain, self.beliefs, self.read = meta, domain, beliefs, read
+        self.heads, self.cached_episodes = meta.heads, mesh.cached_episodes(meta)
+        self.init, self.unroll = meta.init, meta.unroll
 
     def learner(self, params: Params) -> Learner:
         """The learner that these parameters are, and Bayes beside it."""

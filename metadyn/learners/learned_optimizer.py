@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +29,6 @@ from metadyn.objectives import Metrics, Objective
 
 DECAYS = (0.5, 0.9)  # our choice: what a step leaves of each momentum
 FEATURES = 2 * (1 + len(DECAYS)) + 3
-
-
-class Memory(NamedTuple):
-    """What the learned optimiser carries from step to step."""
-
-    momenta: tuple[Weights, ...]
-    """Running means of the gradient, one for each of `DECAYS`."""
-    steps: Int[Array, ""]
-    """Those taken."""
 
 
 class LearnedOptimizer(InnerDescent):
@@ -64,17 +54,15 @@ class LearnedOptimizer(InnerDescent):
         }
 
     def start(self, params: Params, key: Key) -> Descent:
-        """A random start of the network, and momenta of zero."""
-        del params
+        """A random start of the network; a momentum of zero for each of `DECAYS`; no steps yet."""
         weights = self.network.init(key)
         zeros = jax.tree.map(jnp.zeros_like, weights)
-        return Descent(weights, Memory((zeros,) * len(DECAYS), jnp.int32(0)))
+        return Descent(weights, ((zeros,) * len(DECAYS), jnp.int32(0)))
 
     def stepped(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
         """Every weight moves as the MLP says."""
-        del k
         weights, (momenta, steps) = descent
         momenta = tuple(
             jax.tree.map(lambda m, g, decay=decay: decay * m + (1 - decay) * g, momentum, gradient)
@@ -85,7 +73,7 @@ class LearnedOptimizer(InnerDescent):
             jax.tree.map(partial(_moved, params, time, depth / last), *layer)
             for depth, layer in enumerate(zip(weights, gradient, *momenta, strict=True))
         ]
-        return Descent(moved, Memory(momenta, steps + 1))
+        return Descent(moved, (momenta, steps + 1))
 
 
 def _moved(params, time, depth, weights, gradient, *momenta) -> Array:

@@ -179,7 +179,6 @@ class MAML(InnerDescent):
 
     def start(self, params: Params, key: Key) -> Descent:
         """The learned start."""
-        del key
         return Descent(params["start"])
 
     def stepped(

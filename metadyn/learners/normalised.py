@@ -64,11 +64,7 @@ class Normalised:
 
     def __init__(self, domain: Domain, make: Callable[[Any], MetaLearner]):
         self.domain, self.inside = domain, make(_Inside(domain))
-        self.cached_episodes = mesh.cached_episodes(self.inside)
-
-    def init(self, key: Key) -> Params:
-        """Draws the outer parameters of the meta-learner inside."""
-        return self.inside.init(key)
+        self.init, self.cached_episodes = self.inside.init, mesh.cached_episodes(self.inside)
 
     def learner(self, params: Params) -> Learner:
         """The learner that these parameters are, stepped through an episode."""
