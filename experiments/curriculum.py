@@ -1,6 +1,6 @@
 """Curricula: inputs made for the modes of a task, and modes that outer training admits in order.
 
-    metadyn run curriculum [--preset quick|workstation|paper] [--meta NAME] [--out DIR] [overrides]
+    metadyn run curriculum [--preset quick|workstation|paper] [--out DIR] [overrides]
 
 Inner: inputs of linear regression with variance λ_k ∝ 1 / s_k along mode k. From a small start
 descent learns mode k in a time ∝ 1 / (s_k λ_k) (after Saxe et al. 2013, arXiv:1312.6120): so all at

@@ -1,6 +1,6 @@
 """Devices that are not here, for which XLA's own compilers make programs: to plan, and to test.
 
-Nothing can be run on them. Their compilers come with `pip install 'metadyn[aot]'`.
+Nothing can be run on them. Their compilers come with `pip install -e '.[aot]'` in the checkout.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def find(name: str) -> TargetDevices:
         devices = get_topology_desc(platform=platform, **told).devices
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
-        said = f"the compiler for {platform} is not here: pip install 'metadyn[aot]' ({cause})"
+        said = f"the compiler for {platform} is not here: pip install -e '.[aot]' ({cause})"
         raise ConfigError(f"--plan {name}: {said}") from error
     return TargetDevices(devices, memory, options)
 

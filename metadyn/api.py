@@ -36,7 +36,7 @@ class Trained(NamedTuple):
     params: Params
     """Leaves have a leading axis over the outer seeds."""
     losses: Mapping[int, np.ndarray]
-    """Loss of each seed [seed], mean over the outer steps of a dispatch, by the last of these."""
+    """Mean loss [seed] over each dispatch of outer steps, by the last outer step of it."""
 
 
 def train(
@@ -97,8 +97,8 @@ def measure(
 ) -> xr.Dataset:
     """Measures learners on the same tasks, as one labelled dataset.
 
-    Its dimensions are learner, seed, task, mode, step; `labelled.merge` says what is repeated and
-    padded. `learners` are trained meta-learners and plain learners by name ("bayes" is what the
+    Its dimensions are learner, seed (if one was trained), task, mode, step; `labelled.merge` says
+    what is repeated and padded. `learners` are trained meta-learners and plain learners by name ("bayes" is what the
     others are compared with), or contenders, for labels and times of one's own. Tasks are the
     domain's evaluation tasks with `points` queries to a probe, or a set given whole. Learners that
     count updates take `updates` of them, on `updating_tasks` of the tasks. Raises `ConfigError` for

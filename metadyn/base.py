@@ -46,7 +46,7 @@ class Learner(NamedTuple):
     batch: int | None = None
     """Pairs per update. None: one, unbatched. Otherwise `update` is given a leading batch axis."""
     points: int | None = None
-    """Pairs in all, from which each batch is drawn without repetition. None: always fresh ones."""
+    """Pairs in all; each batch is drawn of them anew, no pair twice. None: always fresh ones."""
     clock: str = "observations"
     """What the learner's time t counts: "observations" in the episode, or optimiser "updates"."""
     diagnose: Callable[[State], Mapping[str, Array]] | None = None
@@ -244,6 +244,7 @@ class TaskSet:
     probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
     """What is read of each learner, by the name under which it is recorded."""
     size: int = 0
+    """Tasks in the set. 0: not said yet; a study says it by `config.measure.sized`."""
     updating_size: int | None = None
     """Of these, those on which learners that count updates are measured. None: all."""
     kinds: tuple[str, ...] = ("ordinary", "meta", "bayes", "reference")

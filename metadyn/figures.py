@@ -179,7 +179,10 @@ def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:
 
 @styled
 def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
-    """Draws learning time against what orders the modes on log axes, with the fitted slopes."""
+    """Draws learning time against what orders the modes on log axes, with the fitted slopes.
+
+    A hollow triangle at the last time is a mode that never reached p.
+    """
     figure, (axis,) = grid(1, width=6.6, height=4.4)
     for data, marker in zip(_each(measured), cycle(MARKERS), strict=False):
         about, modes = labelled.about(data), labelled.modes(data, probe)

@@ -157,9 +157,10 @@ def actor_critic(
 
         mean_t [J_t + log π_t(a_t) · (F_t − b_t) + entropy · H(π_t)],
 
-    F and b held fixed: what a choice pays at once needs no sampling, and what it teaches is
-    credited by the score function. With "sampled", rewards r_t stand for J_t and the score function
-    credits r_t + F_t. The critic learns F_t minus the group's mean. An annealed weight of the
+    F and the baseline b (`ActorCriticConfig.baseline`) held fixed: what a choice pays at once needs
+    no sampling, and what it teaches is credited by the score function. With "sampled", rewards r_t
+    stand for J_t and the score function credits r_t + F_t. The critic learns what is credited, with
+    "leave_one_out" less the mean of the group's other episodes. An annealed weight of the
     entropy falls for `steps` outer steps. Raises `ConfigError` if it is not told how many, and if
     there is no head for the critic.
     """

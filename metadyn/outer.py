@@ -56,7 +56,7 @@ class OuterConfig:
     schedule: Schedule = "cosine"
     """From the peak to zero, after the warm-up; or constant."""
     warmup: int = 200
-    """Outer steps in which the learning rate rises from zero to its peak."""
+    """Updates in which the learning rate rises from zero to its peak; by default, outer steps."""
     clip: float = 1.0
     """Greatest norm of the gradient."""
     checkpoints: int = 25

@@ -674,9 +674,9 @@ class Study:
     def beside(self, name: str, *more: Callable[[Comparison], Contender]) -> Study:
         """Returns this study, called `name`, with more contenders beside its own.
 
-        `contender(comparison)` makes one for each comparison of the study, from its `domain` and
-        the `heads` that its objective needs. Ordinary learners are measured on every set that
-        others are; meta-learners are trained on the same episodes and measured on the same tasks as
+        Each of `more` makes one of a comparison of the study, from its `domain` and the `heads`
+        that its objective needs. Ordinary learners are measured on every set that others are;
+        meta-learners are trained on the same episodes and measured on the same tasks as
         the study's own. So each appears in every figure and criterion of its kind. Raises
         `ConfigError` for a study that is `closed`.
         """
@@ -697,7 +697,7 @@ class Study:
     def probing(self, name: str, **probes: Callable[[TaskSet], Probe]) -> Study:
         """Returns this study, called `name`, with more probes read wherever its own are.
 
-        `probe(tasks)` makes one for a set of tasks. What it reads is recorded under its name, and
+        Each of `probes` makes one of a set of tasks. What it reads is recorded under its name, and
         the figures of modes are drawn of it too.
         """
         return self._changed(

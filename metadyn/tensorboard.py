@@ -1,4 +1,4 @@
-"""Training curves for TensorBoard: an optional extra, `pip install 'metadyn[tensorboard]'`."""
+"""Training curves for TensorBoard: an optional extra, `pip install -e '.[tensorboard]'`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metadyn.errors import ConfigError
 def check_installed() -> None:
     """Raises `ConfigError` unless the extra is there."""
     if find_spec("tensorboardX") is None:
-        fix = "tensorboardX is not installed; pip install 'metadyn[tensorboard]'"
+        fix = "tensorboardX is not installed; pip install -e '.[tensorboard]'"
         raise ConfigError(f"--tensorboard: {fix}")
 
 

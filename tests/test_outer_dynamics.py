@@ -310,7 +310,7 @@ def test_scalars_after_a_damaged_checkpoint_are_still_shown(finished, tmp_path, 
 
 def test_tensorboard_must_be_installed(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    refused([STUDY, "--tensorboard"], "pip install 'metadyn[tensorboard]'")
+    refused([STUDY, "--tensorboard"], "pip install -e '.[tensorboard]'")
 
 
 def readings(value, learner="lstm", kind="meta", tasks=4, seeds=1, steps=3):

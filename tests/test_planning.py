@@ -331,7 +331,7 @@ def test_every_backend_of_the_lstm_kernel_is_lowered(platform):
     [
         (["--platform", "rocm"], "--platform: invalid choice: 'rocm'"),
         (["--only", "("], "--only: '(' is no regular expression"),
-        (["--platform", "cuda"], "the compiler for cuda is not here: pip install 'metadyn[aot]'"),
+        (["--platform", "cuda"], "the compiler for cuda is not here: pip install -e '.[aot]'"),
     ],
 )
 def test_what_cannot_be_compiled_is_one_line_and_exit_code_2(given, said, monkeypatch, capsys):

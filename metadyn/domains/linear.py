@@ -60,9 +60,9 @@ class LinearRegression(Regression):
     column_covariance: Matrix = None
     """C, between inputs: n_x rows of n_x numbers. None: identity / n_x."""
     spread: Spread = "quantiles"
-    """How the singular values of evaluation tasks lie: at quantiles of the prior's, or at even
-    steps from 0 to the greatest of those. Of the quantiles the least is 0.03 at the default sizes,
-    where a learner's errors, over s_k, drown its strength: even steps place the last mode too."""
+    """How the singular values of evaluation tasks lie: at quantiles of the prior's, or evenly, at
+    K, K − 1, … 1 parts in K of the greatest. Of the quantiles the least is 0.03 at the default
+    sizes, where a learner's errors, over s_k, drown its strength: even steps place the last mode too."""
 
     def __post_init__(self) -> None:
         check_choice("spread", self.spread, Spread)

@@ -84,8 +84,8 @@ class SoftmaxAttention(nnx.Module):
 class LinearAttentionConfig(HeadedConfig):
     """A transformer whose attention is linear: its memory is of one size however long the episode.
 
-    Scores are qᵀk itself (Schlag et al. 2021) and their sum is divided by the number of tokens, as
-    Zhang et al. (2025) divide it.
+    Scores are qᵀk / √d without a softmax (after Schlag et al. 2021), and their sum is divided by
+    the number of tokens, as Zhang et al. (2025) divide it.
     """
 
     label = "linear attention"
@@ -96,7 +96,7 @@ class LinearAttentionConfig(HeadedConfig):
 
 
 class LinearAttention(nnx.Module):
-    """Causal linear self-attention: (1/t) Σ_{s≤t} v_s (k_s · q_t), head by head.
+    """Causal linear self-attention: (1/t) Σ_{s≤t} v_s (k_s · q_t) / √d, head by head.
 
     The memory is Σ v kᵀ.
     """

@@ -37,7 +37,7 @@ def condition(
     y: Float[Array, " rows"],
     variance: float | Float[Array, ""],
 ) -> Posterior:
-    """The posterior after y = mean · x + noise of the given variance on each row.
+    """The posterior of W [rows, n] after a pair y = W x + noise of the given variance on each row.
 
     Potter's square-root update (Bierman 1977, Factorization Methods for Discrete Sequential
     Estimation, §II.3): algebraically the Kalman update, without its subtraction of covariances.

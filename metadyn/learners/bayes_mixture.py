@@ -17,7 +17,7 @@ from metadyn.learners.bayes import Gaussian, Posterior, condition
 
 
 class MixtureState(NamedTuple):
-    """What is known under each of S priors, and how well each has foretold what came."""
+    """What is known under each of S priors, and the evidence for each."""
 
     posteriors: Posterior
     log_evidence: Float[Array, " S"]
@@ -57,7 +57,7 @@ def bayes_mixture(models: Sequence[Gaussian]) -> Learner:
 
 
 def bayes_memorising(pool: Pool) -> Learner:
-    """The posterior mean of W when it is known to be of one of a pool of tasks y = W x + ε.
+    """The posterior mean of W when W is known to be that of one of a pool of tasks y = W x + ε.
 
     Each task counts by its likelihood: the minimum mean-square estimator of discrete tasks in
     Raventós et al. (2023), arXiv:2306.15063, eq. 3. The state is the log posterior [size].

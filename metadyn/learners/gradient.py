@@ -43,7 +43,7 @@ class DescentConfig:
     width: int = 32
     """Units of each hidden layer."""
     updates: int = 0
-    """Optimiser updates. 0, for the linear network: a third more than the least mode needs."""
+    """Optimiser updates. 0, for the linear network: until its least mode is at 0.9."""
     records: int = 100
     """Log-spaced updates at which the probe runs."""
 
