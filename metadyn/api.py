@@ -98,12 +98,12 @@ def measure(
     """Measures learners on the same tasks, as one labelled dataset.
 
     Its dimensions are learner, seed (if one was trained), task, mode, step; `labelled.merge` says
-    what is repeated and padded. `learners` are trained meta-learners and plain learners by name ("bayes" is what the
-    others are compared with), or contenders, for labels and times of one's own. Tasks are the
-    domain's evaluation tasks with `points` queries to a probe, or a set given whole. Learners that
-    count updates take `updates` of them, on `updating_tasks` of the tasks. Raises `ConfigError` for
-    sizes below 1, contenders that are not trained, probes that read other than they say, and for
-    what cannot fit into the memory.
+    what is repeated and padded. `learners` are trained meta-learners and plain learners by name
+    ("bayes" is what the others are compared with), or contenders, for labels and times of one's
+    own. Tasks are the domain's evaluation tasks with `points` queries to a probe, or a set given
+    whole. Learners that count updates take `updates` of them, on `updating_tasks` of the tasks.
+    Raises `ConfigError` for sizes below 1, contenders that are not trained, probes that read other
+    than they say, and for what cannot fit into the memory.
     """
     if not isinstance(tasks, TaskSet):
         whole = isinstance(tasks, Integral) and tasks >= 1

@@ -62,7 +62,8 @@ class LinearRegression(Regression):
     spread: Spread = "quantiles"
     """How the singular values of evaluation tasks lie: at quantiles of the prior's, or evenly, at
     K, K − 1, … 1 parts in K of the greatest. Of the quantiles the least is 0.03 at the default
-    sizes, where a learner's errors, over s_k, drown its strength: even steps place the last mode too."""
+    sizes, where a learner's errors, over s_k, drown its strength: even steps place the last mode
+    too."""
 
     def __post_init__(self) -> None:
         check_choice("spread", self.spread, Spread)
