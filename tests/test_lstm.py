@@ -24,9 +24,7 @@ BACKENDS = ("scan", "backward")
     ("device", "hidden", "batch", "chosen"),
     [
         ("cpu", 64, 16, "backward"),
-        ("cpu", 128, 16, "scan"),
-        ("cpu", 128, 32, "backward"),
-        ("cpu", 256, 32, "scan"),
+        ("cpu", 256, 2, "backward"),
         ("gpu", 64, 16, "fused"),
         ("gpu", 128, 16, "fused"),
         ("gpu", 65, 16, "backward"),
@@ -45,7 +43,7 @@ def test_the_default_is_what_was_measured_to_be_the_faster(
         return str(jax.make_jaxpr(lambda w, x: lstm(w, x, *backend))(LSTMWeights(*weights), inputs))
 
     assert program() == program("auto") == program(chosen)
-    assert program() != program("backward" if chosen == "scan" else "scan")
+    assert program() != program("scan")
 
 
 def random_case(seed=0):
@@ -133,7 +131,8 @@ def test_accelerators_store_three_arrays_a_step_and_join_weights_once(backend, m
     platform = "cuda" if backend == "gpu" else backend
     text = there.trace(weights, inputs).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.dynamic_update_slice") == 3
-    assert f"tensor<{4 * H}x{N + H + 1}xf32>" in text[text.rindex("stablehlo.while") :]
+    after = text[text.rindex("stablehlo.while") :]
+    assert all(f"tensor<{4 * H}x{columns}xf32>" in after for columns in (N + 1, H))
     joined = [line for line in text.splitlines() if f"tensor<{4 * H}x{N + H}xf32>" in line]
     assert sum("stablehlo.concatenate" in line for line in joined) == 1
     before = text[: text.index("stablehlo.while")].splitlines()

@@ -20,6 +20,8 @@ from jax.experimental import pallas as pl
 from jax.lax import DotAlgorithmPreset as Algorithm
 from jaxtyping import Array, Float
 
+from metadyn import mesh
+
 GATES, LEAST, TILE, WARPS = 4, 16, 64, 4
 FEW, MANY = 32, 64  # episodes of a block; with TILE and WARPS our choice, fast on an H100
 
@@ -226,8 +228,11 @@ def summed(
 ) -> Float[Array, "Z s"]:
     """The gradient by weights of what was seen, Σ_t dz_t seen_tᵀ.
 
-    As a product for each step, then their sum: one product of all would transpose them first.
+    On CPUs as one product of all steps; elsewhere as a product for each, then their sum: one of all
+    would transpose them first.
     """
+    if mesh.backend() == "cpu":
+        return jnp.einsum("tzb,tsb->zs", dz, seen, precision=precision)
     return jnp.einsum("tzb,tsb->tzs", dz, seen, precision=precision).sum(0)
 
 

@@ -18,7 +18,6 @@ from metadyn.kernels import fused
 
 Backend = Literal["auto", "scan", "backward", "fused"]
 WIDE = 128  # beyond, a batch of a thousand episodes has too few blocks for a GPU: our choice
-FEW = 8  # on a CPU, scan is the faster for H >= FEW B: `python -m benchmarks.kernels --full`
 
 
 class LSTMWeights(NamedTuple):
@@ -70,20 +69,17 @@ def lstm(
     """Hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0.
 
     Backends agree in value and gradient (tested):
-      auto      that of the next three which was found the fastest for H and B: on GPUs `fused`
-                up to 128 units (`benchmarks/gpu.py`), on CPUs what `benchmarks/kernels.py` says.
+      auto      `fused` on GPUs up to 128 units (`benchmarks/gpu.py`), else `backward`, which is
+                the faster on CPUs at all sizes (`benchmarks/kernels.py`).
       scan      `lax.scan` under autodiff, the reference.
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
-                so that the reverse recurrence is a product and a few multiplications; on a CPU the
-                weight gradients are summed in it, while what they are products of is in the cache,
-                elsewhere they are made after it.
+                so that the reverse recurrence is a product and a few multiplications; the weight
+                gradients are made after it, by products over all steps.
       fused     on GPUs, a kernel for each direction (`metadyn.kernels.fused`).
     """
-    H, n, B = weights.recurrent.shape[1], *inputs.shape[1:]
+    H, n = weights.recurrent.shape[1], inputs.shape[1]
     if backend == "auto":
-        few = mesh.backend() == "cpu" and H >= FEW * B
-        narrow = H <= WIDE and has_fused(H, n)
-        backend = "fused" if narrow else "scan" if few else "backward"
+        backend = "fused" if H <= WIDE and has_fused(H, n) else "backward"
     check_backend(backend, H, n)
     if backend == "fused":
         return fused.lstm(weights.input, weights.recurrent, weights.bias, inputs)
@@ -159,43 +155,25 @@ def _lstm_forward(weights, inputs):
 
 def _lstm_backward(residuals, dh_out):
     weights, inputs, h, local = residuals
-    zeros, _ = _start(weights, inputs)
-    ones = jnp.ones((1, zeros.shape[1]), zeros.dtype)
-    H, n = len(zeros), inputs.shape[1]
-    on_cpu = mesh.backend() == "cpu"
-
-    def gradient(dz, x, h_before):
-        """Of all weights by one product: columns are those of the input, the state, the bias."""
-        return dz @ jnp.concatenate([x, h_before, ones]).T
+    start, on_cpu = _start(weights, inputs), mesh.backend() == "cpu"
+    # On CPUs XLA takes twice to four times as long for a product whose left factor is transposed.
+    transposed = weights.recurrent.T if on_cpu else None
 
     def step(carry, now):
-        dh, dc, dz_after, total = carry
-        dh_out, h, x_after, kept = now
-        c_by_i, c_by_f, h_by_o, c_by_g, h_by_c, c_by_c = kept
-        if on_cpu:
-            # h is what the step after saw, so its gradient is taken now: no shifted copy of h is
-            # made.
-            total = total + gradient(dz_after, x_after, h)
+        dh, dc = carry
+        dh_out, (c_by_i, c_by_f, h_by_o, c_by_g, h_by_c, c_by_c) = now
         dh = dh + dh_out
         dc = dc + dh * h_by_c
-        dz = jnp.stack([dc * c_by_i, dc * c_by_f, dh * h_by_o, dc * c_by_g]).reshape(4 * H, -1)
-        carry = weights.recurrent.T @ dz, dc * c_by_c, dz if on_cpu else None, total
-        return carry, weights.input.T @ dz if on_cpu else dz
+        by_gate = dc * c_by_i, dc * c_by_f, dh * h_by_o, dc * c_by_g
+        dz = jnp.stack(by_gate).reshape(-1, dc.shape[-1])
+        recurrent = transposed if on_cpu else weights.recurrent.T
+        return (recurrent @ dz, dc * c_by_c), dz
 
-    inputs_after = jnp.concatenate([inputs[1:], jnp.zeros_like(inputs[:1])])
-    nothing = jnp.tile(zeros, (4, 1)), jnp.zeros((4 * H, n + H + 1), zeros.dtype)
-    xs = (dh_out, h, inputs_after, local)
-    start = (zeros, zeros, *(nothing if on_cpu else (None, None)))
-    (_, _, dz, total), found = jax.lax.scan(step, start, xs, reverse=True)
-    if on_cpu:
-        total, dx = total + gradient(dz, inputs[0], zeros), found
-    else:
-        # Where a launch costs more than memory: after all steps, for all of them.
-        x = jnp.concatenate([inputs, jnp.broadcast_to(ones, (len(h), *ones.shape))], 1)
-        by_x, by_h = fused.summed(found, x), fused.summed(found, fused.before(h))
-        total = jnp.concatenate([by_x[:, :n], by_h, by_x[:, n:]], 1)
-        dx = jnp.einsum("zn,tzb->tnb", weights.input, found)
-    return LSTMWeights(total[:, :n], total[:, n : n + H], total[:, n + H]), dx
+    _, dz = jax.lax.scan(step, start, (dh_out, local), reverse=True)
+    x = jnp.concatenate([inputs, jnp.ones_like(inputs[:, :1])], 1)  # the last row is the bias's
+    by_x, by_h = fused.summed(dz, x), fused.summed(dz, fused.before(h))
+    dx = jnp.einsum("zn,tzb->tnb", weights.input, dz)
+    return LSTMWeights(by_x[:, :-1], by_h, by_x[:, -1]), dx
 
 
 _lstm.defvjp(_lstm_forward, _lstm_backward)
