@@ -144,7 +144,10 @@ def _again(eqn: JaxprEqn, at: Place, numbers: Constants, operands: list[Any]) ->
     if kind in CALLS:
         return run((CALLS[kind], 0), *operands)
     if kind == "scan":
-        fixed, carried = params["num_consts"], params["num_carry"]
+        if "ft_in" in params:  # from JAX 0.12 on: a tree for each of the three
+            fixed, carried, _ = map(len, params["ft_in"].unpack())
+        else:
+            fixed, carried = params["num_consts"], params["num_carry"]
         consts, init = operands[:fixed], operands[fixed : fixed + carried]
         xs = operands[fixed + carried :]
 
