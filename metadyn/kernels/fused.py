@@ -228,11 +228,12 @@ def summed(
 ) -> Float[Array, "Z s"]:
     """The gradient by weights of what was seen, Σ_t dz_t seen_tᵀ.
 
-    On CPUs as one product of all steps; elsewhere as a product for each, then their sum: one of all
-    would transpose them first.
+    On CPUs as one product over all steps; elsewhere as a product for each, then their sum, as one of
+    all would transpose them first.
     """
     if mesh.backend() == "cpu":
-        return jnp.einsum("tzb,tsb->zs", dz, seen, precision=precision)
+        rows, columns = (a.swapaxes(0, 1).reshape(a.shape[1], -1) for a in (dz, seen))
+        return jnp.matmul(rows, columns.T, precision=precision)
     return jnp.einsum("tzb,tsb->tzs", dz, seen, precision=precision).sum(0)
 
 
