@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels [--full] [--json FILE]
 
-T = 20, 10 inputs; `scan` is the reference, and on CPUs `auto` chooses between it and `backward` by
-what came out here. `fused`, which is for NVIDIA GPUs, is timed by `python -m benchmarks.gpu`.
+T = 20, 10 inputs; `scan` is the reference, and `backward` what `auto` is on CPUs. `fused`, which is
+for NVIDIA GPUs, is timed by `python -m benchmarks.gpu`.
 """
 
 from __future__ import annotations

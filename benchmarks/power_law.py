@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from metadyn import dynamics, figures, labelled
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for (units, episodes), excess in zip(given.at, law.at.each(), strict=False):
         print(f"{units:g} units, {episodes:,.0f} episodes: {dynamics.text(excess, 3)}")
     if given.figure:
-        FigureCanvasAgg(drawn(found, bayes)).print_png(given.figure)
+        figures.picture(partial(drawn, found, bayes))(given.figure)
 
 
 if __name__ == "__main__":

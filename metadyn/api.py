@@ -52,11 +52,12 @@ def train(
 ) -> Trained:
     """Trains a meta-learner on a domain's tasks, and returns it with its outer parameters.
 
-    `outer` are further fields of `OuterConfig`, such as `batch` and `learning_rate`. Several
-    `seeds` are trained at once, each from its own initial weights on its own episodes. Nothing is
-    stored, and mode trajectories are not kept: `metadyn run` does that. Raises `ConfigError` for
-    settings that do not fit, for what cannot fit into the memory, and for a loss that is no longer
-    finite.
+    `steps` are outer steps. Several `seeds` are trained at once, each from its own initial weights
+    on its own episodes. `objective(domain, meta)` makes what is minimised. `outer` are further
+    fields of `OuterConfig`, such as `batch` and `learning_rate`; its `warmup` is a tenth of the
+    steps here, at most 200. Nothing is stored, and mode trajectories are not kept: `metadyn run`
+    does that. Raises `ConfigError` for settings that do not fit, for what cannot fit into the
+    memory, and for a loss that is no longer finite.
     """
     fix = "give a meta-learner, such as LSTMConfig().make(domain)"
     check(isinstance(meta, MetaLearner), "meta", meta, fix)
@@ -101,9 +102,10 @@ def measure(
     what is repeated and padded. `learners` are trained meta-learners and plain learners by name
     ("bayes" is what the others are compared with), or contenders, for labels and times of one's
     own. Tasks are the domain's evaluation tasks with `points` queries to a probe, or a set given
-    whole. Learners that count updates take `updates` of them, on `updating_tasks` of the tasks.
-    Raises `ConfigError` for sizes below 1, contenders that are not trained, probes that read other
-    than they say, and for what cannot fit into the memory.
+    whole. Learners that count updates take `updates` of them, on `updating_tasks` of the tasks. At
+    most `chunk` tasks are measured at a time. Raises `ConfigError` for sizes below 1, contenders
+    that are not trained, probes that read other than they say, and for what cannot fit into the
+    memory.
     """
     if not isinstance(tasks, TaskSet):
         whole = isinstance(tasks, Integral) and tasks >= 1

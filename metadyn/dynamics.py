@@ -329,19 +329,19 @@ def over_outer_training(
 
 
 def outer_times(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """The outer step at which the outer loop comes to learn each mode [mode] (`outer_times_of`)."""
+    """The outer step at which each mode is half-way from untrained to Bayes [mode]."""
     return estimate(outer_times_of(trained), *over_outer_training(trained, bayes, probe))
 
 
 def outer_merit(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """How far the modes stagger over outer training (`order_of` those steps)."""
+    """How far the modes stagger over outer training: `order_of` the steps of `outer_times`."""
     times, order = outer_times_of(trained), order_of(trained, probe)
     statistic = lambda mean, best: order(times(mean, best))
     return estimate(statistic, *over_outer_training(trained, bayes, probe))
 
 
 def outer_correlation(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """How learning times within the last episodes and over outer training correlate in rank."""
+    """The rank correlation of modes' learning times: at the end of training, and over it."""
     inner, outer = times_of(trained, probe), outer_times_of(trained)
     ranks = lambda mean, best: rank_correlation(inner(mean[..., -1, :, :]), outer(mean, best))
     return estimate(ranks, *over_outer_training(trained, bayes, probe))

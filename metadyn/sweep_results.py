@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from metadyn import dynamics, figures, labelled
@@ -205,7 +204,7 @@ def draw(folder: SweepFolder, found: Sequence[Row], progress: Progress = SILENT)
         for name, figure in wanted.items():
             show(name)
             paths.append(folder.figures / f"{name}.png")
-            FigureCanvasAgg(figure()).print_png(paths[-1])
+            figures.picture(figure)(paths[-1])
     return paths
 
 

@@ -41,9 +41,9 @@ class Outcome(NamedTuple):
 class ContextualBandit:
     """K contexts × n actions: in context c the action a*_c pays with p_high, any other with p_low.
 
-    Contexts are drawn uniformly at each step. A learner's answer is the logits of a policy, of
-    which an action is drawn. Raises `ConfigError` for K or T below 1, n below 2, p_low ≥ p_high,
-    and for permutations with K > n.
+    An action that pays, pays 1, and else 0. Contexts are drawn uniformly at each step. A learner's
+    answer is the logits of a policy, of which an action is drawn. Raises `ConfigError` for K or T
+    below 1, n below 2, p_low ≥ p_high, and for permutations with K > n.
     """
 
     contexts: int = 5

@@ -228,7 +228,7 @@ def summed(
 ) -> Float[Array, "Z s"]:
     """The gradient by weights of what was seen, Σ_t dz_t seen_tᵀ.
 
-    On CPUs as one product over all steps; elsewhere as a product for each, then their sum, as one of
+    On CPUs as one product over all steps; elsewhere as a product for each, then their sum: one of
     all would transpose them first.
     """
     if mesh.backend() == "cpu":

@@ -96,8 +96,8 @@ def evolution_strategies(domain: Domain, meta: MetaLearner, sigma: float = 0.03)
     through many steps of an optimiser gives gradients that explode, and truncating the unrolls
     biases them (Metz et al. 2019, arXiv:1810.10180); this does neither, and its memory does not
     grow with the inner steps. Persistent evolution strategies (Vicol et al. 2021, arXiv:2112.13835)
-    update θ within an episode too; for one of a few dozen observations there is no need: theirs
-    with one truncation an episode is this. The start is drawn anew for each episode, as `measure`
+    update θ several times within an episode; with one update an episode, enough for a few dozen
+    observations, they are what is done here. The start is drawn anew for each episode, as `measure`
     draws it.
     """
 

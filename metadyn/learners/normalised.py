@@ -53,11 +53,12 @@ class Normalised:
     which what it knows of the prior applies, and r_0 = 1. (With the root-mean-square itself, of any
     size, the excess loss within the training distribution was greater: our choice.)
 
-    `make(domain)` makes the meta-learner inside, such as `LSTMConfig().make`. It reads y_{t−1} /
-    r_{t−1}, and its answers are multiplied by r_{t−1}, which does not know y_t. Beside x_t it reads
-    1 / r_{t−1}, to which the noise is proportional in the new units and which stays bounded as r
-    grows; and log r_{t−1} / r_{t−2}, by which what it remembers has changed its unit. It is not
-    exactly equivariant. For domains whose feedback and answers are vectors of one unit.
+    `make(domain)` makes the meta-learner inside, such as `LSTMConfig().make`. In place of y_{t−1}
+    it reads y_{t−1} / r_{t−1}, and its answers are multiplied by r_{t−1}, which does not know y_t.
+    It reads two numbers more: 1 / r_{t−1}, to which the noise is proportional in the new units and
+    which stays bounded as r grows; and log(r_{t−1} / r_{t−2}), by which the unit of what it
+    remembers has changed. It is not exactly equivariant. For domains whose feedback and answers are
+    vectors of one unit.
     """
 
     heads = 0
