@@ -34,8 +34,8 @@ TARGET = {
 the bandit, 0.03 of the regret of chance is a reward of 0.97."""
 BEFORE: dict[str, dict[str, Any]] = {
     "linear_regression": {
-        "target": "feedback", "outer.steps": 12_000, "outer.optimizer": "adam", "outer.b2": None,
-        "outer.learning_rate": 2e-2,
+        "lstm.hidden": 64, "target": "feedback", "outer.steps": 12_000, "outer.optimizer": "adam",
+        "outer.b2": None, "outer.learning_rate": 2e-2,
     },
     "nonlinear_regression": {},
     "contextual_bandit": {"actor_critic.annealed": False, "outer.steps": 4000},
