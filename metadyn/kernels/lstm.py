@@ -164,8 +164,7 @@ def _lstm_backward(residuals, dh_out):
         dh_out, (c_by_i, c_by_f, h_by_o, c_by_g, h_by_c, c_by_c) = now
         dh = dh + dh_out
         dc = dc + dh * h_by_c
-        by_gate = dc * c_by_i, dc * c_by_f, dh * h_by_o, dc * c_by_g
-        dz = jnp.stack(by_gate).reshape(-1, dc.shape[-1])
+        dz = jnp.concatenate([dc * c_by_i, dc * c_by_f, dh * h_by_o, dc * c_by_g])
         recurrent = transposed if on_cpu else weights.recurrent.T
         return (recurrent @ dz, dc * c_by_c), dz
 
