@@ -119,6 +119,18 @@ def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+def test_on_cpus_nothing_is_transposed_or_summed_inside_the_loops(on_cpu):
+    """There XLA is slow with a factor that is read transposed, and with a sum of many products."""
+    weights, inputs, direction = single(random_case(1))
+    gradient = jax.make_jaxpr(jax.grad(lambda w, x: jnp.sum(direction * lstm(w, x)), (0, 1)))
+    loops = [e for e in gradient(weights, inputs).eqns if e.primitive.name == "scan"]
+    assert len(loops) == 2
+    for loop in loops:
+        inside = [each.primitive.name for each in loop.params["jaxpr"].eqns]
+        assert inside.count("dot_general") == 1
+        assert "transpose" not in inside
+
+
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_accelerators_store_three_arrays_a_step_and_join_weights_once(backend, monkeypatch):
     """Forward h and all derivatives, backward those by z, of which products after all steps make
