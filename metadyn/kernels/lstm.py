@@ -69,8 +69,8 @@ def lstm(
     """Hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0.
 
     Backends agree in value and gradient (tested):
-      auto      `fused` on GPUs up to 128 units (`benchmarks/gpu.py`), else `backward`, which is
-                the faster on CPUs at all sizes (`benchmarks/kernels.py`).
+      auto      `fused` on GPUs up to 128 units (`benchmarks/gpu.py`), else `backward`, which on
+                CPUs is the faster at all sizes that `benchmarks/kernels.py` times.
       scan      `lax.scan` under autodiff, the reference.
       backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
                 so that the reverse recurrence is a product and a few multiplications; the weight
