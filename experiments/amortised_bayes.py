@@ -192,7 +192,7 @@ study = md.Study(
         "decoded": {
             "linear_near_bayes_mean": "Ours: recurrent networks near Bayes hold its mean linearly",
             "linear_lstm_uncertainty": "Ours: late on, an LSTM hardly holds uncertainty linearly",
-            "linear_lstm_nonlinear": "Ours: nor in another form, that a small MLP finds",
+            "linear_lstm_nonlinear": "Ours: nor does a small MLP find uncertainty there",
             "linear_lstm_direction": "Ours: an LSTM simulates Bayes better than Bayes an LSTM",
         },
         "causal": {"linear_lstm_kept": "Ours: an LSTM goes on from Bayes' state mapped to its own"},

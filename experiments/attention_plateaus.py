@@ -250,8 +250,10 @@ study = md.Study(
         "plateaus": {
             "separate_plateaus": "With separate keys and queries training goes down a staircase "
             "(Zhang et al. 2025)",
-            "separate_drop_1": "Its first drop comes when descent on the expected loss has it",
-            "merged_plateaus": "With merged ones it drops once (Zhang et al. 2025)",
+            "separate_drop_1": "The first drop of that staircase comes when descent on the "
+            "expected loss has it",
+            "merged_plateaus": "With merged keys and queries the loss drops once "
+            "(Zhang et al. 2025)",
             "separate_outer": "Components come in order of their input variance",
         }
     },

@@ -148,7 +148,7 @@ def growth(results):
     """Draws the median time until the last context is learned, against their number."""
     numbers = 1 + np.arange(sum(name.endswith("_contexts") for name in results.sets()))
     figure, (axis,) = figures.grid(min(len(numbers), 1), width=6.6, height=4.6)
-    learners, styles = results.learners("1_contexts"), (figures.COLOURS, figures.MARKERS)
+    learners, styles = results.learners("1_contexts"), (figures.COLOURS, "osDP")
     for (name, first), colour, marker in zip(learners.items(), *styles, strict=False):
         runs = [dynamics.last_times(results[f"{k}_contexts", name]) for k in numbers]
         median = dynamics.stacked(dynamics.estimate_over_runs(np.median, each) for each in runs)

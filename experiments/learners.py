@@ -139,19 +139,22 @@ def slope_against_excess(results):
     figure, axes = figures.grid(len(TITLES), width=4.3, height=4.0)
     shown = {}
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
-        bayes = results[f"inner_{name}", "bayes"]
+        bayes, none = results[f"inner_{name}", "bayes"], []
         for learner, data in results.learners(f"inner_{name}", "meta").items():
             x, y = excess_of(results, learner, f"_{name}"), dynamics.difference(data, bayes)
             bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
             point = axis.errorbar(x.value, y.value, **bars, **STYLES.get(learner, OTHER))
-            shown.setdefault(labelled.about(data).label, point)
+            shown.setdefault(label := labelled.about(data).label, point)
+            none += [label] * (not np.isfinite(y.value))
         axis.axhline(0, **figures.LEVEL)
-        axis.axvline(NEAR, color="grey", ls=":", lw=1)
-        label = f"{dynamics.merit_name(bayes)} minus Bayes'"
-        axis.set(title=title, xlabel="excess loss over Bayes", ylabel=label)
+        near = axis.axvline(NEAR, color="grey", ls=":", lw=1)
+        label, merit = "excess loss over Bayes", dynamics.merit_name(bayes)
+        label += f"\n(no {merit}: {', '.join(none)})" * bool(none)
+        axis.set(title=title, xlabel=label, ylabel=f"{merit} minus Bayes'")
         axis.set_xscale("log")
         figures.log_ticks(axis.xaxis)
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)
+    shown["near Bayes: to the left"] = near
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=5, fontsize=11)
     return figure
 
 

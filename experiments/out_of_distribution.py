@@ -185,9 +185,9 @@ study = md.Study(
     claims={
         "excess_by_scale": {
             "lstm_both_growth_x4": "Ours: a mixture of scales and normalised feedback together "
-            "keep an LSTM near Bayes",
-            "lstm_both_growth_x16": "Ours: even beyond every scale of training",
-            "lstm_both_cost": "Ours: at little cost within",
+            "keep an LSTM near Bayes on spectra × 4",
+            "lstm_both_growth_x16": "Ours: they do so on spectra × 16, beyond every training scale",
+            "lstm_both_cost": "Ours: they cost little on the training distribution",
         }
     },
 )

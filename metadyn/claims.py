@@ -69,7 +69,8 @@ def tables(folder: Path) -> str:
             lacking.append(f"{name} {preset}")
     order = {"quick": 0, "workstation": 1, "paper": 2}
     shown = sorted({preset for _, preset in runs}, key=lambda each: (order.get(each, 3), each))
-    claims = [f"| claim | study | {' | '.join(shown)} |", f"{'| --- ' * (2 + len(shown))}|"]
+    head = "claim", "what its number is, and should be", "study", *shown
+    claims = [f"| {' | '.join(head)} |", f"{'| --- ' * len(head)}|"]
     for study in studies:
         rows = {
             preset: {row["name"]: row for row in (*of["criteria"], *of["reported"])}
@@ -79,7 +80,9 @@ def tables(folder: Path) -> str:
         of_all = [(fig, *each) for fig, says in study.claims.items() for each in says.items()]
         for figure, criterion, says in of_all if rows else ():
             cells = [_verdict(study, criterion, figure, p, rows.get(p)) for p in shown]
-            claims.append(f"| {says} | {study.name}, {study.section} | {' | '.join(cells)} |")
+            asked = _joined([of[criterion]["expected"] for of in rows.values()])
+            cells = [says, asked, f"{study.name}, {study.section}", *cells]
+            claims.append(f"| {' | '.join(cells)} |")
         for table, preset in ((table, preset) for table in study.tables for preset in rows):
             figure = _figure(study.name, preset, f"{table.figure}.png")
             title = f"**{table.title}** ({preset}; [figure]({figure}))"
@@ -118,6 +121,14 @@ def _verdict(
     said = f"{found if found == 'holds' else f'**{found}**'}: {number(row)}"
     said += f"; {would_decide}" * bool(would_decide)
     return f"{said} ([{figure}]({_figure(study.name, preset, f'{figure}.png')}))"
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """Texts of several presets as one, in which only what differs stands for each: 0.3 / 0.2."""
+    words = [text.split() for text in texts]
+    if len({*map(len, words)}) > 1:
+        return "; ".join(dict.fromkeys(texts))
+    return " ".join(" / ".join(dict.fromkeys(each)) for each in zip(*words, strict=True))
 
 
 def _table(table: Table, rows: dict[str, Any]) -> Iterator[str]:

@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--part", metavar="I/N", default="1/1", help=said)
     sweep.add_argument("--yes", action="store_true", help="do more than 10,000 settings")
     for command in (run, sweep):
-        command.add_argument("--preset", default="quick", help="quick (default), paper, ...")
+        command.add_argument(
+            "--preset", default="quick", help="quick (default), workstation, paper"
+        )
         command.add_argument("--seed", type=int, default=0)
         said = "compile anew, and keep nothing compiled"
         command.add_argument("--no-cache", action="store_true", help=said)

@@ -49,9 +49,11 @@ def exact(value: float | int) -> Estimate:
     return Estimate(*[np.asarray(value, np.float64)] * 3)
 
 
-def text(estimate: Estimate, digits: int = 2) -> str:
-    """A figure of merit as text: value [low, high]."""
-    return "{:.{n}f} [{:.{n}f}, {:.{n}f}]".format(*estimate, n=digits).replace("nan", "–")
+def text(estimate: Estimate, digits: int | None = None) -> str:
+    """A figure of merit as text: value [low, high], by default of two digits, or three if narrow."""
+    n = digits or (3 if estimate.high - estimate.low < 0.02 else 2)
+    said = "{:z.{n}f} [{:z.{n}f}, {:z.{n}f}]".format(*estimate, n=n)
+    return said.replace("nan", "–").replace("-", "−").replace("– [–, –]", "–")
 
 
 def estimate(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> Estimate:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from metadyn.errors import ConfigError, check
@@ -249,6 +249,11 @@ def _made(shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
 def replicated() -> NamedSharding:
     """A copy on every device: how parameters are placed."""
     return NamedSharding(mesh(), PartitionSpec())
+
+
+def alone() -> SingleDeviceSharding:
+    """The first device of this process, without the others: where initial states are computed."""
+    return SingleDeviceSharding((devices() if _elsewhere else jax.local_devices())[0])
 
 
 def replicate(tree: Any) -> Any:

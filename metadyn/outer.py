@@ -249,7 +249,7 @@ class OuterLoop:
         self.one_seed = jax.default_matmul_precision(config.precision)(one_seed)
         """`one_seed(name, (step, count), (key, params, moments))`: outer steps of one seed of a
         meta-learner, inside `mesh.train_seeds`; (params, moments, mean metrics)."""
-        self.starting = jax.jit(init)
+        self.starting = jax.jit(init, out_shardings=mesh.alone())
         """The program that makes the state at outer step 0."""
         # Computed on one device, one seed at a time: decompositions in batches, or on several CPU
         # devices at once, as in orthogonal initialisation, can wait for each other's threads for

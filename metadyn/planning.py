@@ -44,7 +44,7 @@ class Program(NamedTuple):
 
 def programs(plan: Plan, loop: OuterLoop) -> list[Program]:
     """Lists every program of a plan's run, each once, whatever it is of."""
-    return [*training(plan, loop), *measuring(plan, loop)]
+    return [*training(plan, loop), *starting(loop), *measuring(plan, loop)]
 
 
 def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
@@ -55,6 +55,12 @@ def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
         option = each.option("batch")
         times = plan.outer.steps * loop.settings[name].updates_per_step
         yield Program(f"outer step of {name}", trace, times, option=option)
+
+
+def starting(loop: OuterLoop) -> list[Program]:
+    """Lists the program that makes the state at outer step 0, if anything is trained."""
+    first = Program("initial state", loop.starting.trace, 1, option="outer.seeds")
+    return [first] if loop.trained else []
 
 
 def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
@@ -156,8 +162,8 @@ def _of_group(
     part: str,
     as_typed: Callable[[ConfigError, int], ConfigError],
 ) -> Planned:
-    """Settings of one form. They are trained at once, and measured one after another by programs
-    that those of one form share."""
+    """Settings of one form. They are trained at once, and begun and measured one after another by
+    programs that those of one form share."""
     first = min(plans)
     count, several = len(plans), list(zip(plans.values(), rows.loops, strict=True))
     plan, loop = several[0]
@@ -168,7 +174,8 @@ def _of_group(
             called, fix = f"{program.name} × {count} settings", "divide them into more parts"
             all_rows = all_rows._replace(name=called, option=f"--part {part}", fix=fix)
         found[name] = all_rows
-    for program in (each for pair in several for each in measuring(*pair)):
+    others = ([*starting(loop), *measuring(plan, loop)] for plan, loop in several)
+    for program in (each for of_one in others for each in of_one):
         form, _ = split_constants(program.trace().jaxpr)
         place = f"{form} {program.turns}"
         before = found[place].times if place in found else 0

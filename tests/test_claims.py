@@ -111,7 +111,7 @@ def test_claims_are_collected_judged_and_written(folder, capsys):
     assert text.endswith("\nafter\n")
     lines = between(text).splitlines()[2:]
     assert ["first" in lines[0], "a_second" in lines[1]] == [True, True]
-    assert "| **undecided**: 6 [3, 12]; the value is" not in lines[0]
+    assert lines[0].startswith("| It takes few steps | fewer than 3 | first, §2 |")
     assert lines[0].endswith("| **refuted**: 6 [3.5, 12] ([own](figures/first_own.png)) |")
     assert (folder / "figures" / "first_own.png").is_file()
     assert "Not measured" not in text
@@ -138,6 +138,12 @@ def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):
     shutil.copy(folder / "first.py", bare)
     with pytest.raises(ConfigError, match="needs the lines"):
         claims.write(bare)
+
+
+def test_what_is_expected_is_said_once_with_the_bounds_of_each_preset():
+    bounds = [f"excess loss at most {bound}" for bound in (0.3, 0.2, 0.2)]
+    assert claims._joined(bounds) == "excess loss at most 0.3 / 0.2"
+    assert claims._joined(["three drops", "four", "four"]) == "three drops; four"
 
 
 def test_tables_set_figures_of_merit_side_by_side():
