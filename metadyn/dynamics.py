@@ -50,7 +50,7 @@ def exact(value: float | int) -> Estimate:
 
 
 def text(estimate: Estimate, digits: int | None = None) -> str:
-    """A figure of merit as text: value [low, high], by default of two digits, or three if narrow."""
+    """A figure of merit as text: value [low, high], of two digits, of three if it is narrow."""
     n = digits or (3 if estimate.high - estimate.low < 0.02 else 2)
     said = "{:z.{n}f} [{:z.{n}f}, {:z.{n}f}]".format(*estimate, n=n)
     return said.replace("nan", "–").replace("-", "−").replace("– [–, –]", "–")
