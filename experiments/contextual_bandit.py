@@ -101,7 +101,8 @@ def plan(config: Config) -> md.Plan:
     comparisons = [md.Comparison(domain, contenders, sets, (), sizes, objective, heads=1)]
     for k in range(1, policy.most_contexts + 1):
         # As many actions as there can be contexts, all of them distinct.
-        few = ContextualBandit(k, policy.most_contexts, steps=k, permutation=True)
+        fields = {"contexts": k, "actions": policy.most_contexts, "steps": k, "permutation": True}
+        few = dataclasses.replace(domain, **fields)
         tasks = sizes.sized(few.evaluation(), "updating_tasks", f"{k}_contexts")
         comparisons.append(md.Comparison(few, [*policies(policy, few)], [tasks], (), sizes))
     return md.Plan(outer, comparisons)

@@ -32,7 +32,7 @@ TITLES["outsize"] = "greatest mode × 8"
 
 
 @dataclasses.dataclass(frozen=True)
-class SGDConfig(gd.DescentConfig):
+class SGDConfig(gd.NetworkDescentConfig):
     """The ordinary learner, on fresh pairs."""
 
     scale: float = 1e-3

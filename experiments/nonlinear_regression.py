@@ -16,7 +16,7 @@ from metadyn.domains.fourier import FourierRegression, Spectrum, band, check_spe
 from metadyn.errors import check, check_positive
 from metadyn.inner import log_spaced
 from metadyn.learners.bayes import bayes_fourier
-from metadyn.learners.gradient import DescentConfig, gradient, mlp
+from metadyn.learners.gradient import NetworkDescentConfig, gradient, mlp
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import Target, predicting
 from metadyn.optimizers import named_optimizer
@@ -27,7 +27,7 @@ TITLES["mixture"] = "mixtures of the two"
 
 
 @dataclasses.dataclass(frozen=True)
-class MLPConfig(DescentConfig):
+class MLPConfig(NetworkDescentConfig):
     """An ordinary learner, on a fixed set of pairs."""
 
     optimizer: str = "adam"

@@ -112,7 +112,8 @@ def criteria(config: Config, results):
         for name in ("bayes", "own"):
             if (name, pupil) in results:
                 gain = partial(teaching.gain, times, end)
-                found = dynamics.estimate(gain, error("random", pupil), error(name, pupil))
+                both = dynamics.on_common_tasks(error("random", pupil), error(name, pupil))
+                found = dynamics.estimate(gain, *both)
                 said = f"{who}, {SETS[name]}: random steps over taught ones, to equal error"
                 yield md.criterion(f"{who}_{name}_gain", found, said, **bound)
         for name, sign in (("bayes", -1), ("least", 1)):
@@ -123,10 +124,12 @@ def criteria(config: Config, results):
             said = f"{who}, {SETS[name]}: modes are learned in the order taught, correlation 1"
             yield md.criterion(f"{who}_{name}_control", found, said, at_least=0.9)
         if who in config.learners:
-            found = dynamics.estimate(after, error("bayes", pupil), error("own", pupil))
+            both = dynamics.on_common_tasks(error("bayes", pupil), error("own", pupil))
+            found = dynamics.estimate(after, *both)
             said = f"{who}: error after the set made for Bayes over that after its own"
             yield md.criterion(f"{who}_transfer", found, said)
             both = error("own", f"bayes_by_{who}"), error("bayes", "taught_bayes")
+            both = dynamics.on_common_tasks(*both)
             said = f"Bayes: error after the set made through {who} over that after its own"
             yield md.criterion(f"bayes_transfer_{who}", dynamics.estimate(after, *both), said)
     for who, rewards in results.learners("rewards").items():

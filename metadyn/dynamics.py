@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
     high: np.ndarray
 
     def each(self) -> list[Estimate]:
-        """Takes its last axis apart."""
+        """Splits an estimate of arrays into a list, one for each index of their last axis."""
         parts = (np.moveaxis(part, -1, 0) for part in self)
         return [Estimate(*each) for each in zip(*parts, strict=True)]
 
@@ -64,7 +64,8 @@ def estimate(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> 
     taken to be of the same tasks (seeds) and are resampled together, so differences between
     learners on the same episodes have paired intervals. Resampled weights are spread by `widening`,
     without which the interval of few seeds would be far too narrow. Draws in which the statistic
-    has no finite value are left out; where more than 5 % have none there is no interval (NaN).
+    has no finite value are left out; where more than 5 % have none, and for a single task of a
+    single seed, there is no interval (NaN).
     """
 
     def resampled(sample: np.ndarray) -> np.ndarray:
@@ -75,7 +76,19 @@ def estimate(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> 
         return np.asarray(mean).reshape(draws, *rest)
 
     value = statistic(*(np.asarray(s, np.float64).mean((0, 1)) for s in samples))
+    if all(np.shape(s)[:2] == (1, 1) for s in samples):
+        nothing = np.full(np.shape(value), np.nan)
+        return Estimate(np.asarray(value), nothing, nothing)
     return _interval(value, statistic(*(resampled(np.asarray(s, np.float32)) for s in samples)))
+
+
+def on_common_tasks(*samples: np.ndarray) -> list[np.ndarray]:
+    """Cuts samples [seed, task, ...] to the tasks that all have, so that `estimate` pairs them.
+
+    These are the first ones: task i is the same in all sets that sample alike.
+    """
+    tasks = min(sample.shape[1] for sample in samples)
+    return [sample[:, :tasks] for sample in samples]
 
 
 def estimate_over_runs(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> Estimate:
@@ -115,7 +128,8 @@ def widening(n: int) -> float:
     """The factor by which a bootstrap interval of a mean of n is narrower than Student's.
 
     It is √(n / (n − 1)) t / z, of Student's and the normal 97.5 % quantiles: 1.01 for 200, 1.87
-    for 4, 9.2 for 2. Hesterberg (2015), arXiv:1411.5279, expands percentile intervals by it.
+    for 4, 9.2 for 2. Hesterberg (2015), arXiv:1411.5279, expands percentile intervals by it; that
+    it is the weights that are spread, so that it serves any statistic of means, is our choice.
     """
     if n == 1:
         return 1.0
@@ -125,7 +139,7 @@ def widening(n: int) -> float:
 def learning_times(
     times: Real[np.ndarray, " time"], strength: Float[np.ndarray, "*runs time mode"], p: float = 0.5
 ) -> Float[np.ndarray, "*runs mode"]:
-    """t_k(p): the first time, linearly interpolated, at which a mode's strength reaches p.
+    """Finds when each mode's strength first reaches p, linearly interpolated: t_k(p).
 
     In the units of `times`. NaN where it never does: the mode is censored.
     """
@@ -272,14 +286,14 @@ def last_times(data: xr.Dataset, probe: str = STRENGTH) -> Float[np.ndarray, " r
 
 
 def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Float[np.ndarray, " 2"]:
-    """How a time grows with a number: its factor of growth, and whether it is rather linear.
+    """Fits an exponential and a line to times t at numbers k: the factor of growth, and which fits.
 
     The factor, by which each one more multiplies the time, is e^b of the fit log t = a + b k. The
-    other is the root-mean-square relative error of the best t = a + b k over that of the best
+    other is the root-mean-square relative error of the line that makes it least, over that of this
     exponential: below 1 if growth is rather linear, above 1 if it is rather exponential. NaN if a
-    time is not finite, and where there are too few points to tell.
+    time is 0 or not finite, and where there are too few points to tell.
     """
-    if len(t) < 2 or not np.isfinite(t).all():
+    if len(t) < 2 or not (np.isfinite(t) & (t > 0)).all():
         return np.full(2, np.nan)
     b, a = np.polyfit(k, np.log(t), 1)
     fits = np.exp(a + b * k), np.polyval(np.polyfit(k, t, 1, w=1 / t), k)
@@ -289,8 +303,10 @@ def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Float[np.nda
 
 
 def share_of_bayes(trained: Outer, bayes: Inner) -> Float[np.ndarray, "*batch outer_step mode"]:
-    """How far outer training has brought each mode's mean strength: 0 untrained, 1 as Bayes."""
-    # Over the episode but for its start, where nothing can be learned yet.
+    """Computes how far outer training has moved each mode's mean strength: 0 untrained, 1 as Bayes.
+
+    The mean is over the times recorded but for the first, where nothing can be learned yet.
+    """
     learned, best = trained[..., 1:, :].mean(-2), bayes[..., None, 1:, :].mean(-2)
     untrained = learned[..., :1, :]
     return (learned - untrained) / (best - untrained)

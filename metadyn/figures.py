@@ -187,6 +187,7 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
     for data, marker in zip(_each(measured), cycle(MARKERS), strict=False):
         about, modes = labelled.about(data), labelled.modes(data, probe)
         scale, slope = np.array(modes.values), dynamics.merit(data, probe)
+        scale[scale <= 0] = np.nan  # of which a log axis has none
         t = dynamics.estimate(dynamics.times_of(data, probe), dynamics.strength(data, probe))
         for k, colour in enumerate(colours(scale)):
             axis.errorbar(scale[k], t.value[k], bars(t)[:, [k]], fmt=marker, color=colour, ms=8)
@@ -200,7 +201,8 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
             style = {"color": "grey", "lw": 1.2, "mfc": "none", "zorder": 0}
             axis.plot(scale, line, marker=marker, label=label, **style)
     axis.set(xscale="log", yscale="log", xlabel=modes.axis)
-    axis.set_xticks(scale, _named(modes))
+    ticks = {value: name for value, name in zip(scale, _named(modes), strict=True) if value > 0}
+    axis.set_xticks([*ticks], ticks.values())
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_ylabel(f"learning time $t_k({modes.p:g})$, own steps")
     if axis.get_legend_handles_labels()[0]:

@@ -152,8 +152,8 @@ def actor_critic(
     feedback has an `action` and a `reward`, and whose loss is the policy's expected regret.
 
     Episodes are acted out first, by the learner that the parameters are; then the outputs of the
-    same episodes are differentiated. With J_t the expected reward of the policy at step t and
-    F_t = Σ_{s>t} γ^{s−t} J_s, the gradient ascended is that of
+    same episodes are differentiated. With J_t the expected reward of the policy at step t, less
+    that of the correct action, and F_t = Σ_{s>t} γ^{s−t} J_s, the gradient ascended is that of
 
         mean_t [J_t + log π_t(a_t) · (F_t − b_t) + entropy · H(π_t)],
 

@@ -38,19 +38,29 @@ class DescentConfig:
     """Its learning rate, for the loss ½‖y − ŷ‖²."""
     batch: int = 20
     """Pairs per update."""
-    depth: int = 2
-    """Layers of the linear network; hidden layers of the MLP."""
-    width: int = 32
-    """Units of each hidden layer."""
     updates: int = 0
     """Optimiser updates. 0, for the linear network: until its least mode is at 0.9."""
     records: int = 100
     """Log-spaced updates at which the probe runs."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "learning_rate", "batch", "depth", "width", "records")
+        check_positive(self, "learning_rate", "batch", "records")
         check(self.updates >= 0, "updates", self.updates, "must be 0 or more")
         named_optimizer(self.optimizer, self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkDescentConfig(DescentConfig):
+    """The same, and the network that descends."""
+
+    depth: int = 2
+    """Layers of the linear network; hidden layers of the MLP."""
+    width: int = 32
+    """Units of each hidden layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "depth", "width")
 
 
 class Network(NamedTuple):

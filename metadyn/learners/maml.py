@@ -201,7 +201,7 @@ def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None
     (n_x,) = jax.eval_shape(domain.query, task, jax.random.key(0)).shape
     if not isinstance(domain, LinearRegression):
         return mlp(n_x, domain.answer_size, depth, width)
-    linear = deep_linear(n_x, domain.n_y, depth, width, scale or 1.0)
+    linear = deep_linear(n_x, domain.n_y, depth, width, 1.0 if scale is None else scale)
     if scale is not None:
         return linear
     return Network(lambda key: [W / W.shape[1] ** 0.5 for W in linear.init(key)], linear.apply)
@@ -209,7 +209,7 @@ def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None
 
 @dataclasses.dataclass(frozen=True)
 class InnerDescentConfig:
-    """What all meta-learners have that train a network within the episode. Values: our choice."""
+    """Settings of all meta-learners that train a network within the episode. Values: our choice."""
 
     inner_steps: int = 3
     """K, full-batch steps after each observation."""
