@@ -319,7 +319,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", type=_pattern, default=re.compile(""), metavar="REGEX")
     parser.add_argument("--lower", action="store_true", help="lower alone, store nothing")
     arguments = parser.parse_args(given)
-    absent_devices.alone()
+    absent_devices.use_cpus_alone()
     wanted = arguments.only.search
     platforms = [arguments.platform] if arguments.platform else [*TARGETS]
     if arguments.lower:

@@ -87,7 +87,7 @@ def find(name: str) -> TargetDevices:
     return TargetDevices(devices, memory, options)
 
 
-def alone() -> None:
+def use_cpus_alone() -> None:
     """Keeps JAX, before it has started, from looking for devices here beyond CPUs."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     # What the TPU's compiler would ask the network for, and complain of not being told.

@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             again = "start all of them again to go on from the last checkpoint"
             said = f"another process of this run was lost; {again} ({said})"
         elif isinstance(error, OSError):
-            said = f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
+            said = f"{error.filename or 'a file'} cannot be read or written"
+            said += f" ({error.strerror or error})"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             lower = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
             said = f"memory ran out; the last checkpoint is whole: {lower}"
@@ -248,7 +249,7 @@ def _begin(arguments: argparse.Namespace) -> None:
     if arguments.plan not in (None, "here"):
         from metadyn import absent_devices
 
-        absent_devices.alone()
+        absent_devices.use_cpus_alone()
     # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
@@ -369,11 +370,15 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
         raise as_typed(error, config, overrides) from error
     progress.say("\n".join(report.verdict(summary)))
     progress.say(f"figures: {Path(out) / 'figures'}, page: {Path(out) / 'report.html'}")
-    return DONE if all(c["passed"] for c in summary["criteria"]) else FAILED
+    return _code(summary)
+
+
+def _code(summary: dict[str, Any]) -> int:
+    return DONE if all(row["passed"] for row in summary["criteria"]) else FAILED
 
 
 def _progress() -> Progress:
-    """Where a command stands, on stderr: stdout is for what was asked for."""
+    """Shows where a command stands on stderr: stdout is for what was asked for."""
     from rich.console import Console
 
     from metadyn.progress import Progress
@@ -394,9 +399,9 @@ def _figures(arguments: argparse.Namespace) -> int:
         fix = "figures of a sweep are the same for all studies: leave it out"
         check(not arguments.study, "--study", arguments.study, fix)
         sweep = SweepFolder(arguments.dir)
-        return _drawn(
-            arguments.dir, sweep_results.draw(sweep, sweep_results.rows(sweep, progress), progress)
-        )
+        paths = sweep_results.draw(sweep, sweep_results.rows(sweep, progress), progress)
+        fix = "" if sweep.sweep.swept else "it has one setting, with nothing to draw it against"
+        return _drawn(arguments.dir, paths, fix)
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
     found = load_study(name) if arguments.study or name in known() else None
@@ -410,11 +415,11 @@ def _figures(arguments: argparse.Namespace) -> int:
     return _drawn(arguments.dir, paths)
 
 
-def _drawn(folder: str, paths: list[Path]) -> int:
+def _drawn(folder: str, paths: list[Path], why: str = "") -> int:
     for path in paths:
         print(path)
     if not paths:
-        _say(f"{folder} holds no measurement yet: nothing is drawn")
+        _say(f"{folder}: nothing is drawn, as {why or 'it holds no measurement yet'}")
     return DONE
 
 
@@ -433,7 +438,7 @@ def _report(arguments: argparse.Namespace) -> int:
     summary = run.summary()
     for line in report.so_far(run) if summary is None else report.verdict(summary):
         print(line)
-    return DONE if summary is None or all(c["passed"] for c in summary["criteria"]) else FAILED
+    return DONE if summary is None else _code(summary)
 
 
 def _completion(arguments: argparse.Namespace) -> int:

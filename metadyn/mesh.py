@@ -101,7 +101,7 @@ def is_distributed() -> bool:
 
 
 def shut_down() -> None:
-    """Shuts the distributed runtime down once all processes are here; nothing if there is one."""
+    """Shuts the distributed runtime down once all processes are here, if there are several."""
     if is_distributed():
         jax.distributed.shutdown()
 
@@ -126,7 +126,8 @@ def broadcast(number: int) -> int:
 def on_main_process(f: Callable[[], Any]) -> Any:
     """Calls f in process 0 alone and gives its result, which is JSON, to all processes.
 
-    If bad input or a full disk stops it all part, and raise: process 0 says why, others nothing.
+    Where it raises `ConfigError` or OSError all processes leave the run and raise: process 0 that
+    error, the others a `ConfigError` without words.
     """
     if jax.process_count() == 1:
         return f()
@@ -251,7 +252,7 @@ def replicated() -> NamedSharding:
     return NamedSharding(mesh(), PartitionSpec())
 
 
-def alone() -> SingleDeviceSharding:
+def one_device() -> SingleDeviceSharding:
     """The first device of this process, without the others: where initial states are computed."""
     return SingleDeviceSharding((devices() if _elsewhere else jax.local_devices())[0])
 
@@ -269,7 +270,7 @@ def train_seeds(
     batch: int,
     together: int,
 ) -> Any:
-    """f(everywhere, one) for each index of the leading (seed) axis of `stacked`.
+    """Computes f(everywhere, one) for each index of the leading (seed) axis of `stacked`.
 
     Devices are split into the groups that `shares` gives, each with its share of the seeds: seeds
     need not communicate. Within a group f runs whole on every device, and divides the `batch` of
@@ -343,7 +344,7 @@ def map_tasks(
     indices: Int[Array, " tasks"],
     chunk: int,
 ) -> Any:
-    """f(everywhere, index) for each of the indices, with these and the results split by device.
+    """Computes f(everywhere, index) for each index, with these and the results split by device.
 
     Each device takes its own in equal parts of at most `chunk`.
     """
@@ -374,7 +375,7 @@ def task_chunk(most: int, held: int, taken: int) -> int:
 
 
 def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
-    """f(one) for each index of the leading (seed) axis: at once, or in turn on a CPU.
+    """Computes f(one) for each index of the leading (seed) axis: at once, or in turn on a CPU.
 
     A CPU gains little from batching matrix products that already fill its cores.
     """

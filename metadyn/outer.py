@@ -141,14 +141,23 @@ class MetaTraining(NamedTuple):
     def check_traced(self, name: str, params: Params) -> None:
         """Raises `ConfigError` unless the objective gives a loss and metrics, each one number.
 
-        It is traced, not computed, for outer parameters of which shapes are enough.
+        At every outer step alike. It is traced, not computed, for outer parameters of which shapes
+        are enough.
         """
         group = self.objective.group
         keys = jax.eval_shape(lambda key: jax.random.split(key, group), jax.random.key(0))
+        at = lambda step, *given: self.objective.at_step(step).loss(*given)
         with error_context(f"the objective of {name} cannot be computed"):
             loss, metrics = jax.eval_shape(self.objective.loss, params, keys)
             for what, value in [("loss", loss), *metrics.items()]:
                 check(value.shape == (), what, f"of shape {value.shape}", "must be one number")
+                real = jnp.issubdtype(value.dtype, jnp.floating)
+                check(real, what, f"of type {value.dtype}", "must be a floating-point number")
+            if self.objective.at is not None:
+                _, found = jax.eval_shape(at, jnp.int32(0), params, keys)
+                kinds = lambda of: {what: value.dtype for what, value in of.items()}
+                fix = f"at an outer step they must be those of the objective, {[*metrics]}"
+                check(kinds(found) == kinds(metrics), "metrics", [*found], fix)
 
     def option(self, field: str) -> str:
         """The option that sets a field of the outer loop that it is trained by, for messages."""
@@ -249,7 +258,7 @@ class OuterLoop:
         self.one_seed = jax.default_matmul_precision(config.precision)(one_seed)
         """`one_seed(name, (step, count), (key, params, moments))`: outer steps of one seed of a
         meta-learner, inside `mesh.train_seeds`; (params, moments, mean metrics)."""
-        self.starting = jax.jit(init, out_shardings=mesh.alone())
+        self.starting = jax.jit(init, out_shardings=mesh.one_device())
         """The program that makes the state at outer step 0."""
         # Computed on one device, one seed at a time: decompositions in batches, or on several CPU
         # devices at once, as in orthogonal initialisation, can wait for each other's threads for

@@ -148,6 +148,11 @@ def of_sweep(
     `plans` are by the settings' numbers; `part` is "1/1", as it is typed; `as_typed(error, i)` says
     why setting i is refused in the words of the command line.
     """
+    for i, plan in [*plans.items()][:1]:
+        try:
+            check_traced(plan)
+        except ConfigError as error:
+            raise as_typed(error, i) from error
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
     return [

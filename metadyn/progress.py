@@ -48,7 +48,9 @@ class Progress:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def studies(self, names: Sequence[str]) -> Iterator[Callable[[int], None]]:
+    def studies(
+        self, names: Sequence[str], what: str = "studies"
+    ) -> Iterator[Callable[[int], None]]:
         """Shows which of several studies is on. Yields begin(i), to be called before each."""
         if len(names) == 1:
             yield lambda i: None
@@ -58,7 +60,7 @@ class Progress:
             self._place = f"[{i + 1}/{len(names)} {names[i]}] "
             advance(i, names[i])
 
-        with self._bar("studies", len(names), 0, lines=False) as advance:
+        with self._bar(what, len(names), 0, lines=False) as advance:
             try:
                 yield begin
             finally:

@@ -49,7 +49,7 @@ PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nu
 
 
 def stream(key: Key, name: str) -> Key:
-    """An independent key for each named purpose: "training" and "evaluation"."""
+    """Derives an independent key for a purpose: "training" or "evaluation"."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
@@ -346,7 +346,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         asked[f"{contender.name} on {tasks.name}"] = {
             "label": contender.label,
             "kind": contender.kind,
-            "domain": _settings(tasks.domain),
+            "domain": domain_summary(tasks.domain),
             "tasks": tasks.size_for(contender.clock),
             "times": [len(times), times[-1]],
             # No more digits than every processor's LAPACK agrees on: a run may change machines.
@@ -358,8 +358,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     return asked
 
 
-def _settings(domain: Any) -> dict[str, Any]:
-    """The kind of a domain, and those of its fields that are a number or a word."""
+def domain_summary(domain: Any) -> dict[str, Any]:
+    """Summarises a domain by its kind, and those of its fields that are a number or a word."""
     fields = dataclasses.fields(domain) if dataclasses.is_dataclass(domain) else ()
     found = {field.name: getattr(domain, field.name) for field in fields}
     plain = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
@@ -379,7 +379,9 @@ def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) ->
 
 def check_compiled(loop: OuterLoop, name: str) -> None:
     """Compiles an outer step of a meta-learner. Raises `ConfigError` if it cannot fit in memory."""
-    used, option = program_cost.memory(loop.compiled(name)), loop.trained[name].option("batch")
+    with error_context(f"an outer step of {name} cannot be compiled", jax.errors.JaxRuntimeError):
+        used = program_cost.memory(loop.compiled(name))
+    option = loop.trained[name].option("batch")
     require_memory(f"an outer step of {name}", used, option)
 
 
@@ -421,8 +423,10 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
     for name, figure in every.items():
         with error_context(f"figure {name!r} cannot be drawn"):
             figure()
-    for draw in study.own_figures().values():
-        draw(results)
+    for name, draw in study.own_figures().items():
+        drawn = draw(results)
+        with error_context(f"study {study.name!r}: figure {name!r} cannot be drawn"):
+            drawn.draw_without_rendering()
     parts = [word for each in plan.every for word in (each.part.title, each.contender.label)]
     modes = [probe.modes for each in plan.every for probe in each.tasks.probes.values()]
     figures.check_words([*parts, *(word for each in modes for word in (each.axis, each.strength))])
@@ -518,7 +522,7 @@ def writing(out: str | Path) -> Iterator[None]:
     except BrokenPipeError:  # of our output, not of DIR
         raise
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written ({error.strerror})") from error
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror or error})") from error
 
 
 def _criteria_hash(rehearsed: Sequence[Criterion]) -> str:

@@ -230,7 +230,9 @@ class ProgramCache:
     ) -> list[Any]:
         key = form, len(self._varying[form])
         if key not in self._compiled:
-            places, program = [*self._varying[form]], traced.jaxpr
+            # In the order of the program, so that it is the same one in every process.
+            places = [place for place in self._first[form] if place in self._varying[form]]
+            program = traced.jaxpr
 
             def run(values: list[Any], leaves: list[Any]) -> list[Any]:
                 return evaluate(program, dict(zip(places, values, strict=True)), leaves)

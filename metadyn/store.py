@@ -152,6 +152,8 @@ class RunFolder:
         if self.config.get("format") != FORMAT:
             fix = "which this version does not read: run it anew in another DIR"
             raise ConfigError(f"{path} holds a run of another version of metadyn, {fix}")
+        if not isinstance(self.config["config"], dict):
+            raise ConfigError(f"{path}/config.json: is not as metadyn writes it")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunFolder:
@@ -456,11 +458,12 @@ def read_summary(path: Path) -> dict[str, Any]:
             for r in rows
         ):
             raise ConfigError(f"{path}: {name} is not as metadyn writes it; remove the file")
-    return {"study": "?", "preset": "?", "seed": "?", "criteria": [], "reported": [], **summary}
+    lacking: dict[str, Any] = {"study": "?", "preset": "?", "seed": "?", "environment": {}}
+    return lacking | {"criteria": [], "reported": []} | summary
 
 
 def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
-    """Mode trajectories of a run as one labelled dataset.
+    """Loads the mode trajectories of a run or a sweep as one labelled dataset.
 
     `task_set` "tracked" (the default) gives the fixed evaluation tasks probed throughout outer
     training, with dimensions (learner, outer_step, seed, task, mode, step); "heldout" the losses on

@@ -236,6 +236,7 @@ class Contender:
             enough = learner.points is None or (learner.batch or 1) <= learner.points
             check(enough, "points", learner.points, f"{who}, must be at least its batch")
         kinds = [kind for kind in get_args(LearnerKind) if (kind == "meta") == self.trained]
+        kinds = [kind for kind in kinds if kind != "bayes" or not self.seeded]
         object.__setattr__(self, "kind", self.kind or kinds[0])
         fix = f"{who}, a {type(learner).__name__}: choose from {kinds}"
         check(self.kind in kinds, "kind", self.kind, fix)

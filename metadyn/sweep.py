@@ -29,7 +29,16 @@ from metadyn import inner, shared_programs
 from metadyn.errors import ConfigError, check, error_context
 from metadyn.options import as_typed, configured
 from metadyn.progress import Progress
-from metadyn.runner import Runner, check_memory, judge, rehearse, run_config, train, writing
+from metadyn.runner import (
+    Runner,
+    check_memory,
+    domain_summary,
+    judge,
+    rehearse,
+    run_config,
+    train,
+    writing,
+)
 from metadyn.store import RunFolder, claimed, lock, read_json, write_json
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_program
@@ -221,6 +230,7 @@ class SweepFolder:
         with error_context(f"{path}/sweep.json: is not as metadyn writes it"):
             self.parts: int = found.pop("parts")
             self.sweep = Sweep(**found)
+            self.sweep.called(0)
 
     @classmethod
     def create(cls, path: str | Path, sweep: Sweep, parts: int) -> SweepFolder:
@@ -243,7 +253,9 @@ class SweepFolder:
     def lost(self, i: int) -> str:
         """What was said when the loss of a setting was no longer finite; or nothing."""
         path = self.setting(i) / "lost.json"
-        return read_json(path, f"{path} cannot be read")["said"] if path.exists() else ""
+        if not path.exists():
+            return ""
+        return read_json(path, f"{path} cannot be read").get("said") or "its loss was not finite"
 
     def set_lost(self, i: int, said: str) -> None:
         """Marks a setting as lost: it is not trained any further."""
@@ -309,7 +321,9 @@ def run_sweep(
     plans: dict[int, Plan] = {}
     if not (mine and is_sweep(out) and all(map(SweepFolder(out).whole, mine))):
         plans = planned(sweep, study, configs, part)
-        measured = lambda plan: tuple(each.called for each in plan.every)
+        kinds = int | str  # other sizes are other shapes; other numbers are not
+        sized = lambda domain: [v for v in domain_summary(domain).values() if isinstance(v, kinds)]
+        measured = lambda plan: tuple((e.called, *sized(e.tasks.domain)) for e in plan.every)
         unlike = {measured(plan): i for i, plan in plans.items()}.values()
         with progress.counting("checking", len(unlike)) as show:
             for i in unlike:
@@ -379,9 +393,10 @@ def _run(
                 for given in parts:
                     params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
                     known = not (ended or stored or jax.tree.leaves(params))
-                    shared.expect(_traced(given), (params, *others) if known else None)
+                    with error_context(sweep.called(i)):
+                        shared.expect(_traced(given), (params, *others) if known else None)
     names = [f"{len(members)} settings" for members in forms]
-    with progress.studies(names) as begin:
+    with progress.studies(names, "groups of settings") as begin:
         for k, members in enumerate(forms):
             begin(k)
             begun = time.monotonic()

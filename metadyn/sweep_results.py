@@ -65,6 +65,9 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
     grid = {field(name): [*map(value_of, sweep.options[name])] for name in sweep.swept}
     if not grid:
         return whole.isel(setting=0, drop=True)
+    if len(grid) == 1:
+        (name,) = grid
+        return whole.rename({"setting": name}).assign_coords(grid).transpose(name, ...)
     sizes = [len(of) for of in grid.values()]
     places = np.unravel_index(np.arange(math.prod(sizes)), sizes)
     at = {f"at {name}": ("setting", of) for name, of in zip(grid, places, strict=True)}

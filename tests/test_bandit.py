@@ -35,6 +35,14 @@ from metadyn.study import load_study
 # The domain.
 
 
+def test_growth_is_measured_under_the_pay_of_the_domain():
+    study = load_study("contextual_bandit")
+    config = study.presets["quick"]
+    config = dataclasses.replace(config, domain=dataclasses.replace(config.domain, p_high=0.9))
+    *_, last = study.plan(config).comparisons
+    assert (last.domain.p_high, last.domain.contexts, last.domain.actions) == (0.9, 6, 6)
+
+
 def test_the_domain_keeps_the_contract():
     assert isinstance(ContextualBandit(), Domain)
 

@@ -1,5 +1,6 @@
 """Figures of merit on planted trajectories, and intervals against SciPy's bootstrap."""
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import scipy.stats
 import xarray as xr
 
-from metadyn import dynamics
+from metadyn import dynamics, figures, study
 from metadyn.labelled import About, Modes, describe, labelled
 
 
@@ -80,6 +81,7 @@ def test_growth_tells_a_line_from_an_exponential():
     assert dynamics.growth(k, noisy)[1] > 1
     assert np.isnan(dynamics.growth(k, np.where(k < 6, 1.0 * k, np.inf))[0])
     assert np.isnan(dynamics.growth(k[:0], np.array([]))[0])
+    assert np.isnan(dynamics.growth(k, 10.0 * (k - 1))).all()  # learned from the start
     two = dynamics.growth(k[:2], np.array([1.0, 3.0]))
     np.testing.assert_allclose(two, [3.0, np.nan])
 
@@ -164,6 +166,48 @@ def test_a_mode_that_no_resample_learns_has_no_interval():
     values = np.zeros((1, 10, 3, 1))
     found = dynamics.estimate(lambda m: dynamics.learning_times(np.arange(3), m), values)
     assert all(np.isnan(part).all() for part in found)
+
+
+def test_a_single_run_has_no_interval_and_one_of_several_samples_has():
+    one, several = np.full((1, 1), 2.0), np.arange(10.0)[None]
+    found = dynamics.estimate(np.asarray, one)
+    assert (found.value, [*np.isnan(found)]) == (2, [False, True, True])
+    paired = dynamics.estimate(lambda a, b: b - a, one, several)
+    assert paired.low < paired.value < paired.high
+
+
+def test_samples_on_sets_of_other_sizes_are_paired_on_the_tasks_that_both_have():
+    few = np.random.default_rng(0).random((3, 20, 4))
+    many = np.concatenate([few, np.random.default_rng(1).random((3, 30, 4))], 1)
+    of = lambda *samples: dynamics.estimate(lambda a, b: a - b, *samples)
+    np.testing.assert_array_equal(of(*dynamics.on_common_tasks(2 * many, 2 * few)), 0)
+    apart = of(2 * many, 2 * few)
+    assert (apart.high - apart.low > 0.1).all()
+
+
+def test_intervals_are_written_with_a_digit_more_where_they_are_narrow():
+    text = lambda *parts: dynamics.text(dynamics.Estimate(*map(np.asarray, parts)))
+    assert text(-0.8887, -0.8899, -0.8879) == "−0.889 [−0.890, −0.888]"
+    assert text(-0.001, -0.04, 0.0312) == "0.00 [−0.04, 0.03]"
+    assert text(1.5, np.nan, np.nan) == "1.50 [–, –]"
+    assert text(np.nan, np.nan, np.nan) == "–"
+
+
+def test_modes_that_axes_of_logarithms_have_no_place_for_are_left_out_and_counted():
+    """A frequency of 0, and a mode that has its strength before the first feedback."""
+    times, values = np.arange(5), (0.0, 1.0, 2.0)
+    strength = np.clip(times[:, None] / np.array([1.0, 2.0, 4.0]), 0, 1) + np.array([0, 0, 0.6])
+    about = About("a", "a", "ordinary", "observations", loss_floor=0.0)
+    axes, coords = {"mode_strength": ("seed", "task", "step", "mode")}, {"time": ("step", range(5))}
+    modes = Modes(values, "frequency $k$")
+    coords[modes.coordinate] = ("mode", values)
+    described = describe(about, axes, coords, {"mode_strength": modes})
+    data = labelled({"mode_strength": strength[None, None]}, described)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        axis = figures.learning_times(data).axes[0]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2"]
+    assert study.censored("a", data).value == 1
 
 
 def test_there_is_no_interval_where_many_draws_have_no_value():

@@ -201,6 +201,19 @@ def test_a_sweep_is_planned_and_refused_once_all_is_said(
     assert flops(both[0]) / flops(alone[0]) == pytest.approx(ratio, rel=0.1)
 
 
+def test_a_sweep_that_cannot_be_run_is_not_planned(monkeypatch, tmp_path, capsys):
+    def broken(plan):
+        raise ConfigError("it cannot take a step")
+
+    monkeypatch.setattr(planning, "check_traced", broken)
+    out = tmp_path / "out"
+    rates = ["--outer.learning-rate", "1e-2", "3e-2"]
+    assert main(["sweep", STUDY, *rates, "--plan", "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "it cannot take a step" in line
+    assert not out.exists()
+
+
 def test_a_full_disk_is_refused(accounts, refused, monkeypatch):
     monkeypatch.setattr(mesh, "memory", lambda split: 6 << 30)
     usage = namedtuple("usage", "total used free")(100, 99, 1)
@@ -344,7 +357,7 @@ def test_what_cannot_be_compiled_is_one_line_and_exit_code_2(given, said, monkey
         raise RuntimeError("no plugin")
 
     monkeypatch.setattr(absent_devices, "get_topology_desc", missing)
-    monkeypatch.setattr(absent_devices, "alone", lambda: None)
+    monkeypatch.setattr(absent_devices, "use_cpus_alone", lambda: None)
     with pytest.raises(SystemExit) as stop:
         compiling.main(given)
     (line,) = capsys.readouterr().err.splitlines()

@@ -239,6 +239,8 @@ def test_a_derived_learner_says_whose_parameters_it_takes():
     meta = LSTMConfig(hidden=4).make(Config().domain)
     with pytest.raises(ConfigError, match=r"of = '': contender 'd' is derived: name the meta-"):
         md.Contender("d", "D", md.Derived(meta, meta.learner))
+    with pytest.raises(ConfigError, match=r"kind = 'bayes': of contender 'd', a Derived: choose"):
+        md.Contender("d", "D", md.Derived(meta, meta.learner), "bayes", of="lstm")
 
 
 def test_what_is_remade_of_another_learner_has_no_closed_form_of_its_own():
@@ -408,6 +410,17 @@ def test_a_figure_that_cannot_be_drawn(tmp_path, monkeypatch):
     assert said.startswith("study 'tiny': figure 'broken' cannot be drawn (AttributeError: ")
 
 
+def test_a_figure_that_fails_as_it_is_rendered(tmp_path, monkeypatch):
+    def broken(results):
+        made = figure(results)
+        made.axes[0].xaxis.set_major_formatter(lambda x, place: [][int(x)])
+        return made
+
+    study = dataclasses.replace(STUDY, figures={"broken": broken})
+    said = refused(study, tmp_path / "r", monkeypatch)
+    assert said.startswith("study 'tiny': figure 'broken' cannot be drawn (IndexError: ")
+
+
 @pytest.mark.parametrize(
     ("draw", "says"),
     [
@@ -500,6 +513,21 @@ def of_several_numbers(domain, meta):
     return md.Objective(lambda params, keys: (jnp.zeros(2), {"loss": jnp.float32(0)}))
 
 
+def of_whole_numbers(domain, meta):
+    return md.Objective(lambda params, keys: (jnp.float32(0), {"solved": jnp.bool_(True)}))
+
+
+def of_other_metrics_later(domain, meta):
+    loss = lambda params, keys: (jnp.float32(0), {})
+    later = lambda params, keys: (jnp.float32(0), {"loss": jnp.float32(0)})
+    return md.Objective(loss, at=lambda step: md.Objective(later))
+
+
+def that_branches_on_the_step(domain, meta):
+    loss = lambda params, keys: (jnp.float32(0), {})
+    return md.Objective(loss, at=lambda step: md.Objective(loss) if step > 1 else None)
+
+
 def failing_objective(domain, meta):
     return md.Objective(lambda params, keys: (params["no such"], {}))
 
@@ -509,6 +537,9 @@ def failing_objective(domain, meta):
     [
         (without_metrics, "TypeError"),
         (of_several_numbers, "loss = 'of shape (2,)': must be one number"),
+        (of_whole_numbers, "solved = 'of type bool': must be a floating-point number"),
+        (of_other_metrics_later, "metrics = ['loss']: at an outer step they must be those of"),
+        (that_branches_on_the_step, "TracerBoolConversionError"),
         (failing_objective, "KeyError"),
     ],
 )

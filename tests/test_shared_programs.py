@@ -81,6 +81,17 @@ def test_other_numbers_go_through_one_compiled_program(name):
     assert compiled[1]._cache_size() == 1
 
 
+def test_the_numbers_of_a_shared_program_are_in_the_order_in_which_it_has_them():
+    """So that it is the same program, and found compiled, in every process."""
+    several = lambda c: jax.jit(lambda x: ((c * x + c) * (c + 1) - c) / (c + 2)).trace(X)
+    shared = ProgramCache()
+    (_, numbers), _ = (shared.expect(several(c)) for c in (0.5, 0.75))
+    shared(several(0.5), X)
+    ((places, _),) = shared._compiled.values()
+    assert len(places) == 5
+    assert places == [place for place in numbers if place in places]
+
+
 def test_numbers_may_be_batched():
     program, _ = PROGRAMS["scan"]
     apart = {c: jax.make_jaxpr(lambda x, c=c: program(c, x))(X) for c in (0.5, 2.0)}

@@ -68,6 +68,31 @@ def test_a_sweep_is_one_dataset_with_what_is_swept_as_dimensions(done):
                 np.testing.assert_array_equal(of[name].transpose(*one[name].dims), one[name])
 
 
+def one_option(done, out, *sigmas):
+    """The first settings of that sweep, as a sweep of the noise alone."""
+    shutil.copytree(done, out, ignore=lambda of, names: {"summary.json", "figures"} & {*names})
+    asked = json.loads((out / "sweep.json").read_text())
+    asked["options"] |= {"--outer.learning-rate": ["1e-2"], "--domain.sigma": sigmas}
+    asked["settings"] = asked["settings"][: len(sigmas)]
+    (out / "sweep.json").write_text(json.dumps(asked))
+    return out
+
+
+def test_a_sweep_of_one_option_has_one_dimension(done, tmp_path):
+    out = one_option(done, tmp_path / "one", "0.1", "0.3")
+    data = metadyn.load(out, "heldout")
+    assert data["loss"].dims[0] == "domain.sigma"
+    whole = metadyn.load(done, "heldout").sel({"outer.learning_rate": 1e-2})
+    for sigma in (0.1, 0.3):
+        one, other = (each["loss"].sel({"domain.sigma": sigma}) for each in (data, whole))
+        np.testing.assert_array_equal(one, other.transpose(*one.dims))
+
+
+def test_of_a_sweep_of_one_setting_there_is_nothing_to_draw(done, tmp_path, capsys):
+    assert main(["figures", str(one_option(done, tmp_path / "one", "0.1"))]) == 0
+    assert "nothing is drawn, as it has one setting" in capsys.readouterr().err
+
+
 def test_what_is_varied_changes_what_it_should(done):
     """Noise alone changes losses before anything is learned; once it is, the rate does too."""
     loss = metadyn.load(done, "heldout")["loss"].sel(learner="lstm").isel(step=1)
@@ -347,6 +372,23 @@ def test_settings_that_measure_other_things_are_rehearsed_too(tmp_path, capsys):
     assert "--meta gru" in said
     assert "'lstm'" in said
     assert not out.exists()
+
+
+def test_settings_of_other_sizes_are_rehearsed_too(tmp_path, monkeypatch, capsys):
+    """The first is of another size than the last, and of another noise than the second."""
+    rehearsed = []
+
+    def rehearse(study, config, plan):
+        rehearsed.append((config.domain.n_x, config.domain.sigma))
+        if len(rehearsed) == 2:
+            raise ConfigError("it cannot be run")
+
+    monkeypatch.setattr(sweep, "rehearse", rehearse)
+    sizes = ["--domain.n-x", "2", "3", "--domain.sigma", "0.1", "0.3"]
+    assert metadyn_sweep(tmp_path / "out", *sizes) == 2
+    assert "it cannot be run" in capsys.readouterr().err
+    assert sorted(n for n, _ in rehearsed) == [2, 3]
+    assert not (tmp_path / "out").exists()
 
 
 def test_ranges_and_rows_of_values():
