@@ -67,7 +67,7 @@ KINDS = {
 
 
 def find(name: str) -> TargetDevices:
-    """The devices that a name such as "h100:8" is of.
+    """Returns the devices that a name such as "h100:8" is of.
 
     Raises `ConfigError` if there are none, or their compiler is not installed.
     """

@@ -9,7 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import (
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    get_args,
+    runtime_checkable,
+)
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +27,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metadyn.errors import check, check_name
+from metadyn.errors import check, check_choice, check_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +40,7 @@ Feedback = Any  # what a domain says then: a target y_t, a reward
 State = Any  # all that a learner knows
 Params = Any  # the outer parameters of a meta-learner
 Sample = Callable[[Key], Task]  # draws a task
+LearnerKind = Literal["ordinary", "meta", "bayes", "reference"]  # what learners are compared as
 
 
 class Learner(NamedTuple):
@@ -123,7 +133,7 @@ class Modes:
 
     @property
     def axis(self) -> str:
-        """The label of an axis or a legend of the values."""
+        """Returns the label of an axis or a legend of the values."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
@@ -166,11 +176,11 @@ class Domain(Protocol):
 
     @property
     def loss_floor(self) -> float:
-        """Expected loss of a learner that knows the task: the irreducible part of the loss."""
+        """Returns the loss of a learner that knows the task: the irreducible part."""
 
     @property
     def answer_size(self) -> int:
-        """Numbers in one answer, for learners that must size an output layer."""
+        """Returns how many numbers one answer has, for learners that must size an output layer."""
 
     def __hash__(self) -> int:
         """Domains are hashable, as frozen dataclasses are, for programs are compiled for each."""
@@ -210,11 +220,11 @@ class Regression:
 
     @property
     def loss_floor(self) -> float:
-        """The variance σ² of the noise."""
+        """Returns the variance σ² of the noise."""
         return self.sigma**2
 
     def loss(self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]) -> Array:
-        """Squared error, mean over outputs."""
+        """Computes the squared error, mean over outputs."""
         fix = f"an answer is of the feedback's shape, {jnp.shape(feedback)}"
         check(jnp.shape(answer) == jnp.shape(feedback), "answer", jnp.shape(answer), fix)
         return ((answer - feedback) ** 2).mean()
@@ -247,18 +257,20 @@ class TaskSet:
     """Tasks in the set. 0: not said yet; a study says it by `config.measure.sized`."""
     updating_size: int | None = None
     """Of these, those on which learners that count updates are measured. None: all."""
-    kinds: tuple[str, ...] = ("ordinary", "meta", "bayes", "reference")
+    kinds: tuple[LearnerKind, ...] = get_args(LearnerKind)
     """Kinds of contenders that are measured on it (`study.Contender`)."""
     option: str = ""
     """The option that sets the size, for messages."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "set of tasks")
+        for kind in self.kinds:
+            check_choice("kinds", kind, LearnerKind)
         if not isinstance(self.sample, Partial):
             object.__setattr__(self, "sample", Partial(self.sample))
 
     def size_for(self, clock: str) -> int:
-        """Tasks that a learner is measured on, by what its time counts."""
+        """Says on how many tasks a learner is measured, by what its time counts."""
         if clock != "updates" or self.updating_size is None:
             return self.size
         return min(self.size, self.updating_size)
@@ -271,7 +283,7 @@ def as_subclass(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
 
 
 def training_tasks(domain: Domain) -> TaskSet:
-    """Tasks of a domain's meta-training distribution itself, on which losses are measured."""
+    """Makes the set of tasks of a domain's meta-training distribution, for measuring losses."""
     return TaskSet("heldout", domain, Sampler(domain))
 
 
@@ -302,12 +314,12 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
 
 
 def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:
-    """A key for each global index, so that nothing random depends on batch, chunk or device."""
+    """Makes a key for each global index, so that no draw depends on batch, chunk or device."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 
 def encoded_episodes(domain: Domain, queries: Query, feedback: Feedback) -> tuple[Any, Any]:
-    """The queries and the feedback of B whole episodes [T, ..., B], as a network reads them.
+    """Encodes the queries and the feedback of B whole episodes [T, ..., B] as a network reads them.
 
     That is [T, n, B] and [T, m, B], of NumPy arrays where these are given and encode as they are.
     """
@@ -317,7 +329,7 @@ def encoded_episodes(domain: Domain, queries: Query, feedback: Feedback) -> tupl
 
 
 def encoded_shapes(domain: Domain) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a query and of the feedback to it, as a network reads them."""
+    """Returns the shapes of a query and of the feedback to it, as a network reads them."""
 
     def pair(key: Key) -> tuple[Array, Array]:
         task = domain.sample_task(key)

@@ -54,7 +54,7 @@ def _figure(study: str, preset: str, file: str) -> str:
 
 
 def tables(folder: Path) -> str:
-    """Markdown: each claim with its verdict by preset, then the studies' own tables."""
+    """Writes Markdown: each claim with its verdict by preset, then the studies' own tables."""
     studies = load_studies(str(folder))
     runs: dict[tuple[str, str], dict[str, Any]] = {}
     lacking, measured, beside = [], [], []
@@ -141,7 +141,7 @@ def _table(table: Table, rows: dict[str, Any]) -> Iterator[str]:
 
 
 def number(row: Mapping[str, Any]) -> str:
-    """The figure of merit in a row of a summary as text: value [low, high]."""
+    """Returns the figure of merit in a row of a summary as text: value [low, high]."""
     parts = (row[k] for k in ("value", "low", "high"))
     value, low, high = ("–" if v is None else f"{v:.3g}".replace("-", "−") for v in parts)
     return value if value == low == high else f"{value} [{low}, {high}]"

@@ -35,7 +35,7 @@ class TiltedRegression(LinearRegression):
 
 
 def tilt(s: Any) -> Any:
-    """The variances λ_k ∝ 1 / s_k, of mean 1, by singular values [K]."""
+    """Returns the variances λ_k ∝ 1 / s_k, of mean 1, by singular values [K]."""
     return 1 / (s * (1 / s).mean())
 
 
@@ -53,7 +53,7 @@ class Admission:
         check(right, "steps", self.steps, "give an outer step, from 0, for each mode")
 
     def there(self, step: Int[Array, ""] | int, key: Key) -> Bool[Array, " K"]:
-        """Whether each mode is there at an outer step, in the episode of a key."""
+        """Tells which modes [K] occur in the episode of this key at an outer step."""
         steps = jnp.array(self.steps)
         drawn = jax.random.choice(jax.random.fold_in(key, 1), steps)
         return jnp.where(self.mixed & (step < steps.max()), drawn, step) >= steps

@@ -68,12 +68,12 @@ class Decoded(NamedTuple):
     """Squared distance from the mean over the tasks of the fit."""
 
     def at(self, checkpoint: int) -> Decoded:
-        """What was decoded at one checkpoint."""
+        """Returns what was decoded at one checkpoint."""
         return Decoded(*(part[:, :, checkpoint] for part in self))
 
 
 def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Ridge regression with an intercept, on standardised x; a `Decoder`.
+    """Decodes by ridge regression with an intercept, on standardised x; a `Decoder`.
 
     The penalty is that of `PENALTIES` with the least generalised cross-validation error (Golub,
     Heath & Wahba 1979), for each of the leading axes. Computed in float64.
@@ -93,7 +93,7 @@ def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def mlp(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Ridge regression, and a small MLP of what it leaves unexplained; a `Decoder`.
+    """Decodes by ridge regression and a small MLP of what it leaves unexplained; a `Decoder`.
 
     So it finds what is there in linear form, and in another. The MLP is trained by AdamW on
     three quarters of the samples and stopped where it explains most of the others.
@@ -160,7 +160,7 @@ def vectors(data: xr.Dataset, *names: str) -> Samples:
 
 
 def of_state(data: xr.Dataset) -> dict[str, Decoded]:
-    """What of Bayes' posterior is decoded from a network's state beside it, at each checkpoint.
+    """Decodes parts of Bayes' posterior from a network's state beside it, at each checkpoint.
 
     The "mean", and that of another task, "shuffled"; the "uncertainty", and at the last checkpoint
     by an MLP too, "nonlinear".
@@ -192,23 +192,23 @@ def both_ways(data: xr.Dataset) -> tuple[Decoded, Decoded]:
 
 
 def shuffled(y: Samples) -> Samples:
-    """The same numbers with those of other tasks in their place: a control, where R² is 0."""
+    """Puts the numbers of other tasks in the place of each task's: a control, where R² is 0."""
     return np.roll(y, 2, axis=1)
 
 
 def explained(left: dynamics.Numbers, total: dynamics.Numbers) -> np.ndarray:
-    """R² = 1 − left / total, of means over seeds and tasks; NaN with nothing to explain."""
+    """Computes R² = 1 − left / total of means over seeds and tasks; NaN with nothing to explain."""
     with np.errstate(all="ignore"):
         return np.where(total > 0, 1 - left / total, np.nan)
 
 
 def over_steps(left: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """R², mean over the steps."""
+    """Computes R² at each step, and averages it over the steps: [..., step] to [...]."""
     return np.asarray(explained(left, total).mean(-1))
 
 
 def r_squared(decoded: Decoded) -> dynamics.Estimate:
-    """R² at each step, with its interval over held-out tasks and seeds."""
+    """Computes R² at each step, with its interval over held-out tasks and seeds."""
     return dynamics.estimate(explained, *decoded)
 
 
@@ -220,7 +220,7 @@ def _standard(x: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def delay(steps: np.ndarray, r2: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    """How many doublings of the outer step what is decoded appears after the behaviour.
+    """Measures by how many doublings of the outer step decoding lags behind the behaviour.
 
     From R² and excess loss [..., outer_step], each timed half-way from untrained to trained: R² on
     a linear scale, excess loss on a logarithmic one.

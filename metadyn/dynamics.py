@@ -45,19 +45,19 @@ def stacked(estimates: Iterable[Estimate]) -> Estimate:
 
 
 def exact(value: float | int) -> Estimate:
-    """An estimate of what is known exactly; NaN where there is no number."""
+    """Makes an estimate of what is known exactly; NaN where there is no number."""
     return Estimate(*[np.asarray(value, np.float64)] * 3)
 
 
 def text(estimate: Estimate, digits: int | None = None) -> str:
-    """A figure of merit as text: value [low, high], of two digits, of three if it is narrow."""
+    """Writes a figure of merit as value [low, high], of two digits, of three if it is narrow."""
     n = digits or (3 if estimate.high - estimate.low < 0.02 else 2)
     said = "{:z.{n}f} [{:z.{n}f}, {:z.{n}f}]".format(*estimate, n=n)
     return said.replace("nan", "–").replace("-", "−").replace("– [–, –]", "–")
 
 
 def estimate(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> Estimate:
-    """A statistic of means over seeds and tasks, with its percentile bootstrap interval.
+    """Estimates a statistic of means over seeds and tasks, with its percentile bootstrap interval.
 
     `statistic(*means)` maps means [..., *rest] of the samples [seed, task, *rest] to figures [...,
     *any]. Tasks are resampled and, independently, seeds are. Samples of as many tasks (seeds) are
@@ -92,7 +92,7 @@ def on_common_tasks(*samples: np.ndarray) -> list[np.ndarray]:
 
 
 def estimate_over_runs(statistic: Statistic, *samples: np.ndarray, draws: int = DRAWS) -> Estimate:
-    """A statistic of runs with its percentile bootstrap interval.
+    """Estimates a statistic of runs, with its percentile bootstrap interval.
 
     For statistics that are not functions of means, such as a median of runs. Samples are
     [run, ...]; the runs of each are resampled independently. Draws without a finite value are
@@ -125,7 +125,7 @@ def _resampling(n: int, draws: int, which: int) -> Float[np.ndarray, "draws n"]:
 
 
 def widening(n: int) -> float:
-    """The factor by which a bootstrap interval of a mean of n is narrower than Student's.
+    """Returns the factor by which a bootstrap interval of a mean of n is narrower than Student's.
 
     It is √(n / (n − 1)) t / z, of Student's and the normal 97.5 % quantiles: 1.01 for 200, 1.87
     for 4, 9.2 for 2. Hesterberg (2015), arXiv:1411.5279, expands percentile intervals by it; that
@@ -170,7 +170,7 @@ def staggering_slope(
 
 
 def staggering(t: Float[np.ndarray, "*batch mode"]) -> Float[np.ndarray, "*batch"] | np.floating:
-    """(t_(K) − t_(1)) / t_(K) of modes in order of learning: 0 if all are learned at once.
+    """Computes (t_(K) − t_(1)) / t_(K) of modes in order of learning: 0 if all come at once.
 
     NaN if the last is censored, or learned at once.
     """
@@ -194,14 +194,14 @@ def rank_correlation(
 
 
 def samples(data: xr.Dataset, name: str) -> np.ndarray:
-    """A stored reading [seed, task, (outer_step,) step, ...]; one seed if it has no such axis."""
+    """Returns a stored reading [seed, task, (outer_step,) step, ...]; one seed if it has none."""
     array = data[name] if "seed" in data[name].dims else data[name].expand_dims("seed")
     lead = ("seed", "task", "outer_step", "step")
     return array.transpose(*lead, ..., missing_dims="ignore").to_numpy()
 
 
 def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
-    """Mode strengths [seed, task, (outer_step,) step, mode], in order of learning if exchangeable.
+    """Returns mode strengths [seed, task, (outer_step,) step, mode], exchangeable ones in order.
 
     Those of each run are then in its own order: averages over runs would hide staggering.
     """
@@ -213,13 +213,13 @@ def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
 
 
 def times_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], np.ndarray]:
-    """The statistic that turns mean mode strengths [..., step, mode] into learning times."""
+    """Makes the statistic that turns mean mode strengths [..., step, mode] into learning times."""
     times, p = data["time"].to_numpy(), labelled.modes(data, probe).p
     return lambda strength: learning_times(times, strength, p)
 
 
 def order_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
-    """The `staggering_slope` of learning times, or of those of exchangeable modes `staggering`."""
+    """Computes the `staggering_slope` of learning times; of exchangeable modes, `staggering`."""
     modes = labelled.modes(data, probe)
     if modes.exchangeable:
         return staggering
@@ -243,7 +243,7 @@ def merit(data: xr.Dataset, probe: str = STRENGTH) -> Estimate:
 
 
 def difference(data: xr.Dataset, other: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """How far one learner staggers beyond another on the same tasks, with a paired interval."""
+    """Estimates how far one learner staggers beyond another on the same tasks, in pairs."""
     return differences([(data, other)], probe=probe)
 
 
@@ -269,7 +269,7 @@ def differences(
 
 
 def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) -> xr.Dataset:
-    """How far each learner of a dataset staggers (`merit`): value, low and high [learner].
+    """Estimates how far each learner of a dataset staggers (`merit`): value, low, high [learner].
 
     Meta-learners that are followed over outer training are taken at its end.
     """
@@ -281,7 +281,7 @@ def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) ->
 
 
 def last_times(data: xr.Dataset, probe: str = STRENGTH) -> Float[np.ndarray, " run"]:
-    """The learning time of the last mode of each run; infinite where it is censored."""
+    """Returns the learning time of the last mode of each run; infinite where it is censored."""
     return np.nan_to_num(times_of(data, probe)(samples(data, probe)), nan=np.inf).max(-1).ravel()
 
 
@@ -313,7 +313,7 @@ def share_of_bayes(trained: Outer, bayes: Inner) -> Float[np.ndarray, "*batch ou
 
 
 def distance_to_bayes(trained: Outer, bayes: Inner) -> Float[np.ndarray, "*batch outer_step mode"]:
-    """Root-mean-square distance between two inner learning curves, mode by mode: 1 untrained."""
+    """Computes the root-mean-square distance of two inner learning curves by mode: 1 untrained."""
     distance = np.sqrt(((trained - bayes[..., None, :, :]) ** 2).mean(-2))
     return distance / distance[..., :1, :]
 
@@ -330,7 +330,7 @@ def outer_times_of(trained: xr.Dataset) -> Callable[[np.ndarray, np.ndarray], np
 def over_outer_training(
     trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH
 ) -> tuple[Outer, Inner]:
-    """Mode strengths over outer training, and Bayes', as `outer_times_of` takes them.
+    """Returns mode strengths over outer training, and Bayes', as `outer_times_of` takes them.
 
     Which of several exchangeable modes the outer loop comes to learn first is chance, and differs
     between seeds. They are put in each seed's own order, which is found on one half of the tasks;
@@ -347,26 +347,26 @@ def over_outer_training(
 
 
 def outer_times(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """The outer step at which each mode is half-way from untrained to Bayes [mode]."""
+    """Estimates the outer step at which each mode is half-way from untrained to Bayes [mode]."""
     return estimate(outer_times_of(trained), *over_outer_training(trained, bayes, probe))
 
 
 def outer_merit(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """How far the modes stagger over outer training: `order_of` the steps of `outer_times`."""
+    """Estimates how far the modes stagger over outer training: `order_of` their `outer_times`."""
     times, order = outer_times_of(trained), order_of(trained, probe)
     statistic = lambda mean, best: order(times(mean, best))
     return estimate(statistic, *over_outer_training(trained, bayes, probe))
 
 
 def outer_correlation(trained: xr.Dataset, bayes: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """The rank correlation of modes' learning times: at the end of training, and over it."""
+    """Correlates the ranks of modes' learning times at the end of training with those over it."""
     inner, outer = times_of(trained, probe), outer_times_of(trained)
     ranks = lambda mean, best: rank_correlation(inner(mean[..., -1, :, :]), outer(mean, best))
     return estimate(ranks, *over_outer_training(trained, bayes, probe))
 
 
 def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:
-    """(L − L_Bayes) / (L_Bayes − floor) on the same episodes; floor is the loss of knowing all.
+    """Computes (L − L_Bayes) / (L_Bayes − floor); floor is the loss of knowing all.
 
     Infinite, or NaN where a learner has it too, if Bayes has that loss itself.
     """
@@ -375,7 +375,7 @@ def excess_loss(loss: Numbers, bayes_loss: Numbers, floor: float) -> Numbers:
 
 
 def episode_loss(data: xr.Dataset) -> np.ndarray:
-    """Mean loss over the answers of an episode [seed, task(, outer_step)].
+    """Averages the loss over the answers of an episode [seed, task(, outer_step)].
 
     A stored loss is the mean since the time before, however many answers that is of.
     """
@@ -384,7 +384,7 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
 
 
 def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
-    """`excess_loss` of a meta-learner on the tasks that Bayes was measured on, with interval.
+    """Estimates the `excess_loss` of a meta-learner on the tasks that Bayes was measured on.
 
     Of one at each outer step, if it was measured over outer training.
     """
@@ -417,7 +417,7 @@ def equal_excess(
     bayes_loss: Numbers,
     floor: float,
 ) -> tuple[Numbers, Float[np.ndarray, "*batch way"]]:
-    """The lowest excess loss that all ways of training come to, and the outer steps each takes.
+    """Finds the lowest excess loss that all ways of training come to, and the steps each takes.
 
     They are linearly interpolated between those at which losses were measured, each the lowest so
     far. Bayes' loss is [*batch].

@@ -59,7 +59,7 @@ def check_unique(names: Sequence[Any], field: str, fix: str) -> None:
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name nearest to an unknown one, "; did you mean 'sgd'?", or nothing."""
+    """Hints at the known name nearest to an unknown one, "; did you mean 'sgd'?", or at nothing."""
     near = difflib.get_close_matches(name, [*known], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

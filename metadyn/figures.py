@@ -253,23 +253,23 @@ class LearningHistory:
 
     @property
     def modes(self) -> labelled.Modes:
-        """What the probe reads the strengths of."""
+        """Returns the modes whose strengths the probe reads."""
         return labelled.modes(self.trained, self.probe)
 
     @functools.cached_property
     def strengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mode strengths [seed, task, outer_step, step, mode], and Bayes' [1, task, step, mode]."""
+        """Returns strengths [seed, task, outer_step, step, mode]; Bayes' [1, task, step, mode]."""
         of = partial(dynamics.strength, probe=self.probe)
         return of(self.trained), of(self.bayes)
 
     @functools.cached_property
     def over(self) -> tuple[np.ndarray, np.ndarray]:
-        """Those strengths in the order of outer training, if modes are exchangeable."""
+        """Returns those strengths in the order of outer training, if modes are exchangeable."""
         return dynamics.over_outer_training(self.trained, self.bayes, self.probe)
 
 
 def histories(results: Results) -> dict[str, LearningHistory]:
-    """Each meta-learner that is followed over outer training, by the ending of its figures' names.
+    """Gathers the meta-learners that are followed over outer training, by their figures' endings.
 
     The first of a comparison has the ending of its set of tasks; others have their name after it.
     """
@@ -291,7 +291,7 @@ def histories(results: Results) -> dict[str, LearningHistory]:
 
 
 def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistory]:
-    """One history for each meta-learner and each probe that it was read with, by `ending`.
+    """Makes one history for each meta-learner and each probe that it was read with, by `ending`.
 
     A probe's name is appended to what the figure is called, and to its own name, unless it is the
     main probe.
@@ -306,7 +306,7 @@ def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistor
 
 
 def ending(probe: str) -> str:
-    """What the names of a probe's figures end with: "_" and its name; of the main probe nothing."""
+    """Ends the names of a probe's figures: "_" and its name; for the main one nothing."""
     return "" if probe == STRENGTH else f"_{probe}"
 
 
@@ -519,7 +519,7 @@ def panels(
 
 
 def colours(values: Sequence[Any] | np.ndarray, palette: str = "viridis") -> list:
-    """A colour for each mode, from the first to the last."""
+    """Chooses a colour for each mode, from the first to the last."""
     return list(matplotlib.colormaps[palette](np.linspace(0.0, 0.85, len(values))))
 
 
@@ -532,7 +532,7 @@ def log_ticks(axis: Axis) -> None:
 
 
 def bars(of: Estimate) -> np.ndarray:
-    """The lengths of the error bars of an estimate, below and above [2, ...]."""
+    """Computes the lengths of the error bars of an estimate, below and above [2, ...]."""
     return np.nan_to_num(np.maximum([of.value - of.low, of.high - of.value], 0))
 
 
@@ -547,7 +547,7 @@ class Shown(Figure):
 def grid(
     panels: int, label: str = "", width: float = 4, height: float = 4, columns: int = 4, **more: Any
 ) -> tuple[Figure, list]:
-    """A figure and a list of axes, each of a width and height in inches, in rows of like length.
+    """Makes a figure and a list of axes, each of a size in inches, in rows of like length.
 
     Rows are as many as keep it readable at the width of a page, and `label` stands beside each.
     Raises `NotMeasured` for no panels: there is nothing to draw yet.

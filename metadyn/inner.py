@@ -137,7 +137,7 @@ def run(
 def stepped(
     domain: Domain, learner: Learner, task: Task, key: Key, t: Int[Array, ""], state: Any
 ) -> tuple[Any, Float[Array, ""]]:
-    """Step t of an episode: the learner's state after it, and the loss of what it answered."""
+    """Takes step t of an episode: gives the learner's state after it, and its answer's loss."""
     pose = lambda state, keys: interact(domain, task, partial(learner.predict, state), keys)
     if learner.batch is None:
         query, answer, feedback = pose(state, jax.random.split(jax.random.fold_in(key, t)))
@@ -243,7 +243,7 @@ def log_spaced(steps: int, count: int) -> tuple[int, ...]:
 
 
 def checked(times: Sequence[int] | np.ndarray) -> Any:
-    """Times as an array. Raises `ConfigError` unless they increase strictly from 0."""
+    """Returns times as an array. Raises `ConfigError` unless they increase strictly from 0."""
     array = np.asarray(times)
     whole = array.ndim == 1 and len(array) > 1 and array.dtype.kind in "iu"
     increasing = whole and array[0] == 0 and bool((np.diff(array) > 0).all())

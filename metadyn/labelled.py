@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from metadyn.base import STRENGTH, Modes
+from metadyn.base import STRENGTH, LearnerKind, Modes
 from metadyn.errors import ConfigError
 
-LearnerKind = Literal["ordinary", "meta", "bayes", "reference"]
 ORDER = ("learner", "outer_step", "seed", "task", "mode", "step")
 
 
@@ -87,7 +86,7 @@ def probes(data: xr.Dataset) -> list[str]:
 
 
 def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
-    """The modes that a probe read the strengths of. Raises `ConfigError` if there is no such."""
+    """Returns the modes that a probe read. Raises `ConfigError` if there is no such probe."""
     if probe not in (known := probes(data)):
         raise ConfigError(f"probe = {probe!r}: the data has {', '.join(known) or 'none'}")
     return Modes(

@@ -91,12 +91,12 @@ def _launched() -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this is process 0: the one that prints, and writes what is no array."""
+    """Tells whether this is process 0: the one that prints, and writes what is no array."""
     return jax.process_index() == 0
 
 
 def is_distributed() -> bool:
-    """Whether this process has others to wait for."""
+    """Tells whether this process has others to wait for."""
     return jax.distributed.is_initialized()
 
 
@@ -107,7 +107,7 @@ def shut_down() -> None:
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether an error says that another process is gone."""
+    """Tells whether an error says that another process is gone."""
     said = "gloo|nccl|peer|socket closed|coordination|barrier|deadline"
     return is_distributed() and re.search(said, str(error), re.IGNORECASE) is not None
 
@@ -229,17 +229,17 @@ def compiling_for(there: TargetDevices) -> Iterator[None]:
 
 
 def devices() -> Sequence[Any]:
-    """The devices that programs are made for: those of all processes, if not some elsewhere."""
+    """Lists the devices that programs are made for: of all processes, if not some elsewhere."""
     return _elsewhere[-1].devices if _elsewhere else jax.devices()
 
 
 def backend() -> str:
-    """What these devices are: "cpu", "gpu" or "tpu"."""
+    """Says what these devices are: "cpu", "gpu" or "tpu"."""
     return _elsewhere[-1].devices[0].platform if _elsewhere else jax.default_backend()
 
 
 def mesh() -> Mesh:
-    """All devices of all processes along one axis."""
+    """Makes a mesh of all devices of all processes along one axis."""
     return _made((len(devices()),), (TASKS,))
 
 
@@ -248,12 +248,12 @@ def _made(shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
 
 
 def replicated() -> NamedSharding:
-    """A copy on every device: how parameters are placed."""
+    """Places a copy on every device: as parameters are placed."""
     return NamedSharding(mesh(), PartitionSpec())
 
 
 def one_device() -> SingleDeviceSharding:
-    """The first device of this process, without the others: where initial states are computed."""
+    """Places what is small, such as initial states, on the first device of this process alone."""
     return SingleDeviceSharding((devices() if _elsewhere else jax.local_devices())[0])
 
 
@@ -308,7 +308,7 @@ def shares(
 
 
 def local_episodes(total: int) -> Int[Array, " share"]:
-    """This device's part of 0 … total − 1, inside `train_seeds`."""
+    """Returns this device's part of 0 … total − 1, inside `train_seeds`."""
     share = total // jax.lax.axis_size(EPISODES)
     return jax.lax.axis_index(EPISODES) * share + jnp.arange(share)
 
@@ -328,12 +328,12 @@ def microbatch(episodes: int, together: int = 1, cached: int = CACHED_EPISODES) 
 
 
 def cached_episodes(meta: Any) -> int:
-    """Episodes of a meta-learner whose backward pass stays in the cache of a CPU core."""
+    """Counts the episodes of a meta-learner whose backward pass stays in a CPU core's cache."""
     return getattr(meta, "cached_episodes", CACHED_EPISODES)
 
 
 def mean(tree: Any) -> Any:
-    """The mean over the group's devices of every leaf, by one all-reduce, in `train_seeds`."""
+    """Averages every leaf over the group's devices, by one all-reduce, inside `train_seeds`."""
     flat, unravel = ravel_pytree(tree)
     return unravel(jax.lax.pmean(flat, EPISODES))
 
@@ -385,14 +385,14 @@ def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
 
 
 def joined_along(axis: int, parts: Sequence[Array]) -> Any:
-    """Arrays that are split over devices, end to end: on this machine, if this process has all."""
+    """Joins arrays that are split over devices: on this machine, if this process has all."""
     if jax.process_count() == 1:
         return np.concatenate([np.asarray(part) for part in parts], axis)
     return jax.jit(partial(jnp.concatenate, axis=axis), out_shardings=replicated())(parts)
 
 
 def describe() -> dict[str, Any]:
-    """What a run would use: backend, devices, processes, memory of each device in bytes."""
+    """Says what a run would use: backend, devices, processes, memory of each device in bytes."""
     devices = jax.devices()
     memory = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     return {
@@ -404,7 +404,7 @@ def describe() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """What a reader would call the hardware: "2 × AMD EPYC 7B13" or "8 × NVIDIA H100"."""
+    """Names the hardware as a reader would: "2 × AMD EPYC 7B13" or "8 × NVIDIA H100"."""
     kind = devices()[0].device_kind
     if backend() == "cpu":
         kind = _cpu().get("model name", kind)
@@ -412,7 +412,7 @@ def processor() -> str:
 
 
 def memory(split: bool) -> int:
-    """Bytes that an array may have: split over all devices, or with a copy on each of them.
+    """Says how many bytes an array may have: split over all devices, or with a copy on each.
 
     Accelerators have memory of their own; CPU devices share this machine's.
     """

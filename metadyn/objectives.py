@@ -43,7 +43,7 @@ class Objective:
     None: this one throughout."""
 
     def at_step(self, step: Int[Array, ""]) -> Objective:
-        """The objective at this outer step: that of `at`, if there is one, or this one."""
+        """Returns the objective at this outer step: that of `at`, if there is one, or this one."""
         return self.at(step).at_step(step) if self.at else self
 
 
@@ -72,7 +72,7 @@ def prediction_loss(
 
     @inner.full_precision
     def taught(queries: Query, feedback: Feedback) -> Answer:
-        """The teacher's answers in one episode, exact whatever training is rounded to."""
+        """Gives the teacher's answers in one episode, exact whatever training is rounded to."""
         assert teacher is not None
 
         def step(state, now):

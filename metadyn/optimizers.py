@@ -22,7 +22,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 def named_optimizer(
     name: str, learning_rate: optax.ScalarOrSchedule, b2: float | None = None
 ) -> optax.GradientTransformation:
-    """Any optimiser of optax or optax.contrib that a learning rate suffices to make, by its name.
+    """Makes any optimiser of optax or optax.contrib that a learning rate suffices for, by name.
 
     "momentum" is sgd with a momentum of 0.9. `b2` replaces the default decay of the second moment
     in optimisers that take one, such as adam. Raises `ConfigError` for other names.

@@ -31,7 +31,7 @@ _CLEARER = {
 
 
 def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = ()) -> Any:
-    """`default` with command-line overrides, such as ["--domain.sigma", "0.2"].
+    """Applies command-line overrides, such as ["--domain.sigma", "0.2"], to `default`.
 
     None when only help was asked for (and printed). Raises `ConfigError` for values that do not
     parse and for unknown names, with a hint at a known one or at one that is `beside` them.
@@ -123,7 +123,7 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
     typed = _typed(overrides)
 
     def likely(option: str) -> tuple[bool, bool, bool]:
-        """How surely this is the option that is complained about, of several that end alike."""
+        """Reckons how surely this is the option complained of, of several that end alike."""
         text = typed.get(option)
         meant = text is not None and _reads_as(text, error.value)
         return meant, values[option] == error.value, text is not None
@@ -152,7 +152,7 @@ def _reads_as(text: str, value: Any) -> bool:
 
 
 def options_of(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    """Every option of a configuration, a dataclass or as JSON, with its value."""
+    """Lists every option of a configuration, a dataclass or as JSON, with its value."""
     names = [*config] if isinstance(config, dict) else [f.name for f in dataclasses.fields(config)]
     for name in names:
         value = config[name] if isinstance(config, dict) else getattr(config, name)

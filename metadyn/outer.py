@@ -85,7 +85,7 @@ class OuterConfig:
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
-        """The outer steps at which state and mode trajectories are stored, from 0 to `steps`."""
+        """Lists the outer steps at which state and mode trajectories are stored: 0 to `steps`."""
         return inner.log_spaced(self.steps, self.checkpoints)
 
     def check_batch(self, trained: Iterable[MetaTraining]) -> None:
@@ -131,7 +131,7 @@ class MetaTraining(NamedTuple):
     """The options that set fields of `own`, by field, for messages."""
 
     def settings(self, outer: OuterConfig) -> OuterConfig:
-        """The settings that it is trained by: its own, or those of the whole outer loop."""
+        """Returns the settings that it is trained by: its own, or those of the whole outer loop."""
         return self.own or outer
 
     def check(self, holds: Any, field: str, outer: OuterConfig, fix: str) -> None:
@@ -160,7 +160,7 @@ class MetaTraining(NamedTuple):
                 check(kinds(found) == kinds(metrics), "metrics", [*found], fix)
 
     def option(self, field: str) -> str:
-        """The option that sets a field of the outer loop that it is trained by, for messages."""
+        """Names the option that sets a field of its outer loop, for messages."""
         group = "outer" if self.own is None or self.options else "own"
         return (self.options or {}).get(field, f"{group}.{field}")
 
@@ -313,13 +313,13 @@ class OuterLoop:
             yield state, metrics
 
     def dispatched(self, left: int) -> int:
-        """Outer steps in the next dispatch, of so many that are left, going by its pace."""
+        """Chooses the outer steps in the next dispatch, of so many that are left, by its pace."""
         most = max(1, int(DISPATCH_SECONDS / self.pace)) if self.pace else left
         return mesh.broadcast(min(self.config.dispatch, left, most))
 
     @property
     def episodes(self) -> int:
-        """Episodes in one outer step, of all seeds and meta-learners."""
+        """Counts the episodes in one outer step, of all seeds and meta-learners."""
         each = (own.batch * own.updates_per_step for own in self.settings.values())
         return self.config.seeds * sum(each)
 

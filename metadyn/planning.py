@@ -246,7 +246,7 @@ def report(
 
 
 def refused(program: Program, said: str) -> ConfigError:
-    """What is said of a program that cannot fit, and what to change."""
+    """Says of a program that it cannot fit, and what to change."""
     said = f"{program.name} {said}; {program.fix}"
     return ConfigError(f"{program.option}: {said}", program.option, None, said)
 
@@ -255,7 +255,7 @@ LINE = "{:44} {:>11} {:>9} {:>13} {:>9}"
 
 
 def line(row: Needs) -> str:
-    """A program in a line, as `report` says it."""
+    """Writes a program in a line, as `report` says it."""
     account, times = row.account, f"{row.program.times:,}"
     communicated = size(sum(moved)) if (moved := account.reduced + account.gathered) else "-"
     cells = size(account.memory), number(row.operations), communicated, times
@@ -263,7 +263,7 @@ def line(row: Needs) -> str:
 
 
 def disk(plan: Plan, loop: OuterLoop) -> int:
-    """Bytes that a run stores at most, which is before compression, two later states included."""
+    """Counts the bytes that a run stores at most: before compression, with two later states."""
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(loop.abstract))
     checkpoints = len(plan.outer.checkpoint_steps)
     total = (checkpoints + 2) * state if plan.trained else 0
@@ -276,7 +276,7 @@ def disk(plan: Plan, loop: OuterLoop) -> int:
 def estimated(
     loops: Sequence[OuterLoop], state: Any, run: Callable[[Any, int], Iterator[tuple[Any, Any]]]
 ) -> dict[str, float]:
-    """Seconds that training each meta-learner of all loops would take here, from timed steps.
+    """Estimates the seconds that training each meta-learner would take here, from timed steps.
 
     Timed is the third dispatch: the first compiles, and the second gives the pace, by which the
     third is as long as it would be (`OuterLoop.dispatched`). `run(state, step)` yields the state,
@@ -293,12 +293,12 @@ def estimated(
 
 
 def size(count: float) -> str:
-    """Bytes, as 1.5 GiB."""
+    """Writes bytes, as 1.5 GiB."""
     return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def number(count: float) -> str:
-    """Operations, as 1.5 T."""
+    """Writes a number of operations, as 1.5 T."""
     return _scaled(count, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"))
 
 

@@ -46,13 +46,13 @@ def fast(key: Key) -> Key:
 
 
 def normal(key: Key, shape: tuple[int, ...] = ()) -> Float[Array, "*shape"]:
-    """Standard normal numbers."""
+    """Draws standard normal numbers."""
     least = float(np.nextafter(np.float32(-1), np.float32(0)))
     return normal_of(jax.random.uniform(key, shape, minval=least))
 
 
 def normal_of(u: Float[Array, ...]) -> Float[Array, ...]:
-    """√2 erf⁻¹(u) to 1e-6: normal, if u is uniform on (−1, 1).
+    """Computes √2 erf⁻¹(u) to 1e-6: normal, if u is uniform on (−1, 1).
 
     By the approximation of `jax.random.normal`, but from log((1 − u)(1 + u)), as it was published:
     XLA takes log1p(−u²), which on a CPU is slower and loses digits in the tails.
@@ -81,7 +81,7 @@ def threefry(
     key: tuple[UInt32[Array, ...], UInt32[Array, ...]],
     counter: tuple[UInt32[Array, ...], UInt32[Array, ...]],
 ) -> tuple[UInt32[Array, ...], UInt32[Array, ...]]:
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011), element by element."""
+    """Computes Threefry-2x32 with 20 rounds (Salmon et al. 2011), element by element."""
     keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = counter[0] + key[0], counter[1] + key[1]
     for i in range(5):

@@ -53,7 +53,7 @@ def _count(equation: Any, turns: float) -> float:
 
 
 def largest(jaxpr: Any) -> int:
-    """Bytes of the greatest array that a traced program makes on its way."""
+    """Counts the bytes of the greatest array that a traced program makes on its way."""
     made = [out.aval for equation in jaxpr.eqns for out in equation.outvars]
     sizes = [each.size * each.dtype.itemsize for each in made if hasattr(each, "dtype")]
     inner = [largest(each) for each in subjaxprs(jaxpr)]
@@ -88,7 +88,7 @@ def account(compiled: Any) -> Account:
 
 
 def memory(compiled: Any) -> int:
-    """Bytes of its arguments, of results that take no argument's place, and of what is between.
+    """Counts the bytes of arguments, of results that take no argument's place, and in between.
 
     0 if its compiler gives no account.
     """
@@ -108,7 +108,7 @@ GATHERS = "all-gather|reduce-scatter|all-to-all|collective-permute|collective-br
 
 
 def exchanged(program: str, kinds: str = "all-reduce") -> tuple[int, ...]:
-    """Bytes of the results of each exchange of some kinds in the text of a compiled program."""
+    """Counts the bytes of the results of each exchange of some kinds in a compiled program."""
     sizes = []
     for shapes in re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
@@ -122,7 +122,7 @@ FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast"}
 
 
 def launches(program: str) -> tuple[int, ...]:
-    """Operations on arrays in one turn of each innermost loop in the text of a compiled program.
+    """Counts operations on arrays in one turn of each innermost loop of a compiled program's text.
 
     Counters of loops, and the waiting for what was begun before, are left out.
     """

@@ -147,7 +147,7 @@ class Runner:
         self.state = state
 
     def at(self, step: int) -> TrainState:
-        """The state at a stored outer step: the one at hand, or one that is read."""
+        """Returns the state at a stored outer step: the one at hand, or one that is read."""
         if self.state is not None and int(self.state.step) == step:
             return self.state
         self.store.finish()

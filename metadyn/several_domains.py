@@ -41,7 +41,7 @@ class SeveralDomainsConfig(StudyConfig):
     """The preset of the domains' own studies, for whatever is not set here."""
 
     def within(self, name: str, **fields: Any) -> Any:
-        """The configuration of a domain's own study, with every field of this one in its place.
+        """Makes the configuration of a domain's own study, with every field of this one in place.
 
         So the networks and the outer loop are those of this configuration (an LSTM of 64 units, if
         nothing else is said), not those of the domain's own preset. `fields` that the study does
@@ -52,7 +52,7 @@ class SeveralDomainsConfig(StudyConfig):
         return dataclasses.replace(own, **{f: v for f, v in given.items() if hasattr(own, f)})
 
     def comparison(self, name: str, **fields: Any) -> Comparison:
-        """What a domain's own study compares, configured so."""
+        """Makes what a domain's own study compares, configured so."""
         return STUDIES[name].plan(self.within(name, **fields)).comparisons[0]
 
 
@@ -82,7 +82,7 @@ class LearnersConfig(SeveralDomainsConfig):
         check(self.meta == type(self).meta, "meta", self.meta, fix)
 
     def contenders(self, name: str) -> tuple[Comparison, list[Contender]]:
-        """What a domain's own study compares, and those of the meta-learners that can serve there.
+        """Makes a domain's own comparison, and those of the meta-learners that can serve there.
 
         Where none can, the study's own, `meta`.
         """

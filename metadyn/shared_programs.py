@@ -42,7 +42,7 @@ OPENED = {
 
 
 def split_constants(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]:
-    """The form of a program, as a hash, and its numbers by their places.
+    """Splits a program into its form, as a hash, and its numbers by their places.
 
     Programs of one form do the same, given the same arguments and the same numbers.
     """
@@ -96,7 +96,7 @@ def _said(parameter: Any) -> str:
 
 
 def varying(many: Sequence[Constants]) -> list[Place]:
-    """The places at which programs of one form have different numbers."""
+    """Finds the places at which programs of one form have different numbers."""
     first, *others = many
     alike = lambda a, b: np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
     return [p for p in first if not all(alike(first[p], each[p]) for each in others)]

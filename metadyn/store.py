@@ -77,11 +77,11 @@ class Results:
         return key[1] in self._stored.get(key[0], ())
 
     def sets(self) -> list[str]:
-        """The names of the sets of tasks."""
+        """Returns the names of the sets of tasks."""
         return list(self._stored)
 
     def learners(self, task_set: str, *kinds: str, drawn: bool = False) -> dict[str, xr.Dataset]:
-        """Those measured on a set, in their places: of some kinds, or only those that are drawn."""
+        """Returns the learners measured on a set, in the order of figures: all, or some."""
         found = [self[task_set, name] for name in self._stored.get(task_set, ())]
         placed = sorted(((about(data), data) for data in found), key=lambda x: x[0].place)
         return {
@@ -329,12 +329,12 @@ class RunFolder:
         return self._about(self._checkpoint(step))
 
     def steps(self) -> list[int]:
-        """The outer steps of all checkpoints, in order."""
+        """Returns the outer steps of all checkpoints, in order."""
         names = (folder.name for folder in (self.path / "checkpoints").glob("*"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def state(self, step: int) -> Any:
-        """The training state at an outer step, as NumPy arrays in dictionaries and lists.
+        """Reads the training state at an outer step, as NumPy arrays in dictionaries and lists.
 
         Its "params" are the outer parameters by the name of the meta-learner, with a leading axis
         of seeds; the rest is what training goes on from (`outer.TrainState`).
@@ -342,7 +342,7 @@ class RunFolder:
         return self._arrays(self._checkpoint(step), "state")
 
     def restore_state(self, step: int, abstract: Any) -> Any:
-        """The training state at an outer step, placed as `abstract` (shapes and shardings) says."""
+        """Reads the training state at an outer step, placed as `abstract` (of shapes) says."""
         state = ocp.args.StandardRestore(abstract)
         return self._restore(self._checkpoint(step), state=state)["state"]
 
@@ -352,7 +352,7 @@ class RunFolder:
         return self.path / "measurements" / task_set / learner
 
     def has_measurement(self, task_set: str, learner: str) -> bool:
-        """Whether one learner's measurement on one set of tasks is stored."""
+        """Tells whether one learner's measurement on one set of tasks is stored."""
         return self._measurement(task_set, learner).exists()
 
     def save_measurement(
@@ -364,7 +364,7 @@ class RunFolder:
         self._save(folder, arrays=stored, about=ocp.args.JsonSave(about))
 
     def measurement(self, task_set: str, learner: str) -> xr.Dataset:
-        """One learner on one set of tasks: [seed,] task, step, and the reading's own axes.
+        """Reads one learner on one set of tasks: [seed,] task, step, and the reading's own axes.
 
         Raises `ConfigError` if it is damaged.
         """
@@ -380,7 +380,7 @@ class RunFolder:
         return found
 
     def outer_steps(self) -> list[int]:
-        """The outer steps whose mode trajectories are stored, in order.
+        """Returns the outer steps whose mode trajectories are stored, in order.
 
         Raises `ConfigError` if one is damaged.
         """
@@ -390,7 +390,7 @@ class RunFolder:
         return steps
 
     def written(self, step: int) -> float:
-        """When the trajectories of an outer step were stored, in seconds since the epoch."""
+        """Says when the trajectories of an outer step were stored, in seconds since the epoch."""
         return self._checkpoint(step).stat().st_mtime
 
     def tracked(self) -> dict[str, list[str]]:
@@ -402,7 +402,7 @@ class RunFolder:
     def trajectories(
         self, task_set: str, learner: str, steps: Sequence[int] | None = None
     ) -> xr.Dataset:
-        """A meta-learner over outer training on one set: outer_step, seed, task, step, …
+        """Reads a meta-learner over outer training on one set: outer_step, seed, task, step, …
 
         At all outer steps that are stored, or some of them. Readable while a run is writing.
         Raises `ConfigError` if nothing is stored yet, a checkpoint is damaged, or there is no such
@@ -422,7 +422,7 @@ class RunFolder:
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
 
     def results(self, steps: Sequence[int] | None = None) -> Results:
-        """What is stored, for criteria and figures: at all outer steps, or some of them."""
+        """Returns what is stored, for criteria and figures: at all outer steps, or some of them."""
         tracked, stored = self.tracked(), self.measurements()
         steps = self.outer_steps() if steps is None else list(steps)  # a run may go on meanwhile
         both = {n: [*tracked.get(n, ()), *stored.get(n, ())] for n in {**tracked, **stored}}
@@ -437,7 +437,7 @@ class RunFolder:
     # Results.
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json, or None before the run is done. Raises `ConfigError` if it is damaged."""
+        """Reads summary.json; None before the run is done. `ConfigError` if it is damaged."""
         path = self.path / "summary.json"
         return read_summary(path) if path.exists() else None
 
@@ -447,7 +447,7 @@ class RunFolder:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """A summary.json. Raises `ConfigError` if it is damaged."""
+    """Reads a summary.json. Raises `ConfigError` if it is damaged."""
     summary = read_json(path, f"{path} cannot be read")
     row: dict[str, Any] = {"name": str, "expected": str}
     row |= dict.fromkeys(("value", "low", "high"), (int, float, type(None)))
@@ -533,7 +533,7 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: Path, complaint: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises `ConfigError` that begins with `complaint`."""
+    """Reads the JSON object in a file. Raises `ConfigError` that begins with `complaint`."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -25,6 +25,7 @@ from metadyn.base import (
     Derived,
     Domain,
     Learner,
+    LearnerKind,
     MetaLearner,
     Params,
     Probe,
@@ -41,7 +42,6 @@ from metadyn.errors import (
     error_context,
     meant,
 )
-from metadyn.labelled import LearnerKind
 from metadyn.learners.attention import LinearAttentionConfig, TransformerConfig
 from metadyn.learners.deltanet import DeltaNetConfig
 from metadyn.learners.learned_optimizer import LearnedOptimizerConfig
@@ -247,22 +247,22 @@ class Contender:
 
     @property
     def trained(self) -> bool:
-        """Whether it is a meta-learner that is trained."""
+        """Tells whether it is a meta-learner that is trained."""
         return self.seeded and not self.of
 
     @property
     def seeded(self) -> bool:
-        """Whether there is one of it for each outer seed."""
+        """Tells whether there is one of it for each outer seed."""
         return not isinstance(self.learner, Learner)
 
     @property
     def clock(self) -> str:
-        """What its time counts: of meta-learners, observations."""
+        """Says what its time counts: of meta-learners, observations."""
         return getattr(self.learner, "clock", "observations")
 
     @functools.cached_property  # one object, so that what is compiled of it is found again
     def make(self) -> Callable[[Params], Learner]:
-        """The function from outer parameters, or from () if there are none, to the learner."""
+        """Returns the function from outer parameters, or () if there are none, to the learner."""
         learner = self.learner
         return _Always(learner) if isinstance(learner, Learner) else learner.learner
 
@@ -336,22 +336,22 @@ class Comparison:
 
     @property
     def metas(self) -> list[Contender]:
-        """The meta-learners."""
+        """Returns the meta-learners."""
         return [contender for contender in self.contenders if contender.trained]
 
     @property
     def bayes(self) -> Contender:
-        """The contender that excess loss is reckoned from."""
+        """Returns the contender that excess loss is reckoned from."""
         return next(contender for contender in self.contenders if contender.kind == "bayes")
 
     @property
     def suffix(self) -> str:
-        """The ending of the names of its own sets of tasks."""
+        """Returns the ending of the names of its own sets of tasks."""
         return f"_{self.name}" if self.name else ""
 
     @functools.cached_property
     def tracked(self) -> TaskSet:
-        """Fixed evaluation tasks, probed at every checkpoint."""
+        """Returns the fixed evaluation tasks, probed at every checkpoint."""
         tasks = self._probed(self.domain.evaluation(self.measure.probe_points))
         fix = f"call one of the probes of {tasks.name!r} {STRENGTH!r}: it is what is tracked"
         check(STRENGTH in tasks.probes, "probes", sorted(tasks.probes), fix)
@@ -359,20 +359,20 @@ class Comparison:
 
     @functools.cached_property
     def heldout(self) -> TaskSet:
-        """Tasks of the training distribution, on which the loss is measured at every checkpoint."""
+        """Returns tasks of the training distribution, for the loss at every checkpoint."""
         tasks = training_tasks(self.domain)
         return self.measure.sized(tasks, "heldout_tasks", HELDOUT + self.suffix)
 
     @property
     def watched(self) -> tuple[TaskSet, ...]:
-        """The sets on which its meta-learners are measured at every checkpoint, and Bayes once."""
+        """Lists the sets that meta-learners are measured on at every checkpoint, and Bayes once."""
         tracked = (self.tracked,) if self.measure.tracked_tasks else ()
         heldout = (self.heldout,) if self.measure.heldout_tasks else ()
         return (*tracked, *heldout) if self.metas else ()
 
     @functools.cached_property
     def measurements(self) -> list[tuple[TaskSet, Contender]]:
-        """Each set with each contender that is measured on it once training is done."""
+        """Lists each set with each contender that is measured on it once training is done."""
         sets = [self._probed(tasks) for tasks in self.sets]
         found = [(tasks, c) for tasks in sets for c in self.contenders if c.kind in tasks.kinds]
         return found + [(self._probed(tasks), contender) for tasks, contender in self.pairs]
@@ -423,17 +423,17 @@ class Measurement(NamedTuple):
 
     @property
     def at_checkpoints(self) -> bool:
-        """Whether it is made at every checkpoint."""
+        """Tells whether it is made at every checkpoint."""
         return self.watched and self.contender.trained
 
     @property
     def meta(self) -> str:
-        """The name, in `Plan.trained`, of the meta-learner whose outer parameters it takes."""
+        """Names the meta-learner, in `Plan.trained`, whose outer parameters it takes."""
         return (self.contender.of or self.contender.name) + self.part.suffix
 
     @property
     def called(self) -> str:
-        """What it is called in messages, by the names of the contender and the set."""
+        """Names it for messages, by the names of the contender and the set."""
         return f"{self.contender.name} on {self.tasks.name}"
 
     def arguments(
@@ -464,7 +464,7 @@ class Plan:
 
     @functools.cached_property
     def trained(self) -> dict[str, MetaTraining]:
-        """Every meta-learner of every comparison, by its name and the comparison's ending."""
+        """Lists every meta-learner of every comparison, by its name and the comparison's ending."""
         parts = [(part, contender) for part in self.comparisons for contender in part.metas]
         found = [(meta.name + part.suffix, part.training(meta)) for part, meta in parts]
         check_unique([name for name, _ in found], "name", "two meta-learners have this name")
@@ -472,7 +472,7 @@ class Plan:
 
     @functools.cached_property
     def every(self) -> list[Measurement]:
-        """All that is measured: at checkpoints, Bayes beside it, and once training is done."""
+        """Lists all that is measured: at checkpoints, Bayes beside, and once training is done."""
         found = []
         for part in self.comparisons:
             both = [c for c in part.contenders if c.kind in ("meta", "bayes")]
@@ -583,7 +583,7 @@ def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
 
 
 def excess_of(results: Results, name: str, suffix: str = "") -> dynamics.Estimate:
-    """The excess loss of one meta-learner on held-out tasks, once training is done."""
+    """Estimates the excess loss of one meta-learner on held-out tasks, once training is done."""
     (bayes,) = results.learners(HELDOUT + suffix, "bayes").values()
     return dynamics.measured_excess(results[HELDOUT + suffix, name].isel(outer_step=-1), bayes)
 

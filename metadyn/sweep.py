@@ -58,7 +58,7 @@ class Part(NamedTuple):
     of: int
 
     def settings(self, count: int) -> range:
-        """Which of so many settings it does."""
+        """Says which of so many settings it does."""
         return range(self.number - 1, count, self.of)
 
 
@@ -77,7 +77,7 @@ class Sweep:
 
     @property
     def swept(self) -> list[str]:
-        """The options that have several values."""
+        """Returns the options that have several values."""
         return [name for name, values in self.options.items() if len(values) > 1]
 
     def overrides(self, i: int) -> list[str]:
@@ -90,13 +90,13 @@ class Sweep:
         return [word for name, value in pairs for word in (name, *split(value))]
 
     def called(self, i: int) -> str:
-        """What messages call a setting: its place, and the values of what is swept."""
+        """Names a setting for messages: its place, and the values of what is swept."""
         pairs = dict(zip(self.options, self.settings[i], strict=True))
         said = " ".join(f"{name} {pairs[name]}" for name in self.swept)
         return f"setting {i + 1} of {len(self.settings)}" + (f" ({said})" if said else "")
 
     def configs(self, default: Any, beside: Sequence[str] = ()) -> list[Any]:
-        """The configuration of each setting. Raises `ConfigError` naming one that is refused.
+        """Makes the configuration of each setting. Raises `ConfigError` naming one that is refused.
 
         Hints are at options of the study, and at those `beside` them.
         """
@@ -110,7 +110,7 @@ class Sweep:
 
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each option, as typed: --a 1 2 or --a=1. Raises `ConfigError` naming the word.
+    """Reads the values of each option, as typed: --a 1 2 or --a=1. `ConfigError` names the word.
 
     A word that begins with two dashes is an option.
     """
@@ -134,7 +134,7 @@ def parsed(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def part_of(text: str) -> Part:
-    """The part that "2/4" says. Raises `ConfigError` for anything else."""
+    """Reads the part that "2/4" says. Raises `ConfigError` for anything else."""
     index, _, of = text.partition("/")
     right = index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)
     check(right, "--part", text, "give I/N, such as 2/4, with I from 1 to N")
@@ -142,7 +142,7 @@ def part_of(text: str) -> Part:
 
 
 def size(options: Mapping[str, Sequence[str]], kind: SweepKind, count: int) -> int:
-    """How many settings there are going to be, without making them."""
+    """Counts how many settings there are going to be, without making them."""
     sizes = [len(values) for values in options.values()]
     return {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
 
@@ -154,11 +154,12 @@ def settings(
     count: int,
     seed: int,
 ) -> list[tuple[str, ...]]:
-    """Every combination of the values; or "zip", the first of all, the second of all, …; or at
-    "random", `count` combinations from the ranges that pairs of values give.
+    """Lists the settings of a sweep, each as the value of every option.
 
-    Ranges are sampled evenly in logarithm, options that are `whole` numbers rounded. Raises
-    `ConfigError` for options that cannot be combined so.
+    A "grid" has every combination of the values; "zip" the first of all, the second of all, …; and
+    "random" has `count` combinations from the ranges that pairs of values give. Ranges are sampled
+    evenly in logarithm, options that are `whole` numbers rounded. Raises `ConfigError` for options
+    that cannot be combined so.
     """
     if kind == "grid":
         for name, values in options.items():
@@ -189,7 +190,7 @@ def settings(
 
 
 def zipped(default: Any, words: str) -> list[tuple[str, Any]]:
-    """What `metadyn sweep --zip` makes of a configuration and some options, as they are typed.
+    """Says what `metadyn sweep --zip` makes of a configuration and some options, as typed.
 
     For each setting, the value of the first option and the configuration. Raises `ConfigError`.
     """
@@ -199,7 +200,7 @@ def zipped(default: Any, words: str) -> list[tuple[str, Any]]:
 
 
 def value_of(text: str) -> float | int | str:
-    """The value of an option as it was typed: a number, if it is one."""
+    """Reads the value of an option as it was typed: a number, if it is one."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
@@ -242,16 +243,16 @@ class SweepFolder:
         return claimed(cls, path, "sweep.json", asked, "sweep")
 
     def setting(self, i: int) -> Path:
-        """The run folder of a setting."""
+        """Returns the run folder of a setting."""
         return self.path / "settings" / f"{i:0{len(str(len(self.sweep.settings) - 1))}}"
 
     def run(self, i: int) -> RunFolder | None:
-        """The run of a setting, if it has begun."""
+        """Opens the run of a setting, if it has begun."""
         path = self.setting(i)
         return RunFolder(path) if (path / "config.json").exists() else None
 
     def lost(self, i: int) -> str:
-        """What was said when the loss of a setting was no longer finite; or nothing."""
+        """Returns what was said when the loss of a setting was no longer finite; or nothing."""
         path = self.setting(i) / "lost.json"
         if not path.exists():
             return ""
@@ -262,17 +263,17 @@ class SweepFolder:
         write_json(self.setting(i) / "lost.json", {"said": said})
 
     def ended(self, i: int) -> bool:
-        """Whether a setting is done, or lost."""
+        """Tells whether a setting is done, or lost."""
         return (self.setting(i) / "summary.json").exists() or bool(self.lost(i))
 
     def whole(self, i: int) -> bool:
-        """Whether a setting has ended, and nothing that is stored of it is damaged."""
+        """Tells whether a setting has ended, and nothing that is stored of it is damaged."""
         run = self.run(i)
         return self.ended(i) and not (run and run.damage())
 
 
 def is_sweep(path: str | Path) -> bool:
-    """Whether a folder holds a sweep."""
+    """Tells whether a folder holds a sweep."""
     return (Path(path) / "sweep.json").exists()
 
 

@@ -36,12 +36,12 @@ Row = Mapping[str, Any]
 
 
 def field(option: str) -> str:
-    """What datasets call an option: "domain.sigma" for --domain.sigma."""
+    """Names an option as datasets do: "domain.sigma" for --domain.sigma."""
     return option.removeprefix("--").replace("-", "_")
 
 
 def load(path: str | Path, task_set: str) -> xr.Dataset:
-    """A sweep as one dataset: that of each setting, along dimensions of what is swept.
+    """Loads a sweep as one dataset: that of each setting, along dimensions of what is swept.
 
     The dimensions of a grid are the options that have several values, such as "domain.sigma". Other
     sweeps have one dimension, "setting", with the options' values along it. Where a setting has
@@ -77,7 +77,7 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
 
 
 def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
-    """The figures of merit of every setting (`measured`), as written or as far as they are there.
+    """Returns the figures of merit of every setting (`measured`), as written or as far as there.
 
     In the place of NaN is None. Raises `ConfigError` if what is written is damaged.
     """
@@ -174,7 +174,7 @@ def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
 
 
 def ranked(found: Sequence[Row]) -> list[Row]:
-    """The settings, best first: by excess loss, those that were lost at the end."""
+    """Ranks the settings, best first: by excess loss, those that were lost at the end."""
 
     def place(row: Row) -> tuple[bool, float]:
         value = None if row["lost"] else row["excess"][0]

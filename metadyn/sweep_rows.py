@@ -44,7 +44,7 @@ def row_of(loop: OuterLoop, name: str) -> Row:
 
 
 def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
-    """Which outer loops, by their numbers, can be rows of one program."""
+    """Groups outer loops, by their numbers, into those that can be rows of one program."""
     forms: dict[Hashable, list[int]] = {}
     for i, loop in loops.items():
         config, names = loop.config, loop.trained

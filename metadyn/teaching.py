@@ -58,7 +58,7 @@ class OpenRegression(LinearRegression):
         return Shown(super().feedback(task.task, query, answer, key), task)
 
     def loss(self, answer: Float[Array, " n_y"], feedback: Any) -> Array:
-        """Squared error, mean over outputs."""
+        """Computes the squared error, mean over outputs."""
         return super().loss(answer, feedback.y)
 
 
@@ -111,7 +111,7 @@ def taught(
 
 
 def none(task: LinearTask, examples: int) -> Lesson:
-    """No teacher: inputs as they are posed."""
+    """Stands for no teacher: inputs stay as they are posed."""
     return jnp.full((examples, task.W.shape[1]), jnp.nan)
 
 
@@ -179,7 +179,7 @@ def gain(
     random: Float[np.ndarray, "*batch time"],
     taught: Float[np.ndarray, "*batch time"],
 ) -> Float[np.ndarray, "*batch"] | np.floating:
-    """The teaching gain: steps of random examples over taught ones, to equal error.
+    """Computes the teaching gain: steps of random examples over taught ones, to equal error.
 
     The error is that after the examples taught, at time `end`; errors of random examples are the
     lowest so far, linearly interpolated. NaN where they never come down to it.

@@ -49,7 +49,7 @@ def write(of: RunFolder | SweepFolder, progress: Progress = SILENT) -> Path:
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """The whole page of what `collect` found. Text of the run is escaped wherever it stands."""
+    """Makes the whole page of what `collect` found. Text of the run is escaped throughout."""
     template = (files("metadyn") / "view.html").read_text(encoding="utf-8")
     embedded = json.dumps({**data, "colours": figures.COLOURS}, allow_nan=False)
     for sign in "<>&":  # so that no text can end the script that it is in
@@ -130,7 +130,7 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
 def collect(
     of: RunFolder | SweepFolder, progress: Progress = SILENT, read: Read = _run
 ) -> dict[str, Any]:
-    """All that the page shows, as JSON: of what is done, stopped or still going.
+    """Collects all that the page shows, as JSON: of what is done, stopped or still going.
 
     Raises `ConfigError` if what is stored is damaged.
     """
@@ -209,7 +209,7 @@ def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str,
 
 
 def plain(text: str) -> str:
-    """A label without the signs of mathematical typesetting: "singular value $s_k$" is sₖ."""
+    """Takes the signs of mathematical typesetting off a label: "singular value $s_k$" is sₖ."""
     for sign, said in (("\n", " "), ("$", ""), ("\\", ""), ("_k", "ₖ"), ("{", ""), ("}", "")):
         text = text.replace(sign, said)
     return text
@@ -246,7 +246,7 @@ class _Watched:
         self.update(progress)
 
     def read(self, run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
-        """What is shown of a run: as it was, if nothing has been stored since."""
+        """Reads what is shown of a run: as it was, if nothing has been stored since."""
         seen = _stored(run)
         if run.path not in self.kept or self.kept[run.path][0] != seen:
             self.kept[run.path] = seen, _run(run, progress, share)
@@ -267,7 +267,7 @@ class _Watched:
 def server(
     of: RunFolder | SweepFolder, port: int, progress: Progress = SILENT
 ) -> ThreadingHTTPServer:
-    """A server of the page on 127.0.0.1, which `serve_forever` starts.
+    """Makes a server of the page on 127.0.0.1, which `serve_forever` starts.
 
     The page asks for data.json every two seconds; 304 says that nothing was stored since. Raises
     `ConfigError` for a port that cannot be had, and for what is damaged.

@@ -75,7 +75,7 @@ class ContextualBandit:
 
     @property
     def deterministic(self) -> bool:
-        """Whether one try shows if an action is correct."""
+        """Tells whether one try shows if an action is correct."""
         return self.p_high == 1 and self.p_low == 0
 
     # The contract of `base.Domain`.
@@ -85,7 +85,7 @@ class ContextualBandit:
 
     @property
     def answer_size(self) -> int:
-        """Numbers in one answer, the logits of n actions."""
+        """Returns how many numbers one answer has: the logits of n actions."""
         return self.actions
 
     def sample_task(self, key: Key) -> BanditTask:
@@ -100,7 +100,7 @@ class ContextualBandit:
         return jax.random.randint(key, (), 0, self.contexts)
 
     def pay(self, task: BanditTask) -> Float[Array, "K n"]:
-        """Expected reward of every action in every context."""
+        """Returns the expected reward of every action in every context."""
         correct = jax.nn.one_hot(task.best, self.actions)
         return self.p_low + (self.p_high - self.p_low) * correct
 
@@ -116,7 +116,7 @@ class ContextualBandit:
         return Outcome(query, action, paid.astype(jnp.float32), pay)
 
     def loss(self, answer: Float[Array, " n"], feedback: Outcome) -> Float[Array, ""]:
-        """The regret: what the correct action pays in expectation beyond what the policy does."""
+        """Computes the regret: what the correct action is expected to pay beyond the policy."""
         return self.p_high - jax.nn.softmax(answer) @ feedback.pay[feedback.context]
 
     def encode_query(self, query: Int[Array, ""]) -> Float[Array, " K"]:

@@ -37,7 +37,7 @@ class Mixture:
         check(right, "weights", self.weights, "give one above 0 for each domain, or none")
 
     def component(self, key: Key) -> Int[Array, ""]:
-        """Which of the domains the task of a key is of."""
+        """Returns the index of the domain from which the task of this key is drawn."""
         return jax.random.randint(jax.random.split(key)[0], (), 0, len(self.domains))
 
     def __call__(self, key: Key) -> Task:
@@ -45,7 +45,7 @@ class Mixture:
         return jax.lax.switch(self.component(key), samplers, jax.random.split(key)[1])
 
     def weight(self, key: Key) -> Float[Array, ""]:
-        """How much losses count in the task of a key."""
+        """Returns the factor on the training loss of the task of this key."""
         weights = self.weights or (1.0,) * len(self.domains)
         return jnp.asarray(weights, jnp.float32)[self.component(key)]
 
@@ -67,7 +67,7 @@ class Pool:
         check_positive(self, "size")
 
     def task(self, index: Int[Array, ""]) -> Task:
-        """Task number `index`, from 0."""
+        """Draws task number `index`, from 0."""
         return self.domain.sample_task(jax.random.fold_in(jax.random.key(self.seed), index))
 
     def __call__(self, key: Key) -> Task:

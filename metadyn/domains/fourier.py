@@ -30,7 +30,7 @@ Embedding = Literal["raw", "standard", "circle", "fourier"]
 
 
 def band(low: int, high: int, total: float = 1.0) -> Spectrum:
-    """Equal variances at the frequencies low … high that add up to `total`: a band-pass prior.
+    """Gives equal variances, `total` in all, to the frequencies low … high: a band-pass prior.
 
     From low = 1 it is a low-pass prior. The functions have variance `total` at every input.
     Raises `ConfigError` unless 0 <= low <= high and `total` is positive.
@@ -40,7 +40,7 @@ def band(low: int, high: int, total: float = 1.0) -> Spectrum:
 
 
 def band_stop(low: int, high: int, highest: int, total: float = 1.0) -> Spectrum:
-    """Equal variances at 1 … highest but for the frequencies low … high, adding up to `total`."""
+    """Gives equal variances, `total` in all, to 1 … highest but for the frequencies low … high."""
     check(1 <= low <= high <= highest, "band_stop", (low, high, highest), "must be in this order")
     fix = "leave a frequency that passes"
     check(low > 1 or high < highest, "band_stop", (low, high, highest), fix)
@@ -94,7 +94,7 @@ class FourierRegression(Regression):
 
     @property
     def support(self) -> tuple[int, ...]:
-        """The frequencies that the prior gives variance to."""
+        """Returns the frequencies that the prior gives variance to."""
         return tuple(k for k, v in enumerate(self.spectrum) if v > 0)
 
     # The contract of `base.Domain`.
@@ -194,12 +194,12 @@ class FourierRegression(Regression):
 
 
 def uniform_grid(points: int) -> Float[np.ndarray, " P"]:
-    """The P inputs −½, −½ + 1/P, …, float64."""
+    """Returns the P inputs −½, −½ + 1/P, …, float64."""
     return np.arange(points) / points - 0.5
 
 
 def coefficients(answers: Float[Array, " P"]) -> Complex[Array, " half"]:
-    """Fourier coefficients F_k, k = 0 … ⌊P/2⌋, of values on `uniform_grid`.
+    """Computes the Fourier coefficients F_k, k = 0 … ⌊P/2⌋, of values on `uniform_grid`.
 
     The values are Re F_k e^{2πikx} summed over k: so F_k = α_k − iβ_k at every frequency, 0 and
     Nyquist's (where the sine vanishes) included.
@@ -213,7 +213,7 @@ def coefficients(answers: Float[Array, " P"]) -> Complex[Array, " half"]:
 
 
 def power_spectrum(F: Complex[Array, " half"], points: int) -> Float[Array, " half"]:
-    """Mean square over the grid of each frequency of `coefficients`: they add up to the whole."""
+    """Computes the mean square over the grid of each frequency of `coefficients`."""
     return jnp.abs(F) ** 2 * np.where(_alone(points), 1.0, 0.5).astype(np.float32)
 
 
@@ -231,6 +231,6 @@ def fourier_features(x: Number, frequencies: tuple[int, ...]) -> Float[Array, " 
 
 
 def value(task: FourierTask, x: Number) -> Number:
-    """The value f(x) of a task's function."""
+    """Computes the value f(x) of a task's function."""
     turns = 2 * np.pi * jnp.arange(task.cosine.shape[0]) * x
     return jnp.sum(task.cosine * jnp.cos(turns) + task.sine * jnp.sin(turns), keepdims=True)

@@ -91,17 +91,17 @@ class LinearRegression(Regression):
 
     @cached_property
     def M(self) -> np.ndarray:
-        """Prior mean [n_y, n_x], float64."""
+        """Returns the prior mean [n_y, n_x], float64."""
         return np.zeros((self.n_y, self.n_x)) if self.mean is None else np.array(self.mean)
 
     @cached_property
     def R(self) -> np.ndarray:
-        """Prior covariance between outputs [n_y, n_y], float64."""
+        """Returns the prior covariance between outputs [n_y, n_y], float64."""
         return np.eye(self.n_y) if self.row_covariance is None else np.array(self.row_covariance)
 
     @cached_property
     def C(self) -> np.ndarray:
-        """Prior covariance between inputs [n_x, n_x], float64."""
+        """Returns the prior covariance between inputs [n_x, n_x], float64."""
         C = self.column_covariance
         return np.eye(self.n_x) / self.n_x if C is None else np.array(C)
 
@@ -135,7 +135,7 @@ class LinearRegression(Regression):
         return tuple(float(value) for value in s)
 
     def scaled(self, scale: float) -> LinearRegression:
-        """The same domain with every matrix W of its prior multiplied by a number above 0."""
+        """Copies the domain with every matrix W of its prior multiplied by a number above 0."""
         check(0 < scale < float("inf"), "scale", scale, "must be positive and finite")
         rows = lambda matrix: tuple(map(tuple, matrix.tolist()))
         mean, C = rows(scale * self.M), rows(scale**2 * self.C)
@@ -145,7 +145,7 @@ class LinearRegression(Regression):
 
     @property
     def answer_size(self) -> int:
-        """Numbers in one answer, n_y."""
+        """Returns how many numbers one answer has, n_y."""
         return self.n_y
 
     def sample_task(self, key: Key) -> LinearTask:

@@ -36,7 +36,7 @@ def fits(hidden: int, inputs: int) -> bool:
 
 
 def exact(interpret: bool) -> Algorithm | None:
-    """How products are made that `jax.default_matmul_precision` says are to be float32.
+    """Chooses how products are made that `jax.default_matmul_precision` says are to be float32.
 
     As three products in TensorFloat32, of the leading and the trailing bits of the factors: as
     exact as float32, and on the matrix units. None where JAX says all that there is to say.
@@ -183,7 +183,7 @@ def lstm(
     inputs: Float[Array, "T n B"],
     interpret: bool = False,
 ) -> Float[Array, "T H B"]:
-    """Hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0, in float32.
+    """Computes the hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0, in float32.
 
     For hidden units that `fits`. With `interpret` the kernels run as JAX's own operations, on any
     device: to test them.
@@ -219,14 +219,14 @@ def _backward(interpret, kept, dh):
 
 
 def before(h: Float[Array, "T H B"]) -> Float[Array, "T H B"]:
-    """The states that each step begins with, h_0 … h_{T−1}."""
+    """Returns the states that each step begins with, h_0 … h_{T−1}."""
     return jnp.concatenate([jnp.zeros_like(h[:1]), h[:-1]])
 
 
 def summed(
     dz: Float[Array, "T Z B"], seen: Float[Array, "T s B"], precision: Any = None
 ) -> Float[Array, "Z s"]:
-    """The gradient by weights of what was seen, Σ_t dz_t seen_tᵀ.
+    """Computes the gradient by weights of what was seen, Σ_t dz_t seen_tᵀ.
 
     On CPUs as one product over all steps; elsewhere as a product for each, then their sum: one of
     all would transpose them first.

@@ -29,7 +29,7 @@ class LSTMWeights(NamedTuple):
 
 
 def apply(matrix: Float[Array, "m n"], columns: Float[Array, " n *B"]) -> Float[Array, " m *B"]:
-    """matrix @ columns.
+    """Multiplies a matrix with columns, or with a lone one.
 
     A lone column is the left factor, so that mapped over episodes the product has its features
     last, as all else then has, and nothing is transposed when a probe asks many queries.
@@ -43,7 +43,7 @@ def cell(
     h: Float[Array, " H *B"],
     c: Float[Array, " H *B"],
 ) -> tuple[Float[Array, " H *B"], Float[Array, " H *B"], tuple[Array, ...]]:
-    """One step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', (i, f, o, g)), all alike.
+    """Takes one step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', (i, f, o, g)), all alike.
 
     The products with x and h are apart: many queries to one state share the latter.
     """
@@ -66,7 +66,7 @@ def _activate(z: Float[Array, " Z *B"], c: Float[Array, " H *B"]):
 def lstm(
     weights: LSTMWeights, inputs: Float[Array, "T n B"], backend: Backend = "auto"
 ) -> Float[Array, "T H B"]:
-    """Hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0.
+    """Computes the hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0.
 
     Backends agree in value and gradient (tested):
       auto      `fused` on GPUs up to 128 units (`benchmarks/gpu.py`), else `backward`, which on

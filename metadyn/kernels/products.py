@@ -14,17 +14,17 @@ from metadyn import mesh
 
 
 def matvec(W: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
-    """W x. Under `jax.vmap` over x alone it is one product, X Wᵀ."""
+    """Computes W x. Under `jax.vmap` over x alone it is one product, X Wᵀ."""
     return _matvec(W, x) if mesh.backend() == "cpu" else W @ x
 
 
 def times(A: Float[Array, "*B i j"], B: Float[Array, "*B j k"]) -> Float[Array, "*B i k"]:
-    """A B."""
+    """Computes A B."""
     return _times(A, B) if mesh.backend() == "cpu" else A @ B
 
 
 def similarities(A: Float[Array, "*B i k"], B: Float[Array, "*B j k"]) -> Float[Array, "*B i j"]:
-    """A Bᵀ: the inner products of the rows of A with those of B."""
+    """Computes A Bᵀ: the inner products of the rows of A with those of B."""
     return _similarities(A, B) if mesh.backend() == "cpu" else A @ B.mT
 
 

@@ -36,7 +36,7 @@ class TransformerConfig(HeadedConfig):
     label = "transformer"
 
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> SoftmaxAttention:
-        """Softmax attention."""
+        """Makes the softmax attention of one block."""
         return SoftmaxAttention(self, rngs=rngs)
 
 
@@ -64,12 +64,12 @@ class SoftmaxAttention(nnx.Module):
         return by_token(self.out, joined(products.times(weights, value)))
 
     def start(self, steps: int) -> Cache:
-        """An empty cache."""
+        """Makes an empty cache."""
         nothing = jnp.zeros((steps, self.heads, self.d))
         return nothing, nothing, jnp.int32(0)
 
     def step(self, memory: Cache, x: Float[Array, " H"]) -> tuple[Cache, Float[Array, " H"]]:
-        """The attention of one token to those in the cache and to itself."""
+        """Computes the attention of one token to those in the cache and to itself."""
         keys, values, t = memory
         query, key, value = queries_keys_values(self.project, x, self.heads)
         past = jnp.where(jnp.arange(len(keys)) < t, jnp.einsum("hd,shd->hs", query, keys), -jnp.inf)
@@ -91,7 +91,7 @@ class LinearAttentionConfig(HeadedConfig):
     label = "linear attention"
 
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> LinearAttention:
-        """Linear attention."""
+        """Makes the linear attention of one block."""
         return LinearAttention(self, rngs=rngs)
 
 
@@ -118,11 +118,11 @@ class LinearAttention(nnx.Module):
         return by_token(self.out, joined(mixed))
 
     def start(self, steps: int) -> Sums:
-        """No sums yet, of no tokens."""
+        """Makes the sums of no tokens yet: zero."""
         return jnp.zeros((self.heads, self.d, self.d)), jnp.int32(0)
 
     def step(self, memory: Sums, x: Float[Array, " H"]) -> tuple[Sums, Float[Array, " H"]]:
-        """The attention of one token to those in the sums and to itself."""
+        """Returns the attention of one token to those in the sums and to itself."""
         sums, t = memory
         query, key, value = self._projected(x)
         own = (query * key).sum(-1, keepdims=True) * value
@@ -153,7 +153,7 @@ class OneLayerAttentionConfig:
         check_positive(self, "attention_heads", "rank", "scale")
 
     def make(self, domain: Domain, heads: int = 0) -> OneLayerAttention:
-        """The meta-learner for a domain."""
+        """Makes the meta-learner for a domain."""
         return OneLayerAttention(domain, self, heads)
 
 
@@ -177,7 +177,7 @@ class OneLayerAttention:
         (self._n,), (self._m,) = encoded_shapes(domain)
 
     def init(self, key: Key) -> Params:
-        """The blocks V_h, and U_h or K_h and Q_h, of all heads."""
+        """Draws the blocks V_h, and U_h or K_h and Q_h, of all heads."""
         config, n = self.config, self._n
         shapes = {"value": (self.domain.answer_size + self.heads, self._m)}
         if config.merged:
@@ -202,7 +202,7 @@ class OneLayerAttention:
         return jnp.einsum("hom,mi...,hij,j...->o...", params["value"], pairs, key_query, x)
 
     def learner(self, params: Params) -> Learner:
-        """The step-by-step form, whose memory is Σ y xᵀ and the number of pairs."""
+        """Makes the step-by-step form, whose memory is Σ y xᵀ and the number of pairs."""
         domain = self.domain
 
         def init(key: Key) -> Pairs:
@@ -224,7 +224,7 @@ class OneLayerAttention:
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """The whole-episode form: answers [T, answer_size, B], and below them the heads."""
+        """Answers whole episodes: [T, answer_size, B], and below them the heads."""
         x, y = encoded_episodes(self.domain, queries, feedback)
         total = jnp.cumsum(y[:, :, None] * x[:, None], axis=0)
         means = total / jnp.arange(1, len(x) + 1)[:, None, None, None]

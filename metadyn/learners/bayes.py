@@ -37,7 +37,7 @@ def condition(
     y: Float[Array, " rows"],
     variance: float | Float[Array, ""],
 ) -> Posterior:
-    """The posterior of W [rows, n] after a pair y = W x + noise of the given variance on each row.
+    """Conditions W [rows, n] on a pair y = W x + noise of the given variance on each row.
 
     Potter's square-root update (Bierman 1977, Factorization Methods for Discrete Sequential
     Estimation, §II.3): algebraically the Kalman update, without its subtraction of covariances.
@@ -65,7 +65,7 @@ class Gaussian(NamedTuple):
 
 
 def gaussian_linear(domain: LinearRegression) -> Gaussian:
-    """The domain's own prior MN(M, R, C) and noise σ².
+    """Returns the domain's own prior MN(M, R, C) and noise σ².
 
     In the eigenbasis of R the outputs are independent: row i has prior covariance λ_i C.
     """
@@ -79,7 +79,7 @@ def gaussian_linear(domain: LinearRegression) -> Gaussian:
 def gaussian_fourier(
     domain: FourierRegression, frequencies: tuple[int, ...] | None = None
 ) -> Gaussian:
-    """The domain's own prior on the Fourier features of the frequencies, by default its support.
+    """Returns the domain's own prior on Fourier features of frequencies, by default its support.
 
     Without noise the update has σ² = 1e-6 Σ_k v_k: in float32, its limit.
     """
@@ -93,13 +93,13 @@ def gaussian_fourier(
 
 @kept
 def bayes_linear(domain: LinearRegression) -> Learner:
-    """The posterior mean of W under the domain's own prior MN(M, R, C) and noise σ²."""
+    """Answers by the posterior mean of W under the domain's own prior MN(M, R, C) and noise σ²."""
     return _regression(gaussian_linear(domain))
 
 
 @kept
 def bayes_fourier(domain: FourierRegression) -> Learner:
-    """The posterior mean of f: Bayesian linear regression on the Fourier features of the prior.
+    """Answers by the posterior mean of f: Bayesian regression on the Fourier features of the prior.
 
     It is the Gaussian process with kernel Σ_k v_k cos 2πk(x − x').
     """
@@ -116,7 +116,7 @@ def _regression(model: Gaussian) -> Learner:
 
 @kept
 def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> Learner:
-    """The exact posterior over a*, and a policy on it.
+    """Keeps the exact posterior over a*, and answers by a policy on it.
 
     greedy     the most probable actions, evenly. With deterministic pay it is Bayes-optimal: it
                tries what is not ruled out, the likeliest first, then exploits. (For independent
@@ -142,7 +142,7 @@ def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> L
         prior = jnp.zeros((K, n))
 
     def marginal(state: Array, c: Int[Array, ""]) -> Float[Array, " n"]:
-        """log P(a*_c = a), up to a constant."""
+        """Computes log P(a*_c = a), up to a constant."""
         if not domain.permutation:
             return state[c]
         given = assignments[:, c, None] == jnp.arange(n)
@@ -167,7 +167,7 @@ def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> L
 
 @kept
 def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
-    """Ridge regression, argmin_W Σ ‖y − W x‖² + penalty ‖W‖², online.
+    """Makes ridge regression, argmin_W Σ ‖y − W x‖² + penalty ‖W‖², online.
 
     It is the posterior mean under iid weights of variance 1 / penalty and noise of variance 1.
     """

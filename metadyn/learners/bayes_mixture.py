@@ -25,7 +25,7 @@ class MixtureState(NamedTuple):
 
 
 def bayes_mixture(models: Sequence[Gaussian]) -> Learner:
-    """The posterior mean under a mixture of Gaussian priors, all equally likely at first.
+    """Answers by the posterior mean under several Gaussian priors, all equally likely at first.
 
     It is the mean of the models' own posterior means, weighted by their evidence, which grows by
     the log density of each target as it was foretold. The models have the same features. Raises
@@ -57,7 +57,7 @@ def bayes_mixture(models: Sequence[Gaussian]) -> Learner:
 
 
 def bayes_memorising(pool: Pool) -> Learner:
-    """The posterior mean of W when W is known to be that of one of a pool of tasks y = W x + ε.
+    """Answers by the posterior mean of W where W is that of one of a pool of tasks y = W x + ε.
 
     Each task counts by its likelihood: the minimum mean-square estimator of discrete tasks in
     Raventós et al. (2023), arXiv:2306.15063, eq. 3. The state is the log posterior [size].

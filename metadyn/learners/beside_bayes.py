@@ -49,7 +49,7 @@ class Beliefs:
 
 
 def linear_beliefs(domain: LinearRegression) -> Beliefs:
-    """The posterior of W: its mean [n_y n_x], covariance [n_x n_x], and the latter's log det [1].
+    """Reads the posterior of W: mean [n_y n_x], covariance [n_x n_x], and the latter's log det [1].
 
     In the eigenbasis of R; the covariance is that of the first row, which is that of all if R is
     the identity. Distances are mean squared errors.
@@ -78,7 +78,7 @@ def _log_determinant(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
 
 
 def bandit_beliefs(domain: ContextualBandit) -> Beliefs:
-    """The posterior: of each action in each context [K n], and the entropy in each context [K].
+    """Reads the posterior of each action in each context [K n], and its entropy in each [K].
 
     Distances are KL(best policy ‖ policy), in nats. Raises `ConfigError` for permutations, whose
     contexts are not independent.
@@ -99,7 +99,7 @@ def bandit_beliefs(domain: ContextualBandit) -> Beliefs:
 
 
 def whole(carry: Carry) -> Float[Array, " D"]:
-    """All numbers in the state of a recurrent cell: (h, c) of an LSTM."""
+    """Flattens the carry of a recurrent cell into one vector: (h, c) of an LSTM."""
     return ravel_pytree(carry)[0]
 
 
@@ -144,7 +144,7 @@ class Beside:
         self.init, self.unroll = meta.init, meta.unroll
 
     def learner(self, params: Params) -> Learner:
-        """The learner that these parameters are, and Bayes beside it."""
+        """Makes the learner that these parameters are, and Bayes beside it."""
         network, bayes, domain = self.meta.learner(params), self.beliefs.learner, self.domain
 
         def told(known: State, carry: Carry, query: Array, distance: Array) -> dict[str, Array]:

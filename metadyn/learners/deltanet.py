@@ -28,7 +28,7 @@ class DeltaNetConfig(HeadedConfig):
     label = "DeltaNet"
 
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> DeltaRule:
-        """The delta rule."""
+        """Makes the delta rule of one block."""
         return DeltaRule(self, rngs=rngs)
 
 
@@ -72,11 +72,11 @@ class DeltaRule(nnx.Module):
         return by_token(self.out, joined(jnp.concatenate(read, axis=-2)[..., :T, :]))
 
     def start(self, steps: int) -> FastWeights:
-        """Fast weights of zero."""
+        """Makes fast weights of zero."""
         return jnp.zeros((self.heads, self.d, self.d))
 
     def step(self, memory: FastWeights, x: Float[Array, " H"]) -> tuple[FastWeights, Array]:
-        """One correction, and what is read after it."""
+        """Makes one correction, and reads what is there after it."""
         query, key, value, rate = self._projected(x)
         error = rate * (value - jnp.einsum("hvk,hk->hv", memory, key))
         own = error * (key * query).sum(-1, keepdims=True)

@@ -74,7 +74,7 @@ class Network(NamedTuple):
 def deep_linear(
     n_x: int, n_y: int, depth: int = 2, width: int = 32, scale: float = 1e-2
 ) -> Network:
-    """ŷ = W_depth … W_2 W_1 x with N(0, scale²) entries (Saxe et al. 2013)."""
+    """Makes ŷ = W_depth … W_2 W_1 x with N(0, scale²) entries (Saxe et al. 2013)."""
     check(scale > 0, "scale", scale, "must be positive")
     shapes = _shapes(n_x, n_y, depth, width)
 
@@ -110,7 +110,7 @@ def _shapes(n_x: int, n_y: int, depth: int, width: int) -> list[tuple[int, int]]
 
 @functools.cache
 def mlp(n_x: int, n_y: int, depth: int = 6, width: int = 256) -> Network:
-    """ReLU multilayer perceptron with `depth` hidden layers.
+    """Makes a ReLU multilayer perceptron with `depth` hidden layers.
 
     Weights and biases start uniform on ±1/√fan-in, PyTorch's default, as in Rahaman et al. (2018).
     """
@@ -146,7 +146,7 @@ def _product(weights: list[Array], x: Float[Array, " n_x"]) -> Float[Array, " n_
 
 
 def half_squared_error(answer: Array, feedback: Array) -> Array:
-    """½ ‖answer − feedback‖², for which one unit of time is 1 / learning rate (Saxe et al.)."""
+    """Computes ½ ‖answer − feedback‖², whose unit of time is 1 / learning rate (Saxe et al.)."""
     return 0.5 * jnp.sum((answer - feedback) ** 2)
 
 
@@ -158,7 +158,7 @@ def gradient(
     loss: Callable[[Answer, Feedback], Array] = half_squared_error,
     points: int | None = None,
 ) -> Learner:
-    """A network that takes one optimiser step on the mean loss over each minibatch.
+    """Makes a network that takes one optimiser step on the mean loss over each minibatch.
 
     Minibatches are fresh, or drawn from `points` pairs that stay the same: all of them at every
     update (full batch) if there are as many as `batch`. Its state is (weights, optimiser state);
@@ -227,7 +227,7 @@ class Policy(NamedTuple):
 def expected_policy_gradient(
     network: Network, optimizer: optax.GradientTransformation, contexts: int
 ) -> Learner:
-    """Gradient ascent on the expected reward itself, over all contexts and actions.
+    """Ascends the gradient of the expected reward itself, over all contexts and actions.
 
     It knows what every action pays (`Outcome.pay`), so that nothing is sampled: the mean of
     `reinforce`, exactly. Its time t counts updates.
@@ -242,7 +242,7 @@ def expected_policy_gradient(
 
 @functools.cache
 def reinforce(network: Network, optimizer: optax.GradientTransformation, batch: int) -> Learner:
-    """REINFORCE (Williams 1992) on `batch` fresh choices an update, drawn from the policy itself.
+    """Learns by REINFORCE (Williams 1992) on `batch` choices an update, drawn from its own policy.
 
     The gradient of −(r − r̄) log π(a | c), with r̄ the running mean of past rewards: it begins at 0,
     and each update moves it by 0.01 of the way to the mean of its own. Its time t counts updates.
@@ -282,7 +282,7 @@ def saxe_strength(
 
 
 def random_start(width: int, scale: float) -> float:
-    """The a₀ of `saxe_strength` that stands for N(0, scale²) weights: ½ width scale²."""
+    """Returns the a₀ of `saxe_strength` that stands for N(0, scale²) weights: ½ width scale²."""
     return 0.5 * width * scale**2
 
 

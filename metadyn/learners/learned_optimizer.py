@@ -43,7 +43,7 @@ class LearnedOptimizer(InnerDescent):
     """
 
     def init(self, key: Key) -> Params:
-        """Outer parameters: a hidden layer, an output layer that is zero, log rate."""
+        """Draws outer parameters: a hidden layer, an output layer that is zero, a log rate."""
         hidden = self.config.hidden
         return {
             "hidden": prng.normal(key, (hidden, FEATURES)) / FEATURES**0.5,
@@ -54,7 +54,7 @@ class LearnedOptimizer(InnerDescent):
         }
 
     def start(self, params: Params, key: Key) -> Descent:
-        """A random start of the network; a momentum of zero for each of `DECAYS`; no steps yet."""
+        """Draws the network's start, with a momentum of zero for each of `DECAYS`."""
         weights = self.network.init(key)
         zeros = jax.tree.map(jnp.zeros_like, weights)
         return Descent(weights, ((zeros,) * len(DECAYS), jnp.int32(0)))
@@ -62,7 +62,7 @@ class LearnedOptimizer(InnerDescent):
     def stepped(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
-        """Every weight moves as the MLP says."""
+        """Moves every weight as the MLP says."""
         weights, (momenta, steps) = descent
         momenta = tuple(
             jax.tree.map(lambda m, g, decay=decay: decay * m + (1 - decay) * g, momentum, gradient)
@@ -89,7 +89,7 @@ def _moved(params, time, depth, weights, gradient, *momenta) -> Array:
 
 
 def evolution_strategies(domain: Domain, meta: MetaLearner, sigma: float = 0.03) -> Objective:
-    """The domain's loss over whole episodes, its gradient estimated by evolution strategies.
+    """Trains on the loss over whole episodes, its gradient estimated by evolution strategies.
 
     The unbiased gradient of the smoothed loss E L(θ + σε), ε ~ N(0, I): see `antithetic`. Each
     episode is run twice, by the learners θ + σε and θ − σε, with an ε of its own. Differentiating
@@ -124,7 +124,7 @@ def evolution_strategies(domain: Domain, meta: MetaLearner, sigma: float = 0.03)
 
 
 def antithetic(loss, theta: Array, noise: Array, sigma: float) -> tuple[Array, Array]:
-    """(L(θ + σε) + L(θ − σε)) / 2, and ε (L(θ + σε) − L(θ − σε)) / 2σ.
+    """Computes (L(θ + σε) + L(θ − σε)) / 2, and ε (L(θ + σε) − L(θ − σε)) / 2σ.
 
     For ε ~ N(0, I) their means are the smoothed loss and its gradient (Salimans et al. 2017,
     arXiv:1703.03864; Nesterov & Spokoiny 2017).
@@ -150,11 +150,11 @@ class LearnedOptimizerConfig(InnerDescentConfig):
     """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
 
     def make(self, domain: Domain, heads: int = 0) -> LearnedOptimizer:
-        """The meta-learner for a domain; raises `ConfigError` if it is no regression."""
+        """Makes the meta-learner for a domain; raises `ConfigError` if it is no regression."""
         check_regression(domain, heads, self.label)
         network = ordinary_network(domain, self.depth, self.width, self.scale)
         return LearnedOptimizer(domain, network, self)
 
     def objective(self, domain: Domain, meta: MetaLearner) -> Objective:
-        """What it is trained on (`evolution_strategies`)."""
+        """Makes the objective that it is trained on (`evolution_strategies`)."""
         return evolution_strategies(domain, meta, self.sigma)

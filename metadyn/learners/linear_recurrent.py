@@ -25,7 +25,7 @@ class MinLSTMConfig(BlocksConfig):
     """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
 
     def mixer(self, domain: Domain, rngs: nnx.Rngs) -> MinLSTM:
-        """A minLSTM."""
+        """Makes the minLSTM of one block."""
         return MinLSTM(self, domain.steps, rngs=rngs)
 
 
@@ -63,11 +63,11 @@ class MinLSTM(nnx.Module):
         return by_token(self.out, read * states)
 
     def start(self, steps: int) -> State:
-        """h_0 = 0."""
+        """Returns the memory before the first token, h_0 = 0."""
         return jnp.zeros(self.project.in_features)
 
     def step(self, memory: State, x: Float[Array, " H"]) -> tuple[State, Float[Array, " H"]]:
-        """h_t, and what is read of it."""
+        """Computes h_t, and what is read of it."""
         kept, new, read = self._gated(x)
         memory = kept * memory + new
         return memory, self.out(read * memory)

@@ -54,7 +54,7 @@ class LSTMCell(nnx.RNNCellBase):
 
     @property
     def weights(self) -> LSTMWeights:
-        """The weights in the form that the kernels take."""
+        """Returns the weights in the form that the kernels take."""
         return LSTMWeights(self.input[...], self.recurrent[...], self.bias[...])
 
     def initialize_carry(

@@ -68,23 +68,23 @@ class InnerDescent:
     # What subclasses say.
 
     def init(self, key: Key) -> Params:
-        """Outer parameters at outer step 0."""
+        """Draws the outer parameters of outer step 0."""
         raise NotImplementedError
 
     def start(self, params: Params, key: Key) -> Descent:
-        """The network at the beginning of an episode."""
+        """Makes the network at the beginning of an episode."""
         raise NotImplementedError
 
     def stepped(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
-        """The network after step k of those that follow one observation."""
+        """Takes step k of those that follow one observation."""
         raise NotImplementedError
 
     # The contract of `base.MetaLearner`.
 
     def learner(self, params: Params) -> Learner:
-        """The step-by-step form. Beyond as many pairs as an episode has it answers NaN."""
+        """Makes the step-by-step form. Beyond as many pairs as an episode has it answers NaN."""
         domain, T = self.domain, self.domain.steps
         task = jax.eval_shape(domain.sample_task, jax.random.key(0))
         query = jax.eval_shape(domain.query, task, jax.random.key(0))
@@ -112,7 +112,7 @@ class InnerDescent:
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """The whole-episode form. Random starts are drawn from key 0 and the episode's index.
+        """Computes the whole-episode form. Random starts are of key 0 and the episode's index.
 
         The index is that on its device: training on `prediction_loss` a learner whose start is
         random depends on how many devices share the episodes.
@@ -146,7 +146,7 @@ class InnerDescent:
 
 
 def clipped(gradient: Weights, clip: float) -> Weights:
-    """The gradient, scaled down to a norm of `clip` where it is longer.
+    """Scales a gradient down to a norm of `clip` where it is longer.
 
     Unlike optax's it can be differentiated where the gradient is zero.
     """
@@ -172,19 +172,19 @@ class MAML(InnerDescent):
     """
 
     def init(self, key: Key) -> Params:
-        """The start as the network draws it, and all rates alike."""
+        """Returns the start as the network draws it, and all rates alike."""
         start, config = self.network.init(key), self.config
         rates = jnp.full((config.inner_steps, len(start)), math.log(config.learning_rate))
         return {"start": start, "log_rate": rates}
 
     def start(self, params: Params, key: Key) -> Descent:
-        """The learned start."""
+        """Returns the learned start."""
         return Descent(params["start"])
 
     def stepped(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
-        """Each layer goes down its gradient at its own rate."""
+        """Returns each layer goes down its gradient at its own rate."""
         rates = jnp.exp(params["log_rate"][k])
         down = lambda rate: lambda w, g: w - rate * g
         layers = zip(rates, descent.weights, gradient, strict=True)
@@ -192,7 +192,7 @@ class MAML(InnerDescent):
 
 
 def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None = None) -> Network:
-    """The network that ordinary learners train in a domain, on its queries as they are.
+    """Makes the network that ordinary learners train in a domain, on its queries as they are.
 
     In linear regression it is linear and has `depth` layers, with N(0, scale²) weights, or without
     a scale N(0, 1/fan-in), of ordinary size. Elsewhere it is an MLP with `depth` hidden layers.
@@ -238,6 +238,6 @@ class MAMLConfig(InnerDescentConfig):
     """Every inner rate at outer step 0, for the loss ½‖y − ŷ‖²."""
 
     def make(self, domain: Domain, heads: int = 0) -> MAML:
-        """The meta-learner for a domain; raises `ConfigError` if it is no regression."""
+        """Makes the meta-learner for a domain; raises `ConfigError` if it is no regression."""
         check_regression(domain, heads, self.label)
         return MAML(domain, ordinary_network(domain, self.depth, self.width), self)

@@ -131,11 +131,11 @@ class _NetworkMetaLearner:
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key)), nnx.Param))
 
     def network(self, params: Params) -> _Readout:
-        """The network that these parameters are of."""
+        """Returns the network that these parameters are of."""
         return nnx.merge(self._graph, nnx.State(params), self._rest)
 
     def learner(self, params: Params) -> Learner:
-        """The learner that steps this network through an episode."""
+        """Makes the learner that steps this network through an episode."""
         network, domain = self.network(params), self.domain
         body = network.body
 
@@ -211,7 +211,7 @@ class Sequence(_NetworkMetaLearner):
 
     @property
     def cached_episodes(self) -> int:
-        """Episodes whose backward pass stays in the cache of a CPU core: some eight arrays each."""
+        """Counts the episodes whose backward pass fits a CPU core's cache: eight arrays each."""
         return max(mesh.CACHE // (8 * 4 * self.domain.steps * self._features), 1)
 
     def _start(self, body: Any) -> Carry:

@@ -68,7 +68,7 @@ class Normalised:
         self.init, self.cached_episodes = self.inside.init, mesh.cached_episodes(self.inside)
 
     def learner(self, params: Params) -> Learner:
-        """The learner that these parameters are, stepped through an episode."""
+        """Makes the learner that these parameters are, stepped through an episode."""
         inside = self.inside.learner(params)
 
         def asked(state: NormalisedState, x: Query) -> Query:

@@ -45,7 +45,7 @@ class BlocksConfig:
         raise NotImplementedError
 
     def make(self, domain: Domain, heads: int = 0) -> Sequence:
-        """The meta-learner for a domain."""
+        """Makes the meta-learner for a domain."""
         return Sequence(domain, lambda n, rngs: Blocks(n, self, domain, rngs=rngs), heads)
 
 
@@ -64,19 +64,19 @@ class HeadedConfig(BlocksConfig):
 
     @property
     def head_size(self) -> int:
-        """Numbers in the queries, keys and values of one head."""
+        """Says how many numbers the queries, keys and values of one head have."""
         return self.hidden // self.attention_heads
 
 
 def by_token(layer: nnx.Linear, x: Float[Array, "*T n"]) -> Float[Array, "*T m"]:
-    """A layer applied to each token: one product of matrices, whose derivative transposes none."""
+    """Applies a layer to each token: one product of matrices, whose derivative transposes none."""
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def queries_keys_values(
     project: nnx.Linear, x: Float[Array, "*T H"], heads: int
 ) -> list[Float[Array, "*T heads d"]]:
-    """The three that one layer makes of each token, with each head's share apart."""
+    """Makes the three of each token by one layer, with each head's share apart."""
     made = jnp.split(by_token(project, x), 3, axis=-1)
     return [each.reshape(*x.shape[:-1], heads, -1) for each in made]
 
@@ -105,7 +105,7 @@ class Block(nnx.Module):
         return self._mlp(x + self.mixer(self.norms[0](x)))
 
     def step(self, memory: Carry, x: Float[Array, " H"]) -> tuple[Carry, Float[Array, " H"]]:
-        """The next token."""
+        """Makes the next token."""
         memory, mixed = self.mixer.step(memory, self.norms[0](x))
         return memory, self._mlp(x + mixed)
 
@@ -138,11 +138,11 @@ class Blocks(nnx.Module):
         return jnp.moveaxis(self(jnp.moveaxis(inputs, -1, 0)), 0, -1)
 
     def start(self, steps: int) -> Carry:
-        """The input before, zero, and the empty memory of each block."""
+        """Returns the input before, zero, and the empty memory of each block."""
         return jnp.zeros(self.n_in), [block.mixer.start(steps) for block in self.blocks]
 
     def step(self, cache: Carry, x: Float[Array, " n"]) -> tuple[Carry, Float[Array, " H"]]:
-        """The next output."""
+        """Returns the next output."""
         before, memories = cache
         token, after = self.embed(jnp.concatenate([x, before])), []
         for block, memory in zip(self.blocks, memories, strict=True):
