@@ -212,20 +212,19 @@ def plateaus(results):
     figure, axes = figures.grid(4, columns=2, width=5.2, height=3.4)
     for (name, label), top, below in zip(KINDS.items(), axes[:2], axes[2:], strict=True):
         trained, tracked = results[HELDOUT, name], results[TRACKED, name]
-        steps = np.maximum(trained["outer_step"].to_numpy(), 0.5)
+        steps, _ = (figures.outer_axis(axis, trained) for axis in (top, below))
         for data, style in ((trained, "-"), (results[HELDOUT, f"{name}_expected"], "k--")):
             lines = top.plot(steps, last_loss(data).T, style, lw=1.2)
             lines[0].set_label("expected loss" if "--" in style else "each seed")
         for level in domain.plateaus() / domain.plateaus()[0]:
-            top.axhline(level, **figures.LEVEL)
+            line = top.axhline(level, **figures.LEVEL)
+        line.set_label("plateaus in theory")
         strength = dynamics.estimate(np.asarray, dynamics.strength(tracked)[:, :, :, -1])
         figures.curves(below, steps, strength, [f"{value:g}" for value in domain.variances])
         top.set(title=label, yscale="log", ylabel="loss of the last answer\n(1 at outer step 0)")
         below.set(ylabel="strength of each component", ylim=figures.UP_TO)
         below.legend(title=modes.label)
         top.legend()
-        for axis in (top, below):
-            axis.set(xscale="log", xlabel="outer step")
     return figure
 
 

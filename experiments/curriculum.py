@@ -148,11 +148,12 @@ def outer(results):
         arms = results.learners(f"{HELDOUT}_{name}", "meta")
         bayes = results[f"{HELDOUT}_{name}", "bayes"]
         for data, colour in zip(arms.values(), figures.COLOURS, strict=False):
-            steps = np.maximum(data["outer_step"].to_numpy(), 0.5)
+            steps = figures.outer_axis(axis, data)
             found = dynamics.measured_excess(data, bayes)
             figures.curve(axis, steps, found, labelled.about(data).label, colour)
-        axis.axhline(dynamics.to_equal_excess([*arms.values()], bayes)[0].value, **figures.LEVEL)
-        axis.set(title=TITLES[name], xlabel="outer step", xscale="log", yscale="log")
+        level = dynamics.to_equal_excess([*arms.values()], bayes)[0].value
+        axis.axhline(level, **figures.LEVEL, label="where they are compared")
+        axis.set(title=TITLES[name], yscale="log")
         axis.legend()
     return figure
 

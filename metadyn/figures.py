@@ -23,6 +23,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import cbook
 from matplotlib.artist import setp
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -390,11 +391,7 @@ def _over_outer_training(
 ) -> tuple[Figure, Any, Any, np.ndarray]:
     """A figure with two panels over outer step, and the steps: 0 at the left of a log axis."""
     figure, axes = grid(2, width=5.2, height=4.0)
-    steps = np.maximum(training.trained["outer_step"].to_numpy(), 0.5)
-    for axis in axes:
-        axis.set(xscale="log", xlabel="outer step (leftmost: 0)", xlim=(0.4, 1.4 * steps[-1]))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
+    steps, _ = (outer_axis(axis, training.trained) for axis in axes)
     figure.suptitle(f"{training.called}: {what} over outer training")
     return figure, *axes, steps
 
@@ -529,6 +526,15 @@ def log_ticks(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,), numticks=30))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
+
+
+def outer_axis(axis: Axes, data: xr.Dataset) -> np.ndarray:
+    """Makes the x axis one of outer steps, on a log scale, 0 at its left; returns their places."""
+    steps = np.maximum(data["outer_step"].to_numpy(), 0.5)
+    axis.set(xscale="log", xlabel="outer step (leftmost: 0)", xlim=(0.4, 1.4 * steps[-1]))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    return steps
 
 
 def bars(of: Estimate) -> np.ndarray:
