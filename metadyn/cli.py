@@ -410,7 +410,9 @@ def _figures(arguments: argparse.Namespace) -> int:
         theirs = f"{arguments.dir} is a run of {run.config['study']!r}"
         raise ConfigError(f"--study {name}: defines {found.name!r}, but {theirs}")
     paths = figures.draw(run.figures, run.results(), own, progress)
-    if paths and not found:
+    preset = found.presets.get(run.config["preset"]) if found else None
+    names = lambda config: sorted(name for name, _ in options_of(config))
+    if paths and (preset is None or names(preset) != names(run.config["config"])):
         _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
     return _drawn(arguments.dir, paths)
 

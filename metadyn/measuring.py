@@ -63,8 +63,8 @@ def calls(
     size = tasks.size_for(contender.clock)
     check(size >= 1, tasks.option or tasks.name, size, "must be 1 or more")
     check(chunk >= 1, "chunk", chunk, "must be 1 or more")
-    indices = np.arange(size if size <= chunk else -(-size // chunk) * chunk, dtype=np.int32)
-    parts = np.split(indices, len(indices) // min(size, chunk))
+    count = -(-size // chunk)
+    parts = np.split(np.arange(-(-size // count) * count, dtype=np.int32), count)
     learner = contender.make, params, contender.seeded
     probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
     return [(tasks.domain, *learner, tasks.sample, key, part, *probed, chunk) for part in parts]
@@ -214,15 +214,20 @@ def training_bytes(init: Callable[[Key], Params]) -> int:
 
 
 def require_memory(
-    what: str, needed: int, field: str, value: Any = None, split: bool = False
+    what: str,
+    needed: int,
+    field: str,
+    value: Any = None,
+    split: bool = False,
+    change: str = "lower it",
 ) -> None:
-    """Raises `ConfigError`, naming the field to lower, unless so many bytes can be had.
+    """Raises `ConfigError`, naming the field to change, unless so many bytes can be had.
 
     With `split` they are divided over all devices; otherwise each device has a copy of them.
     """
     there = mesh.memory(split)
     gib = 1 << 30
-    fix = f"{what} would take {needed / gib:,.1f} GiB of the {there / gib:,.1f} there are; lower it"
+    fix = f"{what} would take {needed / gib:,.1f} GiB of the {there / gib:,.1f} there are; {change}"
     if needed > there:
         said = field if value is None else f"{field} = {value!r}"
         raise ConfigError(f"{said}: {fix}", field, value, fix)

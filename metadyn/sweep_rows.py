@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from metadyn import mesh, shared_programs
+from metadyn import mesh, program_cost, shared_programs
+from metadyn.measuring import require_memory
 from metadyn.outer import OuterLoop, TrainState
 
 
@@ -60,7 +61,15 @@ class Rows:
     def __init__(self, loops: Sequence[OuterLoop]):
         self.loops = loops
         self._advance = {name: self._program(name) for name in loops[0].trained}
-        self._compiled = functools.cache(lambda name: self.trace(name).lower().compile())
+        self._compiled = functools.cache(self._checked)
+
+    def _checked(self, name: str) -> Any:
+        """Compiles the outer steps of all rows, once it is known that they fit into the memory."""
+        compiled = self.trace(name).lower().compile()
+        what = f"an outer step of {name} for {len(self.loops)} settings at once"
+        change = "divide them into more parts"
+        require_memory(what, program_cost.memory(compiled), "--part", change=change)
+        return compiled
 
     def _program(self, name: str) -> Any:
         """Updates of all rows: (step, count, params, moments) to params, moments, metrics."""

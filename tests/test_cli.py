@@ -90,6 +90,21 @@ def test_every_figure_is_drawn_and_drawn_again_from_what_is_stored(finished, cap
             assert image.std() > 0.02
 
 
+def test_of_a_changed_study_that_kept_its_name_it_is_said_how_its_own_figures_are_drawn(
+    finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(figures, "draw", lambda folder, *given: [folder / "one.png"])
+    hint = "'linear_regression' is a study of your own: --study FILE draws"
+    assert main(["figures", str(finished)]) == 0
+    assert hint not in capsys.readouterr().err
+    shutil.copytree(finished, tmp_path / "run")
+    asked = json.loads((finished / "config.json").read_text())
+    asked["config"]["own"] = 1
+    (tmp_path / "run" / "config.json").write_text(json.dumps(asked))
+    assert main(["figures", str(tmp_path / "run")]) == 0
+    assert hint in capsys.readouterr().err
+
+
 def test_panels_show_the_curves_of_the_learner_that_they_name(finished):
     data = metadyn.load(finished, "in_distribution")
     results = RunFolder(finished).results()

@@ -18,7 +18,7 @@ from jax.extend.core import jaxprs_in_params
 import metadyn
 from benchmarks import compile as compiling
 from benchmarks import tiny_study
-from metadyn import absent_devices, inner, mesh, outer, planning, program_cost
+from metadyn import absent_devices, inner, measuring, mesh, outer, planning, program_cost
 from metadyn.cli import main
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
@@ -280,6 +280,17 @@ def test_each_comparison_is_measured_by_its_own_chunk():
         ("bayes on two", 2),
         ("bayes on four", 4),
     ]
+
+
+@pytest.mark.parametrize(("size", "parts"), [(3, [3]), (4, [4]), (5, [3, 3]), (9, [3, 3, 3])])
+def test_tasks_are_measured_in_equal_parts_of_at_most_a_chunk(size, parts):
+    domain = LinearRegression(2, 2, steps=4)
+    tasks = dataclasses.replace(domain.evaluation(6), size=size)
+    bayes = metadyn.Contender("bayes", "Bayes", bayes_linear(domain), "bayes")
+    found = measuring.calls(tasks, bayes, (), jax.random.key(0), chunk=4)
+    indices = [given[6] for given in found]
+    assert [len(part) for part in indices] == parts
+    assert [i for part in indices for i in part] == [*range(sum(parts))]
 
 
 def test_a_small_memory_bounds_the_tasks_that_are_measured_at_a_time(monkeypatch):
