@@ -139,17 +139,20 @@ def slope_against_excess(results):
     figure, axes = figures.grid(len(TITLES), width=4.3, height=4.0)
     shown = {}
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
-        bayes, none = results[f"inner_{name}", "bayes"], []
+        bayes = results[f"inner_{name}", "bayes"]
+        merit, below = dynamics.merit_name(bayes), "excess below 0"  # which a log axis has not
+        hidden: dict[str, list[str]] = {f"no {merit}": [], below: []}
         for learner, data in results.learners(f"inner_{name}", "meta").items():
             x, y = excess_of(results, learner, f"_{name}"), dynamics.difference(data, bayes)
             bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
             point = axis.errorbar(x.value, y.value, **bars, **STYLES.get(learner, OTHER))
             shown.setdefault(label := labelled.about(data).label, point)
-            none += [label] * (not np.isfinite(y.value))
+            hidden[f"no {merit}"] += [label] * (not np.isfinite(y.value))
+            hidden[below] += [label] * bool(x.value <= 0)
         axis.axhline(0, **figures.LEVEL)
         near = axis.axvline(NEAR, color="grey", ls=":", lw=1)
-        label, merit = "excess loss over Bayes", dynamics.merit_name(bayes)
-        label += f"\n(no {merit}: {', '.join(none)})" * bool(none)
+        said = (f"\n({why}: {', '.join(who)})" for why, who in hidden.items() if who)
+        label = "".join(["excess loss over Bayes", *said])
         axis.set(title=title, xlabel=label, ylabel=f"{merit} minus Bayes'")
         axis.set_xscale("log")
         figures.log_ticks(axis.xaxis)
