@@ -307,7 +307,7 @@ def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistor
 
 
 def ending(probe: str) -> str:
-    """Ends the names of a probe's figures: "_" and its name; for the main one nothing."""
+    """Returns the end of the names of a probe's figures: "_" and its name; of the main one none."""
     return "" if probe == STRENGTH else f"_{probe}"
 
 

@@ -248,12 +248,12 @@ def _made(shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
 
 
 def replicated() -> NamedSharding:
-    """Places a copy on every device: as parameters are placed."""
+    """Returns the placement of parameters: a copy on every device."""
     return NamedSharding(mesh(), PartitionSpec())
 
 
 def one_device() -> SingleDeviceSharding:
-    """Places what is small, such as initial states, on the first device of this process alone."""
+    """Returns the placement of initial states: the first device of this process alone."""
     return SingleDeviceSharding((devices() if _elsewhere else jax.local_devices())[0])
 
 
