@@ -176,7 +176,7 @@ class Domain(Protocol):
 
     @property
     def loss_floor(self) -> float:
-        """Returns the loss of a learner that knows the task: the irreducible part."""
+        """Returns the expected loss of a learner that knows the task: the irreducible part."""
 
     @property
     def answer_size(self) -> int:

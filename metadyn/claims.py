@@ -125,10 +125,12 @@ def _verdict(
 
 def _joined(texts: Sequence[str]) -> str:
     """Texts of several presets as one, in which only what differs stands for each: 0.3 / 0.2."""
-    words = [text.split() for text in texts]
-    if len({*map(len, words)}) > 1:
+    words = [[*dict.fromkeys(each)] for each in zip(*map(str.split, texts), strict=False)]
+    differing = [word for each in words if len(each) > 1 for word in each]
+    alike = len({len(text.split()) for text in texts}) == 1
+    if not alike or any(re.search(r"\d", word) is None for word in differing):
         return "; ".join(dict.fromkeys(texts))
-    return " ".join(" / ".join(dict.fromkeys(each)) for each in zip(*words, strict=True))
+    return " ".join(" / ".join(each) for each in words)
 
 
 def _table(table: Table, rows: dict[str, Any]) -> Iterator[str]:

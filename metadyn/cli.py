@@ -378,7 +378,7 @@ def _code(summary: dict[str, Any]) -> int:
 
 
 def _progress() -> Progress:
-    """Shows where a command stands on stderr: stdout is for what was asked for."""
+    """Makes the progress of a command, said on stderr: stdout is for what was asked for."""
     from rich.console import Console
 
     from metadyn.progress import Progress
@@ -410,9 +410,11 @@ def _figures(arguments: argparse.Namespace) -> int:
         theirs = f"{arguments.dir} is a run of {run.config['study']!r}"
         raise ConfigError(f"--study {name}: defines {found.name!r}, but {theirs}")
     paths = figures.draw(run.figures, run.results(), own, progress)
-    preset = found.presets.get(run.config["preset"]) if found else None
+    preset = found.presets.get(run.config["preset"]) if found and not arguments.study else None
     names = lambda config: sorted(name for name, _ in options_of(config))
-    if paths and (preset is None or names(preset) != names(run.config["config"])):
+    if paths and preset and names(preset) != names(run.config["config"]):
+        _say(f"{name!r} has other settings than this run: --study FILE draws a study of your own")
+    if paths and not found:
         _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
     return _drawn(arguments.dir, paths)
 

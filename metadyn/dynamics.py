@@ -51,7 +51,7 @@ def exact(value: float | int) -> Estimate:
 
 def text(estimate: Estimate, digits: int | None = None) -> str:
     """Writes a figure of merit as value [low, high], of two digits, of three if it is narrow."""
-    n = digits or (3 if estimate.high - estimate.low < 0.02 else 2)
+    n = digits or (3 if 0 < estimate.high - estimate.low < 0.02 else 2)
     said = "{:z.{n}f} [{:z.{n}f}, {:z.{n}f}]".format(*estimate, n=n)
     return said.replace("nan", "–").replace("-", "−").replace("– [–, –]", "–")
 
@@ -219,7 +219,7 @@ def times_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], 
 
 
 def order_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
-    """Computes the `staggering_slope` of learning times; of exchangeable modes, `staggering`."""
+    """Picks the statistic: `staggering_slope`, or `staggering` if modes are exchangeable."""
     modes = labelled.modes(data, probe)
     if modes.exchangeable:
         return staggering

@@ -59,7 +59,7 @@ def check_unique(names: Sequence[Any], field: str, fix: str) -> None:
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """Hints at the known name nearest to an unknown one, "; did you mean 'sgd'?", or at nothing."""
+    """Words a hint at the nearest known name, "; did you mean 'sgd'?", or nothing."""
     near = difflib.get_close_matches(name, [*known], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

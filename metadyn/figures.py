@@ -521,7 +521,7 @@ def colours(values: Sequence[Any] | np.ndarray, palette: str = "viridis") -> lis
 
 
 def log_ticks(axis: Axis) -> None:
-    """Labels a log axis, once all is drawn, at 1, 2 and 5 of each decade; of many only at 1."""
+    """Labels a log axis, on which all is drawn, at 1, 2, 5 of each decade; of many only at 1."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,), numticks=30))
     axis.set_major_formatter("{x:g}")

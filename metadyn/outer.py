@@ -146,18 +146,24 @@ class MetaTraining(NamedTuple):
         """
         group = self.objective.group
         keys = jax.eval_shape(lambda key: jax.random.split(key, group), jax.random.key(0))
-        at = lambda step, *given: self.objective.at_step(step).loss(*given)
-        with error_context(f"the objective of {name} cannot be computed"):
-            loss, metrics = jax.eval_shape(self.objective.loss, params, keys)
-            for what, value in [("loss", loss), *metrics.items()]:
+
+        def numbers(loss: Any, *given: Any) -> list[str]:
+            lost, metrics = jax.eval_shape(loss, *given, params, keys)
+            for what, value in [("loss", lost), *metrics.items()]:
                 check(value.shape == (), what, f"of shape {value.shape}", "must be one number")
                 real = jnp.issubdtype(value.dtype, jnp.floating)
                 check(real, what, f"of type {value.dtype}", "must be a floating-point number")
+            return [f"{what}: {value.dtype}" for what, value in sorted(metrics.items())]
+
+        with error_context(f"the objective of {name} cannot be computed"):
+            usual = numbers(self.objective.loss)
             if self.objective.at is not None:
-                _, found = jax.eval_shape(at, jnp.int32(0), params, keys)
-                kinds = lambda of: {what: value.dtype for what, value in of.items()}
-                fix = f"at an outer step they must be those of the objective, {[*metrics]}"
-                check(kinds(found) == kinds(metrics), "metrics", [*found], fix)
+                at = lambda step, *given: self.objective.at_step(step).loss(*given)
+                found, fix = (
+                    numbers(at, jnp.int32(0)),
+                    f"at an outer step they must be {usual}, too",
+                )
+                check(found == usual, "metrics", found, fix)
 
     def option(self, field: str) -> str:
         """Names the option that sets a field of its outer loop, for messages."""

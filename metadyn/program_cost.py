@@ -88,7 +88,7 @@ def account(compiled: Any) -> Account:
 
 
 def memory(compiled: Any) -> int:
-    """Counts the bytes of arguments, of results that take no argument's place, and in between.
+    """Counts the bytes of arguments, results that take no argument's place, and what is between.
 
     0 if its compiler gives no account.
     """

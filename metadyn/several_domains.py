@@ -41,7 +41,7 @@ class SeveralDomainsConfig(StudyConfig):
     """The preset of the domains' own studies, for whatever is not set here."""
 
     def within(self, name: str, **fields: Any) -> Any:
-        """Makes the configuration of a domain's own study, with every field of this one in place.
+        """Makes a domain's own study's configuration, its fields replaced by those of this one.
 
         So the networks and the outer loop are those of this configuration (an LSTM of 64 units, if
         nothing else is said), not those of the domain's own preset. `fields` that the study does
@@ -82,7 +82,7 @@ class LearnersConfig(SeveralDomainsConfig):
         check(self.meta == type(self).meta, "meta", self.meta, fix)
 
     def contenders(self, name: str) -> tuple[Comparison, list[Contender]]:
-        """Makes a domain's own comparison, and those of the meta-learners that can serve there.
+        """Returns a domain's own comparison, and those of `learners` that can serve there.
 
         Where none can, the study's own, `meta`.
         """

@@ -81,7 +81,7 @@ class Results:
         return list(self._stored)
 
     def learners(self, task_set: str, *kinds: str, drawn: bool = False) -> dict[str, xr.Dataset]:
-        """Returns the learners measured on a set, in the order of figures: all, or some."""
+        """Returns those measured on a set, in their places: of some kinds, or only those drawn."""
         found = [self[task_set, name] for name in self._stored.get(task_set, ())]
         placed = sorted(((about(data), data) for data in found), key=lambda x: x[0].place)
         return {
@@ -342,7 +342,7 @@ class RunFolder:
         return self._arrays(self._checkpoint(step), "state")
 
     def restore_state(self, step: int, abstract: Any) -> Any:
-        """Reads the training state at an outer step, placed as `abstract` (of shapes) says."""
+        """Reads the state at an outer step, placed by `abstract` (shapes and shardings)."""
         state = ocp.args.StandardRestore(abstract)
         return self._restore(self._checkpoint(step), state=state)["state"]
 

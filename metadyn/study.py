@@ -551,10 +551,10 @@ def criterion(
 
 
 def censored(name: str, data: Any) -> Criterion:
-    """Reports how many modes have no learning time above 0: a slope leaves them out."""
+    """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
     t = dynamics.times_of(data)(dynamics.strength(data).mean((0, 1)))
-    said = f"modes that never reach {labelled.modes(data).p:g}, or had before the first feedback"
-    return criterion(f"{name}_censored_modes", dynamics.exact(float((~(t > 0)).sum())), said)
+    said = f"modes that never reach {labelled.modes(data).p:g}: a slope is of the others"
+    return criterion(f"{name}_censored_modes", dynamics.exact(float(np.isnan(t).sum())), said)
 
 
 def staggering(results: Results, name: str, expected: str, **bounds: Any) -> Iterator[Criterion]:

@@ -110,7 +110,7 @@ class Sweep:
 
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
-    """Reads the values of each option, as typed: --a 1 2 or --a=1. `ConfigError` names the word.
+    """Reads the values of each option as typed: --a 1 2 or --a=1. `ConfigError` for bad words.
 
     A word that begins with two dashes is an option.
     """
@@ -324,7 +324,10 @@ def run_sweep(
         plans = planned(sweep, study, configs, part)
         kinds = int | str  # other sizes are other shapes; other numbers are not
         sized = lambda domain: [v for v in domain_summary(domain).values() if isinstance(v, kinds)]
-        measured = lambda plan: tuple((e.called, *sized(e.tasks.domain)) for e in plan.every)
+        modes = lambda tasks: [len(probe.modes.values) for probe in tasks.probes.values()]
+        measured = lambda plan: tuple(
+            (e.called, *sized(e.tasks.domain), *modes(e.tasks)) for e in plan.every
+        )
         unlike = {measured(plan): i for i, plan in plans.items()}.values()
         with progress.counting("checking", len(unlike)) as show:
             for i in unlike:

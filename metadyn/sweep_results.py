@@ -77,7 +77,7 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
 
 
 def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
-    """Returns the figures of merit of every setting (`measured`), as written or as far as there.
+    """Returns the figures of merit of every setting (`measured`), as written, or those so far.
 
     In the place of NaN is None. Raises `ConfigError` if what is written is damaged.
     """

@@ -64,11 +64,13 @@ class Rows:
         self._compiled = functools.cache(self._checked)
 
     def _checked(self, name: str) -> Any:
-        """Compiles the outer steps of all rows, once it is known that they fit into the memory."""
-        compiled = self.trace(name).lower().compile()
-        what = f"an outer step of {name} for {len(self.loops)} settings at once"
-        change = "divide them into more parts"
-        require_memory(what, program_cost.memory(compiled), "--part", change=change)
+        """Compiles the outer steps of all rows. `ConfigError` if they do not fit into memory."""
+        compiled, count = self.trace(name).lower().compile(), len(self.loops)
+        option, change = self.loops[0].trained[name].option("batch"), "lower it"
+        if count > 1:
+            option, change = "--part", "divide them into more parts, in another DIR"
+        what = f"an outer step of {name} for {count} settings at once"
+        require_memory(what, program_cost.memory(compiled), option, change=change)
         return compiled
 
     def _program(self, name: str) -> Any:

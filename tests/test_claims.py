@@ -144,6 +144,7 @@ def test_what_is_expected_is_said_once_with_the_bounds_of_each_preset():
     bounds = [f"excess loss at most {bound}" for bound in (0.3, 0.2, 0.2)]
     assert claims._joined(bounds) == "excess loss at most 0.3 / 0.2"
     assert claims._joined(["three drops", "four", "four"]) == "three drops; four"
+    assert claims._joined(["the worst of them", "the worst recurrent network"]).count(";") == 1
 
 
 def test_tables_set_figures_of_merit_side_by_side():

@@ -94,7 +94,7 @@ def test_of_a_changed_study_that_kept_its_name_it_is_said_how_its_own_figures_ar
     finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(figures, "draw", lambda folder, *given: [folder / "one.png"])
-    hint = "'linear_regression' is a study of your own: --study FILE draws"
+    hint = "'linear_regression' has other settings than this run: --study FILE draws"
     assert main(["figures", str(finished)]) == 0
     assert hint not in capsys.readouterr().err
     shutil.copytree(finished, tmp_path / "run")
@@ -103,6 +103,8 @@ def test_of_a_changed_study_that_kept_its_name_it_is_said_how_its_own_figures_ar
     (tmp_path / "run" / "config.json").write_text(json.dumps(asked))
     assert main(["figures", str(tmp_path / "run")]) == 0
     assert hint in capsys.readouterr().err
+    assert main(["figures", str(tmp_path / "run"), "--study", STUDY]) == 0
+    assert "--study" not in capsys.readouterr().err
 
 
 def test_panels_show_the_curves_of_the_learner_that_they_name(finished):

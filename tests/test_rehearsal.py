@@ -523,6 +523,12 @@ def of_other_metrics_later(domain, meta):
     return md.Objective(loss, at=lambda step: md.Objective(later))
 
 
+def of_several_numbers_later(domain, meta):
+    loss = lambda params, keys: (jnp.float32(0), {})
+    later = lambda params, keys: (jnp.zeros(2), {})
+    return md.Objective(loss, at=lambda step: md.Objective(later))
+
+
 def that_branches_on_the_step(domain, meta):
     loss = lambda params, keys: (jnp.float32(0), {})
     return md.Objective(loss, at=lambda step: md.Objective(loss) if step > 1 else None)
@@ -538,7 +544,8 @@ def failing_objective(domain, meta):
         (without_metrics, "TypeError"),
         (of_several_numbers, "loss = 'of shape (2,)': must be one number"),
         (of_whole_numbers, "solved = 'of type bool': must be a floating-point number"),
-        (of_other_metrics_later, "metrics = ['loss']: at an outer step they must be those of"),
+        (of_other_metrics_later, "metrics = ['loss: float32']: at an outer step they must be []"),
+        (of_several_numbers_later, "loss = 'of shape (2,)': must be one number"),
         (that_branches_on_the_step, "TracerBoolConversionError"),
         (failing_objective, "KeyError"),
     ],

@@ -382,7 +382,9 @@ def test_settings_that_do_not_fit_into_the_memory_at_once_are_refused(
     assert metadyn_sweep(tmp_path / "out", "--domain.sigma", "0.1", "0.3") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--part: an outer step of lstm for 2 settings at once would take 1,073,741,824.0" in said
-    assert said.endswith("divide them into more parts")
+    assert said.endswith("divide them into more parts, in another DIR")
+    assert metadyn_sweep(tmp_path / "one", "--domain.sigma", "0.1") == 2
+    assert "batch: an outer step of lstm for 1 settings" in capsys.readouterr().err
 
 
 def test_settings_of_other_sizes_are_rehearsed_too(tmp_path, monkeypatch, capsys):

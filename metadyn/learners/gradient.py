@@ -51,7 +51,7 @@ class DescentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkDescentConfig(DescentConfig):
-    """The same, and the network that descends."""
+    """How an ordinary learner descends, and the size of its network."""
 
     depth: int = 2
     """Layers of the linear network; hidden layers of the MLP."""

@@ -112,7 +112,7 @@ class InnerDescent:
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """Computes the whole-episode form. Random starts are of key 0 and the episode's index.
+        """Answers whole episodes. Random starts are drawn from key 0 and the episode's index.
 
         The index is that on its device: training on `prediction_loss` a learner whose start is
         random depends on how many devices share the episodes.
@@ -184,7 +184,7 @@ class MAML(InnerDescent):
     def stepped(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
-        """Returns each layer goes down its gradient at its own rate."""
+        """Moves each layer down its gradient, at its own rate."""
         rates = jnp.exp(params["log_rate"][k])
         down = lambda rate: lambda w, g: w - rate * g
         layers = zip(rates, descent.weights, gradient, strict=True)

@@ -76,7 +76,7 @@ def by_token(layer: nnx.Linear, x: Float[Array, "*T n"]) -> Float[Array, "*T m"]
 def queries_keys_values(
     project: nnx.Linear, x: Float[Array, "*T H"], heads: int
 ) -> list[Float[Array, "*T heads d"]]:
-    """Makes the three of each token by one layer, with each head's share apart."""
+    """Makes queries, keys and values of each token by one layer, with each head's share apart."""
     made = jnp.split(by_token(project, x), 3, axis=-1)
     return [each.reshape(*x.shape[:-1], heads, -1) for each in made]
 
