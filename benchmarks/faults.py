@@ -58,15 +58,15 @@ def expect(holds, said):
         raise Lost(said)
 
 
-def ask(arguments, seconds=120):
+def ask(arguments):
     """The exit code and the lines on stderr of a command run in this process."""
 
     def late(number, frame):
-        raise Lost(f"{arguments}: no answer within {seconds} s")
+        raise Lost(f"{arguments}: no answer within 120 s")
 
     out, err = io.StringIO(), io.StringIO()
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.alarm(120)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = metadyn_main([str(a) for a in arguments])
@@ -84,23 +84,24 @@ def refused(arguments):
     expect(code == 2 and len(lines) == 1, f"{arguments}: {code}, {lines}")
 
 
-def command(out, *more):
-    """A run of the tiny study, in a process of its own."""
-    return [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *more]
-
-
-def begin(out, *more, before=(), **options):
-    """Starts it, by a command before it if one is given."""
+def begin(out, *more, before=()):
+    """Starts a run of the tiny study in a process of its own, by a command before it if given."""
+    command = [*before, sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.Popen([*before, *command(out, *more)], env=environment, **pipes, **options)
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def ends(run, code, said=""):
+    """Raises `Lost` unless a run ends with an exit code and a word, bad input in one line."""
+    _, errors = run.communicate()
+    expect(run.returncode == code and said in errors, f"exit code {run.returncode}: {errors}")
+    expect(code != 2 or len(errors.splitlines()) == 1, errors)
 
 
 def finish(out, *more):
     """Runs it to its end."""
-    run = begin(out, *more)
-    _, errors = run.communicate()
-    expect(run.returncode == 0, f"exit code {run.returncode}: {errors}")
+    ends(begin(out, *more), 0)
     return out
 
 
@@ -160,9 +161,8 @@ def signals(folder, count, rng):
         time.sleep(rng.uniform(0, 1))
         run.send_signal((signal.SIGTERM, signal.SIGINT)[turn % 2])
         began = time.monotonic()
-        _, errors = run.communicate()
+        ends(run, 130, "the same command")
         slowest = max(slowest, time.monotonic() - began)
-        expect(run.returncode == 130 and "the same command" in errors, (run.returncode, errors))
         expect(slowest < 10, f"{slowest:.1f} s")
     finish(out, *LONG)
     same(whole, out)
@@ -214,10 +214,7 @@ def full_disk(folder, count, rng):
             shutil.rmtree(out / "checkpoints" / str(step))
         shutil.rmtree(out / "measurements")
         (out / "summary.json").unlink()
-        run = begin(out, before=("prlimit", f"--fsize={limit}"))
-        _, errors = run.communicate()
-        expect(run.returncode == 2 and len(errors.splitlines()) == 1, (run.returncode, errors))
-        expect("cannot be written" in errors, errors)
+        ends(begin(out, before=("prlimit", f"--fsize={limit}")), 2, "cannot be written")
         finish(out)
         same(whole, out)
     return count, "one line and exit code 2 each; gone on with once there was space"
@@ -231,10 +228,7 @@ def read_only(folder, count, rng):
         path.chmod(0o555)
     root = ("setpriv", "--bounding-set=-dac_override")  # without it root writes anywhere
     for _ in range(count):
-        run = begin(out, before=root if os.geteuid() == 0 else ())
-        _, errors = run.communicate()
-        expect(run.returncode == 2 and len(errors.splitlines()) == 1, (run.returncode, errors))
-        expect("cannot be written" in errors, errors)
+        ends(begin(out, before=root if os.geteuid() == 0 else ()), 2, "cannot be written")
     for path in (out, *(p for p in out.rglob("*") if p.is_dir())):
         path.chmod(0o755)
     return count, "one line, exit code 2"
@@ -246,9 +240,7 @@ def in_use(folder, count, rng):
     run = begin(out, *LONG)
     _await_training(run)
     for _ in range(count):
-        other = begin(out, *LONG)
-        _, errors = other.communicate()
-        expect(other.returncode == 2 and "in use by another run" in errors, errors)
+        ends(begin(out, *LONG), 2, "in use by another run")
     run.terminate()
     run.communicate()
     expect(not RunFolder(out).damage(), "the first run was harmed")
@@ -260,9 +252,7 @@ def not_finite(folder, count, rng):
     wild = ("--outer.optimizer", "sgd", "--outer.learning-rate", "1e30", "--outer.clip", "1e30")
     for turn in range(count):
         out = folder / f"wild{turn}"
-        run = begin(out, *wild, "--outer.seeds", str(1 + turn))
-        _, errors = run.communicate()
-        expect(run.returncode == 2 and "no longer finite" in errors, (run.returncode, errors))
+        ends(begin(out, *wild, "--outer.seeds", str(1 + turn)), 2, "no longer finite")
         run = RunFolder(out)
         expect(not run.damage() and run.outer_steps(), "no checkpoint is left")
     return count, "one line, exit code 2, the checkpoints before it sound"
@@ -272,8 +262,8 @@ def bad_inputs(folder, count, rng):
     """Generated bad options, studies, DIRs, config.json and summary.json files, a fifth each."""
     if not (folder / "whole").exists():
         finish(folder / "whole")
-    kinds = [_bad_option, _bad_study, _bad_folder, _bad_config, _bad_summary]
-    makers = [kind(folder, rng) for kind in kinds]
+    makers = [kind(folder, rng) for kind in (_bad_option, _bad_study, _bad_folder)]
+    makers += [_bad_file(name, folder, rng) for name in ("config.json", "summary.json")]
     for turn in range(count):
         next(makers[turn % len(makers)])
     return count, "no traceback, no hang, nothing overwritten"
@@ -390,14 +380,6 @@ def _kept(out):
     """When each file was written, but for figures, which `metadyn figures` draws again."""
     drawn = {".png", ".gif"}
     return {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix not in drawn}
-
-
-def _bad_config(folder, rng):
-    return _bad_file("config.json", folder, rng)
-
-
-def _bad_summary(folder, rng):
-    return _bad_file("summary.json", folder, rng)
 
 
 FAULTS = {

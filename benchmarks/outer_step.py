@@ -11,6 +11,7 @@ is also given by hand what metadyn does by itself: a part of the batch at a time
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -30,22 +31,6 @@ FULL = tuple(
     if hidden * batch * steps <= 64 * 65_536 * 20
 )
 """Hidden units, batch, T; up to what 16 GiB of memory hold of the other sides' activations."""
-
-
-def config_of(model: str, hidden: int, **more: Any) -> Any:
-    """The configuration of one of metadyn's own networks, by the names of `rivals`."""
-    from metadyn.learners.attention import TransformerConfig
-    from metadyn.learners.deltanet import DeltaNetConfig
-    from metadyn.learners.linear_recurrent import MinLSTMConfig
-    from metadyn.learners.lstm import LSTMConfig
-
-    made = {
-        "lstm": LSTMConfig,
-        "transformer": TransformerConfig,
-        "deltanet": DeltaNetConfig,
-        "minlstm": MinLSTMConfig,
-    }
-    return made[model](hidden=hidden, **more)
 
 
 def loop(
@@ -68,9 +53,11 @@ def loop(
     from metadyn.domains.linear import LinearRegression
     from metadyn.objectives import prediction_loss
     from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
+    from metadyn.study import StudyConfig
 
     domain = LinearRegression(n, n, sigma=SIGMA, steps=steps)
-    meta = config_of(model, hidden, **more).make(domain)
+    network = dataclasses.replace(getattr(StudyConfig(), model), hidden=hidden, **more)
+    meta = network.make(domain)
     outer = OuterConfig(
         steps=1_000_000,
         batch=batch,
@@ -217,37 +204,47 @@ def operations(hidden: int, batch: int, steps: int) -> float:
     return 3 * 2.0 * steps * batch * (4 * hidden * (2 * N + hidden) + hidden * N)
 
 
+def compared(
+    model: str, size: tuple[int, int, int], pytorch: float | None, flax: float | None
+) -> Iterator[Result]:
+    """metadyn against the others at one size; it is to be so many times as fast as these two.
+
+    For an LSTM with the share of the machine's limit, and with PyTorch's given parts of the batch.
+    """
+    hidden, batch, steps = size
+    case, lstm = {"hidden": hidden, "batch": batch, "steps": steps}, model == "lstm"
+    side = lambda name, **more: Side("benchmarks.outer_step", name, case | {"model": model} | more)
+    sides = {
+        "metadyn": side("metadyn_side"),
+        "PyTorch eager": side("torch_side"),
+        "PyTorch compiled": side("torch_side", compiled=True),
+        "flax": side("flax_side"),
+    }
+    chunked = "PyTorch eager, 256 episodes at a time"
+    if lstm and batch > 256:
+        sides[chunked] = side("torch_side", chunk=256)
+    taken = alternate(sides)
+    called = "outer step" if lstm else model
+    where, ours = f"{called}, hidden {hidden}, batch {batch}, T {steps}", taken["metadyn"]
+    for name, seconds in taken.items():
+        yield result(f"{where}: {name}, ms", 1e3 * seconds)
+        if lstm:
+            share = limits().share(seconds, operations(**case))
+            yield result(f"{where}: {name}, share of the product rate", share)
+    both = [taken[name] for name in ("PyTorch eager", "PyTorch compiled") if name in taken]
+    if both:
+        best = np.min(both, axis=0)
+        yield result(f"{where}: × better of PyTorch", best / ours, at_least=pytorch)
+    if chunked in taken:
+        yield result(f"{where}: × {chunked}", taken[chunked] / ours)
+    if "flax" in taken:
+        yield result(f"{where}: × flax", taken["flax"] / ours, at_least=flax)
+
+
 def benchmark(full: bool = False) -> Iterator[Result]:
     """The comparisons, and the share of the machine's limit."""
-    for hidden, batch, steps in FULL if full else SIZES:
-        case = {"hidden": hidden, "batch": batch, "steps": steps}
-        side = lambda name, case=case, **more: Side(__name__, name, case | more)
-        sides = {
-            "metadyn": side("metadyn_side"),
-            "PyTorch eager": side("torch_side"),
-            "PyTorch compiled": side("torch_side", compiled=True),
-            "flax": side("flax_side"),
-        }
-        chunked = "PyTorch eager, 256 episodes at a time"
-        if batch > 256:
-            sides[chunked] = side("torch_side", chunk=256)
-        taken = alternate(sides)
-        where = f"outer step, hidden {hidden}, batch {batch}, T {steps}"
-        ours, targeted = taken["metadyn"], (hidden, batch, steps) in SIZES
-        for name, seconds in taken.items():
-            yield result(f"{where}: {name}, ms", 1e3 * seconds)
-            share = limits().share(seconds, operations(hidden, batch, steps))
-            yield result(f"{where}: {name}, share of the product rate", share)
-        pytorch = [taken[name] for name in ("PyTorch eager", "PyTorch compiled") if name in taken]
-        if pytorch:
-            best = np.min(pytorch, axis=0)
-            least = 1.0 if targeted else None
-            yield result(f"{where}: × better of PyTorch", best / ours, at_least=least)
-        if chunked in taken:
-            yield result(f"{where}: × {chunked}", taken[chunked] / ours)
-        if "flax" in taken:
-            least = 1.5 if targeted else None
-            yield result(f"{where}: × flax", taken["flax"] / ours, at_least=least)
+    for size in FULL if full else SIZES:
+        yield from compared("lstm", size, *((1.0, 1.5) if size in SIZES else (None, None)))
 
 
 if __name__ == "__main__":

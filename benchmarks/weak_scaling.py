@@ -17,10 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from metadyn.domains.linear import LinearRegression
-from metadyn.learners.lstm import LSTMConfig
-from metadyn.objectives import prediction_loss
-from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
+from benchmarks.outer_step import loop
 from metadyn.program_cost import exchanged
 
 # Assumed, not measured: GB/s that one GPU sends, and the latency of one message in seconds.
@@ -29,24 +26,19 @@ LINKS = {"8 GPUs, NVLink": (8, 450e9, 3e-6), "256 GPUs, 400 Gb/s InfiniBand": (2
 
 def measure(steps: int, batch: int, hidden: int) -> dict:
     """Seconds and reduced bytes of an outer step on the devices there are."""
-    domain = LinearRegression(5, 5, steps=20)
-    meta = LSTMConfig(hidden=hidden).make(domain)
-    total = batch * jax.device_count()
-    config = OuterConfig(steps=10 * steps, batch=total, seeds=1, warmup=1, dispatch=steps)
-    trained = {"lstm": MetaTraining(meta, prediction_loss(domain, meta))}
-    loop = OuterLoop(trained, config, jax.random.key(0))
-    program = loop.advance.lower(loop.abstract, jnp.int32(1)).compile().as_text()
-    state, times = loop.init(), []
+    ours = loop(hidden, batch * jax.device_count(), steps=20)
+    advance = ours.compiled("lstm")
+    state, times = ours.init(), []
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     for _ in range(4):
         began = time.perf_counter()
-        state, _ = jax.block_until_ready(loop.advance(state, jnp.int32(steps)))
+        state, _ = jax.block_until_ready(advance(state, jnp.int32(steps)))
         times.append((time.perf_counter() - began) / steps)
     return {
         "devices": jax.device_count(),
         "parameters": parameters,
         "seconds": min(times[1:]),
-        "reduced": exchanged(program),
+        "reduced": exchanged(advance.as_text()),
     }
 
 

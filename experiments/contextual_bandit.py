@@ -73,7 +73,7 @@ def policies(config: PolicyConfig, domain: ContextualBandit) -> Iterator[md.Cont
     K, n = domain.contexts, domain.actions
     for coupling in ("coupled", "decoupled"):
         policy = gd.softmax_policy(K, n, coupling == "coupled", config.scale)
-        exact = gd.expected_policy_gradient(policy, expected, K)
+        exact = gd.expected_policy_gradient(policy, expected)
         for name, label, learner, updates in (
             ("reinforce", "REINFORCE", gd.reinforce(policy, sampled, 1), config.updates),
             ("expected", "expected gradient", exact, config.expected_updates),

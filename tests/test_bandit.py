@@ -273,7 +273,7 @@ def test_expected_gradient_by_hand(same):
     """Two contexts, two actions, from even policies: J rises by π_a (pay_a − J) = ±¼ for each
     logit, half of it for each context; a shared bias feels both contexts at once."""
     pay = [[1, 0], [1, 0]] if same else [[1, 0], [0, 1]]
-    learner = expected_policy_gradient(softmax_policy(2, 2, True, 0.0), optax.sgd(1.0), 2)
+    learner = expected_policy_gradient(softmax_policy(2, 2, True, 0.0), optax.sgd(1.0))
     (policy, _) = learner.update(learner.init(jax.random.key(0)), None, outcome(0, 0, 0, pay))
     W = [[1 / 8, 1 / 8], [-1 / 8, -1 / 8]] if same else [[1 / 8, -1 / 8], [-1 / 8, 1 / 8]]
     np.testing.assert_allclose(policy.W, W, rtol=1e-6)
@@ -313,7 +313,7 @@ def test_expected_gradient_matches_float64_finite_differences(coupled):
     flat = np.concatenate([W.ravel(), b if coupled else []])
     bumps = 1e-6 * np.eye(len(flat))
     slope = np.array([(reward(flat + d) - reward(flat - d)) / 2e-6 for d in bumps])
-    learner = expected_policy_gradient(softmax_policy(3, 4, coupled), optax.sgd(1.0), 3)
+    learner = expected_policy_gradient(softmax_policy(3, 4, coupled), optax.sgd(1.0))
     weights = jax.tree.map(jnp.float32, Policy(W, b))
     after, _ = learner.update((weights, optax.sgd(1.0).init(weights)), None, outcome(0, 0, 0, pay))
     moved = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(after)]) - flat
@@ -332,7 +332,7 @@ def test_expected_gradient_is_the_mean_of_sampled_reinforce(coupled):
     answer = lambda context: sampled.predict(state, context)
     pose = lambda keys: inner.interact(domain, task, answer, keys)
     query, _, seen = jax.vmap(pose)(jax.random.split(jax.random.key(0), (batch, 2)))
-    expected = expected_policy_gradient(network, sgd, 3)
+    expected = expected_policy_gradient(network, sgd)
     one = jax.tree.map(lambda leaf: leaf[0], seen)
     moved = [
         after[0]

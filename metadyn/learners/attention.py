@@ -206,7 +206,6 @@ class OneLayerAttention:
         domain = self.domain
 
         def init(key: Key) -> Pairs:
-            del key
             return jnp.zeros((self._m, self._n)), jnp.int32(0)
 
         def predict(memory: Pairs, query: Query) -> Array:

@@ -211,7 +211,6 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
     check(at >= 1, "at", at, "must be 1 or more")
     fix = f"must be above {at}, after which states are replaced"
     check(at < domain.steps, "steps", domain.steps, fix)
-    check(episodes >= 1, "episodes", episodes, "must be 1 or more")
 
     def make(params: Params) -> Learner:
         learner = beside.learner(params)

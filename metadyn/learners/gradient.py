@@ -224,9 +224,7 @@ class Policy(NamedTuple):
 
 
 @functools.cache
-def expected_policy_gradient(
-    network: Network, optimizer: optax.GradientTransformation, contexts: int
-) -> Learner:
+def expected_policy_gradient(network: Network, optimizer: optax.GradientTransformation) -> Learner:
     """Ascends the gradient of the expected reward itself, over all contexts and actions.
 
     It knows what every action pays (`Outcome.pay`), so that nothing is sampled: the mean of
@@ -234,7 +232,7 @@ def expected_policy_gradient(
     """
 
     def objective(weights: Weights, query: Query, feedback: Outcome) -> Array:
-        logits = jax.vmap(network.apply, (None, 0))(weights, jnp.arange(contexts))
+        logits = jax.vmap(network.apply, (None, 0))(weights, jnp.arange(len(feedback.pay)))
         return -jnp.mean(jnp.sum(jax.nn.softmax(logits) * feedback.pay, axis=1))
 
     return _descent(network, optimizer, objective)

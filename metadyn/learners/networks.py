@@ -148,7 +148,6 @@ class _NetworkMetaLearner:
         diagnoses = jax.eval_shape(lambda: said(self._start(body), jnp.zeros(self._n_in)))
 
         def init(key: Key) -> NetworkState:
-            del key
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), diagnoses)
             return NetworkState(self._start(body), jnp.zeros(self._m), nothing)
 

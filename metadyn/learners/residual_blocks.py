@@ -23,7 +23,6 @@ from metadyn.learners.networks import Carry, CausalModel, Sequence
 class BlocksConfig:
     """What all networks of residual blocks have; a subclass says how they mix over time."""
 
-    label = "residual blocks"
     hidden: int = 64
     """H, numbers in a token."""
     layers: int = 2
