@@ -53,8 +53,8 @@ VARIANTS = {
 def reward(learner_of, params):
     """Mean reward a step on held-out tasks."""
     found = inner.measure(
-        DOMAIN, learner_of, params, False, Partial(DOMAIN.sample_task),
-        jax.random.key(1), jnp.arange(HELDOUT), (0, DOMAIN.steps),
+        DOMAIN, learner_of, False, (0, DOMAIN.steps), (),
+        params, Partial(DOMAIN.sample_task), jax.random.key(1), jnp.arange(HELDOUT),
     )  # fmt: skip
     return float(1 - found["loss"][:, 1].mean())
 

@@ -11,8 +11,10 @@ are lowered alone, which needs no compiler and stores nothing, and so is every b
 kernel ("kernel: BACKEND"): CI does it. It ends with exit code 1 if a study's program has a product
 that is not of full float32, or what GPUs and TPUs lack: float64, or LAPACK's calls.
 
-With one H100 NVIDIA's `ptxas` also says how many registers a thread of each fused LSTM kernel
-takes, and how many bytes it spills ("kernel: fused, ...").
+For one H100 the bytes that a call reads and writes are counted too, and NVIDIA's `ptxas` says how
+many registers a thread of each fused LSTM kernel takes, and how many bytes it spills ("kernel:
+fused, ..."). XLA's text of a program for TPUs says neither how often loops turn nor, plainly, what
+stays in the chip's own memory.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from unittest.mock import patch
 TARGETS = {"cuda": ("h100:1", "h100:8"), "tpu": ("v5e:1", "v5e:4")}
 BACKENDS = {"cuda": "gpu", "tpu": "tpu"}
 FILE = Path(__file__).with_name("compiled.json")
+COUNTED = "h100:1"
+"""The devices for which bytes and registers are counted."""
 PRESET = "paper"
 HEAD = """# Programs compiled for devices that were not there
 
@@ -46,7 +50,9 @@ all-reduced, in such a turn or after it; the bytes that each device has after al
 which come once in a call; and seconds of compiling on a share of one CPU core. So 6 + 9 + 5 of an
 outer step in linear regression is a step of an episode forwards (6) and backwards (5), and between
 them one of the loop that answers for Bayes (9). FLOPs are those of one call on the first of the
-devices that has a cell. A dash: not compiled yet."""
+devices that has a cell. Bytes are those that the operations of one call read and write on one H100,
+from its caches too; of FLOPs by bytes, it can do some 20 in float32 in the time of one byte from
+its memory. A dash: not compiled yet."""
 
 
 def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
@@ -133,7 +139,9 @@ def said_to_be_here(platform: str) -> Iterator[None]:
     jax.clear_caches()
 
 
-def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def compiled(
+    program: Any, target: str, there: Any, before: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """What is stored of a program.
 
     What was compiled `before`, by its form, is not compiled again: programs of one form differ in
@@ -141,6 +149,7 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
     """
     import jax
 
+    from benchmarks import hlo
     from metadyn import planning
     from metadyn.shared_programs import split_constants
 
@@ -149,11 +158,17 @@ def compiled(program: Any, there: Any, before: dict[str, dict[str, Any]]) -> dic
         form = f"{form[:16]} {program.turns}"
         if form not in before:
             row = planning.compiled(program, there)
-            before[form] = row.account._asdict() | {
-                "operations": row.operations,
-                "seconds": round(row.seconds, 1),
-                "jax": jax.__version__,
-            }
+            bytes_of = {"moved": hlo.moved(row.text, program.turns)} if target == COUNTED else {}
+            before[form] = (
+                row.account._asdict()
+                | bytes_of
+                | {
+                    "launches": hlo.launches(row.text),
+                    "operations": row.operations,
+                    "seconds": round(row.seconds, 1),
+                    "jax": jax.__version__,
+                }
+            )
     except Exception as error:  # costs this program alone
         return {"fails": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return before[form] | {"calls": program.times, "form": form}
@@ -195,11 +210,11 @@ def used(said: str) -> list[int]:
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
     """Lines of Markdown: a table for each study, in which each program is a line."""
-    from metadyn.planning import number
+    from metadyn.planning import number, size
 
     targets = [target for each in TARGETS.values() for target in each]
     yield HEAD
-    if counted := {name: rows[name]["h100:1"] for name in FUSED if name in rows}:
+    if counted := {name: rows[name][COUNTED] for name in FUSED if name in rows}:
         yield ""
         yield "## Registers of a thread, and bytes that it spills, on one H100"
         yield ""
@@ -214,14 +229,16 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
         yield f"## {study}, preset {PRESET}"
         if some := {name: found for name, found in mine.items() if found}:
             yield ""
-            yield f"| program | calls | FLOPs | {' | '.join(targets)} |"
-            yield f"| --- | --- | --- |{' --- |' * len(targets)}"
+            yield f"| program | calls | FLOPs | bytes | {' | '.join(targets)} |"
+            yield f"| --- | --- | --- | --- |{' --- |' * len(targets)}"
         for name, found in some.items():
             right = [found[t] for t in targets if "fails" not in found.get(t, {"fails": ""})]
             flops = number(right[0]["operations"]) if right else ""
             calls = f"{right[0]['calls']:,}" if right else ""
+            moved = found.get(COUNTED, {}).get("moved")
+            read = "–" if moved is None else size(moved)
             cells = [_cell(found.get(target)) for target in targets]
-            yield f"| {name} | {calls} | {flops} | {' | '.join(cells)} |"
+            yield f"| {name} | {calls} | {flops} | {read} | {' | '.join(cells)} |"
         if left := len(mine) - len(some):
             yield ""
             yield f"Not compiled yet: {left} of {len(mine)} programs."
@@ -272,10 +289,11 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     there, names = absent_devices.find(target), {*FUSED}
     programs_of = (found for name, found in rows.items() if name not in FUSED)
     stored = [found[target] for found in programs_of if target in found]
-    whole = {*program_cost.Account._fields, "form", "jax"}
+    whole = {*program_cost.Account._fields, "launches", "form", "jax"}
+    whole |= {"moved"} if target == COUNTED else set()
     now = [each for each in stored if each.keys() >= whole and each["jax"] == jax.__version__]
     before = {each["form"]: each for each in now}
-    for name in filter(wanted, FUSED if target == "h100:1" else ()):
+    for name in filter(wanted, FUSED if target == COUNTED else ()):
         rows[name] = {target: registers(*FUSED[name], there)}
         print(f"{target}, {name}: {rows[name][target]}", flush=True)
     with mesh.compiling_for(there):
@@ -284,7 +302,9 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
                 name = f"{study}: {program.name}"
                 names.add(name)
                 found = rows.setdefault(name, {})
-                if wanted(name) and (made := compiled(program, there, before)) != found.get(target):
+                if not wanted(name):
+                    continue
+                if (made := compiled(program, target, there, before)) != found.get(target):
                     found[target] = made
                     print(f"{target}, {name}: {made}", flush=True)
                     store(rows)

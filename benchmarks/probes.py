@@ -40,8 +40,8 @@ def probe_side(learner: str, tasks: int) -> Run:
     def run(count: int) -> None:
         for i in range(count):
             found = inner.measure(
-                domain, make, params, False, asked.sample,
-                jax.random.key(i), jnp.arange(tasks), tuple(range(STEPS + 1)), probes,
+                domain, make, False, tuple(range(STEPS + 1)), probes,
+                params, asked.sample, jax.random.key(i), jnp.arange(tasks),
             )  # fmt: skip
             jax.block_until_ready(found)
 

@@ -33,7 +33,6 @@ def training_side(case: str, stored: str) -> Run:
 
     mesh.use_every_core()
     import jax
-    import jax.numpy as jnp
 
     from metadyn import load_study
     from metadyn.domains.linear import LinearRegression
@@ -71,12 +70,11 @@ def training_side(case: str, stored: str) -> Run:
 
     def run(count: int) -> None:
         for _ in range(count):
-            state[0], metrics = loop.advance(state[0], jnp.int32(steps))
+            *_, (state[0], _) = loop.run(state[0], int(state[0].step) + steps)
             if stored == "measured":
                 jax.block_until_ready(measured())
             elif stored == "all":
                 store.save_checkpoint(int(state[0].step), state[0], measured(), {})
-            jax.block_until_ready((state[0], metrics))
         store.finish()
 
     return run

@@ -26,7 +26,7 @@ from metadyn.measuring import (
 from metadyn.objectives import ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 from metadyn.progress import Progress
-from metadyn.study import Contender
+from metadyn.study import Contender, MeasureConfig
 
 
 class Trained(NamedTuple):
@@ -93,7 +93,7 @@ def measure(
     updating_tasks: int = 256,
     updates: int = 3000,
     seed: int = 0,
-    chunk: int = 4096,
+    chunk: int = MeasureConfig.chunk,
     progress: bool = True,
 ) -> xr.Dataset:
     """Measures learners on the same tasks, as one labelled dataset.
@@ -107,9 +107,12 @@ def measure(
     that are not trained, probes that read other than they say, and for what cannot fit into the
     memory.
     """
+    whole = lambda n: isinstance(n, Integral) and int(n) >= 1
+    for name, n in {"updating_tasks": updating_tasks, "chunk": chunk}.items():
+        check(whole(n), name, n, "must be a whole number, at least 1")
     if not isinstance(tasks, TaskSet):
-        whole = isinstance(tasks, Integral) and tasks >= 1
-        check(whole, "tasks", tasks, "must be a whole number, at least 1, or a set of tasks")
+        fix = "must be a whole number, at least 1, or a set of tasks"
+        check(whole(tasks), "tasks", tasks, fix)
         evaluation = domain.evaluation(points)
         tasks = dataclasses.replace(evaluation, size=tasks, updating_size=updating_tasks)
     check(isinstance(learners, Mapping) and learners, "learners", learners, "give some, by name")

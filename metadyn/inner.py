@@ -162,30 +162,26 @@ def _batch_keys(
     return jax.vmap(jax.random.split)(indexed_keys(key, chosen))
 
 
-@partial(
-    jax.jit,
-    static_argnames=["domain", "make_learner", "seeded", "times", "probes", "chunk"],
-)
+@partial(jax.jit, static_argnums=range(5))  # all but the four arrays, or trees of them
 @full_precision
 def measure(
     domain: Domain,
     make_learner: Callable[[Params], Learner],
-    params: Params,
     seeded: bool,
+    times: tuple[int, ...],
+    probes: Probes,
+    params: Params,
     sample: Partial,
     key: Key,
     indices: Int[Array, " tasks"],
-    times: tuple[int, ...],
-    probes: Probes = (),
-    chunk: int = 4096,
 ) -> dict[str, Array]:
     """Runs learner `make_learner(params)` on many tasks in one compiled call: [task, time, ...].
 
     If `seeded`, params have a leading seed axis and so do the results: [seed, task, time, ...].
 
     Task i, `sample(key_i)`, and all that happens in it come from `key` folded with
-    its global index i. Tasks are spread over the devices and taken at most `chunk` at a time on
-    each, or fewer if its memory is small. All of it is computed in float32 proper on every backend.
+    its global index i. Tasks are spread over the devices and taken as many at a time on each as
+    `mesh.task_chunk` says. All of it is computed in float32 proper on every backend.
     """
 
     def one(everywhere, index):
@@ -199,7 +195,7 @@ def measure(
 
     def one_seed(params):
         held, taken = _held(make_learner(params), probes)
-        here = mesh.task_chunk(chunk, held, seeds * taken)
+        here = mesh.task_chunk(held, seeds * taken)
         return mesh.map_tasks(one, (params, sample, key), indices, here)
 
     return mesh.map_seeds(one_seed, params) if seeded else one_seed(params)

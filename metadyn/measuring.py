@@ -14,7 +14,7 @@ import numpy as np
 from metadyn import inner, labelled, mesh
 from metadyn.base import STRENGTH, Key, Params, Probe, TaskSet
 from metadyn.errors import ConfigError, check, check_name, error_context
-from metadyn.study import Contender
+from metadyn.study import Contender, MeasureConfig
 
 RESERVED = ("time", "closed_form", "learner", "seed", "task", "step", "mode", "outer_step")
 """Names in the labelled arrays that no diagnosis can have."""
@@ -25,7 +25,7 @@ def readings(
     contender: Contender,
     params: Params,
     key: Key,
-    chunk: int = 4096,
+    chunk: int = MeasureConfig.chunk,
     measure: Callable[..., Any] = inner.measure,
 ) -> dict[str, Any]:
     """Measures a learner on tasks: every reading by name, [seed,] task, time, ....
@@ -65,9 +65,9 @@ def calls(
     check(chunk >= 1, "chunk", chunk, "must be 1 or more")
     count = -(-size // chunk)
     parts = np.split(np.arange(-(-size // count) * count, dtype=np.int32), count)
-    learner = contender.make, params, contender.seeded
-    probed = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
-    return [(tasks.domain, *learner, tasks.sample, key, part, *probed, chunk) for part in parts]
+    times, probes = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
+    fixed = tasks.domain, contender.make, contender.seeded, times, probes
+    return [(*fixed, params, tasks.sample, key, part) for part in parts]
 
 
 def program_key(given: tuple[Any, ...]) -> Hashable:
@@ -75,10 +75,10 @@ def program_key(given: tuple[Any, ...]) -> Hashable:
 
     `given` are the arguments of a call. Random keys, which are all of one type, are left out.
     """
-    domain, make, params, seeded, sample, _, indices, *probed = given
+    *fixed, params, sample, _, indices = given
     leaves, form = jax.tree.flatten(jax.eval_shape(lambda *each: each, params, sample, indices))
     shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
-    return domain, make, seeded, form, tuple(shapes), *probed
+    return *fixed, form, tuple(shapes)
 
 
 def described(

@@ -363,15 +363,15 @@ def map_tasks(
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 
 
-def task_chunk(most: int, held: int, taken: int) -> int:
-    """Chooses how many of its tasks a device measures at a time.
+def task_chunk(held: int, taken: int) -> int:
+    """Chooses how many of its tasks a device measures at a time, if it has so many.
 
     On a CPU core about as many as its cache holds, at `held` bytes each, but enough to fill its
     products. Elsewhere as many as take half of the device's memory, at `taken` bytes each.
     """
     if backend() != "cpu":
-        return max(1, min(most, memory(split=False) // (2 * TAKEN * taken)))
-    return min(most, max(LEAST_TASKS, CACHE // held))
+        return max(1, memory(split=False) // (2 * TAKEN * taken))
+    return max(LEAST_TASKS, CACHE // held)
 
 
 def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:

@@ -216,6 +216,7 @@ class OuterLoop:
             moments = {name: jax.vmap(optimizers[name].init)(p) for name, p in params.items()}
             return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
+        @jax.default_matmul_precision(config.precision)
         def one_seed(name, now, one):
             objective, optimizer = trained[name].objective, optimizers[name]
             key, params, moments = one
@@ -243,25 +244,19 @@ class OuterLoop:
             )
             return params, moments, jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), total)
 
-        @jax.default_matmul_precision(config.precision)
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Metrics]]:
-            params, moments, metrics = {}, {}, {}
-            for name in state.params:
-                params[name], moments[name], metrics[name] = mesh.train_seeds(
-                    partial(one_seed, name),
-                    (state.step, count),
-                    (self.keys(), state.params[name], state.moments[name]),
-                    config.seeds,
-                    self.settings[name].batch,
-                    trained[name].objective.group,
-                )
+            (name,), now = state.params, (state.step, count)
+            stacked = self.keys(), state.params[name], state.moments[name]
+            shared = self.settings[name].batch, trained[name].objective.group
+            each = mesh.train_seeds(partial(one_seed, name), now, stacked, config.seeds, *shared)
+            params, moments, metrics = ({name: found} for found in each)
             return TrainState(state.step + count, params, moments), metrics
 
         self.keys = lambda: indexed_keys(key_episodes, seeds)
         """The key of each seed's episodes."""
-        self.one_seed = jax.default_matmul_precision(config.precision)(one_seed)
+        self.one_seed = one_seed
         """`one_seed(name, (step, count), (key, params, moments))`: outer steps of one seed of a
         meta-learner, inside `mesh.train_seeds`; (params, moments, mean metrics)."""
         self.starting = jax.jit(init, out_shardings=mesh.one_device())
@@ -277,9 +272,9 @@ class OuterLoop:
         )
         """The shapes, types and placement of a state."""
         self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())
-        """`advance(state, count)`: `count` updates on; (state, mean metrics of each seed by
-        meta-learner). The state passed in is consumed. Compiled once for all counts, and for each
-        set of meta-learners that a state is of."""
+        """`advance(state, count)`: `count` updates on, of the one meta-learner that the state is of
+        (`TrainState.only`); (state, mean metrics of each seed). The state passed in is consumed.
+        Compiled once for all counts, and for each meta-learner."""
         self.compiled = functools.cache(
             lambda name: self.advance.lower(self.abstract.only(name), jnp.int32(1)).compile()
         )

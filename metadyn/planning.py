@@ -90,6 +90,8 @@ class Needs(NamedTuple):
     account: program_cost.Account
     seconds: float
     """Of compiling."""
+    text: str = ""
+    """What it was compiled to, in XLA's words."""
 
 
 def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs:
@@ -111,7 +113,7 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs
                 raise
     account, taken = program_cost.account(made), time.monotonic() - start
     operations = program_cost.operations_of(traced.jaxpr.jaxpr, program.turns)
-    return Needs(program, operations, account, taken)
+    return Needs(program, operations, account, taken, made.as_text())
 
 
 class Planned(NamedTuple):

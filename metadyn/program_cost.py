@@ -77,14 +77,12 @@ class Account(NamedTuple):
     """Bytes of each all-reduce that stands in the program."""
     gathered: tuple[int, ...]
     """Bytes that each device has after each other exchange between them, such as an all-gather."""
-    launches: tuple[int, ...]
-    """Operations on arrays in one turn of each innermost loop, such as a step of an episode."""
 
 
 def account(compiled: Any) -> Account:
     """Reads a compiled program."""
     text = compiled.as_text()
-    return Account(memory(compiled), exchanged(text), exchanged(text, GATHERS), launches(text))
+    return Account(memory(compiled), exchanged(text), exchanged(text, GATHERS))
 
 
 def memory(compiled: Any) -> int:
@@ -109,29 +107,11 @@ GATHERS = "all-gather|reduce-scatter|all-to-all|collective-permute|collective-br
 
 def exchanged(program: str, kinds: str = "all-reduce") -> tuple[int, ...]:
     """Counts the bytes of the results of each exchange of some kinds in a compiled program."""
-    sizes = []
-    for shapes in re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        counts = [(WIDTH.get(kind, 4), dims.split(",")) for kind, dims in arrays]
-        sizes.append(sum(w * math.prod(int(n) for n in dims if n) for w, dims in counts))
-    return tuple(sizes)
+    return tuple(map(array_bytes, re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program)))
 
 
-FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast"}
-"""XLA's operations that nothing is done for."""
-
-
-def launches(program: str) -> tuple[int, ...]:
-    """Counts operations on arrays in one turn of each innermost loop of a compiled program's text.
-
-    Counters of loops, and the waiting for what was begun before, are left out.
-    """
-    parts = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S))
-    bodies = [parts[name] for name in re.findall(r" while\(.*?body=%?([\w.-]+)", program)]
-    found = []
-    for body in bodies:
-        operations = re.findall(r" = (\(.*?\)|\S+) ([\w-]+)\(", body)
-        if all(kind != "while" for _, kind in operations):
-            done = [kind for shape, kind in operations if re.search(r"\[\d", shape)]
-            found.append(sum(k not in FREE and not k.endswith("-done") for k in done))
-    return tuple(found)
+def array_bytes(shapes: str) -> int:
+    """Counts the bytes of the arrays that XLA's text says, such as "(f32[4,2]{1,0}, s32[])"."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    counts = [(WIDTH.get(kind, 4), dims.split(",")) for kind, dims in arrays]
+    return sum(width * math.prod(int(n) for n in dims if n) for width, dims in counts)

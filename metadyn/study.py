@@ -160,15 +160,10 @@ def to_train(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Always:
-    """A constant function from outer parameters to a learner; equal if the learners are, so that
-    what is compiled of one is found again."""
-
-    learner: Learner
-
-    def __call__(self, params: Params) -> Learner:
-        return self.learner
+@functools.cache
+def _always(learner: Learner) -> Callable[[Params], Learner]:
+    """One constant function for equal learners, so that what is compiled of one is found again."""
+    return lambda params: learner
 
 
 @functools.cache
@@ -264,7 +259,7 @@ class Contender:
     def make(self) -> Callable[[Params], Learner]:
         """Returns the function from outer parameters, or () if there are none, to the learner."""
         learner = self.learner
-        return _Always(learner) if isinstance(learner, Learner) else learner.learner
+        return _always(learner) if isinstance(learner, Learner) else learner.learner
 
     def remade(self, change: Callable[[Learner], Learner], **fields: Any) -> Contender:
         """Returns a copy whose learner is `change(learner)`, with some other fields.

@@ -343,7 +343,7 @@ def run_sweep(
             summary.unlink(missing_ok=True)
             with ExitStack() as stack:
                 shared = shared_programs.ProgramCache()
-                measure = lambda *given: shared(_traced(given), *_arguments(given))
+                measure = lambda *given: shared(_traced(given), *given[-4:])
                 runners: dict[int, Runner] = {}
                 for i, plan in plans.items():
                     asked = run_config(study, sweep.preset, sweep.seed, configs[i], plan)
@@ -359,20 +359,14 @@ def run_sweep(
     return folder
 
 
-def _arguments(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Those arguments of `inner.measure` that are not static."""
-    _, _, params, _, sample, key, indices, *_ = given
-    return params, sample, key, indices
-
-
 def _traced(given: tuple[Any, ...]) -> Any:
     """Traces `inner.measure` for these arguments, once for all parameters of the same shapes.
 
     Arrays on devices, arrays of NumPy and shapes with a placement would each be traced anew.
     """
-    domain, make, params, *others = given
+    *fixed, params, sample, key, indices = given
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    return inner.measure.trace(domain, make, shapes, *others)
+    return inner.measure.trace(*fixed, shapes, sample, key, indices)
 
 
 def _run(
@@ -395,7 +389,7 @@ def _run(
             ended = folder.ended(i)
             for _, stored, parts in runner.calls():
                 for given in parts:
-                    params, *others = _arguments(given)  # those of a meta-learner are shapes as yet
+                    params, *others = given[-4:]  # those of a meta-learner are shapes as yet
                     known = not (ended or stored or jax.tree.leaves(params))
                     with error_context(sweep.called(i)):
                         shared.expect(_traced(given), (params, *others) if known else None)

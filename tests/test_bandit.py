@@ -255,8 +255,8 @@ def test_bayes_earns_point_eight_a_step_in_the_papers_size():
     domain = ContextualBandit(5, 5, steps=50)
     learner = bayes_bandit(domain)
     found = inner.measure(
-        domain, lambda params: learner, (), False, Partial(domain.sample_task),
-        jax.random.key(0), jnp.arange(8192), (0, 50),
+        domain, lambda params: learner, False, (0, 50), (),
+        (), Partial(domain.sample_task), jax.random.key(0), jnp.arange(8192),
     )  # fmt: skip
     assert float(1 - found["loss"][:, 1].mean()) == pytest.approx(0.800, abs=0.003)
 
@@ -353,8 +353,8 @@ def test_policies_at_once_equal_each_alone():
     probes = (("mode_strength", domain.probe()),)
     measured = lambda indices: np.asarray(
         inner.measure(
-            domain, make, (), False, sample, jax.random.key(1), indices, (0, 5, 200),
-            probes,
+            domain, make, False, (0, 5, 200), probes,
+            (), sample, jax.random.key(1), indices,
         )["mode_strength"]
     )  # fmt: skip
     together = measured(jnp.arange(16))
@@ -503,8 +503,8 @@ def test_acting_is_what_measuring_sees():
     answers = meta.unroll(params, queries, seen)[:, :3]
     losses = jax.vmap(jax.vmap(domain.loss, -1))(answers, seen).mean(0)
     measured = inner.measure(
-        domain, meta.learner, params, False, Partial(domain.sample_task), key,
-        jnp.arange(5), (0, 6),
+        domain, meta.learner, False, (0, 6), (),
+        params, Partial(domain.sample_task), key, jnp.arange(5),
     )["loss"][:, 1]  # fmt: skip
     np.testing.assert_allclose(losses, measured, rtol=1e-4)
 

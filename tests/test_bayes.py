@@ -129,13 +129,13 @@ def test_fourier_bayes_learns_every_frequency_by_the_known_share_from_one_pair()
         inner.measure(
             domain,
             lambda params: learner,
-            (),
             False,
+            (0, 1, 20),
+            (("mode_strength", domain.probe(domain.amplitudes(), 16)),),
+            (),
             Partial(domain.evaluation_task, amplitudes=jnp.float32(domain.amplitudes())),
             jax.random.key(0),
             jnp.arange(4096),
-            (0, 1, 20),
-            (("mode_strength", domain.probe(domain.amplitudes(), 16)),),
         )["mode_strength"]
     )
     mean, error = strength.mean(0), strength.std(0) / 64
@@ -164,13 +164,13 @@ def test_bayes_learns_every_mode_at_the_same_known_rate():
     strength = inner.measure(
         domain,
         lambda params: bayes_linear(domain),
-        (),
         False,
+        tuple(range(n + 1)),
+        (("mode_strength", domain.probe(8)),),
+        (),
         Partial(domain.evaluation_task, spectrum=jnp.float32(domain.spectrum())),
         jax.random.key(0),
         jnp.arange(tasks),
-        tuple(range(n + 1)),
-        (("mode_strength", domain.probe(8)),),
     )["mode_strength"]
     strength = np.asarray(strength)
     mean, error = strength.mean(0), strength.std(0) / np.sqrt(tasks)

@@ -173,13 +173,13 @@ def test_every_task_and_step_is_probed_in_one_compiled_call():
     readings = inner.measure(
         domain,
         lambda params: learner,
-        (),
         False,
+        tuple(range(7)),
+        (("mode_strength", domain.probe(domain.amplitudes(), 16)),),
+        (),
         Partial(domain.evaluation_task, amplitudes=jnp.float32(domain.amplitudes())),
         jax.random.key(0),
         jnp.arange(32),
-        tuple(range(7)),
-        (("mode_strength", domain.probe(domain.amplitudes(), 16)),),
     )
     strength = np.asarray(readings["mode_strength"])
     assert strength.shape == (32, 7, 3)

@@ -78,13 +78,13 @@ def curve(domain, network, rate, batch, times, tasks, rotate):
     readings = inner.measure(
         domain,
         lambda params: learner,
-        (),
         False,
+        times,
+        (("mode_strength", domain.probe(8)),),
+        (),
         Partial(partial(domain.evaluation_task, rotate=rotate), spectrum=jnp.array([1.5, 0.5])),
         jax.random.key(0),
         jnp.arange(tasks),
-        times,
-        (("mode_strength", domain.probe(8)),),
     )
     return np.asarray(readings["mode_strength"])
 
@@ -114,7 +114,7 @@ def test_learners_at_once_equal_each_alone():
     domain = LinearRegression(3, 3)
     learner = gradient(deep_linear(3, 3, scale=0.1), optax.adam(0.01), 5)
     measured = lambda indices: inner.measure(
-        domain, make, (), False, sample, jax.random.key(1), indices, (0, 3, 20)
+        domain, make, False, (0, 3, 20), (), (), sample, jax.random.key(1), indices
     )
     make, sample = (lambda params: learner), Partial(domain.sample_task)
     together = np.asarray(measured(jnp.arange(8))["loss"])
@@ -175,8 +175,8 @@ def test_mlps_at_once_equal_each_alone(points):
     make, amplitudes = (lambda params: learner), jnp.float32(domain.amplitudes())
     sample = Partial(domain.evaluation_task, amplitudes=amplitudes)
     measured = lambda indices: inner.measure(
-        domain, make, (), False, sample, jax.random.key(1), indices,
-        (0, 3, 40), probes,
+        domain, make, False, (0, 3, 40), probes,
+        (), sample, jax.random.key(1), indices,
     )  # fmt: skip
     together = jax.tree.map(np.asarray, measured(jnp.arange(8)))
     assert np.ptp(together["mode_strength"][:, -1]) > 0.1

@@ -193,12 +193,13 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
     loss = inner.measure(
         domain,
         meta.learner,
-        params,
         False,
+        tuple(range(7)),
+        (),
+        params,
         Partial(domain.sample_task),
         root,
         indices,
-        tuple(range(7)),
     )["loss"]
     queries, feedback = map(np.asarray, observe(domain, indexed_keys(root, indices)))
     answers = unroll(meta, params, queries, feedback)

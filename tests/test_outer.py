@@ -298,8 +298,8 @@ program = loop.advance.lower(loop.abstract, np.int32(1)).compile().as_text()
 state, metrics = next(loop.run(loop.init(), 50))
 sample = Partial(domain.evaluation_task, spectrum=np.float32([1, 0.5]))
 readings = inner.measure(
-    domain, meta.learner, state.params["lstm"], True, sample,
-    jax.random.key(1), np.arange(5), tuple(range(6)),
+    domain, meta.learner, True, tuple(range(6)), (),
+    state.params["lstm"], sample, jax.random.key(1), np.arange(5),
 )
 losses = process_allgather(readings["loss"], tiled=True)[0, :, 1:].tolist()
 draw = lambda key, index: domain.sample_task(jax.random.fold_in(key, index))
@@ -375,9 +375,8 @@ def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(chunk):
 
 
 def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds(on_cpu):
-    assert mesh.task_chunk(4096, mesh.CACHE // 100, 1) == 100
-    assert mesh.task_chunk(4096, mesh.CACHE, 1) == mesh.LEAST_TASKS
-    assert mesh.task_chunk(64, 1, 1) == 64
+    assert mesh.task_chunk(mesh.CACHE // 100, 1) == 100
+    assert mesh.task_chunk(mesh.CACHE, 1) == mesh.LEAST_TASKS
 
 
 def test_an_own_optimiser_is_scheduled_over_the_runs_steps():

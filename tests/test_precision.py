@@ -69,8 +69,8 @@ def test_all_that_measures_is_float32(name, lowered):
         make, params = meta.learner, jax.eval_shape(jax.vmap(meta.init), seeds)
     tasks, probes = domain.evaluation(16), tuple(domain.evaluation(16).probes.items())
     key, indices = jax.random.key(0), np.arange(8, dtype=np.int32)
-    given = (tasks.sample, key, indices, (0, 1, 4), probes)
-    text = lowered(inner.measure, domain, make, params, name in TRAINED, *given)
+    given = (params, tasks.sample, key, indices)
+    text = lowered(inner.measure, domain, make, name in TRAINED, (0, 1, 4), probes, *given)
     assert roundings(text) == EXACT
     assert "stablehlo.fft" not in text
 

@@ -74,6 +74,9 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
         metadyn.dynamics.slope({})
     with pytest.raises(ConfigError, match="tasks = '9': must be a whole number"):
         metadyn.measure.__wrapped__(domain, both, tasks="9")
+    for name, n in {"updating_tasks": 0, "chunk": 2.5}.items():
+        with pytest.raises(ConfigError, match=f"{name} = {n}: must be a whole number"):
+            metadyn.measure.__wrapped__(domain, both, tasks=9, **{name: n})
     for wrong in (meta.make(domain), both["ridge"].init):
         with pytest.raises(ConfigError, match="learners = 'one': is not trained: give what"):
             metadyn.measure.__wrapped__(domain, {"one": wrong})

@@ -312,7 +312,7 @@ def test_what_cannot_be_compiled_is_found_before_training(tmp_path, monkeypatch)
     study = dataclasses.replace(STUDY, presets={"quick": Config(measure=sizes)})
 
     def failing(*given):
-        return 1 / 0 if len(given[6]) == 6 else lower(*given)
+        return 1 / 0 if len(given[-1]) == 6 else lower(*given)
 
     monkeypatch.setattr(runner.inner.measure, "lower", failing)
     with pytest.raises(ZeroDivisionError):
