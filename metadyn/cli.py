@@ -134,11 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _warn
     do: Any = None
     try:
-        if not (sys.argv[1:] if argv is None else argv):
-            _parser().print_help()
-            sys.stdout.flush()
-            return DONE
-        arguments, overrides = _parser().parse_known_args(argv)
+        given = sys.argv[1:] if argv is None else argv
+        arguments, overrides = _parser().parse_known_args(given or ["--help"])
         do = arguments.do
         if overrides and do not in (_run, _sweep):
             near = meant(overrides[0], arguments.own)
@@ -287,33 +284,29 @@ def _sweep(arguments: argparse.Namespace) -> int:
     kind: sweep.SweepKind = (
         "random" if arguments.random is not None else "zip" if arguments.zip else "grid"
     )
-    whole = {name: type(known.get(name)) is int for name in options}
     count = arguments.random or 0
     check(kind != "random" or count >= 1, "--random", count, "must be 1 or more")
-    total = sweep.size(options, kind, count)
-    if total > sweep.MOST and not arguments.yes:
-        raise ConfigError(f"{total:,} settings are more than {sweep.MOST:,}: confirm with --yes")
-    settings = sweep.settings(options, kind, whole, count, seed)
-    asked = sweep.Sweep(study.name, preset, seed, kind, options, settings)
-    configs = asked.configs(default, arguments.own)
+    settings = sweep.settings(options, kind, known, count, seed, arguments.yes)
+    mine = sweep.part_of(arguments.part, len(settings))
+    asked = sweep.Sweep(study.name, preset, seed, kind, options, settings, mine.step)
+    configs = {i: asked.config(i, default, arguments.own) for i in mine}
     out = arguments.out or str(Path("runs") / f"{study.name}-{preset}-{seed}-sweep")
-    part = sweep.part_of(arguments.part)
     progress = Progress(Terminal())
     progress.say(f"metadyn: {len(settings)} settings of {study.name}, preset {preset}, into {out}")
-    if part.of > 1:
-        mine = len(part.settings(len(settings)))
-        progress.say(f"metadyn: this is part {part.number} of {part.of}, with {mine} of them")
+    if mine.step > 1:
+        said = f"this is part {mine.start + 1} of {mine.step}, with {len(mine)} of them"
+        progress.say(f"metadyn: {said}")
     with _in_time():
         typed = lambda error, i: as_typed(error, configs[i], asked.overrides(i))
         if arguments.plan is not None:
 
             def planned() -> list[planning.Planned]:
-                plans = sweep.planned(asked, study, configs, part)
+                plans = sweep.planned(asked, study, configs)
                 return planning.of_sweep(plans, arguments.part, typed)
 
             planning.report(planned, arguments.plan, out, progress)
             return DONE
-        folder = sweep.run_sweep(asked, study, configs, out, progress, part)
+        folder = sweep.run_sweep(asked, study, configs, out, progress)
     progress.say("\n".join(sweep_results.report(folder)))
     drawn = (folder.path / "summary.json").exists()
     there = f"figures: {folder.figures}, page: {folder.path / 'report.html'}"

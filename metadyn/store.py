@@ -393,12 +393,6 @@ class RunFolder:
         """Says when the trajectories of an outer step were stored, in seconds since the epoch."""
         return self._checkpoint(step).stat().st_mtime
 
-    def tracked(self) -> dict[str, list[str]]:
-        """Names of the meta-learners measured at every checkpoint, by set of tasks."""
-        for step in self.outer_steps()[:1]:
-            return {name: list(of) for name, of in self.about(step).items()}
-        return {}
-
     def trajectories(
         self, task_set: str, learner: str, steps: Sequence[int] | None = None
     ) -> xr.Dataset:
@@ -423,8 +417,8 @@ class RunFolder:
 
     def results(self, steps: Sequence[int] | None = None) -> Results:
         """Returns what is stored, for criteria and figures: at all outer steps, or some of them."""
-        tracked, stored = self.tracked(), self.measurements()
         steps = self.outer_steps() if steps is None else list(steps)  # a run may go on meanwhile
+        tracked, stored = self.about(steps[0]) if steps else {}, self.measurements()
         both = {n: [*tracked.get(n, ()), *stored.get(n, ())] for n in {**tracked, **stored}}
 
         def read(task_set: str, learner: str) -> xr.Dataset:

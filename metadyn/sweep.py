@@ -17,10 +17,10 @@ import itertools
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -51,17 +51,6 @@ FILES = 256
 """Open files beside those of the settings: our choice."""
 
 
-class Part(NamedTuple):
-    """One of several processes that share a sweep: every `of`-th setting, from `number` - 1 on."""
-
-    number: int
-    of: int
-
-    def settings(self, count: int) -> range:
-        """Says which of so many settings it does."""
-        return range(self.number - 1, count, self.of)
-
-
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """What a sweep was asked for: values, as they were typed, of the options of one study."""
@@ -74,39 +63,48 @@ class Sweep:
     """The values of each option, such as {"--domain.sigma": ("0.1", "0.3")}."""
     settings: Sequence[Sequence[str]]
     """The value of each option in each setting."""
+    parts: int = 1
+    """How many processes share it, each of which does every `parts`-th setting (`part_of`)."""
 
     @property
     def swept(self) -> list[str]:
         """Returns the options that have several values."""
         return [name for name, values in self.options.items() if len(values) > 1]
 
+    def typed(self, i: int) -> dict[str, str]:
+        """Returns the value of each option in a setting."""
+        return dict(zip(self.options, self.settings[i], strict=True))
+
     def overrides(self, i: int) -> list[str]:
         """Gives what `metadyn run` would be given for a setting.
 
         A value such as "1 5" is several words, and a matrix, "[[1, 0], [0, 2]]", is one.
         """
-        pairs = zip(self.options, self.settings[i], strict=True)
         split = lambda value: [value] if value.startswith("[") else value.split()
-        return [word for name, value in pairs for word in (name, *split(value))]
+        return [word for name, value in self.typed(i).items() for word in (name, *split(value))]
 
     def called(self, i: int) -> str:
         """Names a setting for messages: its place, and the values of what is swept."""
-        pairs = dict(zip(self.options, self.settings[i], strict=True))
-        said = " ".join(f"{name} {pairs[name]}" for name in self.swept)
+        typed = self.typed(i)
+        said = " ".join(f"{name} {typed[name]}" for name in self.swept)
         return f"setting {i + 1} of {len(self.settings)}" + (f" ({said})" if said else "")
 
-    def configs(self, default: Any, beside: Sequence[str] = ()) -> list[Any]:
-        """Makes the configuration of each setting. Raises `ConfigError` naming one that is refused.
+    @contextmanager
+    def naming(self, i: int, config: Any) -> Iterator[None]:
+        """Names a setting, and its options as they were typed, in a `ConfigError` raised inside."""
+        try:
+            yield
+        except ConfigError as error:
+            said = as_typed(error, config, self.overrides(i))
+            raise ConfigError(f"{self.called(i)}: {said}") from error
+
+    def config(self, i: int, default: Any, beside: Sequence[str] = ()) -> Any:
+        """Makes the configuration of a setting. Raises `ConfigError` if it is refused.
 
         Hints are at options of the study, and at those `beside` them.
         """
-        found = []
-        for i in range(len(self.settings)):
-            try:
-                found.append(configured(default, self.overrides(i), beside))
-            except ConfigError as error:
-                raise ConfigError(f"{self.called(i)}: {error}") from error
-        return found
+        with self.naming(i, default):
+            return configured(default, self.overrides(i), beside)
 
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
@@ -133,34 +131,38 @@ def parsed(words: Sequence[str]) -> dict[str, list[str]]:
     return options
 
 
-def part_of(text: str) -> Part:
-    """Reads the part that "2/4" says. Raises `ConfigError` for anything else."""
+def part_of(text: str, count: int) -> range:
+    """Says which of so many settings the part "2/4" does: every 4th, from the second on.
+
+    Raises `ConfigError` for anything else, and for a part that has none.
+    """
     index, _, of = text.partition("/")
     right = index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)
     check(right, "--part", text, "give I/N, such as 2/4, with I from 1 to N")
-    return Part(int(index), int(of))
-
-
-def size(options: Mapping[str, Sequence[str]], kind: SweepKind, count: int) -> int:
-    """Counts how many settings there are going to be, without making them."""
-    sizes = [len(values) for values in options.values()]
-    return {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
+    mine = range(int(index) - 1, count, int(of))
+    check(len(mine) > 0, "--part", text, f"there are {count} settings")
+    return mine
 
 
 def settings(
     options: Mapping[str, Sequence[str]],
     kind: SweepKind,
-    whole: Mapping[str, bool],
+    default: Mapping[str, Any],
     count: int,
     seed: int,
+    confirmed: bool = True,
 ) -> list[tuple[str, ...]]:
     """Lists the settings of a sweep, each as the value of every option.
 
     A "grid" has every combination of the values; "zip" the first of all, the second of all, …; and
     "random" has `count` combinations from the ranges that pairs of values give. Ranges are sampled
-    evenly in logarithm, options that are `whole` numbers rounded. Raises `ConfigError` for options
-    that cannot be combined so.
+    evenly in logarithm, and rounded where the option's `default` value is a whole number. Raises
+    `ConfigError` for options that cannot be combined so, and for very many if not `confirmed`.
     """
+    sizes = [len(values) for values in options.values()]
+    total = {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
+    if total > MOST and not confirmed:
+        raise ConfigError(f"{total:,} settings are more than {MOST:,}: confirm with --yes")
     if kind == "grid":
         for name, values in options.items():
             for value in values:
@@ -174,7 +176,6 @@ def settings(
     if kind == "zip":
         said = ", ".join(f"{n} of {name}" for name, n in several.items())
         check(len({*several.values()}) <= 1, "--zip", said, "give as many values of each, or one")
-    total = size(options, kind, count)
     rng = np.random.default_rng(seed)
     columns = []
     for name, values in options.items():
@@ -185,7 +186,8 @@ def settings(
         else:
             low, high = _range(name, values)
             drawn = np.exp(rng.uniform(math.log(low), math.log(high), total))
-            columns.append([f"{round(x)}" if whole[name] else f"{x:.6g}" for x in drawn.tolist()])
+            form = ".0f" if type(default.get(name)) is int else ".6g"
+            columns.append([f"{x:{form}}" for x in drawn.tolist()])
     return list(zip(*columns, strict=True)) if columns else [()]
 
 
@@ -196,7 +198,7 @@ def zipped(default: Any, words: str) -> list[tuple[str, Any]]:
     """
     options = parsed(words.split())
     asked = Sweep("", "", 0, "zip", options, settings(options, "zip", {}, 0, 0))
-    return list(zip([first for first, *_ in asked.settings], asked.configs(default), strict=True))
+    return [(first, asked.config(i, default)) for i, (first, *_) in enumerate(asked.settings)]
 
 
 def value_of(text: str) -> float | int | str:
@@ -208,13 +210,12 @@ def value_of(text: str) -> float | int | str:
 
 
 def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
-    fix = "of a random sweep, give one value, or the least and the greatest, above 0"
-    try:
+    with suppress(ValueError):
         low, high = map(float, values)
-    except ValueError:
-        raise ConfigError(f"{name} {' '.join(values)}: {fix}") from None
-    check(0 < low < high < math.inf, name, " ".join(values), fix)
-    return low, high
+        if 0 < low < high < math.inf:
+            return low, high
+    fix = "of a random sweep, give one value, or the least and the greatest, above 0"
+    raise ConfigError(f"{name} {' '.join(values)}: {fix}")
 
 
 class SweepFolder:
@@ -229,17 +230,16 @@ class SweepFolder:
         if found.pop("format", None) != FORMAT:
             raise ConfigError(f"{path} holds a sweep of another version of metadyn")
         with error_context(f"{path}/sweep.json: is not as metadyn writes it"):
-            self.parts: int = found.pop("parts")
             self.sweep = Sweep(**found)
             self.sweep.called(0)
 
     @classmethod
-    def create(cls, path: str | Path, sweep: Sweep, parts: int) -> SweepFolder:
+    def create(cls, path: str | Path, sweep: Sweep) -> SweepFolder:
         """Makes DIR, or opens it to go on. Parts may come at the same time.
 
         Raises `ConfigError` if it cannot be written, or holds anything but this sweep.
         """
-        asked = {"format": FORMAT, "parts": parts} | dataclasses.asdict(sweep)
+        asked = {"format": FORMAT} | dataclasses.asdict(sweep)
         return claimed(cls, path, "sweep.json", asked, "sweep")
 
     def setting(self, i: int) -> Path:
@@ -277,26 +277,22 @@ def is_sweep(path: str | Path) -> bool:
     return (Path(path) / "sweep.json").exists()
 
 
-def planned(sweep: Sweep, study: Study, configs: Sequence[Any], part: Part) -> dict[int, Plan]:
+def planned(sweep: Sweep, study: Study, configs: Mapping[int, Any]) -> dict[int, Plan]:
     """Makes the plan of each setting that a part of a sweep does, by the setting's number.
 
     Raises `ConfigError`, as `run_sweep` does.
     """
-    mine, plans = part.settings(len(configs)), {}
-    check(len(mine) > 0, "--part", f"{part.number}/{part.of}", f"there are {len(configs)} settings")
-    for i in mine:
-        try:
-            plans[i] = study.plan(configs[i])
+    plans = {}
+    for i, config in configs.items():
+        with sweep.naming(i, config):
+            plans[i] = study.plan(config)
             check_memory(plans[i])
-        except ConfigError as error:
-            said = as_typed(error, configs[i], sweep.overrides(i))
-            raise ConfigError(f"{sweep.called(i)}: {said}") from error
     # Each setting keeps a lock open.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(mine) + FILES
-    fix = f"its {len(mine):,} settings need {needed:,} open files, of {hard:,}: give more parts"
-    unlimited = hard == resource.RLIM_INFINITY
-    check(unlimited or needed <= hard, "--part", f"{part.number}/{part.of}", fix)
+    needed = len(configs) + FILES
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        said = f"{len(configs):,} settings need {needed:,} open files, of {hard:,}"
+        raise ConfigError(f"--part: {said}: give more parts")
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return plans
@@ -305,23 +301,22 @@ def planned(sweep: Sweep, study: Study, configs: Sequence[Any], part: Part) -> d
 def run_sweep(
     sweep: Sweep,
     study: Study,
-    configs: Sequence[Any],
+    configs: Mapping[int, Any],
     out: str | Path,
     progress: Progress,
-    part: Part,
 ) -> SweepFolder:
     """Runs a part of a sweep into `out`, or what is left of it.
 
-    A setting whose loss is no longer finite is marked, and does not stop the others. Figures of
-    merit are drawn by the part that ends last. Raises `ConfigError` for what can be known not to
-    work before DIR is made, and as `run_study` does.
+    `configs` are those of the part's settings, by their numbers. A setting whose loss is no longer
+    finite is marked, and does not stop the others. Figures of merit are drawn by the part that ends
+    last. Raises `ConfigError` for what can be known not to work before DIR is made, and as
+    `run_study` does.
     """
     from metadyn import sweep_results
 
-    mine = part.settings(len(configs))
     plans: dict[int, Plan] = {}
-    if not (mine and is_sweep(out) and all(map(SweepFolder(out).whole, mine))):
-        plans = planned(sweep, study, configs, part)
+    if not (is_sweep(out) and all(map(SweepFolder(out).whole, configs))):
+        plans = planned(sweep, study, configs)
         kinds = int | str  # other sizes are other shapes; other numbers are not
         sized = lambda domain: [v for v in domain_summary(domain).values() if isinstance(v, kinds)]
         modes = lambda tasks: [len(probe.modes.values) for probe in tasks.probes.values()]
@@ -332,11 +327,9 @@ def run_sweep(
         with progress.counting("checking", len(unlike)) as show:
             for i in unlike:
                 show("criteria and figures")
-                try:
+                with sweep.naming(i, configs[i]):
                     rehearse(study, configs[i], plans[i])
-                except ConfigError as error:
-                    raise ConfigError(f"{sweep.called(i)}: {error}") from error
-    folder = SweepFolder.create(out, sweep, part.of)
+    folder = SweepFolder.create(out, sweep)
     summary = folder.path / "summary.json"
     with writing(out):
         if plans:
@@ -354,7 +347,7 @@ def run_sweep(
                     runners[i] = Runner(plan, run, sweep.seed, progress, False, measure, said)
                 _run(study, configs, folder, runners, shared, progress)
         with lock(folder.path):  # of parts that end together the first draws
-            if not summary.exists() and all(map(folder.ended, range(len(configs)))):
+            if not summary.exists() and all(map(folder.ended, range(len(sweep.settings)))):
                 sweep_results.conclude(folder, progress)
     return folder
 
@@ -371,7 +364,7 @@ def _traced(given: tuple[Any, ...]) -> Any:
 
 def _run(
     study: Study,
-    configs: Sequence[Any],
+    configs: Mapping[int, Any],
     folder: SweepFolder,
     runners: Mapping[int, Runner],
     shared: shared_programs.ProgramCache,
@@ -403,12 +396,19 @@ def _run(
                 rows = Rows([runner.loop for runner in several])
                 gone = [k for k, i in enumerate(members) if folder.lost(i)]
 
+                def typed(i: int, error: ConfigError) -> ConfigError:
+                    return as_typed(error, configs[i], sweep.overrides(i))
+
                 def lost(k: int, error: ConfigError, members: list[int] = members) -> None:
-                    folder.set_lost(members[k], str(error))
-                    progress.say(f"{sweep.called(members[k])}: {error}")
+                    said = str(typed(members[k], error))
+                    folder.set_lost(members[k], said)
+                    progress.say(f"{sweep.called(members[k])}: {said}")
 
                 start = lambda rows=rows: rows.start(shared)
-                train(several, start, rows.run, lost, gone)
+                try:
+                    train(several, start, rows.run, lost, gone)
+                except ConfigError as error:
+                    raise typed(members[0], error) from error
             training = (time.monotonic() - begun) / len(members)
             for i in members:
                 if not folder.ended(i):
@@ -417,8 +417,9 @@ def _run(
                     seconds = training + time.monotonic() - begun
                     run = runners[i].store
                     try:
-                        judge(study, configs[i], run, run.results(), seconds)
+                        with sweep.naming(i, configs[i]):
+                            judge(study, configs[i], run, run.results(), seconds)
                     except ConfigError as error:  # the others are measured all the same
-                        failed.append(ConfigError(f"{sweep.called(i)}: {error}"))
+                        failed.append(error)
     if failed:
         raise failed[0]

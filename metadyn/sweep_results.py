@@ -58,22 +58,17 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
     check(parts, "task_set", task_set, f"no setting of {path} has any yet")
     whole = labelled.joined(parts.values(), "setting", [*parts])
     whole = whole.reindex(setting=range(len(sweep.settings)))
-    columns = dict(zip(sweep.options, zip(*sweep.settings, strict=True), strict=True))
-    values = {field(name): [*map(value_of, columns[name])] for name in sweep.swept}
     if sweep.kind != "grid":
-        return whole.assign_coords({name: ("setting", of) for name, of in values.items()})
+        typed = [*map(sweep.typed, range(len(sweep.settings)))]
+        column = lambda name: ("setting", [value_of(each[name]) for each in typed])
+        return whole.assign_coords({field(name): column(name) for name in sweep.swept})
     grid = {field(name): [*map(value_of, sweep.options[name])] for name in sweep.swept}
     if not grid:
         return whole.isel(setting=0, drop=True)
-    if len(grid) == 1:
-        (name,) = grid
-        return whole.rename({"setting": name}).assign_coords(grid).transpose(name, ...)
-    sizes = [len(of) for of in grid.values()]
-    places = np.unravel_index(np.arange(math.prod(sizes)), sizes)
-    at = {f"at {name}": ("setting", of) for name, of in zip(grid, places, strict=True)}
-    whole = whole.drop_vars("setting").assign_coords(at).set_index(setting=[*at]).unstack("setting")
-    whole = whole.rename({f"at {name}": name for name in grid}).assign_coords(grid)
-    return whole.transpose(*grid, ...)
+    places = xr.Dataset(coords={name: range(len(of)) for name, of in grid.items()})
+    coords = places.stack(setting=[*grid]).coords
+    whole = whole.drop_vars("setting").assign_coords(coords).unstack("setting")
+    return whole.assign_coords(grid).transpose(*grid, ...)
 
 
 def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
@@ -83,7 +78,7 @@ def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     """
     path = folder.path / "summary.json"
     if not path.exists():
-        return finite(measured(folder, progress))
+        return measured(folder, progress)
     written, fix = read_json(path, f"{path} cannot be read"), "is not as metadyn writes it"
     with error_context(f"{path} {fix}; remove the file"):
         found = written["settings"]
@@ -105,40 +100,33 @@ def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     with progress.counting("estimating", len(sweep.settings)) as show:
         for i in range(len(sweep.settings)):
             show(sweep.called(i))
-            found += _of_ended(folder, i) if folder.ended(i) else _measured(folder, i)
+            found += _measured(folder, i, folder.ended(i))
     return found
 
 
 @functools.cache  # the table, the page and a live server all ask for them
-def _of_ended(folder: SweepFolder, i: int) -> tuple[Row, ...]:
-    return (*_measured(folder, i),)
-
-
-def _measured(folder: SweepFolder, i: int) -> Iterator[Row]:
+def _measured(folder: SweepFolder, i: int, ended: bool) -> list[Row]:
     sweep = folder.sweep
-    typed = dict(zip(map(field, sweep.options), sweep.settings[i], strict=True))
-    values = {name: finite(value_of(each)) for name, each in typed.items()}
-    settings = {n: typed[n] if value is None else value for n, value in values.items()}  # "inf"
+    values = {name: (text, finite(value_of(text))) for name, text in sweep.typed(i).items()}
+    settings = {field(n): text if x is None else x for n, (text, x) in values.items()}  # "inf"
     row = {"setting": i, "folder": folder.setting(i).name, "options": settings, "lost": None}
     run = folder.run(i)
     if said := folder.lost(i):
-        yield row | {"lost": said}
-    elif run is None or not folder.ended(i):
-        yield row | {"lost": "not done"}
-    else:
-        histories = figures.histories(run.results(run.outer_steps()[-1:]))
-        if not histories:
-            yield row | {"lost": "done, with no meta-learner that is followed"}
-        for name, training in histories.items():
-            trained, (loss, bayes) = training.trained.isel(outer_step=-1), training.losses
-            estimates: dict[str, Any] = {
-                "staggering": dynamics.merit(trained),
-                "excess": dynamics.measured_excess(loss.isel(outer_step=-1), bayes),
-                "seconds": [labelled.about(training.trained).seconds] * 3,
-            }
-            merits = {n: [float(part) for part in e] for n, e in estimates.items()}
-            called = {"learner": training.called, "ending": name}
-            yield row | called | {"merit": dynamics.merit_name(trained)} | merits
+        return [row | {"lost": said}]
+    if run is None or not ended:
+        return [row | {"lost": "not done"}]
+    found = []
+    for name, training in figures.histories(run.results(run.outer_steps()[-1:])).items():
+        trained, (loss, bayes) = training.trained.isel(outer_step=-1), training.losses
+        estimates: dict[str, Any] = {
+            "staggering": dynamics.merit(trained),
+            "excess": dynamics.measured_excess(loss.isel(outer_step=-1), bayes),
+            "seconds": [labelled.about(training.trained).seconds] * 3,
+        }
+        merits = {n: [float(part) for part in e] for n, e in estimates.items()}
+        called = {"learner": training.called, "ending": name}
+        found.append(row | called | {"merit": dynamics.merit_name(trained)} | finite(merits))
+    return found or [row | {"lost": "done, with no meta-learner that is followed"}]
 
 
 def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
@@ -148,7 +136,7 @@ def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
     """
     from metadyn import view
 
-    sweep, found = folder.sweep, finite(measured(folder, progress))
+    sweep, found = folder.sweep, measured(folder, progress)
     about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
     draw(folder, found, progress)
     view.write(folder, progress)
@@ -163,8 +151,9 @@ def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
     yield f"{len({row['setting'] for row in there})} of {len(sweep.settings)} settings done"
     several = len({row["learner"] for row in there}) > 1
     for place, row in enumerate(ranked(there), 1):
-        merits = [("excess loss", "excess"), (row["merit"], "staggering")]
-        said = "  ".join(f"{called} {_number(row[name])}" for called, name in merits)
+        both = (dynamics.Estimate(*row[name])._asdict() for name in ("excess", "staggering"))
+        excess, merit = map(number, both)
+        said = f"excess loss {excess}  {row['merit']} {merit}"
         who = f"  {row['learner']}" if several else ""
         yield f"{place:4}  {row['folder']}  {_said(folder, row)}{who}  {said}"
         yield f"{'':6}{row['seconds'][0]:,.0f} s of training"
@@ -181,10 +170,6 @@ def ranked(found: Sequence[Row]) -> list[Row]:
         return bool(row["lost"]), math.inf if value is None else value
 
     return sorted(found, key=place)
-
-
-def _number(estimate: Sequence[float | None]) -> str:
-    return number(dict(zip(("value", "low", "high"), estimate, strict=True)))
 
 
 def _said(folder: SweepFolder, row: Row) -> str:

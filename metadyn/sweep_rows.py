@@ -66,10 +66,11 @@ class Rows:
     def _checked(self, name: str) -> Any:
         """Compiles the outer steps of all rows. `ConfigError` if they do not fit into memory."""
         compiled, count = self.trace(name).lower().compile(), len(self.loops)
-        option, change = self.loops[0].trained[name].option("batch"), "lower it"
+        what, change = f"an outer step of {name}", "lower it"
+        option = self.loops[0].trained[name].option("batch")
         if count > 1:
+            what += f" for {count} settings at once"
             option, change = "--part", "divide them into more parts, in another DIR"
-        what = f"an outer step of {name} for {count} settings at once"
         require_memory(what, program_cost.memory(compiled), option, change=change)
         return compiled
 

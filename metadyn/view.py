@@ -105,7 +105,6 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
     for row in rows:
         if not row["lost"]:
             merits.setdefault(row["setting"], []).append(row)
-    columns = [[*sweep.options].index(name) for name in sweep.swept]
     return {
         "title": f"sweep of {sweep.study}, preset {sweep.preset}, seed {sweep.seed}",
         "sweep": {
@@ -114,7 +113,7 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
             "merits": {name: plain(label) for name, label in sweep_results.MERITS.items()},
             "settings": [
                 {
-                    "values": [sweep.settings[i][column] for column in columns],
+                    "values": [sweep.typed(i)[name] for name in sweep.swept],
                     "folder": str(folder.setting(i).relative_to(folder.path)),
                     "lost": folder.lost(i),
                     "done": folder.ended(i),

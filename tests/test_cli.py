@@ -512,7 +512,9 @@ def test_studies_that_make_more_of_each_learner_take_none_beside_their_own(name)
 
 
 def test_metadyn_alone_says_what_to_type(capsys):
-    assert main([]) == 0
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0
     said = capsys.readouterr().out
     assert "Example: metadyn run linear_regression" in said
     assert all(name in said for name in ("view", "list", "report", "figures"))

@@ -168,7 +168,7 @@ def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
     assert [row["name"] for row in summary["criteria"]] == ["loss"]
     stored = RunFolder(tmp_path / "r")
     assert [*stored.measurements()] == ["in_distribution"]
-    assert not stored.tracked()
+    assert not stored.outer_steps()
     assert stored.steps() == [*Config().outer.checkpoint_steps]
 
 

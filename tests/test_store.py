@@ -86,7 +86,7 @@ def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
     run, written = written_run
     assert run.outer_steps() == [0, 1, 4]
     assert run.steps() == [0, 1, 4, 5]
-    assert run.tracked() == {TRACKED: ["lstm"], HELDOUT: ["lstm"]}
+    assert {s: [*of] for s, of in run.about(4).items()} == {TRACKED: ["lstm"], HELDOUT: ["lstm"]}
     found = run.trajectories(TRACKED, "lstm")
     assert dict(found["mode_strength"].sizes) == {
         "outer_step": 3, "seed": 2, "task": 5, "step": 3, "mode": 2

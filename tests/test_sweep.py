@@ -300,7 +300,7 @@ def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
 
     def end():
         both.wait()
-        sweep.run_sweep(found.sweep, study, [None] * 4, out, Progress(None), sweep.Part(1, 1))
+        sweep.run_sweep(found.sweep, study, dict.fromkeys(range(4)), out, Progress(None))
 
     monkeypatch.setattr(sweep_results, "conclude", conclude)
     parts = [threading.Thread(target=end) for _ in range(2)]
@@ -339,7 +339,7 @@ def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, caps
     assert "figures: drawn by the part that ends last" in said
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
     said = capsys.readouterr().out
-    assert "is no longer finite at outer step" in said
+    assert "--outer.learning-rate 1e30: the loss of lstm is no longer finite at outer step" in said
     assert "2 of 4 settings done" in said
     data = metadyn.load(out, "heldout")["loss"].isel(step=-1)
     finite = np.isfinite(data.sel(learner="lstm")).all(["outer_step", "seed", "task"])
@@ -384,7 +384,8 @@ def test_settings_that_do_not_fit_into_the_memory_at_once_are_refused(
     assert "--part: an outer step of lstm for 2 settings at once would take 1,073,741,824.0" in said
     assert said.endswith("divide them into more parts, in another DIR")
     assert metadyn_sweep(tmp_path / "one", "--domain.sigma", "0.1") == 2
-    assert "batch: an outer step of lstm for 1 settings" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--outer.batch 8: an outer step of lstm would take" in said
 
 
 def test_settings_of_other_sizes_are_rehearsed_too(tmp_path, monkeypatch, capsys):
@@ -406,7 +407,7 @@ def test_settings_of_other_sizes_are_rehearsed_too(tmp_path, monkeypatch, capsys
 
 def test_ranges_and_rows_of_values():
     options = {"--a": ["1e-3", "1e-1"], "--b": ["2", "64"], "--c": ["x"]}
-    whole = {"--a": False, "--b": True, "--c": False}
+    whole = {"--b": 8}
     drawn = sweep.settings(options, "random", whole, 400, 0)
     a, b = (np.array([float(row[i]) for row in drawn]) for i in (0, 1))
     assert a.min() >= 1e-3
@@ -469,18 +470,18 @@ def test_bad_input_is_one_line_and_exit_code_2(options, says, tmp_path, capsys):
 def test_a_part_that_died_writing_what_was_asked_leaves_dir_usable(tmp_path):
     asked = sweep.Sweep("tiny", "quick", 0, "grid", {"--a": ("1",)}, [("1",)])
     (tmp_path / "sweep.json.part").write_text("{")
-    assert sweep.SweepFolder.create(tmp_path, asked, 1).sweep.study == "tiny"
+    assert sweep.SweepFolder.create(tmp_path, asked).sweep.study == "tiny"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("")
     with pytest.raises(ConfigError, match="is not empty and holds no sweep"):
-        sweep.SweepFolder.create(tmp_path / "other", asked, 1)
+        sweep.SweepFolder.create(tmp_path / "other", asked)
 
 
 def test_more_settings_than_files_may_be_open_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("resource.getrlimit", lambda which: (100, 200))
     study = load_study(STUDY)
     asked = sweep.Sweep("tiny", "quick", 0, "grid", {}, [()])
-    given = asked, study, [study.presets["quick"]], sweep.Part(1, 1)
+    given = asked, study, {0: study.presets["quick"]}
     with pytest.raises(ConfigError, match="1 settings need 257 open files, of 200"):
         sweep.planned(*given)
 
