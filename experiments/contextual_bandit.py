@@ -149,14 +149,14 @@ def growth(results):
     """Draws the median time until the last context is learned, against their number."""
     numbers = 1 + np.arange(sum(name.endswith("_contexts") for name in results.sets()))
     figure, (axis,) = figures.grid(min(len(numbers), 1), width=6.6, height=4.6)
-    learners, styles = results.learners("1_contexts"), (figures.COLOURS, "osDP")
-    for (name, first), colour, marker in zip(learners.items(), *styles, strict=False):
+    for i, (name, first) in enumerate(results.learners("1_contexts").items()):
         runs = [dynamics.last_times(results[f"{k}_contexts", name]) for k in numbers]
         median = dynamics.stacked(dynamics.estimate_over_runs(np.median, each) for each in runs)
         done, bars = np.isfinite(median.value), figures.bars(median)
         factor, _ = dynamics.growth(numbers[done], median.value[done])
         never = f"{np.isinf(runs[-1]).mean():.0%} of runs not done at {numbers[-1]}"
         label = f"{labelled.about(first).label}: × {factor:.2f} for each context; {never}"
+        colour, marker = figures.line_colour(i), "osDP"[i % 4]
         style = {"marker": marker, "color": colour, "label": label}
         axis.errorbar(numbers[done], median.value[done], bars[:, done], **style)
         end = np.full((~done).sum(), first["time"][-1])

@@ -147,10 +147,10 @@ def outer(results):
     for axis, name in zip(axes, OUTER, strict=True):
         arms = results.learners(f"{HELDOUT}_{name}", "meta")
         bayes = results[f"{HELDOUT}_{name}", "bayes"]
-        for data, colour in zip(arms.values(), figures.COLOURS, strict=False):
+        for i, data in enumerate(arms.values()):
             steps = figures.outer_axis(axis, data)
             found = dynamics.measured_excess(data, bayes)
-            figures.curve(axis, steps, found, labelled.about(data).label, colour)
+            figures.curve(axis, steps, found, labelled.about(data).label, figures.line_colour(i))
         level = dynamics.to_equal_excess([*arms.values()], bayes)[0].value
         axis.axhline(level, **figures.LEVEL, label="where they are compared")
         axis.set(title=TITLES[name], yscale="log")

@@ -63,6 +63,11 @@ Own = Mapping[str, Callable[[Results], Figure]]
 styled = matplotlib.rc_context(STYLE)  # as a decorator
 
 
+def line_colour(i: int) -> str:
+    """Returns the colour of the i-th line of a panel: `COLOURS`, again and again."""
+    return COLOURS[i % len(COLOURS)]
+
+
 @styled
 def draw(folder: Path, results: Results, own: Own, progress: Progress) -> list[Path]:
     """Draws what every run has, and a study's own figures, into a folder; returns their paths.
@@ -263,11 +268,6 @@ class LearningHistory:
         of = partial(dynamics.strength, probe=self.probe)
         return of(self.trained), of(self.bayes)
 
-    @functools.cached_property
-    def over(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns those strengths in the order of outer training, if modes are exchangeable."""
-        return dynamics.over_outer_training(self.trained, self.bayes, self.probe)
-
 
 def histories(results: Results) -> dict[str, LearningHistory]:
     """Gathers the meta-learners that are followed over outer training, by their figures' endings.
@@ -342,10 +342,11 @@ def outer_learning(training: LearningHistory) -> Figure:
     modes, (strength, best), trained = training.modes, training.strengths, training.trained
     inner, outer = dynamics.times_of(trained, training.probe), dynamics.outer_times_of(trained)
     figure, left, right, steps = _over_outer_training(training, "learning of each mode")
-    reached = outer(*(each.mean((0, 1)) for each in training.over))
+    over = dynamics.over_outer_training(trained, training.bayes, training.probe)
+    reached = outer(*(each.mean((0, 1)) for each in over))
     halfway = [f"{name}: {n:,.0f}" for name, n in zip(_named(modes), reached, strict=True)]
     curves(left, steps, dynamics.estimate(inner, strength), _named(modes), marker="o", ms=3)
-    share = dynamics.estimate(dynamics.share_of_bayes, *training.over)
+    share = dynamics.estimate(dynamics.share_of_bayes, *over)
     curves(right, steps, share, halfway, marker="o", ms=3)
     for colour, t, n in zip(colours(halfway), inner(best.mean((0, 1))), reached, strict=True):
         left.axhline(t, color=colour, ls="--", lw=1.2)
@@ -440,23 +441,21 @@ def orders(trainings: Sequence[LearningHistory]) -> Figure:
     figure, axes = grid(len(trainings), label, width=4.4, height=4.3)
     for axis, training in zip(axes, trainings, strict=True):
         modes, trained, probe = training.modes, training.trained, training.probe
-        at_end, outer = dynamics.times_of(trained, probe), dynamics.outer_times_of(trained)
+        at_end = dynamics.times_of(trained, probe)
         inner = lambda mean, t=at_end: t(mean[..., -1, :, :])
         title = "modes by their rank in either order"
         if not modes.exchangeable:
             ranks = dynamics.outer_correlation(trained, training.bayes, probe)
             title = f"rank correlation {dynamics.text(ranks)}"
         x = dynamics.estimate(inner, training.strengths[0])
-        y = dynamics.estimate(outer, *training.over)
+        y = dynamics.outer_times(trained, training.bayes, probe)
         styles = zip(colours(modes.values), cycle(MARKERS), _named(modes), strict=False)
         for k, (colour, marker, name) in enumerate(styles):
             sides = {"yerr": bars(y)[:, [k]], "xerr": bars(x)[:, [k]], "lw": 1.2}
             style = {"fmt": marker, "color": colour, "ms": 8, "label": name}
             axis.errorbar(x.value[k], y.value[k], **sides, **style)
         axis.set(yscale="log", xlabel="inner learning time $t_k$\n(observations; once trained)")
-        axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.yaxis.set_minor_formatter("{x:,.0f}")
-        axis.tick_params(axis="y", which="both", labelsize=9)
+        log_ticks(axis.yaxis)
         axis.set_title(f"{training.called}\n{title}", fontsize=10)
         axis.legend(title=modes.axis)
     return figure
@@ -485,9 +484,9 @@ def legend_below(axis: Any, ncols: int = 4, **style: Any) -> None:
 def grouped_bars(axis: Any, names: Sequence[str], found: Sequence[tuple[str, Estimate]]) -> None:
     """Draws estimates [name], each with its label, as bars in a group for each name."""
     width = 0.8 / len(found)
-    for i, ((label, each), colour) in enumerate(zip(found, cycle(COLOURS), strict=False)):
+    for i, (label, each) in enumerate(found):
         at = np.arange(len(names)) + (i - (len(found) - 1) / 2) * width
-        style = {"color": colour, "label": label, "error_kw": {"lw": 1.2}}
+        style = {"color": line_colour(i), "label": label, "error_kw": {"lw": 1.2}}
         axis.bar(at, each.value, width, yerr=bars(each), **style)
     axis.set_xticks(range(len(names)), names)
 

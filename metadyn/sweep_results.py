@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +212,16 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
     figure, axes = figures.grid(len(MERITS), width=4.2, height=3.8)
     for axis, (name, label) in zip(axes, MERITS.items(), strict=True):
         of = found[0]["merit"] if name == "staggering" else label
-        for (called, several), colour in zip(lines.items(), cycle(figures.COLOURS), strict=False):
+        for i, (called, several) in enumerate(lines.items()):
             several = sorted(several, key=lambda row: values.index(row["options"][option]))
             x = [row["options"][option] for row in several]
             at = np.array(x if numeric else [values.index(each) for each in x], float)
             merit = dynamics.Estimate(*np.array([row[name] for row in several], float).T)
-            style = {"color": "grey" if many else colour, "fmt": "o" if many else "o-", "ms": 5}
+            style = {
+                "color": "grey" if many else figures.line_colour(i),
+                "fmt": "o" if many else "o-",
+                "ms": 5,
+            }
             axis.errorbar(
                 at, merit.value, figures.bars(merit), label=None if many else called, **style
             )

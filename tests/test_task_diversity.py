@@ -71,7 +71,15 @@ def test_the_study_is_rehearsed_without_complaint(plan):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [(["--pools", "0"], "--pools"), (["--pools"], "--pools")]
+    ("options", "says"),
+    [
+        (["--pools", "0"], "--pools"),
+        (["--pools"], "--pools"),
+        (
+            ["--nonlinear.spectrum", "1", "1"],
+            "--nonlinear.spectrum 1 1: leave out: bands are fixed",
+        ),
+    ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):
     refused(["task_diversity", *options], says)
