@@ -194,7 +194,7 @@ def start(results):
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3, spread="even"),
     nonlinear=FourierRegression(band(1, 3), steps=20),
-    outer=md.OuterConfig(steps=1500, seeds=3, checkpoints=4),
+    outer=md.OuterConfig(steps=3000, checkpoints=4),
     linear_maml=MAMLConfig(outer_batch=32, outer_learning_rate=1e-3),  # faster, some seeds fail
     nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=32),
     measure=md.MeasureConfig(
