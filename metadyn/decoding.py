@@ -27,6 +27,8 @@ Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """`decode(x [..., n, p], y [..., n, q], new [..., m, p])` fits y to x; what it says of `new`."""
 PENALTIES = 10.0 ** np.arange(-7, 4)
 """Of ridge regression, times the number of samples: the best by cross-validation is taken."""
+LEAST = 1e-2
+"""Of the greatest standard deviation in a state: the least that a number of it is divided by."""
 HIDDEN, UPDATES, RATE, DECAY = 32, 150, 1e-2, 1e-1
 """Of the MLP: its width, and updates, rate and weight decay of AdamW. Our choice."""
 
@@ -213,9 +215,14 @@ def r_squared(decoded: Decoded) -> dynamics.Estimate:
 
 
 def _standard(x: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both in units of the standard deviation of x from its mean; constants are left alone."""
+    """Both in units of the standard deviation of x from its mean.
+
+    Of numbers that hardly vary in x beside the others, in units of `LEAST` of the greatest one:
+    else one that a network has all but switched off would be large on a task on which it is not.
+    """
     mean, spread = x.mean(-2, keepdims=True), x.std(-2, keepdims=True)
-    spread = np.where(spread > 1e-12, spread, 1.0)
+    least = LEAST * spread.max(-1, keepdims=True)
+    spread = np.maximum(spread, np.where(least > 0, least, 1.0))
     return (x - mean) / spread, (new - mean) / spread
 
 

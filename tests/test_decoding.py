@@ -67,6 +67,17 @@ def test_a_constant_number_in_a_state_says_nothing_and_does_no_harm():
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
+def test_a_number_that_is_all_but_switched_off_does_no_harm_where_it_is_on():
+    """As a saturated unit, which moves by 1e-6 on the tasks of the fit, and by 0.1 on another."""
+    rng = np.random.default_rng(0)
+    x, new = rng.normal(size=(2, 200, 5))
+    y, right = (each[:, :1] + rng.normal(0, 0.1, size=(200, 1)) for each in (x, new))
+    x[:, 4], new[:, 4] = rng.normal(0, 1e-6, size=(2, 200))
+    new[0, 4] = 0.1
+    left = ((decoding.ridge(x, y, new) - right) ** 2).sum()
+    assert 1 - left / (right**2).sum() > 0.95
+
+
 def test_an_mlp_finds_what_is_there_in_another_form_and_loses_nothing_linear():
     x = samples(1, 1200, 1, 3)
     square = x[..., :1] ** 2
