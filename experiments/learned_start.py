@@ -198,7 +198,7 @@ QUICK = Config(
     linear_maml=MAMLConfig(outer_batch=32, outer_learning_rate=1e-3),  # faster, some seeds fail
     nonlinear_maml=MAMLConfig(inner_steps=1, outer_batch=32),
     measure=md.MeasureConfig(
-        tasks=1024, updating_tasks=32, tracked_tasks=32, heldout_tasks=512, probe_points=16
+        tasks=1024, updating_tasks=64, tracked_tasks=32, heldout_tasks=512, probe_points=16
     ),
 )
 WORKSTATION = Config(
