@@ -171,7 +171,7 @@ UNTRACKED = {"tracked_tasks": 0, "chunk": 512}
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     outer=OUTER,
-    measure=md.MeasureConfig(shifted_tasks=256, heldout_tasks=256, probe_points=12, **UNTRACKED),
+    measure=md.MeasureConfig(shifted_tasks=256, heldout_tasks=512, probe_points=12, **UNTRACKED),
 )
 WORKSTATION = Config(
     lstm=LSTMConfig(hidden=128),
