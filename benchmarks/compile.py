@@ -52,7 +52,7 @@ outer step in linear regression is a step of an episode forwards (6) and backwar
 them one of the loop that answers for Bayes (9). FLOPs are those of one call on the first of the
 devices that has a cell. Bytes are those that the operations of one call read and write on one H100,
 from its caches too; of FLOPs by bytes, it can do some 20 in float32 in the time of one byte from
-its memory. A dash: not compiled yet."""
+its memory. A dash: not compiled, or not counted, yet."""
 
 
 def programs(study: str, preset: str = PRESET) -> Iterator[Any]:

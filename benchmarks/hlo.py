@@ -73,7 +73,7 @@ def moved(text: str, turns: float = 1) -> float:
     of, entry = parts(text)
 
     def bytes_of(part: Part, name: str) -> float:
-        """Bytes that the operation `name` of a part reads and writes."""
+        """Counts the bytes that the operation `name` of a part reads and writes."""
         each = part[name]
         if each.kind == "while":
             known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', each.more)
@@ -93,6 +93,8 @@ def moved(text: str, turns: float = 1) -> float:
             return 2 * array_bytes(each.shape)
         if each.kind == "dynamic-update-slice":
             return 2 * sizes[1]
+        if each.kind == "custom-call":  # beside its result a product has the scratch that it takes
+            return sum(sizes) + array_bytes(re.sub(r", s8\[\d+\]\S*\)$", ")", each.shape))
         # What is begun gives, beside its result, its operands again.
         return (
             2 * sum(sizes) if each.kind.endswith("-start") else sum(sizes, array_bytes(each.shape))
@@ -105,7 +107,7 @@ def moved(text: str, turns: float = 1) -> float:
 
 
 def _fused(inside: Part, sizes: list[int]) -> int:
-    """Bytes that a fusion reads of operands of some sizes, and those that it writes."""
+    """Counts the bytes that a fusion reads of operands of some sizes, and those that it writes."""
     source = {name: name for name in inside}  # that of which a bitcast is another view
     for name, each in inside.items():
         if each.kind == "bitcast":

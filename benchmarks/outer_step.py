@@ -207,9 +207,10 @@ def operations(hidden: int, batch: int, steps: int) -> float:
 def compared(
     model: str, size: tuple[int, int, int], pytorch: float | None, flax: float | None
 ) -> Iterator[Result]:
-    """metadyn against the others at one size; it is to be so many times as fast as these two.
+    """Compares metadyn with PyTorch and flax at one size.
 
-    For an LSTM with the share of the machine's limit, and with PyTorch's given parts of the batch.
+    `pytorch` and `flax` are how many times as fast as these it is to be, if that is asked. For an
+    LSTM with the share of the machine's limit, and with PyTorch's given parts of the batch.
     """
     hidden, batch, steps = size
     case, lstm = {"hidden": hidden, "batch": batch, "steps": steps}, model == "lstm"

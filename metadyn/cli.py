@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Runs a command and returns its exit code; after help, raises `SystemExit`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.showwarning = _warn
     do: Any = None

@@ -215,14 +215,15 @@ def r_squared(decoded: Decoded) -> dynamics.Estimate:
 
 
 def _standard(x: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both in units of the standard deviation of x from its mean.
+    """Returns both in units of the standard deviation of x, from its mean.
 
-    Of numbers that hardly vary in x beside the others, in units of `LEAST` of the greatest one:
-    else one that a network has all but switched off would be large on a task on which it is not.
+    Where x is constant they are left as they are. Of numbers that hardly vary in x beside the
+    others, in units of `LEAST` of the greatest one: else one that a network has all but switched
+    off would be large on a task on which it is not.
     """
     mean, spread = x.mean(-2, keepdims=True), x.std(-2, keepdims=True)
     least = LEAST * spread.max(-1, keepdims=True)
-    spread = np.maximum(spread, np.where(least > 0, least, 1.0))
+    spread = np.maximum(spread, np.where(least > LEAST * 1e-12, least, 1.0))
     return (x - mean) / spread, (new - mean) / spread
 
 

@@ -97,7 +97,11 @@ def memory(compiled: Any) -> int:
     return between + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
-WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f64": 8, "s64": 8, "u64": 8}
+WIDTH = {
+    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
+}
 """Bytes of a number, by XLA's names of types; of the others 4."""
 
 

@@ -18,7 +18,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -396,19 +396,16 @@ def _run(
                 rows = Rows([runner.loop for runner in several])
                 gone = [k for k, i in enumerate(members) if folder.lost(i)]
 
-                def typed(i: int, error: ConfigError) -> ConfigError:
-                    return as_typed(error, configs[i], sweep.overrides(i))
-
                 def lost(k: int, error: ConfigError, members: list[int] = members) -> None:
-                    said = str(typed(members[k], error))
-                    folder.set_lost(members[k], said)
-                    progress.say(f"{sweep.called(members[k])}: {said}")
+                    i = members[k]
+                    said = str(as_typed(error, configs[i], sweep.overrides(i)))
+                    folder.set_lost(i, said)
+                    progress.say(f"{sweep.called(i)}: {said}")
 
                 start = lambda rows=rows: rows.start(shared)
-                try:
+                first, *others = members
+                with nullcontext() if others else sweep.naming(first, configs[first]):
                     train(several, start, rows.run, lost, gone)
-                except ConfigError as error:
-                    raise typed(members[0], error) from error
             training = (time.monotonic() - begun) / len(members)
             for i in members:
                 if not folder.ended(i):

@@ -70,6 +70,17 @@ def test_bytes_are_those_of_slices_in_loops_as_often_as_they_turn(turns):
     assert hlo.moved(PROGRAM, turns) == (1 + turns) * outer
 
 
+def test_the_scratch_of_a_product_is_neither_read_nor_written():
+    text = """ENTRY %main (a: c64[8,4], b: c64[4,2]) -> c64[8,2] {
+  %a = c64[8,4]{1,0} parameter(0)
+  %b = c64[4,2]{1,0} parameter(1)
+  %made = (c64[8,2]{1,0}, s8[33554432]{0}) custom-call(%a, %b), custom_call_target="__cublas"
+  ROOT %c = c64[8,2]{1,0} get-tuple-element(%made), index=0
+}
+"""
+    assert hlo.moved(text) == 8 * (32 + 8 + 16)
+
+
 @pytest.mark.parametrize(
     "function",
     [

@@ -407,8 +407,8 @@ def test_settings_of_other_sizes_are_rehearsed_too(tmp_path, monkeypatch, capsys
 
 def test_ranges_and_rows_of_values():
     options = {"--a": ["1e-3", "1e-1"], "--b": ["2", "64"], "--c": ["x"]}
-    whole = {"--b": 8}
-    drawn = sweep.settings(options, "random", whole, 400, 0)
+    usual = {"--b": 8}
+    drawn = sweep.settings(options, "random", usual, 400, 0)
     a, b = (np.array([float(row[i]) for row in drawn]) for i in (0, 1))
     assert a.min() >= 1e-3
     assert a.max() <= 1e-1
@@ -416,12 +416,12 @@ def test_ranges_and_rows_of_values():
     assert {row[1] for row in drawn} <= {str(n) for n in range(2, 65)}
     assert np.mean(b <= 11) == pytest.approx(0.5, abs=0.1)
     assert {row[2] for row in drawn} == {"x"}
-    assert drawn == sweep.settings(options, "random", whole, 400, 0)
-    assert drawn != sweep.settings(options, "random", whole, 400, 1)
-    zipped = sweep.settings(options, "zip", whole, 0, 0)
+    assert drawn == sweep.settings(options, "random", usual, 400, 0)
+    assert drawn != sweep.settings(options, "random", usual, 400, 1)
+    zipped = sweep.settings(options, "zip", usual, 0, 0)
     assert zipped == [("1e-3", "2", "x"), ("1e-1", "64", "x")]
     with pytest.raises(ConfigError, match="give as many values"):
-        sweep.settings(options | {"--c": ["x", "y", "z"]}, "zip", whole, 0, 0)
+        sweep.settings(options | {"--c": ["x", "y", "z"]}, "zip", usual, 0, 0)
 
 
 @pytest.mark.parametrize(
