@@ -158,17 +158,14 @@ def compiled(
         form = f"{form[:16]} {program.turns}"
         if form not in before:
             row = planning.compiled(program, there)
-            bytes_of = {"moved": hlo.moved(row.text, program.turns)} if target == COUNTED else {}
-            before[form] = (
-                row.account._asdict()
-                | bytes_of
-                | {
-                    "launches": hlo.launches(row.text),
-                    "operations": row.operations,
-                    "seconds": round(row.seconds, 1),
-                    "jax": jax.__version__,
-                }
-            )
+            before[form] = row.account._asdict() | {
+                "launches": hlo.launches(row.text),
+                "operations": row.operations,
+                "seconds": round(row.seconds, 1),
+                "jax": jax.__version__,
+            }
+            if target == COUNTED:
+                before[form]["moved"] = hlo.moved(row.text, program.turns)
     except Exception as error:  # costs this program alone
         return {"fails": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return before[form] | {"calls": program.times, "form": form}
