@@ -118,9 +118,8 @@ def plan(config: Config) -> md.Plan:
     ]
     main = md.Comparison(domain, contenders, [within], (), sizes, objectives[0])
     shown = {"name": "band", "title": "band-pass prior"}
-    pair = [metas[1], bayes[1]]
-    second = md.Comparison(domains[1], pair, sets, (), sizes, objectives[1], **shown)
-    return md.Plan(config.outer, [main, second])
+    second = [domains[1], [metas[1], bayes[1]], sets, (), sizes, objectives[1]]
+    return md.Plan(config.outer, [main, md.Comparison(*second, **shown)])
 
 
 def criteria(config: Config, results):
@@ -165,7 +164,8 @@ def band_gain(results):
 
 
 QUICK = Config(
-    outer=md.OuterConfig(steps=12_000, batch=32, learning_rate=3e-2, schedule="linear"),
+    target="bayes",
+    outer=md.OuterConfig(steps=10_000, batch=32, learning_rate=3e-2, schedule="linear"),
     measure=md.MeasureConfig(4096, 16, shifted_tasks=1024, tracked_tasks=64, heldout_tasks=512),
 )
 WORKSTATION = Config(

@@ -18,7 +18,7 @@ ROOT = Path(gpu.__file__).parent.parent
 
 
 def test_a_dry_run_goes_through_all_of_it(tmp_path):
-    """PyTorch's side too, where it is installed, which it is not in CI."""
+    """PyTorch's side too, where it is installed: by `.ci/run`, not by the test command."""
     command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path), "--dry"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "results.json").read_text())
