@@ -83,6 +83,20 @@ def test_the_network_is_as_alone_and_bayes_is_recorded_after_the_pairs_its_state
     assert all(np.all(np.asarray(each) == 0) for each in nothing.values())
 
 
+@pytest.mark.parametrize("sigma", [0.1, 1e-2, 1e-4])
+def test_the_log_determinant_of_a_covariance_that_float32_hardly_holds(sigma):
+    """Against float64; while few pairs are read variances differ by a factor of 1e8."""
+    domain = LinearRegression(5, 1, sigma=sigma)
+    beliefs = beside.linear_beliefs(domain)
+    state, precision = beliefs.learner.init(jax.random.key(0)), np.linalg.inv(domain.C)
+    update = jax.jit(beliefs.learner.update)
+    for x in np.random.default_rng(0).standard_normal((12, 5)).astype(np.float32):
+        state = update(state, jnp.asarray(x), jnp.zeros(1))
+        precision = precision + np.outer(np.float64(x), x) / sigma**2
+        found = beliefs.read(state)["uncertainty"]
+        np.testing.assert_allclose(found, -np.linalg.slogdet(precision)[1], atol=0.02)
+
+
 def test_posterior_and_divergence_in_the_bandit():
     domain = ContextualBandit(2, 3, steps=5)
     beliefs = beside.bandit_beliefs(domain)

@@ -57,23 +57,25 @@ def linear_beliefs(domain: LinearRegression) -> Beliefs:
 
     def read(state: State) -> Mapping[str, Array]:
         covariance = state.root[0] @ state.root[0].T
-        uncertainty = _log_determinant(covariance)[None]
+        uncertainty = _log_determinant(state.root[0])[None]
         mean, flat = state.mean.ravel(), covariance.ravel()
         return {"mean": mean, "covariance": flat, "uncertainty": uncertainty}
 
     return Beliefs(bayes_linear(domain), read, lambda answer, best: jnp.mean((answer - best) ** 2))
 
 
-def _log_determinant(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
-    """Of a positive definite matrix, by elimination: with no library call, for any number of them.
+def _log_determinant(root: Float[Array, "n n"]) -> Float[Array, ""]:
+    """Of S Sᵀ, by the root S, of which float32 holds what it does not hold of the product.
 
-    Such calls, on several CPU devices at once, can wait for each other's threads for ever.
+    By Gram and Schmidt, row by row: library calls, on several CPU devices at once, can wait for
+    each other's threads for ever.
     """
     total = jnp.zeros(())
-    for k in range(len(matrix)):
-        pivot = matrix[k, k]
-        total = total + jnp.log(pivot)
-        matrix = matrix - jnp.outer(matrix[:, k], matrix[k]) / pivot
+    for k in range(len(root)):
+        row = root[k]
+        squared = row @ row
+        total = total + jnp.log(squared)
+        root = root - jnp.outer(root @ row, row) / squared
     return total
 
 
