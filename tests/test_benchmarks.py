@@ -17,6 +17,8 @@ from benchmarks.table import table
 from benchmarks.timing import Side
 from metadyn import labelled
 from metadyn.domains.linear import LinearRegression
+from metadyn.learners.attention import TransformerConfig
+from metadyn.learners.deltanet import DeltaNetConfig
 from metadyn.learners.lstm import LSTMConfig
 
 T, B, H = 7, 6, 16
@@ -25,7 +27,12 @@ T, B, H = 7, 6, 16
 @pytest.fixture(scope="module")
 def ours():
     """Weights, episodes x and y [T, B, N], our loss on them and its gradient."""
-    meta = LSTMConfig(hidden=H).make(LinearRegression(steps=T))
+    params, *rest, gradient = drawn(LSTMConfig(hidden=H).make(LinearRegression(steps=T)))
+    return flat(params), *rest, flat(gradient)
+
+
+def drawn(meta):
+    """Weights that are not those of a start, episodes, and the loss and gradient on them."""
     leaves, tree = jax.tree.flatten(meta.init(jax.random.key(0)))
     noise = jax.random.split(jax.random.key(1), len(leaves))
     params = tree.unflatten(
@@ -39,8 +46,7 @@ def ours():
         answers = meta.unroll(params, x.swapaxes(1, 2), y.swapaxes(1, 2))
         return jnp.mean((answers - y.swapaxes(1, 2)) ** 2)
 
-    loss, gradient = jax.value_and_grad(objective)(params)
-    return flat(params), x, y, loss, flat(gradient)
+    return params, x, y, *jax.jit(jax.value_and_grad(objective))(params)
 
 
 def flat(params):
@@ -116,6 +122,90 @@ def test_loss_and_gradient_equal_those_of_pytorch(model, ours):
     found.backward()
     np.testing.assert_allclose(loss, found.item(), rtol=1e-6)
     check_gradient(gradient, {name: np.asarray(leaf.grad) for name, leaf in theirs.items()})
+
+
+BLOCKS = {"transformer": TransformerConfig(hidden=H), "deltanet": DeltaNetConfig(hidden=H)}
+
+
+@pytest.fixture(scope="module", params=BLOCKS)
+def our_blocks(request):
+    """As `ours`, of a network of blocks: its name, weights by path, episodes, loss and gradient."""
+    meta = BLOCKS[request.param].make(LinearRegression(steps=T))
+    params, *rest = drawn(meta)
+    by_path = lambda tree: {
+        ".".join(str(part.key) for part in path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+    *episodes, loss, gradient = rest
+    return request.param, by_path(params), *episodes, loss, by_path(gradient)
+
+
+def check_leaves(loss, gradient, found, theirs):
+    """Norms differ by what is added to squares, 1e-6 or 1e-7, lengths of keys by 1e-6 or 1e-12."""
+    np.testing.assert_allclose(loss, found, rtol=1e-4)
+    assert theirs.keys() == gradient.keys()
+    greatest = max(np.abs(leaf).max() for leaf in theirs.values())
+    for path, leaf in theirs.items():
+        scale = max(np.abs(leaf).max(), 1e-3 * greatest)  # the bias of keys has a gradient of zero
+        np.testing.assert_allclose(gradient[path], leaf, rtol=0, atol=1e-3 * scale, err_msg=path)
+
+
+def test_blocks_equal_those_of_flax(our_blocks):
+    """A transformer and a DeltaNet on the same weights and episodes."""
+    model, params, x, y, loss, gradient = our_blocks
+    network = outer_step.flax_network(H, model)
+    graph, state = nnx.split(network)
+    leaves = dict(nnx.to_flat_state(state))
+    heads = (4, H // 4)
+
+    def ours_of(path, of):
+        """What of ours a leaf of theirs is: attention has queries, keys and values apart."""
+        name = ".".join(map(str, path))
+        name = name.replace("mixer.strength", "mixer.rate").replace("mixer.attention", "mixer")
+        if name.startswith("readout"):
+            return of["readout"].T if name.endswith("kernel") else of["offset"]
+        part = {"query": 0, "key": 1, "value": 2}.get(path[-2])
+        if part is not None:
+            whole = of[name.replace(str(path[-2]), "project")]
+            part = whole[..., part * H : (part + 1) * H]
+            return part.reshape(*part.shape[:-1], *heads)
+        leaf = of[name]
+        attends = "attention" in path and path[-2:] == ("out", "kernel")
+        return leaf.reshape(*heads, H) if attends else leaf
+
+    for path, leaf in leaves.items():
+        leaf[...] = jnp.asarray(ours_of(path, params))
+    network = nnx.merge(graph, nnx.from_flat_state(leaves))
+    found, theirs = nnx.jit(nnx.value_and_grad(lambda network: network(x, y)))(network)
+    theirs = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(theirs)}
+    expected = {path: ours_of(path, gradient) for path in theirs}
+    check_leaves(loss, expected, found, theirs)
+
+
+def test_blocks_equal_those_of_pytorch(our_blocks):
+    """A transformer and a DeltaNet on the same weights and episodes; where PyTorch is installed."""
+    torch = pytest.importorskip("torch")
+    model, params, x, y, loss, gradient = our_blocks
+    network = outer_step.torch_network(H, model)
+    same = {"mlp.0": "wide", "mlp.2": "narrow", "strength": "rate"}
+
+    def ours_of(name, of):
+        for theirs, ours in same.items():
+            name = name.replace(theirs, ours)
+        if name.startswith("readout"):
+            return of["readout"] if name.endswith("weight") else of["offset"]
+        if "norms" in name:
+            return of[name.replace("weight", "scale")]
+        return of[name.replace("weight", "kernel")].T
+
+    leaves = dict(network.named_parameters())
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(torch.tensor(ours_of(name, params)))
+    found = network(torch.tensor(x), torch.tensor(y))
+    found.backward()
+    theirs = {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+    check_leaves(loss, {n: ours_of(n, gradient) for n in theirs}, found.item(), theirs)
 
 
 def test_networks_under_vmap_take_the_steps_that_each_takes_by_itself():
