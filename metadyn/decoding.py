@@ -29,6 +29,8 @@ PENALTIES = 10.0 ** np.arange(-7, 4)
 """Of ridge regression, times the number of samples: the best by cross-validation is taken."""
 LEAST = 1e-2
 """Of the greatest standard deviation in a state: the least that a number of it is divided by."""
+VARIES = 1e-5
+"""Of a number's greatest size: the standard deviation from which on it is more than rounding."""
 HIDDEN, UPDATES, RATE, DECAY = 32, 150, 1e-2, 1e-1
 """Of the MLP: its width, and updates, rate and weight decay of AdamW. Our choice."""
 
@@ -90,7 +92,7 @@ def ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     used = 1 + (eigenvalues / shrunk).sum(-1)  # degrees of freedom
     explained = ((b**2).sum(-1) * (shrunk + penalty) / shrunk**2).sum(-1)
     left = y.var(-2).sum(-1) - explained
-    best = (left / np.maximum(1 - used / n, 1e-6) ** 2).argmin(0)
+    best = (left / np.maximum(1 - used / n, 1e-12) ** 2).argmin(0)
     return centre + z_new @ (V @ (b / (eigenvalues + PENALTIES[best][..., None])[..., None]))
 
 
@@ -186,11 +188,23 @@ def of_state(data: xr.Dataset) -> dict[str, Decoded]:
 def both_ways(data: xr.Dataset) -> tuple[Decoded, Decoded]:
     """Simulates Bayes' state from a network's, and a network's from Bayes' and its last query.
 
-    After Mikulik et al. (2020), arXiv:2010.11223, whose dissimilarity of states is 1 − R².
+    After Mikulik et al. (2020), arXiv:2010.11223, whose dissimilarity of states is 1 − R². Numbers
+    of Bayes' state are of unlike units, so each counts by its standard deviations.
     """
     state, bayes = vectors(data, "state"), vectors(data, "mean", "covariance", "uncertainty")
     told = np.concatenate([bayes, vectors(data, "query")], -1)
-    return held_out(state, bayes), held_out(told, state)
+    return held_out(state, in_deviations(bayes)), held_out(told, state)
+
+
+def in_deviations(y: Samples) -> Samples:
+    """Divides each number by its standard deviation over the tasks of the fit.
+
+    One that varies by rounding alone becomes zero: there is nothing to explain.
+    """
+    fit = y[:, ::2].astype(np.float64)
+    spread = fit.std(1, keepdims=True)
+    varies = spread > VARIES * np.abs(fit).max(1, keepdims=True)
+    return np.where(varies, y / np.where(varies, spread, 1.0), 0.0)
 
 
 def shuffled(y: Samples) -> Samples:

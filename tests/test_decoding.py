@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import xarray as xr
 from sklearn.linear_model import Ridge
 
 from metadyn import decoding
@@ -58,6 +59,36 @@ def test_ridge_is_that_of_scikit_learn_at_the_penalty_it_chooses():
         ]
         said = [fit.predict((new[each] - mean) / spread) for fit in candidates]
         assert min(np.abs(one - other).max() for other in said) < 1e-9
+
+
+def test_of_more_numbers_than_tasks_a_penalty_is_chosen_all_the_same():
+    """Where the fit can be exact, the least penalty foretells noise worse than nothing does."""
+    x = samples(2, 64, 1, 64)
+    noise = decoding.r_squared(decoding.held_out(x, samples(2, 64, 1, 4)))
+    assert noise.value.item() > -0.2
+    planted = x @ samples(64, 2)
+    found = decoding.r_squared(decoding.held_out(x, planted + 0.5 * samples(2, 64, 1, 2)))
+    assert found.value.item() > 0.2
+
+
+def test_what_is_simulated_does_not_depend_on_the_units_of_bayes_numbers():
+    state = samples(2, 60, 3, 5)
+    told = {"mean": state[..., :3], "uncertainty": samples(2, 60, 3, 1) + 7.0}
+    found = []
+    for unit in (1.0, 1e-3, 1e3):
+        numbers = {"state": state, **told, "uncertainty": unit * told["uncertainty"]}
+        numbers |= {"covariance": np.full((2, 60, 3, 2), 3.0), "query": samples(2, 60, 3, 1)}
+        data = {
+            name: (
+                ("seed", "task", "step", name + "_0"),
+                np.pad(each, [(0, 0)] * 2 + [(1, 0), (0, 0)]),
+            )
+            for name, each in numbers.items()
+        }
+        forth, _ = decoding.both_ways(xr.Dataset(data))
+        found.append(decoding.r_squared(forth).value)
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(found[0], 0.75, atol=0.1)  # three of four numbers are in the state
 
 
 def test_a_constant_number_in_a_state_says_nothing_and_does_no_harm():

@@ -31,6 +31,10 @@ def test_each_remedy_is_what_it_is_called(plan):
     assert mixture.weights == pytest.approx([1, 1 / 64])
     assert trained_on["lstm_both"] == trained_on["deltanet_both"] == mixture
     assert trained_on["lstm"] is trained_on["lstm_normalised"] is trained_on["deltanet"] is None
+    bayes = {each.name: each.learner for each in linear.contenders}
+    for name, each in metas.items():
+        prior = "bayes" if trained_on.get(name) is None and name in trained_on else "bayes_mixture"
+        assert each.objective.keywords["teacher"] is bayes[prior]
 
 
 def test_the_right_prior_of_a_set_has_the_mean_square_of_its_tasks(plan):
