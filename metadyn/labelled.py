@@ -147,7 +147,8 @@ def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
         for dim in ("task", "seed"):
             if dim in part.dims and "loss" in part:
                 there = part["loss"].notnull().any([d for d in part["loss"].dims if d != dim])
-                part = part.isel({dim: np.flatnonzero(there.to_numpy())})
+                found = np.flatnonzero(there.to_numpy())  # after the last is padding, if any is
+                part = part.isel({dim: slice(found[-1] + 1 if len(found) else None)})
         attrs = {each: part[each].item() for each in FIELDS if each in part.coords}
         if "outer_step" in part.dims and attrs.get("kind", "meta") != "meta":
             part = part.isel(outer_step=0, drop=True)  # `merge` repeated it
@@ -156,7 +157,9 @@ def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
             part["closed_form"] = curve.isel(
                 {dim: 0 for dim in curve.dims if dim not in ("step", "mode")}, drop=True
             )
-        empty = [v for v in part if part[v].isnull().all()]
+        # What a learner lacks. Its loss and modes it has: they are NaN where it diverged.
+        lacking = set(part) - {"loss", *probes(part)}
+        empty = [v for v in lacking if part[v].isnull().all()]
         part = part.drop_vars([*attrs, *empty])
         parts[str(name)] = part.assign_attrs(attrs)
     return parts

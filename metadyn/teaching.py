@@ -182,10 +182,12 @@ def gain(
     """Computes the teaching gain: steps of random examples over taught ones, to equal error.
 
     The error is that after the examples taught, at time `end`; errors of random examples are the
-    lowest so far, linearly interpolated. NaN where they never come down to it.
+    lowest so far, linearly interpolated. Where they never come down to it, the steps that there are
+    of them count, so that the gain is at least this.
     """
     below = taught[..., np.searchsorted(times, end), None] - np.minimum.accumulate(random, -1)
-    return dynamics.learning_times(times, below[..., None], p=0.0)[..., 0] / end
+    steps = dynamics.learning_times(times, below[..., None], p=0.0)[..., 0]
+    return np.where(np.isnan(steps), times[-1], steps) / end
 
 
 class DemonstratedBandit(ContextualBandit):

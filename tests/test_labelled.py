@@ -67,6 +67,22 @@ def test_split_undoes_merge_but_for_seeds(parts):
     )
 
 
+@pytest.mark.parametrize("lost", [slice(None), slice(0, 2)])
+def test_what_diverged_is_not_taken_for_padding(parts, lost):
+    """All readings of all tasks, or of the first two."""
+    diverged = parts["sgd"].copy(deep=True)
+    for name in ("mode_strength", "loss"):
+        diverged[name][{"task": lost}] = np.nan
+    given = parts | {"sgd": diverged}
+    found = labelled.split(labelled.merge(given))["sgd"]
+    for name in ("mode_strength", "loss"):
+        again = found[name].isel(seed=0)  # those of others, repeated
+        np.testing.assert_array_equal(again, diverged[name].transpose(*again.dims))
+    slope = dynamics.slope(labelled.merge(given)).sel(learner="sgd")
+    assert np.isnan(slope["value"])
+    figures.mode_strength(labelled.merge(given))
+
+
 def test_a_merged_dataset_is_drawn_and_judged_as_its_parts_are(parts):
     merged = labelled.merge(parts)
     last = parts | {"lstm": parts["lstm"].isel(outer_step=-1)}
