@@ -39,8 +39,8 @@ class Config(LearnersConfig, DomainsConfig):
 
     Those of the quick preset lie within the intervals of nonlinear_n_k and bandit_n_k that it
     reports, as plain training is the same whatever they are. Those of the workstation preset were
-    reported by `outer_loop_dynamics` with that preset's outer loop, the defaults by
-    `metadyn run outer_loop_dynamics`; that they fit the paper's preset is not measured.
+    reported by `outer_loop_dynamics` with an outer loop by which plain training came to the last two
+    frequencies 15 and 18 % sooner; the defaults by it alone, not fitted to the paper's preset.
     """
 
     learners: tuple[str, ...] = ("lstm", "maml")
