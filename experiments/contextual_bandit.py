@@ -125,7 +125,7 @@ def criteria(config: Config, results):
         least = {"at_least": 1.5} if name == "reinforce_coupled" else {}
         said = "each context more multiplies the time to learn all by this"
         yield md.criterion(f"{row}_factor", factor, said, **least)
-        said = "linear fit's error of the time to learn all over that of an exponential, fitted to logs"
+        said = "linear fit's error of the time to learn all over an exponential's, fitted to logs"
         said += ": above 1 it grows exponentially, below 1 linearly"
         bounds = RATHER.get(name, {})
         yield md.criterion(f"{row}_linear_over_exponential", ratio, said, **bounds, surely=True)

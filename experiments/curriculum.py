@@ -39,7 +39,7 @@ class Config(LearnersConfig, DomainsConfig):
 
     Those of the quick preset lie within the intervals of nonlinear_n_k and bandit_n_k that it
     reports, as plain training is the same whatever they are. Those of the workstation preset were
-    reported by `outer_loop_dynamics` with an outer loop by which plain training came to the last two
+    reported by `outer_loop_dynamics` with an outer loop that brought plain training to the last two
     frequencies 15 and 18 % sooner; the defaults by it alone, not fitted to the paper's preset.
     """
 
