@@ -17,13 +17,14 @@ from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
 from metadyn.errors import check, meant
 from metadyn.measuring import (
     bytes_needed,
+    check_step,
     described,
     readings,
     require_memory,
     training_bytes,
     weights,
 )
-from metadyn.objectives import ObjectiveOf, prediction_loss
+from metadyn.objectives import Objective, ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 from metadyn.progress import Progress
 from metadyn.study import Contender, MeasureConfig
@@ -67,9 +68,11 @@ def train(
         check(name in known, name, value, f"is no field of `OuterConfig`{meant(name, known)}")
     check(isinstance(steps, Integral), "steps", steps, "must be a whole number")
     config = OuterConfig(steps=steps, seeds=seeds, **{"warmup": min(200, steps // 10), **outer})
-    fix = "give an object, such as LinearRegression()"
-    check(not isinstance(domain, type), "domain", domain, fix)
-    training = MetaTraining(meta, objective(domain, meta))
+    _check_domain(domain)
+    found = objective(domain, meta) if callable(objective) else objective
+    fix = "give a function of a domain and a meta-learner that makes an `Objective`"
+    check(isinstance(found, Objective), "objective", objective, fix)
+    training = MetaTraining(meta, found)
     training.check_traced("a meta-learner on this domain", weights(meta.init))
     require_memory(
         "their weights and what trains them", seeds * training_bytes(meta.init), "seeds", seeds
@@ -82,6 +85,12 @@ def train(
             losses[step] = np.asarray(now.get("loss", np.full(seeds, np.nan)))
             show(step, {"training": now}, loop.episodes)
     return Trained(meta, state.params["meta"], losses)
+
+
+def _check_domain(domain: Domain) -> None:
+    fix = "give an object, such as LinearRegression()"
+    made = not isinstance(domain, type) and hasattr(domain, "sample_task")
+    check(made, "domain", domain, fix)
 
 
 def measure(
@@ -108,8 +117,11 @@ def measure(
     memory.
     """
     whole = lambda n: isinstance(n, Integral) and int(n) >= 1
-    for name, n in {"updating_tasks": updating_tasks, "chunk": chunk}.items():
+    sizes = {"points": points, "updates": updates, "updating_tasks": updating_tasks}
+    for name, n in {**sizes, "chunk": chunk}.items():
         check(whole(n), name, n, "must be a whole number, at least 1")
+    check(isinstance(seed, Integral), "seed", seed, "must be a whole number")
+    _check_domain(domain)
     if not isinstance(tasks, TaskSet):
         fix = "must be a whole number, at least 1, or a set of tasks"
         check(whole(tasks), "tasks", tasks, fix)
@@ -130,6 +142,7 @@ def measure(
             check(isinstance(learner, Trained), "learners", name, fix)
             each[name] = Contender(name, name, learner.meta), learner.params
     for contender, params in each.values():
+        check_step(tasks, contender)
         seeds = max((len(leaf) for leaf in jax.tree.leaves(params)), default=1)
         needed = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
         size = tasks.size_for(contender.clock)

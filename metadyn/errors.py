@@ -23,6 +23,10 @@ class ConfigError(Exception):
         self.field, self.value, self.fix = field, value, fix
 
 
+LONGEST = 200
+"""Characters of a value, or of another error, that are said of it in a line."""
+
+
 class ConfigWarning(UserWarning):
     """Input that can be run, but hardly as meant. One line that names the field and the value."""
 
@@ -30,8 +34,10 @@ class ConfigWarning(UserWarning):
 def check(holds: Any, field: str, value: Any, fix: str) -> None:
     """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
     if not holds:
-        said = f"{field} {value}" if field.startswith("--") else f"{field} = {value!r}"
-        raise ConfigError(f"{said}: {fix}", field, value, fix)
+        typed = field.startswith("--")
+        said = " ".join(str(value).split() if typed else repr(value).split())
+        said = said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
+        raise ConfigError(f"{field}{' ' if typed else ' = '}{said}: {fix}", field, value, fix)
 
 
 @contextmanager
@@ -49,7 +55,7 @@ def error_context(what: str, *kept: type[BaseException]) -> Iterator[None]:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ConfigError):  # a line already, whose end is the fix
             raise type(error)(f"{what} ({said})") from error
-        raise ConfigError(f"{what} ({said[:200]})") from error
+        raise ConfigError(f"{what} ({said[:LONGEST]})") from error
 
 
 def check_unique(names: Sequence[Any], field: str, fix: str) -> None:

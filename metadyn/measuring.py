@@ -134,8 +134,9 @@ def _axes(
                 axes[name] = tuple(f"{name}_{i}" for i in range(leaf.ndim))
                 sizes.update(zip(axes[name], leaf.shape, strict=True))
         for name, probe in tasks.probes.items():
-            with error_context(f"probe {name!r} on {tasks.name!r} cannot be read"):
+            with error_context(f"contender {contender.name!r} cannot answer probe {name!r}"):
                 answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
+            with error_context(f"probe {name!r} on {tasks.name!r} cannot be read"):
                 read = probe.read(task, answers)
                 shapes = {each: leaf.shape for each, leaf in read.items()}
             _check_read(name, probe, shapes)

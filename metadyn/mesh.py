@@ -59,6 +59,10 @@ def start(
         raise ConfigError(f"{option} is missing: {said}")
     if not lacking:
         n, i = told["num_processes"], told["process_id"]
+        host, _, port = str(told["coordinator_address"]).rpartition(":")
+        right = host and port.isdecimal() and 0 < int(port) < 1 << 16
+        fix = "must be HOST:PORT, with a port from 1 to 65535"
+        check(right, "--coordinator", told["coordinator_address"], fix)
         check(n >= 1, "--processes", n, "must be 1 or more")
         check(0 <= i < n, "--process-id", i, f"must be from 0 to {n - 1}, below --processes {n}")
     # Its handler of SIGTERM would take the place of ours, which saves.

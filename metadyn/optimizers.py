@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from metadyn.errors import ConfigError
+from metadyn.errors import ConfigError, check, meant
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -27,6 +27,7 @@ def named_optimizer(
     "momentum" is sgd with a momentum of 0.9. `b2` replaces the default decay of the second moment
     in optimisers that take one, such as adam. Raises `ConfigError` for other names.
     """
+    check(isinstance(name, str), "optimizer", name, "give its name in optax, such as 'adam'")
     make = getattr(optax, name, getattr(optax.contrib, name, None))
     make = partial(optax.sgd, momentum=0.9) if name == "momentum" else make
     with contextlib.suppress(TypeError, AttributeError, ValueError):
@@ -39,8 +40,10 @@ def named_optimizer(
             jax.eval_shape(lambda g, p: made.update(g, made.init(p), p), one, one)
             return made
     fix = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
-    if b2 is not None:
-        fix = "name an optimiser of optax that takes a b2, such as adam or nadam, or leave b2 out"
+    if make is None:
+        fix += meant(name, dir(optax))
+    elif b2 is not None:
+        fix = "name one of optax that takes a b2, such as adam or nadam, or set b2 to None"
     raise ConfigError(f"optimizer = {name!r}: {fix}", "optimizer", name, fix)
 
 

@@ -47,29 +47,33 @@ def split_constants(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]
     Programs of one form do the same, given the same arguments and the same numbers.
     """
     numbers: dict[Place, np.ndarray] = {}
-    form: list[Any] = [_form(program.jaxpr, (), numbers)]
-    for i, value in enumerate(program.consts):
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            form.append(np.asarray(jax.random.key_data(value)).tobytes())
-        else:
-            numbers["constant", i] = np.asarray(value)
+    keys: list[bytes] = []
+    form = [_form(program, (), numbers, keys), *keys]
     return hashlib.sha256(repr(form).encode()).hexdigest(), numbers
 
 
-def _inner(eqn: JaxprEqn) -> dict[Place, Jaxpr]:
+def _inner(eqn: JaxprEqn) -> dict[Place, ClosedJaxpr | Jaxpr]:
     """The programs inside an operation, by the steps down to them."""
     found = {}
     for name in OPENED.get(eqn.primitive.name, ()):
         held = eqn.params[name]
         for i, each in enumerate(held if isinstance(held, tuple) else (held,)):
-            # Constants of inner programs are hoisted by JAX: they are closed over nothing.
-            found[name, i] = each.jaxpr if isinstance(each, ClosedJaxpr) else each
+            found[name, i] = each
     return found
 
 
-def _form(jaxpr: Jaxpr, at: Place, numbers: dict[Place, np.ndarray]) -> list[Any]:
-    """What a program does, all but its numbers, which are collected."""
+def _opened(program: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """A program and the arrays that it is closed over: a jitted function keeps its own."""
+    closed = isinstance(program, ClosedJaxpr)
+    return (program.jaxpr, program.consts) if closed else (program, ())
+
+
+def _form(
+    program: ClosedJaxpr | Jaxpr, at: Place, numbers: dict[Place, np.ndarray], keys: list[bytes]
+) -> list[Any]:
+    """What a program does, all but its numbers and its random keys, which are collected."""
     names: dict[Any, int] = {}
+    jaxpr, consts = _opened(program)
 
     def name(place: Place, atom: Any) -> tuple[Any, str]:
         if isinstance(atom, Literal):
@@ -78,12 +82,17 @@ def _form(jaxpr: Jaxpr, at: Place, numbers: dict[Place, np.ndarray]) -> list[Any
         return names.setdefault(atom, len(names)), str(atom.aval)
 
     form: list[Any] = [[name((), var) for var in (*jaxpr.constvars, *jaxpr.invars)]]
+    for i, value in enumerate(consts):
+        if jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
+            keys.append(np.asarray(jax.random.key_data(value)).tobytes())
+        else:
+            numbers[(*at, "constant", i)] = np.asarray(value)
     for i, eqn in enumerate(jaxpr.eqns):
         inner, kind = _inner(eqn), eqn.primitive.name
         params = {} if kind in CALLS else eqn.params
         said = {k: _said(v) for k, v in params.items() if k not in OPENED.get(kind, ())}
         read = [name((*at, i, k), atom) for k, atom in enumerate(eqn.invars)]
-        opened = [_form(each, (*at, i, *step), numbers) for step, each in inner.items()]
+        opened = [_form(each, (*at, i, *step), numbers, keys) for step, each in inner.items()]
         form.append([kind, read, said, opened, [name((), var) for var in eqn.outvars]])
     form.append([name((*at, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)])
     return form
@@ -104,12 +113,16 @@ def varying(many: Sequence[Constants]) -> list[Place]:
 
 def evaluate(program: ClosedJaxpr, numbers: Constants, arguments: Sequence[Any]) -> list[Any]:
     """Runs a program with other numbers at some places, which may be traced."""
-    consts = [numbers.get(("constant", i), value) for i, value in enumerate(program.consts)]
-    return _evaluate(program.jaxpr, (), numbers, [*consts, *arguments])
+    return _evaluate(program, (), numbers, arguments)
 
 
-def _evaluate(jaxpr: Jaxpr, at: Place, numbers: Constants, given: Sequence[Any]) -> list[Any]:
-    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=True))
+def _evaluate(
+    program: ClosedJaxpr | Jaxpr, at: Place, numbers: Constants, given: Sequence[Any]
+) -> list[Any]:
+    jaxpr, consts = _opened(program)
+    held = [numbers.get((*at, "constant", i), value) for i, value in enumerate(consts)]
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+    values: dict[Any, Any] = dict(zip(variables, (*held, *given), strict=True))
 
     def read(place: Place, atom: Any) -> Any:
         if isinstance(atom, Literal):

@@ -240,6 +240,10 @@ def test_an_optimiser_that_takes_no_schedule_is_refused_before_training():
         named_optimizer("momentum", 0.1, b2=0.9)
     with pytest.raises(ConfigError, match="name an optimiser"):
         OuterConfig(optimizer="rprop")
+    with pytest.raises(ConfigError, match=r"'adamm': name an optimiser .*did you mean 'adam.?'\?"):
+        named_optimizer("adamm", 0.1, b2=0.9)
+    with pytest.raises(ConfigError, match="give its name in optax"):
+        named_optimizer.__wrapped__.__wrapped__(optax.adam(0.1), 0.1)
 
 
 def test_a_balanced_start_needs_a_unit_for_each_mode():

@@ -111,10 +111,16 @@ def test_launchers_are_recognised(environment, joins, monkeypatch):
         (["--processes", "2"], "--coordinator is missing: give all of --coordinator"),
         (["--coordinator", "localhost:1"], "--processes is missing"),
         (
-            ["--coordinator", "x", "--processes", "2", "--process-id", "7"],
+            ["--coordinator", "x:1", "--processes", "2", "--process-id", "7"],
             "--process-id 7: must be",
         ),
-        (["--coordinator", "x", "--processes", "2", "--process-id", "0"], "cannot be joined"),
+        *(
+            (
+                ["--coordinator", at, "--processes", "2", "--process-id", "0"],
+                f"--coordinator {at}: must be HOST:PORT, with a port from 1 to 65535",
+            )
+            for at in ("x", ":1", "x:", "x:abc", "x:0", "x:99999")
+        ),
         (["--processes", "two"], "invalid int value"),
     ],
 )

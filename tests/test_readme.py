@@ -4,6 +4,7 @@ import re
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
@@ -74,12 +75,34 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
         metadyn.dynamics.slope({})
     with pytest.raises(ConfigError, match="tasks = '9': must be a whole number"):
         metadyn.measure.__wrapped__(domain, both, tasks="9")
-    for name, n in {"updating_tasks": 0, "chunk": 2.5}.items():
+    for name, n in {"updating_tasks": 0, "chunk": 2.5, "points": 2.5, "updates": 0}.items():
         with pytest.raises(ConfigError, match=f"{name} = {n}: must be a whole number"):
             metadyn.measure.__wrapped__(domain, both, tasks=9, **{name: n})
     for wrong in (meta.make(domain), both["ridge"].init):
         with pytest.raises(ConfigError, match="learners = 'one': is not trained: give what"):
             metadyn.measure.__wrapped__(domain, {"one": wrong})
+    with pytest.raises(ConfigError, match="seed = 'x': must be a whole number"):
+        metadyn.measure.__wrapped__(domain, both, seed="x")
+    with pytest.raises(ConfigError, match="give an object, such as LinearRegression"):
+        metadyn.measure.__wrapped__(LinearRegression, both)
+    many = metadyn.Trained(meta.make(domain), {"weights": np.arange(1000.0)}, {})
+    with pytest.raises(ConfigError, match=r"learners = .*: give some, by name") as said:
+        metadyn.measure.__wrapped__(domain, many)
+    assert len(str(said.value).splitlines()) == 1
+    assert len(str(said.value)) < 300
+    good = both["ridge"]
+    for broken, says in (
+        (good._replace(update=lambda state, x, y: jnp.int32(0)), "cannot be run on .*as init does"),
+        (
+            good._replace(predict=lambda state, x: float(x[0])),
+            "cannot be run on .*float",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"contender 'mine' {says}"):
+            metadyn.measure(domain, {"bayes": both["bayes"], "mine": broken}, tasks=8)
+    for wrong in (3, lambda domain, meta: None):
+        with pytest.raises(ConfigError, match=r"objective = .*: give a function of a domain and"):
+            metadyn.train.__wrapped__(meta.make(domain), domain, objective=wrong)
     with pytest.raises(ConfigError, match=r"learners = \{\}: give some, by name"):
         metadyn.measure(domain, {})
     with pytest.raises(ConfigError, match="must be 1 or more"):

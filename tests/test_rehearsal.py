@@ -468,7 +468,7 @@ def test_a_learner_that_cannot_be_stepped(functions, says):
     checks = lambda: (bytes_needed(tasks, own, 2), check_step(tasks, own))
     with pytest.raises(ConfigError) as caught:
         checks()
-    assert re.match("contender 'own' cannot be run on |probe 'mode_st.* on ", str(caught.value))
+    assert str(caught.value).startswith("contender 'own' cannot ")
     assert says in str(caught.value)
 
 

@@ -1,5 +1,6 @@
 """Programs that differ in numbers alone: which do, and what they compute of other numbers."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -49,9 +50,32 @@ PROGRAMS = {
              lambda c, x: c * (c * c * x + 1) + 2),
     "cond": (lambda c, x: jax.lax.cond(x[0] > 0, lambda x: c * x, lambda x: x - c, x),
              lambda c, x: c * x),
+    "closed over": (lambda c, x: holding(c)(x), lambda c, x: held(c, x)),
+    "closed over, in a scan": (
+        lambda c, x: jax.lax.scan(lambda a, _: (holding(c)(a), None), x, None, 2)[0],
+        lambda c, x: held(c, held(c, x))),
+    "closed over, in a condition": (
+        lambda c, x: jax.lax.cond(x[0] > 0, holding(c), lambda x: x, x),
+        lambda c, x: held(c, x)),
+    "closed over, derived": (
+        lambda c, x: jax.grad(lambda x: jnp.sum(holding(c)(x) ** 2))(x),
+        lambda c, x: 2 * held(c, x) * c * np.arange(6)),
     "its result": (lambda c, x: (x, c)[1] * jnp.ones(()), lambda c, x: c),
     "devices": (split, lambda c, x: c * x.sum()),
 }  # fmt: skip
+
+
+@functools.cache
+def holding(c):
+    """A jitted function that holds one array of NumPy and one of JAX: none of them is traced."""
+    factor = c * np.arange(6, dtype=np.float32)
+    with jax.ensure_compile_time_eval():
+        shift = c * jnp.ones(6)
+    return jax.jit(lambda x: x * factor + shift)
+
+
+def held(c, x):
+    return x * c * np.arange(6) + c
 
 
 def scanned(c, x):
