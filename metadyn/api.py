@@ -14,7 +14,7 @@ from rich.console import Console
 
 from metadyn import inner, labelled
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
-from metadyn.errors import check, meant
+from metadyn.errors import check, check_seed, meant
 from metadyn.measuring import (
     bytes_needed,
     check_step,
@@ -62,7 +62,7 @@ def train(
     """
     fix = "give a meta-learner, such as LSTMConfig().make(domain)"
     check(isinstance(meta, MetaLearner), "meta", meta, fix)
-    check(isinstance(seed, Integral), "seed", seed, "must be a whole number")
+    check_seed(seed)
     known = [field.name for field in dataclasses.fields(OuterConfig)]
     for name, value in outer.items():
         check(name in known, name, value, f"is no field of `OuterConfig`{meant(name, known)}")
@@ -111,16 +111,16 @@ def measure(
     what is repeated and padded. `learners` are trained meta-learners and plain learners by name
     ("bayes" is what the others are compared with), or contenders, for labels and times of one's
     own. Tasks are the domain's evaluation tasks with `points` queries to a probe, or a set given
-    whole. Learners that count updates take `updates` of them, on `updating_tasks` of the tasks. At
-    most `chunk` tasks are measured at a time. Raises `ConfigError` for sizes below 1, contenders
-    that are not trained, probes that read other than they say, and for what cannot fit into the
-    memory.
+    whole, whose own sizes and probes count. Learners that count updates take `updates` of them, on
+    `updating_tasks` of the tasks. At most `chunk` tasks are measured at a time. Raises
+    `ConfigError` for sizes below 1, contenders that are not trained or cannot take a step, probes
+    that read other than they say, and for what cannot fit into the memory.
     """
     whole = lambda n: isinstance(n, Integral) and int(n) >= 1
     sizes = {"points": points, "updates": updates, "updating_tasks": updating_tasks}
     for name, n in {**sizes, "chunk": chunk}.items():
         check(whole(n), name, n, "must be a whole number, at least 1")
-    check(isinstance(seed, Integral), "seed", seed, "must be a whole number")
+    check_seed(seed)
     _check_domain(domain)
     if not isinstance(tasks, TaskSet):
         fix = "must be a whole number, at least 1, or a set of tasks"

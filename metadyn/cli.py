@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from metadyn.errors import ConfigError, ConfigWarning, check, meant
+from metadyn.errors import ConfigError, ConfigWarning, check, check_seed, meant
 from metadyn.options import as_typed, configured, options_of
 
 if TYPE_CHECKING:  # imported when needed: they start JAX
@@ -252,8 +252,7 @@ def _begin(arguments: argparse.Namespace) -> None:
     sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
     mesh.use_compilation_cache(not arguments.no_cache)
-    right = 0 <= arguments.seed < 2**32  # of which JAX makes a key
-    check(right, "--seed", arguments.seed, f"must be from 0 to {2**32 - 1}")
+    check_seed(arguments.seed, "--seed")
 
 
 def _check_preset(study: Study, preset: str, own: Sequence[str]) -> None:

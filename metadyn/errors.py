@@ -64,6 +64,12 @@ def check_unique(names: Sequence[Any], field: str, fix: str) -> None:
         check(names.count(name) == 1, field, name, fix)
 
 
+def check_seed(seed: Any, field: str = "seed") -> None:
+    """Raises `ConfigError` unless JAX can make a key of a seed that it makes of no other."""
+    right = isinstance(seed, numbers.Integral) and 0 <= int(seed) < 2**32
+    check(right, field, seed, f"must be a whole number from 0 to {2**32 - 1}")
+
+
 def meant(name: str, known: Iterable[str]) -> str:
     """Words a hint at the nearest known name, "; did you mean 'sgd'?", or nothing."""
     near = difflib.get_close_matches(name, [*known], n=1)

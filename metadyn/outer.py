@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -75,10 +76,10 @@ class OuterConfig:
         fix = f"must be below {2**31} / steps = {2**31 // self.steps}"
         right = self.steps * self.updates_per_step < 2**31
         check(right, "updates_per_step", self.updates_per_step, fix)
-        right = 0 <= self.warmup < self.steps
+        right = isinstance(self.warmup, Integral) and 0 <= int(self.warmup) < self.steps
         check(right, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
         check_choice("schedule", self.schedule, Schedule)
-        right = self.b2 is None or 0 < self.b2 < 1
+        right = self.b2 is None or (isinstance(self.b2, Real) and 0 < float(self.b2) < 1)
         check(right, "b2", self.b2, "must be above 0 and below 1")
         check_choice("precision", self.precision, Precision)
         self.transformation(self.steps)

@@ -238,7 +238,8 @@ def report(
     needed = sum(planned.disk for planned in found)
     at = Path(out).absolute()
     free = shutil.disk_usage(next(each for each in (at, *at.parents) if each.exists())).free
-    say(f"on disk at most {size(needed)}, of {size(free)} that are free")
+    beside = "figures and descriptions come beside them"
+    say(f"on disk arrays take at most {size(needed)}, of {size(free)} that are free; {beside}")
     for planned, row in rows:
         if row.account.memory > limit:
             said = f"would take {size(row.account.memory)} of {size(limit)}"

@@ -14,9 +14,10 @@ from jax.extend.core import jaxprs_in_params, subjaxprs
 def operations(f: Callable[..., Any], *args: Any) -> int:
     """Counts the floating-point operations of `f(*args)`, of which only shapes need be known.
 
-    Those of products are 2 for each multiplication and addition; every other operation counts 1
-    for each number that it makes. Loops count as often as they run; of the branches of a condition
-    the costliest counts, and a loop of unknown length once.
+    Those of products are 2 for each multiplication and addition; those of `ARITHMETIC` count 1 for
+    each number that they make, and others, such as solving and sorting, nothing. Loops count as
+    often as they run; of the branches of a condition the costliest counts, and a loop of unknown
+    length once.
     """
     return round(operations_of(jax.make_jaxpr(f)(*args).jaxpr))
 

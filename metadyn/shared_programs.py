@@ -64,8 +64,9 @@ def _inner(eqn: JaxprEqn) -> dict[Place, ClosedJaxpr | Jaxpr]:
 
 def _opened(program: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     """A program and the arrays that it is closed over: a jitted function keeps its own."""
-    closed = isinstance(program, ClosedJaxpr)
-    return (program.jaxpr, program.consts) if closed else (program, ())
+    if isinstance(program, ClosedJaxpr):
+        return program.jaxpr, program.consts
+    return program, ()
 
 
 def _form(

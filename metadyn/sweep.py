@@ -330,6 +330,9 @@ def run_sweep(
                 with sweep.naming(i, configs[i]):
                     rehearse(study, configs[i], plans[i])
     folder = SweepFolder.create(out, sweep)
+    for i in configs if not plans else ():  # all are done: by these presets, or by others?
+        run = RunFolder(folder.setting(i))
+        RunFolder.create(run.path, run.config | {"config": dataclasses.asdict(configs[i])})
     summary = folder.path / "summary.json"
     with writing(out):
         if plans:

@@ -125,7 +125,9 @@ def _measured(folder: SweepFolder, i: int, ended: bool) -> list[Row]:
         merits = {n: [float(part) for part in e] for n, e in estimates.items()}
         called = {"learner": training.called, "ending": name}
         found.append(row | called | {"merit": dynamics.merit_name(trained)} | finite(merits))
-    return found or [row | {"lost": "done, with no meta-learner that is followed"}]
+    return found or [
+        row | {"lost": "no excess loss: no meta-learner is measured on tracked and held-out tasks"}
+    ]
 
 
 def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
@@ -147,7 +149,8 @@ def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
     sweep, found = folder.sweep, rows(folder, progress)
     yield f"sweep of {sweep.study}, preset {sweep.preset}, seed {sweep.seed}"
     there = [row for row in found if not row["lost"]]
-    yield f"{len({row['setting'] for row in there})} of {len(sweep.settings)} settings done"
+    done = sum(folder.ended(i) and not folder.lost(i) for i in range(len(sweep.settings)))
+    yield f"{done} of {len(sweep.settings)} settings done"
     several = len({row["learner"] for row in there}) > 1
     for place, row in enumerate(ranked(there), 1):
         both = (dynamics.Estimate(*row[name])._asdict() for name in ("excess", "staggering"))
@@ -227,7 +230,8 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
             )
         axis.set(xlabel=option, ylabel=of)
         if name != "staggering":  # amounts, whose differences are to be seen against the whole
-            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(0, low), max(0, 1.05 * high))
         if not numeric:
             axis.set_xticks(range(len(values)), values)
         elif values[0] > 0 and values[-1] / values[0] >= 4:

@@ -81,7 +81,7 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
     for wrong in (meta.make(domain), both["ridge"].init):
         with pytest.raises(ConfigError, match="learners = 'one': is not trained: give what"):
             metadyn.measure.__wrapped__(domain, {"one": wrong})
-    with pytest.raises(ConfigError, match="seed = 'x': must be a whole number"):
+    with pytest.raises(ConfigError, match="seed = 'x': must be a whole number from 0"):
         metadyn.measure.__wrapped__(domain, both, seed="x")
     with pytest.raises(ConfigError, match="give an object, such as LinearRegression"):
         metadyn.measure.__wrapped__(LinearRegression, both)

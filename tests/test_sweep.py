@@ -292,6 +292,8 @@ def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
     (out / "summary.json").unlink()
     drew, both = [], threading.Barrier(2)
     found, study = sweep.SweepFolder(out), load_study(STUDY)
+    default = study.presets[found.sweep.preset]
+    configs = {i: found.sweep.config(i, default) for i in range(4)}
 
     def conclude(folder, progress):
         drew.append(folder)
@@ -300,7 +302,7 @@ def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
 
     def end():
         both.wait()
-        sweep.run_sweep(found.sweep, study, dict.fromkeys(range(4)), out, Progress(None))
+        sweep.run_sweep(found.sweep, study, configs, out, Progress(None))
 
     monkeypatch.setattr(sweep_results, "conclude", conclude)
     parts = [threading.Thread(target=end) for _ in range(2)]
@@ -326,6 +328,16 @@ def test_a_done_sweep_ends_at_once_and_another_is_refused(done, capsys):
     assert "holds a sweep with parts = 1, not 2" in lines[1]
     assert "holds no run" in lines[2]
     assert "holds no sweep" in lines[3]
+
+
+def test_a_done_sweep_is_not_that_of_a_preset_that_was_changed_since(done, tmp_path, capsys):
+    changed = tmp_path / "tiny_study.py"
+    text = Path(STUDY).read_text()
+    assert text.count("heldout_tasks=8") == 1
+    changed.write_text(text.replace("heldout_tasks=8", "heldout_tasks=16"))
+    again = [*SMALL, *GRID, "--seeds", "2", "--out", str(done)]
+    assert main(["sweep", str(changed), *again]) == 2
+    assert "holds a run with measure.heldout_tasks = 8, not 16" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, capsys):
@@ -501,7 +513,9 @@ def test_settings_without_a_meta_learner_that_is_followed_are_said_to_be_done(do
     monkeypatch.setattr("metadyn.figures.histories", lambda results: {})
     rows = sweep_results.measured(sweep.SweepFolder(done))
     assert [row["setting"] for row in rows] == [0, 1, 2, 3]
-    assert {row["lost"] for row in rows} == {"done, with no meta-learner that is followed"}
+    assert {row["lost"] for row in rows} == {
+        "no excess loss: no meta-learner is measured on tracked and held-out tasks"
+    }
 
 
 def test_a_measured_loss_that_is_not_finite_is_said_with_its_setting(
