@@ -161,7 +161,7 @@ QUICK = Config(
 )
 WORKSTATION = Config(
     lstm=LSTMConfig(hidden=128),
-    outer=replace(OUTER, steps=4000, learning_rate=2e-2),
+    outer=replace(OUTER, steps=4000, seeds=6, learning_rate=2e-2),
     measure=md.MeasureConfig(
         shifted_tasks=1024, tracked_tasks=256, heldout_tasks=1024, probe_points=16, chunk=512
     ),
