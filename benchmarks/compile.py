@@ -49,7 +49,9 @@ turn of each of its innermost loops, in the order in which they stand; the bytes
 all-reduced, in such a turn or after it; the bytes that each device has after all other exchanges,
 which come once in a call; and seconds of compiling on a share of one CPU core. So 6 + 9 + 5 of an
 outer step in linear regression is a step of an episode forwards (6) and backwards (5), and between
-them one of the loop that answers for Bayes (9). FLOPs are those of one call on the first of the
+them one of the loop that answers for Bayes (9). Of 5 backwards, where there are few episodes, one
+adds up the parts into which XLA cut the product; a GPU that is there is asked which way is faster.
+FLOPs are those of one call on the first of the
 devices that has a cell. Bytes are those that the operations of one call read and write on one H100,
 from its caches too; of FLOPs by bytes, it can do some 20 in float32 in the time of one byte from
 its memory. A dash: not compiled, or not counted, yet."""
