@@ -50,11 +50,10 @@ all-reduced, in such a turn or after it; the bytes that each device has after al
 which come once in a call; and seconds of compiling on a share of one CPU core. So 6 + 9 + 5 of an
 outer step in linear regression is a step of an episode forwards (6) and backwards (5), and between
 them one of the loop that answers for Bayes (9). Of 5 backwards, where there are few episodes, one
-adds up the parts into which XLA cut the product; a GPU that is there is asked which way is faster.
-FLOPs are those of one call on the first of the
-devices that has a cell. Bytes are those that the operations of one call read and write on one H100,
-from its caches too; of FLOPs by bytes, it can do some 20 in float32 in the time of one byte from
-its memory. A dash: not compiled, or not counted, yet."""
+adds up the parts into which XLA cut the product; where a GPU is there the faster way is taken.
+FLOPs are those of one call on the first of the devices that has a cell. Bytes are those that the
+operations of one call read and write on one H100, from its caches too; of FLOPs by bytes, it can do
+some 20 in float32 in the time of one byte from its memory. A dash: not compiled yet."""
 
 
 def programs(study: str, preset: str = PRESET) -> Iterator[Any]:

@@ -257,6 +257,8 @@ class RunFolder:
         """Raises `ConfigError` unless a folder is as it was written; looks once."""
         if folder in self._sound:
             return
+        if not folder.exists():
+            raise NotMeasured(f"{folder} is not stored")
         try:
             written, found = (folder / SUMS).read_bytes(), _sums(folder)
             if written == found:
@@ -407,8 +409,12 @@ class RunFolder:
             raise ConfigError(f"{self.path}: no mode trajectories are stored yet")
         folders = [self._checkpoint(step) for step in steps]
         described = self.about(steps[-1])
-        if learner not in described.get(task_set, {}):
-            raise ConfigError(f"task_set = {task_set!r}: {self.path} tracks {', '.join(described)}")
+        tracked = {
+            "task_set": (task_set, described),
+            "learner": (learner, described.get(task_set, {})),
+        }
+        for field, (name, known) in tracked.items():
+            check(name in known, field, name, f"{self.path} tracks {', '.join(known)}")
         own = described[task_set][learner]
         part = {task_set: {learner: dict.fromkeys(own["axes"], 0)}}
         read = [self._arrays(folder, "trajectories", part)[task_set][learner] for folder in folders]

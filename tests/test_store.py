@@ -274,6 +274,11 @@ def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
 
 def test_a_set_that_is_not_tracked_is_named(tmp_path):
     run, _ = write_run(tmp_path / "r")
+    for absent in (lambda run: run.state(7), lambda run: run.measurement("nowhere", "sgd")):
+        with pytest.raises(NotMeasured, match="is not stored"):
+            absent(run)
+    with pytest.raises(ConfigError, match=r"learner = 'bayes': .* tracks "):
+        run.trajectories(TRACKED, "bayes")
     with pytest.raises(ConfigError, match=r"task_set = 'trakced': .* tracks .*tracked"):
         run.trajectories("trakced", "lstm")
     with pytest.raises(ConfigError, match="tracks"):
