@@ -391,9 +391,13 @@ def _figures(arguments: argparse.Namespace) -> int:
         fix = "figures of a sweep are the same for all studies: leave it out"
         check(not arguments.study, "--study", arguments.study, fix)
         sweep = SweepFolder(arguments.dir)
-        paths = sweep_results.draw(sweep, sweep_results.rows(sweep, progress), progress)
-        fix = "" if sweep.sweep.swept else "it has one setting, with nothing to draw it against"
-        return _drawn(arguments.dir, paths, fix)
+        settings = sweep_results.rows(sweep, progress)
+        paths = sweep_results.draw(sweep, settings, progress)
+        why = "of its settings this is said: "
+        why += "; ".join(sorted({str(row["lost"]) for row in settings if row["lost"]}))
+        if not sweep.sweep.swept:
+            why = "it has one setting, with nothing to draw it against"
+        return _drawn(arguments.dir, paths, why)
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
     found = load_study(name) if arguments.study or name in known() else None
