@@ -114,7 +114,7 @@ def criteria(config: Config, results):
                 gain = partial(teaching.gain, times, end)
                 both = dynamics.on_common_tasks(error("random", pupil), error(name, pupil))
                 found = dynamics.estimate(gain, *both)
-                said = f"{who}, {SETS[name]}: random steps, at most {times[-1]}, over taught ones"
+                said = f"{who}, {SETS[name]}: random steps, at most {times[-1]:g}, over taught ones"
                 said += ", to equal error"
                 yield md.criterion(f"{who}_{name}_gain", found, said, **bound)
         for name, sign in (("bayes", -1), ("least", 1)):
