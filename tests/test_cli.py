@@ -256,7 +256,10 @@ TYPO = "import metadyn\nstudy = metadyn.load_study('linear_regresion')\n"
         (["sweep", "FOREIGN", "--domain.sigma", "1", "2"], "is a folder: name one study"),
         (["run", STUDY, "--preset", "huge"], "choose from quick, workstation, paper"),
         (["run", STUDY, "--seed", "-1"], "--seed -1"),
-        (["run", STUDY, "--seed", "4294967296"], "--seed 4294967296: must be a whole number from 0"),
+        (
+            ["run", STUDY, "--seed", "4294967296"],
+            "--seed 4294967296: must be a whole number from 0",
+        ),
         (
             ["run", STUDY, "--measure.tracked-tasks", "1"],
             "--measure.tracked-tasks 1: must be at least 2",
