@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import metadyn as md
+from metadyn import dynamics, labelled
 from metadyn.learners.normalised import Normalised
 from metadyn.runner import rehearse
 
@@ -49,8 +50,17 @@ def test_the_right_prior_of_a_set_has_the_mean_square_of_its_tasks(plan):
         np.testing.assert_allclose(root[0], factor * np.eye(3) / np.sqrt(3), rtol=1e-5)
 
 
-def test_the_study_is_rehearsed_without_complaint(plan):
+def test_the_study_is_rehearsed_and_growth_is_over_bayes_under_the_right_prior(plan, monkeypatch):
+    beside, excesses = [], dynamics.excesses
+
+    def watched(pairs, take):
+        beside.append([labelled.about(best).learner for _, best in pairs])
+        return excesses(pairs, take)
+
+    monkeypatch.setattr(dynamics, "excesses", watched)
     rehearse(STUDY, QUICK, plan)
+    assert beside.count(["bayes_right", "bayes_right"]) == 6 * 5  # learners, shifts
+    assert beside.count(["bayes", "bayes"]) == 6  # what each costs within
 
 
 @pytest.mark.parametrize(
