@@ -181,15 +181,15 @@ def criteria(config: Config, results):
         trained, theory = (results[HELDOUT, name + ending] for ending in ("", "_expected"))
         count, predicted = (rested(data, before, after, halfway[-1:]) for data in (trained, theory))
         staircase = name == "separate"
-        said = "it goes down a staircase: one or more" if staircase else "it drops once: none"
-        said = f"{label}: plateaus in between at which training rests; {said}"
+        said = "it goes down a staircase" if staircase else "it drops once"
+        said = f"{label}: plateaus in between at which training rests, as {said}"
         bounds = {"at_least": 1} if staircase else {"at_most": 0}
         yield md.criterion(f"{name}_plateaus", over_seeds(count), said, **bounds, surely=True)
-        said = f"{label}: as many as descent on the expected loss rests at"
+        said = f"{label}: the same, minus those at which descent on the expected loss rests"
         apart = over_seeds(count - predicted)
         yield md.criterion(f"{name}_plateaus_beyond_theory", apart, said, 0, 0, surely=True)
         ratio = first_below(trained, halfway) / first_below(theory, halfway)
-        said = f"{label}: the drops come when descent on the expected loss has them, to within 10 %"
+        said = f"{label}: outer step of the drop, over that of descent on the expected loss"
         for k, each in enumerate(ratio.T if staircase else ratio.T[-1:]):
             found, nth = over_seeds(each), f"_{k + 1}" * staircase
             yield md.criterion(f"{name}_drop{nth}", found, said, 1.1, 0.9, surely=True)

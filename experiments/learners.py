@@ -82,15 +82,14 @@ def criteria(config: Config, results):
                 both = (results[f"{TRACKED}_{name}", who] for who in (learner, "bayes"))
                 said = f"{called}: the same, over outer training"
                 yield md.criterion(f"{row}_outer", dynamics.outer_merit(*both), said)
-    said = f"whoever is within {NEAR:g} of Bayes' loss staggers no more than Bayes, but for "
-    said += f"{WITHIN:g}: by how much more at most"
+    said = f"the most that anyone with an excess loss up to {NEAR:g} staggers beyond Bayes"
     most = lambda each: (each.T * signs).T.max(0)
     worst = dynamics.differences(near, most) if near else dynamics.exact(np.nan)
     yield md.criterion("near_bayes_worst", worst, said, at_most=WITHIN)
     if "maml" in config.learners:
         ordinary, *_ = results.learners("inner_linear", "ordinary").values()
         found = dynamics.difference(results["inner_linear", "maml"], ordinary)
-        said = "MAML staggers less than ordinary descent: slope greater by 0.5"
+        said = "MAML staggers less than ordinary descent: its slope minus that of descent"
         yield md.criterion("maml_beyond_descent", found, said, at_least=0.5, surely=True)
 
 

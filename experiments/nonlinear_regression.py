@@ -125,13 +125,13 @@ def plan(config: Config) -> md.Plan:
 def criteria(config: Config, results):
     """What the science says of what was measured."""
     for name in results.learners("in_distribution", "ordinary"):
-        said = "learns low frequencies first: slope of log t_k on log k at least 0.5"
+        said = "learns low frequencies first: slope of log t_k on log k"
         yield from staggering(results, name, f"{name} {said}", at_least=0.5)
     mlp = results["in_distribution", "mlp"]
     times, by = dynamics.times_of(mlp), np.array(labelled.modes(mlp).values)
     ranks = lambda mean: dynamics.rank_correlation(by, times(mean))
     found = dynamics.estimate(ranks, dynamics.strength(mlp))
-    said = "the MLP learns in order of frequency: Spearman's rank correlation at least 0.9"
+    said = "the MLP learns in order of frequency: Spearman's rank correlation"
     yield md.criterion("mlp_rank_correlation", found, said, at_least=0.9)
     yield from beyond_bayes(results, within=0.3)
     yield from staggering(results, "bayes", "its own, for the record")
@@ -148,7 +148,7 @@ def criteria(config: Config, results):
         gain = {what: part.mean(-1) for what, part in parts.items()}
         if about.kind == "meta":
             ratio = dynamics.estimate(np.divide, gain["stop_band_alone"], gain["pass_band"])
-            said = f"the {about.label} suppresses what is outside its band: at most 0.3 of the rest"
+            said = f"gain of the {about.label} outside its band over that inside"
             yield md.criterion(f"{name}_stop_band_gain", ratio, said, at_most=0.3)
         for what, each in gain.items():
             mean, said = dynamics.estimate(np.asarray, each), what.replace("_", " ")

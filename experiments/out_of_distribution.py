@@ -102,7 +102,6 @@ def over_right(results, task_set: str, name: str) -> dynamics.Estimate:
 def row(data, what: str, found: dynamics.Estimate, said: str, at_most: float = math.inf):
     """A criterion on one learner."""
     about = labelled.about(data)
-    said += f"; at most {at_most:g}" if at_most < math.inf else ""
     return md.criterion(f"{about.learner}_{what}", found, f"{about.label}: {said}", at_most)
 
 

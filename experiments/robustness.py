@@ -130,16 +130,16 @@ def criteria(config: Config, results):
         of = lambda kind, rows=rows: [each for each in rows if each.startswith(kind)]
         take = lambda each, sign=SIGN[name]: (sign * each).min(0)
         least = dynamics.differences([rows[each] for each in of("inner")], take)
-        said = f"it staggers alike under every optimiser: the least, times {SIGN[name]}, above 0"
+        said = "the least that it staggers under any optimiser, positive in the expected direction"
         yield md.criterion(f"{name}_inner_optimizers", least, said, at_least=0.0, surely=True)
         for varied in filter(of, VARIED):
             pairs = [rows[each] for each in of(varied) if each in learned]
             none = dynamics.exact(len(of(varied)) - len(pairs))
-            said = f"variants of {VARIED[varied]} that do not surely learn every mode: none"
+            said = f"variants of {VARIED[varied]} that do not surely learn every mode"
             yield md.criterion(f"{name}_{varied}_unlearned", none, said, 0.0, surely=True)
             take = lambda each: np.abs(each).max(0)
             worst = dynamics.differences(pairs, take) if pairs else dynamics.exact(np.nan)
-            said = f"the other variants surely stagger as Bayes does, to within {bound:g}"
+            said = f"how far at most variants of {VARIED[varied]} that do stagger from Bayes"
             yield md.criterion(f"{name}_{varied}_worst", worst, said, bound, surely=True)
 
 

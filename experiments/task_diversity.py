@@ -115,7 +115,7 @@ def criteria(config: Config, results):
     for name, data in results.learners(WITHIN, "meta").items():
         found, label = excess_of(results, name), labelled.about(data).label
         yield md.criterion(f"{name}_excess", found, f"{label}: excess on fresh tasks")
-        said = f"{label}: growth of the excess, {LARGER}"
+        said = f"{label}: growth of the excess over training's Bayes, {LARGER}"
         found = dynamics.excesses([pair(LARGER, name), pair(WITHIN, name)], lambda e: e[0] - e[1])
         yield md.criterion(f"{name}_growth_{LARGER}", found, said)
     apart = {size: distances(results, size) for size in config.pools}
@@ -124,7 +124,7 @@ def criteria(config: Config, results):
             said = f"{size} tasks: mean-square distance to the {kind} Bayes, on fresh tasks"
             yield md.criterion(f"pool_{size}_{kind}", found, said)
     few, many = (apart[size][-1] for size in (min(config.pools), max(config.pools)))
-    said = "{} tasks: how much nearer the Bayes that memorises them is"
+    said = "{} tasks: mean-square distance to the generalising Bayes minus that to the memorising"
     yield md.criterion("few_nearer", few, said.format("fewest"), at_least=0.0, surely=True)
     yield md.criterion("many_nearer", many, said.format("most"), at_most=0.0, surely=True)
     for task_set in BANDS:
@@ -135,7 +135,7 @@ def criteria(config: Config, results):
                 yield md.criterion(f"{name}_{task_set}_over_right", found, said)
     two = [pair("band_3_4", f"{config.meta}{each}", RIGHT) for each in ("_mixture", "")]
     ratio = dynamics.excesses(two, lambda e: e[0] / e[1])
-    said = "a mixture of bands at least halves the excess in another band"
+    said = "excess in another band, trained on a mixture of bands over trained on one"
     yield md.criterion("bands_gain", ratio, said, 0.5, surely=True)
 
 

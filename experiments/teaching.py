@@ -114,15 +114,15 @@ def criteria(config: Config, results):
                 gain = partial(teaching.gain, times, end)
                 both = dynamics.on_common_tasks(error("random", pupil), error(name, pupil))
                 found = dynamics.estimate(gain, *both)
-                said = f"{who}, {SETS[name]}: random steps, at most {times[-1]:g}, over taught ones"
-                said += ", to equal error"
+                said = f"{who}, {SETS[name]}: random steps (of {times[-1]:g}) over taught ones, to"
+                said += " equal error"
                 yield md.criterion(f"{who}_{name}_gain", found, said, **bound)
         for name, sign in (("bayes", -1), ("least", 1)):
             of = results[name, pupil]
             place, t = sign * np.array(labelled.modes(of).values), dynamics.times_of(of)
             ranks = lambda mean, x=place, t=t: dynamics.rank_correlation(x, t(mean))
             found = dynamics.estimate(ranks, dynamics.strength(of))
-            said = f"{who}, {SETS[name]}: modes are learned in the order taught, correlation 1"
+            said = f"{who}, {SETS[name]}: rank correlation of modes' times with the order taught"
             yield md.criterion(f"{who}_{name}_control", found, said, at_least=0.9)
         if who in config.learners:
             both = dynamics.on_common_tasks(error("bayes", pupil), error("own", pupil))
@@ -138,7 +138,7 @@ def criteria(config: Config, results):
         both = (dynamics.samples(each, STRENGTH).mean(-1, keepdims=True) for each in both)
         ratio = lambda a, b, t=t: (t(a) / t(b))[..., 0]
         said = f"{labelled.about(rewards).label}: steps by rewards over steps by demonstrations, to"
-        said += f" a mean of {labelled.modes(rewards).p:g} of the correct action, above 1"
+        said += f" a mean of {labelled.modes(rewards).p:g} of the correct action"
         found = dynamics.estimate(ratio, *both)
         yield md.criterion(f"{who}_communication", found, said, at_least=1.0, surely=True)
 

@@ -43,8 +43,8 @@ GOES_ON = {
 """What `learners.beside_bayes.implanted` lets a network go on from."""
 MERITS = {
     "excess": "excess loss over Bayes",
-    "distance": "distance of its answers from Bayes'",
-    "mean": "R² of the posterior mean",
+    "distance": "distance of its answers from Bayes', over the steps recorded",
+    "mean": "R² of the posterior mean, over the steps recorded",
     "least": "least R² of the posterior mean from the second step recorded",
     "untrained": "R² of the posterior mean, untrained",
     "shuffled": "R² of the posterior mean of another task",
@@ -259,7 +259,8 @@ def merits(
 ) -> Iterator[tuple[str, Estimate]]:
     """Figures of merit of a network over outer training and Bayes, by name (`MERITS`).
 
-    `of` is what was decoded from its state (`of_state`); means are over the steps of an episode.
+    `of` is what was decoded from its state (`of_state`); means are over the steps recorded, each
+    counted once, though they are spaced in logarithm.
     """
     last, steps = data.isel(outer_step=-1), data["outer_step"].to_numpy()
     yield "excess", dynamics.measured_excess(last, bayes)

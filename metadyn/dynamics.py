@@ -255,15 +255,23 @@ def differences(
     """Applies `take` to how far the first learner of each pair staggers beyond the second.
 
     What it is given is [pair, ...]. All were measured on the same tasks. None, for a second, is one
-    that does not stagger.
+    that does not stagger. Slopes are compared over the modes that both learn.
     """
     flat = [data for pair in pairs for data in pair if data is not None]
-    merits = [merit_of(data, probe) for data in flat]
+    times = [times_of(data, probe) for data in flat]
+
+    def beyond(data: xr.Dataset, t: np.ndarray, other: np.ndarray | None = None) -> Numbers:
+        order = order_of(data, probe)
+        if other is None:
+            return order(t)
+        if not labelled.modes(data, probe).exchangeable:
+            t, other = np.where(np.isnan(t) | np.isnan(other), np.nan, (t, other))
+        return order(t) - order(other)
 
     def statistic(*means: np.ndarray) -> Numbers:
-        found = iter([merit(mean) for merit, mean in zip(merits, means, strict=True)])
-        beyond = [next(found) - (0 if other is None else next(found)) for _, other in pairs]
-        return take(np.array(beyond))
+        found = iter([t(mean) for t, mean in zip(times, means, strict=True)])
+        learned = [(pair[0], *(next(found) for one in pair if one is not None)) for pair in pairs]
+        return take(np.array([beyond(*each) for each in learned]))
 
     return estimate(statistic, *(strength(data, probe) for data in flat))
 

@@ -194,25 +194,20 @@ def measure(
     seeds = len(jax.tree.leaves(params)[0]) if seeded else 1
 
     def one_seed(params):
-        held, taken = _held(make_learner(params), probes)
-        here = mesh.task_chunk(held, seeds * taken)
+        taken, shared = _taken(make_learner(params), probes), bool(jax.tree.leaves(params))
+        here = mesh.task_chunk(taken, seeds, shared)
         return mesh.map_tasks(one, (params, sample, key), indices, here)
 
     return mesh.map_seeds(one_seed, params) if seeded else one_seed(params)
 
 
-def _held(learner: Learner, probes: Probes) -> tuple[int, int]:
-    """Estimates the memory that one task takes: bytes that a cache is to hold, bytes at the peak.
-
-    The first are the learner's state, copied for each query of a probe; the second its state and
-    the greatest array in answering a probe.
-    """
+def _taken(learner: Learner, probes: Probes) -> int:
+    """Estimates the bytes that one task takes: the state, and the greatest array in a probe."""
     state = jax.eval_shape(learner.init, jax.random.key(0))
     size = max(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), 1)
-    queries = max((len(jax.tree.leaves(probe.queries)[0]) for _, probe in probes), default=1)
     answer = jax.make_jaxpr(jax.vmap(learner.predict, (None, 0)))
     answered = [largest(answer(state, probe.queries).jaxpr) for _, probe in probes]
-    return queries * size, size + max(answered, default=0)
+    return size + max(answered, default=0)
 
 
 def recorded(probe: str, reading: str) -> str:

@@ -367,15 +367,16 @@ def map_tasks(
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 
 
-def task_chunk(held: int, taken: int) -> int:
+def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
     """Chooses how many of its tasks a device measures at a time, if it has so many.
 
-    On a CPU core about as many as its cache holds, at `held` bytes each, but enough to fill its
-    products. Elsewhere as many as take half of the device's memory, at `taken` bytes each.
+    Each takes `taken` bytes. On a CPU core, which takes seeds in turn, as many as two thirds of its
+    cache hold; if they share their weights, enough of them to fill the products with these, and
+    never one alone, whose sums XLA takes in another order. Elsewhere as many as take half of the device's memory.
     """
     if backend() != "cpu":
-        return max(1, memory(split=False) // (2 * TAKEN * taken))
-    return max(LEAST_TASKS, CACHE // held)
+        return max(1, memory(split=False) // (2 * TAKEN * seeds * taken))
+    return max(LEAST_TASKS if shared else 2, 2 * CACHE // (3 * taken))
 
 
 def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:

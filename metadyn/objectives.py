@@ -64,7 +64,8 @@ def prediction_loss(
     For domains whose feedback does not depend on the answers. With a `teacher` the answers are
     compared with its answers instead of the feedback, and the loss on the feedback is reported. If
     the teacher is Bayes and the loss is squared error the expected gradient is the same, as Bayes'
-    answer is the mean of the feedback given the episode so far; but it varies less.
+    answer is the mean of the feedback given the episode so far; but it varies less. (Not so where
+    episodes are weighted by what the learner cannot see: the teacher's answer is unweighted.)
 
     `sample(key)` draws the tasks, in the domain's place, and `weight(key)`, of the same key,
     says how much an episode's losses count: 1 without it.

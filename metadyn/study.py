@@ -520,7 +520,7 @@ def verdict(estimate: dynamics.Estimate, at_least: float, at_most: float) -> str
     crossed = [(bound, end) for bound, end in ends if min(value, end) <= bound <= max(value, end)]
     more = max(((end - value) / (bound - value or math.nan)) ** 2 for bound, end in crossed)
     if not more <= 100:
-        return "undecided: the value is at the bound, too near for any number of tasks and seeds"
+        return "undecided: more than 100 times the tasks and seeds would decide it"
     return f"undecided: about {max(more, 1.1):.2g} times the tasks and seeds would decide it"
 
 
@@ -535,13 +535,18 @@ def criterion(
     """Judges an estimate by bounds: it passes if its value lies within them.
 
     With `surely` it passes only if its whole interval does. Without bounds it is reported and not
-    judged. A value that does not exist (NaN) never passes.
+    judged. A value that does not exist (NaN) never passes. `expected` says what the number is;
+    the bounds are added to it.
     """
     value, low, high = (float(np.asarray(part)) for part in estimate)
     if not (math.isfinite(at_most) or math.isfinite(at_least)):
         return Criterion(name, value, low, high, expected, None)
     found = verdict(estimate, at_least, at_most)
     passed = found == "holds" if surely else at_least <= value <= at_most
+    ends = [f"at least {at_least:g}"] * (at_least > -math.inf)
+    ends += [f"at most {at_most:g}"] * (at_most < math.inf)
+    bounds = f"{at_most:g}" if at_least == at_most else " and ".join(ends)
+    expected += "; the whole interval " * surely + "; " * (not surely) + bounds
     return Criterion(name, value, low, high, expected, passed, found)
 
 
@@ -569,8 +574,7 @@ def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
         yield criterion(
             f"{name}_minus_bayes_{merit}",
             dynamics.difference(data, bayes),
-            f"the {labelled.about(data).label} staggers no more than Bayes: {merit}s differ by at "
-            f"most {within:g}",
+            f"the {labelled.about(data).label} staggers as Bayes does: its {merit} minus Bayes'",
             at_most=within,
             at_least=-within,
         )
@@ -586,13 +590,9 @@ def excess_of(results: Results, name: str, suffix: str = "") -> dynamics.Estimat
 def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Iterator[Criterion]:
     """Judges the excess loss of each meta-learner on held-out tasks, once training is done."""
     for name, data in results.learners(HELDOUT + suffix, "meta").items():
-        bound = f" at most {at_most:g}" if math.isfinite(at_most) else ", for the record"
-        yield criterion(
-            f"{name}{suffix}_excess_loss",
-            excess_of(results, name, suffix),
-            f"the {labelled.about(data).label} is near Bayes on held-out tasks: excess loss{bound}",
-            at_most=at_most,
-        )
+        said = f"the {labelled.about(data).label} is near Bayes on held-out tasks: excess loss"
+        found = excess_of(results, name, suffix)
+        yield criterion(f"{name}{suffix}_excess_loss", found, said, at_most=at_most)
 
 
 def as_bayes(modes: str) -> dict[str, dict[str, str]]:

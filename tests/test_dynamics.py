@@ -233,6 +233,27 @@ def test_the_loss_of_an_episode_counts_every_answer_once_however_seldom_it_is_re
         np.testing.assert_allclose(dynamics.episode_loss(data), losses.mean(-1))
 
 
+def test_slopes_are_compared_over_the_modes_that_both_learn():
+    """What one learns alone would move its slope and not the other's."""
+    times = np.array([0, 1, 2, 3, 9])
+    described = describe(
+        About("a", "A", "ordinary", "updates", loss_floor=0.0),
+        {"mode_strength": ("task", "step", "mode")},
+        {"time": ("step", times.tolist())},
+        {"mode_strength": Modes((1.0, 2.0, 4.0), "s")},
+    )
+
+    def jumping(*at):
+        strength = np.where(times[:, None] >= np.array(at), 1.0, 0.0)
+        return labelled({"mode_strength": np.stack([strength] * 4)}, described)
+
+    one, other = jumping(1, 2, np.inf), jumping(1, 1, 9)  # at 0.5 and 1.5; at 0.5, 0.5 and 6
+    apart = np.log(1.5 / 0.5) / np.log(2)
+    np.testing.assert_allclose(dynamics.difference(one, other), apart)
+    np.testing.assert_allclose(dynamics.difference(other, one), -apart)
+    np.testing.assert_allclose(dynamics.merit(other), np.log(6 / 0.5) / np.log(4))
+
+
 def test_the_ratio_and_the_difference_of_two_excesses_are_paired_and_reckon_from_the_floor():
     """One is 3 times as far above Bayes as the other on every task, whatever the task's loss."""
     best = 0.5 + np.random.default_rng(0).random(50)

@@ -253,6 +253,13 @@ def test_a_balanced_start_needs_a_unit_for_each_mode():
         balanced_deep_linear(4, 5, strength=0)
 
 
+@pytest.mark.parametrize("sizes", [(3, 3), (5, 3), (3, 5)])
+def test_a_balanced_start_is_balanced_whatever_the_numbers_of_inputs_and_outputs(sizes):
+    first, second = balanced_deep_linear(*sizes, width=8, strength=0.01).init(jax.random.key(0))
+    np.testing.assert_allclose(second.T @ second, first @ first.T)
+    np.testing.assert_allclose(second @ first, 0.01 * np.eye(*sizes[::-1]), rtol=1e-6)
+
+
 def test_bad_networks_are_named():
     for fields in ({"depth": 0}, {"width": 0}, {"scale": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(fields))):

@@ -99,7 +99,7 @@ def test_a_task_is_the_same_in_any_chunk_and_among_any_others(monkeypatch):
     for chunk in (3, 1):
         inner.measure.clear_cache()
         with monkeypatch.context() as patched:
-            patched.setattr(inner.mesh, "task_chunk", lambda held, taken, chunk=chunk: chunk)
+            patched.setattr(inner.mesh, "task_chunk", lambda *given, chunk=chunk: chunk)
             other = measure(jnp.arange(64))
         inner.measure.clear_cache()
         for name in whole:

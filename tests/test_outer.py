@@ -375,8 +375,9 @@ def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(chunk):
 
 
 def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds(on_cpu):
-    assert mesh.task_chunk(mesh.CACHE // 100, 1) == 100
-    assert mesh.task_chunk(mesh.CACHE, 1) == mesh.LEAST_TASKS
+    assert mesh.task_chunk(mesh.CACHE // 150) == 100
+    assert mesh.task_chunk(mesh.CACHE) == 2
+    assert mesh.task_chunk(mesh.CACHE, shared=True) == mesh.LEAST_TASKS
 
 
 def test_an_own_optimiser_is_scheduled_over_the_runs_steps():

@@ -97,6 +97,20 @@ def test_surely_asks_the_whole_interval():
 
 
 @pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ({}, "a slope"),
+        ({"at_most": 0.2}, "a slope; at most 0.2"),
+        ({"at_most": 0.2, "at_least": -0.2}, "a slope; at least -0.2 and at most 0.2"),
+        ({"at_least": 0, "surely": True}, "a slope; the whole interval at least 0"),
+        ({"at_least": 0, "at_most": 0, "surely": True}, "a slope; the whole interval 0"),
+    ],
+)
+def test_what_is_expected_names_the_bounds_it_is_judged_by(bounds, said):
+    assert criterion("c", dynamics.exact(1.0), "a slope", **bounds).expected == said
+
+
+@pytest.mark.parametrize(
     ("estimate", "bounds", "found"),
     [
         ((1, 0.5, 2), (0, 2), "holds"),  # the bounds themselves are within
@@ -107,7 +121,8 @@ def test_surely_asks_the_whole_interval():
         ((1, 0.5, 3), (0.9, np.inf), "undecided: about 25 times"),  # (0.5 / 0.1)²
         ((1, 0.5, 3), (-np.inf, 2), "undecided: about 4 times"),  # (2 / 1)²
         ((1, 0, 3), (0.5, 2.5), "undecided: about 4 times"),  # of 4 and 1.8
-        ((1, 0.5, 3), (1, np.inf), "undecided: the value is at the bound"),
+        ((1, 0.5, 3), (1, np.inf), "undecided: more than 100 times"),  # the value is at the bound
+        ((1, -0.5, 1), (0.9, np.inf), "undecided: more than 100 times"),  # (1.5 / 0.1)²
         ((np.nan, 0.5, 3), (0, 4), "undecided: it has no value"),
         ((1, np.nan, np.nan), (0, 4), "undecided: it has no value"),
     ],

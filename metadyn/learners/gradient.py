@@ -91,13 +91,13 @@ def balanced_deep_linear(n_x: int, n_y: int, width: int = 32, strength: float = 
 
     Both layers are multiples of the identity and their product has `strength` a₀ on its diagonal,
     so that W_{l+1}ᵀ W_{l+1} = W_l W_lᵀ and the modes of a task whose singular vectors are the
-    coordinate axes never mix.
+    coordinate axes never mix. Inputs or outputs that have no mode start at 0.
     """
     check(strength > 0, "strength", strength, "must be positive")
     shapes, least = _shapes(n_x, n_y, 2, width), min(n_x, n_y)
     check(width >= least, "width", width, f"must be at least {least}: each mode needs a unit")
-    layer = strength**0.5
-    return Network(lambda key: [layer * jnp.eye(*shape) for shape in shapes], _product)
+    diagonal = jnp.diag(jnp.where(jnp.arange(width) < least, strength**0.5, 0.0))
+    return Network(lambda key: [diagonal[:n, :m] for n, m in shapes], _product)
 
 
 def _shapes(n_x: int, n_y: int, depth: int, width: int) -> list[tuple[int, int]]:
