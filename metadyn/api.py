@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from metadyn import inner, labelled
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
-from metadyn.errors import check, check_seed, meant
+from metadyn.errors import check, check_seed, error_context, meant
 from metadyn.measuring import (
     bytes_needed,
     check_step,
@@ -91,6 +91,19 @@ def _check_domain(domain: Domain) -> None:
     fix = "give an object, such as LinearRegression()"
     made = not isinstance(domain, type) and hasattr(domain, "sample_task")
     check(made, "domain", domain, fix)
+    check(isinstance(domain, Hashable), "domain", domain, "must be hashable: freeze its dataclass")
+    check(isinstance(domain.steps, Integral), "steps", domain.steps, "must be a whole number")
+    check(hasattr(domain, "loss_floor"), "domain", domain, "has no loss_floor: say it")
+
+
+def _check_trained(name: str, trained: Trained) -> None:
+    needed, found = (jax.tree.flatten(t) for t in (weights(trained.meta.init), trained.params))
+    pairs = zip(needed[0], found[0], strict=False)
+    right = all(np.shape(mine) == (np.shape(mine)[:1] + one.shape) for one, mine in pairs)
+    right = right and all(np.ndim(leaf) > 0 for leaf in found[0])
+    fix = "its parameters must be those of its meta-learner, with a leading axis over seeds"
+    alike: bool = needed[1] == found[1]  # type: ignore[operator]
+    check(alike and right, "learners", name, fix)
 
 
 def measure(
@@ -125,8 +138,10 @@ def measure(
     if not isinstance(tasks, TaskSet):
         fix = "must be a whole number, at least 1, or a set of tasks"
         check(whole(tasks), "tasks", tasks, fix)
-        evaluation = domain.evaluation(points)
+        with error_context("the domain's evaluation tasks cannot be had"):
+            evaluation = domain.evaluation(points)
         tasks = dataclasses.replace(evaluation, size=tasks, updating_size=updating_tasks)
+    check(tasks.domain == domain, "domain", domain, "is not that of the set of tasks")
     check(isinstance(learners, Mapping) and learners, "learners", learners, "give some, by name")
     fix = "is not trained: give what `metadyn.train` returns, under a name"
     each: dict[str, tuple[Contender, Params]] = {}
@@ -140,6 +155,7 @@ def measure(
             each[name] = Contender(name, name, learner, kind, times), ()  # type: ignore[arg-type]
         else:
             check(isinstance(learner, Trained), "learners", name, fix)
+            _check_trained(name, learner)
             each[name] = Contender(name, name, learner.meta), learner.params
     for contender, params in each.values():
         check_step(tasks, contender)

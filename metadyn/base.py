@@ -264,6 +264,8 @@ class TaskSet:
 
     def __post_init__(self) -> None:
         check_name(self.name, "set of tasks")
+        for name in self.probes:
+            check_name(name, "probe")
         for kind in self.kinds:
             check_choice("kinds", kind, LearnerKind)
         if not isinstance(self.sample, Partial):

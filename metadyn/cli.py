@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import re
@@ -184,6 +185,9 @@ def console() -> NoReturn:
 
     Python would wait for programs that are still being compiled, and JAX for other processes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what its encoding lacks
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -260,7 +260,7 @@ def differences(
     flat = [data for pair in pairs for data in pair if data is not None]
     times = [times_of(data, probe) for data in flat]
 
-    def beyond(data: xr.Dataset, t: np.ndarray, other: np.ndarray | None = None) -> Numbers:
+    def beyond(data: xr.Dataset, t: np.ndarray, other: np.ndarray | None) -> Numbers:
         order = order_of(data, probe)
         if other is None:
             return order(t)
@@ -269,9 +269,9 @@ def differences(
         return order(t) - order(other)
 
     def statistic(*means: np.ndarray) -> Numbers:
-        found = iter([t(mean) for t, mean in zip(times, means, strict=True)])
-        learned = [(pair[0], *(next(found) for one in pair if one is not None)) for pair in pairs]
-        return take(np.array([beyond(*each) for each in learned]))
+        t = iter([learned(mean) for learned, mean in zip(times, means, strict=True)])
+        each = [beyond(a, next(t), None if b is None else next(t)) for a, b in pairs]
+        return take(np.array(each))
 
     return estimate(statistic, *(strength(data, probe) for data in flat))
 

@@ -39,6 +39,7 @@ from metadyn.program_cost import largest
 full_precision = jax.default_matmul_precision("highest")
 """Products of float32 numbers as they are, which GPUs and TPUs would round first: for all that
 measures, and for all that a domain says, in training too."""
+MOST_TIMES = 1_000_000  # at which anything is recorded: our choice
 Probes = tuple[tuple[str, Probe], ...]
 """Probes by the name under which they are recorded, hashable."""
 
@@ -225,10 +226,10 @@ def recorded(probe: str, reading: str) -> str:
 def log_spaced(steps: int, count: int) -> tuple[int, ...]:
     """Spaces whole numbers evenly in logarithm: 0, and up to `count` more, the last `steps`.
 
-    Raises `ConfigError` for a number below 1.
+    Raises `ConfigError` for numbers below 1, and for more than `MOST_TIMES`.
     """
     check(steps >= 1, "steps", steps, "must be at least 1")
-    check(count >= 1, "count", count, "must be at least 1")
+    check(1 <= count <= MOST_TIMES, "count", count, f"must be from 1 to {MOST_TIMES:,}")
     spaced = np.geomspace(1, steps, count) if count > 1 else np.array([steps])
     return (0, *(int(t) for t in np.unique(np.round(spaced)).astype(int)))
 
@@ -239,4 +240,5 @@ def checked(times: Sequence[int] | np.ndarray) -> Any:
     whole = array.ndim == 1 and len(array) > 1 and array.dtype.kind in "iu"
     increasing = whole and array[0] == 0 and bool((np.diff(array) > 0).all())
     check(increasing, "times", times, "must be whole numbers that increase strictly from 0")
+    check(array[-1] < 2**31, "times", int(array[-1]), f"must be below {2**31}")
     return array.astype(np.int32)

@@ -100,16 +100,15 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
     What does not depend on a dimension is repeated along it (Bayes has no outer step); what is
     shorter is padded with NaN, and `time` [learner, step] says what step means to each learner.
     """
-    whole: dict[str, int] = {}
+    whole: dict[str, np.ndarray] = {}
     for part in parts.values():
         for d in {"outer_step", "seed"} & {*part.dims}:
-            whole[str(d)] = max(part.sizes[d], whole.get(str(d), 0))
-    coords = {d: p[d] for p in parts.values() for d in whole if d in p.coords}
+            whole[str(d)] = np.union1d(whole.get(str(d), []), part[d]).astype(int)
 
     def complete(part: xr.Dataset) -> xr.Dataset:
-        part = part.expand_dims({d: n for d, n in whole.items() if d not in part.dims})
+        part = part.expand_dims({d: of for d, of in whole.items() if d not in part.dims})
         numbered = {d: np.arange(n) for d, n in part.sizes.items() if d not in part.coords}
-        return part.assign_coords(numbered | coords).reset_coords("time")
+        return part.assign_coords(numbered).reset_coords("time")
 
     merged = joined(map(complete, parts.values()), "learner", [*parts]).set_coords("time")
     attributes = [part.attrs for part in parts.values()]

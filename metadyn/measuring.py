@@ -120,9 +120,14 @@ def _axes(
     """
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
-    taken = {*axes, *tasks.probes, *RESERVED}
+    taken, other = {*axes, *RESERVED, *labelled.FIELDS}, "this name is taken: choose another"
     for name, probe in tasks.probes.items():
-        taken |= {inner.recorded(name, n) for n in (*probe.extras, probe.modes.coordinate)}
+        for each in (
+            name,
+            *(inner.recorded(name, n) for n in (*probe.extras, probe.modes.coordinate)),
+        ):
+            check(each not in taken, f"probe {name!r}", each, other)
+            taken.add(each)
 
     def trace(key: Key, params: Params, task: Any) -> None:
         with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
@@ -130,7 +135,7 @@ def _axes(
             state = learner.init(key)
             for name, leaf in (learner.diagnose(state) if learner.diagnose else {}).items():
                 check_name(name, "diagnosis")
-                check(name not in taken, "diagnose", name, "this name is taken: choose another")
+                check(name not in taken, "diagnose", name, other)
                 axes[name] = tuple(f"{name}_{i}" for i in range(leaf.ndim))
                 sizes.update(zip(axes[name], leaf.shape, strict=True))
         for name, probe in tasks.probes.items():

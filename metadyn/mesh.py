@@ -372,7 +372,8 @@ def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
 
     Each takes `taken` bytes. On a CPU core, which takes seeds in turn, as many as two thirds of its
     cache hold; if they share their weights, enough of them to fill the products with these, and
-    never one alone, whose sums XLA takes in another order. Elsewhere as many as take half of the device's memory.
+    never one alone, whose sums XLA takes in another order. Elsewhere as many as take half of the
+    device's memory.
     """
     if backend() != "cpu":
         return max(1, memory(split=False) // (2 * TAKEN * seeds * taken))

@@ -38,7 +38,9 @@ def named_optimizer(
         if isinstance(made, optax.GradientTransformation):  # and it needs no more than gradients
             one = jax.ShapeDtypeStruct((1,), jnp.float32)
             jax.eval_shape(lambda g, p: made.update(g, made.init(p), p), one, one)
-            return made
+            state = jax.tree.leaves(jax.eval_shape(made.init, one))
+            if not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in state):
+                return made  # a key would be the same one for every seed
     fix = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
     if make is None:
         fix += meant(name, dir(optax))

@@ -122,14 +122,17 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
     values = {o: v for o, v in options_of(config) if ending and f".{o[2:]}".endswith(f".{ending}")}
     typed = _typed(overrides)
 
-    def likely(option: str) -> tuple[bool, bool, bool]:
+    group = lambda option: option.rpartition(".")[0]
+    groups = {*map(group, typed)}
+
+    def likely(option: str) -> tuple[bool, bool, bool, bool]:
         """Reckons how surely this is the option complained of, of several that end alike."""
         text = typed.get(option)
         meant = text is not None and _reads_as(text, error.value)
-        return meant, values[option] == error.value, text is not None
+        return meant, values[option] == error.value, text is not None, group(option) in groups
 
     best = max(values, key=likely, default=None)
-    if best is None or not (any(likely(best)) or error.value is None):
+    if best is None or not (any(likely(best)[:3]) or error.value is None):
         return error
     return ConfigError(f"{best} {typed.get(best, values[best])}: {error.fix}")
 

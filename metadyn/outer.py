@@ -73,6 +73,8 @@ class OuterConfig:
     def __post_init__(self) -> None:
         positive = "steps batch updates_per_step seeds learning_rate clip checkpoints dispatch"
         check_positive(self, *positive.split())
+        most = inner.MOST_TIMES
+        check(self.checkpoints <= most, "checkpoints", self.checkpoints, f"at most {most:,}")
         fix = f"must be below {2**31} / steps = {2**31 // self.steps}"
         right = self.steps * self.updates_per_step < 2**31
         check(right, "updates_per_step", self.updates_per_step, fix)

@@ -25,7 +25,7 @@ def verdict(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def so_far(run: RunFolder) -> Iterator[str]:
     """Yields outer step, excess loss and learning times at the newest checkpoint of a live run."""
-    about, steps = run.config, run.outer_steps()
+    about, steps, measured = run.config, run.steps(), run.outer_steps()
     yield f"{about['study']}, preset {about['preset']}, seed {about['seed']}: not done"
     if steps:
         last, age, of = steps[-1], time.time() - run.written(steps[-1]), ""
@@ -33,7 +33,8 @@ def so_far(run: RunFolder) -> Iterator[str]:
             total = about["config"]["outer"]["steps"]  # where a study keeps them as ours do
             of = f" of {total:,} ({last / total:.0%})"
         yield f"outer step {last:,}{of}; {len(steps)} checkpoints, the newest {age:,.0f} s old"
-        for training in figures.histories(run.results([last])).values():
+    if measured:
+        for training in figures.histories(run.results(measured[-1:])).values():
             trained, bayes = training.losses
             excess = dynamics.measured_excess(trained.isel(outer_step=-1), bayes)
             now = f"{training.called}: excess loss over Bayes {dynamics.text(excess, 3)}"

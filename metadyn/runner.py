@@ -24,7 +24,7 @@ import xarray as xr
 
 from metadyn import dynamics, inner, labelled, mesh, program_cost
 from metadyn.base import Key, Params, TaskSet
-from metadyn.errors import ConfigError, ConfigWarning, error_context
+from metadyn.errors import ConfigError, ConfigWarning, check_seed, error_context
 from metadyn.measuring import (
     bytes_needed,
     calls,
@@ -390,9 +390,15 @@ def check_traced(plan: Plan) -> None:
     alike: dict[Any, tuple[TaskSet, Contender]] = {}
     for _, tasks, who, _ in plan.every:
         form = jax.tree.structure(tasks.sample)
-        alike.setdefault((tasks.domain, form, who.make), (tasks, who))
+        with error_context(f"the domain of {tasks.name!r} cannot be compared with others"):
+            alike.setdefault((tasks.domain, form, who.make), (tasks, who))
     for pair in alike.values():
         check_step(*pair)
+    check_objectives(plan)
+
+
+def check_objectives(plan: Plan) -> None:
+    """Raises `ConfigError` unless every objective can be had."""
     for name, each in plan.trained.items():
         each.check_traced(name, weights(each.meta.init))
 
@@ -472,13 +478,14 @@ def run_study(
     """
     from metadyn import figures, view
 
+    check_seed(seed)
     if tensorboard:
         check_installed()
     plan = study.plan(config)
     with progress.counting("checking", 1) as show:
         show("criteria and figures")
         with error_context(f"study {study.name!r} cannot be run", ConfigError):
-            asked = run_config(study, preset, seed, config, plan)
+            asked = run_config(study, preset, int(seed), config, plan)
             check_memory(plan)
             rehearsal = _criteria_hash(rehearse(study, config, plan))
     with writing(out):

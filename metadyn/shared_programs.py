@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
     "checkpoint": "jaxpr",
+    "remat2": "jaxpr",  # what JAX calls it inside
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
@@ -85,11 +86,13 @@ def _form(
     form: list[Any] = [[name((), var) for var in (*jaxpr.constvars, *jaxpr.invars)]]
     for i, value in enumerate(consts):
         if jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
-            keys.append(np.asarray(jax.random.key_data(value)).tobytes())
+            keys.append(_bytes(value))
         else:
             numbers[(*at, "constant", i)] = np.asarray(value)
     for i, eqn in enumerate(jaxpr.eqns):
         inner, kind = _inner(eqn), eqn.primitive.name
+        if kind not in OPENED:
+            keys.extend(_hidden(kind, eqn.params))
         params = {} if kind in CALLS else eqn.params
         said = {k: _said(v) for k, v in params.items() if k not in OPENED.get(kind, ())}
         read = [name((*at, i, k), atom) for k, atom in enumerate(eqn.invars)]
@@ -97,6 +100,30 @@ def _form(
         form.append([kind, read, said, opened, [name((), var) for var in eqn.outvars]])
     form.append([name((*at, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)])
     return form
+
+
+def _hidden(kind: str, params: Mapping[str, Any]) -> Iterator[bytes]:
+    """What an operation that is not opened holds, and does not say in words: its arrays.
+
+    Of a callback its function, which may hold anything.
+    """
+    for value in jax.tree.leaves([*params.values()]):
+        if isinstance(value, (Jaxpr, ClosedJaxpr)):
+            jaxpr, consts = _opened(value)
+            yield from map(_bytes, consts)
+            for eqn in jaxpr.eqns:
+                yield from _hidden(eqn.primitive.name, eqn.params)
+        elif isinstance(value, (np.ndarray, jax.Array)):
+            yield _bytes(value)
+        elif "callback" in kind and callable(value):
+            yield str(id(value)).encode()
+
+
+def _bytes(value: Any) -> bytes:
+    """The bytes of an array, or of a random key."""
+    if jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    return np.asarray(value).tobytes()
 
 
 def _said(parameter: Any) -> str:
@@ -156,6 +183,9 @@ def _again(eqn: JaxprEqn, at: Place, numbers: Constants, operands: list[Any]) ->
         return _evaluate(inner[step], (*at, *step), numbers, given)
 
     if kind in CALLS:
+        if params.get("differentiated") and params.get("prevent_cse"):
+            # Computed once more, backwards, and not kept from when it was first.
+            operands = list(jax.lax.optimization_barrier(operands))
         return run((CALLS[kind], 0), *operands)
     if kind == "scan":
         if "ft_in" in params:  # from JAX 0.12 on: a tree for each of the three
@@ -260,7 +290,5 @@ def _call(form: str, numbers: Constants, arguments: tuple[Any, ...]) -> str:
     """A program, its numbers and its arguments, as a hash."""
     hashed = hashlib.sha256(form.encode())
     for leaf in (*numbers.values(), *jax.tree.leaves(arguments)):
-        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        hashed.update(np.asarray(leaf).tobytes())
+        hashed.update(_bytes(leaf))
     return hashed.hexdigest()

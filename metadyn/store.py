@@ -108,6 +108,8 @@ def claimed(
     the same time. Raises `ConfigError` if DIR cannot be written, or holds anything else.
     """
     folder, other = Path(path).absolute(), "choose another DIR"
+    if {*"[]*?"} & {*str(folder)}:  # Orbax looks for its files by a pattern
+        raise ConfigError(f"--out {path} cannot have any of [ ] * ? in it: {other}")
     asked = json.loads(json.dumps(asked))
     try:
         if not os.path.exists(folder / file):  # False too for what cannot be a path
@@ -392,7 +394,7 @@ class RunFolder:
         return steps
 
     def written(self, step: int) -> float:
-        """Says when the trajectories of an outer step were stored, in seconds since the epoch."""
+        """Says when the checkpoint of an outer step was stored, in seconds since the epoch."""
         return self._checkpoint(step).stat().st_mtime
 
     def trajectories(

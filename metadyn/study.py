@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -227,7 +228,7 @@ class Contender:
             fix = f"{who}, must be a whole number from 1, or None"
             for field in ("batch", "points"):
                 n = getattr(learner, field)
-                check(n is None or (isinstance(n, int) and n >= 1), field, n, fix)
+                check(n is None or (isinstance(n, Integral) and int(n) >= 1), field, n, fix)
             enough = learner.points is None or (learner.batch or 1) <= learner.points
             check(enough, "points", learner.points, f"{who}, must be at least its batch")
         kinds = [kind for kind in get_args(LearnerKind) if (kind == "meta") == self.trained]

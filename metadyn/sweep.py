@@ -32,6 +32,7 @@ from metadyn.progress import Progress
 from metadyn.runner import (
     Runner,
     check_memory,
+    check_objectives,
     domain_summary,
     judge,
     rehearse,
@@ -80,7 +81,7 @@ class Sweep:
 
         A value such as "1 5" is several words, and a matrix, "[[1, 0], [0, 2]]", is one.
         """
-        split = lambda value: [value] if value.startswith("[") else value.split()
+        split = lambda value: [value] if value.startswith("[") else value.split() or [value]
         return [word for name, value in self.typed(i).items() for word in (name, *split(value))]
 
     def called(self, i: int) -> str:
@@ -156,8 +157,9 @@ def settings(
 
     A "grid" has every combination of the values; "zip" the first of all, the second of all, …; and
     "random" has `count` combinations from the ranges that pairs of values give. Ranges are sampled
-    evenly in logarithm, and rounded where the option's `default` value is a whole number. Raises
-    `ConfigError` for options that cannot be combined so, and for very many if not `confirmed`.
+    evenly in logarithm, and rounded where the option's `default` value is a whole number, or where
+    it is None and both ends are. Raises `ConfigError` for options that cannot be combined so, and
+    for very many if not `confirmed`.
     """
     sizes = [len(values) for values in options.values()]
     total = {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
@@ -186,7 +188,9 @@ def settings(
         else:
             low, high = _range(name, values)
             drawn = np.exp(rng.uniform(math.log(low), math.log(high), total))
-            form = ".0f" if type(default.get(name)) is int else ".6g"
+            usual = default.get(name)
+            whole = all(type(value_of(value)) is int for value in values)
+            form = ".0f" if type(usual) is int or (usual is None and whole) else ".6g"
             columns.append([f"{x:{form}}" for x in drawn.tolist()])
     return list(zip(*columns, strict=True)) if columns else [()]
 
@@ -329,6 +333,9 @@ def run_sweep(
                 show("criteria and figures")
                 with sweep.naming(i, configs[i]):
                     rehearse(study, configs[i], plans[i])
+            for i, plan in plans.items():
+                with sweep.naming(i, configs[i]):
+                    check_objectives(plan)
     folder = SweepFolder.create(out, sweep)
     for i in configs if not plans else ():  # all are done: by these presets, or by others?
         run = RunFolder(folder.setting(i))

@@ -44,7 +44,8 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
 
     The dimensions of a grid are the options that have several values, such as "domain.sigma". Other
     sweeps have one dimension, "setting", with the options' values along it. Where a setting has
-    nothing stored, was lost, or has fewer seeds, modes or steps than another, there is NaN. Raises
+    nothing stored, was lost, or has fewer seeds, modes or steps than another, there is NaN. An
+    option that is called as something in the dataset is, such as "loss", is "option_loss". Raises
     `ConfigError` if none has anything stored.
     """
     folder, parts = SweepFolder(path), {}
@@ -57,11 +58,13 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
     check(parts, "task_set", task_set, f"no setting of {path} has any yet")
     whole = labelled.joined(parts.values(), "setting", [*parts])
     whole = whole.reindex(setting=range(len(sweep.settings)))
+    taken = {*whole.variables, *whole.dims}
+    named = {n: f"option_{field(n)}" if field(n) in taken else field(n) for n in sweep.swept}
     if sweep.kind != "grid":
         typed = [*map(sweep.typed, range(len(sweep.settings)))]
         column = lambda name: ("setting", [value_of(each[name]) for each in typed])
-        return whole.assign_coords({field(name): column(name) for name in sweep.swept})
-    grid = {field(name): [*map(value_of, sweep.options[name])] for name in sweep.swept}
+        return whole.assign_coords({called: column(name) for name, called in named.items()})
+    grid = {called: [*map(value_of, sweep.options[name])] for name, called in named.items()}
     if not grid:
         return whole.isel(setting=0, drop=True)
     places = xr.Dataset(coords={name: range(len(of)) for name, of in grid.items()})

@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from metadyn import mesh, program_cost, shared_programs
+from metadyn.errors import error_context
 from metadyn.measuring import require_memory
 from metadyn.outer import OuterLoop, TrainState
 
@@ -49,7 +50,8 @@ def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
     forms: dict[Hashable, list[int]] = {}
     for i, loop in loops.items():
         config, names = loop.config, loop.trained
-        rows = tuple((n, loop.settings[n].updates_per_step, row_of(loop, n).form) for n in names)
+        traced = [(name, row_of(loop, name)) for name in names]
+        rows = tuple((n, loop.settings[n].updates_per_step, r.form, r.found) for n, r in traced)
         form = rows, config.seeds, config.checkpoint_steps, config.dispatch
         forms.setdefault(form, []).append(i)
     return list(forms.values())
@@ -65,8 +67,9 @@ class Rows:
 
     def _checked(self, name: str) -> Any:
         """Compiles the outer steps of all rows. `ConfigError` if they do not fit into memory."""
-        compiled, count = self.trace(name).lower().compile(), len(self.loops)
-        what, change = f"an outer step of {name}", "lower it"
+        what, count, change = f"an outer step of {name}", len(self.loops), "lower it"
+        with error_context(f"{what} cannot be compiled", jax.errors.JaxRuntimeError):
+            compiled = self.trace(name).lower().compile()
         option = self.loops[0].trained[name].option("batch")
         if count > 1:
             what += f" for {count} settings at once"

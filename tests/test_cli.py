@@ -143,6 +143,15 @@ def test_report_prints_the_verdict(finished, capsys):
     assert "FAILED" in printed
 
 
+def test_a_terminal_of_another_encoding_is_told_what_it_can_be(finished):
+    command = [sys.executable, "-m", "metadyn.cli", "report", str(finished)]
+    plain = os.environ | {"PYTHONIOENCODING": "ascii"}
+    said = subprocess.run(command, env=plain, capture_output=True, timeout=100)
+    assert said.returncode == 1
+    assert b"sgd_slope" in said.stdout
+    assert said.stderr == b""
+
+
 def test_trajectories_load_with_the_contracts_dimensions(finished):
     data = metadyn.load(finished)
     assert {"learner", "outer_step", "task", "mode", "step"} <= set(data["mode_strength"].dims)

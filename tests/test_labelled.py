@@ -48,6 +48,18 @@ def test_what_has_no_seed_is_repeated_over_all_seeds_whichever_learner_has_most(
     assert merged["loss"].sel(learner="fewer").isel(seed=2).isnull().all()
 
 
+def test_learners_stored_at_other_outer_steps_keep_their_own(parts):
+    one = parts["lstm"].assign_coords(outer_step=[0, 4])
+    merged = labelled.merge({"one": one, "other": parts["lstm"], "bayes": parts["bayes"]})
+    assert merged["outer_step"].values.tolist() == [0, 4, 10]
+    last = parts["lstm"]["loss"].isel(outer_step=1)
+    for name, step, none in (("one", 4, 10), ("other", 10, 4)):
+        found = merged["loss"].sel(learner=name)
+        assert found.sel(outer_step=none).isnull().all()
+        np.testing.assert_array_equal(found.sel(outer_step=step).transpose(*last.dims), last)
+    assert not merged["loss"].sel(learner="bayes").isel(step=-1).isnull().any()
+
+
 def test_split_undoes_merge_but_for_seeds(parts):
     """What no outer loop has made has no outer step; a closed form is of no seed and task."""
     apart = labelled.split(labelled.merge(parts))

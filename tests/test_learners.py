@@ -96,6 +96,7 @@ def test_a_batch_of_its_own_takes_the_first_episodes_and_leaves_the_others_alone
     [
         (["--learners", "lstm", "elman"], "learners"),
         (["--transformer.attention-heads", "5"], "--transformer.attention-heads 5: must divide"),
+        (["--deltanet.hidden", "65"], "--deltanet.attention-heads 4: must divide hidden = 65"),
         (["--deltanet.layers", "0"], "--deltanet.layers 0: must be positive"),
         (["--maml.outer-batch", "0"], "--maml.outer-batch 0: must be positive"),
         (["--outer.b2", "1.5"], "--outer.b2 1.5: must be above 0 and below 1"),

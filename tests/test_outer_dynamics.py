@@ -363,6 +363,12 @@ def test_a_live_run_is_reported(tmp_path, capsys):
     assert "outer step 50 of 200 (25%); 2 checkpoints" in printed
     assert "LSTM: excess loss over Bayes 2.000 [2.000, 2.000]" in printed
     assert "2 measurements stored" in printed
+    run.save_checkpoint(60, {"w": np.float32(60)}, None, {})  # between two at which it is measured
+    run.finish()
+    assert main(["report", str(run.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "outer step 60 of 200 (30%); 3 checkpoints" in printed
+    assert "LSTM: excess loss over Bayes 2.000 [2.000, 2.000]" in printed
 
 
 def test_a_hundred_checkpoints_are_read_in_five_seconds(tmp_path):

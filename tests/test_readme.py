@@ -1,9 +1,11 @@
 """What the README shows, run as it stands there."""
 
+import dataclasses
 import re
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
@@ -85,6 +87,18 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
         metadyn.measure.__wrapped__(domain, both, seed="x")
     with pytest.raises(ConfigError, match="give an object, such as LinearRegression"):
         metadyn.measure.__wrapped__(LinearRegression, both)
+    other = dataclasses.replace(domain, sigma=0.9)
+    with pytest.raises(ConfigError, match=r"domain = .*: is not that of the set of tasks"):
+        metadyn.measure.__wrapped__(domain, both, tasks=other.evaluation(8))
+    one = jax.vmap(meta.make(domain).init)(jax.random.split(jax.random.key(0), 2))
+    for params in (
+        {},
+        jax.tree.map(lambda leaf: leaf[0], one),
+        jax.tree.map(lambda leaf: leaf[..., :1], one),
+    ):
+        trained = metadyn.Trained(meta.make(domain), params, {})
+        with pytest.raises(ConfigError, match="learners = 'lstm': its parameters must be those"):
+            metadyn.measure.__wrapped__(domain, both | {"lstm": trained})
     many = metadyn.Trained(meta.make(domain), {"weights": np.arange(1000.0)}, {})
     with pytest.raises(ConfigError, match=r"learners = .*: give some, by name") as said:
         metadyn.measure.__wrapped__(domain, many)

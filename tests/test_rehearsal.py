@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import metadyn as md
-from metadyn import dynamics, figures, mesh, runner
+from metadyn import dynamics, figures, inner, mesh, runner
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError, ConfigWarning
 from metadyn.learners.bayes import bayes_linear
+from metadyn.learners.gradient import DescentConfig
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.measuring import bytes_needed, check_step
 from metadyn.progress import Progress
@@ -684,6 +685,56 @@ def test_a_probe_that_reads_other_than_it_says(wrong, says, task_set, tmp_path, 
     said = refused(study, tmp_path / "r", monkeypatch)
     assert "probe 'mode_strength'" in said
     assert says in said
+
+
+@pytest.mark.parametrize(
+    ("probes", "extras", "says"),
+    [
+        ("loss", (), "probe 'loss' = 'loss': this name is taken"),
+        ("kind", (), "probe 'kind' = 'kind': this name is taken"),
+        ("a/b", (), "name of a probe = 'a/b': must be made of letters"),
+        ("p", ("strengths", "strengths"), "this name is taken"),
+        ("other", ("mode_value",), "probe 'other' = 'other_mode_value': this name is taken"),
+        ("off_diagonal", (), "probe 'off_diagonal' = 'off_diagonal': this name is taken"),
+    ],
+)
+def test_what_a_probe_records_has_a_name_of_its_own(probes, extras, says, tmp_path, monkeypatch):
+    """Not that of what is recorded beside it, which would be lost."""
+
+    def change(sets):
+        for tasks in sets:
+            ((name, probe),) = tasks.probes.items()
+            one = dataclasses.replace(
+                probe,
+                modes=md.Modes((1.0, 2.0), "mode"),
+                read=lambda task, answers: {
+                    "strength": answers[:2, 0], **dict.fromkeys(extras, answers[0, 0])
+                },
+                extras=dict.fromkeys(extras, ()),
+            )  # fmt: skip
+            more = {probes: one} if probes != "p" else {"p": one, "p_strengths": one}
+            yield dataclasses.replace(tasks, probes={name: probe, **more})
+
+    study = dataclasses.replace(STUDY, plan=changed(sets=lambda sets: [*change(sets)]))
+    assert says in refused(study, tmp_path / "r", monkeypatch)
+
+
+@pytest.mark.parametrize("seed", [2**32, -1, 1.5, "a", None])
+def test_a_seed_of_which_jax_makes_no_key_of_its_own_is_refused(seed, tmp_path):
+    config = STUDY.presets["quick"]
+    with pytest.raises(ConfigError, match=r"seed = .*: must be a whole number from 0 to"):
+        runner.run_study.__wrapped__(STUDY, "quick", seed, config, tmp_path / "r", Progress(None))
+    assert not (tmp_path / "r").exists()
+
+
+def test_numbers_beyond_what_jax_counts_to_are_refused():
+    with pytest.raises(ConfigError, match="times = 4294967297: must be below 2147483648"):
+        inner.checked((0, 2**32 + 1))
+    with pytest.raises(ConfigError, match="updates = 3000000000: must be from 0 to below"):
+        DescentConfig(updates=3_000_000_000)
+    for config, name in ((DescentConfig, "records"), (md.OuterConfig, "checkpoints")):
+        with pytest.raises(ConfigError, match=rf"{name} = 2147483647: .*at most 1,000,000"):
+            config(**{name: 2**31 - 1})
 
 
 def test_two_contenders_of_one_name(tmp_path, monkeypatch):

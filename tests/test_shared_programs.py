@@ -60,6 +60,8 @@ PROGRAMS = {
     "closed over, derived": (
         lambda c, x: jax.grad(lambda x: jnp.sum(holding(c)(x) ** 2))(x),
         lambda c, x: 2 * held(c, x) * c * np.arange(6)),
+    "checkpoint": (lambda c, x: jax.grad(lambda x: jnp.sum(jax.checkpoint(holding(c))(x) ** 2))(x),
+                   lambda c, x: 2 * held(c, x) * c * np.arange(6)),
     "its result": (lambda c, x: (x, c)[1] * jnp.ones(()), lambda c, x: c),
     "devices": (split, lambda c, x: c * x.sum()),
 }  # fmt: skip
@@ -124,6 +126,31 @@ def test_numbers_may_be_batched():
     found = jax.vmap(run)(jnp.array([0.5, 2.0, 3.0]))
     for c, each in zip((0.5, 2.0, 3.0), found, strict=True):
         np.testing.assert_allclose(each, scanned(c, X), rtol=1e-5)
+
+
+def test_arrays_inside_what_is_not_opened_are_part_of_the_form():
+    """As of a linear solve. What a callback calls says nothing of the array that it looks into."""
+
+    def solved(c):
+        matrix = c * np.arange(1, 7, dtype=np.float32)
+        return lambda x: jax.scipy.sparse.linalg.cg(jax.jit(lambda v: matrix * v), x)[0]
+
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    look = lambda table, i: table[i]
+    called = lambda c: (
+        lambda x: jax.pure_callback(
+            functools.partial(look, np.arange(2001, dtype=np.float32) * c), shape, 3
+        )
+    )
+    for made, reference in (
+        (solved, lambda c: X / (c * np.arange(1, 7))),
+        (called, lambda c: 3 * c),
+    ):
+        shared = ProgramCache()
+        traced = {c: jax.jit(made(c)).trace(X) for c in (0.5, 2.0)}
+        assert len({shared.expect(each)[0] for each in traced.values()}) == 2
+        for c, each in traced.items():
+            np.testing.assert_allclose(shared(each, X), reference(c), rtol=1e-4)
 
 
 def test_what_does_something_else_is_of_another_form():

@@ -387,6 +387,13 @@ def test_foreign_and_broken_folders_are_refused_untouched(tmp_path):
         assert (foreign / "config.json").read_text() == text
 
 
+@pytest.mark.parametrize("name", ["a[1]", "[p]/run", "what?", "a*"])
+def test_a_folder_whose_files_orbax_would_not_find_is_refused(name, tmp_path):
+    with pytest.raises(ConfigError, match=r"--out .* cannot have any of \[ \] \* \? in it"):
+        RunFolder.create(tmp_path / name, IDENTITY)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
 def test_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import matplotlib.image
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ import metadyn
 from metadyn import runner, sweep, sweep_results, sweep_rows, view
 from metadyn.cli import main
 from metadyn.errors import ConfigError
+from metadyn.options import configured
+from metadyn.outer import OuterLoop
 from metadyn.progress import Progress
 from metadyn.study import load_study
 
@@ -386,6 +389,74 @@ def test_settings_that_measure_other_things_are_rehearsed_too(tmp_path, capsys):
     assert not out.exists()
 
 
+ONLY_SOME = """
+import dataclasses
+from metadyn import load_study, prediction_loss
+from metadyn.objectives import Objective
+tiny = load_study(TINY)
+def objective(domain, meta):
+    usual = prediction_loss(domain, meta)
+    def loss(*given):
+        if domain.sigma == 0.3:
+            raise ValueError("not of that noise")
+        return usual.loss(*given)
+    return Objective(loss)
+def plan(config):
+    (part,), whole = tiny.plan(config).comparisons, tiny.plan(config)
+    return dataclasses.replace(whole, comparisons=[dataclasses.replace(part, objective=objective)])
+study = dataclasses.replace(tiny, plan=plan)
+"""
+
+
+def test_an_objective_that_one_setting_alone_does_not_have_is_found_before(tmp_path, capsys):
+    """Not the last one, which is rehearsed for all that are of its sizes."""
+    study, out = tmp_path / "some.py", tmp_path / "out"
+    study.write_text(ONLY_SOME.replace("TINY", repr(STUDY)))
+    noise = ["--domain.sigma", "0.1", "0.3", "0.5"]
+    assert main(["sweep", str(study), "--out", str(out), *SMALL, *noise]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "setting 2 of 3 (--domain.sigma 0.3): the objective of lstm cannot be computed" in said
+    assert not out.exists()
+
+
+def test_optimisers_whose_states_are_called_otherwise_are_no_rows_of_one_program():
+    study = load_study(STUDY)
+    loops = {}
+    for i, name in enumerate(("sgd", "scale_by_learning_rate", "sgd")):
+        config = configured(study.presets["quick"], ["--outer.optimizer", name])
+        part = study.plan(config)
+        loops[i] = OuterLoop(part.trained, config.outer, jax.random.key(0))
+    assert sweep_rows.by_program(loops) == [[0, 2], [1]]
+
+
+NAMED_LOSS = """
+import dataclasses
+from metadyn import load_study
+tiny = load_study(TINY)
+@dataclasses.dataclass(frozen=True)
+class Config(type(tiny.presets["quick"])):
+    loss: float = 0.1
+    task: int = 1
+def plan(config):
+    noisy = dataclasses.replace(config.domain, sigma=config.loss)
+    return tiny.plan(dataclasses.replace(config, domain=noisy))
+quick = Config(**vars(tiny.presets["quick"]))
+study = dataclasses.replace(tiny, plan=plan, presets={"quick": quick})
+"""
+
+
+def test_an_option_called_as_what_is_measured_replaces_none_of_it(tmp_path):
+    study, out = tmp_path / "named.py", tmp_path / "out"
+    study.write_text(NAMED_LOSS.replace("TINY", repr(STUDY)))
+    options = ["--loss", "0.1", "0.3", "--task", "1", "2"]
+    assert main(["sweep", str(study), "--out", str(out), *SMALL, *options]) == 0
+    data = metadyn.load(out, "heldout")
+    assert data["option_loss"].values.tolist() == [0.1, 0.3]
+    assert data["option_task"].values.tolist() == [1, 2]
+    assert data["loss"].dims[:2] == ("option_loss", "option_task")
+    assert not data["loss"].isel(step=-1).isnull().any()
+
+
 def test_settings_that_do_not_fit_into_the_memory_at_once_are_refused(
     tmp_path, monkeypatch, capsys
 ):
@@ -434,6 +505,15 @@ def test_ranges_and_rows_of_values():
     assert zipped == [("1e-3", "2", "x"), ("1e-1", "64", "x")]
     with pytest.raises(ConfigError, match="give as many values"):
         sweep.settings(options | {"--c": ["x", "y", "z"]}, "zip", usual, 0, 0)
+
+
+def test_what_is_left_out_by_default_is_drawn_as_it_is_typed():
+    for typed, whole in ((["4", "16"], True), (["4.0", "16"], False)):
+        ((*_,), (*drawn,)) = zip(
+            *sweep.settings({"--a": ["x"], "--n": typed}, "random", {"--n": None}, 9, 0),
+            strict=True,
+        )
+        assert all(each.isdecimal() for each in drawn) == whole
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Real
 
-from metadyn import prng
+from metadyn import inner, prng
 from metadyn.base import Answer, Feedback, Key, Learner, Query
 from metadyn.domains.bandit import Outcome
 from metadyn.errors import check, check_positive
@@ -45,7 +45,9 @@ class DescentConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate", "batch", "records")
-        check(self.updates >= 0, "updates", self.updates, "must be 0 or more")
+        most, updates = inner.MOST_TIMES, self.updates
+        check(self.records <= most, "records", self.records, f"must be at most {most:,}")
+        check(0 <= updates < 2**31, "updates", updates, f"must be from 0 to below {2**31}")
         named_optimizer(self.optimizer, self.learning_rate)
 
 
