@@ -213,9 +213,12 @@ def plateaus(results):
     for (name, label), top, below in zip(KINDS.items(), axes[:2], axes[2:], strict=True):
         trained, tracked = results[HELDOUT, name], results[TRACKED, name]
         steps, _ = (figures.outer_axis(axis, trained) for axis in (top, below))
-        for data, style in ((trained, "-"), (results[HELDOUT, f"{name}_expected"], "k--")):
-            lines = top.plot(steps, last_loss(data).T, style, lw=1.2)
-            lines[0].set_label("expected loss" if "--" in style else "each seed")
+        for data, said, colour, style in (
+            (trained, "trained, each seed", figures.COLOURS[0], "-"),
+            (results[HELDOUT, f"{name}_expected"], "the same on the expected loss", "black", "--"),
+        ):
+            lines = top.plot(steps, last_loss(data).T, style, color=colour, lw=1.2)
+            lines[0].set_label(said)
         for level in domain.plateaus() / domain.plateaus()[0]:
             line = top.axhline(level, **figures.LEVEL)
         line.set_label("plateaus in theory")
@@ -224,7 +227,7 @@ def plateaus(results):
         top.set(title=label, yscale="log", ylabel="loss of the last answer\n(1 at outer step 0)")
         below.set(ylabel="strength of each component", ylim=figures.UP_TO)
         below.legend(title=modes.label)
-        top.legend()
+        top.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=10)
     return figure
 
 

@@ -182,10 +182,10 @@ def start(results):
             slope = dynamics.merit(data).value
             by_alpha.axhline(slope, color="black", ls=ls, label=labelled.about(data).label)
         by_alpha.set(title=TITLES[name], xlabel="α, random to learned", ylabel="staggering slope")
-        changing.set(xlabel="α, random to learned", ylabel="of the start")
+        changing.set(xlabel="α, random to learned", ylabel="norm or imbalance of the start")
         by_norm.set(xscale="log", xlabel="norm of the start", ylabel="staggering slope")
         for axis in (by_alpha, changing, by_norm):
-            axis.legend(fontsize=9)
+            axis.legend(fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
     return figure
 
 

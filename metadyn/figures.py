@@ -237,6 +237,7 @@ def final_strength(
         for k in np.flatnonzero(np.isin(modes.values, shaded)):
             axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
         axis.axhline(1, **LEVEL)
+        axis.tick_params("x", labelsize=12 if len(modes.values) <= 3 else 9)
         axis.set(title=titles[task_set], xlabel=modes.axis, ylim=(-0.2, 1.4))  # bars may run beyond
     legend_below(axes[0], fontsize=11)
     return figure

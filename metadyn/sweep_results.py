@@ -205,7 +205,8 @@ def draw(folder: SweepFolder, found: Sequence[Row], progress: Progress = SILENT)
 def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure:
     """Draws each figure of merit against one option, with a line for each choice of the others.
 
-    Where these lines would be too many, points are drawn.
+    Where these lines would be too many, points are drawn. Seconds that are one for all, as settings
+    trained side by side share them evenly, are left out.
     """
     values = _values(found, option)
     numeric = not any(isinstance(value, str) for value in values)
@@ -215,8 +216,10 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
         label = ", ".join(f"{name} = {row['options'][name]}" for name in others)
         lines.setdefault(label, []).append(row)
     many = len(lines) > MOST_LINES
-    figure, axes = figures.grid(len(MERITS), width=4.2, height=3.8)
-    for axis, (name, label) in zip(axes, MERITS.items(), strict=True):
+    one_share = len({row["seconds"][0] for row in found}) == 1 and len(found) > 1
+    shown = {n: label for n, label in MERITS.items() if n != "seconds" or not one_share}
+    figure, axes = figures.grid(len(shown), width=4.2, height=3.8)
+    for axis, (name, label) in zip(axes, shown.items(), strict=True):
         of = found[0]["merit"] if name == "staggering" else label
         for i, (called, several) in enumerate(lines.items()):
             several = sorted(several, key=lambda row: values.index(row["options"][option]))
