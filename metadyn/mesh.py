@@ -31,7 +31,7 @@ from metadyn.errors import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES, LEAST_TASKS, CACHE = 128, 16, 1 << 20  # our choice; the last in bytes
+CACHED_EPISODES, LEAST_TASKS, CACHE = 128, 64, 1 << 20  # our choice; the last in bytes
 TAKEN = 2  # times its state and the greatest array that measuring a task takes: our choice
 
 
