@@ -117,6 +117,59 @@ def test_figures_of_merit_are_those_that_were_planted(planted):
     assert set(decoding.GOES_ON) == set(beside.SOURCES) - {"bayes"}
 
 
+def test_figures_of_merit_are_of_the_steps_and_the_tasks_that_they_say():
+    """Planted: the state holds the query and s at each step, and from the second on the mean.
+
+    At first s is the uncertainty, later s² is. The mean comes in after outer step 3 of
+    `STEPS`; excess loss is halved, on a logarithmic scale, at step 3 on the tasks held out, and at once
+    on the others.
+    """
+    rng, times = np.random.default_rng(0), (0, 2, 3, 5)
+    shape = (5, 1, 1200, 4, 1)
+    mean, s, query, noise = rng.standard_normal((4, *shape))
+    later, there = np.arange(4)[:, None] >= 2, np.arange(5)[:, None, None, None, None] >= 3
+    state = np.concatenate([np.where(later & there, mean, noise), s, query], -1)
+    odd = np.arange(1200)[:, None] % 2 == 1
+    excess = np.where(odd, [4, 4, 2, 1, 1.0], [4, 1, 1, 1, 1.0]).T[:, None, :, None]
+    lead = ("outer_step", "seed", "task", "step")
+    vectors = {
+        "state": state, "mean": mean, "uncertainty": np.where(later, s**2, s), "query": query
+    }  # fmt: skip
+    scalars = {"loss": 1 + 0.5 * excess + np.zeros(shape[:-1])}
+    scalars["distance"] = np.zeros(shape[:-1]) + [0, 1, 2, 3]
+    axes = {name: (*lead, f"{name}_0") for name in vectors} | dict.fromkeys(scalars, lead)
+    data = measured(vectors | scalars, axes, times=times)
+    ones, of = {"loss": np.ones((1200, 4))}, {"loss": ("task", "step")}
+    bayes = measured(ones, of, "bayes", "bayes", times, outer=False)
+    found = decoding.merits(data, bayes, decoding.of_state(data))
+    value = {what: float(each.value) for what, each in found}
+    assert value["distance"] == 2
+    assert value["least"] > 0.99
+    np.testing.assert_allclose(value["mean"], 2 / 3, atol=0.02)
+    assert abs(value["uncertainty"]) < 0.1
+    assert value["nonlinear"] > 0.8
+    np.testing.assert_allclose(value["delay"], 0.5, atol=0.05)
+    np.testing.assert_allclose(value["from_bayes"], 2 / 3, atol=0.03)
+
+
+
+def test_copies_are_judged_after_their_states_were_replaced_and_shifts_by_the_next_answer():
+    after = np.array([0, 0, 1, 1.0])
+    losses = np.where(after[:, None] > 0, [1, 2, 5, 3, 1.0], [9, 9, 9, 9, 4.0])
+    arrays = {
+        "after": after, "losses": losses, "size": np.array([1, 1, 2, 8.0]),
+        "shift": np.array([[0, 0, 0], [0, 0, 0], [0.5, 2, 1], [7, 7, 7]]),
+    }  # fmt: skip
+    arrays = {name: np.tile(each, (1, 8, *[1] * each.ndim)) for name, each in arrays.items()}
+    axes = {n: ("seed", "task", "step", n + "_0")[: a.ndim] for n, a in arrays.items()}
+    data = measured(arrays, axes, "lstm_operated", "reference", range(4), outer=False)
+    found = decoding.operated(data)
+    value = {what: float(each.value) for what, each in found}
+    bayes = {source: value[f"from_{source}"] for source in ("none", "own", "other", "fresh")}
+    assert bayes == {"none": 0.0, "own": 2.0, "other": 8.0, "fresh": 4.0}
+    assert (value["kept"], value["outputs"]) == (0.5, 0.25)
+
+
 def test_panels_show_the_curves_that_they_are_given_and_what_they_are_called():
     value = np.array([0.1, 0.5, 0.9])
     curves = {"mean": Estimate(value, value - 0.1, value + 0.1)}

@@ -465,6 +465,47 @@ def test_returns_and_baselines_by_loops():
     np.testing.assert_allclose(mean_of_others(jnp.float32(rewards), 3), others, atol=1e-6)
 
 
+@pytest.mark.parametrize("immediate", ["expected", "sampled"])
+@pytest.mark.parametrize("baseline", ["leave_one_out", "value", "none"])
+def test_the_actor_critic_objective_is_its_formula(immediate, baseline):
+    """In float64 by loops, from the outputs of a network in episodes that it acted out."""
+    config = ActorCriticConfig(0.7, 0.2, immediate=immediate, baseline=baseline, group=3)
+    domain = ContextualBandit(2, 3, steps=4)
+    meta = LSTMConfig(hidden=3).make(domain, heads=1)
+    params, keys = scattered(meta), indexed_keys(jax.random.key(1), jnp.arange(6))
+    found, metrics = jax.jit(actor_critic(domain, meta, config).loss)(params, keys)
+    acted = jax.vmap(functools.partial(inner.act, domain, meta.learner(params)), out_axes=-1)
+    queries, seen = jax.jit(acted)(keys)
+    outputs = np.float64(jax.jit(meta.unroll)(params, queries, seen))  # [T, n + 1, B]
+    policy = np.exp(outputs[:, :3]) / np.exp(outputs[:, :3]).sum(1, keepdims=True)
+    value, action, reward = outputs[:, 3], np.asarray(seen.action), np.float64(seen.reward)
+    pay = np.asarray(seen.pay)  # [T, K, n, B]
+    gain, critic, regrets = [], [], []
+    at = [(t, b) for t in range(4) for b in range(6)]
+    regret = {(t, b): 1 - policy[t, :, b] @ pay[t, queries[t, b], :, b] for t, b in at}
+
+    def credit(t, b):
+        now = {s: -regret[s, b] if immediate == "expected" else reward[s, b] for s in range(4)}
+        first = t + 1 if immediate == "expected" else t
+        return sum(0.7 ** (s - t) * now[s] for s in range(first, 4))
+
+    for t, b in at:
+        group = [i for i in range(6) if i // 3 == b // 3 and i != b]
+        advantage = credit(t, b)
+        if baseline == "leave_one_out":
+            advantage -= np.mean([credit(t, i) for i in group])
+        critic.append((value[t, b] - advantage) ** 2)
+        advantage -= 0 if baseline == "none" else value[t, b]
+        entropy = -(policy[t, :, b] * np.log(policy[t, :, b])).sum()
+        chosen = np.log(policy[t, action[t, b], b])
+        own = regret[t, b] if immediate == "expected" else 0
+        gain.append(chosen * advantage + 0.2 * entropy - own)
+        regrets.append(regret[t, b])
+    np.testing.assert_allclose(metrics["loss"], np.mean(regrets), rtol=1e-4)
+    np.testing.assert_allclose(metrics["critic"], np.mean(critic), rtol=1e-4)
+    np.testing.assert_allclose(found, 0.5 * np.mean(critic) - np.mean(gain), rtol=1e-4)
+
+
 def test_entropy_is_what_the_objective_is_lowered_by():
     """At the start the policy is even over two actions: log 2 for each unit of weight."""
     params, keys = META.init(jax.random.key(0)), indexed_keys(jax.random.key(1), jnp.arange(16))

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import xarray as xr
 
 import metadyn as md
-from metadyn import decoding, labelled, measuring
-from metadyn.base import training_tasks
+from metadyn import decoding, inner, labelled, measuring
+from metadyn.base import Learner, indexed_keys, training_tasks
 from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
@@ -115,6 +116,39 @@ def test_posterior_and_divergence_in_the_bandit():
         beside.bandit_beliefs(ContextualBandit(2, 3, steps=5, permutation=True))
 
 
+def test_in_the_bandit_distances_are_from_the_best_policy_and_shifts_from_the_one_left_alone():
+    domain = ContextualBandit(2, 3, steps=6)
+    meta = LSTMConfig(hidden=4).make(domain)
+    params = meta.init(jax.random.key(3))
+    params["readout"] = 60 * jax.random.normal(jax.random.key(4), params["readout"].shape)
+    with_bayes = beside.Beside(meta, domain, beside.bandit_beliefs(domain))
+    bayes = with_bayes.beliefs.learner
+
+    @jax.jit
+    def acted(params):
+        learner, network = beside.implanted(with_bayes, 2, 16).learner(params), meta.learner(params)
+        task = domain.sample_task(jax.random.key(1))
+
+        def step(state, key):
+            answer = lambda query: learner.predict(state, query)
+            query, alone, seen = inner.interact(domain, task, answer, jax.random.split(key))
+            copies = jax.vmap(network.predict, (0, None))(state.copies, query)
+            best = bayes.predict(state.alone.bayes, query)
+            state = learner.update(state, query, seen)
+            policies = map(jax.nn.softmax, (alone, best, copies))
+            return state, (*policies, state.alone.said["distance"], state.said["shift"])
+
+        keys = jax.random.split(jax.random.key(5), 4)
+        return jax.lax.scan(step, learner.init(jax.random.key(2)), keys)[1]
+
+    alone, best, copies, distance, shift = (np.float64(each) for each in acted(params))
+    divergence = lambda p, q: scipy.special.rel_entr(p, q).sum(-1)
+    np.testing.assert_allclose(distance, divergence(best, alone), rtol=1e-3, atol=1e-5)
+    by_hand = divergence(alone[:, None], copies)
+    np.testing.assert_allclose(shift, by_hand, rtol=1e-2, atol=1e-5)
+    assert np.abs(by_hand - divergence(copies, alone[:, None])).max() > 0.05  # it is one-sided
+
+
 def test_of_a_transformer_the_mean_of_what_its_cache_holds_is_read():
     config = TransformerConfig(hidden=8, layers=2, attention_heads=2)
     both, params = made(config, beside.mean_values)
@@ -166,6 +200,28 @@ def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
     apart = [np.mean((answer - answers[0]) ** 2) for answer in answers[1:4]]
     np.testing.assert_allclose(states[4].said["shift"], apart, rtol=1e-3)
     np.testing.assert_allclose(states[4].said["size"], np.mean(answers[0] ** 2), rtol=1e-4)
+
+
+def test_each_episode_has_a_donor_of_its_own_of_those_of_the_fit():
+    both, params = made()
+    operated = beside.implanted(both, at=3, episodes=8)
+    keys = indexed_keys(jax.random.key(1), jnp.arange(400))
+    donors = jax.jit(jax.vmap(lambda key: operated.learner(params).init(key).donor))(keys)
+    assert len(counts := np.bincount(donors)) == 8
+    assert counts.min() > 20
+
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_the_episodes_of_the_fit_are_read_at_the_time_of_the_replacement(at):
+    said = lambda count, x, y: beside.Both(None, None, {"count": count, "x": x, "y": y})
+    counting = Learner(
+        lambda key: said(jnp.int32(0), jnp.zeros(2), jnp.zeros(3)),
+        lambda state, x: jnp.zeros(3),
+        lambda state, x, y: said(state.said["count"] + 1, x, y),
+    )
+    found = beside._told(DOMAIN, at, counting, jax.random.key(0))
+    assert found["count"] == at
 
 
 def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():

@@ -10,6 +10,7 @@ import pytest
 from metadyn import claims
 from metadyn.cli import main
 from metadyn.errors import ConfigError
+from metadyn.store import RunFolder
 from metadyn.study import load_studies
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -115,6 +116,44 @@ def test_claims_are_collected_judged_and_written(folder, capsys):
     assert lines[0].endswith("| **refuted**: 6 [3.5, 12] ([own](figures/first_own.png)) |")
     assert (folder / "figures" / "first_own.png").is_file()
     assert "Not measured" not in text
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder of one study, and what a run of it with another seed leaves."""
+    folder = tmp_path_factory.mktemp("studies")
+    (folder / "first.py").write_text(STUDY.format(name="first", section="§2"))
+    (study,) = load_studies(str(folder))
+    config = json.loads(json.dumps(dataclasses.asdict(study.config("quick"))))
+    of = {"study": "first", "preset": "quick", "seed": 3}
+    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "r", of | {"config": config})
+    row = {"name": "steps", "value": 1.0, "low": 0.5, "high": 2.0, "expected": "fewer than 3"}
+    row |= {"passed": True, "verdict": "holds"}
+    run.write_summary(of | {"environment": {"processor": "a clock"}, "criteria": [row]})
+    run.figures.mkdir(exist_ok=True)
+    for name in ("own", "shown", "other"):
+        (run.figures / f"{name}.png").write_text("new")
+    return folder, run.path
+
+
+
+def test_figures_that_claims_name_or_that_are_there_are_kept_up_and_no_others(done):
+    folder, run = done
+    (folder / "figures").mkdir()
+    (folder / "figures" / "first_shown.png").write_text("old")
+    claims.collect(folder, [str(run)])
+    kept = {path.name: path.read_text() for path in (folder / "figures").iterdir()}
+    assert kept == {"first_own.png": "new", "first_shown.png": "new"}
+    said = "Measured: `metadyn run first --seed 3` on a clock."
+    assert claims.tables(folder).endswith(said)
+
+
+
+def test_a_run_of_another_folders_study_is_not_collected(done, tmp_path):
+    _, run = done
+    (tmp_path / "second.py").write_text(STUDY.format(name="second", section="§2"))
+    with pytest.raises(ConfigError, match="a run of a study that .* does not hold"):
+        claims.collect(tmp_path, [str(run)])
 
 
 def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):

@@ -24,6 +24,7 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
+from metadyn.labelled import About, describe, labelled
 from metadyn.learners import gradient as gd
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import prediction_loss
@@ -75,6 +76,16 @@ def test_mixed_episodes_have_the_modes_of_any_stage_until_all_are_there():
     for step in (0, 7, 19):  # one mode, two or three, each in a third of the episodes
         np.testing.assert_allclose(share(step), [1, 2 / 3, 1 / 3], atol=0.04)
     np.testing.assert_array_equal(share(20), [1, 1, 1])
+
+
+def test_the_stage_of_a_mixed_episode_says_nothing_of_its_task():
+    domain = ContextualBandit(2, 2, steps=4)
+    some = SomeContexts(2, 2, steps=4, admission=Admission((0, 9), mixed=True))
+    task, there = jax.jit(jax.vmap(some.sample_task))(KEYS)
+    first = np.asarray(jax.tree.leaves(task)[0])[:, 0]
+    both = np.bincount(2 * first + np.asarray(there) - 1, minlength=4) / len(KEYS)
+    np.testing.assert_allclose(both, 1 / 4, atol=0.05)
+    np.testing.assert_array_equal(task.best, jax.jit(jax.vmap(domain.sample_task))(KEYS).best)
 
 
 def test_functions_lack_what_is_not_admitted_and_are_else_as_ever():
@@ -167,6 +178,28 @@ def test_steps_to_equal_excess_are_those_of_curves_known_beforehand():
     level, taken = dynamics.equal_excess(steps, 0.5 + 0.25 * (1 + excess), 0.75, 0.5)
     assert level == pytest.approx(2)
     np.testing.assert_allclose(taken, [30, 20])
+
+
+def test_ways_of_training_are_compared_by_the_steps_to_an_excess_that_all_reach():
+    """Excess 8, 4, 2, 1 against 8, 2, 1, 0.5 of Bayes' 0.3 above a floor of 0.2."""
+    about = lambda name: About(name, name, "meta", "observations", loss_floor=0.2)
+    over, time = ("outer_step", "seed", "task", "step"), {"time": ("step", (0, 1))}
+
+    def way(excess):
+        loss = 0.5 + 0.3 * np.array(excess)[:, None, None]
+        arrays = {"loss": np.stack([np.nan * loss, loss], -1)}
+        steps = {"outer_step": ("outer_step", (0, 10, 20, 30))}
+        return labelled(arrays, describe(about("a"), {"loss": over}, time | steps, {}))
+
+    bayes = labelled(
+        {"loss": np.array([[np.nan, 0.5]])},
+        describe(about("bayes"), {"loss": ("task", "step")}, time, {}),
+    )
+    ways = way([8, 4, 2, 1.0]), way([8, 2, 1, 0.5])
+    level, steps, gains = dynamics.to_equal_excess(ways, bayes)
+    np.testing.assert_allclose(level.value, 1, rtol=1e-6)
+    np.testing.assert_allclose([each.value for each in steps], [30, 20], rtol=1e-6)
+    np.testing.assert_allclose([each.value for each in gains], [1, 1.5], rtol=1e-6)
 
 
 def test_the_study_is_rehearsed_without_complaint():

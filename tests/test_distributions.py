@@ -9,6 +9,7 @@ import pytest
 from contract import observe, scattered
 
 from metadyn.base import indexed_keys
+from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.distributions import Mixture, Pool
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
@@ -30,6 +31,14 @@ def test_a_mixture_draws_each_domain_as_often_and_tells_which():
     np.testing.assert_allclose(size[component == 1].mean(), 100 / 3, rtol=0.1)
     weights = jax.vmap(mixture.weight)(KEYS)
     np.testing.assert_array_equal(weights, np.where(component == 0, 1, np.float32(0.01)))
+
+
+def test_which_domain_a_task_is_of_says_nothing_of_its_draw():
+    domain = ContextualBandit(1, 2, steps=2)
+    mixture = Mixture((domain, dataclasses.replace(domain, p_high=0.9)))
+    best = np.asarray(jax.jit(jax.vmap(mixture))(KEYS).best)[:, 0]
+    both = np.bincount(2 * best + np.asarray(jax.vmap(mixture.component)(KEYS)), minlength=4)
+    np.testing.assert_allclose(both / len(KEYS), 1 / 4, atol=0.05)
 
 
 def test_a_pool_draws_its_own_tasks_alone_each_as_often():

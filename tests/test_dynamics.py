@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 import xarray as xr
 
@@ -70,6 +71,19 @@ def test_modes_are_ordered_within_each_run_with_censored_ones_last():
     assert np.isnan(dynamics.staggering(np.array([2.0, np.nan])))
 
 
+def test_the_last_time_of_a_run_is_that_of_its_last_mode_and_infinite_where_one_is_censored():
+    t = np.arange(5)[:, None]
+    runs = np.stack([t / np.array([2, 4]), t / np.array([4, 1]), t / np.array([2, 40])])
+    described = describe(
+        About("a", "a", "ordinary", "updates", loss_floor=0.0),
+        {"mode_strength": ("task", "step", "mode")},
+        {"time": ("step", range(5))},
+        {"mode_strength": Modes((1, 2), "s")},
+    )
+    found = dynamics.last_times(labelled({"mode_strength": runs}, described))
+    np.testing.assert_allclose(found, [2, 2, np.inf])
+
+
 def test_growth_tells_a_line_from_an_exponential():
     k = np.arange(1, 7)
     factor, linear_over_exponential = dynamics.growth(k, 5 * 2.5**k)
@@ -84,6 +98,18 @@ def test_growth_tells_a_line_from_an_exponential():
     assert np.isnan(dynamics.growth(k, 10.0 * (k - 1))).all()  # learned from the start
     two = dynamics.growth(k[:2], np.array([1.0, 3.0]))
     np.testing.assert_allclose(two, [3.0, np.nan])
+
+
+def test_the_line_is_that_of_the_least_relative_error():
+    """By a general minimiser, on times that double."""
+    k = np.arange(1, 7)
+    t = 2.0**k * np.array([1.1, 0.9, 1, 1, 0.9, 1.1])
+    error = lambda fit: np.sqrt(np.mean((fit / t - 1) ** 2))
+    line = scipy.optimize.minimize(lambda p: error(p[0] + p[1] * k) ** 2, [1, 1], tol=1e-12).x
+    log = scipy.stats.linregress(k, np.log(t))
+    exponential = np.exp(log.intercept + log.slope * k)
+    expected = error(line[0] + line[1] * k) / error(exponential)
+    np.testing.assert_allclose(dynamics.growth(k, t)[1], expected, rtol=1e-4)
 
 
 def test_interval_over_runs_matches_scipys_bootstrap_of_a_median():
@@ -133,6 +159,14 @@ def test_seeds_widen_the_interval_and_shared_tasks_are_paired():
     np.testing.assert_allclose(paired, 0.1, atol=1e-5)
 
 
+def test_seeds_are_drawn_apart_from_tasks_where_there_are_as_many():
+    """What seeds add, tasks take off: drawn alike, the two would cancel in every draw."""
+    each = np.random.default_rng(0).normal(size=6)
+    found = dynamics.estimate(lambda m: m, each[:, None] - each)
+    alone = dynamics.estimate(lambda m: m, each[:, None])
+    np.testing.assert_allclose(found.high - found.low, 2**0.5 * (alone.high - alone.low), rtol=0.2)
+
+
 def test_coverage_is_near_95_percent():
     rng = np.random.default_rng(2)
     covered = 0
@@ -155,10 +189,11 @@ def test_coverage_is_near_95_percent_where_few_seeds_vary(seeds, noise):
     assert 0.9 <= covered / 400 <= 1.0
 
 
-def test_the_interval_of_a_mean_of_four_seeds_is_students():
-    seeds = np.array([[0.1], [0.5], [0.2], [0.9]])
-    found = dynamics.estimate(lambda m: m, seeds, draws=20_000)
-    peer = scipy.stats.ttest_1samp(seeds[:, 0], 0).confidence_interval()
+@pytest.mark.parametrize("of", ["seeds", "tasks"])
+def test_the_interval_of_a_mean_of_four_is_students(of):
+    four = np.array([[0.1], [0.5], [0.2], [0.9]])
+    found = dynamics.estimate(lambda m: m, four if of == "seeds" else four.T, draws=20_000)
+    peer = scipy.stats.ttest_1samp(four[:, 0], 0).confidence_interval()
     np.testing.assert_allclose(found.high - found.low, peer.high - peer.low, rtol=0.12)
 
 

@@ -108,6 +108,12 @@ def test_evaluation_tasks_have_fixed_amplitudes_and_random_phases(frequencies):
         assert abs(np.exp(1j * combined).mean()) < 5 / np.sqrt(4000)
 
 
+def test_what_the_prior_lacks_counts_as_its_strongest():
+    domain = FourierRegression((0.0, 0.5, 0.25, 0.25))
+    A = np.array(domain.amplitudes((1, 2, 5)))
+    np.testing.assert_allclose(A[[1, 2, 5]] ** 2, 2 * np.array([0.5, 0.25, 0.5]) / 1.25)
+
+
 @pytest.mark.parametrize("points", [12, 13, 32])
 def test_planted_amplitudes_and_phases_are_recovered_with_dc_and_nyquist(points):
     rng = np.random.default_rng(points)
@@ -165,6 +171,12 @@ def test_power_at_nyquist_counts_as_outside():
     readings = jax.jit(probe.read)(task, np.float32(answers)[:, None])
     np.testing.assert_allclose(readings["strength"], 1, atol=1e-5)
     np.testing.assert_allclose(readings["outside"], 0.25, rtol=1e-4)
+
+
+def test_the_grid_resolves_the_frequencies_of_the_prior_too():
+    domain = FourierRegression(band(1, 5))
+    with pytest.raises(ConfigError, match="probe_points = 10: must be at least 11"):
+        domain.probe(domain.amplitudes((1, 2)), 10)
 
 
 def test_every_task_and_step_is_probed_in_one_compiled_call():

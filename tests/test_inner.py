@@ -15,7 +15,8 @@ import pytest
 from jax.tree_util import Partial
 
 from metadyn import inner, measuring
-from metadyn.base import TaskSet
+from metadyn.base import Learner, TaskSet, indexed_keys
+from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.learners.bayes import bayes_linear
@@ -115,6 +116,45 @@ def test_the_same_key_gives_the_same_bits_twice():
     chex.assert_trees_all_equal(once, twice)
 
 
+def test_a_learner_that_draws_its_start_acts_as_it_is_measured():
+    domain = ContextualBandit(2, 3, steps=4)
+    start = lambda key: 3 * jax.random.normal(key, (3,))
+    drawn = Learner(start, lambda state, c: state, lambda state, c, seen: state)
+    key = jax.random.key(5)
+    _, seen = inner.act(domain, drawn, key)
+    key_task, key_episode = jax.random.split(key)
+    task = domain.sample_task(key_task)
+    run = inner.run(domain, drawn, task, key_episode, range(5))
+    said = drawn.init(jax.random.split(key_episode)[0])
+    losses = jax.vmap(domain.loss, (None, 0))(said, seen)
+    np.testing.assert_allclose(run["loss"][1:], losses, rtol=1e-6)
+    actions = np.asarray(seen.action)
+    again = []
+    for t in range(4):
+        keys = jax.random.split(jax.random.fold_in(jax.random.split(key_episode)[1], t))
+        query, _, outcome = inner.interact(domain, task, lambda query: said, keys)
+        again.append(int(outcome.action))
+    np.testing.assert_array_equal(actions, again)
+
+
+
+def test_what_is_observed_is_what_is_measured_under_the_same_key():
+    keys = indexed_keys(jax.random.key(3), jnp.arange(9))
+    remember = Learner(
+        lambda key: jnp.zeros(5), lambda state, x: jnp.zeros(2),
+        lambda state, x, y: jnp.concatenate([x, y]), diagnose=lambda state: {"seen": state},
+    )  # fmt: skip
+
+    def measured(key):
+        key_task, key_episode = jax.random.split(key)
+        task = DOMAIN.sample_task(key_task)
+        return inner.run(DOMAIN, remember, task, key_episode, range(9))["seen"][1:]
+
+    observed = jax.jit(lambda keys: jnp.concatenate(inner.observe(DOMAIN, keys), 1))(keys)
+    found = jax.jit(jax.vmap(measured, out_axes=-1))(keys)  # [T, 5, B]
+    np.testing.assert_allclose(found, observed, rtol=1e-5, atol=1e-6)
+
+
 def test_neither_a_sets_name_nor_a_learners_decides_what_is_drawn():
     """So what differs by name alone is compared on the same tasks, from the same weights."""
     sample = Partial(DOMAIN.evaluation_task, spectrum=S)
@@ -137,6 +177,19 @@ def test_readings_are_in_range():
     assert np.all(readings["loss"][:, 1:] >= 0)
     np.testing.assert_allclose(readings["mode_strength"][:, 0], 0)  # before any feedback
     np.testing.assert_allclose(readings["unexplained"], 0, atol=1e-5)
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_answers():
+    """Of a learner that answers zero: the mean square of the targets that it is then given."""
+    remember = lambda state, x, y: y
+    learner = Learner(
+        lambda key: jnp.zeros((6, 2)), lambda state, x: jnp.zeros(2), remember, batch=6,
+        diagnose=lambda state: {"seen": state},
+    )  # fmt: skip
+    task = DOMAIN.sample_task(jax.random.key(0))
+    found = inner.run(DOMAIN, learner, task, jax.random.key(1), range(9))
+    expected = (np.float64(found["seen"][1:]) ** 2).mean((1, 2))
+    np.testing.assert_allclose(found["loss"][1:], expected, rtol=1e-5)
 
 
 def test_65536_tasks_fit_in_8_gib():

@@ -11,7 +11,7 @@ from metadyn.domains.linear import LinearRegression
 from metadyn.learners.attention import OneLayerAttentionConfig
 from metadyn.learners.bayes import bayes_linear
 from metadyn.learners.lstm import LSTMConfig
-from metadyn.objectives import prediction_loss
+from metadyn.objectives import predicting, prediction_loss
 
 DOMAIN = LinearRegression(2, 2, sigma=0.5, steps=4)
 META = LSTMConfig(hidden=4).make(DOMAIN)
@@ -63,6 +63,11 @@ def test_the_loss_on_the_feedback_is_reported_whatever_is_taught():
     queries, feedback = observe(DOMAIN, keys)
     assert queries.shape == feedback.shape == (4, 2, 16)
     assert float(taught[0]) < float(plain[0])  # there is no noise in what is taught
+
+
+def test_predicting_compares_with_the_target_of_that_name():
+    assert predicting("bayes", BAYES).keywords["teacher"] is BAYES
+    assert predicting("feedback", BAYES).keywords["teacher"] is None
 
 
 def test_an_unknown_target_is_named(refused):

@@ -69,6 +69,12 @@ def test_share_of_bayes_is_the_share_by_which_the_curves_were_made():
     np.testing.assert_allclose(found, [1 + 2 * 0.3 / 0.8, 0.5 / 0.6])
 
 
+def test_what_is_answered_before_any_feedback_has_no_part_in_the_share_of_bayes():
+    best = np.array([[0.2], [0.6], [1.0]])  # [step, mode]
+    trained = np.array([[[0.2], [0.2], [0.2]], [[0.9], [0.4], [0.6]]])  # sure of nothing, at once
+    np.testing.assert_allclose(dynamics.share_of_bayes(trained, best), [[0], [0.5]])
+
+
 def test_distance_to_bayes_is_one_untrained_and_falls_with_the_share_left():
     share = np.array([[0.0, 0.0], [0.25, 1.0], [1.5, 0.5]])
     trained = share[:, None] * bayes_curve()[:, None]
@@ -172,6 +178,50 @@ def test_staggering_of_contexts_finds_each_seeds_own_order_and_nothing_in_noise(
     alike = np.full((4, 5), 40)
     value, low, high = staggering_of_contexts(*bandit_over_outer_training(alike, noise=2.0))
     assert low < 0 < high
+
+
+def over_training(trained, bayes, modes, outer_steps):
+    """Datasets of strengths [seed, task, outer_step, step, mode] and Bayes' [task, step, mode]."""
+
+    def of(axes, strength, **coords):
+        about = About("a", "a", "meta", "observations", loss_floor=0.0)
+        time = {"time": ("step", range(strength.shape[-2]))}
+        described = describe(
+            about, {"mode_strength": axes}, time | coords, {"mode_strength": modes}
+        )
+        return labelled({"mode_strength": strength}, described)
+
+    axes = ("seed", "task", "outer_step", "step", "mode")
+    steps = {"outer_step": ("outer_step", outer_steps)}
+    return of(axes, trained, **steps), of(("task", "step", "mode"), bayes)
+
+
+def test_contexts_in_order_stand_beside_bayes_on_the_same_tasks_who_knows_no_order():
+    rng = np.random.default_rng(0)
+    best = 1 + 0.1 * rng.random((8, 3, 2))
+    learned_at = np.array([[20, 10], [10, 20]])
+    share = np.where(np.array([0, 10, 20])[:, None] >= learned_at[:, None], 1.0, 0.0)
+    trained = share[:, None, :, None] * (1 + np.arange(8))[:, None, None, None] * np.ones((3, 2))
+    ranks = Modes((1, 2), "context", "rank", exchangeable=True, p=0.8)
+    found, bayes = dynamics.over_outer_training(
+        *over_training(trained, best, ranks, (0, 10, 20))
+    )
+    np.testing.assert_allclose(found[1], trained[1, 1::2])  # seed 1 is in order as it is
+    np.testing.assert_allclose(found[0], trained[0, 1::2, ..., ::-1])
+    expected = np.repeat(best[1::2].mean(-1, keepdims=True), 2, axis=-1)
+    np.testing.assert_allclose(bayes, [expected])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_order_at_the_end_of_training_is_compared_with_that_over_it(sign):
+    """Modes come to Bayes' strength one after the other, and grow in that order or in the other."""
+    steps, t = np.array([0, 1, 2, 3]), np.arange(9)[:, None]
+    share = np.array([[0.1, 0.05, 0], [1, 0.1, 0.05], [1, 1, 0.1], [1, 1, 1]])
+    curve = np.minimum(1, t / np.array([2.0, 4, 6])[::sign])
+    trained = np.tile(share[:, None] * curve, (1, 4, 1, 1, 1))
+    modes = Modes((3.0, 2.0, 1.0), "s")
+    both = over_training(trained, np.tile(curve, (4, 1, 1)), modes, steps)
+    np.testing.assert_allclose(dynamics.outer_correlation(*both).value, sign)
 
 
 # Training.

@@ -49,6 +49,16 @@ def test_sets_for_bayes_are_the_best_there_are_by_brute_force():
     assert expected_error(lesson[:2]) <= 1.03 * two.min() < 0.3 * two.max()
 
 
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3)])
+def test_lessons_are_of_inputs_where_there_are_more_or_fewer_outputs(sizes):
+    task = LinearRegression(*sizes).evaluation_task(jax.random.key(0), jnp.array([2.0, 1.0]))
+    lesson = np.float64(teaching.for_bayes(task, 3))
+    assert lesson.shape == teaching.none(task, 3).shape == (3, sizes[0])
+    np.testing.assert_allclose(np.linalg.norm(lesson, axis=1), sizes[0] ** 0.5, rtol=1e-5)
+    stretch = np.linalg.norm(lesson @ np.float64(task.W).T, axis=1) / sizes[0] ** 0.5
+    np.testing.assert_allclose(stretch, [2, 1, 2], rtol=1e-5)
+
+
 def test_gradient_through_bayes_finds_the_closed_form_from_anywhere():
     find = partial(teaching.through, bayes_linear(PLAIN), TASK, steps=60, rate=0.3)
     starts = jnp.asarray(CIRCLE[[20, 80, 150]], jnp.float32)[:, None]
@@ -59,6 +69,21 @@ def test_gradient_through_bayes_finds_the_closed_form_from_anywhere():
     assert (along > 0.99).all()
     before = np.abs(starts[:, 0] @ V[:, 0]) / np.sqrt(2)
     assert before.min() < 0.9
+
+
+def test_the_best_lesson_met_is_kept_where_descent_strides_past_it():
+    """From wherever it begins, a first step that is far too long makes nothing worse."""
+    starts = np.float32(CIRCLE[::20])[:, None]
+    queries, learner = jax.random.normal(KEYS[0], (50, 2)), bayes_linear(PLAIN)
+
+    def error(lesson):
+        state = learner.update(learner.init(jax.random.key(0)), lesson[0], TASK.W @ lesson[0])
+        answers = jax.vmap(learner.predict, (None, 0))(state, queries)
+        return jnp.mean((answers - queries @ TASK.W.T) ** 2)
+
+    find = lambda start: teaching.through(learner, TASK, start, queries, steps=1, rate=5.0)
+    found, errors = jax.jit(jax.vmap(find)), jax.jit(jax.vmap(error))
+    assert np.all(errors(found(starts)) <= errors(starts) * (1 + 1e-5))
 
 
 def test_taught_bayes_comes_to_the_expected_error_of_each_teacher():
