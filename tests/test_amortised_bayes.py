@@ -120,9 +120,9 @@ def test_figures_of_merit_are_those_that_were_planted(planted):
 def test_figures_of_merit_are_of_the_steps_and_the_tasks_that_they_say():
     """Planted: the state holds the query and s at each step, and from the second on the mean.
 
-    At first s is the uncertainty, later s² is. The mean comes in after outer step 3 of
-    `STEPS`; excess loss is halved, on a logarithmic scale, at step 3 on the tasks held out, and at once
-    on the others.
+    At first s is the uncertainty, later s² is. The mean comes in after outer step 3 of `STEPS`;
+    excess loss is halved, on a logarithmic scale, at step 3 on the tasks held out, and at once on
+    the others.
     """
     rng, times = np.random.default_rng(0), (0, 2, 3, 5)
     shape = (5, 1, 1200, 4, 1)
@@ -136,7 +136,7 @@ def test_figures_of_merit_are_of_the_steps_and_the_tasks_that_they_say():
         "state": state, "mean": mean, "uncertainty": np.where(later, s**2, s), "query": query
     }  # fmt: skip
     scalars = {"loss": 1 + 0.5 * excess + np.zeros(shape[:-1])}
-    scalars["distance"] = np.zeros(shape[:-1]) + [0, 1, 2, 3]
+    scalars["distance"] = np.broadcast_to([0.0, 1, 2, 3], shape[:-1])
     axes = {name: (*lead, f"{name}_0") for name in vectors} | dict.fromkeys(scalars, lead)
     data = measured(vectors | scalars, axes, times=times)
     ones, of = {"loss": np.ones((1200, 4))}, {"loss": ("task", "step")}
@@ -150,7 +150,6 @@ def test_figures_of_merit_are_of_the_steps_and_the_tasks_that_they_say():
     assert value["nonlinear"] > 0.8
     np.testing.assert_allclose(value["delay"], 0.5, atol=0.05)
     np.testing.assert_allclose(value["from_bayes"], 2 / 3, atol=0.03)
-
 
 
 def test_copies_are_judged_after_their_states_were_replaced_and_shifts_by_the_next_answer():

@@ -211,7 +211,6 @@ def test_each_episode_has_a_donor_of_its_own_of_those_of_the_fit():
     assert counts.min() > 20
 
 
-
 @pytest.mark.parametrize("at", [1, 4])
 def test_the_episodes_of_the_fit_are_read_at_the_time_of_the_replacement(at):
     said = lambda count, x, y: beside.Both(None, None, {"count": count, "x": x, "y": y})

@@ -136,7 +136,6 @@ def done(tmp_path_factory):
     return folder, run.path
 
 
-
 def test_figures_that_claims_name_or_that_are_there_are_kept_up_and_no_others(done):
     folder, run = done
     (folder / "figures").mkdir()
@@ -148,11 +147,10 @@ def test_figures_that_claims_name_or_that_are_there_are_kept_up_and_no_others(do
     assert claims.tables(folder).endswith(said)
 
 
-
 def test_a_run_of_another_folders_study_is_not_collected(done, tmp_path):
     _, run = done
     (tmp_path / "second.py").write_text(STUDY.format(name="second", section="§2"))
-    with pytest.raises(ConfigError, match="a run of a study that .* does not hold"):
+    with pytest.raises(ConfigError, match=r"a run of a study that .* does not hold"):
         claims.collect(tmp_path, [str(run)])
 
 

@@ -132,14 +132,13 @@ def test_a_learner_that_draws_its_start_acts_as_it_is_measured():
     again = []
     for t in range(4):
         keys = jax.random.split(jax.random.fold_in(jax.random.split(key_episode)[1], t))
-        query, _, outcome = inner.interact(domain, task, lambda query: said, keys)
+        _, _, outcome = inner.interact(domain, task, lambda query: said, keys)
         again.append(int(outcome.action))
     np.testing.assert_array_equal(actions, again)
 
 
-
 def test_what_is_observed_is_what_is_measured_under_the_same_key():
-    keys = indexed_keys(jax.random.key(3), jnp.arange(9))
+    keys = indexed_keys(jax.random.key(3), jnp.arange(5))
     remember = Learner(
         lambda key: jnp.zeros(5), lambda state, x: jnp.zeros(2),
         lambda state, x, y: jnp.concatenate([x, y]), diagnose=lambda state: {"seen": state},

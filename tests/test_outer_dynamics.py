@@ -203,9 +203,7 @@ def test_contexts_in_order_stand_beside_bayes_on_the_same_tasks_who_knows_no_ord
     share = np.where(np.array([0, 10, 20])[:, None] >= learned_at[:, None], 1.0, 0.0)
     trained = share[:, None, :, None] * (1 + np.arange(8))[:, None, None, None] * np.ones((3, 2))
     ranks = Modes((1, 2), "context", "rank", exchangeable=True, p=0.8)
-    found, bayes = dynamics.over_outer_training(
-        *over_training(trained, best, ranks, (0, 10, 20))
-    )
+    found, bayes = dynamics.over_outer_training(*over_training(trained, best, ranks, (0, 10, 20)))
     np.testing.assert_allclose(found[1], trained[1, 1::2])  # seed 1 is in order as it is
     np.testing.assert_allclose(found[0], trained[0, 1::2, ..., ::-1])
     expected = np.repeat(best[1::2].mean(-1, keepdims=True), 2, axis=-1)
