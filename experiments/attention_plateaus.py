@@ -227,7 +227,7 @@ def plateaus(results):
         top.set(title=label, yscale="log", ylabel="loss of the last answer\n(1 at outer step 0)")
         below.set(ylabel="strength of each component", ylim=figures.UP_TO)
         below.legend(title=modes.label)
-        top.legend(frameon=True, framealpha=0.9, edgecolor="none", fontsize=10)
+    axes[0].legend(frameon=True, framealpha=0.9, edgecolor="none")
     return figure
 
 

@@ -226,7 +226,7 @@ study = md.Study(
     section="ours",
     claims={
         "start": {
-            f"{name}_{row}": f"Ours: {says} ({title})"
+            f"{name}_{row}": f"Ours: {says.format(RANDOM[name])} ({title})"
             for name, title in TITLES.items()
             for row, (_, says) in EXPECTED.items()
         }

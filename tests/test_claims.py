@@ -53,7 +53,7 @@ def plan(config):
 def criteria(config, results):
     last = float(results["tracked", "lstm"]["outer_step"][-1])
     steps = Estimate(*(np.array(last * by) for by in (1, 3.5 / 6, 2)))
-    yield criterion("steps", steps, "fewer than 3", at_most=3.0)
+    yield criterion("steps", steps, "steps taken", at_most=3.0)
 study = dataclasses.replace(
     tiny, name={name!r}, section={section!r}, presets={{"quick": small}}, plan=plan,
     criteria=criteria, figures={{"own": lambda results: Figure()}},
@@ -112,7 +112,7 @@ def test_claims_are_collected_judged_and_written(folder, capsys):
     assert text.endswith("\nafter\n")
     lines = between(text).splitlines()[2:]
     assert ["first" in lines[0], "a_second" in lines[1]] == [True, True]
-    assert lines[0].startswith("| It takes few steps | fewer than 3 | first, §2 |")
+    assert lines[0].startswith("| It takes few steps | steps taken; at most 3 | first, §2 |")
     assert lines[0].endswith("| **refuted**: 6 [3.5, 12] ([own](figures/first_own.png)) |")
     assert (folder / "figures" / "first_own.png").is_file()
     assert "Not measured" not in text
@@ -127,7 +127,7 @@ def done(tmp_path_factory):
     config = json.loads(json.dumps(dataclasses.asdict(study.config("quick"))))
     of = {"study": "first", "preset": "quick", "seed": 3}
     run = RunFolder.create(tmp_path_factory.mktemp("runs") / "r", of | {"config": config})
-    row = {"name": "steps", "value": 1.0, "low": 0.5, "high": 2.0, "expected": "fewer than 3"}
+    row = {"name": "steps", "value": 1.0, "low": 0.5, "high": 2.0, "expected": "steps taken; at most 3"}
     row |= {"passed": True, "verdict": "holds"}
     run.write_summary(of | {"environment": {"processor": "a clock"}, "criteria": [row]})
     run.figures.mkdir(exist_ok=True)
