@@ -544,10 +544,12 @@ def criterion(
         return Criterion(name, value, low, high, expected, None)
     found = verdict(estimate, at_least, at_most)
     passed = found == "holds" if surely else at_least <= value <= at_most
-    ends = [f"at least {at_least:g}"] * (at_least > -math.inf)
-    ends += [f"at most {at_most:g}"] * (at_most < math.inf)
-    bounds = f"{at_most:g}" if at_least == at_most else " and ".join(ends)
-    expected += "; the whole interval " * surely + "; " * (not surely) + bounds
+    bounds = f"between {at_least:g} and {at_most:g}"
+    if at_least in (at_most, -math.inf):
+        bounds = f"{'at most ' * (at_least < at_most)}{at_most:g}"
+    elif at_most == math.inf:
+        bounds = f"at least {at_least:g}"
+    expected += f"; {'the whole interval ' * surely}{bounds}"
     return Criterion(name, value, low, high, expected, passed, found)
 
 

@@ -127,8 +127,8 @@ def done(tmp_path_factory):
     config = json.loads(json.dumps(dataclasses.asdict(study.config("quick"))))
     of = {"study": "first", "preset": "quick", "seed": 3}
     run = RunFolder.create(tmp_path_factory.mktemp("runs") / "r", of | {"config": config})
-    row = {"name": "steps", "value": 1.0, "low": 0.5, "high": 2.0, "expected": "steps taken; at most 3"}
-    row |= {"passed": True, "verdict": "holds"}
+    row = {"name": "steps", "value": 1.0, "low": 0.5, "high": 2.0, "passed": True}
+    row |= {"expected": "steps taken; at most 3", "verdict": "holds"}
     run.write_summary(of | {"environment": {"processor": "a clock"}, "criteria": [row]})
     run.figures.mkdir(exist_ok=True)
     for name in ("own", "shown", "other"):

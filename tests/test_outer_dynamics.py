@@ -107,7 +107,7 @@ def test_surely_asks_the_whole_interval():
     [
         ({}, "a slope"),
         ({"at_most": 0.2}, "a slope; at most 0.2"),
-        ({"at_most": 0.2, "at_least": -0.2}, "a slope; at least -0.2 and at most 0.2"),
+        ({"at_most": 0.2, "at_least": -0.2}, "a slope; between -0.2 and 0.2"),
         ({"at_least": 0, "surely": True}, "a slope; the whole interval at least 0"),
         ({"at_least": 0, "at_most": 0, "surely": True}, "a slope; the whole interval 0"),
     ],
