@@ -195,6 +195,7 @@ def rank_correlation(
 
 def samples(data: xr.Dataset, name: str) -> np.ndarray:
     """Returns a stored reading [seed, task, (outer_step,) step, ...]; one seed if it has none."""
+    data = labelled.alone(data)
     array = data[name] if "seed" in data[name].dims else data[name].expand_dims("seed")
     lead = ("seed", "task", "outer_step", "step")
     return array.transpose(*lead, ..., missing_dims="ignore").to_numpy()
@@ -214,7 +215,7 @@ def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
 
 def times_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], np.ndarray]:
     """Makes the statistic that turns mean mode strengths [..., step, mode] into learning times."""
-    times, p = data["time"].to_numpy(), labelled.modes(data, probe).p
+    times, p = labelled.alone(data)["time"].to_numpy(), labelled.modes(data, probe).p
     return lambda strength: learning_times(times, strength, p)
 
 
@@ -387,7 +388,7 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
 
     A stored loss is the mean since the time before, however many answers that is of.
     """
-    answers = np.diff(data["time"].to_numpy())
+    answers = np.diff(labelled.alone(data)["time"].to_numpy())
     return np.average(samples(data, "loss")[..., 1:], -1, answers)
 
 

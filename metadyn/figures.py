@@ -206,6 +206,9 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
             label = f"{about.label} ({about.clock}): slope {dynamics.text(slope)}"
             style = {"color": "grey", "lw": 1.2, "mfc": "none", "zorder": 0}
             axis.plot(scale, line, marker=marker, label=label, **style)
+        else:
+            label = f"{about.label} ({about.clock}): too few learned for a slope"
+            axis.plot([], [], marker=marker, ls="", color="grey", mfc="none", label=label)
     axis.set(xscale="log", yscale="log", xlabel=modes.axis)
     ticks = {value: name for value, name in zip(scale, _named(modes), strict=True) if value > 0}
     axis.set_xticks([*ticks], ticks.values())

@@ -15,7 +15,8 @@ import numpy as np
 import xarray as xr
 
 from metadyn.base import STRENGTH, LearnerKind, Modes
-from metadyn.errors import ConfigError
+from metadyn.errors import ConfigError, check
+from metadyn.inner import recorded
 
 ORDER = ("learner", "outer_step", "seed", "task", "mode", "step")
 
@@ -77,21 +78,29 @@ def labelled(arrays: Mapping[str, Any], described: Mapping[str, Any]) -> xr.Data
 
 def about(data: xr.Dataset) -> About:
     """Tells whose measurement a dataset of one learner is."""
-    return About(**{name: data.attrs[name] for name in FIELDS if name in data.attrs})
+    attrs = alone(data).attrs
+    return About(**{name: attrs[name] for name in FIELDS if name in attrs})
 
 
 def probes(data: xr.Dataset) -> list[str]:
     """Names the probes that a measurement is of."""
-    return [str(name) for name in data if "values" in data[name].attrs]
+    return [str(name) for name in data if "coordinate" in data[name].attrs]
 
 
 def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
-    """Returns the modes that a probe read. Raises `ConfigError` if there is no such probe."""
+    """Returns the modes that a probe read. Raises `ConfigError` if there is no such probe.
+
+    Their values are those of the coordinate, which is selected, sorted and joined as the data is.
+    """
     if probe not in (known := probes(data)):
         raise ConfigError(f"probe = {probe!r}: the data has {', '.join(known) or 'none'}")
-    return Modes(
-        **{field.name: data[probe].attrs[field.name] for field in dataclasses.fields(Modes)}
-    )
+    attrs = data[probe].attrs
+    said = {each.name: attrs[each.name] for each in dataclasses.fields(Modes) if each.name in attrs}
+    if (coordinate := recorded(probe, said["coordinate"])) in data.coords:
+        values, fix = np.atleast_1d(data[coordinate]), "select one setting, of one set of modes"
+        check(values.ndim == 1, "data", dict(data.sizes), fix)
+        said["values"] = values.tolist()
+    return Modes(**said)
 
 
 def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
@@ -101,14 +110,16 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
     shorter is padded with NaN, and `time` [learner, step] says what step means to each learner.
     """
     whole: dict[str, np.ndarray] = {}
+    sizes = {d: n for part in parts.values() for d, n in part.sizes.items()}
     for part in parts.values():
         for d in {"outer_step", "seed"} & {*part.dims}:
             whole[str(d)] = np.union1d(whole.get(str(d), []), part[d]).astype(int)
 
     def complete(part: xr.Dataset) -> xr.Dataset:
         part = part.expand_dims({d: of for d, of in whole.items() if d not in part.dims})
-        numbered = {d: np.arange(n) for d, n in part.sizes.items() if d not in part.coords}
-        return part.assign_coords(numbered).reset_coords("time")
+        numbered = {d: np.arange(part.sizes.get(d, n)) for d, n in sizes.items()}
+        lacking = {d: of for d, of in numbered.items() if d not in part.coords}
+        return part.assign_coords(lacking).reset_coords("time")
 
     merged = joined(map(complete, parts.values()), "learner", [*parts]).set_coords("time")
     attributes = [part.attrs for part in parts.values()]
@@ -120,7 +131,13 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
 
 def joined(parts: Iterable[xr.Dataset], along: str, values: Sequence[Any]) -> xr.Dataset:
     """Puts datasets side by side along a new dimension: what is shorter is padded with NaN."""
-    return xr.concat(
+    parts, own = list(parts), set()
+    if len({tuple(part["learner"].values) for part in parts if "learner" in part.dims}) > 1:
+        # What is said of each learner is padded as data is: xarray takes it for a conflict.
+        said = [{str(n) for n in part.coords if n not in part.dims} for part in parts]
+        own = {name for names in said for name in names}
+        parts = [p.reset_coords([*names]) for p, names in zip(parts, said, strict=True)]
+    whole = xr.concat(
         parts,
         xr.Variable(along, values),
         data_vars="all",
@@ -129,6 +146,27 @@ def joined(parts: Iterable[xr.Dataset], along: str, values: Sequence[Any]) -> xr
         join="outer",
         combine_attrs="drop_conflicts",
     )
+    return whole.set_coords(own)
+
+
+def _repeated(array: xr.DataArray) -> bool:
+    """Whether all seeds of an array, if it has any, are alike."""
+    if "seed" not in array.dims:
+        return True
+    each = array.transpose("seed", ...).to_numpy()
+    return np.array_equal(each[1:], each[:-1], equal_nan=True)
+
+
+def alone(data: xr.Dataset) -> xr.Dataset:
+    """Returns a dataset of one learner, without what `merge` padded and repeated.
+
+    For one that was selected, `data.sel(learner="lstm")`. Raises `ConfigError` for several.
+    """
+    if "learner" not in data.coords:
+        return data
+    parts = split(data)
+    check(len(parts) == 1, "data", [*parts], "select one learner: data.sel(learner=…)")
+    return next(iter(parts.values()))
 
 
 def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
@@ -142,6 +180,8 @@ def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     parts = {}
     for name in data["learner"].values:
         part = data.sel(learner=name)
+        if not np.isfinite(part["time"]).any():  # of other settings of a sweep
+            continue
         part = part.isel(step=np.flatnonzero(np.isfinite(part["time"].to_numpy())))
         for dim in ("task", "seed"):
             if dim in part.dims and "loss" in part:
@@ -149,8 +189,10 @@ def split(data: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
                 found = np.flatnonzero(there.to_numpy())  # after the last is padding, if any is
                 part = part.isel({dim: slice(found[-1] + 1 if len(found) else None)})
         attrs = {each: part[each].item() for each in FIELDS if each in part.coords}
-        if "outer_step" in part.dims and attrs.get("kind", "meta") != "meta":
-            part = part.isel(outer_step=0, drop=True)  # `merge` repeated it
+        if attrs.get("kind", "meta") != "meta":  # `merge` repeated what has none of its own
+            part = part.isel(outer_step=0, drop=True, missing_dims="ignore")
+            if "seed" in part.dims and all(map(_repeated, part.data_vars.values())):
+                part = part.isel(seed=0, drop=True)
         if "closed_form" in part:  # of no seed and no task
             curve = part["closed_form"]
             part["closed_form"] = curve.isel(

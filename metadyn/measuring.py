@@ -176,9 +176,8 @@ def check_step(tasks: TaskSet, contender: Contender) -> None:
     """Raises `ConfigError` unless a learner can take a step on a set of tasks. Traced, not run."""
     params = weights(contender.learner.init) if contender.seeded else ()
 
-    def trace(key: Key, params: Params, task: Any) -> None:
+    def trace(key: Key, params: Params, task: Any, state: Any) -> None:
         learner = contender.make(params)
-        state = learner.init(key)
         after, loss = inner.stepped(tasks.domain, learner, task, key, jnp.int32(0), state)
         check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
         (leaves, tree), (updated, found) = map(jax.tree.flatten, (state, after))
@@ -189,7 +188,10 @@ def check_step(tasks: TaskSet, contender: Contender) -> None:
             check(kind == new, "update", new, f"must give a state as init does, {kind}")
 
     with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
-        jax.eval_shape(trace, jax.random.key(0), params, _task(tasks))
+        key = jax.random.key(0)
+        # Apart, so that a state of Python's numbers is traced, as it is in the inner loop.
+        state = jax.eval_shape(lambda params: contender.make(params).init(key), params)
+        jax.eval_shape(trace, key, params, _task(tasks), state)
 
 
 def _check_read(name: str, probe: Probe, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from metadyn.errors import ConfigError, error_context, meant
 
 _CLEARER = {
-    r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.": (
+    r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\s*\.": (
         r"\2 \1: choose from \3"
     ),
     r"Missing value for argument '(.*)'\. Expected .*": r"\1: give it a value",

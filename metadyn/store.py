@@ -41,7 +41,8 @@ import orbax.checkpoint as ocp
 import xarray as xr
 
 from metadyn import mesh
-from metadyn.errors import ConfigError, ConfigWarning, check
+from metadyn.base import LearnerKind
+from metadyn.errors import ConfigError, ConfigWarning, check, check_choice
 from metadyn.labelled import about, labelled, merge
 
 Arrays = Mapping[str, Any]
@@ -82,6 +83,8 @@ class Results:
 
     def learners(self, task_set: str, *kinds: str, drawn: bool = False) -> dict[str, xr.Dataset]:
         """Returns those measured on a set, in their places: of some kinds, or only those drawn."""
+        for kind in kinds:
+            check_choice("kinds", kind, LearnerKind)
         found = [self[task_set, name] for name in self._stored.get(task_set, ())]
         placed = sorted(((about(data), data) for data in found), key=lambda x: x[0].place)
         return {

@@ -157,7 +157,7 @@ def to_train(
         objective=getattr(network, "objective", None),
         own=dataclasses.replace(outer, **own) if own else None,
         options={f: f"{option}.outer_{f}" if f in own else f"outer.{f}" for f in OWN},
-        option=f"{option}.{max(sizes, key=sizes.__getitem__)}",  # likeliest to be too large
+        option=f"{option}.{max(sizes, key=sizes.__getitem__)}" if sizes else "",  # the largest
     )
 
 
@@ -512,7 +512,8 @@ def verdict(estimate: dynamics.Estimate, at_least: float, at_most: float) -> str
     """
     value, low, high = (float(np.asarray(part)) for part in estimate)
     if not all(map(math.isfinite, (value, low, high))):
-        return "undecided: it has no value or no interval; longer training may give it one"
+        lacks = "it has no value or no interval"
+        return f"undecided: {lacks}; more tasks or longer training may give it one"
     if at_least <= low and high <= at_most:
         return "holds"
     if high < at_least or low > at_most:

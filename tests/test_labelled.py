@@ -6,8 +6,9 @@ import xarray as xr
 
 from metadyn import dynamics, figures, labelled
 from metadyn.base import Modes
+from metadyn.errors import ConfigError
 
-MODES = Modes((2.0, 1.0), "singular value", "s")
+MODES = Modes((2.0, 1.0), "singular value", "singular_value")
 SIZES = {"seed": 3, "task": 4, "outer_step": 2, "step": 6, "mode": 2}
 
 
@@ -60,7 +61,7 @@ def test_learners_stored_at_other_outer_steps_keep_their_own(parts):
     assert not merged["loss"].sel(learner="bayes").isel(step=-1).isnull().any()
 
 
-def test_split_undoes_merge_but_for_seeds(parts):
+def test_split_undoes_merge(parts):
     """What no outer loop has made has no outer step; a closed form is of no seed and task."""
     apart = labelled.split(labelled.merge(parts))
     assert [*apart] == [*parts]
@@ -70,12 +71,70 @@ def test_split_undoes_merge_but_for_seeds(parts):
         assert ("closed_form" in found) == ("closed_form" in data)
         assert labelled.about(found) == labelled.about(data)
         for each in ("mode_strength", "loss"):
-            for seed in range(found.sizes["seed"]):
-                mine = data[each].isel(seed=seed) if "seed" in data.dims else data[each]
-                other = found[each].isel(seed=seed).transpose(*mine.dims)
-                np.testing.assert_array_equal(mine, other)
+            assert {*found[each].dims} == {*data[each].dims}
+            np.testing.assert_array_equal(found[each].transpose(*data[each].dims), data[each])
     np.testing.assert_array_equal(
         apart["sgd"]["closed_form"].transpose("step", "mode"), parts["sgd"]["closed_form"]
+    )
+
+
+@pytest.mark.parametrize(
+    "arrange", [lambda d: d.sortby("singular_value"), lambda d: d.isel(mode=[1, 0])]
+)
+def test_modes_keep_their_values_however_they_are_sorted(parts, arrange):
+    merged = labelled.merge(parts)
+    slopes = [dynamics.slope(data)["value"] for data in (merged, arrange(merged))]
+    xr.testing.assert_allclose(*slopes)
+    assert labelled.modes(merged.isel(mode=[1])).values == (1.0,)
+
+
+def test_of_runs_of_other_spectra_each_keeps_its_own(parts):
+    one, other = labelled.merge(parts), labelled.merge(parts)
+    other = other.assign_coords(singular_value=("mode", [8.0, 1.0]))
+    both = labelled.joined([one, other], "run", ["one", "other"])
+    for name, alone in (("one", one), ("other", other)):
+        found = dynamics.slope(both.sel(run=name))
+        xr.testing.assert_allclose(found, dynamics.slope(alone))
+    with pytest.raises(ConfigError, match="select one setting"):
+        labelled.modes(both)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_settings_with_other_learners_each_has_its_own(parts, first):
+    fewer = {name: parts[name] for name in ("sgd", "bayes")}
+    settings = [parts, fewer][:: 1 - 2 * first]
+    both = labelled.joined(map(labelled.merge, settings), "setting", [0, 1])
+    for i, those in enumerate(settings):
+        found = labelled.split(both.sel(setting=i))
+        assert {*found} == {*those}
+        slopes = (dynamics.slope(each)["value"] for each in (found, those))
+        xr.testing.assert_allclose(*(each.sortby("learner") for each in slopes))
+
+
+def test_one_learner_that_is_selected_is_what_it_was_before_it_was_merged(parts):
+    """Its tasks and times were padded, what it lacks repeated, its attributes made coordinates."""
+    fewer = parts["sgd"].isel(task=slice(2), step=slice(4))
+    merged = labelled.merge({**parts, "sgd": fewer})
+    bayes, sgd = parts["bayes"], merged.sel(learner="sgd")
+    np.testing.assert_allclose(dynamics.merit(sgd), dynamics.merit(fewer))
+    np.testing.assert_allclose(dynamics.episode_loss(sgd), dynamics.episode_loss(fewer))
+    selected = [merged.sel(learner=name) for name in ("lstm", "bayes")]
+    for figure in (dynamics.measured_excess, dynamics.outer_times, dynamics.outer_merit):
+        np.testing.assert_allclose(figure(*selected), figure(parts["lstm"], bayes))
+    last = [data.isel(outer_step=-1, missing_dims="ignore") for data in (parts["lstm"], bayes)]
+    at_last = [data.isel(outer_step=-1) for data in selected]
+    np.testing.assert_allclose(dynamics.difference(*at_last), dynamics.difference(*last))
+    with pytest.raises(ConfigError, match=r"data = \['sgd', 'lstm', 'bayes'\]: select one learner"):
+        dynamics.merit(merged)
+
+
+def test_arrays_that_some_learners_diagnose_are_padded(parts):
+    wide = xr.DataArray(np.ones((4, 6, 5)), dims=("task", "step", "svals_0"))
+    some = {"a": parts["sgd"].assign(svals=wide), "b": parts["bayes"]}
+    merged = labelled.merge(some | {"c": parts["sgd"].assign(svals=wide[..., :3])})
+    assert merged.sizes["svals_0"] == 5
+    np.testing.assert_array_equal(
+        merged["svals"].notnull().any(["task", "step"]).sum("svals_0"), [5, 0, 3]
     )
 
 
@@ -88,8 +147,7 @@ def test_what_diverged_is_not_taken_for_padding(parts, lost):
     given = parts | {"sgd": diverged}
     found = labelled.split(labelled.merge(given))["sgd"]
     for name in ("mode_strength", "loss"):
-        again = found[name].isel(seed=0)  # those of others, repeated
-        np.testing.assert_array_equal(again, diverged[name].transpose(*again.dims))
+        np.testing.assert_array_equal(found[name].transpose(*diverged[name].dims), diverged[name])
     slope = dynamics.slope(labelled.merge(given)).sel(learner="sgd")
     assert np.isnan(slope["value"])
     figures.mode_strength(labelled.merge(given))

@@ -719,6 +719,25 @@ def test_what_a_probe_records_has_a_name_of_its_own(probes, extras, says, tmp_pa
     assert says in refused(study, tmp_path / "r", monkeypatch)
 
 
+def test_a_learner_that_chooses_by_a_number_of_its_state_is_refused():
+    """Of Python's numbers, which are concrete until the inner loop traces them."""
+    domain = LinearRegression(2, 2)
+    learner = md.Learner(
+        lambda key: 0.0,
+        lambda state, x: jnp.zeros(2) if state > 0 else jnp.ones(2),
+        lambda state, x, y: state + 1.0,
+    )
+    tasks = dataclasses.replace(domain.evaluation(6), size=4)
+    with pytest.raises(ConfigError, match=r"contender 'mine' cannot be run on .*TracerBool"):
+        check_step(tasks, md.Contender("mine", "mine", learner))
+
+
+def test_kinds_of_learners_that_there_are_not_are_refused(finished):
+    results = RunFolder(finished[0]).results()
+    with pytest.raises(ConfigError, match="kinds = 'metas': choose from"):
+        results.learners("in_distribution", "metas")
+
+
 @pytest.mark.parametrize("seed", [2**32, -1, 1.5, "a", None])
 def test_a_seed_of_which_jax_makes_no_key_of_its_own_is_refused(seed, tmp_path):
     config = STUDY.presets["quick"]
