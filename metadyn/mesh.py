@@ -371,13 +371,13 @@ def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
     """Chooses how many of its tasks a device measures at a time, if it has so many.
 
     Each takes `taken` bytes. On a CPU core, which takes seeds in turn, as many as half of its cache
-    holds; if they share their weights, enough of them to fill the products with these, and
-    never one alone, whose sums XLA takes in another order. Elsewhere as many as take half of the
-    device's memory.
+    holds, but at least four, as XLA sums fewer in another order; if they share their weights,
+    enough of them to fill the products with these. Elsewhere as many as take half of the device's
+    memory.
     """
     if backend() != "cpu":
         return max(1, memory(split=False) // (2 * TAKEN * seeds * taken))
-    return max(LEAST_TASKS if shared else 2, CACHE // (2 * taken))
+    return max(LEAST_TASKS if shared else 4, CACHE // (2 * taken))
 
 
 def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
