@@ -131,7 +131,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; after help, raises `SystemExit`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    came: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     warnings.showwarning = _warn
     do: Any = None
     try:
@@ -146,17 +153,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.out = os.path.expanduser(out)
             if not out:
                 raise ConfigError("--out '': name a folder, or leave it out")
-        code = do(arguments)
+        with _in_time():
+            code = do(arguments)
         sys.stdout.flush()
         return code
     except ConfigError as error:
         code, said = BAD_INPUT, str(error)
+        if "metadyn.mesh" in sys.modules:  # the others are to say the same before this one is gone
+            from metadyn import mesh
+
+            with contextlib.suppress(RuntimeError):
+                mesh.shut_down()
     except KeyboardInterrupt:
         code, said = INTERRUPTED, STOPPED
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code, said = INTERRUPTED if do in (_run, _sweep) else DONE, ""
     except Exception as error:
+        if came:  # it met a library that made something else of it, as in an import
+            _say(STOPPED)
+            return INTERRUPTED
         from metadyn import mesh
 
         code = BAD_INPUT
@@ -170,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             lower = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
             said = f"memory ran out; the last checkpoint is whole: {lower}"
+        elif not mesh.has_devices():
+            asked = os.environ.get("JAX_PLATFORMS", "")
+            said = f"JAX_PLATFORMS={asked}: JAX has no such devices here: install them, or unset it"
         elif mesh.is_distributed():
             traceback.print_exc()
             code, said = FAILED, ""
@@ -237,8 +256,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     _begin(arguments)
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
-    with _in_time():
-        code = _studies(arguments)
+    code = _studies(arguments)
     mesh.shut_down()
     return code
 
@@ -299,17 +317,16 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if mine.step > 1:
         said = f"this is part {mine.start + 1} of {mine.step}, with {len(mine)} of them"
         progress.say(f"metadyn: {said}")
-    with _in_time():
-        typed = lambda error, i: as_typed(error, configs[i], asked.overrides(i))
-        if arguments.plan is not None:
+    typed = lambda error, i: as_typed(error, configs[i], asked.overrides(i))
+    if arguments.plan is not None:
 
-            def planned() -> list[planning.Planned]:
-                plans = sweep.planned(asked, study, configs)
-                return planning.of_sweep(plans, arguments.part, typed)
+        def planned() -> list[planning.Planned]:
+            plans = sweep.planned(asked, study, configs)
+            return planning.of_sweep(plans, arguments.part, typed)
 
-            planning.report(planned, arguments.plan, out, progress)
-            return DONE
-        folder = sweep.run_sweep(asked, study, configs, out, progress)
+        planning.report(planned, arguments.plan, out, progress)
+        return DONE
+    folder = sweep.run_sweep(asked, study, configs, out, progress)
     progress.say("\n".join(sweep_results.report(folder)))
     drawn = (folder.path / "summary.json").exists()
     there = f"figures: {folder.figures}, page: {folder.path / 'report.html'}"

@@ -14,6 +14,8 @@ import math
 import os
 import platform
 import re
+import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -65,14 +67,32 @@ def start(
         check(right, "--coordinator", told["coordinator_address"], fix)
         check(n >= 1, "--processes", n, "must be 1 or more")
         check(0 <= i < n, "--process-id", i, f"must be from 0 to {n - 1}, below --processes {n}")
+        if i == 0:  # which is to listen there: JAX ends in a segmentation fault if it cannot
+            fix = "process 0 cannot listen there: choose a port that is free"
+            check(_is_free(int(port)), "--coordinator", told["coordinator_address"], fix)
     # Its handler of SIGTERM would take the place of ours, which saves.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**told, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(
+            **told, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+        )
     except (RuntimeError, ValueError, IndexError) as error:
         said = str(error).splitlines()[0]
         where = f"--coordinator {told['coordinator_address']}" if not lacking else "this launcher"
         raise ConfigError(f"{where}: the processes cannot be joined ({said})") from error
+    counts = Counter(device.process_index for device in jax.devices())
+    fix = "must be as many in each process (on CPUs: JAX_NUM_CPU_DEVICES)"
+    check(len({*counts.values()}) == 1, "devices by process", dict(sorted(counts.items())), fix)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _whole(value: int | None, variable: str) -> int | None:
@@ -108,6 +128,14 @@ def shut_down() -> None:
     """Shuts the distributed runtime down once all processes are here, if there are several."""
     if is_distributed():
         jax.distributed.shutdown()
+
+
+def has_devices() -> bool:
+    """Tells whether JAX has the devices that the environment asks for (JAX_PLATFORMS)."""
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):  # the latter, without a word, where CUDA is not there
+        return False
 
 
 def is_peer_loss(error: BaseException) -> bool:
@@ -188,6 +216,8 @@ def use_compilation_cache(wanted: bool = True) -> None:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     kind = [jax.__version__, platform.machine()]
     kind += [_cpu().get(name, "") for name in ("model name", "flags", "Features")]
+    if not os.path.isabs(home):  # as ~ is for a user whom the system does not know
+        return
     folder = Path(home) / "metadyn" / hashlib.sha256(" ".join(kind).encode()).hexdigest()[:16]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ from metadyn.labelled import about, labelled, merge
 
 Arrays = Mapping[str, Any]
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
+STRAY = re.compile(r"\._|\.nfs|\.DS_Store|Thumbs\.db|desktop\.ini")
 FORMAT = 3
 """Of the layout."""
 _one_save = threading.Lock()
@@ -111,6 +112,8 @@ def claimed(
     the same time. Raises `ConfigError` if DIR cannot be written, or holds anything else.
     """
     folder, other = Path(path).absolute(), "choose another DIR"
+    if "://" in os.fspath(path):
+        raise ConfigError(f"--out {path} is no folder of this machine: {other}")
     if {*"[]*?"} & {*str(folder)}:  # Orbax looks for its files by a pattern
         raise ConfigError(f"--out {path} cannot have any of [ ] * ? in it: {other}")
     asked = json.loads(json.dumps(asked))
@@ -382,7 +385,7 @@ class RunFolder:
         """Names of the learners measured so far, by set of tasks."""
         found: dict[str, list[str]] = {}
         for folder in sorted((self.path / "measurements").glob("*/*")):
-            if PART not in folder.name and DAMAGED not in folder.name:
+            if folder.is_dir() and PART not in folder.name and DAMAGED not in folder.name:
                 found.setdefault(folder.parent.name, []).append(folder.name)
         return found
 
@@ -498,9 +501,13 @@ def _fetched(tree: Any) -> Any:
 
 
 def _sums(folder: Path) -> bytes:
-    """The names and SHA-256 of the files in a folder, as the sha256sum command writes them."""
+    """The names and SHA-256 of the files in a folder, as the sha256sum command writes them.
+
+    But for what file managers and network file systems leave there.
+    """
     lines = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS):
+    ours = lambda path: path.is_file() and path != folder / SUMS and not STRAY.match(path.name)
+    for path in sorted(filter(ours, folder.rglob("*"))):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{digest}  {path.relative_to(folder)}\n")

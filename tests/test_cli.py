@@ -385,6 +385,29 @@ def test_the_shell_has_its_prompt_at_once_whatever_is_still_compiled():
     assert (found.returncode, found.stdout) == (130, b"1\n")
 
 
+def test_devices_that_jax_does_not_have_are_one_line():
+    command = [sys.executable, "-m", "metadyn.cli", "devices"]
+    for platform in ("cuda", "foo"):
+        asked = os.environ | {"JAX_PLATFORMS": platform}
+        found = subprocess.run(command, capture_output=True, timeout=100, text=True, env=asked)
+        said = f"metadyn: JAX_PLATFORMS={platform}: JAX has no such devices here"
+        assert found.returncode == 2
+        assert found.stderr.splitlines()[-1].startswith(said)
+        assert "Traceback" not in found.stderr
+
+
+def test_a_signal_that_a_library_makes_something_else_of_is_an_interruption(monkeypatch, capsys):
+    def importing(arguments):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("partially initialized module") from None
+
+    monkeypatch.setitem(cli._DOES, "devices", (importing, ""))
+    assert main(["devices"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
 def test_another_meta_learner_takes_the_place_of_the_lstm(tmp_path):
     out, gru = tmp_path / "gru", ["--meta", "gru", "--gru.hidden", "4"]
     assert main(["run", *SHORT, *gru, "--out", str(out)]) == 0

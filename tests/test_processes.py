@@ -1,6 +1,7 @@
 """Two processes of one run, over loopback: interrupted, bereft of one, gone on with elsewhere."""
 
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,50 @@ LONG += ("--outer.checkpoints", "12")
 
 def command(out, *more):
     return [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *more]
+
+
+LATER = "import time, os; time.sleep(float(os.environ['JAX_PROCESS_ID'])); "
+LATER += "from metadyn.cli import console; console()"
+
+
+@pytest.mark.parametrize("options", [("--domain.sigma", "-1"), ("--preset", "nope")])
+def test_bad_input_is_said_by_all_however_late_one_is(options, tmp_path):
+    """And is not taken for the loss of a process, after which launchers start them again."""
+    late = [sys.executable, "-c", LATER, "run", STUDY, "--out", str(tmp_path / "r"), *options]
+    done = end(begin(late, 2))
+    assert [each.code for each in done] == [2, 2], done
+    assert not (tmp_path / "r").exists()
+
+
+def test_processes_of_unlike_devices_are_refused(tmp_path):
+    unlike = "import os; i = int(os.environ['JAX_PROCESS_ID']); "
+    unlike += "os.environ['JAX_NUM_CPU_DEVICES'] = str(1 + i); "
+    unlike += "from metadyn.cli import console; console()"
+    done = end(begin([sys.executable, "-c", unlike, "run", STUDY, "--out", str(tmp_path / "r")], 2))
+    assert [each.code for each in done] == [2, 2], done
+    assert "devices by process = {0: 1, 1: 2}: must be as many" in done[0].err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_port_that_is_taken_is_said(capsys):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        where = f"localhost:{taken.getsockname()[1]}"
+        several = ["--coordinator", where, "--processes", "2", "--process-id", "0"]
+        assert main(["devices", *several]) == 2
+    assert f"--coordinator {where}: process 0 cannot listen there" in capsys.readouterr().err
+
+
+def test_a_process_that_waits_for_others_is_interrupted_in_time(tmp_path):
+    alone, other = begin(command(tmp_path / "r"), 2)
+    other.kill()
+    time.sleep(5)
+    alone.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    done = end([alone, other])
+    assert done[0].code == 130, done
+    assert time.monotonic() - began < 12
 
 
 def loses(out, victim):

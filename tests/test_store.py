@@ -215,6 +215,16 @@ def test_nothing_stored_is_a_pickle(written_run):
             assert not path.read_bytes().startswith(b"\x80\x04")
 
 
+def test_what_a_file_manager_leaves_is_no_damage(tmp_path):
+    run, _ = write_run(tmp_path / "r")
+    for folder in (run._checkpoint(4), run._measurement("in_distribution", "sgd").parent):
+        (folder / ".DS_Store").write_text("a view")
+        (folder / "._state").write_text("a fork")
+    again = RunFolder(run.path)
+    assert not again.damage()
+    assert again.measurements()["in_distribution"] == ["lstm", "sgd"]
+
+
 def damages(path):
     """Ways to damage a file: name, what does it."""
     content = path.read_bytes()
@@ -385,6 +395,13 @@ def test_foreign_and_broken_folders_are_refused_untouched(tmp_path):
         with pytest.raises(ConfigError):
             RunFolder.create(foreign, IDENTITY)
         assert (foreign / "config.json").read_text() == text
+
+
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="--out gs://bucket/x is no folder of this machine"):
+        RunFolder.create("gs://bucket/x", IDENTITY)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["a[1]", "[p]/run", "what?", "a*"])
