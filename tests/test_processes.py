@@ -24,8 +24,9 @@ def command(out, *more):
     return [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *more]
 
 
-LATER = "import time, os; time.sleep(float(os.environ['JAX_PROCESS_ID'])); "
-LATER += "from metadyn.cli import console; console()"
+LATER = "import os, time; from metadyn import cli, mesh; start = mesh.start; "
+LATER += "wait = lambda: time.sleep(float(os.environ['JAX_PROCESS_ID'])); "
+LATER += "mesh.start = lambda *given: (start(*given), wait()); cli.console()"
 
 
 @pytest.mark.parametrize("options", [("--domain.sigma", "-1"), ("--preset", "nope")])
