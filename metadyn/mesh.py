@@ -33,7 +33,8 @@ from metadyn.errors import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES, LEAST_TASKS, CACHE = 128, 64, 1 << 20  # our choice; the last in bytes
+CACHED_EPISODES, LEAST_TASKS, SMALL_TASKS = 128, 64, 512  # our choice
+CACHE = 1 << 20  # bytes: our choice
 TAKEN = 2  # times its state and the greatest array that measuring a task takes: our choice
 
 
@@ -401,13 +402,14 @@ def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
     """Chooses how many of its tasks a device measures at a time, if it has so many.
 
     Each takes `taken` bytes. On a CPU core, which takes seeds in turn, as many as half of its cache
-    holds, but at least four, as XLA sums fewer in another order; if they share their weights,
-    enough of them to fill the products with these. Elsewhere as many as take half of the device's
-    memory.
+    holds, but at least four, as XLA sums fewer in another order; more of small ones, whose
+    operations take longer to begin than to do; and if they share their weights, enough of them to
+    fill the products with these. Elsewhere as many as take half of the device's memory.
     """
     if backend() != "cpu":
         return max(1, memory(split=False) // (2 * TAKEN * seeds * taken))
-    return max(LEAST_TASKS if shared else 4, CACHE // (2 * taken))
+    small = SMALL_TASKS if SMALL_TASKS * taken <= CACHE else 4
+    return max(LEAST_TASKS if shared else small, CACHE // (2 * taken))
 
 
 def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:

@@ -423,6 +423,8 @@ def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(chunk):
 
 def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds(on_cpu):
     assert mesh.task_chunk(mesh.CACHE // 200) == 100
+    assert mesh.task_chunk(mesh.CACHE // 600) == 512
+    assert mesh.task_chunk(100) == mesh.CACHE // 200
     assert mesh.task_chunk(mesh.CACHE) == 4
     assert mesh.task_chunk(mesh.CACHE, shared=True) == mesh.LEAST_TASKS
 
