@@ -13,11 +13,21 @@ from metadyn import mesh
 from metadyn.base import Answer, Domain, Feedback, Key, Learner, MetaLearner, Params, Query, State
 
 
+def _passed_on(name: str) -> Any:
+    return property(lambda self: getattr(self.domain, name))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Inside:
     """A domain as the meta-learner inside sees it: each query comes with two numbers on sizes."""
 
     domain: Any
+
+    # From Python 3.12 on `isinstance` does not ask `__getattr__` for what a protocol has.
+    steps, loss_floor, answer_size = map(_passed_on, ("steps", "loss_floor", "answer_size"))
+    sample_task, loss, encode_feedback, evaluation = map(
+        _passed_on, ("sample_task", "loss", "encode_feedback", "evaluation")
+    )
 
     def __getattr__(self, name: str) -> Any:  # of all else that a domain has
         if name == "domain":  # of a copy that is being made
