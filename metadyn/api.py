@@ -97,12 +97,11 @@ def _check_domain(domain: Domain) -> None:
 
 
 def _check_trained(name: str, trained: Trained) -> None:
-    needed, found = (jax.tree.flatten(t) for t in (weights(trained.meta.init), trained.params))
-    pairs = zip(needed[0], found[0], strict=False)
-    right = all(np.shape(mine) == (np.shape(mine)[:1] + one.shape) for one, mine in pairs)
-    right = right and all(np.ndim(leaf) > 0 for leaf in found[0])
+    needed, found = weights(trained.meta.init), trained.params
+    alike: bool = jax.tree.structure(needed) == jax.tree.structure(found)  # type: ignore[operator]
+    shapes = [(1 + leaf.ndim, leaf.shape) for leaf in jax.tree.leaves(needed)]
+    right = shapes == [(np.ndim(leaf), np.shape(leaf)[1:]) for leaf in jax.tree.leaves(found)]
     fix = "its parameters must be those of its meta-learner, with a leading axis over seeds"
-    alike: bool = needed[1] == found[1]  # type: ignore[operator]
     check(alike and right, "learners", name, fix)
 
 

@@ -128,6 +128,16 @@ def test_one_learner_that_is_selected_is_what_it_was_before_it_was_merged(parts)
         dynamics.merit(merged)
 
 
+def test_a_learner_of_too_few_modes_for_a_slope_is_named_all_the_same(parts):
+    slow = parts["sgd"].assign(mode_strength=parts["sgd"]["mode_strength"] * 0.1)
+    slow = slow.assign_attrs(label="slow")
+    slow["mode_strength"].attrs = parts["sgd"]["mode_strength"].attrs
+    (legend,) = figures.learning_times({"bayes": parts["bayes"], "slow": slow}).legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert [each.split(" (")[0] for each in said] == ["bayes", "slow"]
+    assert said[1].endswith("too few learned for a slope")
+
+
 def test_arrays_that_some_learners_diagnose_are_padded(parts):
     wide = xr.DataArray(np.ones((4, 6, 5)), dims=("task", "step", "svals_0"))
     some = {"a": parts["sgd"].assign(svals=wide), "b": parts["bayes"]}

@@ -87,6 +87,9 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
         metadyn.measure.__wrapped__(domain, both, seed="x")
     with pytest.raises(ConfigError, match="give an object, such as LinearRegression"):
         metadyn.measure.__wrapped__(LinearRegression, both)
+    loose = type("Loose", (type(domain),), {"__hash__": None})  # as of a dataclass not frozen
+    with pytest.raises(ConfigError, match="must be hashable: freeze its dataclass"):
+        metadyn.api._check_domain.__wrapped__(loose(2, 2))
     other = dataclasses.replace(domain, sigma=0.9)
     with pytest.raises(ConfigError, match=r"domain = .*: is not that of the set of tasks"):
         metadyn.measure.__wrapped__(domain, both, tasks=other.evaluation(8))
