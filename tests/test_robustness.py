@@ -57,7 +57,7 @@ def test_ordinary_policies_are_run_as_long_as_the_bandits_own_study_says():
 def finished(tmp_path_factory):
     out, study = tmp_path_factory.mktemp("runs") / "robustness", load_study(STUDY)
     config, module = configured(study.presets["quick"], SMALL), sys.modules[study.plan.__module__]
-    of_each = ("outer_rates", "linear_updates")
+    of_each = ("outer_rates", "regression_updates")
     config = dataclasses.replace(config, **{name: getattr(config, name)[::3] for name in of_each})
     inner = {name: of_two(words) for name, words in module.INNER.items()}
     two = patch.multiple(module, INNER=inner, OPTIMIZERS=" ".join(OPTIMIZERS))
