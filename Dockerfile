@@ -1,7 +1,6 @@
 # metadyn with JAX for CUDA (the driver comes from the host: docker run --gpus all), or by
 # --build-arg EXTRA=tpu for TPUs. experiments/launch/ says how several of it make one run.
 FROM python:3.12-slim
-RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*
 WORKDIR /metadyn
 ARG EXTRA=cuda
 COPY pyproject.toml constraints.txt README.md LICENSE ./

@@ -175,7 +175,14 @@ def strengths_on(task_set: str, *kinds: str) -> Callable[[Results], Figure]:
 
     Of learners of these kinds or, if none is named, of all that have a place in figures.
     """
-    return lambda results: mode_strength(results.learners(task_set, *kinds, drawn=not kinds))
+
+    def draw(results: Results) -> Figure:
+        measured = results.learners(task_set, *kinds, drawn=not kinds)
+        fix = f"has no {' or '.join(kinds) or 'drawn'} learner: choose from {results.sets()}"
+        check(len(measured) > 0, "task_set", task_set, fix)
+        return mode_strength(measured)
+
+    return draw
 
 
 def single_runs(measured: Measured, probe: str = STRENGTH) -> Figure:

@@ -326,6 +326,28 @@ def test_devices_elsewhere_stand_in_and_leave():
     assert (mesh.devices(), mesh.backend(), mesh.memory(True)) == here
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_a_container_or_a_job_are_those_of_every_group_above_the_process(
+    version, tmp_path, monkeypatch
+):
+    job = tmp_path / ("memory" if version == 1 else "") / "slurm" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    name = "memory.limit_in_bytes" if version == 1 else "memory.max"
+    (job / name).write_text("12345\n")
+    (job / "step_0" / name).write_text(f"{1 << 62}\n" if version == 1 else "max\n")
+    (job / "cpu.max").write_text("250000 100000\n")
+    own = "/slurm/job_7/step_0"
+    said = f"9:memory:{own}\n1:cpu:/\n0::/\n" if version == 1 else f"0::{own}\n"
+    (tmp_path / "of_process").write_text(said)
+    assert mesh.memory(split=True) > 12345
+    monkeypatch.setattr(mesh, "GROUPS", tmp_path)
+    monkeypatch.setattr(mesh, "GROUPS_OF_PROCESS", tmp_path / "of_process")
+    monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda process: {*range(8)}, raising=False)
+    assert mesh.memory(split=True) == 12345
+    assert mesh.cores() == (8 if version == 1 else 2)
+
+
 # Of `benchmarks.compile`.
 
 

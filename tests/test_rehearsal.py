@@ -738,6 +738,13 @@ def test_kinds_of_learners_that_there_are_not_are_refused(finished):
         results.learners("in_distribution", "metas")
 
 
+def test_a_figure_of_a_set_of_tasks_that_there_is_not_says_which_there_are(finished):
+    results = RunFolder(finished[0]).results()
+    said = r"task_set = 'in_distrbution': has no meta learner: choose from .*'in_distribution'"
+    with pytest.raises(ConfigError, match=said):
+        figures.strengths_on("in_distrbution", "meta")(results)
+
+
 @pytest.mark.parametrize("seed", [2**32, -1, 1.5, "a", None])
 def test_a_seed_of_which_jax_makes_no_key_of_its_own_is_refused(seed, tmp_path):
     config = STUDY.presets["quick"]
