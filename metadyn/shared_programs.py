@@ -139,18 +139,14 @@ def varying(many: Sequence[Constants]) -> list[Place]:
     return [p for p in first if not all(alike(first[p], each[p]) for each in others)]
 
 
-def evaluate(program: ClosedJaxpr, numbers: Constants, arguments: Sequence[Any]) -> list[Any]:
-    """Runs a program with other numbers at some places, which may be traced."""
-    return _evaluate(program, (), numbers, arguments)
-
-
-def _evaluate(
-    program: ClosedJaxpr | Jaxpr, at: Place, numbers: Constants, given: Sequence[Any]
+def evaluate(
+    program: ClosedJaxpr | Jaxpr, numbers: Constants, arguments: Sequence[Any]
 ) -> list[Any]:
+    """Runs a program with other numbers at some places, which may be traced."""
     jaxpr, consts = _opened(program)
-    held = [numbers.get((*at, "constant", i), value) for i, value in enumerate(consts)]
+    held = [numbers.get(("constant", i), value) for i, value in enumerate(consts)]
     variables = (*jaxpr.constvars, *jaxpr.invars)
-    values: dict[Any, Any] = dict(zip(variables, (*held, *given), strict=True))
+    values: dict[Any, Any] = dict(zip(variables, (*held, *arguments), strict=True))
 
     def read(place: Place, atom: Any) -> Any:
         if isinstance(atom, Literal):
@@ -158,30 +154,29 @@ def _evaluate(
         return values[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):
-        here = (*at, i)
-        operands = [read((*here, k), atom) for k, atom in enumerate(eqn.invars)]
+        operands = [read((i, k), atom) for k, atom in enumerate(eqn.invars)]
+        inside = {step: _below((i, *step), numbers) for step in _inner(eqn)}
         with eqn.ctx.manager:
-            if any(_within(place, (*here, *step)) for step in _inner(eqn) for place in numbers):
-                found = _again(eqn, here, numbers, operands)
+            if any(inside.values()):
+                found = _again(eqn, inside, operands)
             else:
                 params = eqn.primitive.get_bind_params(eqn.params)
                 found = eqn.primitive.bind(*operands, **params)
         several = eqn.primitive.multiple_results
         values |= zip(eqn.outvars, list(found) if several else [found], strict=True)
-    return [read((*at, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)]
+    return [read(("out", k), atom) for k, atom in enumerate(jaxpr.outvars)]
 
 
-def _within(place: Place, step: Place) -> bool:
-    return place[: len(step)] == step
+def _below(steps: Place, numbers: Constants) -> Constants:
+    """The numbers in the program that some steps lead to, by their places there."""
+    n = len(steps)
+    return {place[n:]: value for place, value in numbers.items() if place[:n] == steps}
 
 
-def _again(eqn: JaxprEqn, at: Place, numbers: Constants, operands: list[Any]) -> list[Any]:
-    """Does an operation anew, with other numbers in the programs inside it."""
+def _again(eqn: JaxprEqn, numbers: Mapping[Place, Constants], operands: list[Any]) -> list[Any]:
+    """Does an operation anew, with other numbers in each of the programs inside it."""
     inner, params, kind = _inner(eqn), eqn.params, eqn.primitive.name
-
-    def run(step: Place, *given: Any, numbers: Constants = numbers) -> list[Any]:
-        return _evaluate(inner[step], (*at, *step), numbers, given)
-
+    run = lambda step, *given: evaluate(inner[step], numbers[step], given)
     if kind in CALLS:
         if params.get("differentiated") and params.get("prevent_cse"):
             # Computed once more, backwards, and not kept from when it was first.
@@ -215,18 +210,16 @@ def _again(eqn: JaxprEqn, at: Place, numbers: Constants, operands: list[Any]) ->
         branches = [functools.partial(run, step) for step in inner]
         return jax.lax.switch(which, branches, *rest)
     assert kind == "shard_map", kind
-    mine = {place: value for place, value in numbers.items() if _within(place, at)}
-    places = list(mine)
+    ((step, mapped),) = inner.items()
+    places = list(numbers[step])
     sharded = jax.shard_map(
-        lambda values, *given: run(
-            ("jaxpr", 0), *given, numbers=dict(zip(places, values, strict=True))
-        ),
+        lambda values, *given: evaluate(mapped, dict(zip(places, values, strict=True)), given),
         mesh=params["mesh"],
         in_specs=(PartitionSpec(), *params["in_specs"]),
         out_specs=list(params["out_specs"]),
         check_vma=params["check_vma"],
     )
-    return sharded([mine[place] for place in places], *operands)
+    return sharded([*numbers[step].values()], *operands)
 
 
 class ProgramCache:
