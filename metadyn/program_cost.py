@@ -98,14 +98,6 @@ def memory(compiled: Any) -> int:
     return between + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
-WIDTH = {
-    **dict.fromkeys(("pred", "s8", "u8"), 1),
-    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
-    **dict.fromkeys(("f64", "s64", "u64", "c64"), 8),
-}
-"""Bytes of a number, by XLA's names of types; of the others 4."""
-
-
 GATHERS = "all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 """XLA's exchanges between devices, beside all-reduces."""
 
@@ -116,7 +108,10 @@ def exchanged(program: str, kinds: str = "all-reduce") -> tuple[int, ...]:
 
 
 def array_bytes(shapes: str) -> int:
-    """Counts the bytes of the arrays that XLA's text says, such as "(f32[4,2]{1,0}, s32[])"."""
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    counts = [(WIDTH.get(kind, 4), dims.split(",")) for kind, dims in arrays]
+    """Counts the bytes of the arrays that XLA's text says, such as "(f32[4,2]{1,0}, s32[])".
+
+    The first number in XLA's name of a type is that of its bits; "pred" has none, and takes a byte.
+    """
+    arrays = re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shapes)
+    counts = [(int(bits or 8) // 8, dims.split(",")) for bits, dims in arrays]
     return sum(width * math.prod(int(n) for n in dims if n) for width, dims in counts)
