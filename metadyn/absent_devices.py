@@ -6,7 +6,6 @@ Nothing can be run on them. Their compilers come with `pip install -e '.[aot]'` 
 from __future__ import annotations
 
 import os
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -71,20 +70,18 @@ def find(name: str) -> TargetDevices:
 
     Raises `ConfigError` if there are none, or their compiler is not installed.
     """
-    kind, _, count = name.partition(":")
-    known = ", ".join(f"{each}:{n}" for each, of in KINDS.items() for n in of.topologies)
-    right = kind in KINDS and re.fullmatch(r"\d*", count)
-    told = KINDS[kind].topologies.get(int(count or 1)) if right else None
-    if told is None:
-        raise ConfigError(f"--plan {name}: is not known: choose from {known}")
-    platform, memory, _, options = KINDS[kind]
+    known = {f"{each}:{n}": (of, n) for each, of in KINDS.items() for n in of.topologies}
+    asked = name if ":" in name else f"{name}:1"
+    if asked not in known:
+        raise ConfigError(f"--plan {name}: is not known: choose from {', '.join(known)}")
+    kind, n = known[asked]
     try:
-        devices = get_topology_desc(platform=platform, **told).devices
+        devices = get_topology_desc(platform=kind.platform, **kind.topologies[n]).devices
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
-        said = f"the compiler for {platform} is not here: pip install -e '.[aot]' ({cause})"
+        said = f"the compiler for {kind.platform} is not here: pip install -e '.[aot]' ({cause})"
         raise ConfigError(f"--plan {name}: {said}") from error
-    return TargetDevices(devices, memory, options)
+    return TargetDevices(devices, kind.memory, kind.options)
 
 
 def use_cpus_alone() -> None:
