@@ -168,13 +168,9 @@ def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
 
 
 def ranked(found: Sequence[Row]) -> list[Row]:
-    """Ranks the settings, best first: by excess loss, those that were lost at the end."""
-
-    def place(row: Row) -> tuple[bool, float]:
-        value = None if row["lost"] else row["excess"][0]
-        return bool(row["lost"]), math.inf if value is None else value
-
-    return sorted(found, key=place)
+    """Ranks the settings that were not lost, best first: by excess loss, NaN at the end."""
+    excess = lambda row: math.inf if (value := row["excess"][0]) is None else value
+    return sorted((row for row in found if not row["lost"]), key=excess)
 
 
 def _said(folder: SweepFolder, row: Row) -> str:
