@@ -43,24 +43,16 @@ class Program(NamedTuple):
 
 
 def programs(plan: Plan, loop: OuterLoop) -> list[Program]:
-    """Lists every program of a plan's run, each once, whatever it is of."""
-    return [*training(plan, loop), *starting(loop), *measuring(plan, loop)]
-
-
-def training(plan: Plan, loop: OuterLoop) -> Iterator[Program]:
-    """Yields the programs that train."""
+    """Lists every program of a plan's run, each once: first those that train, in their order."""
+    found: list[Program] = []
     one = jax.ShapeDtypeStruct((), jnp.int32)
     for name, each in plan.trained.items():
         trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
-        option = each.option("batch")
         times = plan.outer.steps * loop.settings[name].updates_per_step
-        yield Program(f"outer step of {name}", trace, times, option=option)
-
-
-def starting(loop: OuterLoop) -> list[Program]:
-    """Lists the program that makes the state at outer step 0, if anything is trained."""
-    first = Program("initial state", loop.starting.trace, 1, option="outer.seeds")
-    return [first] if loop.trained else []
+        found.append(Program(f"outer step of {name}", trace, times, option=each.option("batch")))
+    if found:
+        found.append(Program("initial state", loop.starting.trace, 1, option="outer.seeds"))
+    return [*found, *measuring(plan, loop)]
 
 
 def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
@@ -173,16 +165,15 @@ def _of_group(
     programs that those of one form share."""
     first = min(plans)
     count, several = len(plans), list(zip(plans.values(), rows.loops, strict=True))
-    plan, loop = several[0]
+    plan, each = plans[first], [programs(*pair) for pair in several]
     found: dict[str, Program] = {}
-    for program, name in zip(training(plan, loop), plan.trained, strict=True):
+    for program, name in zip(each[0], plan.trained, strict=False):
         all_rows = program._replace(trace=partial(rows.trace, name), settings=count)
         if count > 1:
             called, fix = f"{program.name} × {count} settings", "divide them into more parts"
             all_rows = all_rows._replace(name=called, option=f"--part {part}", fix=fix)
         found[name] = all_rows
-    others = ([*starting(loop), *measuring(plan, loop)] for plan, loop in several)
-    for program in (each for of_one in others for each in of_one):
+    for program in (other for of_one in each for other in of_one[len(plan.trained) :]):
         form, _ = split_constants(program.trace().jaxpr)
         place = f"{form} {program.turns}"
         before = found[place].times if place in found else 0
