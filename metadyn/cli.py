@@ -317,13 +317,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if mine.step > 1:
         said = f"this is part {mine.start + 1} of {mine.step}, with {len(mine)} of them"
         progress.say(f"metadyn: {said}")
-    typed = lambda error, i: as_typed(error, configs[i], asked.overrides(i))
     if arguments.plan is not None:
-
-        def planned() -> list[planning.Planned]:
-            plans = sweep.planned(asked, study, configs)
-            return planning.of_sweep(plans, arguments.part, typed)
-
+        planned = lambda: planning.of_sweep(asked, study, configs, arguments.part)
         planning.report(planned, arguments.plan, out, progress)
         return DONE
     folder = sweep.run_sweep(asked, study, configs, out, progress)

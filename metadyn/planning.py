@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metadyn import absent_devices, inner, mesh, program_cost
+from metadyn import absent_devices, inner, mesh, program_cost, sweep
 from metadyn.errors import ConfigError
 from metadyn.measuring import bytes_needed, calls, program_key
+from metadyn.options import as_typed
 from metadyn.outer import OuterLoop
 from metadyn.progress import Progress
 from metadyn.runner import check_memory, check_traced
@@ -133,33 +134,27 @@ def of_run(study: Study, config: Any) -> list[Planned]:
 
 
 def of_sweep(
-    plans: Mapping[int, Plan],
-    part: str,
-    as_typed: Callable[[ConfigError, int], ConfigError],
+    asked: sweep.Sweep, study: Study, configs: Mapping[int, Any], part: str
 ) -> list[Planned]:
     """Lists what a part of a sweep compiles and stores, by groups of settings of one form.
 
-    `plans` are by the settings' numbers; `part` is "1/1", as it is typed; `as_typed(error, i)` says
-    why setting i is refused in the words of the command line.
+    `configs` are by the settings' numbers; `part` is "1/1", as it is typed. Raises `ConfigError`
+    for what fits on no device.
     """
-    for i, plan in [*plans.items()][:1]:
-        try:
-            check_traced(plan)
-        except ConfigError as error:
-            raise as_typed(error, i) from error
+    plans, first = sweep.planned(asked, study, configs), min(configs)
+    with asked.naming(first, configs[first]):
+        check_traced(plans[first])
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
+    typed = lambda i: lambda error: as_typed(error, configs[i], asked.overrides(i))
     return [
-        _of_group({i: plans[i] for i in members}, Rows([loops[i] for i in members]), part, as_typed)
-        for members in by_program(loops)
+        _of_group({i: plans[i] for i in of}, Rows([loops[i] for i in of]), part, typed(of[0]))
+        for of in by_program(loops)
     ]
 
 
 def _of_group(
-    plans: Mapping[int, Plan],
-    rows: Rows,
-    part: str,
-    as_typed: Callable[[ConfigError, int], ConfigError],
+    plans: Mapping[int, Plan], rows: Rows, part: str, typed: Callable[[ConfigError], ConfigError]
 ) -> Planned:
     """Settings of one form. They are trained at once, and begun and measured one after another by
     programs that those of one form share."""
@@ -182,7 +177,6 @@ def _of_group(
     timed = lambda: estimated(rows.loops, rows.start(ProgramCache()), rows.run)
     called = f"{count} settings side by side, from setting {first + 1} on"
     used = timed if plan.trained else None
-    typed = lambda error: as_typed(error, first)
     return Planned(called, [*found.values()], needed, used, typed)
 
 
