@@ -60,26 +60,21 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
         headings = r"^\s*(Value error|Parsing error|Missing argument|Unrecognized options)\s"
         text = re.sub(headings, "", text)
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
-        known = dict(options_of(default))
-        near = [*known, *beside]
-        words = [word.partition("=")[0].replace("_", "-") for word in overrides]
-        inside = lambda word: [name for name in known if name.startswith(f"{word}.")]
-        hints = (  # --lstm hidden lacks a dot
-            meant(f"{word}.{after}", of) if (of := inside(word)) else meant(word, near)
-            for word, after in pairwise([*words, ""])
-            if word[:1] in {*"-–—"} and word not in known
-        )
-        hinted = next(filter(None, hints), "")
-        said = " ".join(text.split()) + hinted
+        said, hint, known = " ".join(text.split()), "", dict(options_of(default))
         for form, clearer in _CLEARER.items():
             said = re.sub(form, clearer, said)
         stray = re.match(r"Unrecognized options: ([^\s,]+)", said)
         for option, values in _typed(overrides).items():
-            single = not isinstance(known.get(option, ()), tuple)
-            if stray and single and stray[1] in values.split()[1:]:
+            first, *others = values.split() or [""]
+            inside = [name for name in known if name.startswith(f"{option}.")]
+            if inside:  # --lstm hidden lacks a dot
+                hint = hint or meant(f"{option}.{first}", inside)
+            elif option not in known:
+                hint = hint or meant(option, [*known, *beside])
+            elif stray and stray[1] in others and not isinstance(known[option], tuple):
                 fix = "takes one value; several, unquoted, are for `metadyn sweep`"
                 said = f"{option} {values}: {fix}"
-        raise ConfigError(said) from None
+        raise ConfigError(said + hint) from None
 
 
 def _matrices() -> Any:
@@ -140,7 +135,7 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
 def _typed(overrides: Sequence[str]) -> dict[str, str]:
     """The value of each option, as it was typed."""
     words = [part for word in overrides for part in word.split("=", int(word.startswith("--")))]
-    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    starts = [i for i, word in enumerate(words) if re.match("--|[–—]|-(?!inf|nan)[a-z]", word)]
     return {
         words[i].replace("_", "-"): " ".join(words[i + 1 : end])
         for i, end in pairwise([*starts, len(words)])
