@@ -152,7 +152,7 @@ def compiled(
 
     from benchmarks import hlo
     from metadyn import planning
-    from metadyn.shared_programs import split_constants
+    from metadyn.sweep_programs import split_constants
 
     try:
         form, _ = split_constants(program.trace().jaxpr)

@@ -113,7 +113,7 @@ def commands(settings: Sequence[int], study: str, steps: str, runs: int) -> None
 def rows_side(settings: int) -> Run:
     """metadyn's rows of a sweep over learning rates, dispatched as a sweep does."""
     loops = [loop(HIDDEN, BATCH, STEPS, n=N, seeds=SEEDS, rate=rate) for rate in rates(settings)]
-    from metadyn.shared_programs import ProgramCache
+    from metadyn.sweep_programs import ProgramCache
     from metadyn.sweep_rows import Rows
 
     rows = Rows(loops)

@@ -21,8 +21,8 @@ from metadyn.options import as_typed
 from metadyn.outer import OuterLoop
 from metadyn.progress import Progress
 from metadyn.runner import check_memory, check_traced
-from metadyn.shared_programs import ProgramCache, split_constants
 from metadyn.study import Plan, Study
+from metadyn.sweep_programs import ProgramCache, split_constants
 from metadyn.sweep_rows import Rows, by_program
 
 

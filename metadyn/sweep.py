@@ -25,7 +25,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from metadyn import inner, shared_programs
+from metadyn import inner, sweep_programs
 from metadyn.errors import ConfigError, check, error_context
 from metadyn.options import as_typed, configured
 from metadyn.progress import Progress
@@ -345,7 +345,7 @@ def run_sweep(
         if plans:
             summary.unlink(missing_ok=True)
             with ExitStack() as stack:
-                shared = shared_programs.ProgramCache()
+                shared = sweep_programs.ProgramCache()
                 measure = lambda *given: shared(_traced(given), *given[-4:])
                 runners: dict[int, Runner] = {}
                 for i, plan in plans.items():
@@ -377,7 +377,7 @@ def _run(
     configs: Mapping[int, Any],
     folder: SweepFolder,
     runners: Mapping[int, Runner],
-    shared: shared_programs.ProgramCache,
+    shared: sweep_programs.ProgramCache,
     progress: Progress,
 ) -> None:
     """Trains and measures settings, those of one form side by side."""

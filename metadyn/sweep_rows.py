@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from metadyn import mesh, program_cost, shared_programs
+from metadyn import mesh, program_cost, sweep_programs
 from metadyn.errors import error_context
 from metadyn.measuring import require_memory
 from metadyn.outer import OuterLoop, TrainState
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
     program: ClosedJaxpr
     form: str
-    numbers: shared_programs.Constants
+    numbers: sweep_programs.Constants
     found: Any
     """The structure of what it returns."""
 
@@ -42,7 +42,7 @@ def row_of(loop: OuterLoop, name: str) -> Row:
         partial(loop.one_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
     )
     program, shapes = traced(now, jax.tree.map(one, stacked))
-    return Row(program, *shared_programs.split_constants(program), jax.tree.structure(shapes))
+    return Row(program, *sweep_programs.split_constants(program), jax.tree.structure(shapes))
 
 
 def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
@@ -81,7 +81,7 @@ class Rows:
         """Updates of all rows: (step, count, params, moments) to params, moments, metrics."""
         first, seeds = self.loops[0], self.loops[0].config.seeds
         rows = [row_of(loop, name) for loop in self.loops]
-        places = shared_programs.varying([row.numbers for row in rows])
+        places = sweep_programs.varying([row.numbers for row in rows])
         numbers = [jnp.stack([row.numbers[place] for row in rows]) for place in places]
         devices = len(mesh.devices())
         count = len(rows) * seeds
@@ -92,7 +92,7 @@ class Rows:
             which, *row = one
             mine = {place: of[which] for place, of in zip(places, numbers, strict=True)}
             leaves = jax.tree.leaves((now, row))
-            found = shared_programs.evaluate(rows[0].program, mine, leaves)
+            found = sweep_programs.evaluate(rows[0].program, mine, leaves)
             return jax.tree.unflatten(rows[0].found, found)
 
         def advance(now: Any, params: Any, moments: Any) -> Any:
@@ -120,7 +120,7 @@ class Rows:
         params, moments = jax.tree.map(all_rows, (state.params[name], state.moments[name]))
         return self._advance[name].trace(now, params, moments)
 
-    def start(self, shared: shared_programs.ProgramCache) -> list[TrainState]:
+    def start(self, shared: sweep_programs.ProgramCache) -> list[TrainState]:
         """Makes the state of each at outer step 0."""
         for loop in self.loops:
             shared.expect(loop.starting.trace(), ())

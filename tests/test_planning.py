@@ -25,8 +25,8 @@ from metadyn.errors import ConfigError
 from metadyn.kernels.lstm import Backend
 from metadyn.learners.bayes import bayes_linear
 from metadyn.outer import OuterLoop
-from metadyn.shared_programs import ProgramCache
 from metadyn.study import load_study
+from metadyn.sweep_programs import ProgramCache
 from metadyn.sweep_rows import Rows
 
 STUDY = str(Path(tiny_study.__file__))

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from metadyn import mesh
-from metadyn.shared_programs import ProgramCache, evaluate, split_constants, varying
+from metadyn.sweep_programs import ProgramCache, evaluate, split_constants, varying
 
 X = np.linspace(0.1, 1, 6, dtype=np.float32)
 
@@ -173,7 +173,7 @@ def test_a_form_is_the_same_in_every_process():
     """Although sets of names, such as of a mesh's axes, are in another order there."""
     code = """
 import jax
-from metadyn.shared_programs import split_constants
+from metadyn.sweep_programs import split_constants
 mesh = jax.make_mesh((1, 1, 1), ("seeds", "spare", "episodes"))
 P = jax.sharding.PartitionSpec
 mapped = jax.shard_map(lambda x: 2 * x, mesh=mesh, in_specs=P(), out_specs=P())
