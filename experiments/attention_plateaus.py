@@ -33,30 +33,8 @@ REST = 1.5
 class Components(LinearRegression):
     """Tasks y = w · x + ε with w ~ N(0, I) and inputs x ~ N(0, Λ) of several variances."""
 
-    n_x: int = 3
-    n_y: int = 1
-    steps: int = 31
-    """T: as many pairs in context, but one, as the last answer has."""
-    variances: tuple[float, ...] = (1.0, 0.6, 0.36)
+    variances: tuple[float, ...] = ()
     """λ_d, of each input, greatest first."""
-
-    def __post_init__(self) -> None:
-        for field in ("mean", "row_covariance"):
-            value = getattr(self, field)
-            check(value is None, field, value, "the theory is of weights N(0, I): leave it out")
-        check(self.spread == "quantiles", "spread", self.spread, "weights are ±1: leave it out")
-        check(self.n_y == 1, "n_y", self.n_y, "the theory is of one output")
-        given = np.array(self.column_covariance or [[1.0]])
-        fix = "the theory is of weights N(0, I): leave it out"
-        check(np.array_equal(given, np.eye(len(given))), "column_covariance", given.tolist(), fix)
-        unit = tuple(tuple(float(i == j) for j in range(self.n_x)) for i in range(self.n_x))
-        object.__setattr__(self, "column_covariance", unit)
-        super().__post_init__()
-        right = [*self.variances] == sorted({*self.variances}, reverse=True)
-        right = right and len(self.variances) == self.n_x and self.variances[-1] > 0
-        fix = f"give {self.n_x} positive numbers that fall"
-        check(right and np.isfinite(self.variances[0]), "variances", self.variances, fix)
-        check(self.steps >= 2, "steps", self.steps, "must be at least 2: a pair, and a query")
 
     def query(self, task, key):
         """Draws an input x ~ N(0, Λ)."""
@@ -122,7 +100,12 @@ def expected(domain, meta):
 class Config:
     """Everything the study depends on, beside its seed. Values are our choice."""
 
-    domain: Components = Components()
+    variances: tuple[float, ...] = (1.0, 0.6, 0.36)
+    """λ_d, of each input, greatest first."""
+    steps: int = 31
+    """T: as many pairs in context, but one, as the last answer has."""
+    sigma: float = 0.1
+    """Standard deviation σ of the noise."""
     separate: OneLayerAttentionConfig = OneLayerAttentionConfig(scale=4e-2)
     merged: OneLayerAttentionConfig = OneLayerAttentionConfig(merged=True, scale=2e-2)
     outer: md.OuterConfig = md.OuterConfig(
@@ -131,6 +114,20 @@ class Config:
     )  # fmt: skip
     """Plain gradient descent at a constant rate, which the theory is of."""
     measure: md.MeasureConfig = md.MeasureConfig(tracked_tasks=16, heldout_tasks=4096)
+
+    def __post_init__(self) -> None:
+        given = self.variances
+        right = given and [*given] == sorted({*given}, reverse=True) and given[-1] > 0
+        fix = "give positive numbers that fall"
+        check(right and np.isfinite(given[0]), "variances", given, fix)
+        check(self.steps >= 2, "steps", self.steps, "must be at least 2: a pair, and a query")
+
+    @property
+    def domain(self) -> Components:
+        """Returns the distribution of tasks, whose weights are N(0, I)."""
+        unit = tuple(map(tuple, np.eye(len(self.variances)).tolist()))
+        sizes = {"n_x": len(unit), "n_y": 1, "sigma": self.sigma, "steps": self.steps}
+        return Components(**sizes, column_covariance=unit, variances=self.variances)
 
 
 def plan(config: Config) -> md.Plan:
@@ -208,7 +205,7 @@ def plateaus(results):
     """Draws the loss of each seed over outer training, with the plateaus, and the components."""
     about, modes = (of(results[TRACKED, "merged"]) for of in (labelled.about, labelled.modes))
     steps, sigma = int(results[TRACKED, "merged"]["time"][-1]), about.loss_floor**0.5
-    domain = Components(len(modes.values), sigma=sigma, steps=steps, variances=modes.values)
+    domain = Config(modes.values, steps, sigma).domain
     figure, axes = figures.grid(4, columns=2, width=5.2, height=3.4)
     for (name, label), top, below in zip(KINDS.items(), axes[:2], axes[2:], strict=True):
         trained, tracked = results[HELDOUT, name], results[TRACKED, name]
@@ -232,7 +229,7 @@ def plateaus(results):
 
 
 WORKSTATION = Config(
-    domain=Components(n_x=4, variances=(1.0, 0.6, 0.36, 0.216)),
+    variances=(1.0, 0.6, 0.36, 0.216),
     outer=dataclasses.replace(Config().outer, steps=24_000, batch=256, seeds=16, checkpoints=120),
 )
 PAPER = Config(
