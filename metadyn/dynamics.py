@@ -420,23 +420,6 @@ def excesses(
     return estimate(statistic, *losses)
 
 
-def equal_excess(
-    outer_steps: Real[np.ndarray, " outer_step"],
-    losses: Float[np.ndarray, "*batch outer_step way"],
-    bayes_loss: Numbers,
-    floor: float,
-) -> tuple[Numbers, Float[np.ndarray, "*batch way"]]:
-    """Finds the lowest excess loss that all ways of training come to, and the steps each takes.
-
-    They are linearly interpolated between those at which losses were measured, each the lowest so
-    far. Bayes' loss is [*batch].
-    """
-    excess = excess_loss(losses, np.asarray(bayes_loss)[..., None, None], floor)
-    lowest = np.minimum.accumulate(excess, -2)
-    level = lowest[..., -1, :].max(-1)
-    return level, learning_times(outer_steps, level[..., None, None] - lowest, p=0.0)
-
-
 def to_equal_excess(
     ways: Sequence[xr.Dataset], bayes: xr.Dataset
 ) -> tuple[Estimate, list[Estimate], list[Estimate]]:
@@ -444,15 +427,18 @@ def to_equal_excess(
 
     Returns that excess loss, the outer steps of each, and the gain of each: how many times fewer
     outer steps it takes than the first. Ways of training are measured over it, on the tasks that
-    Bayes was measured on.
+    Bayes was measured on: steps are linearly interpolated between those, the excess the lowest so
+    far.
     """
     steps, floor = ways[0]["outer_step"].to_numpy(), labelled.about(ways[0]).loss_floor
 
     def all_of(*mean: Any) -> np.ndarray:
-        level, taken = equal_excess(steps, np.stack(mean[:-1], -1), mean[-1], floor)
+        excess = excess_loss(np.stack(mean[:-1], -1), np.asarray(mean[-1])[..., None, None], floor)
+        lowest = np.minimum.accumulate(excess, -2)
+        level = lowest[..., -1, :].max(-1)[..., None]
+        taken = learning_times(steps, level[..., None] - lowest, p=0.0)
         with np.errstate(all="ignore"):
-            gained = taken[..., :1] / taken
-        return np.concatenate([np.asarray(level)[..., None], taken, gained], -1)
+            return np.concatenate([level, taken, taken[..., :1] / taken], -1)
 
     losses = [episode_loss(each) for each in (*ways, bayes)]
     level, *rest = estimate(all_of, *losses).each()

@@ -172,33 +172,33 @@ def test_a_curriculum_needs_a_domain_that_has_modes_and_a_step_for_each():
         Admission((0, -1))
 
 
-def test_steps_to_equal_excess_are_those_of_curves_known_beforehand():
-    steps = np.array([0, 10, 20, 30, 40])
-    excess = np.array([[8, 8], [6, 4], [7, 2], [2, 1], [4, 1]])  # one that goes up and down again
-    level, taken = dynamics.equal_excess(steps, 0.5 + 0.25 * (1 + excess), 0.75, 0.5)
-    assert level == pytest.approx(2)
-    np.testing.assert_allclose(taken, [30, 20])
-
-
-def test_ways_of_training_are_compared_by_the_steps_to_an_excess_that_all_reach():
-    """Excess 8, 4, 2, 1 against 8, 2, 1, 0.5 of Bayes' 0.3 above a floor of 0.2."""
+@pytest.mark.parametrize(
+    ("excess", "level", "steps"),
+    [
+        ([[8, 4, 2, 1.0], [8, 2, 1, 0.5]], 1, [30, 20]),
+        ([[8, 6, 7, 2, 4.0], [8, 4, 2, 1, 1.0]], 2, [30, 20]),  # one that goes up and down again
+    ],
+)
+def test_ways_of_training_are_compared_by_the_steps_to_an_excess_that_all_reach(
+    excess, level, steps
+):
+    """Losses are so many times Bayes' 0.3 above a floor of 0.2."""
     about = lambda name: About(name, name, "meta", "observations", loss_floor=0.2)
     over, time = ("outer_step", "seed", "task", "step"), {"time": ("step", (0, 1))}
 
     def way(excess):
         loss = 0.5 + 0.3 * np.array(excess)[:, None, None]
         arrays = {"loss": np.stack([np.nan * loss, loss], -1)}
-        steps = {"outer_step": ("outer_step", (0, 10, 20, 30))}
-        return labelled(arrays, describe(about("a"), {"loss": over}, time | steps, {}))
+        at = {"outer_step": ("outer_step", range(0, 10 * len(excess), 10))}
+        return labelled(arrays, describe(about("a"), {"loss": over}, time | at, {}))
 
     bayes = labelled(
         {"loss": np.array([[np.nan, 0.5]])},
         describe(about("bayes"), {"loss": ("task", "step")}, time, {}),
     )
-    ways = way([8, 4, 2, 1.0]), way([8, 2, 1, 0.5])
-    level, steps, gains = dynamics.to_equal_excess(ways, bayes)
-    np.testing.assert_allclose(level.value, 1, rtol=1e-6)
-    np.testing.assert_allclose([each.value for each in steps], [30, 20], rtol=1e-6)
+    reached, taken, gains = dynamics.to_equal_excess([*map(way, excess)], bayes)
+    np.testing.assert_allclose(reached.value, level, rtol=1e-6)
+    np.testing.assert_allclose([each.value for each in taken], steps, rtol=1e-6)
     np.testing.assert_allclose([each.value for each in gains], [1, 1.5], rtol=1e-6)
 
 
