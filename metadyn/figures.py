@@ -221,8 +221,7 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
     axis.set_xticks([*ticks], ticks.values())
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_ylabel(f"learning time $t_k({modes.p:g})$, own steps")
-    if axis.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", fontsize=10)
+    figure.legend(loc="outside lower center", fontsize=10)
     return figure
 
 
@@ -327,7 +326,6 @@ def inner_curves(training: LearningHistory) -> Figure:
     """Draws the inner learning curve of each mode (panels) over outer training, and Bayes'."""
     modes, (strength, best) = training.modes, training.strengths
     times, steps = (training.trained[name].to_numpy() for name in ("time", "outer_step"))
-    spread = lambda n, most: np.unique(np.linspace(0, n - 1, most).round().astype(int))
     shown, which = spread(len(steps), 9), spread(len(modes.values), MODES)
     mean = dynamics.estimate(np.asarray, strength[:, :, shown][..., which])
     labels, names = [f"{step:,}" for step in steps[shown]], _named(modes)
@@ -523,6 +521,11 @@ def panels(
     if alike:
         legend_below(every[0], min(3, 2 * len(shown) - 1))
     return figure
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """Chooses places of n things, at most so many, spread evenly from the first to the last."""
+    return np.unique(np.linspace(0, n - 1, most).round().astype(int))
 
 
 def colours(values: Sequence[Any] | np.ndarray, palette: str = "viridis") -> list:

@@ -175,8 +175,8 @@ def _learner(data: xr.Dataset, probe: str, share: int) -> dict[str, Any]:
     data = data if followed else data.expand_dims(outer_step=[0])
     # A page of ten runs is as long as ten pages; one of more grows no further by steps and times.
     steps, times = (most // max(1, share // 10) for most in (MOST_STEPS, MOST_TIMES))
-    data = data.isel(outer_step=_thinned(data.sizes["outer_step"], steps))
-    kept, strength = _thinned(data.sizes["step"], times), dynamics.strength(data, probe)
+    data = data.isel(outer_step=figures.spread(data.sizes["outer_step"], steps))
+    kept, strength = figures.spread(data.sizes["step"], times), dynamics.strength(data, probe)
     found = lambda f: [_rounded(part) for part in dynamics.estimate(f, strength)]
     return {
         "name": about.learner,
@@ -212,10 +212,6 @@ def plain(text: str) -> str:
     for sign, said in (("\n", " "), ("$", ""), ("\\", ""), ("_k", "ₖ"), ("{", ""), ("}", "")):
         text = text.replace(sign, said)
     return text
-
-
-def _thinned(n: int, most: int) -> np.ndarray:
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
 def _rounded(values: Any) -> Any:
