@@ -190,8 +190,6 @@ def criteria(config: Config, results):
         for k, each in enumerate(ratio.T if staircase else ratio.T[-1:]):
             found, nth = over_seeds(each), f"_{k + 1}" * staircase
             yield md.criterion(f"{name}_drop{nth}", found, said, 1.1, 0.9, surely=True)
-        end = over_seeds(last_loss(trained)[:, -1] / levels[-1])
-        yield md.criterion(f"{name}_end", end, f"{label}: last loss over the last plateau's")
         tracked = results[TRACKED, name]
         order = dynamics.outer_merit(tracked, results[TRACKED, "bayes"])
         bounds = {"at_most": -0.2} if staircase else {}
