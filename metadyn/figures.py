@@ -503,23 +503,17 @@ def grouped_bars(axis: Any, names: Sequence[str], found: Sequence[tuple[str, Est
 def panels(
     shown: Mapping[str, tuple[np.ndarray, Mapping[str, Estimate]]], label: str, **axes: Any
 ) -> Figure:
-    """Draws estimates [x] by what they are called, a panel for each title.
+    """Draws estimates [x] by what they are called, a panel for each title, and one legend.
 
-    `shown` is (x, estimates) by title; `label` is of the vertical axes, `axes` what all have. There
-    is one legend, or one below each panel if they do not show the same.
+    `shown` is (x, estimates) by title, the same ones in each; `label` is of the vertical axes,
+    `axes` what all have.
     """
-    named = [tuple(found) for _, found in shown.values()]
-    alike = len(set(named)) == 1
-    height = 3.4 if alike else 3.2 + 0.2 * max(map(len, named), default=0)
-    figure, every = grid(len(shown), label, 3.8, height, sharey=True)
+    figure, every = grid(len(shown), label, 3.8, 3.4, sharey=True)
     for axis, (title, (x, found)) in zip(every, shown.items(), strict=True):
         curves(axis, x, dynamics.stacked(found.values()), [*found], marker="o", ms=3)
         axis.set(**axes)
         axis.set_title(title, fontsize=10)
-        if not alike:
-            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    if alike:
-        legend_below(every[0], min(3, 2 * len(shown) - 1))
+    legend_below(every[0], min(3, 2 * len(shown) - 1))
     return figure
 
 
