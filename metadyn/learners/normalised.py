@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,38 +9,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from metadyn import mesh
-from metadyn.base import Answer, Domain, Feedback, Key, Learner, MetaLearner, Params, Query, State
+from metadyn.base import Domain, Key, Learner, MetaLearner, Params, Query, State, as_subclass
 
 
-def _passed_on(name: str) -> Any:
-    return property(lambda self: getattr(self.domain, name))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inside:
+def _inside(domain: Any) -> Any:
     """A domain as the meta-learner inside sees it: each query comes with two numbers on sizes."""
+    kind: Any = type(domain)
 
-    domain: Any
+    class Inside(kind):
+        def query(self, task: Any, key: Key) -> Query:
+            return super().query(task, key), jnp.zeros(2)
 
-    # From Python 3.12 on `isinstance` does not ask `__getattr__` for what a protocol has.
-    steps, loss_floor, answer_size = map(_passed_on, ("steps", "loss_floor", "answer_size"))
-    sample_task, loss, encode_feedback, evaluation = map(
-        _passed_on, ("sample_task", "loss", "encode_feedback", "evaluation")
-    )
+        def feedback(self, task: Any, query: Query, answer: Array, key: Key) -> Array:
+            return super().feedback(task, query[0], answer, key)
 
-    def __getattr__(self, name: str) -> Any:  # of all else that a domain has
-        if name == "domain":  # of a copy that is being made
-            raise AttributeError(name)
-        return getattr(self.domain, name)
+        def encode_query(self, query: Query) -> Float[Array, " n"]:
+            return jnp.concatenate([super().encode_query(query[0]), query[1]])
 
-    def query(self, task: Any, key: Key) -> Query:
-        return self.domain.query(task, key), jnp.zeros(2)
-
-    def feedback(self, task: Any, query: Query, answer: Answer, key: Key) -> Feedback:
-        return self.domain.feedback(task, query[0], answer, key)
-
-    def encode_query(self, query: Query) -> Float[Array, " n"]:
-        return jnp.concatenate([self.domain.encode_query(query[0]), query[1]])
+    return as_subclass(domain, Inside)
 
 
 class NormalisedState(NamedTuple):
@@ -74,7 +59,7 @@ class Normalised:
     heads = 0
 
     def __init__(self, domain: Domain, make: Callable[[Any], MetaLearner]):
-        self.domain, self.inside = domain, make(_Inside(domain))
+        self.domain, self.inside = domain, make(_inside(domain))
         self.init, self.cached_episodes = self.inside.init, mesh.cached_episodes(self.inside)
 
     def learner(self, params: Params) -> Learner:
@@ -87,10 +72,10 @@ class Normalised:
         def init(key: Key) -> NormalisedState:
             return NormalisedState(inside.init(key), *[jnp.zeros(())] * 3)
 
-        def predict(state: NormalisedState, x: Query) -> Answer:
+        def predict(state: NormalisedState, x: Query) -> Array:
             return _size(state.mean_square) * inside.predict(state.inside, asked(state, x))
 
-        def update(state: NormalisedState, x: Query, y: Feedback) -> NormalisedState:
+        def update(state: NormalisedState, x: Query, y: Array) -> NormalisedState:
             t, before = state.t + 1, state.mean_square
             after = before + ((y**2).mean() - before) / t
             known = inside.update(state.inside, asked(state, x), y / _size(after))
