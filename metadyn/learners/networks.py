@@ -121,7 +121,7 @@ class _NetworkMetaLearner:
     def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
         raise NotImplementedError
 
-    def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
+    def _episode(self, body: Any, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
         raise NotImplementedError
 
     # The contract of `base.MetaLearner`.
@@ -168,7 +168,8 @@ class _NetworkMetaLearner:
     ) -> Float[Array, "T outputs B"]:
         """Runs whole episodes: the answers [T, answer_size, B], and below them the heads."""
         network = self.network(params)
-        whole = getattr(network.body, "episodes", None) or partial(self._whole, network.body)
+        one_by_one = jax.vmap(partial(self._episode, network.body), -1, -1)
+        whole = getattr(network.body, "episodes", one_by_one)
         x, y = encoded_episodes(self.domain, queries, feedback)
         y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
         inputs = jnp.concatenate([x, y_before], axis=1)
@@ -191,12 +192,8 @@ class Recurrent(_NetworkMetaLearner):
     def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
         return body(carry, x)
 
-    def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-        carries = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (inputs.shape[2], *leaf.shape)), self._start(body)
-        )
-        step = jax.vmap(lambda carry, x: body(carry, x))
-        return jax.lax.scan(step, carries, inputs.swapaxes(1, 2))[1].swapaxes(1, 2)
+    def _episode(self, body: Any, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
+        return jax.lax.scan(partial(self._step, body), self._start(body), inputs)[1]
 
 
 class Sequence(_NetworkMetaLearner):
@@ -219,8 +216,8 @@ class Sequence(_NetworkMetaLearner):
     def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
         return body.step(carry, x)
 
-    def _whole(self, body: Any, inputs: Float[Array, "T n B"]) -> Float[Array, "T F B"]:
-        return jax.vmap(lambda one: body(one), -1, -1)(inputs)
+    def _episode(self, body: Any, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
+        return body(inputs)
 
 
 @dataclasses.dataclass(frozen=True)
