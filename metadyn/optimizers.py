@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +27,11 @@ def named_optimizer(
     in optimisers that take one, such as adam. Raises `ConfigError` for other names.
     """
     check(isinstance(name, str), "optimizer", name, "give its name in optax, such as 'adam'")
-    make = getattr(optax, name, getattr(optax.contrib, name, None))
+    make: Any = getattr(optax, name, getattr(optax.contrib, name, None))
     make = partial(optax.sgd, momentum=0.9) if name == "momentum" else make
     with contextlib.suppress(TypeError, AttributeError, ValueError):
-        more = {} if b2 is None else {"b2": b2}
-        if not callable(make) or "learning_rate" not in inspect.signature(make).parameters:
-            raise ValueError  # scale_by_adam, for one, is no optimiser
-        made = make(learning_rate, **more)
+        # By name, which scale_by_adam, for one, does not take: it is no optimiser.
+        made = make(learning_rate=learning_rate, **({} if b2 is None else {"b2": b2}))
         if isinstance(made, optax.GradientTransformation):  # and it needs no more than gradients
             one = jax.ShapeDtypeStruct((1,), jnp.float32)
             jax.eval_shape(lambda g, p: made.update(g, made.init(p), p), one, one)
