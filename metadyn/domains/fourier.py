@@ -29,27 +29,23 @@ Number = Float[Array, "1"]
 Embedding = Literal["raw", "standard", "circle", "fourier"]
 
 
-def band(low: int, high: int, total: float = 1.0) -> Spectrum:
-    """Gives equal variances, `total` in all, to the frequencies low … high: a band-pass prior.
+def band(low: int, high: int) -> Spectrum:
+    """Gives equal variances, 1 in all, to the frequencies low … high: a band-pass prior.
 
-    From low = 1 it is a low-pass prior. The functions have variance `total` at every input.
-    Raises `ConfigError` unless 0 <= low <= high and `total` is positive.
+    From low = 1 it is a low-pass prior. The functions have variance 1 at every input. Raises
+    `ConfigError` unless 0 <= low <= high.
     """
     check(0 <= low <= high, "band", (low, high), "must be 0 <= low <= high")
-    return _in_all(total, [float(k >= low) for k in range(high + 1)])
+    return tuple(float(k >= low) / (high - low + 1) for k in range(high + 1))
 
 
-def band_stop(low: int, high: int, highest: int, total: float = 1.0) -> Spectrum:
-    """Gives equal variances, `total` in all, to 1 … highest but for the frequencies low … high."""
+def band_stop(low: int, high: int, highest: int) -> Spectrum:
+    """Gives equal variances, 1 in all, to 1 … highest but for the frequencies low … high."""
     check(1 <= low <= high <= highest, "band_stop", (low, high, highest), "must be in this order")
     fix = "leave a frequency that passes"
     check(low > 1 or high < highest, "band_stop", (low, high, highest), fix)
-    return _in_all(total, [float(0 < k < low or k > high) for k in range(highest + 1)])
-
-
-def _in_all(total: float, parts: Sequence[float]) -> Spectrum:
-    check(0 < total < np.inf, "total", total, "must be positive and finite")
-    return tuple(total * part / sum(parts) for part in parts)
+    passes = [0 < k < low or k > high for k in range(highest + 1)]
+    return tuple(each / sum(passes) for each in passes)
 
 
 def check_spectrum(field: str, v: Spectrum) -> None:
