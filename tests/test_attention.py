@@ -68,7 +68,7 @@ def test_a_transformer_is_that_of_its_formulae():
 
 def test_linear_attention_is_a_sum_over_the_past():
     """(1/t) Σ v_s (k_s · q_t), written out."""
-    mixer = LinearAttention(CONFIGS["linear"], rngs=nnx.Rngs(0))
+    mixer = LinearAttention(CONFIGS["linear"], T, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((T, H))
     kernel = lambda linear: np.asarray(linear.kernel[...], np.float64)
     heads = lambda a: a.reshape(T, HEADS, -1)

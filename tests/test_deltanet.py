@@ -15,7 +15,7 @@ CONFIG = DeltaNetConfig(hidden=H, attention_heads=HEADS)
 
 @pytest.fixture(scope="module")
 def mixer():
-    return DeltaRule(CONFIG, rngs=nnx.Rngs(0))
+    return DeltaRule(CONFIG, 20, rngs=nnx.Rngs(0))
 
 
 def projected(mixer, x):

@@ -29,17 +29,6 @@ Sums = tuple[Float[Array, "heads d d"], Int[Array, ""]]
 Pairs = tuple[Float[Array, "m n"], Int[Array, ""]]
 
 
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig(HeadedConfig):
-    """A causal transformer, such as learns regression in context in Garg et al. (2022)."""
-
-    label = "transformer"
-
-    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> SoftmaxAttention:
-        """Makes the softmax attention of one block."""
-        return SoftmaxAttention(self, rngs=rngs)
-
-
 class SoftmaxAttention(nnx.Module):
     """Causal self-attention of several heads (Vaswani et al. 2017), stepped from a cache.
 
@@ -47,7 +36,7 @@ class SoftmaxAttention(nnx.Module):
     answered with NaN, since one that silently went unread would pass for an answer.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: HeadedConfig, steps: int, *, rngs: nnx.Rngs):
         H = config.hidden
         self.heads, self.d = config.attention_heads, config.head_size
         self.project: Any = nnx.Linear(H, 3 * H, rngs=rngs)
@@ -81,18 +70,11 @@ class SoftmaxAttention(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearAttentionConfig(HeadedConfig):
-    """A transformer whose attention is linear: its memory is of one size however long the episode.
+class TransformerConfig(HeadedConfig):
+    """A causal transformer, such as learns regression in context in Garg et al. (2022)."""
 
-    Scores are qᵀk / √d without a softmax (after Schlag et al. 2021), and their sum is divided by
-    the number of tokens, as Zhang et al. (2025) divide it.
-    """
-
-    label = "linear attention"
-
-    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> LinearAttention:
-        """Makes the linear attention of one block."""
-        return LinearAttention(self, rngs=rngs)
+    label = "transformer"
+    mixer = SoftmaxAttention
 
 
 class LinearAttention(nnx.Module):
@@ -101,7 +83,7 @@ class LinearAttention(nnx.Module):
     The memory is Σ v kᵀ.
     """
 
-    def __init__(self, config: LinearAttentionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: HeadedConfig, steps: int, *, rngs: nnx.Rngs):
         self.heads, self.d = config.attention_heads, config.head_size
         linear = lambda: nnx.Linear(config.hidden, config.hidden, use_bias=False, rngs=rngs)
         self.query, self.value, self.out, self.key = (linear() for _ in range(4))
@@ -128,6 +110,18 @@ class LinearAttention(nnx.Module):
         own = (query * key).sum(-1, keepdims=True) * value
         mixed = (jnp.einsum("hdk,hk->hd", sums, query) + own) / (t + 1)
         return (sums + value[:, :, None] * key[:, None], t + 1), self.out(mixed.reshape(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAttentionConfig(HeadedConfig):
+    """A transformer whose attention is linear: its memory is of one size however long the episode.
+
+    Scores are qᵀk / √d without a softmax (after Schlag et al. 2021), and their sum is divided by
+    the number of tokens, as Zhang et al. (2025) divide it.
+    """
+
+    label = "linear attention"
+    mixer = LinearAttention
 
 
 @dataclasses.dataclass(frozen=True)

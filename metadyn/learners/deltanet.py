@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metadyn.base import Domain
 from metadyn.kernels import products
 from metadyn.learners.residual_blocks import HeadedConfig, by_token, joined, queries_keys_values
 
@@ -18,27 +17,13 @@ TOGETHER = 64
 """Tokens whose corrections are solved for at once: our choice."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DeltaNetConfig(HeadedConfig):
-    """Residual blocks whose memory is a linear map, trained online by the delta rule.
-
-    After Schlag et al. (2021) and Yang et al. (2024, arXiv:2406.06484).
-    """
-
-    label = "DeltaNet"
-
-    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> DeltaRule:
-        """Makes the delta rule of one block."""
-        return DeltaRule(self, rngs=rngs)
-
-
 class DeltaRule(nnx.Module):
     """Fast weights S_t = S_{t−1} + β_t (v_t − S_{t−1} k_t) k_tᵀ, read as S_t q_t, head by head.
 
     One step of gradient descent, at rate β_t between 0 and 1, on ½|S k_t − v_t|² with |k_t| = 1.
     """
 
-    def __init__(self, config: DeltaNetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: HeadedConfig, steps: int, *, rngs: nnx.Rngs):
         H = config.hidden
         self.heads, self.d = config.attention_heads, config.head_size
         self.project = nnx.Linear(H, 3 * H, use_bias=False, rngs=rngs)
@@ -82,6 +67,17 @@ class DeltaRule(nnx.Module):
         own = error * (key * query).sum(-1, keepdims=True)
         mixed = jnp.einsum("hvk,hk->hv", memory, query) + own
         return memory + error[:, :, None] * key[:, None], self.out(mixed.reshape(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig(HeadedConfig):
+    """Residual blocks whose memory is a linear map, trained online by the delta rule.
+
+    After Schlag et al. (2021) and Yang et al. (2024, arXiv:2406.06484).
+    """
+
+    label = "DeltaNet"
+    mixer = DeltaRule
 
 
 def _part(memory: FastWeights | None, tokens: list[Array]) -> tuple[FastWeights, Array]:

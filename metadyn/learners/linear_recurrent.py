@@ -10,23 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from metadyn.base import Domain, Key
+from metadyn.base import Key
 from metadyn.learners.residual_blocks import BlocksConfig, by_token
 
 State = Float[Array, " H"]
-
-
-@dataclasses.dataclass(frozen=True)
-class MinLSTMConfig(BlocksConfig):
-    """Residual blocks of minLSTMs (Feng et al. 2024, arXiv:2410.01201)."""
-
-    label = "minLSTM"
-    outer_learning_rate: float = 1e-2
-    """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
-
-    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> MinLSTM:
-        """Makes the minLSTM of one block."""
-        return MinLSTM(self, domain.steps, rngs=rngs)
 
 
 class MinLSTM(nnx.Module):
@@ -39,7 +26,7 @@ class MinLSTM(nnx.Module):
     does not know the query, and a product with it is what regression is made of.
     """
 
-    def __init__(self, config: MinLSTMConfig, steps: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlocksConfig, steps: int, *, rngs: nnx.Rngs):
         H = config.hidden
 
         def bias(key: Key, shape: tuple[int, ...], *rest: Any) -> Array:
@@ -71,3 +58,13 @@ class MinLSTM(nnx.Module):
         kept, new, read = self._gated(x)
         memory = kept * memory + new
         return memory, self.out(read * memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class MinLSTMConfig(BlocksConfig):
+    """Residual blocks of minLSTMs (Feng et al. 2024, arXiv:2410.01201)."""
+
+    label = "minLSTM"
+    mixer = MinLSTM
+    outer_learning_rate: float = 1e-2
+    """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""

@@ -7,7 +7,7 @@ of it alone, each reading a normalised copy: the pre-norm transformer (Xiong et 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from metadyn.base import Domain
 from metadyn.errors import check, check_positive
-from metadyn.learners.networks import Carry, CausalModel, Sequence
+from metadyn.learners.networks import Carry, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +31,18 @@ class BlocksConfig:
     """Width of the MLPs, in units of H."""
     outer_learning_rate: float = 5e-3
     """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
+    mixer: ClassVar[Any]
+    """What lets a token depend on those before it: `mixer(config, steps, rngs=rngs)` makes that of
+    one block, for episodes of so many steps. It is a `CausalModel` that runs many of them at once,
+    [..., T, H], and whose stepping computes nothing as large as its memory for an answer alone: a
+    probe asks many queries of one."""
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden", "layers", "mlp", "outer_learning_rate")
 
-    def mixer(self, domain: Domain, rngs: nnx.Rngs) -> CausalModel:
-        """Makes the mixer of one block: what lets a token depend on those before it.
-
-        It runs many whole episodes at once, [..., T, H]. Its stepping is written so that nothing as
-        large as the memory is computed for an answer alone: a probe asks many queries of one.
-        """
-        raise NotImplementedError
-
     def make(self, domain: Domain, heads: int = 0) -> Sequence:
         """Makes the meta-learner for a domain."""
-        return Sequence(domain, lambda n, rngs: Blocks(n, self, domain, rngs=rngs), heads)
+        return Sequence(domain, lambda n, rngs: Blocks(n, self, domain.steps, rngs=rngs), heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +86,10 @@ def joined(x: Float[Array, "*B heads T d"]) -> Float[Array, "*B T H"]:
 class Block(nnx.Module):
     """A mixer and an MLP of one hidden layer, each added to what it reads."""
 
-    def __init__(self, config: BlocksConfig, domain: Domain, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlocksConfig, steps: int, *, rngs: nnx.Rngs):
         H = config.hidden
         self.norms = nnx.List([nnx.RMSNorm(H, rngs=rngs) for _ in range(2)])
-        self.mixer: Any = config.mixer(domain, rngs)
+        self.mixer = config.mixer(config, steps, rngs=rngs)
         self.wide = nnx.Linear(H, config.mlp * H, rngs=rngs)
         self.narrow = nnx.Linear(config.mlp * H, H, rngs=rngs)
 
@@ -118,10 +115,10 @@ class Blocks(nnx.Module):
     encoding of positions: a causal model can count, and pairs of an episode are exchangeable.
     """
 
-    def __init__(self, n_in: int, config: BlocksConfig, domain: Domain, *, rngs: nnx.Rngs):
+    def __init__(self, n_in: int, config: BlocksConfig, steps: int, *, rngs: nnx.Rngs):
         self.n_in = n_in
         self.embed = nnx.Linear(2 * n_in, config.hidden, rngs=rngs)
-        self.blocks = nnx.List([Block(config, domain, rngs=rngs) for _ in range(config.layers)])
+        self.blocks = nnx.List([Block(config, steps, rngs=rngs) for _ in range(config.layers)])
 
     def __call__(self, inputs: Float[Array, "*B T n"]) -> Float[Array, "*B T H"]:
         """The outputs of whole episodes."""
