@@ -18,13 +18,7 @@ from jaxtyping import Array, Float, Int
 from metadyn import inner, prng
 from metadyn.base import Domain, Key, Keys, MetaLearner, Params
 from metadyn.learners.gradient import Weights
-from metadyn.learners.maml import (
-    Descent,
-    InnerDescent,
-    InnerDescentConfig,
-    check_regression,
-    ordinary_network,
-)
+from metadyn.learners.maml import Descent, InnerDescent, InnerDescentConfig
 from metadyn.objectives import Metrics, Objective
 
 DECAYS = (0.5, 0.9)  # our choice: what a step leaves of each momentum
@@ -137,7 +131,7 @@ def antithetic(loss, theta: Array, noise: Array, sigma: float) -> tuple[Array, A
 class LearnedOptimizerConfig(InnerDescentConfig):
     """A learned optimiser of the networks of ordinary learners. The values are our choice."""
 
-    label = "learned optimiser"
+    label, kind = "learned optimiser", LearnedOptimizer
     hidden: int = 8
     """Hidden units of the MLP that every weight has."""
     scale: float = 1e-3
@@ -148,12 +142,6 @@ class LearnedOptimizerConfig(InnerDescentConfig):
     """Standard deviation of the outer parameters' perturbations."""
     outer_learning_rate: float = 2e-2
     """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
-
-    def make(self, domain: Domain, heads: int = 0) -> LearnedOptimizer:
-        """Makes the meta-learner for a domain; raises `ConfigError` if it is no regression."""
-        check_regression(domain, heads, self.label)
-        network = ordinary_network(domain, self.depth, self.width, self.scale)
-        return LearnedOptimizer(domain, network, self)
 
     def objective(self, domain: Domain, meta: MetaLearner) -> Objective:
         """Makes the objective that it is trained on (`evolution_strategies`)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,13 +155,6 @@ def clipped(gradient: Weights, clip: float) -> Weights:
     return jax.tree.map(lambda leaf: scale * leaf, gradient)
 
 
-def check_regression(domain: Domain, heads: int, what: str) -> None:
-    """Raises `ConfigError` unless a domain has squared errors, and no head is asked for."""
-    fix = f"{what} trains networks on squared errors: choose another, such as lstm, for this domain"
-    check(isinstance(domain, Regression), "domain", type(domain).__name__, fix)
-    check(heads == 0, "heads", heads, f"{what} has none: choose another meta-learner, such as lstm")
-
-
 class MAML(InnerDescent):
     """Gradient descent from a learned start, at a learned rate for each layer and each inner step.
 
@@ -211,6 +204,9 @@ def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None
 class InnerDescentConfig:
     """Settings of all meta-learners that train a network within the episode. Values: our choice."""
 
+    label: ClassVar[str]
+    kind: ClassVar[type[InnerDescent]]
+    """What `make` makes."""
     inner_steps: int = 3
     """K, full-batch steps after each observation."""
     depth: int = 2
@@ -228,16 +224,20 @@ class InnerDescentConfig:
     def __post_init__(self) -> None:
         check_positive(self, *(field.name for field in dataclasses.fields(self)))
 
+    def make(self, domain: Domain, heads: int = 0) -> InnerDescent:
+        """Makes the meta-learner for a domain; raises `ConfigError` if it is no regression."""
+        fix = f"{self.label} trains networks on squared errors: choose another, such as lstm"
+        check(isinstance(domain, Regression), "domain", type(domain).__name__, fix)
+        fix = f"{self.label} has none: choose another meta-learner, such as lstm"
+        check(heads == 0, "heads", heads, fix)
+        network = ordinary_network(domain, self.depth, self.width, getattr(self, "scale", None))
+        return self.kind(domain, network, self)
+
 
 @dataclasses.dataclass(frozen=True)
 class MAMLConfig(InnerDescentConfig):
     """Gradient descent from a learned start. The values are our choice."""
 
-    label = "MAML"
+    label, kind = "MAML", MAML
     learning_rate: float = 0.1
     """Every inner rate at outer step 0, for the loss ½‖y − ŷ‖²."""
-
-    def make(self, domain: Domain, heads: int = 0) -> MAML:
-        """Makes the meta-learner for a domain; raises `ConfigError` if it is no regression."""
-        check_regression(domain, heads, self.label)
-        return MAML(domain, ordinary_network(domain, self.depth, self.width), self)
