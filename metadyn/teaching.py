@@ -21,7 +21,6 @@ from metadyn import dynamics
 from metadyn.base import Key, Learner, Probe, Sample, TaskSet, as_subclass
 from metadyn.domains.bandit import BanditTask, ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression, LinearTask
-from metadyn.errors import check
 
 Lesson = Float[Array, "m n_x"]
 """The inputs of the first examples that a learner is shown; NaN in place of one that is posed."""
@@ -84,11 +83,8 @@ def taught(
     """Wraps a learner so that it is first shown a teacher's examples, then the posed ones.
 
     It is for the tasks that `sets` makes. Each example is shown for `each` updates, with noise of
-    its own each time. The teacher is asked once for each task. Raises `ConfigError` for fewer
-    examples or updates than one.
+    its own each time. The teacher is asked once for each task.
     """
-    check(examples >= 1, "examples", examples, "must be at least 1")
-    check(each >= 1, "each", each, "must be at least 1")
 
     def init(key: Key) -> tuple[Array, Lesson, Any]:
         return jnp.int32(0), jnp.zeros((examples, n_x)), learner.init(key)

@@ -203,8 +203,6 @@ def softmax_policy(
     The shared bias b couples the contexts: what is learned in one moves the policy in all. Without
     it they are decoupled.
     """
-    check(contexts >= 1, "contexts", contexts, "must be at least 1")
-    check(actions >= 1, "actions", actions, "must be at least 1")
     check(scale >= 0, "scale", scale, "must be 0 or more")
 
     def init(key: Key) -> Policy:
