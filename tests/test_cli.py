@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import matplotlib.image
 import numpy as np
@@ -20,7 +21,7 @@ from metadyn import cli, figures, runner
 from metadyn.cli import main
 from metadyn.options import configured
 from metadyn.store import RunFolder
-from metadyn.study import load_study
+from metadyn.study import Network, load_study
 
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "linear_regression.py")
@@ -323,6 +324,12 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys
     assert says in captured.err
     assert "Traceback" not in captured.err
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
+
+
+def test_choices_are_said_in_one_line_in_a_narrow_terminal(refused, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    said = refused(["linear_regression", "--meta", "lstn"], "metadyn: --meta lstn: choose from ")
+    assert [name for name in get_args(Network) if f"'{name}'" not in said] == []
 
 
 @pytest.mark.parametrize("option", [("--domain.sigma", "-1"), ("--domain.sigma=-1",)])

@@ -526,6 +526,7 @@ def test_what_is_left_out_by_default_is_drawn_as_it_is_typed():
         (["--domain.sigma", "0.1", "1e-1"], "--domain.sigma 0.1: given twice"),
         (["--tensorboard", "--domain.sigma", "1"], "--tensorboard: is an option of `metadyn run`"),
         (["--domain.sigma"], "--domain.sigma: give one or more values"),
+        (["--domain.sigma", "", "0.1"], "--domain.sigma : must be a number"),
         (["--domain.sigm", "1"], "did you mean '--domain.sigma'?"),
         (["stray"], "stray"),
         (
