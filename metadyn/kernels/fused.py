@@ -50,7 +50,7 @@ def _sigmoid(z: Array) -> Array:
     return 0.5 + 0.5 * jnp.tanh(0.5 * z)
 
 
-def _over(tiles: int, body: Callable[[Any, Any], Any], start: Any = None) -> Any:
+def _over(tiles: int, body: Callable[[Any, Any], Any], start: Any = 0) -> Any:
     """`body(p, carry)` for each tile of hidden units; one tile needs no loop."""
     return jax.lax.fori_loop(0, tiles, body, start) if tiles > 1 else body(0, start)
 
@@ -62,11 +62,19 @@ def _steps(T: int, tiles: int, clear: Any, step: Any, wait: Callable[[], None]) 
     """
 
     def each(body):
-        _over(tiles, lambda p, _: body(p))
+        def visit(p, carry):
+            body(p)
+            return carry
+
+        _over(tiles, visit)
         wait()
 
+    def turn(n, carry):
+        each(step(n))
+        return carry
+
     each(clear)
-    jax.lax.fori_loop(0, T, lambda n, _: each(step(n)), None)
+    jax.lax.fori_loop(0, T, turn, 0)
 
 
 def _forward_kernel(x, w_x, w_h, h_out, c_out, gates_out, *, dot, wait):
