@@ -162,10 +162,8 @@ class MetaTraining(NamedTuple):
             usual = numbers(self.objective.loss)
             if self.objective.at is not None:
                 at = lambda step, *given: self.objective.at_step(step).loss(*given)
-                found, fix = (
-                    numbers(at, jnp.int32(0)),
-                    f"at an outer step they must be {usual}, too",
-                )
+                found = numbers(at, jnp.int32(0))
+                fix = f"at an outer step they must be {usual}, too"
                 check(found == usual, "metrics", found, fix)
 
     def option(self, field: str) -> str:
