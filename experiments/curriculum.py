@@ -170,9 +170,7 @@ WORKSTATION = Config(
     of="workstation",
     nonlinear_steps=(320, 1060, 1660, 2500, 3940),
     bandit_steps=(1220, 1370, 1500, 1620, 1880),
-    outer=md.OuterConfig(
-        steps=12_000, seeds=8, learning_rate=1e-2, schedule="constant", warmup=100, checkpoints=40
-    ),
+    outer=dataclasses.replace(QUICK.outer, steps=12_000, seeds=8, checkpoints=40),
     measure=md.MeasureConfig(tasks=4096, tracked_tasks=512, heldout_tasks=2048, probe_points=16),
 )
 PAPER = Config(
