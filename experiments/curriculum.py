@@ -40,7 +40,7 @@ class Config(LearnersConfig, DomainsConfig):
     Those of the quick preset lie within the intervals of nonlinear_n_k and bandit_n_k that it
     reports, as plain training is the same whatever they are. Those of the workstation preset were
     reported by `outer_loop_dynamics` with an outer loop that brought plain training to the last two
-    frequencies 15 and 18 % sooner; the defaults by it alone, not fitted to the paper's preset.
+    frequencies 9 % sooner; the defaults by it alone, not fitted to the paper's preset.
     """
 
     learners: tuple[str, ...] = ("lstm", "maml")
