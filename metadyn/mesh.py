@@ -35,7 +35,7 @@ TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 CACHED_EPISODES, LEAST_TASKS, SMALL_TASKS = 128, 64, 512  # our choice
 CACHE = 1 << 20  # bytes: our choice
-GROUPS, GROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUPS, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 TAKEN = 2  # times its state and the greatest array that measuring a task takes: our choice
 
 
@@ -180,15 +180,15 @@ def on_main_process(f: Callable[[], Any]) -> Any:
     return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
 
-def _group_limits(files: Mapping[str, str]) -> Iterator[str]:
+def _cgroup_limits(files: Mapping[str, str]) -> Iterator[str]:
     """What the control groups of this process, and those above them, limit: each file's text.
 
     `files` are the names of the file by the controller; of version 2 by "".
     """
     with contextlib.suppress(OSError):  # not on every system
-        for line in GROUPS_OF_PROCESS.read_text().splitlines():
+        for line in CGROUPS_OF_PROCESS.read_text().splitlines():
             _, controller, path = line.split(":", 2)
-            own = Path(GROUPS, controller, path.lstrip("/"))
+            own = Path(CGROUPS, controller, path.lstrip("/"))
             for group in (own, *own.parents) if controller in files else ():
                 with contextlib.suppress(OSError):
                     yield (group / files[controller]).read_text()
@@ -198,7 +198,7 @@ def cores() -> int:
     """Counts the CPU cores that this process may use: as many whole ones as a container has."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     found = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for quota, period in map(str.split, _group_limits({"": "cpu.max"})):
+    for quota, period in map(str.split, _cgroup_limits({"": "cpu.max"})):
         if quota != "max":
             found = min(found, max(1, int(quota) // int(period)))
     return found
@@ -479,7 +479,7 @@ def memory(split: bool) -> int:
     if jax.default_backend() != "cpu" and limit:
         return limit * jax.device_count() if split else limit
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for text in _group_limits({"": "memory.max", "memory": "memory.limit_in_bytes"}):
+    for text in _cgroup_limits({"": "memory.max", "memory": "memory.limit_in_bytes"}):
         if text.strip() != "max":
             limits.append(int(text))
     return min(limits) if split else min(limits) // jax.local_device_count()

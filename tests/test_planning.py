@@ -341,8 +341,8 @@ def test_limits_of_a_container_or_a_job_are_those_of_every_group_above_the_proce
     said = f"9:memory:{own}\n1:cpu:/\n0::/\n" if version == 1 else f"0::{own}\n"
     (tmp_path / "of_process").write_text(said)
     assert mesh.memory(split=True) > 12345
-    monkeypatch.setattr(mesh, "GROUPS", tmp_path)
-    monkeypatch.setattr(mesh, "GROUPS_OF_PROCESS", tmp_path / "of_process")
+    monkeypatch.setattr(mesh, "CGROUPS", tmp_path)
+    monkeypatch.setattr(mesh, "CGROUPS_OF_PROCESS", tmp_path / "of_process")
     monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda process: {*range(8)}, raising=False)
     assert mesh.memory(split=True) == 12345
     assert mesh.cores() == (8 if version == 1 else 2)
