@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -37,7 +37,11 @@ BEFORE: dict[str, dict[str, Any]] = {
         "lstm.hidden": 64, "target": "feedback", "outer.steps": 12_000, "outer.optimizer": "adam",
         "outer.b2": None, "outer.learning_rate": 2e-2,
     },
-    "nonlinear_regression": {},
+    "nonlinear_regression": {
+        "domain.embedding": "standard", "lstm.vector_rate": 1.0, "target": "feedback",
+        "outer.steps": 12_000, "outer.optimizer": "adam", "outer.b2": None,
+        "outer.learning_rate": 3e-2,
+    },
     "contextual_bandit": {"actor_critic.annealed": False, "outer.steps": 4000},
 }  # fmt: skip
 """What version 0.1's quick presets had instead."""
@@ -76,8 +80,12 @@ def rows(problem: str) -> dict[str, dict[str, Any]]:
             STAGES: [{"domain.steps": config.domain.steps // 2}, {}],
         },
     }  # fmt: skip
+    other = 3.0 if config.lstm.vector_rate == 1 else 1.0
+    found[f"biases and readout at {other:g} times the rate"] = {"lstm.vector_rate": other}
     if study == "nonlinear_regression":
-        found |= {f"embedding {e}": {"domain.embedding": e} for e in ("raw", "circle", "fourier")}
+        from metadyn.domains.fourier import Embedding
+
+        found |= {f"embedding {e}": {"domain.embedding": e} for e in get_args(Embedding)}
     if not bandit:
         other = "feedback" if config.target == "bayes" else "bayes"
         found[f"target: {other}"] = {"target": other}

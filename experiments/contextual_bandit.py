@@ -168,7 +168,7 @@ def growth(results):
 
 
 QUICK = Config(
-    outer=md.OuterConfig(steps=4000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100),
+    outer=md.OuterConfig(steps=3000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100),
     measure=md.MeasureConfig(tasks=4096, updating_tasks=256, tracked_tasks=128, heldout_tasks=512),
 )
 WORKSTATION = Config(

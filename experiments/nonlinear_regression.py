@@ -6,7 +6,7 @@ After Rahaman et al. (2018), arXiv:1806.08734, and Rabinowitz (2019), arXiv:1905
 LSTM is trained on a band of frequencies and tested in its stop band, beside Bayes with that prior.
 """
 
-import dataclasses
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -26,7 +26,7 @@ TITLES = {"pass_band": "pass-band targets", "stop_band": "stop-band targets"}
 TITLES["mixture"] = "mixtures of the two"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class MLPConfig(NetworkDescentConfig):
     """An ordinary learner, on a fixed set of pairs."""
 
@@ -44,12 +44,11 @@ class MLPConfig(NetworkDescentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "updates")
-        enough = self.points == 0 or self.points >= self.batch
         fix = f"must be no fewer than the batch of {self.batch}, or 0 for fresh pairs"
-        check(enough, "points", self.points, fix)
+        check(self.points == 0 or self.points >= self.batch, "points", self.points, fix)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class OptimizersConfig:
     """The same small MLP under several optimisers, each at a learning rate of our choice."""
 
@@ -59,7 +58,7 @@ class OptimizersConfig:
     adam: MLPConfig = MLPConfig("adam", 1e-3, depth=4, width=64, updates=1500)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config(md.StudyConfig):
     """Everything the study depends on, beside its seed."""
 
@@ -101,13 +100,12 @@ def network(name: str, config: MLPConfig, drawn: bool = False) -> md.Contender:
 def plan(config: Config) -> md.Plan:
     """What is trained and measured."""
     domain, sizes, several = config.domain, config.measure, config.optimizers
-    domains = domain, dataclasses.replace(domain, spectrum=config.pass_band)
+    domains = domain, replace(domain, spectrum=config.pass_band)
     passed, stopped = domains[1].support, config.stop_band
-    small = [network(f.name, getattr(several, f.name)) for f in dataclasses.fields(several)]
+    small = [network(f.name, getattr(several, f.name)) for f in fields(several)]
     metas = [config.meta_learner(each) for each in domains]
-    own, updates = metas[1].own or config.outer, config.pass_band_updates
-    own = dataclasses.replace(own, updates_per_step=updates)
-    metas[1] = dataclasses.replace(metas[1], own=own)
+    own = replace(metas[1].own or config.outer, updates_per_step=config.pass_band_updates)
+    metas[1] = replace(metas[1], own=own)
     bayes = [md.Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in domains]
     objectives = [predicting(config.target, each.learner) for each in bayes]
     contenders = [network("mlp", config.mlp, drawn=True), *small, metas[0], bayes[0]]
@@ -164,8 +162,10 @@ def band_gain(results):
 
 
 QUICK = Config(
+    domain=FourierRegression(embedding="angle"),
+    lstm=LSTMConfig(vector_rate=3.0),
     target="bayes",
-    outer=md.OuterConfig(steps=10_000, batch=32, learning_rate=3e-2, schedule="linear"),
+    outer=md.OuterConfig(6000, optimizer="nadam", b2=0.98, learning_rate=3e-2, schedule="linear"),
     measure=md.MeasureConfig(4096, 16, shifted_tasks=1024, tracked_tasks=64, heldout_tasks=512),
 )
 WORKSTATION = Config(

@@ -65,7 +65,11 @@ class Learner(NamedTuple):
 
 @runtime_checkable
 class MetaLearner(Protocol):
-    """A meta-learner is a family of learners, indexed by outer parameters that are trained."""
+    """A meta-learner is a family of learners, indexed by outer parameters that are trained.
+
+    It may have `rates` as well, a tree like its parameters: learning rates of theirs over the outer
+    loop's.
+    """
 
     @property
     def heads(self) -> int:

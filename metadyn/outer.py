@@ -190,6 +190,14 @@ def _gradient(
     return jax.tree.map(lambda leaf: leaf * (some / len(keys)), total)
 
 
+def _at_rates(updates: Params, meta: MetaLearner) -> Params:
+    """Multiplies updates by a meta-learner's own `rates`, if it has any."""
+    rates = getattr(meta, "rates", None)
+    if rates is None:
+        return updates
+    return jax.tree.map(lambda u, rate: u if rate == 1 else rate * u, updates, rates)
+
+
 class OuterLoop:
     """The compiled outer loop: meta-learners, by name, that are trained side by side.
 
@@ -221,7 +229,8 @@ class OuterLoop:
         def one_seed(name, now, one):
             objective, optimizer = trained[name].objective, optimizers[name]
             key, params, moments = one
-            cached = mesh.cached_episodes(trained[name].meta)
+            meta = trained[name].meta
+            cached = mesh.cached_episodes(meta)
             step, count = now
             own = self.settings[name]
 
@@ -235,6 +244,7 @@ class OuterLoop:
                 current = objective.at_step((step + i) // n if n > 1 else step + i)
                 gradient, metrics = mesh.mean(_gradient(current, params, episodes(i), cached))
                 updates, moments = optimizer.update(gradient, moments, params)
+                updates = _at_rates(updates, meta)
                 total = jax.tree.map(jnp.add, total, metrics)
                 return optax.apply_updates(params, updates), moments, total
 

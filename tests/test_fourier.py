@@ -199,7 +199,7 @@ def test_every_task_and_step_is_probed_in_one_compiled_call():
     assert np.all(strength[:, -1].mean(0) > 0.3)
 
 
-@pytest.mark.parametrize("embedding", ["raw", "standard", "circle", "fourier"])
+@pytest.mark.parametrize("embedding", ["raw", "standard", "angle", "circle", "fourier"])
 def test_embeddings(embedding):
     domain = FourierRegression((0.5, 0.0, 0.5), embedding=embedding)
     x = np.linspace(-0.5, 0.5, 2001)[:, None]
@@ -208,6 +208,7 @@ def test_embeddings(embedding):
     expected = {
         "raw": x,
         "standard": x / np.std(x),
+        "angle": t,
         "circle": np.concatenate([np.cos(t), np.sin(t)], 1),
         "fourier": np.concatenate([np.ones_like(t), np.cos(2 * t), np.sin(2 * t)], 1),
     }[embedding]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from processes import together
 
 from metadyn import mesh, outer
@@ -18,7 +19,10 @@ from metadyn.base import indexed_keys
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.learners.attention import TransformerConfig
+from metadyn.learners.beside_bayes import Beside, linear_beliefs
 from metadyn.learners.lstm import LSTMConfig
+from metadyn.learners.networks import Recurrent
+from metadyn.learners.normalised import Normalised
 from metadyn.objectives import Objective, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop, _gradient
 from metadyn.sweep_rows import Rows, by_program
@@ -413,6 +417,68 @@ def test_a_transformers_episodes_need_more_than_an_lstms():
     assert TransformerConfig(hidden=64).make(domain).cached_episodes == 25
     assert TransformerConfig(hidden=128).make(domain).cached_episodes == 12
     assert not hasattr(LSTMConfig(hidden=64).make(domain), "cached_episodes")
+
+
+class RatedCell(nnx.RNNCellBase):
+    """A cell with a parameter at a rate of its own, in a module inside it, and one without."""
+
+    def __init__(self, n_in, *, rngs):
+        self.inside = nnx.Linear(n_in, 3, rngs=rngs)
+        self.inside.kernel = nnx.Param(self.inside.kernel[...], rate=0.25)
+
+    def initialize_carry(self, input_shape, rngs=None, carry_init=None):
+        return jnp.zeros(3)
+
+    def __call__(self, carry, inputs):
+        h = jnp.tanh(carry + self.inside(inputs))
+        return h, h
+
+
+def beside_bayes(meta):
+    return Beside(meta, DOMAIN, linear_beliefs(DOMAIN))
+
+
+def first_updates(meta, **fields):
+    """What one outer step adds to outer parameters that are not those of the start."""
+    config = OuterConfig(steps=2, batch=8, seeds=1, warmup=0, schedule="constant", **fields)
+    training = MetaTraining(meta, prediction_loss(DOMAIN, meta))
+    loop = OuterLoop({"any": training}, config, jax.random.key(0))
+    state = loop.init()
+    moved = jax.tree.map(lambda a: a + 0.1, state.params)
+    before = jax.tree.map(np.asarray, moved["any"])
+    after = last(loop, state._replace(params=moved), 1).params["any"]
+    return jax.tree.map(np.subtract, after, before)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("wrap", [lambda meta: meta, beside_bayes])
+def test_a_parameter_learns_at_its_own_rate_whatever_the_optimiser(optimizer, wrap):
+    rated = Recurrent(DOMAIN, lambda n, rngs: RatedCell(n, rngs=rngs))
+    assert rated.rates["body"]["inside"] == {"kernel": 0.25, "bias": 1.0}
+    plain = Recurrent(DOMAIN, lambda n, rngs: RatedCell(n, rngs=rngs))
+    plain.rates = None
+    found, usual = (first_updates(wrap(m), optimizer=optimizer) for m in (rated, plain))
+    expected = {**usual["body"]["inside"]}
+    assert np.abs(expected["kernel"]).max() > 1e-4
+    expected["kernel"] = 0.25 * expected["kernel"]
+    chex.assert_trees_all_close(found["body"]["inside"], expected, atol=1e-7)
+    chex.assert_trees_all_close(found["readout"], usual["readout"], atol=1e-7)
+
+
+def test_the_lstms_biases_and_readout_learn_at_their_rate():
+    fast = LSTMConfig(hidden=8, vector_rate=3.0)
+    found, usual = first_updates(fast.make(DOMAIN)), first_updates(META)
+    for name in ("input", "recurrent", "bias"):
+        scale = 3 if name == "bias" else 1
+        np.testing.assert_allclose(found["body"][name], scale * usual["body"][name], atol=1e-6)
+        assert np.abs(usual["body"][name]).max() > 1e-4
+    for name in ("readout", "offset"):
+        np.testing.assert_allclose(found[name], 3 * usual[name], atol=1e-6)
+        assert np.abs(usual[name]).max() > 1e-4
+    inside = Normalised(DOMAIN, fast.make)
+    assert inside.rates["body"] == {"input": 1.0, "recurrent": 1.0, "bias": 3.0}
+    with pytest.raises(ConfigError, match="vector_rate = 0: must be"):
+        LSTMConfig(vector_rate=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])

@@ -26,7 +26,7 @@ Spectrum = tuple[float, ...]
 
 Number = Float[Array, "1"]
 """An input x, an output y: one number, as a vector."""
-Embedding = Literal["raw", "standard", "circle", "fourier"]
+Embedding = Literal["raw", "standard", "angle", "circle", "fourier"]
 
 
 def band(low: int, high: int) -> Spectrum:
@@ -78,8 +78,8 @@ class FourierRegression(Regression):
     steps: int = 40
     """T, the observations in one episode."""
     embedding: Embedding = "standard"
-    """How a meta-learner reads x: raw, as it is; standard, as √12 x, of unit variance; circle, as
-    (cos 2πx, sin 2πx); fourier, as these at every frequency of the prior."""
+    """How a meta-learner reads x: raw, as it is; standard, as √12 x, of unit variance; angle, as
+    2πx; circle, as (cos 2πx, sin 2πx); fourier, as these at every frequency of the prior."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spectrum", tuple(self.spectrum))  # an array cannot be hashed
@@ -128,6 +128,8 @@ class FourierRegression(Regression):
                 return query
             case "standard":
                 return math.sqrt(12) * query
+            case "angle":
+                return 2 * np.pi * query
             case "circle":
                 return fourier_features(query, (1,))
             case "fourier":

@@ -144,6 +144,7 @@ class Beside:
         self.meta, self.domain, self.beliefs, self.read = meta, domain, beliefs, read
         self.heads, self.cached_episodes = meta.heads, mesh.cached_episodes(meta)
         self.init, self.unroll = meta.init, meta.unroll
+        self.rates = getattr(meta, "rates", None)
 
     def learner(self, params: Params) -> Learner:
         """Makes the learner that these parameters are, and Bayes beside it."""

@@ -28,11 +28,14 @@ class LSTMConfig:
     """H, hidden units."""
     forget_bias: float = 1.0
     """Initial bias of the forget gate (Jozefowicz et al. 2015)."""
+    vector_rate: float = 1.0
+    """Learning rate of the biases and of the readout, over that of the two matrices, which is the
+    outer loop's. (Yang et al. 2022, arXiv:2203.03466, tell vector-like parameters apart so.)"""
     backend: Backend = "auto"
     """Kernel of the whole-episode form: `metadyn.kernels.lstm.lstm` says which there are."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "hidden")
+        check_positive(self, "hidden", "vector_rate")
 
     def make(self, domain: Domain, heads: int = 0) -> Recurrent:
         """Makes the meta-learner for a domain."""
@@ -49,8 +52,9 @@ class LSTMCell(nnx.RNNCellBase):
         orthogonal = nnx.initializers.orthogonal()
         self.input = nnx.Param(scaled(rngs.params(), (4 * H, n_in)))
         self.recurrent = nnx.Param(orthogonal(rngs.params(), (4 * H, H)))
-        self.bias = nnx.Param(jnp.zeros(4 * H).at[H : 2 * H].set(config.forget_bias))
-        self.hidden, self.backend = H, config.backend
+        bias = jnp.zeros(4 * H).at[H : 2 * H].set(config.forget_bias)
+        self.bias = nnx.Param(bias, rate=config.vector_rate)
+        self.hidden, self.backend, self.readout_rate = H, config.backend, config.vector_rate
 
     @property
     def weights(self) -> LSTMWeights:

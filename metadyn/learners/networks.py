@@ -64,8 +64,9 @@ class _Readout(nnx.Module):
 
     def __init__(self, body: nnx.Module, features: int, n_out: int):
         self.body = body
-        self.readout = nnx.Param(jnp.zeros((n_out, features)))
-        self.offset = nnx.Param(jnp.zeros(n_out))
+        rate = getattr(body, "readout_rate", 1.0)
+        self.readout = nnx.Param(jnp.zeros((n_out, features)), rate=rate)
+        self.offset = nnx.Param(jnp.zeros(n_out), rate=rate)
 
     def outputs(self, hidden: Float[Array, " F *B"]) -> Float[Array, " n_out *B"]:
         """Reads the answer and the heads out of what the network gives."""
@@ -87,9 +88,11 @@ class _Readout(nnx.Module):
 class _NetworkMetaLearner:
     """What `Recurrent` and `Sequence` share: the `base.MetaLearner` of networks for one domain.
 
-    `make(n_in, rngs)` makes the network, for inputs of `n_in` numbers. `heads` outputs more than an
-    answer needs are there for objectives: one for the critic of `objectives.actor_critic`. Raises
-    `ConfigError` for fewer than none.
+    `make(n_in, rngs)` makes the network, for inputs of `n_in` numbers. Parameters that it makes as
+    `nnx.Param(value, rate=r)` learn at r times the outer loop's rate; the readout does so if the
+    network has a `readout_rate`. `heads` outputs more than an answer needs are there for
+    objectives: one for the critic of `objectives.actor_critic`. Raises `ConfigError` for fewer than
+    none.
     """
 
     def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], Any], heads: int = 0):
@@ -108,7 +111,11 @@ class _NetworkMetaLearner:
 
         self._build = build
         split: Any = nnx.split  # into its graph, its parameters, and state such as random streams
-        self._graph, _, rest = split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
+        abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        self._graph, variables, rest = split(abstract, nnx.Param, ...)
+        rate = lambda path, variable: variable.get_metadata().get("rate", 1.0)
+        self.rates: Params = nnx.to_pure_dict(nnx.map_state(rate, variables))
+        """Learning rates over the outer loop's: 1 but where a `nnx.Param` was made with `rate`."""
         # Only where there is such state are numbers drawn, which for a large network takes long.
         stateful = bool(jax.tree.leaves(rest))
         self._rest = split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if stateful else rest

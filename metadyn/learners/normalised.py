@@ -61,6 +61,7 @@ class Normalised:
     def __init__(self, domain: Domain, make: Callable[[Any], MetaLearner]):
         self.domain, self.inside = domain, make(_inside(domain))
         self.init, self.cached_episodes = self.inside.init, mesh.cached_episodes(self.inside)
+        self.rates = getattr(self.inside, "rates", None)
 
     def learner(self, params: Params) -> Learner:
         """Makes the learner that these parameters are, stepped through an episode."""
