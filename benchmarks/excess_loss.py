@@ -42,7 +42,9 @@ BEFORE: dict[str, dict[str, Any]] = {
         "outer.steps": 12_000, "outer.optimizer": "adam", "outer.b2": None,
         "outer.learning_rate": 3e-2,
     },
-    "contextual_bandit": {"actor_critic.annealed": False, "outer.steps": 4000},
+    "contextual_bandit": {
+        "lstm.vector_rate": 1.0, "actor_critic.annealed": False, "outer.steps": 4000,
+    },
 }  # fmt: skip
 """What version 0.1's quick presets had instead."""
 STAGES = "stages"

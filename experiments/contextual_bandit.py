@@ -95,8 +95,7 @@ def plan(config: Config) -> md.Plan:
         ]
     ordinary = [each for each in policies(policy, domain) if each.name.startswith("reinforce")]
     contenders = [*ordinary, config.meta_learner(domain, heads=1), *posteriors]
-    outer = config.outer
-    objective = partial(md.actor_critic, config=config.actor_critic, steps=outer.steps)
+    objective = partial(md.actor_critic, config=config.actor_critic, steps=config.outer.steps)
     sets = [sizes.sized(domain.evaluation())]
     comparisons = [md.Comparison(domain, contenders, sets, (), sizes, objective, heads=1)]
     for k in range(1, policy.most_contexts + 1):
@@ -105,7 +104,7 @@ def plan(config: Config) -> md.Plan:
         few = dataclasses.replace(domain, **fields)
         tasks = sizes.sized(few.evaluation(), "updating_tasks", f"{k}_contexts")
         comparisons.append(md.Comparison(few, [*policies(policy, few)], [tasks], (), sizes))
-    return md.Plan(outer, comparisons)
+    return md.Plan(config.outer, comparisons)
 
 
 def criteria(config: Config, results):
@@ -168,6 +167,7 @@ def growth(results):
 
 
 QUICK = Config(
+    lstm=LSTMConfig(vector_rate=2.0),
     outer=md.OuterConfig(steps=3000, batch=32, learning_rate=3e-2, schedule="linear", warmup=100),
     measure=md.MeasureConfig(tasks=4096, updating_tasks=256, tracked_tasks=128, heldout_tasks=512),
 )

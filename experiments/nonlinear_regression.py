@@ -166,7 +166,7 @@ QUICK = Config(
     lstm=LSTMConfig(vector_rate=3.0),
     target="bayes",
     outer=md.OuterConfig(6000, optimizer="nadam", b2=0.98, learning_rate=3e-2, schedule="linear"),
-    measure=md.MeasureConfig(4096, 16, shifted_tasks=1024, tracked_tasks=64, heldout_tasks=512),
+    measure=md.MeasureConfig(4096, 16, shifted_tasks=1024, tracked_tasks=64, heldout_tasks=2048),
 )
 WORKSTATION = Config(
     lstm=LSTMConfig(hidden=96),
