@@ -74,7 +74,7 @@ class Config(md.StudyConfig):
     """Frequencies outside it, in which it is tested."""
     mlp: MLPConfig = MLPConfig()
     optimizers: OptimizersConfig = OptimizersConfig()
-    excess_at_most: float = 0.6
+    excess_at_most: float = 0.58
     """Greatest excess loss over Bayes with which the criterion on it passes."""
 
     def __post_init__(self) -> None:
