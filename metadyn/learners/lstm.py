@@ -30,7 +30,8 @@ class LSTMConfig:
     """Initial bias of the forget gate (Jozefowicz et al. 2015)."""
     vector_rate: float = 1.0
     """Learning rate of the biases and of the readout, over that of the two matrices, which is the
-    outer loop's. (Yang et al. 2022, arXiv:2203.03466, tell vector-like parameters apart so.)"""
+    outer loop's. (Yang et al. 2022, arXiv:2203.03466, set hidden matrices apart so, but count the
+    weights of inputs with the biases.)"""
     backend: Backend = "auto"
     """Kernel of the whole-episode form: `metadyn.kernels.lstm.lstm` says which there are."""
 
