@@ -24,7 +24,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.store import RunFolder
 from metadyn.study import HELDOUT
 from metadyn.sweep import SweepFolder
@@ -66,7 +66,7 @@ class Law(NamedTuple):
 
 def fitted(found: Sequence[Point], bayes: xr.Dataset, asked: Sequence[tuple[float, float]]) -> Law:
     """The law, and its excess at (units, episodes) that are asked for."""
-    floor = labelled.about(bayes).loss_floor
+    floor = trajectories.about(bayes).loss_floor
     of = lambda pairs: np.array([[1.0, -np.log(e), -np.log(u)] for u, e in pairs])
     design = of([(point.units, point.episodes) for point in found])
 

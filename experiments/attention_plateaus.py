@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, inner, labelled
+from metadyn import dynamics, figures, inner, trajectories
 from metadyn.base import STRENGTH, Modes, Probe, TaskSet, kept
 from metadyn.domains.linear import LinearRegression, LinearTask
 from metadyn.errors import check
@@ -201,8 +201,9 @@ def criteria(config: Config, results):
 
 def plateaus(results):
     """Draws the loss of each seed over outer training, with the plateaus, and the components."""
-    about, modes = (of(results[TRACKED, "merged"]) for of in (labelled.about, labelled.modes))
-    steps, sigma = int(results[TRACKED, "merged"]["time"][-1]), about.loss_floor**0.5
+    merged = results[TRACKED, "merged"]
+    about, modes = trajectories.about(merged), trajectories.modes(merged)
+    steps, sigma = int(merged["time"][-1]), about.loss_floor**0.5
     domain = Config(modes.values, steps, sigma).domain
     figure, axes = figures.grid(4, columns=2, width=5.2, height=3.4)
     for (name, label), top, below in zip(KINDS.items(), axes[:2], axes[2:], strict=True):

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.errors import check, check_positive
 from metadyn.inner import log_spaced
@@ -138,9 +138,9 @@ def criteria(config: Config, results):
     chance = (d.p_high - d.p_low) * (1 - 1 / d.actions)  # regret of the uniform policy
     best = dynamics.episode_loss(results[HELDOUT, "bayes"])
     for name, data in results.learners(HELDOUT, "meta").items():
-        loss, called = dynamics.episode_loss(data.isel(outer_step=-1)), labelled.about(data).label
+        label, loss = trajectories.about(data).label, dynamics.episode_loss(data)[..., -1]
         reward = dynamics.estimate(lambda a, b: (chance - a) / (chance - b), loss, best)
-        said, least = f"mean reward of the {called}: 0 chance, 1 Bayes", config.reward_at_least
+        said, least = f"mean reward of the {label}: 0 chance, 1 Bayes", config.reward_at_least
         yield md.criterion(f"{name}_relative_reward", reward, said, at_least=least)
 
 
@@ -154,7 +154,7 @@ def growth(results):
         done, bars = np.isfinite(median.value), figures.bars(median)
         factor, _ = dynamics.growth(numbers[done], median.value[done])
         never = f"{np.isinf(runs[-1]).mean():.0%} of runs not done at {numbers[-1]}"
-        label = f"{labelled.about(first).label}: × {factor:.2f} for each context; {never}"
+        label = f"{trajectories.about(first).label}: × {factor:.2f} for each context; {never}"
         colour, marker = figures.line_colour(i), "osDP"[i % 4]
         style = {"marker": marker, "color": colour, "label": label}
         axis.errorbar(numbers[done], median.value[done], bars[:, done], **style)

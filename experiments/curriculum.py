@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.base import as_subclass
 from metadyn.curriculum import Admission, TiltedRegression, admitting, tilt
 from metadyn.errors import check
@@ -102,7 +102,7 @@ def criteria(config: Config, results):
     alone = np.log(s / random_start(sgd.width, sgd.scale) - 1) / s  # Saxe's t_k but for a factor
     theory = alone.max() / (alone / tilt(s)).max()
     for learner, plain in results.learners("isotropic").items():
-        pair, about = [results[name, learner] for name in INPUTS], labelled.about(plain)
+        pair, about = [results[name, learner] for name in INPUTS], trajectories.about(plain)
         for (name, (inputs, bound)), data in zip(INPUTS.items(), pair, strict=True):
             said, row = f"{about.label}, {inputs}: slope of log t_k on log s_k", f"{learner}_{name}"
             bound = bound if about.kind == "ordinary" else {}
@@ -125,7 +125,7 @@ def outer_gains(config: Config, results, name: str):
     yield md.criterion(f"{name}_level", level, f"{TITLES[name]}: excess loss that all come to")
     for (arm, data), taken, gain in zip(arms.items(), steps, gains, strict=True):
         said, row = f"{TITLES[name]}, {ARMS.get(arm, arm)}: ", f"{name}_{arm}"
-        seconds = labelled.about(data).seconds / config.outer.steps
+        seconds = trajectories.about(data).seconds / config.outer.steps
         episodes = config.outer.batch * config.outer.updates_per_step
         for what, each in (("episodes", episodes), ("seconds", seconds)):
             found = dynamics.Estimate(*(each * part for part in taken))
@@ -149,7 +149,8 @@ def outer(results):
         for i, data in enumerate(arms.values()):
             steps = figures.outer_axis(axis, data)
             found = dynamics.measured_excess(data, bayes)
-            figures.curve(axis, steps, found, labelled.about(data).label, figures.line_colour(i))
+            label = trajectories.about(data).label
+            figures.curve(axis, steps, found, label, figures.line_colour(i))
         level = dynamics.to_equal_excess([*arms.values()], bayes)[0].value
         axis.axhline(level, **figures.LEVEL, label="where they are compared")
         axis.set(title=TITLES[name], yscale="log")

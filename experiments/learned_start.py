@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
@@ -136,7 +136,7 @@ def criteria(config: Config, results):
     for name, staggers in STAGGERS.items():
         for learner, data in results.learners(name).items():
             found = dynamics.merit(data)
-            said = f"{TITLES[name]}, {labelled.about(data).label}: slope of log t_k"
+            said = f"{TITLES[name]}, {trajectories.about(data).label}: slope of log t_k"
             yield md.criterion(f"{name}_{learner}_slope", found, said)
             yield censored(f"{name}_{learner}", data)
         for row, (learner, says) in EXPECTED.items():
@@ -149,7 +149,7 @@ def criteria(config: Config, results):
         for learner in ("interpolated_0", "interpolated_1"):
             for what, said in CHANGES.items():
                 found = of_start(results[name, learner], what)
-                said = f"{TITLES[name]}, {labelled.about(results[name, learner]).label}: {said}"
+                said = f"{TITLES[name]}, {trajectories.about(results[name, learner]).label}: {said}"
                 yield md.criterion(f"{name}_{learner}_{what}", found, said)
 
 
@@ -180,7 +180,7 @@ def start(results):
         for who, ls in (("maml", "--"), ("bayes", ":")):
             data = results[name, who]
             slope = dynamics.merit(data).value
-            by_alpha.axhline(slope, color="black", ls=ls, label=labelled.about(data).label)
+            by_alpha.axhline(slope, color="black", ls=ls, label=trajectories.about(data).label)
         by_alpha.set(title=TITLES[name], xlabel="α, random to learned", ylabel="staggering slope")
         changing.set(xlabel="α, random to learned", ylabel="norm or imbalance of the start")
         by_norm.set(xscale="log", xlabel="norm of the start", ylabel="staggering slope")

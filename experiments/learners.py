@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, inner, labelled
+from metadyn import dynamics, figures, inner, trajectories
 from metadyn.domains.linear import LinearRegression
 from metadyn.program_cost import operations
 from metadyn.several_domains import (
@@ -64,19 +64,19 @@ def criteria(config: Config, results):
         bayes = results[f"inner_{name}", "bayes"]
         metas = {meta.name: meta for meta in config.contenders(name)[1]}
         for learner, data in results.learners(f"inner_{name}", "ordinary", "meta").items():
-            called, row = labelled.about(data).label, f"{name}_{learner}"
+            called, row = trajectories.about(data).label, f"{name}_{learner}"
             what = f"{called}: {dynamics.merit_name(data)}"
             yield md.criterion(f"{row}_staggering", dynamics.merit(data), what)
             beyond = dynamics.difference(data, bayes)
             yield md.criterion(f"{row}_beyond", beyond, f"{what} minus Bayes'")
             yield censored(row, data)
-            if labelled.about(data).kind == "meta":
+            if trajectories.about(data).kind == "meta":
                 excess = excess_of(results, learner, f"_{name}")
                 yield md.criterion(f"{row}_excess", excess, f"excess loss of the {called}")
                 if excess.value <= NEAR:
                     near.append((data, bayes))
                     signs.append(SIGN[name])
-                seconds = labelled.about(results[f"{HELDOUT}_{name}", learner]).seconds
+                seconds = trajectories.about(results[f"{HELDOUT}_{name}", learner]).seconds
                 if learner in metas:  # or it is another's, beside the study
                     yield from costs(row, getattr(config, name), metas[learner].learner, seconds)
                 both = (results[f"{TRACKED}_{name}", who] for who in (learner, "bayes"))
@@ -119,13 +119,13 @@ def outer_times(results):
     shown = {}
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         tracked = f"{TRACKED}_{name}"
-        modes = labelled.modes(bayes := results[tracked, "bayes"])
+        modes = trajectories.modes(bayes := results[tracked, "bayes"])
         for learner, data in results.learners(tracked, "meta").items():
             y = dynamics.outer_times(data, bayes)
             style = STYLES.get(learner, OTHER)
             style = style | {"fmt": f"{style['fmt']}-", "lw": 1.2}
             line = axis.errorbar(modes.values, y.value, figures.bars(y), **style)
-            shown.setdefault(labelled.about(data).label, line)
+            shown.setdefault(trajectories.about(data).label, line)
         axis.set(title=title, xlabel=modes.axis, yscale="log")
         axis.set_xticks(modes.values, [f"{value:.3g}" for value in modes.values])
         figures.log_ticks(axis.yaxis)
@@ -145,7 +145,7 @@ def slope_against_excess(results):
             x, y = excess_of(results, learner, f"_{name}"), dynamics.difference(data, bayes)
             bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
             point = axis.errorbar(x.value, y.value, **bars, **STYLES.get(learner, OTHER))
-            shown.setdefault(label := labelled.about(data).label, point)
+            shown.setdefault(label := trajectories.about(data).label, point)
             hidden[f"no {merit}"] += [label] * (not np.isfinite(y.value))
             hidden[below] += [label] * bool(x.value <= 0)
         axis.axhline(0, **figures.LEVEL)

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
 from metadyn.inner import log_spaced
@@ -128,7 +128,7 @@ def criteria(config: Config, results):
 
 def out_of_distribution(results, name):
     """How far one meta-learner falls behind Bayes on shifted spectra, and its saturated gates."""
-    called = labelled.about(results["in_distribution", name]).label
+    called = trajectories.about(results["in_distribution", name]).label
     pair = lambda tasks: (results[tasks, name], results[tasks, "bayes"])
     for shift, what in TITLES.items():
         if shift in SHIFTS:

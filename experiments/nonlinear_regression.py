@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.domains.fourier import FourierRegression, Spectrum, band, check_spectrum
 from metadyn.errors import check, check_positive
 from metadyn.inner import log_spaced
@@ -126,7 +126,7 @@ def criteria(config: Config, results):
         said = "learns low frequencies first: slope of log t_k on log k"
         yield from staggering(results, name, f"{name} {said}", at_least=0.5)
     mlp = results["in_distribution", "mlp"]
-    times, by = dynamics.times_of(mlp), np.array(labelled.modes(mlp).values)
+    times, by = dynamics.times_of(mlp), np.array(trajectories.modes(mlp).values)
     ranks = lambda mean: dynamics.rank_correlation(by, times(mean))
     found = dynamics.estimate(ranks, dynamics.strength(mlp))
     said = "the MLP learns in order of frequency: Spearman's rank correlation"
@@ -138,8 +138,8 @@ def criteria(config: Config, results):
         said = "power at frequencies that the target lacks, over the target's, at the end"
         yield md.criterion(f"{name}_power_outside", outside, said)
     for name, data in results.learners("mixture", "meta", "bayes").items():
-        about = labelled.about(data)
-        stopped = np.isin(labelled.modes(data).values, config.stop_band)
+        about = trajectories.about(data)
+        stopped = np.isin(trajectories.modes(data).values, config.stop_band)
         end = [dynamics.strength(results[each, name])[:, :, -1] for each in TITLES]
         parts = {"pass_band": end[0], "stop_band_alone": end[1]}
         parts |= {"mixture_pass": end[2][..., ~stopped], "mixture_stop": end[2][..., stopped]}
@@ -157,7 +157,7 @@ def criteria(config: Config, results):
 
 def band_gain(results):
     """Draws the gain of each frequency that the targets contain; the training band is shaded."""
-    band = labelled.modes(results["pass_band", "bayes"]).values
+    band = trajectories.modes(results["pass_band", "bayes"]).values
     return figures.final_strength(results, TITLES, band)
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.domains.distributions import Mixture
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_positive
@@ -101,7 +101,7 @@ def over_right(results, task_set: str, name: str) -> dynamics.Estimate:
 
 def row(data, what: str, found: dynamics.Estimate, said: str, at_most: float = math.inf):
     """A criterion on one learner."""
-    about = labelled.about(data)
+    about = trajectories.about(data)
     return md.criterion(f"{about.learner}_{what}", found, f"{about.label}: {said}", at_most)
 
 
@@ -112,7 +112,7 @@ def criteria(config: Config, results):
         bounds: dict[str, float] = GROWTH if name.endswith("_both") else {}
         yield row(data, "excess", excess_of(results, name), "excess loss within")
         trained = [each.isel(outer_step=-1) for each in (results[HELDOUT, name], plain)]
-        seconds = [labelled.about(each).seconds for each in trained]
+        seconds = [trajectories.about(each).seconds for each in trained]
         found = dynamics.excesses([(each, best) for each in trained], lambda e: e[0] / e[1])
         said = "excess within over the plain network's"
         yield row(data, "cost", found, said, COST if name == f"{config.meta}_both" else math.inf)
@@ -136,7 +136,7 @@ def excess_by_scale(results):
     figure, (axis,) = figures.grid(min(len(drawn), 1), width=8.5, height=4.4)
     scales = [*SETS][:-1]  # all but that of one mode
     over = lambda name: dynamics.stacked(over_right(results, each, name) for each in scales)
-    labels = [labelled.about(results[WITHIN, name]).label for name in drawn]
+    labels = [trajectories.about(results[WITHIN, name]).label for name in drawn]
     found = dynamics.stacked(map(over, drawn))
     figures.curves(axis, np.arange(len(scales)), found, labels, "turbo", marker="o")
     axis.set_yscale("symlog", linthresh=0.1)

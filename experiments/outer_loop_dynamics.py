@@ -12,7 +12,7 @@ be placed.
 import dataclasses
 
 import metadyn as md
-from metadyn import dynamics, labelled
+from metadyn import dynamics, trajectories
 from metadyn.domains.linear import LinearRegression
 from metadyn.objectives import Target
 from metadyn.several_domains import EVEN, TITLES, DomainsConfig
@@ -53,7 +53,7 @@ def criteria(config: Config, results):
 def of_learner(name: str, prefix: str, learner: str, trained, results):
     """The same, of one meta-learner on one domain."""
     bayes = results[f"{TRACKED}_{name}", "bayes"]
-    last, modes = trained.isel(outer_step=-1), labelled.modes(trained)
+    last, modes = trained.isel(outer_step=-1), trajectories.modes(trained)
     what = "(n_K - n_1) / n_K" if modes.exchangeable else "slope of log n_k on log scale"
     order = dynamics.outer_merit(trained, bayes)
     said = f"over outer training {SAYS[name]}: {what}"

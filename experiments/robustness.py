@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled, sweep
+from metadyn import dynamics, figures, sweep, trajectories
 from metadyn.domains.linear import LinearRegression
 from metadyn.objectives import Target
 from metadyn.several_domains import EVEN, SIGN, STUDIES, TITLES, DomainsConfig
@@ -116,14 +116,14 @@ def criteria(config: Config, results):
     """What the science says of every variant of every domain."""
     for name in TITLES:
         for variant, pair in found(results, name, HELDOUT).items():
-            said = f"excess loss over Bayes, {labelled.about(pair[0]).label}"
+            said = f"excess loss over Bayes, {trajectories.about(pair[0]).label}"
             yield md.criterion(f"{name}_{variant}_excess", dynamics.measured_excess(*pair), said)
         rows, bound = found(results, name, "inner", TRACKED), WITHIN[name]
         merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
         beyond = {variant: dynamics.differences([pair]) for variant, pair in rows.items()}
         missed = {each: censored(f"{name}_{each}", data) for each, (data, _) in rows.items()}
         for variant, (data, bayes) in rows.items():
-            said = f"{labelled.about(data).label}: {merit}" + " minus Bayes'" * (bayes is not None)
+            said = f"{trajectories.about(data).label}: {merit}" + " minus Bayes'" * bool(bayes)
             yield md.criterion(f"{name}_{variant}_staggering", beyond[variant], said)
         yield from missed.values()
         learned = {n for n in rows if missed[n].value == 0 and np.isfinite(beyond[n]).all()}
@@ -151,13 +151,14 @@ def robustness(results):
     for axis, (name, rows) in zip(axes, of.items(), strict=True):
         for i, pair in enumerate(rows):
             far = dynamics.differences([pair])
-            marker, colour = styles[labelled.about(pair[0]).kind]
+            marker, colour = styles[trajectories.about(pair[0]).kind]
             style = {"color": colour, "mfc": "white" if censored("", pair[0]).value else colour}
             axis.errorbar(far.value, i, xerr=figures.bars(far)[:, None], fmt=marker, **style)
             if np.isnan(far.value):
                 axis.text(0, i, " learned too few modes", va="center", color=colour, fontsize=9)
         axis.axvline(0, **figures.LEVEL)
-        axis.set_yticks(range(len(rows)), [labelled.about(d).label for d, _ in rows], fontsize=9)
+        labels = [trajectories.about(data).label for data, _ in rows]
+        axis.set_yticks(range(len(rows)), labels, fontsize=9)
         axis.set(title=TITLES[name], ylim=(max(len(rows), 1) - 0.5, -0.5))
         axis.set_xlabel("slope (meta-learner: minus Bayes')")
     axis.set_xlabel("staggering minus Bayes'")  # of the bandit, which is the last

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.base import STRENGTH, Sampler
 from metadyn.domains.distributions import Mixture, Pool
 from metadyn.domains.fourier import FourierRegression, band
@@ -113,7 +113,7 @@ def criteria(config: Config, results):
     """How near each pool's network is to either Bayes, and what a mixture of bands gains."""
     pair = lambda tasks, name, best="bayes": (results[tasks, name], results[tasks, best])
     for name, data in results.learners(WITHIN, "meta").items():
-        found, label = excess_of(results, name), labelled.about(data).label
+        found, label = excess_of(results, name), trajectories.about(data).label
         yield md.criterion(f"{name}_excess", found, f"{label}: excess on fresh tasks")
         said = f"{label}: growth of the excess over training's Bayes, {LARGER}"
         found = dynamics.excesses([pair(LARGER, name), pair(WITHIN, name)], lambda e: e[0] - e[1])
@@ -130,7 +130,7 @@ def criteria(config: Config, results):
     for task_set in BANDS:
         for name, data in results.learners(task_set, "meta", "bayes", "reference").items():
             if name != RIGHT:
-                said = f"{labelled.about(data).label}: excess over the right prior, {task_set}"
+                said = f"{trajectories.about(data).label}: excess over the right prior, {task_set}"
                 found = dynamics.measured_excess(*pair(task_set, name, RIGHT))
                 yield md.criterion(f"{name}_{task_set}_over_right", found, said)
     two = [pair("band_3_4", f"{config.meta}{each}", RIGHT) for each in ("_mixture", "")]
@@ -158,7 +158,7 @@ def excess_by_band(results):
     figure, (axis,) = figures.grid(min(len(names), 1), width=7.5, height=4.4)
     over = lambda name, of: dynamics.measured_excess(results[of, name], results[of, RIGHT])
     merit = lambda name: dynamics.stacked(over(name, of) for of in BANDS)
-    found = [(labelled.about(results["band_1_2", name]).label, merit(name)) for name in names]
+    found = [(trajectories.about(results["band_1_2", name]).label, merit(name)) for name in names]
     figures.grouped_bars(axis, [f"frequencies {a} to {b}" for a, b in BANDS.values()], found)
     axis.set_yscale("symlog", linthresh=0.1)
     axis.set_ylabel("excess loss over Bayes under the right prior", fontsize=10)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import metadyn as md
-from metadyn import dynamics, figures, labelled, teaching
+from metadyn import dynamics, figures, teaching, trajectories
 from metadyn.base import STRENGTH, as_subclass
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
@@ -119,7 +119,7 @@ def criteria(config: Config, results):
                 yield md.criterion(f"{who}_{name}_gain", found, said, **bound)
         for name, sign in (("bayes", -1), ("least", 1)):
             of = results[name, pupil]
-            place, t = sign * np.array(labelled.modes(of).values), dynamics.times_of(of)
+            place, t = sign * np.array(trajectories.modes(of).values), dynamics.times_of(of)
             ranks = lambda mean, x=place, t=t: dynamics.rank_correlation(x, t(mean))
             found = dynamics.estimate(ranks, dynamics.strength(of))
             said = f"{who}, {SETS[name]}: rank correlation of modes' times with the order taught"
@@ -137,8 +137,10 @@ def criteria(config: Config, results):
         t, both = dynamics.times_of(rewards), (results[name, who] for name in FEEDBACK)
         both = (dynamics.samples(each, STRENGTH).mean(-1, keepdims=True) for each in both)
         ratio = lambda a, b, t=t: (t(a) / t(b))[..., 0]
-        said = f"{labelled.about(rewards).label}: steps by rewards over steps by demonstrations, to"
-        said += f" a mean of {labelled.modes(rewards).p:g} of the correct action"
+        said = (
+            f"{trajectories.about(rewards).label}: steps by rewards over steps by demonstrations,"
+        )
+        said += f" to a mean of {trajectories.modes(rewards).p:g} of the correct action"
         found = dynamics.estimate(ratio, *both)
         yield md.criterion(f"{who}_communication", found, said, at_least=1.0, surely=True)
 
@@ -154,7 +156,7 @@ def by_learner(sets, reading: str, label: str, style, results):
                 mean = each.reshape(*each.shape[:3], -1).mean(-1)  # over contexts, if there are any
                 found = dynamics.estimate(np.asarray, mean)
                 figures.curve(axis, data["time"].to_numpy(), found, said, colour)
-        about = labelled.about(data)
+        about = trajectories.about(data)
         scale = "log" if about.clock == "updates" else "linear"
         axis.set(title=about.label, xlabel=about.clock, xscale=scale, **style)
     figures.legend_below(axes[-1])

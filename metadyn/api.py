@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 
-from metadyn import inner, labelled
+from metadyn import inner, trajectories
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
 from metadyn.errors import check, check_seed, error_context, meant
 from metadyn.measuring import (
@@ -119,10 +119,10 @@ def measure(
 ) -> xr.Dataset:
     """Measures learners on the same tasks, as one labelled dataset.
 
-    Its dimensions are learner, seed (if one was trained), task, mode, step; `labelled.merge` says
-    what is repeated and padded. `learners` are trained meta-learners and plain learners by name
-    ("bayes" is what the others are compared with), or contenders, for labels and times of one's
-    own. Tasks are the domain's evaluation tasks with `points` queries to a probe, or a set given
+    Its dimensions are learner, seed (if one was trained), task, mode, step; `trajectories.merge`
+    says what is repeated and padded. `learners` are trained meta-learners and plain learners by
+    name ("bayes" is what the others are compared with), or contenders, for labels and times of
+    one's own. Tasks are the domain's evaluation tasks with `points` queries to a probe, or a set given
     whole, whose own sizes and probes count. Learners that count updates take `updates` of them, on
     `updating_tasks` of the tasks. At most `chunk` tasks are measured at a time. Raises
     `ConfigError` for sizes below 1, contenders that are not trained or cannot take a step, probes
@@ -169,5 +169,5 @@ def measure(
             show(str(name))
             arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
             about = described(tasks, contender, place)
-            parts[name] = labelled.labelled(arrays, about)
-    return labelled.merge(parts)
+            parts[name] = trajectories.dataset(arrays, about)
+    return trajectories.merge(parts)

@@ -18,7 +18,7 @@ import optax
 import xarray as xr
 from jaxtyping import Array, Float
 
-from metadyn import dynamics, inner, labelled
+from metadyn import dynamics, inner, trajectories
 from metadyn.dynamics import Estimate, estimate
 from metadyn.learners.beside_bayes import SOURCES
 
@@ -287,7 +287,7 @@ def operated(data: xr.Dataset) -> Iterator[tuple[str, Estimate]]:
     names = ("losses", "shift", "size")
     losses, shift, size = (dynamics.samples(data, name)[:, :, after] for name in names)
     of = dict(zip(SOURCES, np.moveaxis(losses.mean(2), -1, 0), strict=True))
-    excess = partial(dynamics.excess_loss, floor=labelled.about(data).loss_floor)
+    excess = partial(dynamics.excess_loss, floor=trajectories.about(data).loss_floor)
     for source in GOES_ON:
         yield f"from_{source}", estimate(excess, of[source], of["bayes"])
     kept = lambda own, none, fresh: explained(own - none, fresh - none)

@@ -15,7 +15,7 @@ import xarray as xr
 from jaxtyping import Float, Real
 from scipy.special import ndtri, stdtrit
 
-from metadyn import labelled
+from metadyn import trajectories
 from metadyn.base import STRENGTH
 from metadyn.errors import check
 
@@ -195,7 +195,7 @@ def rank_correlation(
 
 def samples(data: xr.Dataset, name: str) -> np.ndarray:
     """Returns a stored reading [seed, task, (outer_step,) step, ...]; one seed if it has none."""
-    data = labelled.alone(data)
+    data = trajectories.of_one_learner(data)
     array = data[name] if "seed" in data[name].dims else data[name].expand_dims("seed")
     lead = ("seed", "task", "outer_step", "step")
     return array.transpose(*lead, ..., missing_dims="ignore").to_numpy()
@@ -207,7 +207,7 @@ def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
     Those of each run are then in its own order: averages over runs would hide staggering.
     """
     values = samples(data, probe)
-    if labelled.modes(data, probe).exchangeable:
+    if trajectories.modes(data, probe).exchangeable:
         order = np.argsort(times_of(data, probe)(values), axis=-1, kind="stable")  # NaN comes last
         values = np.take_along_axis(values, order[..., None, :], -1)
     return values
@@ -215,13 +215,14 @@ def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
 
 def times_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], np.ndarray]:
     """Makes the statistic that turns mean mode strengths [..., step, mode] into learning times."""
-    times, p = labelled.alone(data)["time"].to_numpy(), labelled.modes(data, probe).p
+    times = trajectories.of_one_learner(data)["time"].to_numpy()
+    p = trajectories.modes(data, probe).p
     return lambda strength: learning_times(times, strength, p)
 
 
 def order_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], Numbers]:
     """Picks the statistic: `staggering_slope`, or `staggering` if modes are exchangeable."""
-    modes = labelled.modes(data, probe)
+    modes = trajectories.modes(data, probe)
     if modes.exchangeable:
         return staggering
     return functools.partial(staggering_slope, np.array(modes.values))
@@ -235,7 +236,7 @@ def merit_of(data: xr.Dataset, probe: str = STRENGTH) -> Callable[[np.ndarray], 
 
 def merit_name(data: xr.Dataset, probe: str = STRENGTH) -> str:
     """Names the figure of merit: "staggering" if modes are exchangeable, otherwise "slope"."""
-    return "staggering" if labelled.modes(data, probe).exchangeable else "slope"
+    return "staggering" if trajectories.modes(data, probe).exchangeable else "slope"
 
 
 def merit(data: xr.Dataset, probe: str = STRENGTH) -> Estimate:
@@ -265,7 +266,7 @@ def differences(
         order = order_of(data, probe)
         if other is None:
             return order(t)
-        if not labelled.modes(data, probe).exchangeable:
+        if not trajectories.modes(data, probe).exchangeable:
             t, other = np.where(np.isnan(t) | np.isnan(other), np.nan, (t, other))
         return order(t) - order(other)
 
@@ -282,7 +283,7 @@ def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) ->
 
     Meta-learners that are followed over outer training are taken at its end.
     """
-    parts = labelled.split(data).items()
+    parts = trajectories.split(data).items()
     check(len(parts) > 0, "data", dict(parts), "holds no learner")
     found = {n: merit(p.isel(outer_step=-1, missing_dims="ignore"), probe) for n, p in parts}
     named = stacked(found.values())._asdict().items()
@@ -346,7 +347,7 @@ def over_outer_training(
     strengths are those of the other half, so that noise alone would order nothing.
     """
     strength, best = (samples(each, probe) for each in (trained, bayes))
-    if not labelled.modes(trained, probe).exchangeable:
+    if not trajectories.modes(trained, probe).exchangeable:
         return strength, best
     best = np.broadcast_to(best.mean(-1, keepdims=True), best.shape)  # to Bayes they are alike
     one, other = slice(0, None, 2), slice(1, None, 2)
@@ -388,7 +389,7 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
 
     A stored loss is the mean since the time before, however many answers that is of.
     """
-    answers = np.diff(labelled.alone(data)["time"].to_numpy())
+    answers = np.diff(trajectories.of_one_learner(data)["time"].to_numpy())
     return np.average(samples(data, "loss")[..., 1:], -1, answers)
 
 
@@ -397,7 +398,7 @@ def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
 
     Of one at each outer step, if it was measured over outer training.
     """
-    floor, over = labelled.about(trained).loss_floor, "outer_step" in trained.dims
+    floor, over = trajectories.about(trained).loss_floor, "outer_step" in trained.dims
     excess = lambda loss, best: excess_loss(loss, best[..., None] if over else best, floor)
     return estimate(excess, episode_loss(trained), episode_loss(bayes))
 
@@ -410,7 +411,7 @@ def excesses(
     What `take` is given is [pair, ...]. Each pair is a learner's measurement and Bayes' on the same
     tasks.
     """
-    floors = [labelled.about(learner).loss_floor for learner, _ in pairs]
+    floors = [trajectories.about(learner).loss_floor for learner, _ in pairs]
     losses = [episode_loss(data) for pair in pairs for data in pair]
 
     def statistic(*means: Numbers) -> Numbers:
@@ -430,7 +431,7 @@ def to_equal_excess(
     Bayes was measured on: steps are linearly interpolated between those, the excess the lowest so
     far.
     """
-    steps, floor = ways[0]["outer_step"].to_numpy(), labelled.about(ways[0]).loss_floor
+    steps, floor = ways[0]["outer_step"].to_numpy(), trajectories.about(ways[0]).loss_floor
 
     def all_of(*mean: Any) -> np.ndarray:
         excess = excess_loss(np.stack(mean[:-1], -1), np.asarray(mean[-1])[..., None, None], floor)

@@ -32,7 +32,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from metadyn import dynamics, labelled
+from metadyn import dynamics, trajectories
 from metadyn.base import STRENGTH
 from metadyn.dynamics import Estimate
 from metadyn.errors import check, error_context
@@ -126,8 +126,8 @@ def of_every_run(
     measured = results.learners("in_distribution", drawn=True)
     found: dict[str, Callable[[], Figure]] = {}
     first = next(iter(measured.values()), xr.Dataset())
-    for probe in labelled.probes(first):
-        alike = labelled.modes(first, probe).exchangeable
+    for probe in trajectories.probes(first):
+        alike = trajectories.modes(first, probe).exchangeable
         for figure in (mode_strength, single_runs if alike else learning_times):
             found[figure.__name__ + ending(probe)] = partial(figure, measured, probe)
     for suffix, training in trained.items():
@@ -145,10 +145,10 @@ def mode_strength(measured: Measured, probe: str = STRENGTH, one_run: bool = Fal
     Means over runs with their bands; or `one_run`, that of median time to learn all.
     """
     learners = _each(measured)
-    first = labelled.modes(learners[0], probe)
+    first = trajectories.modes(learners[0], probe)
     figure, axes = grid(len(learners), first.strength, width=4.1, height=3.7, sharey=True)
     for axis, data in zip(axes, learners, strict=True):
-        about, modes = labelled.about(data), labelled.modes(data, probe)
+        about, modes = trajectories.about(data), trajectories.modes(data, probe)
         start = 1 if about.clock == "updates" else 0  # a log axis has no zero
         times, strength = data["time"].to_numpy()[start:], dynamics.strength(data, probe)
         if one_run:
@@ -198,7 +198,7 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
     """
     figure, (axis,) = grid(1, width=6.6, height=4.4)
     for data, marker in zip(_each(measured), cycle(MARKERS), strict=False):
-        about, modes = labelled.about(data), labelled.modes(data, probe)
+        about, modes = trajectories.about(data), trajectories.modes(data, probe)
         scale, slope = np.array(modes.values), dynamics.merit(data, probe)
         scale[scale <= 0] = np.nan  # of which a log axis has none
         t = dynamics.estimate(dynamics.times_of(data, probe), dynamics.strength(data, probe))
@@ -239,9 +239,9 @@ def final_strength(
     label = "strength $a_k$ at the last step\n(0 nothing, 1 learned)"
     figure, axes = grid(len(shown) if names else 0, label, 2.9, 3.2, 5, sharey=True)
     for axis, (task_set, measured) in zip(axes, shown.items(), strict=True):
-        modes = labelled.modes(measured[names[0]])
+        modes = trajectories.modes(measured[names[0]])
         last = lambda data: dynamics.estimate(np.asarray, dynamics.strength(data)[:, :, -1])
-        found = [(labelled.about(measured[name]).label, last(measured[name])) for name in names]
+        found = [(trajectories.about(measured[name]).label, last(measured[name])) for name in names]
         grouped_bars(axis, _named(modes), found)
         for k in np.flatnonzero(np.isin(modes.values, shaded)):
             axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
@@ -268,9 +268,9 @@ class LearningHistory:
     """Name of the probe that read the modes."""
 
     @property
-    def modes(self) -> labelled.Modes:
+    def modes(self) -> trajectories.Modes:
         """Returns the modes whose strengths the probe reads."""
-        return labelled.modes(self.trained, self.probe)
+        return trajectories.modes(self.trained, self.probe)
 
     @functools.cached_property
     def strengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +291,7 @@ def histories(results: Results) -> dict[str, LearningHistory]:
         metas = {name: data for name, data in metas.items() if "outer_step" in data.dims}
         bayes = [[*results.learners(s, "bayes").values()] for s in (tracked, heldout)]
         for i, (name, data) in enumerate(metas.items()):
-            about = labelled.about(data)
+            about = trajectories.about(data)
             if about.followed and all(bayes) and (heldout, name) in results:
                 both = about.title and len(metas) > 1
                 called = f"{about.title}, {about.label}" if both else about.title or about.label
@@ -309,7 +309,7 @@ def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistor
     """
     found = dict(trained)
     for suffix, training in trained.items():
-        for probe in sorted({*labelled.probes(training.trained)} - {training.probe}):
+        for probe in sorted({*trajectories.probes(training.trained)} - {training.probe}):
             called = f"{training.called}, {probe}"
             read = dataclasses.replace(training, probe=probe, called=called)
             found[suffix + ending(probe)] = read
@@ -377,7 +377,7 @@ def outer_learning(training: LearningHistory) -> Figure:
 def distance_to_bayes(training: LearningHistory) -> Figure:
     """Draws excess loss over Bayes, and the distance of each mode's curve, against outer step."""
     figure, left, right, steps = _over_outer_training(training, "distance to Bayes")
-    floor, modes = labelled.about(training.losses[0]).loss_floor, training.modes
+    floor, modes = trajectories.about(training.losses[0]).loss_floor, training.modes
     loss, best = (dynamics.episode_loss(each) for each in training.losses)
     excess = dynamics.measured_excess(*training.losses)
     each = np.asarray(dynamics.excess_loss(loss.mean(1), best.mean(), floor))
@@ -578,12 +578,12 @@ def grid(
 
 def _each(measured: Measured) -> list[xr.Dataset]:
     """The learners, one by one; over outer training, at its end. Raises `NotMeasured` for none."""
-    parts = labelled.split(measured).values()
+    parts = trajectories.split(measured).values()
     if not parts:
         raise NotMeasured("nothing that the figure shows is measured yet")
     return [data.isel(outer_step=-1, missing_dims="ignore") for data in parts]
 
 
-def _named(modes: labelled.Modes) -> list[str]:
+def _named(modes: trajectories.Modes) -> list[str]:
     """What orders each mode, as text."""
     return [f"{value:.3g}" for value in modes.values]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metadyn import inner, labelled, mesh
+from metadyn import inner, mesh, trajectories
 from metadyn.base import STRENGTH, Key, Params, Probe, TaskSet
 from metadyn.errors import ConfigError, check, check_name, error_context
 from metadyn.study import Contender, MeasureConfig
@@ -105,8 +105,8 @@ def described(
     assert contender.kind is not None
     who = contender.name, contender.label, contender.kind, contender.clock
     floor = float(tasks.domain.loss_floor)
-    about = labelled.About(*who, floor, contender.drawn, place, title, followed)
-    return labelled.describe(about, axes, coords, {name: probe.modes for name, probe in probes})
+    about = trajectories.About(*who, floor, contender.drawn, place, title, followed)
+    return trajectories.describe(about, axes, coords, {name: probe.modes for name, probe in probes})
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def _axes(
     """
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
-    taken, other = {*axes, *RESERVED, *labelled.FIELDS}, "this name is taken: choose another"
+    taken, other = {*axes, *RESERVED, *trajectories.FIELDS}, "this name is taken: choose another"
     for name, probe in tasks.probes.items():
         for each in (
             name,

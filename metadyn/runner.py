@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from metadyn import dynamics, inner, labelled, mesh, program_cost
+from metadyn import dynamics, inner, mesh, program_cost, trajectories
 from metadyn.base import Key, Params, TaskSet
 from metadyn.errors import ConfigError, ConfigWarning, check_seed, error_context
 from metadyn.measuring import (
@@ -456,7 +456,7 @@ def _made_up(about: dict[str, Any], tasks: int, outer_steps: np.ndarray | None) 
             rise = np.linspace(0, 1.2, sizes["step"]).reshape(shape)
             value += about["about"]["loss_floor"] + 1 - rise / 2 if name == "loss" else rise
         arrays[name] = value
-    return labelled.labelled(arrays, about)
+    return trajectories.dataset(arrays, about)
 
 
 def run_study(

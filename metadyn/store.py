@@ -43,7 +43,7 @@ import xarray as xr
 from metadyn import mesh
 from metadyn.base import LearnerKind
 from metadyn.errors import ConfigError, ConfigWarning, check, check_choice
-from metadyn.labelled import about, labelled, merge
+from metadyn.trajectories import about, dataset, merge
 
 Arrays = Mapping[str, Any]
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
@@ -335,7 +335,7 @@ class RunFolder:
         shutil.rmtree(folder.rename(folder.with_name(folder.name + PART)))
 
     def about(self, step: int) -> dict[str, dict[str, Any]]:
-        """Descriptions at an outer step, by set of tasks and learner (`labelled.describe`)."""
+        """Descriptions at an outer step, by set of tasks and learner (`trajectories.describe`)."""
         return self._about(self._checkpoint(step))
 
     def steps(self) -> list[int]:
@@ -379,7 +379,7 @@ class RunFolder:
         Raises `ConfigError` if it is damaged.
         """
         folder = self._measurement(task_set, learner)
-        return labelled(self._arrays(folder, "arrays"), self._about(folder))
+        return dataset(self._arrays(folder, "arrays"), self._about(folder))
 
     def measurements(self) -> dict[str, list[str]]:
         """Names of the learners measured so far, by set of tasks."""
@@ -426,7 +426,7 @@ class RunFolder:
         own = described[task_set][learner]
         part = {task_set: {learner: dict.fromkeys(own["axes"], 0)}}
         read = [self._arrays(folder, "trajectories", part)[task_set][learner] for folder in folders]
-        datasets = [labelled(arrays, own) for arrays in read]
+        datasets = [dataset(arrays, own) for arrays in read]
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
 
     def results(self, steps: Sequence[int] | None = None) -> Results:
@@ -478,8 +478,8 @@ def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
     held-out tasks of the training distribution, likewise. Where a study has several comparisons
     there is one of each, such as "tracked_bandit" and "heldout_bandit". Any other
     ("in_distribution", "x4", …; `RunFolder(path).results().sets()` lists them) gives every learner
-    measured on it once training was done, (learner, seed, task, mode, step). `labelled.merge` says
-    what is repeated and padded. Of a sweep, what is swept are dimensions too
+    measured on it once training was done, (learner, seed, task, mode, step). `trajectories.merge`
+    says what is repeated and padded. Of a sweep, what is swept are dimensions too
     (`sweep_results.load`). Raises `ConfigError` for a folder that holds no run and a set that it
     does not hold.
     """

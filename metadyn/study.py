@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from metadyn import dynamics, inner, labelled
+from metadyn import dynamics, inner, trajectories
 from metadyn.base import (
     STRENGTH,
     Derived,
@@ -557,7 +557,7 @@ def criterion(
 def censored(name: str, data: Any) -> Criterion:
     """Reports how many modes of a measurement never come to be learned: a slope leaves them out."""
     t = dynamics.times_of(data)(dynamics.strength(data).mean((0, 1)))
-    said = f"modes that never reach {labelled.modes(data).p:g}: a slope is of the others"
+    said = f"modes that never reach {trajectories.modes(data).p:g}: a slope is of the others"
     return criterion(f"{name}_censored_modes", dynamics.exact(float(np.isnan(t).sum())), said)
 
 
@@ -575,10 +575,11 @@ def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
     (bayes,) = results.learners("in_distribution", "bayes").values()
     merit = dynamics.merit_name(bayes)
     for name, data in metas.items():
+        label = trajectories.about(data).label
         yield criterion(
             f"{name}_minus_bayes_{merit}",
             dynamics.difference(data, bayes),
-            f"the {labelled.about(data).label} staggers as Bayes does: its {merit} minus Bayes'",
+            f"the {label} staggers as Bayes does: its {merit} minus Bayes'",
             at_most=within,
             at_least=-within,
         )
@@ -594,7 +595,7 @@ def excess_of(results: Results, name: str, suffix: str = "") -> dynamics.Estimat
 def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Iterator[Criterion]:
     """Judges the excess loss of each meta-learner on held-out tasks, once training is done."""
     for name, data in results.learners(HELDOUT + suffix, "meta").items():
-        said = f"the {labelled.about(data).label} is near Bayes on held-out tasks: excess loss"
+        said = f"the {trajectories.about(data).label} is near Bayes on held-out tasks: excess loss"
         found = excess_of(results, name, suffix)
         yield criterion(f"{name}{suffix}_excess_loss", found, said, at_most=at_most)
 

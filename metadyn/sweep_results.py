@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.claims import number
 from metadyn.errors import check, error_context
 from metadyn.progress import SILENT, Progress
@@ -54,9 +54,9 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
         run = folder.run(i)
         measured = run.results().learners(task_set) if run and not folder.lost(i) else {}
         if measured:
-            parts[i] = labelled.merge(measured)
+            parts[i] = trajectories.merge(measured)
     check(parts, "task_set", task_set, f"no setting of {path} has any yet")
-    whole = labelled.joined(parts.values(), "setting", [*parts])
+    whole = trajectories.concatenate(parts.values(), "setting", [*parts])
     whole = whole.reindex(setting=range(len(sweep.settings)))
     taken = {*whole.variables, *whole.dims}
     named = {n: f"option_{field(n)}" if field(n) in taken else field(n) for n in sweep.swept}
@@ -123,7 +123,7 @@ def _measured(folder: SweepFolder, i: int, ended: bool) -> list[Row]:
         estimates: dict[str, Any] = {
             "staggering": dynamics.merit(trained),
             "excess": dynamics.measured_excess(loss.isel(outer_step=-1), bayes),
-            "seconds": [labelled.about(training.trained).seconds] * 3,
+            "seconds": [trajectories.about(training.trained).seconds] * 3,
         }
         merits = {n: [float(part) for part in e] for n, e in estimates.items()}
         called = {"learner": training.called, "ending": name}

@@ -25,7 +25,7 @@ import matplotlib.colors
 import numpy as np
 import xarray as xr
 
-from metadyn import dynamics, figures, labelled, sweep_results
+from metadyn import dynamics, figures, sweep_results, trajectories
 from metadyn.base import STRENGTH
 from metadyn.errors import ConfigError, check
 from metadyn.options import options_of
@@ -142,7 +142,8 @@ def _sets(results: Results) -> Iterator[tuple[str, dict[str, xr.Dataset]]]:
         measured = results.learners(name, drawn=True)
         if name == TRACKED:
             measured = results.learners("in_distribution", drawn=True) | measured
-            measured = dict(sorted(measured.items(), key=lambda it: labelled.about(it[1]).place))
+            place = lambda item: trajectories.about(item[1]).place
+            measured = dict(sorted(measured.items(), key=place))
         if measured:
             yield name, measured
 
@@ -150,12 +151,12 @@ def _sets(results: Results) -> Iterator[tuple[str, dict[str, xr.Dataset]]]:
 def _groups(name: str, measured: Mapping[str, xr.Dataset], share: int) -> Iterator[dict[str, Any]]:
     """The inner learning curves of all learners on one set of tasks, by each probe."""
     first = next(iter(measured.values()))
-    for probe in labelled.probes(first):
-        of = labelled.modes(first, probe)
+    for probe in trajectories.probes(first):
+        of = trajectories.modes(first, probe)
         read = [data for data in measured.values() if probe in data]
-        alike = [data for data in read if labelled.modes(data, probe).values == of.values]
+        alike = [data for data in read if trajectories.modes(data, probe).values == of.values]
         what = "over outer training" if name.startswith(TRACKED) else name.replace("_", " ")
-        parts = [labelled.about(first).title, what, "" if probe == STRENGTH else probe]
+        parts = [trajectories.about(first).title, what, "" if probe == STRENGTH else probe]
         yield {
             "name": name if probe == STRENGTH else f"{name}_{probe}",
             "title": ": ".join(part for part in parts if part),
@@ -171,7 +172,7 @@ def _groups(name: str, measured: Mapping[str, xr.Dataset], share: int) -> Iterat
 
 def _learner(data: xr.Dataset, probe: str, share: int) -> dict[str, Any]:
     """Mode strengths, learning times and their slope with intervals, at each outer step."""
-    about, followed = labelled.about(data), "outer_step" in data.dims
+    about, followed = trajectories.about(data), "outer_step" in data.dims
     data = data if followed else data.expand_dims(outer_step=[0])
     # A page of ten runs is as long as ten pages; one of more grows no further by steps and times.
     steps, times = (most // max(1, share // 10) for most in (MOST_STEPS, MOST_TIMES))
@@ -193,15 +194,15 @@ def _learner(data: xr.Dataset, probe: str, share: int) -> dict[str, Any]:
 
 def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str, Any]]:
     """Excess loss over Bayes on tasks of the training distribution, against outer step."""
-    best = next((d for d in measured.values() if labelled.about(d).kind == "bayes"), None)
+    best = next((d for d in measured.values() if trajectories.about(d).kind == "bayes"), None)
     if best is None:
         return
     for data in (data for data in measured.values() if "outer_step" in data.dims):
         found = dynamics.measured_excess(data, best)
         yield {
             "group": name.replace(HELDOUT, TRACKED, 1),
-            "name": labelled.about(data).learner,
-            "label": plain(labelled.about(data).label),
+            "name": trajectories.about(data).learner,
+            "label": plain(trajectories.about(data).label),
             "steps": data["outer_step"].to_numpy().tolist(),
             "excess": [_rounded(part) for part in found],
         }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import metadyn as md
-from metadyn import decoding, figures, labelled
+from metadyn import decoding, figures, trajectories
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.dynamics import Estimate
 from metadyn.learners import beside_bayes as beside
@@ -56,9 +56,9 @@ def _leaves(meta):
 
 
 def measured(arrays, axes, learner="lstm", kind="meta", times=TIMES, outer=True):
-    about = labelled.About(learner, learner, kind, "observations", 0.5)
+    about = trajectories.About(learner, learner, kind, "observations", 0.5)
     coords = {"time": ("step", times)} | ({"outer_step": ("outer_step", STEPS)} if outer else {})
-    return labelled.labelled(arrays, labelled.describe(about, axes, coords, {}))
+    return trajectories.dataset(arrays, trajectories.describe(about, axes, coords, {}))
 
 
 @pytest.fixture(scope="module")

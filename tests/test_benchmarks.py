@@ -15,7 +15,7 @@ from flax import nnx
 from benchmarks import excess_loss, outer_step, power_law, sweeps, timing
 from benchmarks.table import table
 from benchmarks.timing import Side
-from metadyn import labelled
+from metadyn import trajectories
 from metadyn.domains.linear import LinearRegression
 from metadyn.learners.attention import TransformerConfig
 from metadyn.learners.deltanet import DeltaNetConfig
@@ -345,10 +345,11 @@ def test_each_row_of_excess_loss_changes_a_valid_configuration(problem):
 def losses(mean, seeds=1, tasks=400):
     """A made-up measurement whose loss, over seeds and tasks, is about `mean`."""
     noise = 1 + 0.05 * np.random.default_rng(seeds).standard_normal((seeds, tasks, 3))
-    about = labelled.About("lstm", "LSTM", "meta", "observations", loss_floor=0.1)
+    about = trajectories.About("lstm", "LSTM", "meta", "observations", loss_floor=0.1)
     coords = {"time": ("step", range(3))}
     axes = {"loss": ("seed", "task", "step")}
-    return labelled.labelled({"loss": mean * noise}, labelled.describe(about, axes, coords, {}))
+    described = trajectories.describe(about, axes, coords, {})
+    return trajectories.dataset({"loss": mean * noise}, described)
 
 
 def test_a_planted_power_law_is_found_again():

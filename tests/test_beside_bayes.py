@@ -10,7 +10,7 @@ import scipy.special
 import xarray as xr
 
 import metadyn as md
-from metadyn import decoding, inner, labelled, measuring
+from metadyn import decoding, inner, measuring, trajectories
 from metadyn.base import Learner, indexed_keys, training_tasks
 from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression
@@ -229,7 +229,7 @@ def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
     tasks = dataclasses.replace(training_tasks(DOMAIN), size=20)
     arrays = measuring.readings(tasks, contender, stacked, jax.random.key(0))
-    data = labelled.labelled(arrays, measuring.described(tasks, contender))
+    data = trajectories.dataset(arrays, measuring.described(tasks, contender))
     assert data["state"].dims == ("seed", "task", "step", "state_0")
     sizes = {name: data.sizes[f"{name}_0"] for name in ("state", "mean", "covariance", "query")}
     assert sizes == {"state": 8, "mean": 6, "covariance": 4, "query": 2}

@@ -24,12 +24,12 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
-from metadyn.labelled import About, describe, labelled
 from metadyn.learners import gradient as gd
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
 from metadyn.runner import rehearse
+from metadyn.trajectories import About, dataset, describe
 
 S = np.array([2.0, 1.0, 0.5], np.float32)
 FOURIER = FourierRegression(band(1, 3), steps=6)
@@ -190,9 +190,9 @@ def test_ways_of_training_are_compared_by_the_steps_to_an_excess_that_all_reach(
         loss = 0.5 + 0.3 * np.array(excess)[:, None, None]
         arrays = {"loss": np.stack([np.nan * loss, loss], -1)}
         at = {"outer_step": ("outer_step", range(0, 10 * len(excess), 10))}
-        return labelled(arrays, describe(about("a"), {"loss": over}, time | at, {}))
+        return dataset(arrays, describe(about("a"), {"loss": over}, time | at, {}))
 
-    bayes = labelled(
+    bayes = dataset(
         {"loss": np.array([[np.nan, 0.5]])},
         describe(about("bayes"), {"loss": ("task", "step")}, time, {}),
     )

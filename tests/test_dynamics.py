@@ -10,7 +10,7 @@ import scipy.stats
 import xarray as xr
 
 from metadyn import dynamics, figures
-from metadyn.labelled import About, Modes, describe, labelled
+from metadyn.trajectories import About, Modes, dataset, describe
 
 
 def test_learning_times_are_interpolated_and_censored_modes_are_nan():
@@ -64,7 +64,7 @@ def test_modes_are_ordered_within_each_run_with_censored_ones_last():
         {"time": ("step", range(4))},
         {"mode_strength": ranks},
     )
-    (ordered,) = dynamics.strength(labelled({"mode_strength": runs}, described))
+    (ordered,) = dynamics.strength(dataset({"mode_strength": runs}, described))
     for run in ordered:
         np.testing.assert_array_equal(run.T, [early, late, never])
     assert dynamics.staggering(np.array([2.0, 5.0, 8.0])) == 0.75
@@ -80,7 +80,7 @@ def test_the_last_time_of_a_run_is_that_of_its_last_mode_and_infinite_where_one_
         {"time": ("step", range(5))},
         {"mode_strength": Modes((1, 2), "s")},
     )
-    found = dynamics.last_times(labelled({"mode_strength": runs}, described))
+    found = dynamics.last_times(dataset({"mode_strength": runs}, described))
     np.testing.assert_allclose(found, [2, 2, np.inf])
 
 
@@ -237,7 +237,7 @@ def test_modes_that_axes_of_logarithms_have_no_place_for_are_left_out():
     modes = Modes(values, "frequency $k$")
     coords[modes.coordinate] = ("mode", values)
     described = describe(about, axes, coords, {"mode_strength": modes})
-    data = labelled({"mode_strength": strength[None, None]}, described)
+    data = dataset({"mode_strength": strength[None, None]}, described)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         axis = figures.learning_times(data).axes[0]
@@ -280,7 +280,7 @@ def test_slopes_are_compared_over_the_modes_that_both_learn():
 
     def jumping(*at):
         strength = np.where(times[:, None] >= np.array(at), 1.0, 0.0)
-        return labelled({"mode_strength": np.stack([strength] * 4)}, described)
+        return dataset({"mode_strength": np.stack([strength] * 4)}, described)
 
     one, other = jumping(1, 2, np.inf), jumping(1, 1, 9)  # at 0.5 and 1.5; at 0.5, 0.5 and 6
     apart = np.log(1.5 / 0.5) / np.log(2)
@@ -295,7 +295,7 @@ def test_the_ratio_and_the_difference_of_two_excesses_are_paired_and_reckon_from
     about = About("a", "a", "reference", "observations", loss_floor=0.25)
     described = describe(about, {"loss": ("task", "step")}, {"time": ("step", (0, 1))}, {})
     one, other, bayes = (
-        labelled({"loss": np.stack([np.nan * best, best + k * (best - 0.25)], 1)}, described)
+        dataset({"loss": np.stack([np.nan * best, best + k * (best - 0.25)], 1)}, described)
         for k in (0.6, 0.2, 0.0)
     )
     pairs = [(one, bayes), (other, bayes)]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import metadyn as md
-from metadyn import dynamics, labelled
+from metadyn import dynamics, trajectories
 from metadyn.learners.normalised import Normalised
 from metadyn.runner import rehearse
 
@@ -54,7 +54,7 @@ def test_the_study_is_rehearsed_and_growth_is_over_bayes_under_the_right_prior(p
     beside, excesses = [], dynamics.excesses
 
     def watched(pairs, take):
-        beside.append([labelled.about(best).learner for _, best in pairs])
+        beside.append([trajectories.about(best).learner for _, best in pairs])
         return excesses(pairs, take)
 
     monkeypatch.setattr(dynamics, "excesses", watched)

@@ -25,7 +25,6 @@ from metadyn import dynamics, figures, view
 from metadyn.cli import main
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError, ConfigWarning
-from metadyn.labelled import About, Modes, describe, labelled
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import prediction_loss
 from metadyn.options import configured
@@ -35,6 +34,7 @@ from metadyn.runner import rehearse, run_study
 from metadyn.several_domains import TITLES
 from metadyn.store import Results, RunFolder
 from metadyn.study import criterion, load_study
+from metadyn.trajectories import About, Modes, dataset, describe
 
 ROOT = Path(__file__).parent.parent
 STUDY = str(ROOT / "experiments" / "outer_loop_dynamics.py")
@@ -155,7 +155,7 @@ def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
         about = About(learner, learner, kind, "observations", loss_floor=0.0)
         both = {"mode_strength": axes, "loss": axes[:-1]}
         described = describe(about, both, coords, {"mode_strength": ranks})
-        return labelled({"mode_strength": J, "loss": J.mean(-1)}, described)
+        return dataset({"mode_strength": J, "loss": J.mean(-1)}, described)
 
     trained = of("lstm", "meta", axes, J).assign_coords(outer_step=steps)
     return trained, of("bayes", "bayes", axes[1:2] + axes[3:], np.ones((tasks, 3, contexts)))
@@ -189,7 +189,7 @@ def over_training(trained, bayes, modes, outer_steps):
         described = describe(
             about, {"mode_strength": axes}, time | coords, {"mode_strength": modes}
         )
-        return labelled({"mode_strength": strength}, described)
+        return dataset({"mode_strength": strength}, described)
 
     axes = ("seed", "task", "outer_step", "step", "mode")
     steps = {"outer_step": ("outer_step", outer_steps)}

@@ -16,9 +16,9 @@ import xarray as xr
 import metadyn
 from metadyn import dynamics, figures
 from metadyn.errors import ConfigError, ConfigWarning
-from metadyn.labelled import About, Modes, describe, labelled
 from metadyn.store import FORMAT, SUMS, NotMeasured, RunFolder
 from metadyn.study import HELDOUT, TRACKED
+from metadyn.trajectories import About, Modes, dataset, describe
 
 IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"steps": 4}, "a": 1}}
 RNG = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def test_a_measurement_comes_back_labelled(tmp_path):
     run.save_measurement("in_distribution", "lstm", arrays, about)
     run.finish()
     found = run.measurement("in_distribution", "lstm")
-    xr.testing.assert_identical(found, labelled(arrays, about))
+    xr.testing.assert_identical(found, dataset(arrays, about))
     assert found["mode_strength"].dims == ("task", "step", "mode")
     assert run.measurements() == {"in_distribution": ["lstm"]}
     assert dynamics.samples(found, "loss").shape == (1, 5, 3)
@@ -127,7 +127,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metadyn import mesh
-from metadyn.labelled import About, Modes, describe
+from metadyn.trajectories import About, Modes, describe
 from metadyn.store import RunFolder
 
 run = RunFolder.create(sys.argv[1], {"study": "s", "preset": "quick", "seed": 0, "config": {}})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from metadyn import dynamics, figures, labelled
+from metadyn import dynamics, figures, trajectories
 from metadyn.base import Modes
 from metadyn.errors import ConfigError
 
@@ -19,7 +19,7 @@ def learner(name, kind, *more):
     rise = np.linspace(0, 1.2, 6)[:, None] * np.array([1.0, 0.9])
     strength = rise + 0.01 * rng.random([SIZES[axis] for axis in axes])
     loss = 1.5 - strength.mean(-1)
-    about = labelled.About(name, name, kind, "observations", 0.5)
+    about = trajectories.About(name, name, kind, "observations", 0.5)
     coords = {"time": ("step", range(6)), "singular_value": ("mode", MODES.values)}
     arrays = {"mode_strength": strength, "loss": loss}
     if kind == "ordinary":
@@ -27,8 +27,8 @@ def learner(name, kind, *more):
     named = {"mode_strength": axes, "loss": axes[:-1], "closed_form": ("step", "mode")}
     if "outer_step" in more:
         coords["outer_step"] = ("outer_step", (0, 10))
-    return labelled.labelled(
-        arrays, labelled.describe(about, named, coords, {"mode_strength": MODES})
+    return trajectories.dataset(
+        arrays, trajectories.describe(about, named, coords, {"mode_strength": MODES})
     )
 
 
@@ -43,7 +43,7 @@ def parts():
 
 def test_what_has_no_seed_is_repeated_over_all_seeds_whichever_learner_has_most(parts):
     fewer = parts["lstm"].isel(seed=slice(2))
-    merged = labelled.merge({"lstm": parts["lstm"], "fewer": fewer, "bayes": parts["bayes"]})
+    merged = trajectories.merge({"lstm": parts["lstm"], "fewer": fewer, "bayes": parts["bayes"]})
     assert merged.sizes["seed"] == 3
     assert not merged["loss"].sel(learner="bayes").isnull().any()
     assert merged["loss"].sel(learner="fewer").isel(seed=2).isnull().all()
@@ -51,7 +51,7 @@ def test_what_has_no_seed_is_repeated_over_all_seeds_whichever_learner_has_most(
 
 def test_learners_stored_at_other_outer_steps_keep_their_own(parts):
     one = parts["lstm"].assign_coords(outer_step=[0, 4])
-    merged = labelled.merge({"one": one, "other": parts["lstm"], "bayes": parts["bayes"]})
+    merged = trajectories.merge({"one": one, "other": parts["lstm"], "bayes": parts["bayes"]})
     assert merged["outer_step"].values.tolist() == [0, 4, 10]
     last = parts["lstm"]["loss"].isel(outer_step=1)
     for name, step, none in (("one", 4, 10), ("other", 10, 4)):
@@ -63,13 +63,13 @@ def test_learners_stored_at_other_outer_steps_keep_their_own(parts):
 
 def test_split_undoes_merge(parts):
     """What no outer loop has made has no outer step; a closed form is of no seed and task."""
-    apart = labelled.split(labelled.merge(parts))
+    apart = trajectories.split(trajectories.merge(parts))
     assert [*apart] == [*parts]
     for name, data in parts.items():
         found = apart[name]
         assert ("outer_step" in found.dims) == ("outer_step" in data.dims)
         assert ("closed_form" in found) == ("closed_form" in data)
-        assert labelled.about(found) == labelled.about(data)
+        assert trajectories.about(found) == trajectories.about(data)
         for each in ("mode_strength", "loss"):
             assert {*found[each].dims} == {*data[each].dims}
             np.testing.assert_array_equal(found[each].transpose(*data[each].dims), data[each])
@@ -82,30 +82,30 @@ def test_split_undoes_merge(parts):
     "arrange", [lambda d: d.sortby("singular_value"), lambda d: d.isel(mode=[1, 0])]
 )
 def test_modes_keep_their_values_however_they_are_sorted(parts, arrange):
-    merged = labelled.merge(parts)
+    merged = trajectories.merge(parts)
     slopes = [dynamics.slope(data)["value"] for data in (merged, arrange(merged))]
     xr.testing.assert_allclose(*slopes)
-    assert labelled.modes(merged.isel(mode=[1])).values == (1.0,)
+    assert trajectories.modes(merged.isel(mode=[1])).values == (1.0,)
 
 
 def test_of_runs_of_other_spectra_each_keeps_its_own(parts):
-    one, other = labelled.merge(parts), labelled.merge(parts)
+    one, other = trajectories.merge(parts), trajectories.merge(parts)
     other = other.assign_coords(singular_value=("mode", [8.0, 1.0]))
-    both = labelled.joined([one, other], "run", ["one", "other"])
+    both = trajectories.concatenate([one, other], "run", ["one", "other"])
     for name, alone in (("one", one), ("other", other)):
         found = dynamics.slope(both.sel(run=name))
         xr.testing.assert_allclose(found, dynamics.slope(alone))
     with pytest.raises(ConfigError, match="select one setting"):
-        labelled.modes(both)
+        trajectories.modes(both)
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_of_settings_with_other_learners_each_has_its_own(parts, first):
     fewer = {name: parts[name] for name in ("sgd", "bayes")}
     settings = [parts, fewer][:: 1 - 2 * first]
-    both = labelled.joined(map(labelled.merge, settings), "setting", [0, 1])
+    both = trajectories.concatenate(map(trajectories.merge, settings), "setting", [0, 1])
     for i, those in enumerate(settings):
-        found = labelled.split(both.sel(setting=i))
+        found = trajectories.split(both.sel(setting=i))
         assert {*found} == {*those}
         slopes = (dynamics.slope(each)["value"] for each in (found, those))
         xr.testing.assert_allclose(*(each.sortby("learner") for each in slopes))
@@ -114,7 +114,7 @@ def test_of_settings_with_other_learners_each_has_its_own(parts, first):
 def test_one_learner_that_is_selected_is_what_it_was_before_it_was_merged(parts):
     """Its tasks and times were padded, what it lacks repeated, its attributes made coordinates."""
     fewer = parts["sgd"].isel(task=slice(2), step=slice(4))
-    merged = labelled.merge({**parts, "sgd": fewer})
+    merged = trajectories.merge({**parts, "sgd": fewer})
     bayes, sgd = parts["bayes"], merged.sel(learner="sgd")
     np.testing.assert_allclose(dynamics.merit(sgd), dynamics.merit(fewer))
     np.testing.assert_allclose(dynamics.episode_loss(sgd), dynamics.episode_loss(fewer))
@@ -141,7 +141,7 @@ def test_a_learner_of_too_few_modes_for_a_slope_is_named_all_the_same(parts):
 def test_arrays_that_some_learners_diagnose_are_padded(parts):
     wide = xr.DataArray(np.ones((4, 6, 5)), dims=("task", "step", "svals_0"))
     some = {"a": parts["sgd"].assign(svals=wide), "b": parts["bayes"]}
-    merged = labelled.merge(some | {"c": parts["sgd"].assign(svals=wide[..., :3])})
+    merged = trajectories.merge(some | {"c": parts["sgd"].assign(svals=wide[..., :3])})
     assert merged.sizes["svals_0"] == 5
     np.testing.assert_array_equal(
         merged["svals"].notnull().any(["task", "step"]).sum("svals_0"), [5, 0, 3]
@@ -155,21 +155,21 @@ def test_what_diverged_is_not_taken_for_padding(parts, lost):
     for name in ("mode_strength", "loss"):
         diverged[name][{"task": lost}] = np.nan
     given = parts | {"sgd": diverged}
-    found = labelled.split(labelled.merge(given))["sgd"]
+    found = trajectories.split(trajectories.merge(given))["sgd"]
     for name in ("mode_strength", "loss"):
         np.testing.assert_array_equal(found[name].transpose(*diverged[name].dims), diverged[name])
-    slope = dynamics.slope(labelled.merge(given)).sel(learner="sgd")
+    slope = dynamics.slope(trajectories.merge(given)).sel(learner="sgd")
     assert np.isnan(slope["value"])
-    figures.mode_strength(labelled.merge(given))
+    figures.mode_strength(trajectories.merge(given))
 
 
 def test_a_merged_dataset_is_drawn_and_judged_as_its_parts_are(parts):
-    merged = labelled.merge(parts)
+    merged = trajectories.merge(parts)
     last = parts | {"lstm": parts["lstm"].isel(outer_step=-1)}
     xr.testing.assert_allclose(dynamics.slope(merged), dynamics.slope(last))
     alone = dynamics.slope(merged.sel(learner="sgd"))
     xr.testing.assert_allclose(alone, dynamics.slope({"sgd": parts["sgd"]}))
-    apart = labelled.split(merged)
+    apart = trajectories.split(merged)
     excess = dynamics.measured_excess(apart["lstm"], apart["bayes"])
     mine = dynamics.measured_excess(parts["lstm"], parts["bayes"])
     np.testing.assert_allclose(excess.value, mine.value)

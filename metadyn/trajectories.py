@@ -68,7 +68,7 @@ def describe(
     }
 
 
-def labelled(arrays: Mapping[str, Any], described: Mapping[str, Any]) -> xr.Dataset:
+def dataset(arrays: Mapping[str, Any], described: Mapping[str, Any]) -> xr.Dataset:
     """Makes the dataset of arrays and their description."""
     axes, modes = described["axes"], described["modes"]
     data = {name: (axes[name], np.asarray(a), modes.get(name, {})) for name, a in arrays.items()}
@@ -78,7 +78,7 @@ def labelled(arrays: Mapping[str, Any], described: Mapping[str, Any]) -> xr.Data
 
 def about(data: xr.Dataset) -> About:
     """Tells whose measurement a dataset of one learner is."""
-    attrs = alone(data).attrs
+    attrs = of_one_learner(data).attrs
     return About(**{name: attrs[name] for name in FIELDS if name in attrs})
 
 
@@ -121,7 +121,7 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
         lacking = {d: of for d, of in numbered.items() if d not in part.coords}
         return part.assign_coords(lacking).reset_coords("time")
 
-    merged = joined(map(complete, parts.values()), "learner", [*parts]).set_coords("time")
+    merged = concatenate(map(complete, parts.values()), "learner", [*parts]).set_coords("time")
     attributes = [part.attrs for part in parts.values()]
     described = [name for name in FIELDS if name not in ("learner", "seconds")]  # runs differ there
     own = [name for name in described if all(name in attrs for attrs in attributes)]
@@ -129,7 +129,7 @@ def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:
     return merged.transpose(*(d for d in ORDER if d in merged.dims), ...)
 
 
-def joined(parts: Iterable[xr.Dataset], along: str, values: Sequence[Any]) -> xr.Dataset:
+def concatenate(parts: Iterable[xr.Dataset], along: str, values: Sequence[Any]) -> xr.Dataset:
     """Puts datasets side by side along a new dimension: what is shorter is padded with NaN."""
     parts, own = list(parts), set()
     if len({tuple(part["learner"].values) for part in parts if "learner" in part.dims}) > 1:
@@ -157,7 +157,7 @@ def _repeated(array: xr.DataArray) -> bool:
     return np.array_equal(each[1:], each[:-1], equal_nan=True)
 
 
-def alone(data: xr.Dataset) -> xr.Dataset:
+def of_one_learner(data: xr.Dataset) -> xr.Dataset:
     """Returns a dataset of one learner, without what `merge` padded and repeated.
 
     For one that was selected, `data.sel(learner="lstm")`. Raises `ConfigError` for several.
