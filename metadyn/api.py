@@ -123,8 +123,8 @@ def measure(
     says what is repeated and padded. `learners` are trained meta-learners and plain learners by
     name ("bayes" is what the others are compared with), or contenders, for labels and times of
     one's own. Tasks are the domain's evaluation tasks with `points` queries to a probe, or a set
-    given whole, whose own sizes and probes count. Learners that count updates take `updates` of them, on
-    `updating_tasks` of the tasks. At most `chunk` tasks are measured at a time. Raises
+    given whole, whose own sizes and probes count. Learners that count updates take `updates` of
+    them, on `updating_tasks` of the tasks. At most `chunk` tasks are measured at a time. Raises
     `ConfigError` for sizes below 1, contenders that are not trained or cannot take a step, probes
     that read other than they say, and for what cannot fit into the memory.
     """
