@@ -1,7 +1,7 @@
-"""The contracts everything hangs on: domains, learners, meta-learners, probes and sets of tasks.
+"""Contracts shared by all modules: domains, learners, meta-learners, probes and task sets.
 
-Each is a small set of pure functions on pytrees, written for ONE task and ONE episode. Batching is
-`jax.vmap` and happens in `inner.py` and `outer.py`; placement is sharding and happens in `mesh.py`.
+Each is a small set of pure functions on pytrees, written for ONE task and ONE episode. `inner.py`
+and `outer.py` batch them with `jax.vmap`; `mesh.py` places them on devices by sharding.
 """
 
 from __future__ import annotations
@@ -34,73 +34,74 @@ T = TypeVar("T")
 Key = PRNGKeyArray
 Keys = jaxtyping.Key[Array, " n"]
 Task = Any  # the pytree that a domain's `sample_task` returns
-Query = Any  # what a domain asks: an input x_t, a context c_t
-Answer = Any  # what a learner replies: a prediction, the logits of a policy
-Feedback = Any  # what a domain says then: a target y_t, a reward
-State = Any  # all that a learner knows
+Query = Any  # a domain's question: an input x_t, a context c_t
+Answer = Any  # a learner's reply to a query: a prediction, the logits of a policy
+Feedback = Any  # a domain's response to an answer: a target y_t, a reward
+State = Any  # everything that a learner remembers
 Params = Any  # the outer parameters of a meta-learner
 Sample = Callable[[Key], Task]  # draws a task
-LearnerKind = Literal["ordinary", "meta", "bayes", "reference"]  # what learners are compared as
+LearnerKind = Literal["ordinary", "meta", "bayes", "reference"]  # a learner's role in comparisons
 
 
 class Learner(NamedTuple):
-    """A learner answers queries and learns from feedback, by three pure functions.
+    """A learner answers queries and learns from feedback through three pure functions.
 
     They are `init(key) -> state`, `predict(state, query) -> answer` and `update(state, query,
-    feedback) -> state`. A learner that needs randomness later keeps a key in its state.
+    feedback) -> state`. A learner that needs randomness after `init` keeps a key in its state.
     """
 
     init: Callable[[Key], State]
     predict: Callable[[State, Query], Answer]
     update: Callable[[State, Query, Feedback], State]
     batch: int | None = None
-    """Pairs per update. None: one, unbatched. Otherwise `update` is given a leading batch axis."""
+    """Number of pairs per update, on a leading batch axis. None: one pair, without that axis."""
     points: int | None = None
-    """Pairs in all; each batch is drawn of them anew, no pair twice. None: always fresh ones."""
+    """Size of the learner's dataset, from which each batch draws pairs without replacement. None:
+    every batch is fresh."""
     clock: str = "observations"
     """What the learner's time t counts: "observations" in the episode, or optimiser "updates"."""
     diagnose: Callable[[State], Mapping[str, Array]] | None = None
-    """Numbers about the state, or arrays of them, by name: recorded beside the probes' readings."""
+    """Returns named diagnostics of the state (arrays), recorded beside the probes' readings."""
 
 
 @runtime_checkable
 class MetaLearner(Protocol):
     """A meta-learner is a family of learners, indexed by outer parameters that are trained.
 
-    It may have `rates` as well, a tree like its parameters: learning rates of theirs over the outer
-    loop's.
+    It may also have `rates`, a pytree like its parameters: each parameter's learning rate in
+    multiples of the outer loop's.
     """
 
     @property
     def heads(self) -> int:
-        """Outputs beyond the answer, which an objective may train: one for a critic."""
+        """Number of outputs beyond the answer, which an objective may train: 1 for a critic."""
 
     def init(self, key: Key) -> Params:
         """Draws the outer parameters of outer step 0."""
 
     def learner(self, params: Params) -> Learner:
-        """Makes the learner that these parameters are, stepped through an episode."""
+        """Returns the learner with these outer parameters, to be stepped through an episode."""
 
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """Runs whole episodes at once: gives the answers, and below them the heads.
+        """Runs whole episodes at once and returns the answers, followed by the heads' outputs.
 
-        Used in training. The answers are those of stepping `learner(params)` through the episodes.
-        Leaves of the queries and the feedback are time-major with the episodes last, [T, ..., B].
+        Training uses it. The answers equal those of stepping `learner(params)` through the
+        episodes. The leaves of queries and feedback are time-major, episodes last: [T, ..., B].
         """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Derived:
-    """The learners that are made of a meta-learner's outer parameters, once these are trained."""
+    """A family of learners built from the trained outer parameters of a meta-learner."""
 
     meta: MetaLearner
-    """Whose outer parameters they are."""
+    """The meta-learner whose outer parameters are used."""
     learner: Callable[[Params], Learner]
-    """Makes the learner of these parameters."""
+    """Returns the learner with these outer parameters."""
     clock: str = "observations"
-    """What its time counts."""
+    """What the learner's time counts (`Learner.clock`)."""
 
     def init(self, key: Key) -> Params:
         """Draws the meta-learner's outer parameters."""
@@ -109,26 +110,27 @@ class Derived:
 
 @dataclasses.dataclass(frozen=True)
 class Modes:
-    """The modes of a task are the parts whose strengths are followed, one by one.
+    """The modes of a task are its parts whose strengths a probe measures one by one.
 
-    Raises `ConfigError` without values, or for a threshold that is not finite.
+    Raises `ConfigError` if there are no values or the threshold is not finite.
     """
 
     values: Sequence[int | float]
-    """What orders them: singular values, frequencies; ranks 1, 2, … if they are exchangeable."""
+    """One number per mode, to order them: singular values, frequencies, or ranks 1, 2, … if the
+    modes are exchangeable."""
     label: str
-    """What figures call a value: "singular value $s_k$"."""
+    """Name of the values in figures: "singular value $s_k$"."""
     coordinate: str = "mode_value"
-    """What labelled arrays call the values: "singular_value"."""
+    """Name of the values in labelled arrays: "singular_value"."""
     unit: str = ""
-    """Unit of the values, if they have one."""
+    """Unit of the values; empty if they have none."""
     exchangeable: bool = False
-    """Whether the modes of a task are alike, so that each run has to be put in its own order of
-    learning before runs are averaged."""
+    """Whether the modes are statistically alike. If so, the modes of each run are sorted by
+    learning time before runs are averaged."""
     p: float = 0.5
-    """Strength at which a mode counts as learned: learning times are the t_k(p)."""
+    """Strength at which a mode counts as learned: the threshold of the learning times t_k(p)."""
     strength: str = "mode strength $a_k$\n(0 nothing, 1 learned)"
-    """What figures call the strength of a mode."""
+    """Name of the mode strength in figures."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(float(value) for value in self.values))
@@ -137,46 +139,46 @@ class Modes:
 
     @property
     def axis(self) -> str:
-        """Returns the label of an axis or a legend of the values."""
+        """Returns the values' label with their unit, for an axis or a legend."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Probe:
-    """A probe is a set of queries, and how mode strengths are read off the answers to them."""
+    """A probe is a set of queries and a function that reads mode strengths off their answers."""
 
     queries: Query
-    """The queries, stacked along a leading axis [P, ...], shared by all tasks and times."""
+    """Queries stacked along a leading axis [P, ...], shared by all tasks and times."""
     read: Callable[[Task, Answer], Mapping[str, Array]]
-    """`read(task, answers [P, ...])` gives "strength" [K], of each mode, and the extras by name."""
+    """`read(task, answers [P, ...])` returns "strength" [K], one per mode, and extras by name."""
     modes: Modes
     extras: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Axis names of whatever else is read, such as {"off_diagonal": (), "answer": ("x",)}."""
+    """Axis names of every other reading, such as {"off_diagonal": (), "answer": ("x",)}."""
 
-    # Probes are equal if they ask and read alike, whatever the modes are called: so sets of tasks
-    # with other spectra share compiled programs.
+    # Probes are equal if they share their queries and `read`, whatever their `modes`, so that task
+    # sets with different spectra share compiled programs.
 
-    def _asks(self) -> tuple[Any, ...]:
+    def _identity(self) -> tuple[Any, ...]:
         return id(self.queries), self.read
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Probe) and self._asks() == other._asks()
+        return isinstance(other, Probe) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
-        return hash(self._asks())
+        return hash(self._identity())
 
 
 STRENGTH = "mode_strength"
-"""The probe that figures and figures of merit are of, unless another one is named."""
+"""Name of the main probe, which figures and figures of merit use unless they name another one."""
 
 
 @runtime_checkable
 class Domain(Protocol):
-    """A domain is a distribution of tasks, and how one task poses queries and gives feedback."""
+    """A domain is a distribution of tasks, with functions that draw their queries and feedback."""
 
     @property
     def steps(self) -> int:
-        """Observations in one episode, T."""
+        """Number of observations in one episode, T."""
 
     @property
     def loss_floor(self) -> float:
@@ -184,40 +186,40 @@ class Domain(Protocol):
 
     @property
     def answer_size(self) -> int:
-        """Returns how many numbers one answer has, for learners that must size an output layer."""
+        """Returns the number of values in one answer, for learners that size an output layer."""
 
     def __hash__(self) -> int:
-        """Domains are hashable, as frozen dataclasses are, for programs are compiled for each."""
+        """Hashes the domain, as frozen dataclasses do: programs are compiled once per domain."""
 
     def sample_task(self, key: Key) -> Task:
-        """Draws a task of the meta-training distribution."""
+        """Draws a task from the meta-training distribution."""
 
     def query(self, task: Task, key: Key) -> Query:
-        """Draws a query, which is what the learner is asked."""
+        """Draws a query for the learner to answer."""
 
     def feedback(self, task: Task, query: Query, answer: Answer, key: Key) -> Feedback:
-        """Gives the feedback, which is what the learner is told once it has answered."""
+        """Draws the feedback that the learner receives once it has answered a query."""
 
     def loss(self, answer: Answer, feedback: Feedback) -> Float[Array, ""]:
-        """Scores an answer by the feedback to it: the lower, the better."""
+        """Scores an answer against its feedback; lower is better."""
 
     def encode_query(self, query: Query) -> Float[Array, " n"]:
-        """Flattens a query into the vector that a network reads."""
+        """Flattens a query into a network's input vector."""
 
     def encode_feedback(self, feedback: Feedback) -> Float[Array, " m"]:
-        """Flattens a feedback into the vector that a network reads."""
+        """Flattens a feedback into a network's input vector."""
 
     def evaluation(self, points: int) -> TaskSet:
-        """Sets up tasks to evaluate learners on, and probes of `points` queries for their modes.
+        """Returns the tasks to evaluate learners on, with probes of their modes.
 
-        The number of tasks is left open.
+        Each probe has `points` queries. The caller sets the number of tasks.
         """
 
 
 class Regression:
-    """What regression domains share: squared errors, and networks that read x and y as they are.
+    """Base class of regression domains: squared error, and networks that read x and y unchanged.
 
-    For a domain with a `sigma`, whose targets are vectors and whose answers are predictions.
+    For a domain with a noise level `sigma`, vector targets, and predictions as answers.
     """
 
     sigma: float
@@ -228,43 +230,43 @@ class Regression:
         return self.sigma**2
 
     def loss(self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]) -> Array:
-        """Computes the squared error, mean over outputs."""
-        fix = f"an answer is of the feedback's shape, {jnp.shape(feedback)}"
-        check(jnp.shape(answer) == jnp.shape(feedback), "answer", jnp.shape(answer), fix)
+        """Returns the mean squared error over outputs. Raises `ConfigError` if shapes differ."""
+        hint = f"an answer is of the feedback's shape, {jnp.shape(feedback)}"
+        check(jnp.shape(answer) == jnp.shape(feedback), "answer", jnp.shape(answer), hint)
         return ((answer - feedback) ** 2).mean()
 
     def encode_query(self, query: Float[Array, " n_x"]) -> Float[Array, " n_x"]:
-        """Leaves x as it is."""
+        """Returns x unchanged."""
         return query
 
     def encode_feedback(self, feedback: Float[Array, " n_y"]) -> Float[Array, " n_y"]:
-        """Leaves y as it is."""
+        """Returns y unchanged."""
         return feedback
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskSet:
-    """Tasks of one domain that learners are measured on: `sample(key_i)` for i < `size`.
+    """Tasks of one domain on which learners are measured: `sample(key_i)` for i < `size`.
 
-    The keys are the same for every set, so that task i of one set is task i of any other that
-    samples likewise, whatever it is called.
+    All sets use the same keys, so task i is the same task in every set with the same `sample`,
+    whatever the sets' names.
     """
 
     name: str
     domain: Domain
     sample: Sample
-    """Draws a task from a key. It is kept as a `jax.tree_util.Partial`: arrays that are bound in it
-    are arguments of compiled programs, so that sets which differ in these alone share one."""
+    """Draws a task from a key. Stored as a `jax.tree_util.Partial`, whose bound arrays are
+    arguments of compiled programs: sets that differ only in these arrays share one program."""
     probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
-    """What is read of each learner, by the name under which it is recorded."""
+    """Probes to apply to each learner, keyed by the name their readings are stored under."""
     size: int = 0
-    """Tasks in the set. 0: not said yet; a study says it by `config.measure.sized`."""
+    """Number of tasks. 0: not set yet; a study sets it with `config.measure.sized`."""
     updating_size: int | None = None
-    """Of these, those on which learners that count updates are measured. None: all."""
+    """Number of these tasks for learners whose clock counts updates. None: all."""
     kinds: tuple[LearnerKind, ...] = get_args(LearnerKind)
-    """Kinds of contenders that are measured on it (`study.Contender`)."""
+    """Kinds of contenders (`study.Contender`) that are measured on the set."""
     option: str = ""
-    """The option that sets the size, for messages."""
+    """Command-line option that sets the size, for error messages."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "set of tasks")
@@ -276,26 +278,26 @@ class TaskSet:
             object.__setattr__(self, "sample", Partial(self.sample))
 
     def size_for(self, clock: str) -> int:
-        """Says on how many tasks a learner is measured, by what its time counts."""
+        """Returns the number of tasks on which a learner with this clock is measured."""
         if clock != "updates" or self.updating_size is None:
             return self.size
         return min(self.size, self.updating_size)
 
 
 def as_subclass(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
-    """Copies a domain as `kind`, a subclass of its class, whose own fields `more` sets."""
-    own = {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
-    return kind(**own, **more)
+    """Copies a domain as a `kind`, a subclass of its class whose additional fields are `more`."""
+    inherited = {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
+    return kind(**inherited, **more)
 
 
 def training_tasks(domain: Domain) -> TaskSet:
-    """Makes the set of tasks of a domain's meta-training distribution, for measuring losses."""
+    """Returns a task set from a domain's meta-training distribution, for measuring losses."""
     return TaskSet("heldout", domain, Sampler(domain))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """`domain.sample_task` as the `sample` of a `TaskSet`; equal if the domains are."""
+    """Callable `domain.sample_task`, for `TaskSet.sample`; samplers of equal domains are equal."""
 
     domain: Domain
 
@@ -304,44 +306,45 @@ class Sampler:
 
 
 def kept(make: Callable[P, T]) -> Callable[P, T]:
-    """Returns a function that is called once for each choice of arguments, and keeps its result.
+    """Caches a function's results by its arguments, which must be hashable.
 
-    Arguments are hashable. Arrays in the result are values, not tracers, even where the first call
-    comes while JAX traces.
+    Arrays in a result are concrete values, not tracers, even if the first call happens while JAX
+    traces.
     """
 
     @functools.cache
     @functools.wraps(make)
-    def made(*given: P.args, **named: P.kwargs) -> T:
+    def cached(*args: P.args, **kwargs: P.kwargs) -> T:
         with jax.ensure_compile_time_eval():
-            return make(*given, **named)
+            return make(*args, **kwargs)
 
-    return made  # type: ignore[return-value]
+    return cached  # type: ignore[return-value]
 
 
 def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:
-    """Makes a key for each global index, so that no draw depends on batch, chunk or device."""
+    """Returns one key per global index, so that no draw depends on batch, chunk or device."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
 
 
 def encoded_episodes(domain: Domain, queries: Query, feedback: Feedback) -> tuple[Any, Any]:
-    """Encodes the queries and the feedback of B whole episodes [T, ..., B] as a network reads them.
+    """Encodes the queries and feedback of B whole episodes, [T, ..., B], as network inputs.
 
-    That is [T, n, B] and [T, m, B], of NumPy arrays where these are given and encode as they are.
+    Returns arrays [T, n, B] and [T, m, B]. NumPy arrays stay NumPy arrays if the domain encodes
+    them unchanged.
     """
-    over_batch_and_time = lambda encode: jax.vmap(jax.vmap(encode, -1, -1))
-    x = over_batch_and_time(domain.encode_query)(queries)
-    return x, over_batch_and_time(domain.encode_feedback)(feedback)
+    over_time_and_batch = lambda encode: jax.vmap(jax.vmap(encode, -1, -1))
+    x = over_time_and_batch(domain.encode_query)(queries)
+    return x, over_time_and_batch(domain.encode_feedback)(feedback)
 
 
 def encoded_shapes(domain: Domain) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of a query and of the feedback to it, as a network reads them."""
+    """Returns the shapes of an encoded query and of its encoded feedback."""
 
-    def pair(key: Key) -> tuple[Array, Array]:
+    def encoded_pair(key: Key) -> tuple[Array, Array]:
         task = domain.sample_task(key)
         query = domain.query(task, key)
         feedback = domain.feedback(task, query, jnp.zeros(domain.answer_size), key)
         return domain.encode_query(query), domain.encode_feedback(feedback)
 
-    query, feedback = jax.eval_shape(pair, jax.random.key(0))
+    query, feedback = jax.eval_shape(encoded_pair, jax.random.key(0))
     return query.shape, feedback.shape

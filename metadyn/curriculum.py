@@ -1,4 +1,4 @@
-"""Curricula: inputs made for the modes of a task, and modes that outer training admits in order."""
+"""Curricula: inputs adapted to a task's modes, and outer training that admits modes in order."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from metadyn.objectives import Objective, ObjectiveOf
 class TiltedRegression(LinearRegression):
     """Linear regression whose inputs have covariance V diag(λ) Vᵀ, λ_k ∝ 1 / s_k, of trace K.
 
-    For evaluation tasks alone, whose modes are known. Directions beyond them keep variance 1. From
-    a small balanced start gradient flow learns mode k as it does from isotropic inputs, λ_k times
-    as fast: so after a time ∝ 1 / (s_k λ_k), but for logarithms (Saxe et al. 2013).
+    For evaluation tasks only, whose modes are known. Directions outside the modes keep variance 1.
+    From a small balanced initialisation, gradient flow learns mode k λ_k times as fast as from
+    isotropic inputs: after a time ∝ 1 / (s_k λ_k), up to logarithms (Saxe et al. 2013).
     """
 
     def query(self, task: LinearTask, key: Key) -> Float[Array, " n_x"]:
@@ -35,25 +35,25 @@ class TiltedRegression(LinearRegression):
 
 
 def tilt(s: Any) -> Any:
-    """Returns the variances λ_k ∝ 1 / s_k, of mean 1, by singular values [K]."""
+    """Returns the variances λ_k ∝ 1 / s_k, with mean 1, for singular values [K]."""
     return 1 / (s * (1 / s).mean())
 
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """From which outer step each mode of a domain is there in training: 0 is from the start."""
+    """Outer step from which each mode of a domain occurs in training; 0 means from the start."""
 
     steps: tuple[int, ...]
     mixed: bool = False
-    """Whether, until all modes are there, each episode has those of a step of its own instead,
-    drawn evenly from `steps` (the mixed strategy of Zaremba & Sutskever 2014, arXiv:1410.4615)."""
+    """Whether, until all modes are admitted, each episode has the modes of its own step, drawn
+    uniformly from `steps` (mixed strategy of Zaremba & Sutskever 2014, arXiv:1410.4615)."""
 
     def __post_init__(self) -> None:
-        right = self.steps and all(step >= 0 for step in self.steps)
-        check(right, "steps", self.steps, "give an outer step, from 0, for each mode")
+        valid = self.steps and all(step >= 0 for step in self.steps)
+        check(valid, "steps", self.steps, "give an outer step, from 0, for each mode")
 
     def there(self, step: Int[Array, ""] | int, key: Key) -> Bool[Array, " K"]:
-        """Tells which modes [K] occur in the episode of this key at an outer step."""
+        """Returns which modes [K] occur in the episode with this key at an outer step."""
         steps = jnp.array(self.steps)
         drawn = jax.random.choice(jax.random.fold_in(key, 1), steps)
         return jnp.where(self.mixed & (step < steps.max()), drawn, step) >= steps
@@ -61,46 +61,46 @@ class Admission:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SomeFrequencies(FourierRegression):
-    """Functions without the frequencies that are not admitted yet; the others are as ever."""
+    """Fourier regression without the frequencies not admitted yet; the others are unchanged."""
 
     admission: Admission = Admission((0,))
     step: Int[Array, ""] | int = 0
 
     def sample_task(self, key: Key) -> FourierTask:
-        """Draws the function that training without a curriculum has, and leaves out the rest."""
-        task, there = super().sample_task(key), self.admission.there(self.step, key)
-        kept = jnp.zeros(len(self.spectrum)).at[np.array(self.support)].set(there)
-        return FourierTask(kept * task.cosine, kept * task.sine)
+        """Draws the same function as without a curriculum and removes frequencies not admitted."""
+        task, admitted = super().sample_task(key), self.admission.there(self.step, key)
+        mask = jnp.zeros(len(self.spectrum)).at[np.array(self.support)].set(admitted)
+        return FourierTask(mask * task.cosine, mask * task.sine)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SomeContexts(ContextualBandit):
-    """A bandit of which the contexts admitted so far, the first ones, are drawn: (task, number)."""
+    """Contextual bandit that draws only the first contexts, as many as are admitted."""
 
     admission: Admission = Admission((0,))
     step: Int[Array, ""] | int = 0
 
     def sample_task(self, key: Key) -> Any:
-        """Draws the correct actions of all contexts."""
+        """Draws the correct actions of all contexts; returns them with the number admitted."""
         return super().sample_task(key), self.admission.there(self.step, key).sum()
 
     def query(self, task: Any, key: Key) -> Int[Array, ""]:
-        """Draws a context, uniformly from those that are there."""
+        """Draws a context uniformly from the admitted ones."""
         return jax.random.randint(key, (), 0, task[1])
 
     def feedback(self, task: Any, query: Int[Array, ""], answer: Array, key: Key) -> Outcome:
-        """Draws an action of the policy, and whether it paid, as ever."""
+        """Draws an action from the policy, and its reward, as without a curriculum."""
         return super().feedback(task[0], query, answer, key)
 
 
 def admitting(
     domain: Domain, meta: MetaLearner, objective: ObjectiveOf, admission: Admission
 ) -> Objective:
-    """Makes an objective that trains on the modes alone that the current outer step admits.
+    """Makes an objective that trains only on the modes admitted at the current outer step.
 
-    Once all are there it is the objective itself, on the same episodes, also where that changes by
-    itself over outer training, as the weight of an entropy may. Raises `ConfigError` for domains
-    without a curriculum, unless each mode has a step, and unless a bandit's first step is 0.
+    Once all modes are admitted it equals the original objective on the same episodes, even if that
+    changes over outer training, as an annealed entropy weight does. Raises `ConfigError` for
+    domains without a curriculum, unless each mode has a step, and unless a bandit has a step 0.
     """
     kind: Any
     match domain:
@@ -108,11 +108,12 @@ def admitting(
             kind, modes = SomeFrequencies, len(domain.support)
         case ContextualBandit():
             kind, modes = SomeContexts, domain.contexts
-            fix = "one context must be there from step 0: there is nothing else to ask for"
-            check(0 in admission.steps, "steps", admission.steps, fix)
+            hint = "one context must be there from step 0: there is nothing else to ask for"
+            check(0 in admission.steps, "steps", admission.steps, hint)
         case _:
             raise ConfigError(f"domain = {type(domain).__name__!r}: there is no curriculum for it")
-    fix = f"give a step for each of the {modes} modes"
-    check(len(admission.steps) == modes, "steps", admission.steps, fix)
-    at = lambda step: objective(as_subclass(domain, kind, admission=admission, step=step), meta)
+    hint = f"give a step for each of the {modes} modes"
+    check(len(admission.steps) == modes, "steps", admission.steps, hint)
+    domain_at = lambda step: as_subclass(domain, kind, admission=admission, step=step)
+    at = lambda step: objective(domain_at(step), meta)
     return dataclasses.replace(objective(domain, meta), at=at)

@@ -1,7 +1,7 @@
-"""The inner loop: one scan over steps, probing as it goes, mapped over tasks.
+"""The inner loop: one scan over an episode's steps that also probes the learner, mapped over tasks.
 
-Per step t the domain poses a query, the learner answers, the domain gives feedback, the learner
-updates. The probe asks a copy of the learner's state, so it never changes what comes next.
+At each step t the domain poses a query, the learner answers, the domain gives feedback, and the
+learner updates its state. Probes query a copy of that state, so they never change later steps.
 """
 
 from __future__ import annotations
@@ -37,51 +37,52 @@ from metadyn.errors import check
 from metadyn.program_cost import largest
 
 full_precision = jax.default_matmul_precision("highest")
-"""Products of float32 numbers as they are, which GPUs and TPUs would round first: for all that
-measures, and for all that a domain says, in training too."""
-MOST_TIMES = 1_000_000  # at which anything is recorded: our choice
+"""Decorator under which matrix products do not round their float32 inputs, as GPUs and TPUs
+otherwise do. All measurements use it, and so do all draws of a domain, in training too."""
+MOST_TIMES = 1_000_000  # maximum number of times at which readings are recorded: our choice
 Probes = tuple[tuple[str, Probe], ...]
-"""Probes by the name under which they are recorded, hashable."""
+"""Probes with the names their readings are stored under, as hashable (name, probe) pairs."""
 
 
 def interact(
     domain: Domain, task: Task, answer: Callable[[Query], Answer], keys: Keys
 ) -> tuple[Query, Answer, Feedback]:
-    """Poses a query drawn with `keys[0]`, has it answered, and draws feedback with `keys[1]`.
+    """Draws a query with `keys[0]`, calls `answer` on it, and draws the feedback with `keys[1]`.
 
-    Returns all three.
+    Returns the query, the answer and the feedback.
     """
     query = full_precision(domain.query)(task, keys[0])
-    answered = answer(query)
-    return query, answered, full_precision(domain.feedback)(task, query, answered, keys[1])
+    reply = answer(query)
+    return query, reply, full_precision(domain.feedback)(task, query, reply, keys[1])
 
 
 @full_precision
 def observe(domain: Domain, keys: Keys, sample: Sample | None = None) -> tuple[Query, Feedback]:
-    """Poses the T pairs of an episode for each key, on tasks of training: leaves [T, ..., B].
+    """Draws the T query-feedback pairs of one training episode per key: leaves [T, ..., B].
 
-    For domains whose feedback ignores the answers. `measure` poses the same task and pairs under
-    the same key. `sample(key)` draws the tasks; by default the domain does.
+    For domains whose feedback does not depend on the answers. Under the same key `measure` draws
+    the same task and pairs. `sample(key)` draws the tasks; the default is `domain.sample_task`.
     """
     T, B = domain.steps, len(keys)
     sample = sample or domain.sample_task
     key_task, key_episode = jax.vmap(jax.random.split)(keys).T
     _, key_steps = jax.vmap(jax.random.split)(key_episode).T
 
-    # All pairs along one axis: on a CPU XLA draws more slowly along two short ones.
-    repeated = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])
-    tasks = jax.tree.map(repeated, jax.vmap(sample)(key_task))
-    keys = jax.vmap(jax.random.fold_in)(repeated(key_steps), jnp.repeat(jnp.arange(T), B))
-    pose = lambda task, pair: interact(domain, task, lambda query: None, pair)
-    query, _, feedback = jax.vmap(pose)(tasks, jax.vmap(jax.random.split)(keys))
-    apart = lambda leaf: jnp.moveaxis(leaf.reshape(T, B, *leaf.shape[1:]), 1, -1)
-    return jax.tree.map(apart, (query, feedback))
+    # All T·B pairs lie along one axis, because on a CPU XLA draws more slowly along two short ones.
+    repeat = lambda leaf: jnp.broadcast_to(leaf, (T, *leaf.shape)).reshape(-1, *leaf.shape[1:])
+    tasks = jax.tree.map(repeat, jax.vmap(sample)(key_task))
+    keys = jax.vmap(jax.random.fold_in)(repeat(key_steps), jnp.repeat(jnp.arange(T), B))
+    draw_pair = lambda task, two_keys: interact(domain, task, lambda query: None, two_keys)
+    query, _, feedback = jax.vmap(draw_pair)(tasks, jax.vmap(jax.random.split)(keys))
+    split_axes = lambda leaf: jnp.moveaxis(leaf.reshape(T, B, *leaf.shape[1:]), 1, -1)
+    return jax.tree.map(split_axes, (query, feedback))
 
 
 def act(domain: Domain, learner: Learner, key: Key) -> tuple[Query, Feedback]:
-    """Acts out an episode in which answers count: gives T queries and the feedback [T, ...].
+    """Runs a learner through one training episode; returns the queries and feedback [T, ...].
 
-    `measure` poses the same task under the same key, and the same learner does the same in it.
+    For domains whose feedback depends on the answers. Under the same key `measure` draws the same
+    task, and the same learner acts identically in it.
     """
     key_task, key_episode = jax.random.split(key)
     task = full_precision(domain.sample_task)(key_task)
@@ -105,31 +106,33 @@ def run(
     times: Sequence[int],
     probes: Probes = (),
 ) -> dict[str, Array]:
-    """Runs one learner through one episode of one task.
+    """Runs one learner through one episode of one task, with readings at the given `times`.
 
-    Returns, with a leading axis over `times` (steps done; increasing, from 0), the probes' readings
-    (see `recorded`), the learner's own diagnoses, and `loss`: the mean loss of its answers since
-    the time before, each scored before its feedback was seen (NaN at t = 0).
+    Times count completed steps and increase strictly from 0. Returns arrays with a leading axis
+    over times: the probes' readings (named by `recorded`), the learner's diagnostics, and `loss`,
+    the mean loss of the answers since the previous time (NaN at t = 0). Each answer is scored
+    before the learner sees its feedback.
     """
     times = checked(times)
     key_init, key_steps = jax.random.split(key)
 
     def step(t, carry):
-        state, loss = stepped(domain, learner, task, key_steps, t, carry[0])
-        return state, carry[1] + loss
+        state, total = carry
+        state, loss = stepped(domain, learner, task, key_steps, t, state)
+        return state, total + loss
 
-    def look(state) -> dict[str, Array]:
+    def read_probes(state) -> dict[str, Array]:
         readings = dict(learner.diagnose(state) if learner.diagnose else {})
         for name, probe in probes:
             answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
-            found = probe.read(task, answers)
-            readings |= {recorded(name, each): value for each, value in found.items()}
+            values = probe.read(task, answers)
+            readings |= {recorded(name, reading): value for reading, value in values.items()}
         return readings
 
     def segment(state, span):
         start, stop = span
         state, total = jax.lax.fori_loop(start, stop, step, (state, jnp.zeros(())))
-        return state, look(state) | {"loss": total / (stop - start)}  # 0 / 0 at t = 0
+        return state, read_probes(state) | {"loss": total / (stop - start)}  # 0 / 0 at t = 0
 
     spans = np.append(times[:1], times[:-1]), times
     return jax.lax.scan(segment, learner.init(key_init), spans)[1]
@@ -138,14 +141,14 @@ def run(
 def stepped(
     domain: Domain, learner: Learner, task: Task, key: Key, t: Int[Array, ""], state: Any
 ) -> tuple[Any, Float[Array, ""]]:
-    """Takes step t of an episode: gives the learner's state after it, and its answer's loss."""
-    pose = lambda state, keys: interact(domain, task, partial(learner.predict, state), keys)
+    """Runs step t of an episode; returns the learner's next state and its (batch's mean) loss."""
+    exchange = lambda state, keys: interact(domain, task, partial(learner.predict, state), keys)
     if learner.batch is None:
-        query, answer, feedback = pose(state, jax.random.split(jax.random.fold_in(key, t)))
+        query, answer, feedback = exchange(state, jax.random.split(jax.random.fold_in(key, t)))
         loss = domain.loss(answer, feedback)
     else:
         keys = _batch_keys(learner.batch, learner.points, key, t)
-        query, answer, feedback = jax.vmap(pose, (None, 0))(state, keys)
+        query, answer, feedback = jax.vmap(exchange, (None, 0))(state, keys)
         loss = jnp.mean(jax.vmap(domain.loss)(answer, feedback))
     return learner.update(state, query, feedback), loss
 
@@ -153,17 +156,17 @@ def stepped(
 def _batch_keys(
     batch: int, points: int | None, key: Key, t: Int[Array, ""]
 ) -> jaxtyping.Key[Array, "batch 2"]:
-    """Two keys for each pair in batch t: fresh ones, or those of some of a fixed set of pairs."""
+    """Returns two keys per pair of batch t: fresh keys, or those of pairs in a fixed dataset."""
     key_t = jax.random.fold_in(key, t)
     if points is None:
         return jax.random.split(key_t, (batch, 2))
-    chosen = jnp.arange(batch)
-    if points != batch:  # from a key that no pair has
-        chosen = jax.random.permutation(jax.random.fold_in(key_t, 2), points)[:batch]
-    return jax.vmap(jax.random.split)(indexed_keys(key, chosen))
+    pair_indices = jnp.arange(batch)
+    if points != batch:  # fold in 2, for a key that no pair uses
+        pair_indices = jax.random.permutation(jax.random.fold_in(key_t, 2), points)[:batch]
+    return jax.vmap(jax.random.split)(indexed_keys(key, pair_indices))
 
 
-@partial(jax.jit, static_argnums=range(5))  # all but the four arrays, or trees of them
+@partial(jax.jit, static_argnums=range(5))  # the other four are pytrees of arrays
 @full_precision
 def measure(
     domain: Domain,
@@ -176,17 +179,16 @@ def measure(
     key: Key,
     indices: Int[Array, " tasks"],
 ) -> dict[str, Array]:
-    """Runs learner `make_learner(params)` on many tasks in one compiled call: [task, time, ...].
+    """Runs the learner `make_learner(params)` on many tasks in one compiled call.
 
-    If `seeded`, params have a leading seed axis and so do the results: [seed, task, time, ...].
-
-    Task i, `sample(key_i)`, and all that happens in it come from `key` folded with
-    its global index i. Tasks are spread over the devices and taken as many at a time on each as
-    `mesh.task_chunk` says. All of it is computed in float32 proper on every backend.
+    Returns readings [task, time, ...]. If `seeded`, the leaves of params have a leading seed axis,
+    and readings are [seed, task, time, ...]. Task i is `sample(key_i)`; it and every draw in its
+    episode come from `key` folded with its global index i. Tasks are sharded over the devices, each
+    of which runs `mesh.task_chunk` of them at a time. Every backend computes in full float32.
     """
 
-    def one(everywhere, index):
-        params, sample, key = everywhere
+    def run_task(replicated, index):
+        params, sample, key = replicated
         key_task, key_episode = jax.random.split(jax.random.fold_in(key, index))
         task, learner = sample(key_task), make_learner(params)
         return run(domain, learner, task, key_episode, times, probes)
@@ -194,29 +196,30 @@ def measure(
     key = prng.fast(key)
     seeds = len(jax.tree.leaves(params)[0]) if seeded else 1
 
-    def one_seed(params):
-        taken, shared = _taken(make_learner(params), probes), bool(jax.tree.leaves(params))
-        here = mesh.task_chunk(taken, seeds, shared)
-        return mesh.map_tasks(one, (params, sample, key), indices, here)
+    def run_seed(params):
+        task_bytes = _bytes_per_task(make_learner(params), probes)
+        shared_weights = bool(jax.tree.leaves(params))
+        chunk = mesh.task_chunk(task_bytes, seeds, shared_weights)
+        return mesh.map_tasks(run_task, (params, sample, key), indices, chunk)
 
-    return mesh.map_seeds(one_seed, params) if seeded else one_seed(params)
+    return mesh.map_seeds(run_seed, params) if seeded else run_seed(params)
 
 
-def _taken(learner: Learner, probes: Probes) -> int:
-    """Estimates the bytes that one task takes: the state, and the greatest array in a probe."""
+def _bytes_per_task(learner: Learner, probes: Probes) -> int:
+    """Estimates the bytes that one task needs: the state, and the largest array in a probe."""
     state = jax.eval_shape(learner.init, jax.random.key(0))
-    size = max(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), 1)
-    answer = jax.make_jaxpr(jax.vmap(learner.predict, (None, 0)))
-    answered = [largest(answer(state, probe.queries).jaxpr) for _, probe in probes]
-    return size + max(answered, default=0)
+    state_bytes = max(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)), 1)
+    trace = jax.make_jaxpr(jax.vmap(learner.predict, (None, 0)))
+    probe_bytes = [largest(trace(state, probe.queries).jaxpr) for _, probe in probes]
+    return state_bytes + max(probe_bytes, default=0)
 
 
 def recorded(probe: str, reading: str) -> str:
-    """Returns the name under which a reading of a probe is stored.
+    """Returns the name under which a probe's reading is stored.
 
-    The strengths of a probe have its own name. Its extras have theirs, if it is the main probe
-    ("mode_strength"); otherwise the probe's name goes before it. So with its axis "mode" and its
-    coordinate.
+    Mode strengths are stored under the probe's own name. Extras of the main probe ("mode_strength")
+    keep their names; those of other probes get the probe's name as a prefix. The same holds for the
+    probe's axis "mode" and its coordinate.
     """
     if reading == "strength":
         return probe
@@ -224,9 +227,9 @@ def recorded(probe: str, reading: str) -> str:
 
 
 def log_spaced(steps: int, count: int) -> tuple[int, ...]:
-    """Spaces whole numbers evenly in logarithm: 0, and up to `count` more, the last `steps`.
+    """Returns log-spaced whole numbers: 0, then up to `count` more, of which the last is `steps`.
 
-    Raises `ConfigError` for numbers below 1, and for more than `MOST_TIMES`.
+    Raises `ConfigError` unless `steps` is at least 1 and `count` from 1 to `MOST_TIMES`.
     """
     check(steps >= 1, "steps", steps, "must be at least 1")
     check(1 <= count <= MOST_TIMES, "count", count, f"must be from 1 to {MOST_TIMES:,}")
@@ -235,10 +238,10 @@ def log_spaced(steps: int, count: int) -> tuple[int, ...]:
 
 
 def checked(times: Sequence[int] | np.ndarray) -> Any:
-    """Returns times as an array. Raises `ConfigError` unless they increase strictly from 0."""
+    """Returns times as int32. Raises `ConfigError` unless they are integers that rise from 0."""
     array = np.asarray(times)
-    whole = array.ndim == 1 and len(array) > 1 and array.dtype.kind in "iu"
-    increasing = whole and array[0] == 0 and bool((np.diff(array) > 0).all())
+    integral = array.ndim == 1 and len(array) > 1 and array.dtype.kind in "iu"
+    increasing = integral and array[0] == 0 and bool((np.diff(array) > 0).all())
     check(increasing, "times", times, "must be whole numbers that increase strictly from 0")
     check(array[-1] < 2**31, "times", int(array[-1]), f"must be below {2**31}")
     return array.astype(np.int32)

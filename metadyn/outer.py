@@ -1,6 +1,6 @@
 """The outer loop: trains a meta-learner's parameters by back-propagation through whole episodes.
 
-Many outer steps run in one dispatch of one compiled program; tasks are sampled on the device.
+One dispatch of a compiled program runs many outer steps, which sample their tasks on the device.
 """
 
 from __future__ import annotations
@@ -27,80 +27,84 @@ from metadyn.optimizers import Schedule, named_optimizer, scheduled
 
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 DISPATCH_SECONDS = 2.0
-"""Seconds that a dispatch of several outer steps takes at most: signals are heard in between."""
+"""Upper limit on the seconds that several outer steps in one dispatch may take, because signals
+are handled only between dispatches."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OuterConfig:
-    """How the outer loop optimises.
+    """Settings of the outer loop's optimisation.
 
-    The paper's values are not known to us: these are our choice. Raises `ConfigError` for values
-    that cannot be.
+    The paper's values are not known to us: these are our choice. Raises `ConfigError` for a value
+    out of its range.
     """
 
     steps: int = 16_000
-    """Outer steps."""
+    """Number of outer steps."""
     batch: int = 32
-    """Episodes in one update of each seed of each meta-learner, over all devices."""
+    """Number of episodes in one update of one seed of a meta-learner, over all devices."""
     updates_per_step: int = 1
-    """Updates in one outer step, each on a batch of its own. With more than 1 of its own, one
-    meta-learner is trained for longer than those beside it. Warm-up and schedule count updates;
-    objectives that change go by outer steps."""
+    """Number of updates in one outer step, each on a new batch. A meta-learner whose own settings
+    raise it trains for longer than the others. Warm-up and schedule count updates; objectives that
+    change over training follow outer steps."""
     seeds: int = 4
-    """Meta-learners trained side by side, each from its own initial weights on its own episodes."""
+    """Number of seeds of each meta-learner, trained side by side, each from its own initial weights
+    on its own episodes."""
     optimizer: str = "adam"
-    """An optimiser of optax, by name."""
+    """Name of an optax optimiser."""
     learning_rate: float = 2e-2
     """Peak learning rate."""
     b2: float | None = None
-    """Decay of the second moment, of optimisers that have one. None: optax's default."""
+    """Decay rate of the second moment, for optimisers that have one. None: optax's default."""
     schedule: Schedule = "cosine"
-    """From the peak to zero, after the warm-up; or constant."""
+    """Shape of the decay from the peak to zero after the warm-up, or a constant rate."""
     warmup: int = 200
-    """Updates in which the learning rate rises from zero to its peak; by default, outer steps."""
+    """Number of updates (by default one per outer step) in which the learning rate rises from zero
+    to its peak."""
     clip: float = 1.0
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient."""
     checkpoints: int = 25
-    """Log-spaced outer steps, beside step 0, at which state and mode trajectories are stored."""
+    """Number of log-spaced outer steps, besides step 0, at which the state and mode trajectories
+    are stored."""
     dispatch: int = 100
-    """Outer steps in one call to the devices; fewer, if so many would take more than 2 seconds.
+    """Number of outer steps in one call to the devices, reduced if it would exceed 2 seconds.
     Progress is shown after each call."""
     precision: Precision = "float32"
-    """What products in training are rounded to on GPUs and TPUs, in the words of
-    `jax.default_matmul_precision`; CPUs round nothing, and measurements are float32 everywhere.
-    GPUs take tensorfloat32 for bfloat16 too, TPUs three bfloat16 products for tensorfloat32."""
+    """Precision of matrix products in training on GPUs and TPUs, as `jax.default_matmul_precision`
+    names it. CPUs do not round, and measurements are float32 everywhere. For bfloat16 GPUs use
+    tensorfloat32 too; for tensorfloat32 TPUs use three bfloat16 products."""
 
     def __post_init__(self) -> None:
-        positive = "steps batch updates_per_step seeds learning_rate clip checkpoints dispatch"
-        check_positive(self, *positive.split())
-        most = inner.MOST_TIMES
-        check(self.checkpoints <= most, "checkpoints", self.checkpoints, f"at most {most:,}")
-        fix = f"must be below {2**31} / steps = {2**31 // self.steps}"
-        right = self.steps * self.updates_per_step < 2**31
-        check(right, "updates_per_step", self.updates_per_step, fix)
-        right = isinstance(self.warmup, Integral) and 0 <= int(self.warmup) < self.steps
-        check(right, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
+        fields = "steps batch updates_per_step seeds learning_rate clip checkpoints dispatch"
+        check_positive(self, *fields.split())
+        limit = inner.MOST_TIMES
+        check(self.checkpoints <= limit, "checkpoints", self.checkpoints, f"at most {limit:,}")
+        hint = f"must be below {2**31} / steps = {2**31 // self.steps}"
+        valid = self.steps * self.updates_per_step < 2**31
+        check(valid, "updates_per_step", self.updates_per_step, hint)
+        valid = isinstance(self.warmup, Integral) and 0 <= int(self.warmup) < self.steps
+        check(valid, "warmup", self.warmup, f"must be from 0 to below steps = {self.steps}")
         check_choice("schedule", self.schedule, Schedule)
-        right = self.b2 is None or (isinstance(self.b2, Real) and 0 < float(self.b2) < 1)
-        check(right, "b2", self.b2, "must be above 0 and below 1")
+        valid = self.b2 is None or (isinstance(self.b2, Real) and 0 < float(self.b2) < 1)
+        check(valid, "b2", self.b2, "must be above 0 and below 1")
         check_choice("precision", self.precision, Precision)
         self.transformation(self.steps)
 
     @property
     def checkpoint_steps(self) -> tuple[int, ...]:
-        """Lists the outer steps at which state and mode trajectories are stored: 0 to `steps`."""
+        """Returns the outer steps at which state and mode trajectories are stored, 0 to `steps`."""
         return inner.log_spaced(self.steps, self.checkpoints)
 
     def check_batch(self, trained: Iterable[MetaTraining]) -> None:
-        """Raises `ConfigError` unless the batch is of whole groups that the devices can share."""
-        for each in trained:
-            group, batch = each.objective.group, each.settings(self).batch
-            fix = f"must be a multiple of {group}: the objective takes so many episodes together"
-            each.check(batch % group == 0, "batch", self, fix)
-            mesh.shares(self.seeds, batch, group, each.option("batch"))
+        """Raises `ConfigError` unless devices can share each batch in whole groups of episodes."""
+        for training in trained:
+            group, batch = training.objective.group, training.settings(self).batch
+            hint = f"must be a multiple of {group}: the objective takes so many episodes together"
+            training.check(batch % group == 0, "batch", self, hint)
+            mesh.shares(self.seeds, batch, group, training.option("batch"))
 
     def transformation(self, steps: int) -> optax.GradientTransformation:
-        """Makes the optimiser, after clipping, under its schedule over so many updates."""
+        """Returns gradient clipping followed by the optimiser, scheduled over `steps` updates."""
         warmup = min(self.warmup, steps - 1)
         rate = scheduled(self.learning_rate, self.schedule, warmup, steps)
         return optax.chain(
@@ -110,31 +114,32 @@ class OuterConfig:
 
 
 class TrainState(NamedTuple):
-    """The state of training. Leaves of params and moments have a leading seed axis."""
+    """State of training. The leaves of params and moments have a leading seed axis."""
 
     step: Int[Array, ""]
     params: dict[str, Params]
-    """By the name of the meta-learner."""
+    """Outer parameters of each meta-learner, keyed by its name."""
     moments: dict[str, Any]
+    """Optimiser state of each meta-learner."""
 
     def only(self, name: str) -> TrainState:
-        """Returns the state of one meta-learner alone."""
+        """Returns the state of a single meta-learner."""
         return TrainState(self.step, {name: self.params[name]}, {name: self.moments[name]})
 
 
 class MetaTraining(NamedTuple):
-    """A meta-learner, the objective it is trained on, and settings of its own, if it has any."""
+    """A meta-learner with its training objective and, if it has any, settings of its own."""
 
     meta: MetaLearner
     objective: Objective
     own: OuterConfig | None = None
-    """Settings in place of the outer loop's: its own optimiser, batch and updates in each step. The
+    """Settings that replace the outer loop's: its own optimiser, batch and updates per step. The
     number of steps stays the run's. None: the outer loop's settings."""
     options: Mapping[str, str] | None = None
-    """The options that set fields of `own`, by field, for messages."""
+    """Command-line options that set fields of `own`, keyed by field, for error messages."""
 
     def settings(self, outer: OuterConfig) -> OuterConfig:
-        """Returns the settings that it is trained by: its own, or those of the whole outer loop."""
+        """Returns the settings used in its training: its own if it has any, or the outer loop's."""
         return self.own or outer
 
     def check(self, holds: Any, field: str, outer: OuterConfig, fix: str) -> None:
@@ -142,32 +147,32 @@ class MetaTraining(NamedTuple):
         check(holds, self.option(field), getattr(self.settings(outer), field), fix)
 
     def check_traced(self, name: str, params: Params) -> None:
-        """Raises `ConfigError` unless the objective gives a loss and metrics, each one number.
+        """Raises `ConfigError` unless the objective returns a scalar loss and scalar metrics.
 
-        At every outer step alike. It is traced, not computed, for outer parameters of which shapes
-        are enough.
+        The metrics and their types must be the same at every outer step. The objective is traced,
+        not computed, so `params` may hold shapes only.
         """
         group = self.objective.group
         keys = jax.eval_shape(lambda key: jax.random.split(key, group), jax.random.key(0))
 
-        def numbers(loss: Any, *given: Any) -> list[str]:
-            lost, metrics = jax.eval_shape(loss, *given, params, keys)
-            for what, value in [("loss", lost), *metrics.items()]:
-                check(value.shape == (), what, f"of shape {value.shape}", "must be one number")
-                real = jnp.issubdtype(value.dtype, jnp.floating)
-                check(real, what, f"of type {value.dtype}", "must be a floating-point number")
-            return [f"{what}: {value.dtype}" for what, value in sorted(metrics.items())]
+        def checked_metrics(loss_fn: Any, *args: Any) -> list[str]:
+            loss, metrics = jax.eval_shape(loss_fn, *args, params, keys)
+            for label, value in [("loss", loss), *metrics.items()]:
+                check(value.shape == (), label, f"of shape {value.shape}", "must be one number")
+                floating = jnp.issubdtype(value.dtype, jnp.floating)
+                check(floating, label, f"of type {value.dtype}", "must be a floating-point number")
+            return [f"{label}: {value.dtype}" for label, value in sorted(metrics.items())]
 
         with error_context(f"the objective of {name} cannot be computed"):
-            usual = numbers(self.objective.loss)
+            metrics = checked_metrics(self.objective.loss)
             if self.objective.at is not None:
-                at = lambda step, *given: self.objective.at_step(step).loss(*given)
-                found = numbers(at, jnp.int32(0))
-                fix = f"at an outer step they must be {usual}, too"
-                check(found == usual, "metrics", found, fix)
+                loss_at = lambda step, *args: self.objective.at_step(step).loss(*args)
+                metrics_at = checked_metrics(loss_at, jnp.int32(0))
+                hint = f"at an outer step they must be {metrics}, too"
+                check(metrics_at == metrics, "metrics", metrics_at, hint)
 
     def option(self, field: str) -> str:
-        """Names the option that sets a field of its outer loop, for messages."""
+        """Returns the command-line option that sets a field of its settings, for error messages."""
         group = "outer" if self.own is None or self.options else "own"
         return (self.options or {}).get(field, f"{group}.{field}")
 
@@ -175,22 +180,22 @@ class MetaTraining(NamedTuple):
 def _gradient(
     objective: Objective, params: Params, keys: Keys, cached: int = mesh.CACHED_EPISODES
 ) -> tuple[Params, Metrics]:
-    """The gradient over all episodes, and the mean metrics, some episodes at a time."""
-    some = mesh.microbatch(len(keys), objective.group, cached)
+    """Computes the gradient and metrics, averaged over all episodes, one microbatch at a time."""
+    size = mesh.microbatch(len(keys), objective.group, cached)
     gradient = jax.grad(objective.loss, has_aux=True)
-    if some == len(keys):
+    if size == len(keys):
         return gradient(params, keys)
 
     def add(total, keys):
         return jax.tree.map(jnp.add, total, gradient(params, keys)), None
 
-    _, metrics = jax.eval_shape(objective.loss, params, keys[:some])
-    nothing = jax.tree.map(jnp.zeros_like, (params, metrics))
-    total, _ = jax.lax.scan(add, nothing, keys.reshape(-1, some))
-    return jax.tree.map(lambda leaf: leaf * (some / len(keys)), total)
+    _, metrics = jax.eval_shape(objective.loss, params, keys[:size])
+    zeros = jax.tree.map(jnp.zeros_like, (params, metrics))
+    total, _ = jax.lax.scan(add, zeros, keys.reshape(-1, size))
+    return jax.tree.map(lambda leaf: leaf * (size / len(keys)), total)
 
 
-def _at_rates(updates: Params, meta: MetaLearner) -> Params:
+def _scaled_by_rates(updates: Params, meta: MetaLearner) -> Params:
     """Multiplies updates by a meta-learner's own `rates`, if it has any."""
     rates = getattr(meta, "rates", None)
     if rates is None:
@@ -199,21 +204,21 @@ def _at_rates(updates: Params, meta: MetaLearner) -> Params:
 
 
 class OuterLoop:
-    """The compiled outer loop: meta-learners, by name, that are trained side by side.
+    """The compiled outer loop, which trains several named meta-learners side by side.
 
-    All take their initial weights and their episodes from the same keys, so that differences
-    between them are differences of what they are and what they are trained on. Raises `ConfigError`
-    for a batch that cannot be shared by the devices.
+    All draw their initial weights and episodes from the same keys, so differences between them come
+    only from the meta-learners and what they are trained on. Raises `ConfigError` if the devices
+    cannot share a batch.
     """
 
     def __init__(self, trained: Mapping[str, MetaTraining], config: OuterConfig, key: Key):
         self.config, self.trained = config, trained
-        self.settings = {name: each.settings(config) for name, each in trained.items()}
-        """The settings that each meta-learner is trained by, by its name."""
+        self.settings = {name: training.settings(config) for name, training in trained.items()}
+        """Settings used in the training of each meta-learner, keyed by its name."""
         config.check_batch(trained.values())
         optimizers = {
-            name: own.transformation(config.steps * own.updates_per_step)
-            for name, own in self.settings.items()
+            name: settings.transformation(config.steps * settings.updates_per_step)
+            for name, settings in self.settings.items()
         }
         key_init, key_episodes = jax.random.split(prng.fast(key))
         seeds = jnp.arange(config.seeds)
@@ -226,119 +231,120 @@ class OuterLoop:
             return TrainState(jnp.zeros((), jnp.int32), params, moments)
 
         @jax.default_matmul_precision(config.precision)
-        def one_seed(name, now, one):
+        def one_seed(name, span, seed_state):
             objective, optimizer = trained[name].objective, optimizers[name]
-            key, params, moments = one
+            key, params, moments = seed_state
             meta = trained[name].meta
             cached = mesh.cached_episodes(meta)
-            step, count = now
-            own = self.settings[name]
+            step, count = span
+            settings = self.settings[name]
 
-            def episodes(i):
-                share = mesh.local_episodes(own.batch)
-                return indexed_keys(jax.random.fold_in(key, step + i), share)
+            def episode_keys(i):
+                indices = mesh.local_episodes(settings.batch)
+                return indexed_keys(jax.random.fold_in(key, step + i), indices)
 
-            def outer_step(i, carry):
+            def train_once(i, carry):
                 params, moments, total = carry
-                n = own.updates_per_step
+                n = settings.updates_per_step
                 current = objective.at_step((step + i) // n if n > 1 else step + i)
-                gradient, metrics = mesh.mean(_gradient(current, params, episodes(i), cached))
+                gradient, metrics = mesh.mean(_gradient(current, params, episode_keys(i), cached))
                 updates, moments = optimizer.update(gradient, moments, params)
-                updates = _at_rates(updates, meta)
+                updates = _scaled_by_rates(updates, meta)
                 total = jax.tree.map(jnp.add, total, metrics)
                 return optax.apply_updates(params, updates), moments, total
 
-            _, metrics = jax.eval_shape(objective.loss, params, episodes(0))
-            nothing = jax.tree.map(jnp.zeros_like, metrics)
+            _, metrics = jax.eval_shape(objective.loss, params, episode_keys(0))
+            zeros = jax.tree.map(jnp.zeros_like, metrics)
             params, moments, total = jax.lax.fori_loop(
-                0, count, outer_step, (params, moments, nothing)
+                0, count, train_once, (params, moments, zeros)
             )
             return params, moments, jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), total)
 
         def advance(
             state: TrainState, count: Int[Array, ""]
         ) -> tuple[TrainState, dict[str, Metrics]]:
-            (name,), now = state.params, (state.step, count)
+            (name,) = state.params
             stacked = self.keys(), state.params[name], state.moments[name]
-            shared = self.settings[name].batch, trained[name].objective.group
-            each = mesh.train_seeds(partial(one_seed, name), now, stacked, config.seeds, *shared)
-            params, moments, metrics = ({name: found} for found in each)
+            sizes = config.seeds, self.settings[name].batch, trained[name].objective.group
+            train_seed = partial(one_seed, name)
+            results = mesh.train_seeds(train_seed, (state.step, count), stacked, *sizes)
+            params, moments, metrics = ({name: tree} for tree in results)
             return TrainState(state.step + count, params, moments), metrics
 
         self.keys = lambda: indexed_keys(key_episodes, seeds)
-        """The key of each seed's episodes."""
+        """Returns the key from which each seed draws its episodes."""
         self.one_seed = one_seed
-        """`one_seed(name, (step, count), (key, params, moments))`: outer steps of one seed of a
-        meta-learner, inside `mesh.train_seeds`; (params, moments, mean metrics)."""
+        """`one_seed(name, (step, count), (key, params, moments))` runs `count` updates of one seed
+        of a meta-learner, inside `mesh.train_seeds`; returns (params, moments, mean metrics)."""
         self.starting = jax.jit(init, out_shardings=mesh.one_device())
-        """The program that makes the state at outer step 0."""
-        # Computed on one device, one seed at a time: decompositions in batches, or on several CPU
-        # devices at once, as in orthogonal initialisation, can wait for each other's threads for
-        # ever (jaxlib 0.10.2).
+        """Jitted function that makes the state at outer step 0."""
+        # It runs on one device, one seed at a time, because batched decompositions (in orthogonal
+        # initialisation), or those on several CPU devices at once, can wait for each other's
+        # threads for ever (jaxlib 0.10.2).
         self.init = lambda: mesh.replicate(self.starting())
-        """The state at outer step 0."""
+        """Returns the state at outer step 0, replicated on all devices."""
         self.abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh.replicated()),
             jax.eval_shape(self.starting),
         )
-        """The shapes, types and placement of a state."""
+        """Shapes, types and shardings of a training state."""
         self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())
-        """`advance(state, count)`: `count` updates on, of the one meta-learner that the state is of
-        (`TrainState.only`); (state, mean metrics of each seed). The state passed in is consumed.
-        Compiled once for all counts, and for each meta-learner."""
+        """`advance(state, count)` runs `count` updates of the one meta-learner in the state
+        (`TrainState.only`); returns (state, mean metrics of each seed). The state passed in is
+        donated. Compiled once for each meta-learner, for all counts."""
         self.compiled = functools.cache(
             lambda name: self.advance.lower(self.abstract.only(name), jnp.int32(1)).compile()
         )
-        """`advance` for the state of one meta-learner, by its name (`jax.stages.Compiled`)."""
+        """Returns `advance` compiled for the named meta-learner (`jax.stages.Compiled`); cached."""
         self.seconds = dict.fromkeys(trained, 0.0)
-        """Seconds that `run` has trained each meta-learner, compiling left out."""
+        """Seconds that `run` has spent on training each meta-learner, without compilation."""
         self.pace = 0.0
-        """Seconds that each outer step took in the last dispatch; 0 before the first."""
+        """Seconds per outer step in the last dispatch; 0 before the first."""
 
     def run(
         self, state: TrainState, target: int
     ) -> Iterator[tuple[TrainState, dict[str, Metrics]]]:
         """Yields (state, metrics by meta-learner) after each dispatch, up to outer step `target`.
 
-        A metric [seed] is the mean over the outer steps of the dispatch, each before its update.
-        Raises `ConfigError` when one is not finite.
+        A metric [seed] is the mean over the dispatch's updates, computed before each update. Raises
+        `ConfigError` if one is not finite.
         """
         step = int(state.step)
         while step < target:
             count = self.dispatched(target - step)
-            begun = sum(self.seconds.values())
+            seconds_before = sum(self.seconds.values())
             params, moments = state.params, state.moments
             metrics: dict[str, Metrics] = {}
-            for name in self.trained:  # each by itself, so that its time is known
-                advance, times = self.compiled(name), self.settings[name].updates_per_step
-                # Its step counts updates, and is a new array, as the state is consumed.
-                alone = state.only(name)._replace(step=times * state.step)
-                updates = jnp.int32(times * count)
+            for name in self.trained:  # one at a time, to measure the seconds of each
+                advance, n = self.compiled(name), self.settings[name].updates_per_step
+                # Here the step counts updates. It is a new array, because `advance` donates it.
+                own_state = state.only(name)._replace(step=n * state.step)
+                updates = jnp.int32(n * count)
                 start = time.perf_counter()
-                now, found = jax.block_until_ready(advance(alone, updates))
+                own_state, own_metrics = jax.block_until_ready(advance(own_state, updates))
                 self.seconds[name] += time.perf_counter() - start
-                params, moments = params | now.params, moments | now.moments
-                metrics |= found
-            self.pace = (sum(self.seconds.values()) - begun) / count
+                params, moments = params | own_state.params, moments | own_state.moments
+                metrics |= own_metrics
+            self.pace = (sum(self.seconds.values()) - seconds_before) / count
             step, state = step + count, TrainState(state.step + count, params, moments)
             self.check_finite(step, metrics)
             yield state, metrics
 
     def dispatched(self, left: int) -> int:
-        """Chooses the outer steps in the next dispatch, of so many that are left, by its pace."""
-        most = max(1, int(DISPATCH_SECONDS / self.pace)) if self.pace else left
-        return mesh.broadcast(min(self.config.dispatch, left, most))
+        """Chooses how many of the `left` outer steps the next dispatch runs, from the last pace."""
+        limit = max(1, int(DISPATCH_SECONDS / self.pace)) if self.pace else left
+        return mesh.broadcast(min(self.config.dispatch, left, limit))
 
     @property
     def episodes(self) -> int:
-        """Counts the episodes in one outer step, of all seeds and meta-learners."""
-        each = (own.batch * own.updates_per_step for own in self.settings.values())
-        return self.config.seeds * sum(each)
+        """Returns the number of episodes in one outer step, over all seeds and meta-learners."""
+        per_seed = (own.batch * own.updates_per_step for own in self.settings.values())
+        return self.config.seeds * sum(per_seed)
 
     def check_finite(self, step: int, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-        """Raises `ConfigError`, which names the learning rate, when a metric is not finite."""
-        for name, each in metrics.items():
-            for what, value in each.items():
-                fix = f"the {what} of {name} is no longer finite at outer step {step}; lower it"
+        """Raises `ConfigError`, naming the learning rate, if a metric is not finite."""
+        for name, values in metrics.items():
+            for metric, value in values.items():
+                hint = f"the {metric} of {name} is no longer finite at outer step {step}; lower it"
                 finite = np.isfinite(value).all()
-                self.trained[name].check(finite, "learning_rate", self.config, fix)
+                self.trained[name].check(finite, "learning_rate", self.config, hint)

@@ -1,7 +1,7 @@
 """Random keys and normal numbers, drawn fast on every platform.
 
-The bits are those of JAX's own Threefry keys. What differs is how a CPU computes them: JAX rolls
-the rounds up in a loop, which XLA can neither fuse nor vectorise; here they are written out.
+The bits equal those of JAX's own Threefry keys. Only their computation on a CPU differs: JAX runs
+the rounds in a loop, which XLA can neither fuse nor vectorise; here the rounds are written out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from metadyn import mesh
 from metadyn.base import Key
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-# Giles (2010), "Approximating the erfinv function", single precision: near 0, and in the tails.
+# Polynomials of Giles (2010), "Approximating the erfinv function", in single precision, for the
+# centre (near 0) and the tails.
 _CENTRE = (
     2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087,
     -0.00125372503, -0.00417768164, 0.246640727, 1.50140941,
@@ -30,32 +31,32 @@ _TAILS = (
     -0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773,
     -0.0076224613, 0.00943887047, 1.00167406, 2.83297682,
 )  # fmt: skip
-# (log(1 + f) − f) / f² on [−1/3, 1/3], by a Chebyshev fit.
+# Polynomial for (log(1 + f) − f) / f² on [−1/3, 1/3], from a Chebyshev fit.
 _LOG = (
     -0.1504942923784256, 0.16729101538658142, -0.16481579840183258, 0.19858717918395996,
     -0.25004205107688904, 0.33335334062576294, -0.49999985098838806,
 )  # fmt: skip
-_TWO_THIRDS = 0x3F2AAAAB  # the bits of 2/3
+_TWO_THIRDS = 0x3F2AAAAB  # the bits of the float32 number 2/3
 
 
 def fast(key: Key) -> Key:
-    """Returns the same key with the generator that is fastest here, which draws the same bits."""
+    """Returns a key that draws the same bits by the fastest generator for this backend."""
     if mesh.backend() == "cpu" and jax.random.key_impl(key) == "threefry2x32":
         return jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT)
     return key
 
 
 def normal(key: Key, shape: tuple[int, ...] = ()) -> Float[Array, "*shape"]:
-    """Draws standard normal numbers."""
-    least = float(np.nextafter(np.float32(-1), np.float32(0)))
-    return normal_of(jax.random.uniform(key, shape, minval=least))
+    """Draws standard normal numbers of a given shape."""
+    lowest = float(np.nextafter(np.float32(-1), np.float32(0)))
+    return normal_of(jax.random.uniform(key, shape, minval=lowest))
 
 
 def normal_of(u: Float[Array, ...]) -> Float[Array, ...]:
-    """Computes √2 erf⁻¹(u) to 1e-6: normal, if u is uniform on (−1, 1).
+    """Computes √2 erf⁻¹(u) to 1e-6, which is standard normal if u is uniform on (−1, 1).
 
-    By the approximation of `jax.random.normal`, but from log((1 − u)(1 + u)), as it was published:
-    XLA takes log1p(−u²), which on a CPU is slower and loses digits in the tails.
+    It uses the approximation of `jax.random.normal`, but from log((1 − u)(1 + u)), as published.
+    XLA uses log1p(−u²), which is slower on a CPU and loses digits in the tails.
     """
     w = -_log((1 - u) * (1 + u))
     central = w < 5
@@ -67,9 +68,9 @@ def normal_of(u: Float[Array, ...]) -> Float[Array, ...]:
 
 
 def _log(x: Float[Array, ...]) -> Float[Array, ...]:
-    """log x of positive x to 4e-7 relative, without the special cases that a general one needs."""
+    """Computes log x of positive x to 4e-7 relative, without the special cases of a general log."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    exponent = (bits - _TWO_THIRDS) >> 23  # so that what is left lies in [2/3, 4/3)
+    exponent = (bits - _TWO_THIRDS) >> 23  # so that x / 2^exponent = 1 + f lies in [2/3, 4/3)
     f = jax.lax.bitcast_convert_type(bits - (exponent << 23), jnp.float32) - 1
     polynomial = jnp.zeros_like(x)
     for coefficient in _LOG:
@@ -85,16 +86,16 @@ def threefry(
     keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     a, b = counter[0] + key[0], counter[1] + key[1]
     for i in range(5):
-        for bits in _ROTATIONS[i % 2]:
+        for shift in _ROTATIONS[i % 2]:
             a = a + b
-            b = a ^ (b << jnp.uint32(bits) | b >> jnp.uint32(32 - bits))
+            b = a ^ (b << jnp.uint32(shift) | b >> jnp.uint32(32 - shift))
         a = a + keys[(i + 1) % 3]
         b = b + keys[(i + 2) % 3] + jnp.uint32(i + 1)
     return a, b
 
 
 def _blocks(key: UInt32[Array, " 2"], shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """One for each index of an array of that shape, below 2³² in all."""
+    """Computes one Threefry block for each index of an array of this shape, of size below 2³²."""
     index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return threefry((key[0], key[1]), (jnp.zeros_like(index), index))
 
@@ -110,30 +111,30 @@ def _words(key: UInt32[Array, " 2"], width: int, shape: tuple[int, ...]) -> Arra
     return (a ^ b).astype(f"uint{width}")
 
 
-def _by_itself(hashed: Callable[..., Any], **jit: Any) -> Callable[..., Any]:
-    """Compiled apart from what uses it: XLA neither inlines the call nor fuses it with anything.
+def _uninlined(hash_fn: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
+    """Compiles a hash apart from its caller: XLA neither inlines the call nor fuses it.
 
-    For LLVM follows every path through the rounds, some 3.4²⁰, to see whether the hash is the same
-    in every turn of a loop; which it is where XLA makes it part of a loop over something else.
+    XLA might otherwise fuse the hash into a loop in which it does not change. To find out that it
+    does not, LLVM follows every path through the rounds, some 3.4²⁰.
     """
-    called = jax.jit(hashed, **jit)
+    jitted = jax.jit(hash_fn, **jit_options)
 
     def call(*args: Any) -> Any:
         with set_xla_metadata(inlineable="false"):
-            return called(*args)
+            return jitted(*args)
 
     return call
 
 
-_blocks_of = _by_itself(_blocks, static_argnums=1)
-_block_of = _by_itself(_block)
-_words_of = _by_itself(_words, static_argnums=(1, 2))
+_uninlined_blocks = _uninlined(_blocks, static_argnums=1)
+_uninlined_block = _uninlined(_block)
+_uninlined_words = _uninlined(_words, static_argnums=(1, 2))
 _WRITTEN_OUT = define_prng_impl(
     key_shape=(2,),
     seed=threefry_prng_impl.seed,
-    split=lambda key, shape: jnp.stack(_blocks_of(key, shape), axis=-1),
-    random_bits=_words_of,
-    fold_in=lambda key, number: jnp.stack(_block_of(key, jnp.asarray(number, jnp.uint32))),
+    split=lambda key, shape: jnp.stack(_uninlined_blocks(key, shape), axis=-1),
+    random_bits=_uninlined_words,
+    fold_in=lambda key, number: jnp.stack(_uninlined_block(key, jnp.asarray(number, jnp.uint32))),
     name="threefry2x32_written_out",
     tag="fry",
 )

@@ -1,4 +1,4 @@
-"""Studies of several domains at once, with what each domain's own study compares."""
+"""Configurations of studies of several domains, built on the comparisons of each domain's study."""
 
 from __future__ import annotations
 
@@ -16,49 +16,50 @@ TITLES = {
     "nonlinear": "nonlinear regression",
     "bandit": "contextual bandit",
 }
-"""What figures and tables call each domain."""
+"""Name of each domain in figures and tables."""
 STUDIES = {name: load_study(title.replace(" ", "_")) for name, title in TITLES.items()}
 SMALL: dict[str, Any] = {
     "linear": LinearRegression(n_x=3, n_y=3),
     "nonlinear": FourierRegression(band(1, 3), steps=20),
     "bandit": ContextualBandit(contexts=3, actions=3, steps=20),
 }
-"""Three modes in each domain, for what is to be quick."""
+"""Small domains with three modes each, for quick presets."""
 EVEN = SMALL | {"linear": LinearRegression(n_x=3, n_y=3, spread="even")}
-"""The same with singular values at even steps, of which the least is large enough to be placed."""
+"""The same with evenly spaced singular values, so that even the least mode can be measured."""
 SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
 """The sign of the figure of merit of a learner that learns one mode after another."""
 NETWORKS = get_args(Network)
 DESCENTS = ("maml", "learned_optimizer")
-"""Those that train a network on squared errors within the episode: not for the bandit."""
+"""Meta-learners that train a network on squared errors within the episode; none for the bandit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SeveralDomainsConfig(StudyConfig):
-    """The settings of a study of several domains, which are fields of a subclass."""
+    """Settings of a study of several domains. Subclasses add the domains as fields."""
 
     of: str = "quick"
-    """The preset of the domains' own studies, for whatever is not set here."""
+    """Preset of the domains' own studies, which gives every setting that is not set here."""
 
     def within(self, name: str, **fields: Any) -> Any:
-        """Makes a domain's own study's configuration, its fields replaced by those of this one.
+        """Returns a domain study's configuration with its fields replaced by those of this one.
 
-        So the networks and the outer loop are those of this configuration (an LSTM of 64 units, if
-        nothing else is said), not those of the domain's own preset. `fields` that the study does
-        not have are left out.
+        Its networks and outer loop are therefore those of this configuration (by default an LSTM of
+        64 units), not those of the domain's preset. `fields` replace further fields; those that the
+        domain's study lacks are ignored.
         """
-        own = STUDIES[name].config(self.of)
-        given = vars(self) | {"domain": getattr(self, name)} | fields
-        return dataclasses.replace(own, **{f: v for f, v in given.items() if hasattr(own, f)})
+        config = STUDIES[name].config(self.of)
+        settings = vars(self) | {"domain": getattr(self, name)} | fields
+        known = {field: value for field, value in settings.items() if hasattr(config, field)}
+        return dataclasses.replace(config, **known)
 
     def comparison(self, name: str, **fields: Any) -> Comparison:
-        """Makes what a domain's own study compares, configured so."""
+        """Returns the first comparison of a domain's own study, configured as in `within`."""
         return STUDIES[name].plan(self.within(name, **fields)).comparisons[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class DomainsConfig(SeveralDomainsConfig):
-    """The settings of a study of all three domains; its own are added in a subclass."""
+    """Settings of a study of all three domains. Subclasses add the study's own settings."""
 
     linear: LinearRegression = LinearRegression()
     nonlinear: FourierRegression = FourierRegression()
@@ -67,27 +68,27 @@ class DomainsConfig(SeveralDomainsConfig):
 
 @dataclasses.dataclass(frozen=True)
 class LearnersConfig(SeveralDomainsConfig):
-    """The settings of a study of several meta-learners; its domains are added in a subclass."""
+    """Settings of a study of several meta-learners. Subclasses add the domains as fields."""
 
     learners: tuple[str, ...] = NETWORKS
-    """The meta-learners that are compared."""
+    """Names of the meta-learners to compare."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        right = self.learners and set(self.learners) <= set(NETWORKS)
-        check(right, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
-        once = len({*self.learners}) == len(self.learners)
-        check(once, "learners", self.learners, "name each once")
-        fix = "does not choose what is trained here: --learners does"
-        check(self.meta == type(self).meta, "meta", self.meta, fix)
+        valid = self.learners and set(self.learners) <= set(NETWORKS)
+        check(valid, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
+        unique = len({*self.learners}) == len(self.learners)
+        check(unique, "learners", self.learners, "name each once")
+        hint = "does not choose what is trained here: --learners does"
+        check(self.meta == type(self).meta, "meta", self.meta, hint)
 
     def contenders(self, name: str) -> tuple[Comparison, list[Contender]]:
-        """Returns a domain's own comparison, and those of `learners` that can serve there.
+        """Returns a domain's own comparison and a contender per meta-learner that can serve it.
 
-        Where none can, the study's own, `meta`.
+        The meta-learners are those of `learners`, or `meta` if none of them can.
         """
-        able = [meta for meta in self.learners if name != "bandit" or meta not in DESCENTS]
-        bases = {meta: self.comparison(name, meta=meta) for meta in able or [self.meta]}
+        usable = [meta for meta in self.learners if name != "bandit" or meta not in DESCENTS]
+        bases = {meta: self.comparison(name, meta=meta) for meta in usable or [self.meta]}
         metas = [
             dataclasses.replace(base.metas[0], label=getattr(self, meta).label)
             for meta, base in bases.items()
