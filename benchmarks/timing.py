@@ -1,8 +1,8 @@
-"""Timing of rival programs in alternation, and the machine's own limits.
+"""Times rival programs in alternation, and measures the machine's own limits.
 
-Each side of a comparison lives in a worker process of its own and sleeps until the parent tells it
-to run its next repeat. So the sides alternate through whatever else the machine does, and the
-thread pool of one is idle while another is timed.
+Each side of a comparison runs in its own worker process and sleeps until the parent tells it to
+run its next repeat. Whatever else the machine does therefore affects all sides alike, and the
+thread pool of one side is idle while another is timed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 REPEATS = 9
-SECONDS = 0.25  # of one repeat, at least: our choice
-GRACE_SECONDS = 600.0  # seconds that a side may take to be prepared, or to repeat
+SECONDS = 0.25  # least duration of one repeat: our choice
+GRACE_SECONDS = 600.0  # longest that preparing a side, or one repeat, may take
 
 Run = Callable[[int], Any]
 """`run(count)` does the work `count` times and returns when it is done."""
 
 
 class Side(NamedTuple):
-    """One side of a comparison: `function(**case)` of a module makes a `Run`, in the worker."""
+    """One side of a comparison: in the worker, `function(**case)` of `module` makes a `Run`."""
 
     module: str
     function: str
@@ -41,33 +41,36 @@ class Side(NamedTuple):
 
 
 class Unavailable(Exception):
-    """A side that cannot run here, and why."""
+    """Raised for a side that cannot run here; the message says why."""
 
 
 class Worker:
-    """A side in a process of its own.
+    """Runs one side in its own process.
 
-    Raises `Unavailable` if it cannot be made, dies, or does not answer within `patience` seconds.
+    Raises `Unavailable` if the side cannot be made, or its process dies or does not answer within
+    `patience` seconds.
     """
 
     def __init__(self, side: Side, seconds: float = SECONDS, patience: float = GRACE_SECONDS):
         self._patience, context = patience, multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, side, seconds), daemon=True)
+        self._pipe, worker_pipe = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(worker_pipe, side, seconds), daemon=True
+        )
         self._process.start()
-        theirs.close()
-        complaint = self._answer()
-        if complaint:
+        worker_pipe.close()
+        error = self._receive()
+        if error:
             self.close()
-            raise Unavailable(complaint)
+            raise Unavailable(error)
 
     def repeat(self) -> float:
-        """Seconds for one unit of work, mean over one repeat."""
-        with contextlib.suppress(BrokenPipeError):  # if it is dead, the missing answer says so
+        """Returns the seconds that one unit of work took, as the mean over one repeat."""
+        with contextlib.suppress(BrokenPipeError):  # if the worker is dead, `_receive` says so
             self._pipe.send(True)
-        return self._answer()
+        return self._receive()
 
-    def _answer(self) -> Any:
+    def _receive(self) -> Any:
         why = f"it did not answer within {self._patience:g} s"
         try:
             if self._pipe.poll(self._patience):
@@ -79,7 +82,7 @@ class Worker:
         raise Unavailable(why)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the worker process."""
         self._pipe.close()
         self._process.join(5)
         if self._process.is_alive():
@@ -87,13 +90,14 @@ class Worker:
 
 
 def _serve(pipe: Any, side: Side, seconds: float) -> None:
+    """Makes a side and chooses the count for repeats of `seconds`, then times repeats on demand."""
     try:
-        run = _answer(side)
+        run = _call(side)
         run(1)
-        count, took = 1, _seconds(run, 1) if seconds else 0.0
-        while took < seconds:
-            count = max(count + 1, min(int(1.2 * count * seconds / took), 10 * count))
-            took = _seconds(run, count)
+        count, elapsed = 1, _seconds(run, 1) if seconds else 0.0
+        while elapsed < seconds:
+            count = max(count + 1, min(int(1.2 * count * seconds / elapsed), 10 * count))
+            elapsed = _seconds(run, count)
         pipe.send(None)
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -101,17 +105,17 @@ def _serve(pipe: Any, side: Side, seconds: float) -> None:
     try:
         while pipe.recv():
             pipe.send(_seconds(run, count) / count)
-    except EOFError:  # the parent has heard enough
+    except EOFError:  # the parent has closed its end
         pass
 
 
 def ask(side: Side) -> Any:
-    """What `function(**case)` returns, in a process of its own."""
+    """Calls `function(**case)` of a side in its own process and returns the result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_answer, (side,))
+        return pool.apply(_call, (side,))
 
 
-def _answer(side: Side) -> Any:
+def _call(side: Side) -> Any:
     return getattr(importlib.import_module(side.module), side.function)(**side.case)
 
 
@@ -127,40 +131,40 @@ def alternate(
     seconds: float = SECONDS,
     patience: float = GRACE_SECONDS,
 ) -> dict[str, np.ndarray]:
-    """Seconds per unit of work [repeats] of each side, repeat by repeat in turn.
+    """Times the sides in alternation. Returns the seconds per unit of work [repeats] of each.
 
-    A side that cannot run here, or fails on the way, is left out, and why is printed.
+    A side that cannot run here, or fails on the way, is left out, and the reason is printed.
     """
     workers: dict[str, Worker] = {}
-    taken: dict[str, list[float]] = {}
+    timings: dict[str, list[float]] = {}
     try:
         for name, side in sides.items():
-            with _left_out(name, taken):
+            with _left_out(name, timings):
                 workers[name] = Worker(side, seconds, patience)
-                taken[name] = []
+                timings[name] = []
         for _ in range(repeats):
-            for name in [*taken]:
-                with _left_out(name, taken):
-                    taken[name].append(workers[name].repeat())
+            for name in [*timings]:
+                with _left_out(name, timings):
+                    timings[name].append(workers[name].repeat())
     finally:
         for worker in workers.values():
             worker.close()
-    return {name: np.array(each) for name, each in taken.items()}
+    return {name: np.array(values) for name, values in timings.items()}
 
 
 @contextlib.contextmanager
-def _left_out(name: str, taken: dict[str, list[float]]) -> Iterator[None]:
-    """Takes a side out of what was measured, and prints why, if it cannot run inside."""
+def _left_out(name: str, timings: dict[str, list[float]]) -> Iterator[None]:
+    """Removes a side from `timings`, and prints why, if the code inside raises `Unavailable`."""
     try:
         yield
     except Unavailable as why:
         print(f"{name}: not measured ({why})", flush=True)
-        taken.pop(name, None)
+        timings.pop(name, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One measured figure with its 95 % interval, and what it ought to be."""
+    """A measured value with its 95 % interval, its target if any, and whether it met the target."""
 
     name: str
     value: float
@@ -179,10 +183,10 @@ class Result:
 def result(
     name: str, samples: Any, at_least: float | None = None, at_most: float | None = None
 ) -> Result:
-    """The median of the samples, one a repeat, with its bootstrap interval, against a target."""
+    """Makes a `Result` of samples, one per repeat: their median, bootstrap interval and target."""
     samples = np.atleast_1d(np.asarray(samples, np.float64))
-    drawn = np.random.default_rng(0).choice(samples, (2000, len(samples)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    resampled = np.random.default_rng(0).choice(samples, (2000, len(samples)))
+    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
     value, target, met = float(np.median(samples)), None, None
     if at_least is not None:
         target, met = f"at least {at_least:g}", value >= at_least
@@ -192,10 +196,10 @@ def result(
 
 
 def device() -> str:
-    """The processor, by name; or what BENCHMARK_DEVICE says."""
-    said = os.environ.get("BENCHMARK_DEVICE")
-    if said:
-        return said
+    """Names this machine's processor, or returns the value of BENCHMARK_DEVICE if it is set."""
+    label = os.environ.get("BENCHMARK_DEVICE")
+    if label:
+        return label
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -203,21 +207,21 @@ def device() -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class Limits(NamedTuple):
-    """What the machine can do, measured."""
+    """Measured limits of the machine."""
 
     products: float
-    """Floating-point operations a second in products of 1024 × 1024 float32 matrices."""
+    """Floating-point operations per second in products of 1024 × 1024 float32 matrices."""
     copies: float
-    """Bytes a second, read and written, in x ← −x over 128 MiB."""
+    """Bytes per second, read and written, in x ← −x over 128 MiB."""
 
     def share(self, seconds: np.ndarray, operations: float, moved: float = 0.0) -> np.ndarray:
-        """The time that the limit allows for so much work, over the time that it took."""
+        """Returns the time that the limits require for the work, as a share of the time it took."""
         return max(operations / self.products, moved / self.copies) / seconds
 
 
@@ -226,26 +230,27 @@ PARTS, SIZE, ENTRIES = 8, 1024, 1 << 22
 
 @cache
 def limits() -> Limits:
-    """Those of this machine, on all of its devices."""
-    taken = alternate({name: Side(__name__, name) for name in ("products", "copies")})
-    best = {name: float(seconds.min()) for name, seconds in taken.items()}
+    """Measures the limits of this machine, on all of its devices together."""
+    timings = alternate({name: Side(__name__, name) for name in ("products", "copies")})
+    best = {name: float(seconds.min()) for name, seconds in timings.items()}
     return Limits(2 * PARTS * SIZE**3 / best["products"], 2 * 4 * PARTS * ENTRIES / best["copies"])
 
 
 def products(size: int = SIZE, precision: str = "float32") -> Run:
-    """PARTS products of size × size matrices, split over the devices."""
+    """Makes a run of `PARTS` products of size × size matrices, sharded over the devices."""
     import jax
 
     product = jax.default_matmul_precision(precision)(lambda a: a @ a / size)
-    return _everywhere((size, size), product)
+    return _on_all_devices((size, size), product)
 
 
 def copies(entries: int = ENTRIES) -> Run:
-    """PARTS arrays of so many entries negated in place, split over the devices."""
-    return _everywhere((entries,), lambda a: -a)
+    """Makes a run that negates `PARTS` arrays of `entries` in place, sharded over the devices."""
+    return _on_all_devices((entries,), lambda a: -a)
 
 
-def _everywhere(shape: tuple[int, ...], change: Callable[[Any], Any]) -> Run:
+def _on_all_devices(shape: tuple[int, ...], change: Callable[[Any], Any]) -> Run:
+    """Makes a run that applies `change` over and over to `PARTS` arrays of a shape."""
     from metadyn import mesh
 
     mesh.use_every_core()
@@ -253,29 +258,29 @@ def _everywhere(shape: tuple[int, ...], change: Callable[[Any], Any]) -> Run:
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
 
-    split = PartitionSpec(mesh.TASKS)
+    by_part = PartitionSpec(mesh.TASKS)
     repeat = lambda a, n: jax.lax.fori_loop(0, n, lambda _, a: change(a), a)
-    many = jax.shard_map(
-        lambda a, n: jax.lax.map(lambda one: repeat(one, n), a),
+    program = jax.shard_map(
+        lambda a, n: jax.lax.map(lambda part: repeat(part, n), a),
         mesh=mesh.mesh(),
-        in_specs=(split, PartitionSpec()),
-        out_specs=split,
+        in_specs=(by_part, PartitionSpec()),
+        out_specs=by_part,
     )
-    many = jax.jit(many, donate_argnums=0)
+    program = jax.jit(program, donate_argnums=0)
     state = [jnp.ones((PARTS, *shape))]
 
     def run(count: int) -> None:
-        state[0] = jax.block_until_ready(many(state[0], count))
+        state[0] = jax.block_until_ready(program(state[0], count))
 
     return run
 
 
 Benchmark = Callable[[bool], Iterator[Result]]
-"""`benchmark(full)` yields its results as they come."""
+"""`benchmark(full)` yields each result as soon as it is measured."""
 
 
 def main(benchmarks: Mapping[str, Benchmark], description: str) -> None:
-    """The command line of one benchmark or of all."""
+    """Runs the command line of one benchmark, or of several by name."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--full", action="store_true", help="the larger grid of sizes")
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
@@ -287,19 +292,19 @@ def main(benchmarks: Mapping[str, Benchmark], description: str) -> None:
     results = []
     for name in chosen:
         start = time.perf_counter()
-        for each in benchmarks[name](arguments.full):
-            print(each, flush=True)
-            results.append(each)
-            if arguments.json:  # after each, so that what is done is kept
-                rows = [dataclasses.asdict(each) for each in results]
+        for measured in benchmarks[name](arguments.full):
+            print(measured, flush=True)
+            results.append(measured)
+            if arguments.json:  # after each result, so that a run that stops keeps those before
+                rows = [dataclasses.asdict(measured) for measured in results]
                 Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n")
         print(f"({name}: {time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def versions() -> str:
-    """Python and the packages that are compared."""
-    found = [f"Python {platform.python_version()}"]
+    """Lists the versions of Python and of the packages that are compared."""
+    names = [f"Python {platform.python_version()}"]
     for package in ("jax", "flax", "torch"):
         with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    return ", ".join(found)
+            names.append(f"{package} {version(package)}")
+    return ", ".join(names)

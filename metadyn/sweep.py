@@ -1,13 +1,13 @@
-"""Sweeps: one study under many settings, as few programs, each setting in a run folder of its own.
+"""Sweeps of one study over many settings, in few programs, with a run folder for each setting.
 
-    DIR/sweep.json          what was asked for; written first, compared on every later run
+    DIR/sweep.json          the sweep as requested; written first, compared on every later run
     DIR/settings/NUMBER/    the run of one setting, as `metadyn run` with its options would make it
-    DIR/figures/*.png       figures of merit against what is swept (sweep_results.py)
-    DIR/report.html         a page to look at, with what is swept as controls (view.py)
+    DIR/figures/*.png       figures of merit against the swept options (sweep_results.py)
+    DIR/report.html         an interactive page of results: each swept option is a control (view.py)
     DIR/summary.json        figures of merit of every setting
 
-Settings whose programs differ in numbers alone are trained side by side as one program, in rows
-(sweep_rows.py), and measured by one; where shapes differ, each has a program of its own.
+Settings whose programs differ only in numbers share one training program, as its rows
+(sweep_rows.py), and one measuring program; settings with other shapes have programs of their own.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ from metadyn.sweep_rows import Rows, by_program
 
 SweepKind = Literal["grid", "zip", "random"]
 MOST = 10_000
-"""Settings beyond which a sweep must be confirmed: our choice."""
+"""Largest number of settings that runs without confirmation by --yes: our choice."""
 FORMAT = 1
+"""Version of the layout of sweep.json."""
 FILES = 256
-"""Open files beside those of the settings: our choice."""
+"""Open files allowed for in addition to one lock per setting: our choice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep was asked for: values, as they were typed, of the options of one study."""
+    """A sweep as requested: values of the options of one study, as typed on the command line."""
 
     study: str
     preset: str
@@ -65,63 +66,64 @@ class Sweep:
     settings: Sequence[Sequence[str]]
     """The value of each option in each setting."""
     parts: int = 1
-    """How many processes share it, each of which does every `parts`-th setting (`part_of`)."""
+    """Number of parts that share the settings: each does every `parts`-th setting (`part_of`)."""
 
     @property
     def swept(self) -> list[str]:
-        """Returns the options that have several values."""
+        """Names the swept options: those with several values."""
         return [name for name, values in self.options.items() if len(values) > 1]
 
     def typed(self, i: int) -> dict[str, str]:
-        """Returns the value of each option in a setting."""
+        """Returns the value of each option in setting `i`, as typed."""
         return dict(zip(self.options, self.settings[i], strict=True))
 
     def overrides(self, i: int) -> list[str]:
-        """Gives what `metadyn run` would be given for a setting.
+        """Returns the command-line words that make `metadyn run` run setting `i`.
 
-        A value such as "1 5" is several words, and a matrix, "[[1, 0], [0, 2]]", is one.
+        A value such as "1 5" becomes several words; a matrix, "[[1, 0], [0, 2]]", remains one.
         """
         split = lambda value: [value] if value.startswith("[") else value.split() or [value]
         return [word for name, value in self.typed(i).items() for word in (name, *split(value))]
 
     def called(self, i: int) -> str:
-        """Names a setting for messages: its place, and the values of what is swept."""
+        """Labels a setting for messages by its position and its values of the swept options."""
         typed = self.typed(i)
-        said = " ".join(f"{name} {typed[name]}" for name in self.swept)
-        return f"setting {i + 1} of {len(self.settings)}" + (f" ({said})" if said else "")
+        values = " ".join(f"{name} {typed[name]}" for name in self.swept)
+        return f"setting {i + 1} of {len(self.settings)}" + (f" ({values})" if values else "")
 
     @contextmanager
     def naming(self, i: int, config: Any) -> Iterator[None]:
-        """Names a setting, and its options as they were typed, in a `ConfigError` raised inside."""
+        """Adds a setting's label, and its options as typed, to a `ConfigError` raised inside."""
         try:
             yield
         except ConfigError as error:
-            said = as_typed(error, config, self.overrides(i))
-            raise ConfigError(f"{self.called(i)}: {said}") from error
+            message = as_typed(error, config, self.overrides(i))
+            raise ConfigError(f"{self.called(i)}: {message}") from error
 
     def config(self, i: int, default: Any, beside: Sequence[str] = ()) -> Any:
-        """Makes the configuration of a setting. Raises `ConfigError` if it is refused.
+        """Builds the configuration of a setting. Raises `ConfigError` if a value is refused.
 
-        Hints are at options of the study, and at those `beside` them.
+        For an unknown option the error suggests one of the study's, or one of those in `beside`.
         """
         with self.naming(i, default):
             return configured(default, self.overrides(i), beside)
 
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
-    """Reads the values of each option as typed: --a 1 2 or --a=1. `ConfigError` for bad words.
+    """Parses the words of a command line into the values of each option: --a 1 2 or --a=1.
 
-    A word that begins with two dashes is an option.
+    Every word that begins with two dashes names an option. Raises `ConfigError` for an option that
+    comes twice or has no value, and for a value before the first option.
     """
     options: dict[str, list[str]] = {}
     name = ""
     for word in words:
         if word.startswith("--"):
-            name, given, value = word.partition("=")
+            name, equals, value = word.partition("=")
             name = name.replace("_", "-")
             if name in options:
                 raise ConfigError(f"{name}: given twice; give all its values after one")
-            options[name] = [value] if given else []
+            options[name] = [value] if equals else []
         elif not name:
             raise ConfigError(f"unrecognized arguments: {word}")
         else:
@@ -133,16 +135,16 @@ def parsed(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def part_of(text: str, count: int) -> range:
-    """Says which of so many settings the part "2/4" does: every 4th, from the second on.
+    """Returns which of `count` settings a part does: "2/4" does every 4th, from the second on.
 
-    Raises `ConfigError` for anything else, and for a part that has none.
+    Raises `ConfigError` for text of any other form, and for a part without settings.
     """
-    index, _, of = text.partition("/")
-    right = index.isdecimal() and of.isdecimal() and 1 <= int(index) <= int(of)
-    check(right, "--part", text, "give I/N, such as 2/4, with I from 1 to N")
-    mine = range(int(index) - 1, count, int(of))
-    check(len(mine) > 0, "--part", text, f"there are {count} settings")
-    return mine
+    index, _, parts = text.partition("/")
+    valid = index.isdecimal() and parts.isdecimal() and 1 <= int(index) <= int(parts)
+    check(valid, "--part", text, "give I/N, such as 2/4, with I from 1 to N")
+    indices = range(int(index) - 1, count, int(parts))
+    check(len(indices) > 0, "--part", text, f"there are {count} settings")
+    return indices
 
 
 def settings(
@@ -155,11 +157,12 @@ def settings(
 ) -> list[tuple[str, ...]]:
     """Lists the settings of a sweep, each as the value of every option.
 
-    A "grid" has every combination of the values; "zip" the first of all, the second of all, …; and
-    "random" has `count` combinations from the ranges that pairs of values give. Ranges are sampled
-    evenly in logarithm, and rounded where the option's `default` value is a whole number, or where
-    it is None and both ends are. Raises `ConfigError` for options that cannot be combined so, and
-    for very many if not `confirmed`.
+    A "grid" has every combination of the values. A "zip" combines the first value of every option,
+    then the second of every option, and so on. A "random" sweep draws `count` combinations, with
+    two values of an option as the ends of its range. Ranges are sampled uniformly in the logarithm.
+    Samples are rounded if an option's `default` is an integer, or None and both ends are integers.
+    Raises `ConfigError` for options that cannot be combined in this way, and for more than `MOST`
+    settings unless `confirmed`.
     """
     sizes = [len(values) for values in options.values()]
     total = {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
@@ -168,16 +171,16 @@ def settings(
     if kind == "grid":
         for name, values in options.items():
             for value in values:
-                times = [*map(value_of, values)].count(value_of(value))  # NaN is not even itself
-                check(times <= 1, name, value, "given twice")
+                matches = [*map(value_of, values)].count(value_of(value))  # NaN matches nothing
+                check(matches <= 1, name, value, "given twice")
         return list(itertools.product(*options.values()))
-    several = {name: len(values) for name, values in options.items() if len(values) > 1}
+    swept = {name: len(values) for name, values in options.items() if len(values) > 1}
     if kind == "random":
-        fix = "give the least and the greatest value of at least one option, to draw from"
-        check(several, "--random", count, fix)
+        hint = "give the least and the greatest value of at least one option, to draw from"
+        check(swept, "--random", count, hint)
     if kind == "zip":
-        said = ", ".join(f"{n} of {name}" for name, n in several.items())
-        check(len({*several.values()}) <= 1, "--zip", said, "give as many values of each, or one")
+        listed = ", ".join(f"{n} of {name}" for name, n in swept.items())
+        check(len({*swept.values()}) <= 1, "--zip", listed, "give as many values of each, or one")
     rng = np.random.default_rng(seed)
     columns = []
     for name, values in options.items():
@@ -187,91 +190,92 @@ def settings(
             columns.append([*values])
         else:
             low, high = _range(name, values)
-            drawn = np.exp(rng.uniform(math.log(low), math.log(high), total))
+            samples = np.exp(rng.uniform(math.log(low), math.log(high), total))
             usual = default.get(name)
-            whole = all(type(value_of(value)) is int for value in values)
-            form = ".0f" if type(usual) is int or (usual is None and whole) else ".6g"
-            columns.append([f"{x:{form}}" for x in drawn.tolist()])
+            integral = all(type(value_of(value)) is int for value in values)
+            spec = ".0f" if type(usual) is int or (usual is None and integral) else ".6g"
+            columns.append([f"{x:{spec}}" for x in samples.tolist()])
     return list(zip(*columns, strict=True)) if columns else [()]
 
 
 def zipped(default: Any, words: str) -> list[tuple[str, Any]]:
-    """Says what `metadyn sweep --zip` makes of a configuration and some options, as typed.
+    """Lists the configurations that `metadyn sweep --zip` makes from `default` and typed options.
 
-    For each setting, the value of the first option and the configuration. Raises `ConfigError`.
+    Each comes with the setting's value of the first option. Raises `ConfigError` for bad options.
     """
     options = parsed(words.split())
-    asked = Sweep("", "", 0, "zip", options, settings(options, "zip", {}, 0, 0))
-    return [(first, asked.config(i, default)) for i, (first, *_) in enumerate(asked.settings)]
+    sweep = Sweep("", "", 0, "zip", options, settings(options, "zip", {}, 0, 0))
+    return [(first, sweep.config(i, default)) for i, (first, *_) in enumerate(sweep.settings)]
 
 
 def value_of(text: str) -> float | int | str:
-    """Reads the value of an option as it was typed: a number, if it is one."""
-    for kind in (int, float):
+    """Converts the typed value of an option to a number, or returns it unchanged if it is none."""
+    for convert in (int, float):
         with suppress(ValueError):
-            return kind(text)
+            return convert(text)
     return text
 
 
 def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
+    """Parses the two ends of a range. Raises `ConfigError` unless 0 < low < high < ∞."""
     with suppress(ValueError):
         low, high = map(float, values)
         if 0 < low < high < math.inf:
             return low, high
-    fix = "of a random sweep, give one value, or the least and the greatest, above 0"
-    raise ConfigError(f"{name} {' '.join(values)}: {fix}")
+    hint = "of a random sweep, give one value, or the least and the greatest, above 0"
+    raise ConfigError(f"{name} {' '.join(values)}: {hint}")
 
 
 class SweepFolder:
-    """A sweep's DIR. `SweepFolder(path)` opens one for reading."""
+    """The folder DIR of a sweep. `SweepFolder(path)` opens an existing one for reading."""
 
     def __init__(self, path: str | Path):
-        """Raises `ConfigError` unless `path` holds a sweep."""
+        """Opens the sweep in `path`. Raises `ConfigError` unless `path` holds one."""
         self.path = Path(path).absolute()
         self.figures = self.path / "figures"
         self.config = read_json(self.path / "sweep.json", f"{path} holds no sweep of metadyn")
-        found = dict(self.config)
-        if found.pop("format", None) != FORMAT:
+        fields = dict(self.config)
+        if fields.pop("format", None) != FORMAT:
             raise ConfigError(f"{path} holds a sweep of another version of metadyn")
         with error_context(f"{path}/sweep.json: is not as metadyn writes it"):
-            self.sweep = Sweep(**found)
-            self.sweep.called(0)
+            self.sweep = Sweep(**fields)
+            self.sweep.called(0)  # fails if options and settings do not fit together
 
     @classmethod
     def create(cls, path: str | Path, sweep: Sweep) -> SweepFolder:
-        """Makes DIR, or opens it to go on. Parts may come at the same time.
+        """Makes DIR, or opens it to resume its sweep; several parts may call this at the same time.
 
-        Raises `ConfigError` if it cannot be written, or holds anything but this sweep.
+        Raises `ConfigError` if DIR cannot be written, or holds anything but this sweep.
         """
-        asked = {"format": FORMAT} | dataclasses.asdict(sweep)
-        return claimed(cls, path, "sweep.json", asked, "sweep")
+        contents = {"format": FORMAT} | dataclasses.asdict(sweep)
+        return claimed(cls, path, "sweep.json", contents, "sweep")
 
     def setting(self, i: int) -> Path:
-        """Returns the run folder of a setting."""
+        """Returns the path of the run folder of a setting."""
         return self.path / "settings" / f"{i:0{len(str(len(self.sweep.settings) - 1))}}"
 
     def run(self, i: int) -> RunFolder | None:
-        """Opens the run of a setting, if it has begun."""
+        """Opens the run of a setting. Returns None if the run has not begun."""
         path = self.setting(i)
         return RunFolder(path) if (path / "config.json").exists() else None
 
     def lost(self, i: int) -> str:
-        """Returns what was said when the loss of a setting was no longer finite; or nothing."""
+        """Returns the message stored when a setting's loss became non-finite, or "" otherwise."""
         path = self.setting(i) / "lost.json"
         if not path.exists():
             return ""
         return read_json(path, f"{path} cannot be read").get("said") or "its loss was not finite"
 
     def set_lost(self, i: int, said: str) -> None:
-        """Marks a setting as lost: it is not trained any further."""
+        """Marks a setting as lost, with a message: it is not trained any further."""
         write_json(self.setting(i) / "lost.json", {"said": said})
 
     def ended(self, i: int) -> bool:
-        """Tells whether a setting is done, or lost."""
+        """Tells whether a setting has ended: it has a summary, or is lost."""
         return (self.setting(i) / "summary.json").exists() or bool(self.lost(i))
 
     def whole(self, i: int) -> bool:
-        """Tells whether a setting has ended, and nothing that is stored of it is damaged."""
+        """Tells whether a setting has ended and none of its stored data is damaged."""
         run = self.run(i)
         return self.ended(i) and not (run and run.damage())
 
@@ -282,23 +286,24 @@ def is_sweep(path: str | Path) -> bool:
 
 
 def planned(sweep: Sweep, study: Study, configs: Mapping[int, Any]) -> dict[int, Plan]:
-    """Makes the plan of each setting that a part of a sweep does, by the setting's number.
+    """Makes the plan of each setting in `configs`, keyed by the setting's number.
 
-    Raises `ConfigError`, as `run_sweep` does.
+    Increases this process's limit on open files where necessary. Raises `ConfigError` for a plan
+    that is refused or does not fit into memory, and for more settings than files can be opened.
     """
     plans = {}
     for i, config in configs.items():
         with sweep.naming(i, config):
             plans[i] = study.plan(config)
             check_memory(plans[i])
-    # Each setting keeps a lock open.
+    # Each setting keeps its lock file open.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(configs) + FILES
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        said = f"{len(configs):,} settings need {needed:,} open files, of {hard:,}"
-        raise ConfigError(f"--part: {said}: give more parts")
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    needed_files = len(configs) + FILES
+    if hard != resource.RLIM_INFINITY and needed_files > hard:
+        message = f"{len(configs):,} settings need {needed_files:,} open files, of {hard:,}"
+        raise ConfigError(f"--part: {message}: give more parts")
+    if soft != resource.RLIM_INFINITY and soft < needed_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed_files, hard))
     return plans
 
 
@@ -309,27 +314,27 @@ def run_sweep(
     out: str | Path,
     progress: Progress,
 ) -> SweepFolder:
-    """Runs a part of a sweep into `out`, or what is left of it.
+    """Runs one part of a sweep into the folder `out`, or resumes that part.
 
-    `configs` are those of the part's settings, by their numbers. A setting whose loss is no longer
-    finite is marked, and does not stop the others. Figures of merit are drawn by the part that ends
-    last. Raises `ConfigError` for what can be known not to work before DIR is made, and as
-    `run_study` does.
+    `configs` holds the configurations of the part's settings, keyed by the settings' numbers. A
+    setting whose loss becomes non-finite is marked as lost and does not stop the others. The part
+    that ends last draws the figures of merit. Raises `ConfigError` before DIR is made if a setting
+    can be known to fail, and later as `run_study` does.
     """
     from metadyn import sweep_results
 
     plans: dict[int, Plan] = {}
     if not (is_sweep(out) and all(map(SweepFolder(out).whole, configs))):
         plans = planned(sweep, study, configs)
-        kinds = int | str  # other sizes are other shapes; other numbers are not
-        sized = lambda domain: [v for v in domain_summary(domain).values() if isinstance(v, kinds)]
+        sizes = int | str  # fields of these types can change shapes; floats cannot
+        fields = lambda domain: [v for v in domain_summary(domain).values() if isinstance(v, sizes)]
         modes = lambda tasks: [len(probe.modes.values) for probe in tasks.probes.values()]
-        measured = lambda plan: tuple(
-            (e.called, *sized(e.tasks.domain), *modes(e.tasks)) for e in plan.every
+        shapes = lambda plan: tuple(
+            (m.called, *fields(m.tasks.domain), *modes(m.tasks)) for m in plan.every
         )
-        unlike = {measured(plan): i for i, plan in plans.items()}.values()
-        with progress.counting("checking", len(unlike)) as show:
-            for i in unlike:
+        distinct = {shapes(plan): i for i, plan in plans.items()}.values()
+        with progress.counting("checking", len(distinct)) as show:
+            for i in distinct:
                 show("criteria and figures")
                 with sweep.naming(i, configs[i]):
                     rehearse(study, configs[i], plans[i])
@@ -337,7 +342,7 @@ def run_sweep(
                 with sweep.naming(i, configs[i]):
                     check_objectives(plan)
     folder = SweepFolder.create(out, sweep)
-    for i in configs if not plans else ():  # all are done: by these presets, or by others?
+    for i in configs if not plans else ():  # all have ended: `create` refuses other configurations
         run = RunFolder(folder.setting(i))
         RunFolder.create(run.path, run.config | {"config": dataclasses.asdict(configs[i])})
     summary = folder.path / "summary.json"
@@ -345,88 +350,88 @@ def run_sweep(
         if plans:
             summary.unlink(missing_ok=True)
             with ExitStack() as stack:
-                shared = sweep_programs.ProgramCache()
-                measure = lambda *given: shared(_traced(given), *given[-4:])
+                programs = sweep_programs.ProgramCache()
+                measure = lambda *arguments: programs(_traced(arguments), *arguments[-4:])
                 runners: dict[int, Runner] = {}
                 for i, plan in plans.items():
-                    asked = run_config(study, sweep.preset, sweep.seed, configs[i], plan)
-                    run = RunFolder.create(folder.setting(i), asked)
+                    contents = run_config(study, sweep.preset, sweep.seed, configs[i], plan)
+                    run = RunFolder.create(folder.setting(i), contents)
                     stack.enter_context(run.locked())
                     run.set_aside_damaged()
-                    said = sweep.called(i)
-                    runners[i] = Runner(plan, run, sweep.seed, progress, False, measure, said)
-                _run(study, configs, folder, runners, shared, progress)
-        with lock(folder.path):  # of parts that end together the first draws
+                    label = sweep.called(i)
+                    runners[i] = Runner(plan, run, sweep.seed, progress, False, measure, label)
+                _train_and_measure(study, configs, folder, runners, programs, progress)
+        with lock(folder.path):  # of parts that end at the same time, the first one draws
             if not summary.exists() and all(map(folder.ended, range(len(sweep.settings)))):
                 sweep_results.conclude(folder, progress)
     return folder
 
 
-def _traced(given: tuple[Any, ...]) -> Any:
+def _traced(arguments: tuple[Any, ...]) -> Any:
     """Traces `inner.measure` for these arguments, once for all parameters of the same shapes.
 
-    Arrays on devices, arrays of NumPy and shapes with a placement would each be traced anew.
+    Without this JAX would trace anew for device arrays, NumPy arrays and shapes with a sharding.
     """
-    *fixed, params, sample, key, indices = given
+    *static, params, sample, key, indices = arguments
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    return inner.measure.trace(*fixed, shapes, sample, key, indices)
+    return inner.measure.trace(*static, shapes, sample, key, indices)
 
 
-def _run(
+def _train_and_measure(
     study: Study,
     configs: Mapping[int, Any],
     folder: SweepFolder,
     runners: Mapping[int, Runner],
-    shared: sweep_programs.ProgramCache,
+    programs: sweep_programs.ProgramCache,
     progress: Progress,
 ) -> None:
-    """Trains and measures settings, those of one form side by side."""
+    """Trains and measures settings; those whose training programs share a form run together."""
     sweep = folder.sweep
-    failed: list[ConfigError] = []
-    forms = by_program({i: runner.loop for i, runner in runners.items()})
+    errors: list[ConfigError] = []
+    groups = by_program({i: runner.loop for i, runner in runners.items()})
     with progress.counting("tracing", len(runners)) as show:
         for i, runner in runners.items():
             show(sweep.called(i))
-            # Those of what is stored, too: the same numbers are to be arguments when this sweep, or
-            # this part of it, is gone on with, so that bits are the same.
+            # Measurements that are stored are announced too. A resumed sweep, or part of one, then
+            # takes the same numbers as arguments, and its results are the same to the bit.
             ended = folder.ended(i)
-            for _, stored, parts in runner.calls():
-                for given in parts:
-                    params, *others = given[-4:]  # those of a meta-learner are shapes as yet
+            for _, stored, calls in runner.calls():
+                for arguments in calls:
+                    params, *others = arguments[-4:]  # of a meta-learner, params are still shapes
                     known = not (ended or stored or jax.tree.leaves(params))
                     with error_context(sweep.called(i)):
-                        shared.expect(_traced(given), (params, *others) if known else None)
-    names = [f"{len(members)} settings" for members in forms]
+                        programs.expect(_traced(arguments), (params, *others) if known else None)
+    names = [f"{len(members)} settings" for members in groups]
     with progress.studies(names, "groups of settings") as begin:
-        for k, members in enumerate(forms):
+        for k, members in enumerate(groups):
             begin(k)
-            begun = time.monotonic()
-            several = [runners[i] for i in members]
-            if several[0].plan.trained and not all(map(folder.ended, members)):
-                rows = Rows([runner.loop for runner in several])
-                gone = [k for k, i in enumerate(members) if folder.lost(i)]
+            started = time.monotonic()
+            group = [runners[i] for i in members]
+            if group[0].plan.trained and not all(map(folder.ended, members)):
+                rows = Rows([runner.loop for runner in group])
+                lost_before = [k for k, i in enumerate(members) if folder.lost(i)]
 
-                def lost(k: int, error: ConfigError, members: list[int] = members) -> None:
+                def mark_lost(k: int, error: ConfigError, members: list[int] = members) -> None:
                     i = members[k]
-                    said = str(as_typed(error, configs[i], sweep.overrides(i)))
-                    folder.set_lost(i, said)
-                    progress.say(f"{sweep.called(i)}: {said}")
+                    message = str(as_typed(error, configs[i], sweep.overrides(i)))
+                    folder.set_lost(i, message)
+                    progress.say(f"{sweep.called(i)}: {message}")
 
-                start = lambda rows=rows: rows.start(shared)
+                start = lambda rows=rows: rows.start(programs)
                 first, *others = members
                 with nullcontext() if others else sweep.naming(first, configs[first]):
-                    train(several, start, rows.run, lost, gone)
-            training = (time.monotonic() - begun) / len(members)
+                    train(group, start, rows.run, mark_lost, lost_before)
+            training_share = (time.monotonic() - started) / len(members)
             for i in members:
                 if not folder.ended(i):
-                    begun = time.monotonic()
+                    started = time.monotonic()
                     runners[i].measure_all()
-                    seconds = training + time.monotonic() - begun
+                    seconds = training_share + time.monotonic() - started
                     run = runners[i].store
                     try:
                         with sweep.naming(i, configs[i]):
                             judge(study, configs[i], run, run.results(), seconds)
-                    except ConfigError as error:  # the others are measured all the same
-                        failed.append(error)
-    if failed:
-        raise failed[0]
+                    except ConfigError as error:  # the other settings are still measured
+                        errors.append(error)
+    if errors:
+        raise errors[0]

@@ -1,9 +1,9 @@
-"""Programs that differ in numbers alone, as one program that is given the numbers.
+"""Programs that differ only in numbers, run as one program that takes the numbers as arguments.
 
-A configuration's numbers are constants of what JAX traces from it: σ, a learning rate, a prior
-covariance. Traced programs of the same form, operation by operation, that differ in such constants
-alone are compiled once: where they differ, the constant becomes an argument, which may be batched.
-No domain, learner or objective has to know of it.
+The numbers of a configuration, such as σ, a learning rate or a prior covariance, are constants in
+the program that JAX traces from it. Programs of the same form, operation by operation, that differ
+only in such constants are compiled once: each constant that differs becomes an argument, which may
+be batched. Domains, learners and objectives need no code for this.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import PartitionSpec
 
 Place = tuple[Any, ...]
-"""Where in a program a number stands: steps down into it, and the position there."""
-Constants = Mapping[Place, Any]
+"""Position of a number: the steps into nested programs, then its position in the last of them."""
+Constants = Mapping[Place, Any]  # numbers, keyed by place
 CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
     "checkpoint": "jaxpr",
-    "remat2": "jaxpr",  # what JAX calls it inside
+    "remat2": "jaxpr",  # the name of `checkpoint` inside JAX
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
-"""Operations that do no more than run a program, and the parameter that holds it."""
+"""Operations that only run a nested program, and the parameter that holds that program."""
 OPENED = {
     **{name: (inner,) for name, inner in CALLS.items()},
     "scan": ("jaxpr",),
@@ -39,13 +39,14 @@ OPENED = {
     "cond": ("branches",),
     "shard_map": ("jaxpr",),
 }
-"""Operations inside which numbers are looked for. Those of any other are part of the form."""
+"""Operations whose nested programs are searched for numbers, and the parameters that hold them."""
+# Numbers inside any other operation are part of the form.
 
 
 def split_constants(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]:
-    """Splits a program into its form, as a hash, and its numbers by their places.
+    """Splits a program into its form, as a hash, and its numbers, keyed by place.
 
-    Programs of one form do the same, given the same arguments and the same numbers.
+    Two programs of one form compute the same results from the same arguments and numbers.
     """
     numbers: dict[Place, np.ndarray] = {}
     keys: list[bytes] = []
@@ -53,66 +54,66 @@ def split_constants(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]
     return hashlib.sha256(repr(form).encode()).hexdigest(), numbers
 
 
-def _inner(eqn: JaxprEqn) -> dict[Place, ClosedJaxpr | Jaxpr]:
-    """The programs inside an operation, by the steps down to them."""
-    found = {}
+def _nested(eqn: JaxprEqn) -> dict[Place, ClosedJaxpr | Jaxpr]:
+    """Returns the programs nested in an operation, keyed by the step that leads to each."""
+    programs = {}
     for name in OPENED.get(eqn.primitive.name, ()):
-        held = eqn.params[name]
-        for i, each in enumerate(held if isinstance(held, tuple) else (held,)):
-            found[name, i] = each
-    return found
+        value = eqn.params[name]
+        for i, program in enumerate(value if isinstance(value, tuple) else (value,)):
+            programs[name, i] = program
+    return programs
 
 
-def _opened(program: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    """A program and the arrays that it is closed over: a jitted function keeps its own."""
+def _jaxpr_and_consts(program: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """Returns a program and the arrays it closes over: a nested jitted function has its own."""
     if isinstance(program, ClosedJaxpr):
         return program.jaxpr, program.consts
     return program, ()
 
 
 def _form(
-    program: ClosedJaxpr | Jaxpr, at: Place, numbers: dict[Place, np.ndarray], keys: list[bytes]
+    program: ClosedJaxpr | Jaxpr, steps: Place, numbers: dict[Place, np.ndarray], keys: list[bytes]
 ) -> list[Any]:
-    """What a program does, all but its numbers and its random keys, which are collected."""
-    names: dict[Any, int] = {}
-    jaxpr, consts = _opened(program)
+    """Returns the form of the program at `steps`; collects its `numbers`, and its random `keys`."""
+    ids: dict[Any, int] = {}
+    jaxpr, consts = _jaxpr_and_consts(program)
 
-    def name(place: Place, atom: Any) -> tuple[Any, str]:
+    def describe(place: Place, atom: Any) -> tuple[Any, str]:
         if isinstance(atom, Literal):
             numbers[place] = np.asarray(atom.val, jnp.result_type(atom.aval))
             return "number", str(atom.aval)
-        return names.setdefault(atom, len(names)), str(atom.aval)
+        return ids.setdefault(atom, len(ids)), str(atom.aval)
 
-    form: list[Any] = [[name((), var) for var in (*jaxpr.constvars, *jaxpr.invars)]]
+    form: list[Any] = [[describe((), var) for var in (*jaxpr.constvars, *jaxpr.invars)]]
     for i, value in enumerate(consts):
         if jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
             keys.append(_bytes(value))
         else:
-            numbers[(*at, "constant", i)] = np.asarray(value)
+            numbers[(*steps, "constant", i)] = np.asarray(value)
     for i, eqn in enumerate(jaxpr.eqns):
-        inner, kind = _inner(eqn), eqn.primitive.name
+        nested, kind = _nested(eqn), eqn.primitive.name
         if kind not in OPENED:
-            keys.extend(_hidden(kind, eqn.params))
+            keys.extend(_hidden_data(kind, eqn.params))
         params = {} if kind in CALLS else eqn.params
-        said = {k: _said(v) for k, v in params.items() if k not in OPENED.get(kind, ())}
-        read = [name((*at, i, k), atom) for k, atom in enumerate(eqn.invars)]
-        opened = [_form(each, (*at, i, *step), numbers, keys) for step, each in inner.items()]
-        form.append([kind, read, said, opened, [name((), var) for var in eqn.outvars]])
-    form.append([name((*at, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)])
+        texts = {k: _as_text(v) for k, v in params.items() if k not in OPENED.get(kind, ())}
+        operands = [describe((*steps, i, k), atom) for k, atom in enumerate(eqn.invars)]
+        inside = [_form(inner, (*steps, i, *step), numbers, keys) for step, inner in nested.items()]
+        form.append([kind, operands, texts, inside, [describe((), var) for var in eqn.outvars]])
+    form.append([describe((*steps, "out", k), atom) for k, atom in enumerate(jaxpr.outvars)])
     return form
 
 
-def _hidden(kind: str, params: Mapping[str, Any]) -> Iterator[bytes]:
-    """What an operation that is not opened holds, and does not say in words: its arrays.
+def _hidden_data(kind: str, params: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yields the arrays in an operation outside `OPENED`, which its text does not show in full.
 
-    Of a callback its function, which may hold anything.
+    For a callback, yields the identity of its function, which may hold anything.
     """
     for value in jax.tree.leaves([*params.values()]):
         if isinstance(value, (Jaxpr, ClosedJaxpr)):
-            jaxpr, consts = _opened(value)
+            jaxpr, consts = _jaxpr_and_consts(value)
             yield from map(_bytes, consts)
             for eqn in jaxpr.eqns:
-                yield from _hidden(eqn.primitive.name, eqn.params)
+                yield from _hidden_data(eqn.primitive.name, eqn.params)
         elif isinstance(value, (np.ndarray, jax.Array)):
             yield _bytes(value)
         elif "callback" in kind and callable(value):
@@ -120,33 +121,36 @@ def _hidden(kind: str, params: Mapping[str, Any]) -> Iterator[bytes]:
 
 
 def _bytes(value: Any) -> bytes:
-    """The bytes of an array, or of a random key."""
+    """Returns the bytes of an array, or of a random key."""
     if jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     return np.asarray(value).tobytes()
 
 
-def _said(parameter: Any) -> str:
-    """Writes a parameter of an operation alike in every process: Python orders sets as it likes."""
+def _as_text(parameter: Any) -> str:
+    """Writes an operation's parameter, with sets sorted: their order differs between processes."""
     ordered = sorted(parameter) if isinstance(parameter, (set, frozenset)) else parameter
     return str(ordered)
 
 
 def varying(many: Sequence[Constants]) -> list[Place]:
-    """Finds the places at which programs of one form have different numbers."""
+    """Returns the places where programs of one form have different numbers, in program order."""
     first, *others = many
-    alike = lambda a, b: np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-    return [p for p in first if not all(alike(first[p], each[p]) for each in others)]
+    equal = lambda a, b: np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return [p for p in first if not all(equal(first[p], other[p]) for other in others)]
 
 
 def evaluate(
     program: ClosedJaxpr | Jaxpr, numbers: Constants, arguments: Sequence[Any]
 ) -> list[Any]:
-    """Runs a program with other numbers at some places, which may be traced."""
-    jaxpr, consts = _opened(program)
-    held = [numbers.get(("constant", i), value) for i, value in enumerate(consts)]
+    """Evaluates a program, with its numbers replaced at the places in `numbers`.
+
+    The replacements may be traced values. `arguments` and results are leaves, not trees.
+    """
+    jaxpr, consts = _jaxpr_and_consts(program)
+    constants = [numbers.get(("constant", i), value) for i, value in enumerate(consts)]
     variables = (*jaxpr.constvars, *jaxpr.invars)
-    values: dict[Any, Any] = dict(zip(variables, (*held, *arguments), strict=True))
+    values: dict[Any, Any] = dict(zip(variables, (*constants, *arguments), strict=True))
 
     def read(place: Place, atom: Any) -> Any:
         if isinstance(atom, Literal):
@@ -155,65 +159,65 @@ def evaluate(
 
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read((i, k), atom) for k, atom in enumerate(eqn.invars)]
-        inside = {step: _below((i, *step), numbers) for step in _inner(eqn)}
+        inside = {step: _numbers_at((i, *step), numbers) for step in _nested(eqn)}
         with eqn.ctx.manager:
             if any(inside.values()):
-                found = _again(eqn, inside, operands)
+                results = _rebuild(eqn, inside, operands)
             else:
                 params = eqn.primitive.get_bind_params(eqn.params)
-                found = eqn.primitive.bind(*operands, **params)
-        several = eqn.primitive.multiple_results
-        values |= zip(eqn.outvars, list(found) if several else [found], strict=True)
+                results = eqn.primitive.bind(*operands, **params)
+        multiple = eqn.primitive.multiple_results
+        values |= zip(eqn.outvars, list(results) if multiple else [results], strict=True)
     return [read(("out", k), atom) for k, atom in enumerate(jaxpr.outvars)]
 
 
-def _below(steps: Place, numbers: Constants) -> Constants:
-    """The numbers in the program that some steps lead to, by their places there."""
-    n = len(steps)
-    return {place[n:]: value for place, value in numbers.items() if place[:n] == steps}
+def _numbers_at(steps: Place, numbers: Constants) -> Constants:
+    """Returns the numbers in the nested program at `steps`, keyed by their places within it."""
+    depth = len(steps)
+    return {place[depth:]: value for place, value in numbers.items() if place[:depth] == steps}
 
 
-def _again(eqn: JaxprEqn, numbers: Mapping[Place, Constants], operands: list[Any]) -> list[Any]:
-    """Does an operation anew, with other numbers in each of the programs inside it."""
-    inner, params, kind = _inner(eqn), eqn.params, eqn.primitive.name
-    run = lambda step, *given: evaluate(inner[step], numbers[step], given)
+def _rebuild(eqn: JaxprEqn, numbers: Mapping[Place, Constants], operands: list[Any]) -> list[Any]:
+    """Applies an operation like `eqn` with replaced numbers in each of its nested programs."""
+    nested, params, kind = _nested(eqn), eqn.params, eqn.primitive.name
+    run = lambda step, *leaves: evaluate(nested[step], numbers[step], leaves)
     if kind in CALLS:
         if params.get("differentiated") and params.get("prevent_cse"):
-            # Computed once more, backwards, and not kept from when it was first.
+            # So that the backward pass recomputes this and XLA does not keep the forward results.
             operands = list(jax.lax.optimization_barrier(operands))
         return run((CALLS[kind], 0), *operands)
     if kind == "scan":
-        if "ft_in" in params:  # from JAX 0.12 on: a tree for each of the three
-            fixed, carried, _ = map(len, params["ft_in"].unpack())
+        if "ft_in" in params:  # from JAX 0.12 on: one tree each for constants, carry and inputs
+            n_consts, n_carry, _ = map(len, params["ft_in"].unpack())
         else:
-            fixed, carried = params["num_consts"], params["num_carry"]
-        consts, init = operands[:fixed], operands[fixed : fixed + carried]
-        xs = operands[fixed + carried :]
+            n_consts, n_carry = params["num_consts"], params["num_carry"]
+        consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
+        xs = operands[n_consts + n_carry :]
 
         def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-            found = run(("jaxpr", 0), *consts, *carry, *x)
-            return found[:carried], found[carried:]
+            outputs = run(("jaxpr", 0), *consts, *carry, *x)
+            return outputs[:n_carry], outputs[n_carry:]
 
-        more = {name: params[name] for name in ("length", "reverse", "unroll")}
-        carry, ys = jax.lax.scan(body, init, xs, **more)
+        options = {name: params[name] for name in ("length", "reverse", "unroll")}
+        carry, ys = jax.lax.scan(body, init, xs, **options)
         return [*carry, *ys]
     if kind == "while":
         a, b = params["cond_nconsts"], params["body_nconsts"]
-        to_cond, to_body, init = operands[:a], operands[a : a + b], operands[a + b :]
+        cond_consts, body_consts, init = operands[:a], operands[a : a + b], operands[a + b :]
         return jax.lax.while_loop(
-            lambda carry: run(("cond_jaxpr", 0), *to_cond, *carry)[0],
-            lambda carry: run(("body_jaxpr", 0), *to_body, *carry),
+            lambda carry: run(("cond_jaxpr", 0), *cond_consts, *carry)[0],
+            lambda carry: run(("body_jaxpr", 0), *body_consts, *carry),
             init,
         )
     if kind == "cond":
-        which, *rest = operands
-        branches = [functools.partial(run, step) for step in inner]
-        return jax.lax.switch(which, branches, *rest)
+        branch, *rest = operands
+        branches = [functools.partial(run, step) for step in nested]
+        return jax.lax.switch(branch, branches, *rest)
     assert kind == "shard_map", kind
-    ((step, mapped),) = inner.items()
+    ((step, local),) = nested.items()
     places = list(numbers[step])
     sharded = jax.shard_map(
-        lambda values, *given: evaluate(mapped, dict(zip(places, values, strict=True)), given),
+        lambda values, *leaves: evaluate(local, dict(zip(places, values, strict=True)), leaves),
         mesh=params["mesh"],
         in_specs=(PartitionSpec(), *params["in_specs"]),
         out_specs=list(params["out_specs"]),
@@ -223,51 +227,52 @@ def _again(eqn: JaxprEqn, numbers: Mapping[Place, Constants], operands: list[Any
 
 
 class ProgramCache:
-    """A cache of compiled programs in which those that differ in constants alone share one.
+    """A cache of compiled programs in which programs that differ only in numbers share one.
 
-    What is going to be called is best announced by `expect` before the first call; otherwise
-    programs of one form are compiled again when it shows that they differ. A call that is announced
-    several times, numbers and arguments alike, is done once.
+    Announce all calls with `expect` before the first call: otherwise a form is compiled again each
+    time a call has a different number at a new place. A call that is announced several times, with
+    the same numbers and arguments, is computed once.
     """
 
     def __init__(self) -> None:
-        self._awaited: Counter[str] = Counter()
-        self._results: dict[str, list[Any]] = {}
-        self._first: dict[str, Constants] = {}
-        self._varying: dict[str, set[Place]] = {}
+        self._awaited: Counter[str] = Counter()  # announced calls still to come, by call hash
+        self._results: dict[str, list[Any]] = {}  # kept for calls still to come, by call hash
+        self._first: dict[str, Constants] = {}  # numbers of the first program of each form
+        self._varying: dict[str, set[Place]] = {}  # places that differ among programs of a form
         self._compiled: dict[tuple[str, int], tuple[list[Place], Callable[..., Any]]] = {}
         self._split = functools.cache(split_constants)
 
     def expect(
         self, traced: Any, arguments: tuple[Any, ...] | None = None
     ) -> tuple[str, Constants]:
-        """Announces a traced program (`jax.stages.Traced`), with its arguments if they are known.
+        """Announces a call of a traced program (`jax.stages.Traced`), with arguments where known.
 
-        Returns its form and numbers.
+        Returns the form and the numbers of the program.
         """
         form, numbers = self._split(traced.jaxpr)
         first = self._first.setdefault(form, numbers)
         self._varying.setdefault(form, set()).update(varying([first, numbers]))
         if arguments is not None:
-            self._awaited[_call(form, numbers, arguments)] += 1
+            self._awaited[_call_hash(form, numbers, arguments)] += 1
         return form, numbers
 
     def __call__(self, traced: Any, *arguments: Any) -> Any:
-        """The results of a traced program on its arguments, those that are not static."""
+        """Returns the results of a traced program for `arguments`: all that are not static."""
         form, numbers = self.expect(traced)
-        call = _call(form, numbers, arguments)
-        found = self._results.pop(call, None) or self._run(form, numbers, traced, arguments)
+        call = _call_hash(form, numbers, arguments)
+        results = self._results.pop(call, None) or self._run(form, numbers, traced, arguments)
         self._awaited[call] -= 1
         if self._awaited[call] > 0:
-            self._results[call] = found
-        return jax.tree.unflatten(jax.tree.structure(traced.out_info), found)
+            self._results[call] = results
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
 
     def _run(
         self, form: str, numbers: Constants, traced: Any, arguments: tuple[Any, ...]
     ) -> list[Any]:
+        """Runs the compiled program of a form, compiled anew if more places vary than before."""
         key = form, len(self._varying[form])
         if key not in self._compiled:
-            # In the order of the program, so that it is the same one in every process.
+            # In program order, so that every process compiles the same program.
             places = [place for place in self._first[form] if place in self._varying[form]]
             program = traced.jaxpr
 
@@ -279,9 +284,9 @@ class ProgramCache:
         return compiled([numbers[place] for place in places], jax.tree.leaves(arguments))
 
 
-def _call(form: str, numbers: Constants, arguments: tuple[Any, ...]) -> str:
-    """A program, its numbers and its arguments, as a hash."""
-    hashed = hashlib.sha256(form.encode())
+def _call_hash(form: str, numbers: Constants, arguments: tuple[Any, ...]) -> str:
+    """Returns a hash of a program's form, its numbers and its arguments."""
+    digest = hashlib.sha256(form.encode())
     for leaf in (*numbers.values(), *jax.tree.leaves(arguments)):
-        hashed.update(_bytes(leaf))
-    return hashed.hexdigest()
+        digest.update(_bytes(leaf))
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What a sweep came to: one dataset, figures of merit against what is swept, a ranking."""
+"""Results of a sweep: one dataset, figures of merit against the swept options, a ranking."""
 
 from __future__ import annotations
 
@@ -25,172 +25,175 @@ MERITS = {
     "excess": "excess loss over Bayes\n(held-out tasks)",
     "seconds": "seconds of training\n(the setting's share)",
 }
-"""What figures show of each setting, and what they call it."""
+"""Figures of merit that are drawn of each setting, and their axis labels."""
 SETTING = {"setting", "folder", "options", "lost"}
 MEASURED = {"learner", "ending", "merit", *MERITS}
-"""What is said of each setting, and of one that was not lost."""
-MOST_LINES = 8  # our choice
+"""Fields in the row of every setting (`SETTING`), and further ones if it has figures of merit."""
+MOST_LINES = 8  # in one panel, and most labelled ticks on a log axis: our choice
 
 Row = Mapping[str, Any]
+"""Figures of merit of one meta-learner in one setting, or the reason why the setting has none."""
 
 
 def field(option: str) -> str:
-    """Names an option as datasets do: "domain.sigma" for --domain.sigma."""
+    """Converts an option to its name in datasets: --domain.sigma to "domain.sigma"."""
     return option.removeprefix("--").replace("-", "_")
 
 
 def load(path: str | Path, task_set: str) -> xr.Dataset:
-    """Loads a sweep as one dataset: that of each setting, along dimensions of what is swept.
+    """Loads what all settings measured on one set of tasks as one dataset, along swept dimensions.
 
     The dimensions of a grid are the options that have several values, such as "domain.sigma". Other
-    sweeps have one dimension, "setting", with the options' values along it. Where a setting has
-    nothing stored, was lost, or has fewer seeds, modes or steps than another, there is NaN. An
-    option that is called as something in the dataset is, such as "loss", is "option_loss". Raises
-    `ConfigError` if none has anything stored.
+    sweeps have one dimension, "setting", with the options' values along it. Entries are NaN where a
+    setting has nothing stored, was lost, or has fewer seeds, modes or steps than another. An option
+    whose name the dataset already uses, such as "loss", becomes "option_loss". Raises `ConfigError`
+    if no setting has anything stored.
     """
     folder, parts = SweepFolder(path), {}
     sweep = folder.sweep
     for i in range(len(sweep.settings)):
         run = folder.run(i)
-        measured = run.results().learners(task_set) if run and not folder.lost(i) else {}
-        if measured:
-            parts[i] = trajectories.merge(measured)
+        learners = run.results().learners(task_set) if run and not folder.lost(i) else {}
+        if learners:
+            parts[i] = trajectories.merge(learners)
     check(parts, "task_set", task_set, f"no setting of {path} has any yet")
-    whole = trajectories.concatenate(parts.values(), "setting", [*parts])
-    whole = whole.reindex(setting=range(len(sweep.settings)))
-    taken = {*whole.variables, *whole.dims}
-    named = {n: f"option_{field(n)}" if field(n) in taken else field(n) for n in sweep.swept}
+    data = trajectories.concatenate(parts.values(), "setting", [*parts])
+    data = data.reindex(setting=range(len(sweep.settings)))
+    used = {*data.variables, *data.dims}
+    names = {o: f"option_{field(o)}" if field(o) in used else field(o) for o in sweep.swept}
     if sweep.kind != "grid":
         typed = [*map(sweep.typed, range(len(sweep.settings)))]
-        column = lambda name: ("setting", [value_of(each[name]) for each in typed])
-        return whole.assign_coords({called: column(name) for name, called in named.items()})
-    grid = {called: [*map(value_of, sweep.options[name])] for name, called in named.items()}
+        column = lambda option: ("setting", [value_of(values[option]) for values in typed])
+        return data.assign_coords({name: column(option) for option, name in names.items()})
+    grid = {name: [*map(value_of, sweep.options[option])] for option, name in names.items()}
     if not grid:
-        return whole.isel(setting=0, drop=True)
-    places = xr.Dataset(coords={name: range(len(of)) for name, of in grid.items()})
-    coords = places.stack(setting=[*grid]).coords
-    whole = whole.drop_vars("setting").assign_coords(coords).unstack("setting")
-    return whole.assign_coords(grid).transpose(*grid, ...)
+        return data.isel(setting=0, drop=True)
+    indices = xr.Dataset(coords={name: range(len(values)) for name, values in grid.items()})
+    coords = indices.stack(setting=[*grid]).coords
+    data = data.drop_vars("setting").assign_coords(coords).unstack("setting")
+    return data.assign_coords(grid).transpose(*grid, ...)
 
 
 def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
-    """Returns the figures of merit of every setting (`measured`), as written, or those so far.
+    """Returns the figures of merit (`measured`): from summary.json, or those so far without one.
 
-    In the place of NaN is None. Raises `ConfigError` if what is written is damaged.
+    None stands for NaN. Raises `ConfigError` if summary.json is damaged.
     """
     path = folder.path / "summary.json"
     if not path.exists():
         return measured(folder, progress)
-    written, fix = read_json(path, f"{path} cannot be read"), "is not as metadyn writes it"
-    with error_context(f"{path} {fix}; remove the file"):
-        found = written["settings"]
-        for row in found:
-            named = SETTING if row["lost"] else SETTING | MEASURED
-            check(named <= {*row}, "rows", [*row], f"must be of {sorted(named)}")
-        return found
+    summary = read_json(path, f"{path} cannot be read")
+    with error_context(f"{path} is not as metadyn writes it; remove the file"):
+        table = summary["settings"]
+        for row in table:
+            required = SETTING if row["lost"] else SETTING | MEASURED
+            check(required <= {*row}, "rows", [*row], f"must be of {sorted(required)}")
+        return table
 
 
 def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
-    """Gives the figures of merit of each setting, a row for each meta-learner that is followed.
+    """Computes the figures of merit of each setting, in one row per tracked meta-learner.
 
     They are how far it staggers once trained, its excess loss on held-out tasks, and the seconds
-    its training took. Estimates are [value, low, high]. A setting that has none has one row, with
-    what it lacks.
+    its training took. Estimates are [value, low, high]. A setting that has none has one row, whose
+    "lost" says why.
     """
     sweep = folder.sweep
-    found: list[Row] = []
+    table: list[Row] = []
     with progress.counting("estimating", len(sweep.settings)) as show:
         for i in range(len(sweep.settings)):
             show(sweep.called(i))
-            found += _measured(folder, i, folder.ended(i))
-    return found
+            table += _setting_rows(folder, i, folder.ended(i))
+    return table
 
 
-@functools.cache  # the table, the page and a live server all ask for them
-def _measured(folder: SweepFolder, i: int, ended: bool) -> list[Row]:
+@functools.cache  # the table, the page and a live server all need them
+def _setting_rows(folder: SweepFolder, i: int, ended: bool) -> list[Row]:
+    """Returns the rows of one setting. `ended` is an argument so that the cache depends on it."""
     sweep = folder.sweep
     values = {name: (text, finite(value_of(text))) for name, text in sweep.typed(i).items()}
-    settings = {field(n): text if x is None else x for n, (text, x) in values.items()}  # "inf"
-    row = {"setting": i, "folder": folder.setting(i).name, "options": settings, "lost": None}
+    options = {field(n): text if x is None else x for n, (text, x) in values.items()}  # "inf"
+    row = {"setting": i, "folder": folder.setting(i).name, "options": options, "lost": None}
     run = folder.run(i)
-    if said := folder.lost(i):
-        return [row | {"lost": said}]
+    if message := folder.lost(i):
+        return [row | {"lost": message}]
     if run is None or not ended:
         return [row | {"lost": "not done"}]
-    found = []
-    for name, training in figures.histories(run.results(run.outer_steps()[-1:])).items():
-        trained, (loss, bayes) = training.trained.isel(outer_step=-1), training.losses
+    learner_rows = []
+    for ending, history in figures.histories(run.results(run.outer_steps()[-1:])).items():
+        trained, (loss, bayes) = history.trained.isel(outer_step=-1), history.losses
         estimates: dict[str, Any] = {
             "staggering": dynamics.merit(trained),
             "excess": dynamics.measured_excess(loss.isel(outer_step=-1), bayes),
-            "seconds": [trajectories.about(training.trained).seconds] * 3,
+            "seconds": [trajectories.about(history.trained).seconds] * 3,
         }
-        merits = {n: [float(part) for part in e] for n, e in estimates.items()}
-        called = {"learner": training.called, "ending": name}
-        found.append(row | called | {"merit": dynamics.merit_name(trained)} | finite(merits))
-    return found or [
+        merits = {name: [float(x) for x in estimate] for name, estimate in estimates.items()}
+        labels = {"learner": history.called, "ending": ending}
+        learner_rows.append(row | labels | {"merit": dynamics.merit_name(trained)} | finite(merits))
+    return learner_rows or [
         row | {"lost": "no excess loss: no meta-learner is measured on tracked and held-out tasks"}
     ]
 
 
 def conclude(folder: SweepFolder, progress: Progress = SILENT) -> None:
-    """Draws the figures of a sweep that has ended, writes its page, and last its summary.json.
+    """Draws the figures of a sweep that has ended and writes its page and its summary.json.
 
-    The summary says that all is done.
+    The summary comes last: its existence says that the sweep is complete.
     """
     from metadyn import view
 
-    sweep, found = folder.sweep, measured(folder, progress)
-    about = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
-    draw(folder, found, progress)
+    sweep, table = folder.sweep, measured(folder, progress)
+    identity = {"study": sweep.study, "preset": sweep.preset, "seed": sweep.seed}
+    draw(folder, table, progress)
     view.write(folder, progress)
-    write_json(folder.path / "summary.json", {**about, "settings": found})
+    write_json(folder.path / "summary.json", {**identity, "settings": table})
 
 
 def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
-    """Yields the settings, best first: by the excess loss of their meta-learner."""
-    sweep, found = folder.sweep, rows(folder, progress)
+    """Yields the lines of a report that ranks all settings by excess loss, with lost ones last."""
+    sweep, table = folder.sweep, rows(folder, progress)
     yield f"sweep of {sweep.study}, preset {sweep.preset}, seed {sweep.seed}"
-    there = [row for row in found if not row["lost"]]
+    complete = [row for row in table if not row["lost"]]
     done = sum(folder.ended(i) and not folder.lost(i) for i in range(len(sweep.settings)))
     yield f"{done} of {len(sweep.settings)} settings done"
-    several = len({row["learner"] for row in there}) > 1
-    for place, row in enumerate(ranked(there), 1):
-        both = (dynamics.Estimate(*row[name])._asdict() for name in ("excess", "staggering"))
-        excess, merit = map(number, both)
-        said = f"excess loss {excess}  {row['merit']} {merit}"
-        who = f"  {row['learner']}" if several else ""
-        yield f"{place:4}  {row['folder']}  {_said(folder, row)}{who}  {said}"
+    multiple = len({row["learner"] for row in complete}) > 1
+    for rank, row in enumerate(ranked(complete), 1):
+        estimates = (dynamics.Estimate(*row[name])._asdict() for name in ("excess", "staggering"))
+        excess, merit = map(number, estimates)
+        merits = f"excess loss {excess}  {row['merit']} {merit}"
+        learner = f"  {row['learner']}" if multiple else ""
+        yield f"{rank:4}  {row['folder']}  {_swept_values(folder, row)}{learner}  {merits}"
         yield f"{'':6}{row['seconds'][0]:,.0f} s of training"
-    for row in found:
+    for row in table:
         if row["lost"]:
-            yield f"   -  {row['folder']}  {_said(folder, row)}  {row['lost']}"
+            yield f"   -  {row['folder']}  {_swept_values(folder, row)}  {row['lost']}"
 
 
 def ranked(found: Sequence[Row]) -> list[Row]:
-    """Ranks the settings that were not lost, best first: by excess loss, NaN at the end."""
+    """Sorts the rows of settings that were not lost by excess loss, least first and NaN last."""
     excess = lambda row: math.inf if (value := row["excess"][0]) is None else value
     return sorted((row for row in found if not row["lost"]), key=excess)
 
 
-def _said(folder: SweepFolder, row: Row) -> str:
+def _swept_values(folder: SweepFolder, row: Row) -> str:
+    """Writes a row's values of the swept options, such as "domain.sigma=0.1"."""
     return " ".join(f"{name}={row['options'][name]}" for name in map(field, folder.sweep.swept))
 
 
 def draw(folder: SweepFolder, found: Sequence[Row], progress: Progress = SILENT) -> list[Path]:
-    """Draws the figures of merit against each swept option; of two, heat maps too."""
+    """Draws the figures of merit against each swept option, and as heat maps for a grid of two."""
     folder.figures.mkdir(exist_ok=True)
     names, paths = [field(name) for name in folder.sweep.swept], []
-    there = [row for row in found if not row["lost"]]
-    wanted = {}
-    for ending in dict.fromkeys(row["ending"] for row in there):
-        those = [row for row in there if row["ending"] == ending]
+    complete = [row for row in found if not row["lost"]]
+    drawings = {}
+    for ending in dict.fromkeys(row["ending"] for row in complete):
+        table = [row for row in complete if row["ending"] == ending]
         for name in names:
-            wanted[f"against_{name}{ending}"] = partial(against, those, name, names)
+            drawings[f"against_{name}{ending}"] = partial(against, table, name, names)
         if len(names) == 2 and folder.sweep.kind == "grid":
-            wanted[f"map{ending}"] = partial(heat_map, those, *names)
-    with progress.counting("drawing", len(wanted)) as show:
-        for name, figure in wanted.items():
+            drawings[f"map{ending}"] = partial(heat_map, table, *names)
+    with progress.counting("drawing", len(drawings)) as show:
+        for name, figure in drawings.items():
             show(name)
             paths.append(folder.figures / f"{name}.png")
             figures.picture(figure)(paths[-1])
@@ -201,8 +204,8 @@ def draw(folder: SweepFolder, found: Sequence[Row], progress: Progress = SILENT)
 def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure:
     """Draws each figure of merit against one option, with a line for each choice of the others.
 
-    Where these lines would be too many, points are drawn. Seconds that are one for all, as settings
-    trained side by side share them evenly, are left out.
+    Points without lines are drawn if there would be more than `MOST_LINES` lines. Seconds are left
+    out where they are equal in all rows, as settings trained side by side share them evenly.
     """
     values = _values(found, option)
     numeric = not any(isinstance(value, str) for value in values)
@@ -211,27 +214,26 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
     for row in found:
         label = ", ".join(f"{name} = {row['options'][name]}" for name in others)
         lines.setdefault(label, []).append(row)
-    many = len(lines) > MOST_LINES
-    one_share = len({row["seconds"][0] for row in found}) == 1 and len(found) > 1
-    shown = {n: label for n, label in MERITS.items() if n != "seconds" or not one_share}
+    crowded = len(lines) > MOST_LINES
+    equal_seconds = len({row["seconds"][0] for row in found}) == 1 and len(found) > 1
+    shown = {n: label for n, label in MERITS.items() if n != "seconds" or not equal_seconds}
     figure, axes = figures.grid(len(shown), width=4.2, height=3.8)
     for axis, (name, label) in zip(axes, shown.items(), strict=True):
-        of = found[0]["merit"] if name == "staggering" else label
-        for i, (called, several) in enumerate(lines.items()):
-            several = sorted(several, key=lambda row: values.index(row["options"][option]))
-            x = [row["options"][option] for row in several]
-            at = np.array(x if numeric else [values.index(each) for each in x], float)
-            merit = dynamics.Estimate(*np.array([row[name] for row in several], float).T)
+        ylabel = found[0]["merit"] if name == "staggering" else label
+        for i, (others_label, line) in enumerate(lines.items()):
+            line = sorted(line, key=lambda row: values.index(row["options"][option]))
+            x = [row["options"][option] for row in line]
+            positions = np.array(x if numeric else [values.index(value) for value in x], float)
+            merit = dynamics.Estimate(*np.array([row[name] for row in line], float).T)
             style = {
-                "color": "grey" if many else figures.line_colour(i),
-                "fmt": "o" if many else "o-",
+                "color": "grey" if crowded else figures.line_colour(i),
+                "fmt": "o" if crowded else "o-",
                 "ms": 5,
+                "label": None if crowded else others_label,
             }
-            axis.errorbar(
-                at, merit.value, figures.bars(merit), label=None if many else called, **style
-            )
-        axis.set(xlabel=option, ylabel=of)
-        if name != "staggering":  # amounts, whose differences are to be seen against the whole
+            axis.errorbar(positions, merit.value, figures.bars(merit), **style)
+        axis.set(xlabel=option, ylabel=ylabel)
+        if name != "staggering":  # amounts: show 0, so that differences are seen in proportion
             low, high = axis.get_ylim()
             axis.set_ylim(min(0, low), max(0, 1.05 * high))
         if not numeric:
@@ -241,35 +243,35 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
             if len(values) <= MOST_LINES:
                 axis.set_xticks(values, [f"{value:g}" for value in values])
                 axis.minorticks_off()
-    if others and not many:
+    if others and not crowded:
         figures.legend_below(axes[0])
     figure.suptitle(" / ".join(dict.fromkeys(row["learner"] for row in found)))
     return figure
 
 
-def _values(found: Sequence[Row], option: str) -> list[Any]:
-    """The values of an option: numbers in their order, then words in theirs."""
-    each = {row["options"][option] for row in found}
-    return sorted(each, key=lambda value: (isinstance(value, str), value))
+def _values(table: Sequence[Row], option: str) -> list[Any]:
+    """Returns the distinct values of an option: numbers in increasing order, then sorted words."""
+    values = {row["options"][option] for row in table}
+    return sorted(values, key=lambda value: (isinstance(value, str), value))
 
 
 @figures.styled
 def heat_map(found: Sequence[Row], across: str, down: str) -> Figure:
-    """Draws each figure of merit of a grid of two options as a map, with the numbers."""
-    columns, lines = (_values(found, option) for option in (across, down))
-    figure, axes = figures.grid(len(MERITS), width=1.6 + 0.9 * len(columns), height=3.8)
+    """Draws each figure of merit of a grid of two options as a heat map with its numbers."""
+    x_values, y_values = _values(found, across), _values(found, down)
+    figure, axes = figures.grid(len(MERITS), width=1.6 + 0.9 * len(x_values), height=3.8)
     for axis, (name, label) in zip(axes, MERITS.items(), strict=True):
-        values = np.full((len(lines), len(columns)), np.nan)
+        values = np.full((len(y_values), len(x_values)), np.nan)
         for row in found:
-            place = lines.index(row["options"][down]), columns.index(row["options"][across])
-            values[place] = np.array(row[name][0], float)  # None: NaN
+            cell = y_values.index(row["options"][down]), x_values.index(row["options"][across])
+            values[cell] = np.array(row[name][0], float)  # None becomes NaN
         axis.imshow(values, cmap="viridis", aspect="auto")
         for (i, k), value in np.ndenumerate(values):
             box = {"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1}
             text = f"{value:.3g}" if np.isfinite(value) else "–"
             axis.text(k, i, text, ha="center", va="center", fontsize=9, bbox=box)
-        axis.set_xticks(range(len(columns)), columns)
-        axis.set_yticks(range(len(lines)), lines)
+        axis.set_xticks(range(len(x_values)), x_values)
+        axis.set_yticks(range(len(y_values)), y_values)
         axis.set(xlabel=across, ylabel=down)
         axis.set_title(found[0]["merit"] if name == "staggering" else label, fontsize=10)
         axis.grid(False)

@@ -1,6 +1,6 @@
-"""Outer loops whose programs differ in numbers alone, as one program: a row for each seed of each.
+"""Outer loops whose programs differ only in numbers, as one program with a row per loop and seed.
 
-Rows need not communicate: they are split over all devices, and each is trained whole on one.
+Rows do not communicate: they are sharded over all devices, and each is trained on one device.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from metadyn.outer import OuterLoop, TrainState
 
 
 class Row(NamedTuple):
-    """The traced outer steps of one seed of one meta-learner."""
+    """The traced program of outer steps for one seed of one meta-learner, with form and numbers."""
 
     program: ClosedJaxpr
     form: str
     numbers: sweep_programs.Constants
     found: Any
-    """The structure of what it returns."""
+    """The tree structure of the outputs."""
 
 
 @functools.cache
 def row_of(loop: OuterLoop, name: str) -> Row:
-    """Traces the outer steps of one seed of a meta-learner, as they are on one device."""
-    one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    """Traces the outer steps of one seed of a meta-learner, as they run on one device."""
+    one_seed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     state, now = loop.abstract, (jax.ShapeDtypeStruct((), jnp.int32),) * 2
     stacked = jax.eval_shape(loop.keys), state.params[name], state.moments[name]
     traced = jax.make_jaxpr(
         partial(loop.one_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
     )
-    program, shapes = traced(now, jax.tree.map(one, stacked))
+    program, shapes = traced(now, jax.tree.map(one_seed, stacked))
     return Row(program, *sweep_programs.split_constants(program), jax.tree.structure(shapes))
 
 
 def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
-    """Groups outer loops, by their numbers, into those that can be rows of one program."""
+    """Groups outer loops that can be rows of one program; returns each group's keys in `loops`."""
     forms: dict[Hashable, list[int]] = {}
     for i, loop in loops.items():
         config, names = loop.config, loop.trained
@@ -58,7 +58,7 @@ def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
 
 
 class Rows:
-    """Outer loops of one form (`by_program`), trained side by side from the same keys."""
+    """Outer loops of one form (`by_program`), trained side by side from the same random keys."""
 
     def __init__(self, loops: Sequence[OuterLoop]):
         self.loops = loops
@@ -66,7 +66,7 @@ class Rows:
         self._compiled = functools.cache(self._checked)
 
     def _checked(self, name: str) -> Any:
-        """Compiles the outer steps of all rows. `ConfigError` if they do not fit into memory."""
+        """Compiles the outer steps of all rows. Raises `ConfigError` if they exceed the memory."""
         what, count, change = f"an outer step of {name}", len(self.loops), "lower it"
         with error_context(f"{what} cannot be compiled", jax.errors.JaxRuntimeError):
             compiled = self.trace(name).lower().compile()
@@ -78,34 +78,35 @@ class Rows:
         return compiled
 
     def _program(self, name: str) -> Any:
-        """Updates of all rows: (step, count, params, moments) to params, moments, metrics."""
+        """Jits all rows' update: ((step, count), params, moments) to (params, moments, metrics)."""
         first, seeds = self.loops[0], self.loops[0].config.seeds
         rows = [row_of(loop, name) for loop in self.loops]
         places = sweep_programs.varying([row.numbers for row in rows])
         numbers = [jnp.stack([row.numbers[place] for row in rows]) for place in places]
         devices = len(mesh.devices())
         count = len(rows) * seeds
-        at = np.minimum(np.arange(-(-count // devices) * devices), count - 1)  # the last repeated
+        # The last row is repeated until all devices have equally many.
+        padded = np.minimum(np.arange(-(-count // devices) * devices), count - 1)
 
-        def one_row(everywhere: Any, one: Any) -> Any:
-            now, numbers = everywhere
-            which, *row = one
-            mine = {place: of[which] for place, of in zip(places, numbers, strict=True)}
-            leaves = jax.tree.leaves((now, row))
-            found = sweep_programs.evaluate(rows[0].program, mine, leaves)
-            return jax.tree.unflatten(rows[0].found, found)
+        def one_row(replicated: Any, row: Any) -> Any:
+            now, numbers = replicated
+            loop_index, *inputs = row
+            own_numbers = {p: values[loop_index] for p, values in zip(places, numbers, strict=True)}
+            leaves = jax.tree.leaves((now, inputs))
+            outputs = sweep_programs.evaluate(rows[0].program, own_numbers, leaves)
+            return jax.tree.unflatten(rows[0].found, outputs)
 
         def advance(now: Any, params: Any, moments: Any) -> Any:
-            stacked = jax.tree.map(lambda leaf: leaf[at], (params, moments))
-            found = mesh.train_seeds(
+            stacked = jax.tree.map(lambda leaf: leaf[padded], (params, moments))
+            results = mesh.train_seeds(
                 one_row,
                 (now, numbers),
-                (jnp.asarray(at // seeds), first.keys()[at % seeds], *stacked),
-                len(at),
+                (jnp.asarray(padded // seeds), first.keys()[padded % seeds], *stacked),
+                len(padded),
                 first.settings[name].batch,
                 first.trained[name].objective.group,
             )
-            return jax.tree.map(lambda leaf: leaf[:count], found)
+            return jax.tree.map(lambda leaf: leaf[:count], results)
 
         return jax.jit(advance, out_shardings=mesh.replicated())
 
@@ -121,7 +122,7 @@ class Rows:
         return self._advance[name].trace(now, params, moments)
 
     def start(self, shared: sweep_programs.ProgramCache) -> list[TrainState]:
-        """Makes the state of each at outer step 0."""
+        """Makes the state of each loop at outer step 0."""
         for loop in self.loops:
             shared.expect(loop.starting.trace(), ())
         return [jax.tree.map(np.asarray, shared(loop.starting.trace())) for loop in self.loops]
@@ -129,10 +130,10 @@ class Rows:
     def run(
         self, states: Sequence[TrainState], target: int
     ) -> Iterator[tuple[list[TrainState], list[Mapping[str, Any]]]]:
-        """Yields the state and metrics of each after every dispatch up to an outer step.
+        """Yields the states and metrics of all loops after every dispatch, up to step `target`.
 
-        The time that a dispatch takes is shared out evenly (`OuterLoop.seconds`). Whatever the
-        metrics of one come to be, the others go on.
+        Loops share the seconds of a dispatch evenly (`OuterLoop.seconds`). Metrics are not checked:
+        a loop whose loss becomes non-finite does not stop the others.
         """
         first, seeds = self.loops[0], self.loops[0].config.seeds
         join = lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves])
@@ -140,26 +141,26 @@ class Rows:
         params = jax.tree.map(join, *(state.params for state in states))
         moments = jax.tree.map(join, *(state.moments for state in states))
         while step < target:
-            count, taken = first.dispatched(target - step), 0.0
+            count, total_seconds = first.dispatched(target - step), 0.0
             metrics: dict[str, Any] = {}
             for name in self._advance:
-                advance, times = self._compiled(name), first.settings[name].updates_per_step
-                now = np.int32(times * step), np.int32(times * count)
+                advance, updates = self._compiled(name), first.settings[name].updates_per_step
+                now = np.int32(updates * step), np.int32(updates * count)
                 start = time.perf_counter()
-                found = jax.block_until_ready(advance(now, params[name], moments[name]))
+                results = jax.block_until_ready(advance(now, params[name], moments[name]))
                 seconds = time.perf_counter() - start
-                taken += seconds
+                total_seconds += seconds
                 for loop in self.loops:
                     loop.seconds[name] += seconds / len(self.loops)
-                found = jax.tree.map(np.asarray, found)
-                params[name], moments[name], metrics[name] = found
-            step, first.pace = step + count, taken / count
+                results = jax.tree.map(np.asarray, results)
+                params[name], moments[name], metrics[name] = results
+            step, first.pace = step + count, total_seconds / count
 
-            def of(i: int, tree: Any) -> Any:
+            def part(i: int, tree: Any) -> Any:
                 return jax.tree.map(lambda leaf: leaf[i * seeds : (i + 1) * seeds], tree)
 
-            each = range(len(self.loops))
+            indices = range(len(self.loops))
             yield (
-                [TrainState(jnp.int32(step), of(i, params), of(i, moments)) for i in each],
-                [of(i, metrics) for i in each],
+                [TrainState(jnp.int32(step), part(i, params), part(i, moments)) for i in indices],
+                [part(i, metrics) for i in indices],
             )
