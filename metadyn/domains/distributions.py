@@ -1,7 +1,7 @@
 """Other distributions of a domain's tasks to train on: a mixture of priors, a pool of fixed tasks.
 
-Each is a frozen dataclass that draws a task when it is called, as the `sample` of `base.TaskSet`
-and of `objectives.prediction_loss`.
+Each is a frozen dataclass that draws a task when it is called. It can be the `sample` of
+`base.TaskSet` and of `objectives.prediction_loss`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from metadyn.errors import check, check_positive
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Tasks of several domains, all equally likely, that differ in nothing but their priors.
+    """A distribution of tasks from several equally likely domains that differ only in their priors.
 
-    Raises `ConfigError` for no domains, for other than one weight for each, and for weights that
-    are not above 0.
+    Raises `ConfigError` if there are no domains, if the number of weights is neither 0 nor that of
+    the domains, or if a weight is not finite and above 0.
     """
 
     domains: tuple[Any, ...]
-    """Domains whose tasks are of the same shapes."""
+    """Domains to mix, whose tasks have the same shapes."""
     weights: tuple[float, ...] = ()
-    """How much losses count in tasks of each. Empty: all count the same."""
+    """Weight of the training loss on tasks of each domain. Empty: all are 1."""
 
     def __post_init__(self) -> None:
         check(len(self.domains) > 0, "domains", self.domains, "mix at least one")
-        given = len(self.weights) in (0, len(self.domains))
-        right = given and all(0 < weight < float("inf") for weight in self.weights)
-        check(right, "weights", self.weights, "give one above 0 for each domain, or none")
+        paired = len(self.weights) in (0, len(self.domains))
+        valid = paired and all(0 < weight < float("inf") for weight in self.weights)
+        check(valid, "weights", self.weights, "give one above 0 for each domain, or none")
 
     def component(self, key: Key) -> Int[Array, ""]:
         """Returns the index of the domain from which the task of this key is drawn."""
@@ -52,22 +52,22 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """A number of tasks of one domain, drawn once and for all, all equally likely.
+    """A fixed set of equally likely tasks, drawn once from one domain.
 
     Raises `ConfigError` for an empty pool.
     """
 
     domain: Any
     size: int
-    """Tasks in it. Smaller pools are the beginnings of larger ones."""
+    """Number of tasks. A smaller pool consists of the first tasks of a larger one."""
     seed: int = 0
-    """Which tasks they are."""
+    """Seed from which the tasks are drawn."""
 
     def __post_init__(self) -> None:
         check_positive(self, "size")
 
     def task(self, index: Int[Array, ""]) -> Task:
-        """Draws task number `index`, from 0."""
+        """Returns the task at `index`, from 0."""
         return self.domain.sample_task(jax.random.fold_in(jax.random.key(self.seed), index))
 
     def __call__(self, key: Key) -> Task:

@@ -22,17 +22,17 @@ from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet, kept
 from metadyn.errors import check, check_choice, check_positive
 
 Spectrum = tuple[float, ...]
-"""A number for each frequency 0, 1, 2, …, in cycles over the unit interval."""
+"""One number per frequency 0, 1, 2, …, in cycles over the unit interval."""
 
 Number = Float[Array, "1"]
-"""An input x, an output y: one number, as a vector."""
+"""An input x or an output y: a vector of one number."""
 Embedding = Literal["raw", "standard", "angle", "circle", "fourier"]
 
 
 def band(low: int, high: int) -> Spectrum:
-    """Gives equal variances, 1 in all, to the frequencies low … high: a band-pass prior.
+    """Returns a band-pass prior: equal variances, which sum to 1, at the frequencies low … high.
 
-    From low = 1 it is a low-pass prior. The functions have variance 1 at every input. Raises
+    With low = 1 it is a low-pass prior. The functions have variance 1 at every input. Raises
     `ConfigError` unless 0 <= low <= high.
     """
     check(0 <= low <= high, "band", (low, high), "must be 0 <= low <= high")
@@ -40,24 +40,24 @@ def band(low: int, high: int) -> Spectrum:
 
 
 def band_stop(low: int, high: int, highest: int) -> Spectrum:
-    """Gives equal variances, 1 in all, to 1 … highest but for the frequencies low … high."""
+    """Returns a band-stop prior: equal variances, with sum 1, at 1 … highest except low … high."""
     check(1 <= low <= high <= highest, "band_stop", (low, high, highest), "must be in this order")
-    fix = "leave a frequency that passes"
-    check(low > 1 or high < highest, "band_stop", (low, high, highest), fix)
+    hint = "leave a frequency that passes"
+    check(low > 1 or high < highest, "band_stop", (low, high, highest), hint)
     passes = [0 < k < low or k > high for k in range(highest + 1)]
-    return tuple(each / sum(passes) for each in passes)
+    return tuple(passed / sum(passes) for passed in passes)
 
 
 def check_spectrum(field: str, v: Spectrum) -> None:
     """Raises `ConfigError` naming the field unless `v` is a prior spectrum."""
     check(len(v) > 0, field, v, "give a variance for each frequency 0, 1, 2, …")
-    right = all(0 <= value < float("inf") for value in v)
-    check(right, field, v, "every variance must be 0 or more, and finite")
+    valid = all(0 <= value < float("inf") for value in v)
+    check(valid, field, v, "every variance must be 0 or more, and finite")
     check(sum(v) > 0, field, v, "a frequency must have variance above 0")
 
 
 class FourierTask(NamedTuple):
-    """A function f(x) = Σ_k (α_k cos 2πkx + β_k sin 2πkx), k = 0 … F, by its coefficients."""
+    """The coefficients of a function f(x) = Σ_k (α_k cos 2πkx + β_k sin 2πkx), k = 0 … F."""
 
     cosine: Float[Array, " frequencies"]
     sine: Float[Array, " frequencies"]
@@ -67,19 +67,19 @@ class FourierTask(NamedTuple):
 class FourierRegression(Regression):
     """Tasks y = f(x) + ε with x uniform on [−½, ½), ε ~ N(0, σ²) and Gaussian coefficients.
 
-    α_k and β_k are N(0, v_k) with v the prior spectrum, so that f(x) has variance Σ_k v_k at every
-    x. Raises `ConfigError` for an empty, negative or zero spectrum, σ < 0 and steps < 1.
+    α_k and β_k are N(0, v_k), with v the prior spectrum, so that f(x) has variance Σ_k v_k at every
+    x. Raises `ConfigError` for an empty, negative or zero spectrum, for σ < 0 and for steps < 1.
     """
 
     spectrum: Spectrum = band(1, 5)
-    """v_k, prior variances of the coefficients of frequencies k = 0, 1, 2, … (0: only a cosine)."""
+    """Prior variances v_k of the coefficients at frequencies k = 0, 1, 2, … (0: only a cosine)."""
     sigma: float = 0.1
     """Standard deviation σ ≥ 0 of the noise."""
     steps: int = 40
-    """T, the observations in one episode."""
+    """Number of observations in one episode, T."""
     embedding: Embedding = "standard"
-    """How a meta-learner reads x: raw, as it is; standard, as √12 x, of unit variance; angle, as
-    2πx; circle, as (cos 2πx, sin 2πx); fourier, as these at every frequency of the prior."""
+    """How a meta-learner reads x. raw: x itself; standard: √12 x, which has unit variance; angle:
+    2πx; circle: (cos 2πx, sin 2πx); fourier: cos 2πkx and sin 2πkx for all k of the prior."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spectrum", tuple(self.spectrum))  # an array cannot be hashed
@@ -90,23 +90,23 @@ class FourierRegression(Regression):
 
     @property
     def support(self) -> tuple[int, ...]:
-        """Returns the frequencies that the prior gives variance to."""
+        """Returns the frequencies whose prior variance is above 0."""
         return tuple(k for k, v in enumerate(self.spectrum) if v > 0)
 
     # The contract of `base.Domain`.
 
     answer_size = 1
-    """Numbers in one answer."""
+    """Length of one answer."""
 
     def sample_task(self, key: Key) -> FourierTask:
         """Draws the coefficients α_k, β_k ~ N(0, v_k)."""
-        roots = jnp.sqrt(jnp.asarray(self.spectrum, jnp.float32))
-        return FourierTask(*(roots * prng.normal(key, (2, len(self.spectrum)))))
+        deviations = jnp.sqrt(jnp.asarray(self.spectrum, jnp.float32))
+        return FourierTask(*(deviations * prng.normal(key, (2, len(self.spectrum)))))
 
     def evaluation_task(self, key: Key, amplitudes: Float[Array, " frequencies"]) -> FourierTask:
-        """Draws the phases of f(x) = Σ_k A_k cos(2πkx − φ_k), uniform, for the given amplitudes.
+        """Draws f(x) = Σ_k A_k cos(2πkx − φ_k) with the given amplitudes and uniform phases.
 
-        The constant, k = 0, is A_0 / √2 or −A_0 / √2, of the same mean square as the others.
+        The constant, k = 0, is A_0 / √2 or −A_0 / √2, whose mean square is A_0² / 2 as for other k.
         """
         phase = jax.random.uniform(key, amplitudes.shape, maxval=2 * np.pi)
         cosine, sine = amplitudes * jnp.cos(phase), amplitudes * jnp.sin(phase)
@@ -114,15 +114,15 @@ class FourierRegression(Regression):
         return FourierTask(cosine.at[0].set(constant), sine.at[0].set(0.0))
 
     def query(self, task: FourierTask, key: Key) -> Number:
-        """Draws an input x, uniform on [−½, ½)."""
+        """Draws an input x uniformly from [−½, ½)."""
         return jax.random.uniform(key, (1,), minval=-0.5, maxval=0.5)
 
     def feedback(self, task: FourierTask, query: Number, answer: object, key: Key) -> Number:
-        """Gives the target y = f(x) + ε, whatever was answered."""
+        """Draws the target y = f(x) + ε, which does not depend on the answer."""
         return value(task, query) + self.sigma * prng.normal(key, (1,))
 
     def encode_query(self, query: Number) -> Float[Array, " n"]:
-        """Embeds x as the configuration says."""
+        """Encodes x as `embedding` says."""
         match self.embedding:
             case "raw":
                 return query
@@ -136,7 +136,7 @@ class FourierRegression(Regression):
                 return fourier_features(query, self.support)
 
     def evaluation(self, points: int = 32, frequencies: Sequence[int] | None = None) -> TaskSet:
-        """Sets up functions of fixed `amplitudes` and random phases (`evaluation_task`)."""
+        """Returns functions with fixed `amplitudes` and random phases (`evaluation_task`)."""
         amplitudes = self.amplitudes(frequencies)
         probes = {STRENGTH: self.probe(amplitudes, points)}
         sample = Partial(self.evaluation_task, amplitudes=np.array(amplitudes, np.float32))
@@ -145,35 +145,35 @@ class FourierRegression(Regression):
     # The probe.
 
     def amplitudes(self, frequencies: Sequence[int] | None = None) -> Spectrum:
-        """Amplitudes A_k of evaluation tasks of these frequencies, by default those of the prior.
+        """Returns amplitudes A_k of evaluation tasks of these frequencies, by default the prior's.
 
-        Frequencies of the prior stand in the ratio of their root-mean-square amplitudes there, each
-        other one counts as the prior's strongest, and all are scaled so that the function has the
-        variance of the prior's, Σ_k v_k: A_k = √(2 v_k) for those of the prior.
+        Frequencies of the prior keep the ratio of their root-mean-square amplitudes there. Every
+        other frequency counts as the prior's strongest. All are scaled to give the function the
+        variance of the prior's, Σ_k v_k. By default that makes A_k = √(2 v_k).
         """
         v = np.asarray(self.spectrum)
-        here = list(self.support if frequencies is None else frequencies)
-        check(len(here) > 0, "frequencies", here, "name at least one")
-        check(all(k >= 0 for k in here), "frequencies", here, "must be 0 or more")
-        variances = np.zeros(max(*here, 0) + 1)
-        variances[here] = [v[k] if k in self.support else v.max() for k in here]
+        chosen = list(self.support if frequencies is None else frequencies)
+        check(len(chosen) > 0, "frequencies", chosen, "name at least one")
+        check(all(k >= 0 for k in chosen), "frequencies", chosen, "must be 0 or more")
+        variances = np.zeros(max(*chosen, 0) + 1)
+        variances[chosen] = [v[k] if k in self.support else v.max() for k in chosen]
         return tuple(float(A) for A in np.sqrt(2 * variances * v.sum() / variances.sum()))
 
     @kept
     def probe(self, amplitudes: Spectrum, points: int = 32) -> Probe:
-        """Reads the strength of each frequency that evaluation tasks of these amplitudes contain.
+        """Makes the probe that reads the strength of each frequency with a nonzero amplitude.
 
-        The answers on a uniform grid of `points` inputs are Fourier-transformed, on the device.
+        It Fourier-transforms the answers on a uniform grid of `points` inputs, on the device.
 
         Readings: the strengths, a_k = Re(conj(F_k) F̂_k) / |F_k|², of those frequencies k in
         order; `outside`, the power of the answers at all other frequencies that the grid resolves,
-        relative to the target's whole power. Raises `ConfigError` for a grid too coarse for the
+        relative to the target's total power. Raises `ConfigError` for a grid too coarse for the
         highest frequency.
         """
         highest = max(len(amplitudes), len(self.spectrum)) - 1
         least = 2 * highest + 1
-        fix = f"must be at least {least} to resolve frequency {highest}"
-        check(points >= least, "probe_points", points, fix)
+        hint = f"must be at least {least} to resolve frequency {highest}"
+        check(points >= least, "probe_points", points, hint)
         grid = jnp.asarray(uniform_grid(points), jnp.float32)[:, None]
         contained = np.flatnonzero(amplitudes)
 
@@ -192,43 +192,43 @@ class FourierRegression(Regression):
 
 
 def uniform_grid(points: int) -> Float[np.ndarray, " P"]:
-    """Returns the P inputs −½, −½ + 1/P, …, float64."""
+    """Returns P evenly spaced inputs −½, −½ + 1/P, …, float64."""
     return np.arange(points) / points - 0.5
 
 
 def coefficients(answers: Float[Array, " P"]) -> Complex[Array, " half"]:
     """Computes the Fourier coefficients F_k, k = 0 … ⌊P/2⌋, of values on `uniform_grid`.
 
-    The values are Re F_k e^{2πikx} summed over k: so F_k = α_k − iβ_k at every frequency, 0 and
-    Nyquist's (where the sine vanishes) included.
+    The values are Σ_k Re F_k e^{2πikx}, so that F_k = α_k − iβ_k at every frequency, including 0
+    and the Nyquist frequency (where the sine vanishes).
     """
     (points,) = answers.shape
-    shift = (-1.0) ** np.arange(points // 2 + 1)  # as the grid starts at −½
-    scale = np.where(_alone(points), 1.0, 2.0) * shift / points
-    # As a product: library transforms that run on several CPU devices at once can wait for each
-    # other's threads for ever (seen with jaxlib 0.11.2); and products have a precision to ask for.
+    shift = (-1.0) ** np.arange(points // 2 + 1)  # because the grid starts at −½
+    scale = np.where(_unpaired(points), 1.0, 2.0) * shift / points
+    # A matrix product, as library transforms that run on several CPU devices at once can wait for
+    # each other's threads for ever (seen with jaxlib 0.11.2), and as its precision can be chosen.
     return answers @ jnp.asarray(np.fft.rfft(np.eye(points)) * scale, jnp.complex64)
 
 
 def power_spectrum(F: Complex[Array, " half"], points: int) -> Float[Array, " half"]:
-    """Computes the mean square over the grid of each frequency of `coefficients`."""
-    return jnp.abs(F) ** 2 * np.where(_alone(points), 1.0, 0.5).astype(np.float32)
+    """Computes the mean square over the grid of each frequency's part, from its `coefficients`."""
+    return jnp.abs(F) ** 2 * np.where(_unpaired(points), 1.0, 0.5).astype(np.float32)
 
 
-def _alone(points: int) -> np.ndarray:
-    """Which of the frequencies 0 … ⌊P/2⌋ are not one of a conjugate pair."""
+def _unpaired(points: int) -> np.ndarray:
+    """Returns a mask of the frequencies 0 … ⌊P/2⌋ that are not one of a conjugate pair."""
     k = np.arange(points // 2 + 1)
     return (k == 0) | (2 * k == points)
 
 
 def fourier_features(x: Number, frequencies: tuple[int, ...]) -> Float[Array, " n"]:
-    """Features of x: cos 2πkx for each frequency, then sin 2πkx for each but 0."""
+    """Returns features of x: cos 2πkx for each frequency k, then sin 2πkx for each but 0."""
     k = jnp.asarray(frequencies, jnp.float32)
-    turns = 2 * np.pi * k * x
-    return jnp.concatenate([jnp.cos(turns), jnp.sin(turns)[np.asarray(frequencies) > 0]])
+    angles = 2 * np.pi * k * x
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)[np.asarray(frequencies) > 0]])
 
 
 def value(task: FourierTask, x: Number) -> Number:
     """Computes the value f(x) of a task's function."""
-    turns = 2 * np.pi * jnp.arange(task.cosine.shape[0]) * x
-    return jnp.sum(task.cosine * jnp.cos(turns) + task.sine * jnp.sin(turns), keepdims=True)
+    angles = 2 * np.pi * jnp.arange(task.cosine.shape[0]) * x
+    return jnp.sum(task.cosine * jnp.cos(angles) + task.sine * jnp.sin(angles), keepdims=True)

@@ -22,14 +22,14 @@ from metadyn.errors import check, check_choice, check_positive
 from metadyn.kernels import products
 
 Matrix = tuple[tuple[float, ...], ...] | None
-"""Rows of numbers."""
+"""A matrix as rows of numbers, or None for a default."""
 Spread = Literal["quantiles", "even"]
 
-_SPECTRUM_DRAWS = 20_000  # our choice
+_SPECTRUM_DRAWS = 20_000  # matrices that a spectrum is estimated from: our choice
 
 
 class LinearTask(NamedTuple):
-    """The matrix W of y = W x + ε, and its K modes U, s, V, there on evaluation tasks alone."""
+    """The matrix W of y = W x + ε and, on evaluation tasks alone, its K modes U, s and V."""
 
     W: Float[Array, "n_y n_x"]
     U: Float[Array, "n_y K"] | None = None
@@ -41,29 +41,29 @@ class LinearTask(NamedTuple):
 class LinearRegression(Regression):
     """Tasks y = W x + ε with x ~ N(0, I), ε ~ N(0, σ² I) and W ~ MN(M, R, C).
 
-    cov(vec W) = C ⊗ R. Raises `ConfigError` for sizes below 1, σ ≤ 0 and matrices that are not of
-    the right shape, not symmetric or not positive definite.
+    cov(vec W) = C ⊗ R. Raises `ConfigError` for sizes below 1, for σ ≤ 0, for matrices of a wrong
+    shape, and for covariances that are not symmetric or not positive definite.
     """
 
     n_x: int = 5
-    """Inputs."""
+    """Number of inputs, n_x."""
     n_y: int = 5
-    """Outputs."""
+    """Number of outputs, n_y."""
     sigma: float = 0.1
     """Standard deviation σ of the noise on each output."""
     steps: int = 20
-    """T, the observations in one episode."""
+    """Number of observations in one episode, T."""
     mean: Matrix = None
-    """M, n_y rows of n_x numbers. None: zero."""
+    """Prior mean M: n_y rows of n_x numbers. None: zero."""
     row_covariance: Matrix = None
-    """R, between outputs: n_y rows of n_y numbers. None: identity."""
+    """Prior covariance R between outputs: n_y rows of n_y numbers. None: identity."""
     column_covariance: Matrix = None
-    """C, between inputs: n_x rows of n_x numbers. None: identity / n_x."""
+    """Prior covariance C between inputs: n_x rows of n_x numbers. None: identity / n_x."""
     spread: Spread = "quantiles"
-    """How the singular values of evaluation tasks lie: at quantiles of the prior's, or evenly, at
-    K, K − 1, … 1 parts in K of the greatest. Of the quantiles the least is 0.03 at the default
-    sizes, where a learner's errors, over s_k, drown its strength: even steps place the last mode
-    too."""
+    """Spacing of the singular values of evaluation tasks: quantiles of those of the prior, or
+    even, at the fractions 1, (K − 1)/K, … 1/K of the greatest. At the default sizes the least
+    quantile is 0.03, where a learner's errors, divided by s_k, drown its strength. Even spacing
+    lets the last mode be placed too."""
 
     def __post_init__(self) -> None:
         check_choice("spread", self.spread, Spread)
@@ -76,11 +76,11 @@ class LinearRegression(Regression):
             rows = getattr(self, field)
             if rows is None:
                 continue
-            right = len(rows) == shape[0] and all(len(row) == shape[1] for row in rows)
-            check(right, field, rows, f"give {shape[0]} rows of {shape[1]} numbers")
+            valid = len(rows) == shape[0] and all(len(row) == shape[1] for row in rows)
+            check(valid, field, rows, f"give {shape[0]} rows of {shape[1]} numbers")
             matrix = np.asarray(rows, np.float64)
             check(bool(np.isfinite(matrix).all()), field, rows, "every number must be finite")
-            object.__setattr__(self, field, tuple(map(tuple, matrix.tolist())))  # can be hashed
+            object.__setattr__(self, field, tuple(map(tuple, matrix.tolist())))  # hashable
             if field == "mean":
                 continue
             check(np.allclose(matrix, matrix.T), field, rows, "a covariance must be symmetric")
@@ -107,23 +107,23 @@ class LinearRegression(Regression):
 
     @property
     def modes(self) -> int:
-        """Modes of a task, K = min(n_x, n_y)."""
+        """Returns the number of modes of a task, K = min(n_x, n_y)."""
         return min(self.n_x, self.n_y)
 
     @cached_property
     def _singular_values(self) -> np.ndarray:
-        """A sample of those that the prior induces, the same every time."""
+        """Returns singular values [draw, K] of matrices W of the prior, drawn with a fixed seed."""
         draws = np.random.default_rng(0).standard_normal((_SPECTRUM_DRAWS, self.n_y, self.n_x))
         W = self.M + np.linalg.cholesky(self.R) @ draws @ np.linalg.cholesky(self.C).T
         return np.linalg.svd(W, compute_uv=False)
 
     def spectrum(self, scale: float = 1.0, outsize: float = 1.0) -> tuple[float, ...]:
-        """Gives K singular values, greatest first, spread over the prior's central 95 %.
+        """Returns K singular values, greatest first, spread over the prior's central 95 %.
 
         They are the quantiles at K evenly spaced probabilities from 0.975 to 0.025 of all singular
-        values of W ~ MN(M, R, C), by Monte Carlo with a fixed seed; where they are to be `spread`
-        evenly, s_k = s_1 (K − k + 1) / K with s_1 the greatest of these. For tasks out of
-        distribution, `scale` multiplies all of them and `outsize` the greatest alone.
+        values of W ~ MN(M, R, C), by Monte Carlo with a fixed seed. If `spread` is "even", they are
+        s_k = s_1 (K − k + 1) / K, with s_1 the greatest quantile. For tasks out of distribution,
+        `scale` multiplies all values and `outsize` the greatest alone.
         """
         check(scale > 0, "scale", scale, "must be positive")
         check(outsize > 0, "outsize", outsize, "must be positive")
@@ -135,7 +135,7 @@ class LinearRegression(Regression):
         return tuple(float(value) for value in s)
 
     def scaled(self, scale: float) -> LinearRegression:
-        """Copies the domain with every matrix W of its prior multiplied by a number above 0."""
+        """Returns a copy whose prior has every matrix W multiplied by a finite `scale` above 0."""
         check(0 < scale < float("inf"), "scale", scale, "must be positive and finite")
         rows = lambda matrix: tuple(map(tuple, matrix.tolist()))
         mean, C = rows(scale * self.M), rows(scale**2 * self.C)
@@ -145,7 +145,7 @@ class LinearRegression(Regression):
 
     @property
     def answer_size(self) -> int:
-        """Returns how many numbers one answer has, n_y."""
+        """Returns the length of one answer, n_y."""
         return self.n_y
 
     def sample_task(self, key: Key) -> LinearTask:
@@ -158,11 +158,11 @@ class LinearRegression(Regression):
     def evaluation_task(
         self, key: Key, spectrum: Float[Array, " K"], rotate: bool = True
     ) -> LinearTask:
-        """Draws U and V of W = U diag(s) Vᵀ, Haar-random, unless they are to be the axes.
+        """Draws W = U diag(s) Vᵀ with Haar-random U and V, or with the axes if not `rotate`.
 
-        As x and ε are isotropic, to a learner whose initial state is isotropic too all of these are
-        alike; one that starts along the axes starts aligned with the unrotated task, as Saxe's
-        closed form assumes.
+        As x and ε are isotropic, all rotations are alike to a learner whose initial state is
+        isotropic too. A learner that starts along the axes starts aligned with the unrotated task,
+        as Saxe's closed form assumes.
         """
         s = jnp.asarray(spectrum, jnp.float32)
         check(s.shape == (self.modes,), "spectrum", spectrum, f"give {self.modes} values")
@@ -180,16 +180,16 @@ class LinearRegression(Regression):
     def feedback(
         self, task: LinearTask, query: Float[Array, " n_x"], answer: object, key: Key
     ) -> Float[Array, " n_y"]:
-        """Gives the target y = W x + ε, whatever was answered."""
+        """Draws the target y = W x + ε, which does not depend on the answer."""
         return products.matvec(task.W, query) + self.sigma * prng.normal(key, (self.n_y,))
 
     def evaluation(
         self, points: int = 32, scale: float = 1.0, outsize: float = 1.0, rotate: bool = True
     ) -> TaskSet:
-        """Sets up tasks of one spectrum (`spectrum`) in random directions (`evaluation_task`)."""
+        """Returns tasks with one `spectrum` and random directions (`evaluation_task`)."""
         s = self.spectrum(scale, outsize)
         probe = dataclasses.replace(self.probe(points), modes=_modes(s))
-        # What a JAX Partial binds is traced, which a flag must not be.
+        # A JAX Partial traces the values bound in it, and a flag must not be traced.
         draw = self.evaluation_task if rotate else partial(self.evaluation_task, rotate=False)
         sample = Partial(draw, spectrum=np.array(s, np.float32))
         return TaskSet("in_distribution", self, sample, {STRENGTH: probe})
@@ -198,26 +198,27 @@ class LinearRegression(Regression):
 
     @kept
     def probe(self, points: int = 32, seed: int = 0) -> Probe:
-        """Reads the effective spectrum from input-output pairs alone.
+        """Makes the probe that reads the effective spectrum from input-output pairs alone.
 
-        The answers at `points` inputs x' ~ N(0, I), shared by all tasks and times, are fitted by
-        ŷ(x') ≈ Ŵ x' + b: one pseudo-inverse, computed here once in float64, and a matrix product.
+        It fits ŷ(x') ≈ Ŵ x' + b to the answers at `points` inputs x' ~ N(0, I), shared by all
+        tasks and times. The fit is a matrix product with one pseudo-inverse, computed once in
+        float64.
 
         Readings: the strengths [K], a_k = (Uᵀ Ŵ V)_kk / s_k; `off_diagonal`, the share of
         ‖Ŵ‖²_F outside that diagonal; `unexplained`, the share of the answers' variance that the
-        fit leaves out. Both shares lie in [0, 1] and are 0 where there is nothing to share out.
-        Raises `ConfigError` if `points` cannot tell a linear answer from a nonlinear one.
+        fit leaves out. Both shares lie in [0, 1] and are 0 where their total is 0. Raises
+        `ConfigError` if `points` are too few to tell a linear answer from a nonlinear one.
         """
         least = self.n_x + 2
         check(points >= least, "probe_points", points, f"must be at least n_x + 2 = {least}")
         x = np.random.default_rng(seed).standard_normal((points, self.n_x))
         design = np.concatenate([x, np.ones((points, 1))], axis=1)
-        fit = jnp.asarray(np.linalg.pinv(design), jnp.float32)
+        pseudo_inverse = jnp.asarray(np.linalg.pinv(design), jnp.float32)
         inputs = jnp.asarray(design, jnp.float32)
 
         def read(task: LinearTask, answers: Float[Array, "P n_y"]) -> dict[str, Array]:
             assert task.U is not None and task.s is not None and task.V is not None  # noqa: PT018
-            coefficients = fit @ answers
+            coefficients = pseudo_inverse @ answers
             W_hat = coefficients[:-1].T
             diagonal = jnp.einsum("ik,ij,jk->k", task.U, W_hat, task.V)
             residual = answers - inputs @ coefficients
@@ -232,10 +233,10 @@ class LinearRegression(Regression):
 
     @kept
     def answers(self, points: int = 32) -> Probe:
-        """Records the answers themselves at the inputs of `probe`, to be set against Bayes'.
+        """Makes the probe that records the answers at the inputs of `probe`, to compare to Bayes'.
 
-        For any tasks. Readings: `answers` [points, n_y], and as the one strength how far they go
-        along the task's own, ⟨ŷ, W x'⟩ / ‖W x'‖².
+        It works for any tasks. Readings: `answers` [points, n_y] and, as the only strength [1], the
+        projection of the answers on the task's noiseless outputs, ⟨ŷ, W x'⟩ / ‖W x'‖².
         """
         inputs = self.probe(points).queries
 
@@ -249,19 +250,20 @@ class LinearRegression(Regression):
 
 
 def _modes(spectrum: tuple[float, ...]) -> Modes:
+    """Returns the modes that have these singular values."""
     return Modes(spectrum, "singular value $s_k$", "singular_value")
 
 
 def haar(key: Key, n: int) -> Float[Array, "n n"]:
-    """Draws a Haar-random orthogonal matrix: Gram–Schmidt, twice over, on Gaussian columns.
+    """Draws a Haar-random orthogonal matrix by Gram–Schmidt, twice over, on Gaussian vectors.
 
-    Under `jax.vmap` this is a few fused matrix products, where a QR decomposition is one library
-    call a matrix on a GPU.
+    Under `jax.vmap` this is a few fused matrix products, whereas a QR decomposition is one library
+    call per matrix on a GPU.
     """
-    columns = prng.normal(key, (n, n))
+    vectors = prng.normal(key, (n, n))
 
     def orthogonalise(k: Array, Q: Array) -> Array:
-        v = columns[k]
+        v = vectors[k]
         for _ in range(2):
             v = v - Q.T @ (Q @ v)
         return Q.at[k].set(v / jnp.linalg.norm(v))
@@ -270,5 +272,6 @@ def haar(key: Key, n: int) -> Float[Array, "n n"]:
 
 
 def _share(part: Float[Array, ""], whole: Float[Array, ...]) -> Float[Array, ""]:
+    """Returns part / ‖whole‖² clipped to [0, 1], or 0 where ‖whole‖² is 0."""
     total = jnp.sum(whole**2)
     return jnp.where(total > 0, jnp.clip(part / jnp.where(total > 0, total, 1.0), 0.0, 1.0), 0.0)
