@@ -1,4 +1,4 @@
-"""The LSTM of Hochreiter & Schmidhuber (1997) with forget gates (Gers et al. 2000), over episodes.
+"""The LSTM (Hochreiter & Schmidhuber 1997) with forget gates (Gers et al. 2000), over episodes.
 
 Arrays are feature-major, [features, B], so that the four gates are contiguous row blocks of one
 matrix product and every elementwise operation runs along the episodes.
@@ -17,11 +17,13 @@ from metadyn.errors import check, check_choice
 from metadyn.kernels import fused
 
 Backend = Literal["auto", "scan", "backward", "fused"]
-WIDE = 128  # beyond, a batch of a thousand episodes has too few blocks for a GPU: our choice
+WIDE = 128
+"""Most hidden units for which `auto` takes `fused`: our choice. With more of them, the blocks of a
+batch of a thousand episodes are too few to keep a GPU busy."""
 
 
 class LSTMWeights(NamedTuple):
-    """Rows, Z = 4H of them, are the gates in blocks of H: input, forget, output, candidate."""
+    """Weights, whose Z = 4H rows are the gates in blocks of H: input, forget, output, candidate."""
 
     input: Float[Array, "Z n"]
     recurrent: Float[Array, "Z H"]
@@ -29,10 +31,10 @@ class LSTMWeights(NamedTuple):
 
 
 def apply(matrix: Float[Array, "m n"], columns: Float[Array, " n *B"]) -> Float[Array, " m *B"]:
-    """Multiplies a matrix with columns, or with a lone one.
+    """Multiplies a matrix by columns, or by a single column.
 
-    A lone column is the left factor, so that mapped over episodes the product has its features
-    last, as all else then has, and nothing is transposed when a probe asks many queries.
+    A single column is the left factor. When it is mapped over episodes, the product then has its
+    features last, as all other arrays have, and a probe's many queries transpose nothing.
     """
     return columns @ matrix.T if columns.ndim == 1 else matrix @ columns
 
@@ -43,22 +45,22 @@ def cell(
     h: Float[Array, " H *B"],
     c: Float[Array, " H *B"],
 ) -> tuple[Float[Array, " H *B"], Float[Array, " H *B"], tuple[Array, ...]]:
-    """Takes one step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', (i, f, o, g)), all alike.
+    """Runs one step: c' = f·c + i·g, h' = o·tanh c'. Returns (h', c', (i, f, o, g)), shaped as h.
 
-    The products with x and h are apart: many queries to one state share the latter.
+    The products with x and h are separate, so that many queries to one state share that with h.
     """
     bias = weights.bias.reshape(-1, *[1] * (x.ndim - 1))
     return _activate(apply(weights.input, x) + apply(weights.recurrent, h) + bias, c)
 
 
 def _activate(z: Float[Array, " Z *B"], c: Float[Array, " H *B"]):
-    # σ(z) = ½ + ½ tanh(½z): so all gates are one tanh, which vectorises better than an exponential
+    # σ(z) = ½ + ½ tanh(½z), so one tanh gives all gates: it vectorises better than an exponential
     # and a division.
     H = len(c)
-    slope = jnp.where(jnp.arange(4 * H) < 3 * H, 0.5, 1.0).astype(z.dtype)
-    t = jnp.tanh(slope.reshape(-1, *[1] * (z.ndim - 1)) * z)
-    i, f, o = (0.5 + 0.5 * t[k * H : (k + 1) * H] for k in range(3))
-    g = t[3 * H :]
+    scale = jnp.where(jnp.arange(4 * H) < 3 * H, 0.5, 1.0).astype(z.dtype)
+    tanh = jnp.tanh(scale.reshape(-1, *[1] * (z.ndim - 1)) * z)
+    i, f, o = (0.5 + 0.5 * tanh[k * H : (k + 1) * H] for k in range(3))
+    g = tanh[3 * H :]
     c = f * c + i * g
     return o * jnp.tanh(c), c, (i, f, o, g)
 
@@ -66,16 +68,16 @@ def _activate(z: Float[Array, " Z *B"], c: Float[Array, " H *B"]):
 def lstm(
     weights: LSTMWeights, inputs: Float[Array, "T n B"], backend: Backend = "auto"
 ) -> Float[Array, "T H B"]:
-    """Computes the hidden states h_1 … h_T of B episodes at once, from h_0 = c_0 = 0.
+    """Returns the hidden states h_1 … h_T of B episodes, run at once from h_0 = c_0 = 0.
 
     Backends agree in value and gradient (tested):
-      auto      `fused` on GPUs up to 128 units (`benchmarks/gpu.py`), else `backward`, which on
-                CPUs is the faster at all sizes that `benchmarks/kernels.py` times.
-      scan      `lax.scan` under autodiff, the reference.
-      backward  a hand-written backward pass. The forward pass keeps the derivatives of each step,
-                so that the reverse recurrence is a product and a few multiplications; the weight
-                gradients are made after it, by products over all steps.
-      fused     on GPUs, a kernel for each direction (`metadyn.kernels.fused`).
+      auto      `fused` on GPUs for up to 128 units (`benchmarks/gpu.py`), else `backward`, which
+                on CPUs is faster than `scan` at all sizes that `benchmarks/kernels.py` times.
+      scan      `lax.scan` with automatic differentiation, the reference.
+      backward  a hand-written backward pass. The forward pass stores the derivatives of each step,
+                so that a step of the reverse recurrence is one product and a few multiplications.
+                The weight gradients are computed afterwards, by products over all steps.
+      fused     on GPUs, one kernel for each direction (`metadyn.kernels.fused`).
     """
     H, n = weights.recurrent.shape[1], inputs.shape[1]
     if backend == "auto":
@@ -87,37 +89,37 @@ def lstm(
 
 
 def has_fused(hidden: int, inputs: int) -> bool:
-    """Tells whether these devices have fused kernels of these sizes: NVIDIA's, from Ampere on."""
-    made = str(getattr(mesh.devices()[0], "compute_capability", "9.0"))  # AMD's are such as gfx942
-    recent = made[0].isdigit() and float(made) >= 8
+    """Tells whether fused kernels of these sizes run here: on NVIDIA GPUs from Ampere on."""
+    capability = str(getattr(mesh.devices()[0], "compute_capability", "9.0"))  # on AMD: "gfx942"
+    recent = capability[0].isdigit() and float(capability) >= 8
     return mesh.backend() == "gpu" and recent and fused.fits(hidden, inputs)
 
 
 def check_backend(backend: str, hidden: int, inputs: int) -> None:
-    """Raises `ConfigError` for a backend that is unknown, or not for these devices or sizes."""
+    """Raises `ConfigError` if the backend is unknown or does not run these sizes here."""
     check_choice("backend", backend, Backend)
-    there = backend != "fused" or has_fused(hidden, inputs)
-    fix = "is for NVIDIA GPUs, 16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs"
-    check(there, "backend", backend, fix)
+    available = backend != "fused" or has_fused(hidden, inputs)
+    hint = "is for NVIDIA GPUs, 16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs"
+    check(available, "backend", backend, hint)
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
-    both = _both(weights)
+    matrix = _joint_matrix(weights)
 
     def step(carry, x):
-        h, c, _ = _step(both, weights.bias, x, *carry)
+        h, c, _ = _step(matrix, weights.bias, x, *carry)
         return (h, c), h
 
     return jax.lax.scan(step, _start(weights, inputs), inputs)[1]
 
 
-def _both(weights):
+def _joint_matrix(weights):
     return jnp.concatenate([weights.input, weights.recurrent], axis=1)
 
 
-def _step(both, bias, x, h, c):
-    """`cell` with one product."""
-    return _activate(both @ jnp.concatenate([x, h]) + bias[:, None], c)
+def _step(matrix, bias, x, h, c):
+    """Does the same as `cell`, with one product for x and h."""
+    return _activate(matrix @ jnp.concatenate([x, h]) + bias[:, None], c)
 
 
 def _start(weights, inputs):
@@ -129,17 +131,17 @@ _lstm = jax.custom_vjp(_scan)
 
 
 def _lstm_forward(weights, inputs):
-    both = _both(weights)
-    # Elsewhere than on a CPU one array is kept in place of six: each is a launch a step.
-    kept = tuple if mesh.backend() == "cpu" else jnp.stack
+    matrix = _joint_matrix(weights)
+    # Other devices than CPUs store one array in place of six, as each costs a launch at every step.
+    pack = tuple if mesh.backend() == "cpu" else jnp.stack
 
     def step(carry, x):
         c_before = carry[1]
-        h, c, (i, f, o, g) = _step(both, weights.bias, x, *carry)
+        h, c, (i, f, o, g) = _step(matrix, weights.bias, x, *carry)
         tanh_c = jnp.tanh(c)
-        # Derivatives of c by the arguments of i and f, of h by that of o, of c by that of g, of h
-        # by c, and of c by the c before.
-        local = (
+        # Derivatives of c by the pre-activations of i and f, of h by that of o, of c by that of g,
+        # of h by c, and of c by the previous c.
+        derivatives = (
             g * i * (1 - i),
             c_before * f * (1 - f),
             tanh_c * o * (1 - o),
@@ -147,29 +149,29 @@ def _lstm_forward(weights, inputs):
             o * (1 - tanh_c**2),
             f,
         )
-        return (h, c), (h, kept(local))
+        return (h, c), (h, pack(derivatives))
 
-    _, (h, local) = jax.lax.scan(step, _start(weights, inputs), inputs)
-    return h, (weights, inputs, h, local)
+    _, (h, derivatives) = jax.lax.scan(step, _start(weights, inputs), inputs)
+    return h, (weights, inputs, h, derivatives)
 
 
 def _lstm_backward(residuals, dh_out):
-    weights, inputs, h, local = residuals
+    weights, inputs, h, derivatives = residuals
     start, on_cpu = _start(weights, inputs), mesh.backend() == "cpu"
     # On CPUs XLA takes two to four times as long for a product whose left factor is read
-    # transposed: there it is transposed once, before the loop.
+    # transposed, so there the weights are transposed once, before the loop.
     recurrent = weights.recurrent.T if on_cpu else weights.recurrent
 
-    def step(carry, now):
+    def step(carry, xs):
         dh, dc = carry
-        dh_out, (c_by_i, c_by_f, h_by_o, c_by_g, h_by_c, c_by_c) = now
+        dh_out, (c_by_i, c_by_f, h_by_o, c_by_g, h_by_c, c_by_c) = xs
         dh = dh + dh_out
         dc = dc + dh * h_by_c
         dz = jnp.concatenate([dc * c_by_i, dc * c_by_f, dh * h_by_o, dc * c_by_g])
         return ((recurrent if on_cpu else recurrent.T) @ dz, dc * c_by_c), dz
 
-    _, dz = jax.lax.scan(step, start, (dh_out, local), reverse=True)
-    x = jnp.concatenate([inputs, jnp.ones_like(inputs[:, :1])], 1)  # the last row is the bias's
+    _, dz = jax.lax.scan(step, start, (dh_out, derivatives), reverse=True)
+    x = jnp.concatenate([inputs, jnp.ones_like(inputs[:, :1])], 1)  # the last row is for the bias
     by_x, by_h = fused.summed(dz, x), fused.summed(dz, fused.before(h))
     dx = jnp.einsum("zn,tzb->tnb", weights.input, dz)
     return LSTMWeights(by_x[:, :-1], by_h, by_x[:, -1]), dx

@@ -1,8 +1,8 @@
-"""Products of many small matrices at once on a CPU.
+"""Products of many small matrices at once, made fast on CPUs.
 
-There XLA's batched products are slow if they read their left factor transposed, and a product's
-derivative always does. Here what is to be read transposed is written down transposed first.
-Elsewhere these are plain products. Their derivatives are had backwards alone, not by `jax.jvp`.
+There XLA's batched products are slow if they read their left factor transposed, as the derivative
+of a product always does. So a factor that is read transposed is first written to memory transposed.
+On other devices these are plain products. Use reverse-mode derivatives alone, not `jax.jvp`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from metadyn import mesh
 
 
 def matvec(W: Float[Array, "m n"], x: Float[Array, " n"]) -> Float[Array, " m"]:
-    """Computes W x. Under `jax.vmap` over x alone it is one product, X Wᵀ."""
+    """Computes W x. Under `jax.vmap` over x alone it is one matrix product, X Wᵀ."""
     return _matvec(W, x) if mesh.backend() == "cpu" else W @ x
 
 
@@ -36,29 +36,30 @@ def _matvec(W, x):
 @_matvec.def_vmap
 def _(size, batched, W, x):
     if batched == [False, True]:
-        return _to_each(W, x), True
-    return jax.vmap(_matvec.fun, [0 if each else None for each in batched])(W, x), True
+        return _matvec_rows(W, x), True
+    return jax.vmap(_matvec.fun, [0 if mapped else None for mapped in batched])(W, x), True
 
 
 @jax.custom_vjp
-def _to_each(W, X):
-    return X @ _written(W.T)
+def _matvec_rows(W, X):
+    """Computes W x for each row x of X: X Wᵀ."""
+    return X @ _materialised(W.T)
 
 
-_to_each.defvjp(
-    lambda W, X: (_to_each(W, X), (W, X)),
-    lambda factors, d: (_written(d.T) @ factors[1], d @ factors[0]),
+_matvec_rows.defvjp(
+    lambda W, X: (_matvec_rows(W, X), (W, X)),
+    lambda factors, d: (_materialised(d.T) @ factors[1], d @ factors[0]),
 )
 
 
 @jax.custom_vjp
 def _times(A, B):
-    return _written(A @ B)
+    return _materialised(A @ B)
 
 
 _times.defvjp(
     lambda A, B: (_times(A, B), (A, B)),
-    lambda factors, d: (d @ factors[1].mT, _written(factors[0].mT) @ d),
+    lambda factors, d: (d @ factors[1].mT, _materialised(factors[0].mT) @ d),
 )
 
 
@@ -69,10 +70,10 @@ def _similarities(A, B):
 
 _similarities.defvjp(
     lambda A, B: (_similarities(A, B), (A, B)),
-    lambda factors, d: (d @ factors[1], _written(d.mT) @ factors[0]),
+    lambda factors, d: (d @ factors[1], _materialised(d.mT) @ factors[0]),
 )
 
 
-def _written(A):
+def _materialised(A):
     """Returns A behind a barrier, so that XLA does not fuse it into the product that reads it."""
     return jax.lax.optimization_barrier(A)

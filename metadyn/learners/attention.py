@@ -1,4 +1,4 @@
-"""Attention: the transformer, its linear relative, and one layer whose training has a theory."""
+"""Attention: the transformer, linear attention, and one layer with a theory of its training."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Pairs = tuple[Float[Array, "m n"], Int[Array, ""]]
 
 
 class SoftmaxAttention(nnx.Module):
-    """Causal self-attention of several heads (Vaswani et al. 2017), stepped from a cache.
+    """Mixer by causal multi-head self-attention (Vaswani et al. 2017), stepped from a cache.
 
-    The cache holds the keys and the values so far, and their number. A token beyond its room is
-    answered with NaN, since one that silently went unread would pass for an answer.
+    The cache holds the keys and the values so far, and their number. The output at a token for
+    which the cache has no room is NaN: otherwise a dropped token would go unnoticed.
     """
 
     def __init__(self, config: HeadedConfig, steps: int, *, rngs: nnx.Rngs):
@@ -43,22 +43,22 @@ class SoftmaxAttention(nnx.Module):
         self.out: Any = nnx.Linear(H, H, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
-        """The attention of each token to those up to it."""
+        """Returns the attention of each token to the tokens up to it."""
         T = x.shape[-2]
         projected = queries_keys_values(self.project, x, self.heads)
-        query, key, value = (each.swapaxes(-2, -3) for each in projected)
+        query, key, value = (a.swapaxes(-2, -3) for a in projected)
         scores = products.similarities(query, key) / jnp.sqrt(self.d)
         past = jnp.tril(jnp.ones((T, T), bool))
         weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
         return by_token(self.out, joined(products.times(weights, value)))
 
     def start(self, steps: int) -> Cache:
-        """Makes an empty cache."""
-        nothing = jnp.zeros((steps, self.heads, self.d))
-        return nothing, nothing, jnp.int32(0)
+        """Returns an empty cache with room for `steps` tokens."""
+        empty = jnp.zeros((steps, self.heads, self.d))
+        return empty, empty, jnp.int32(0)
 
     def step(self, memory: Cache, x: Float[Array, " H"]) -> tuple[Cache, Float[Array, " H"]]:
-        """Computes the attention of one token to those in the cache and to itself."""
+        """Returns the cache with x added, and the attention of x to cached tokens and itself."""
         keys, values, t = memory
         query, key, value = queries_keys_values(self.project, x, self.heads)
         past = jnp.where(jnp.arange(len(keys)) < t, jnp.einsum("hd,shd->hs", query, keys), -jnp.inf)
@@ -71,16 +71,16 @@ class SoftmaxAttention(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(HeadedConfig):
-    """A causal transformer, such as learns regression in context in Garg et al. (2022)."""
+    """Options of a causal transformer; in Garg et al. (2022) one learns regression in context."""
 
     label = "transformer"
     mixer = SoftmaxAttention
 
 
 class LinearAttention(nnx.Module):
-    """Causal linear self-attention: (1/t) Σ_{s≤t} v_s (k_s · q_t) / √d, head by head.
+    """Mixer by causal linear self-attention: (1/t) Σ_{s≤t} v_s (k_s · q_t) / √d in each head.
 
-    The memory is Σ v kᵀ.
+    The memory is Σ v kᵀ over the tokens so far, and their number.
     """
 
     def __init__(self, config: HeadedConfig, steps: int, *, rngs: nnx.Rngs):
@@ -93,31 +93,31 @@ class LinearAttention(nnx.Module):
         return split(self.query) / jnp.sqrt(self.d), split(self.key), split(self.value)
 
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
-        """The attention of each token to those up to it."""
-        query, key, value = (each.swapaxes(-2, -3) for each in self._projected(x))
+        """Returns the attention of each token to the tokens up to it."""
+        query, key, value = (a.swapaxes(-2, -3) for a in self._projected(x))
         scores = jnp.tril(products.similarities(query, key))
         mixed = products.times(scores, value) / jnp.arange(1, x.shape[-2] + 1)[:, None]
         return by_token(self.out, joined(mixed))
 
     def start(self, steps: int) -> Sums:
-        """Makes the sums of no tokens yet: zero."""
+        """Returns the empty memory: a sum of zero over zero tokens."""
         return jnp.zeros((self.heads, self.d, self.d)), jnp.int32(0)
 
     def step(self, memory: Sums, x: Float[Array, " H"]) -> tuple[Sums, Float[Array, " H"]]:
-        """Returns the attention of one token to those in the sums and to itself."""
+        """Returns the memory with x added, and the attention of x to earlier tokens and itself."""
         sums, t = memory
         query, key, value = self._projected(x)
-        own = (query * key).sum(-1, keepdims=True) * value
-        mixed = (jnp.einsum("hdk,hk->hd", sums, query) + own) / (t + 1)
+        to_itself = (query * key).sum(-1, keepdims=True) * value
+        mixed = (jnp.einsum("hdk,hk->hd", sums, query) + to_itself) / (t + 1)
         return (sums + value[:, :, None] * key[:, None], t + 1), self.out(mixed.reshape(-1))
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttentionConfig(HeadedConfig):
-    """A transformer whose attention is linear: its memory is of one size however long the episode.
+    """Options of a transformer with linear attention, whose memory does not grow with the episode.
 
-    Scores are qᵀk / √d without a softmax (after Schlag et al. 2021), and their sum is divided by
-    the number of tokens, as Zhang et al. (2025) divide it.
+    Scores are qᵀk / √d without a softmax (after Schlag et al. 2021), and the sum over tokens is
+    divided by their number, as Zhang et al. (2025) do.
     """
 
     label = "linear attention"
@@ -126,43 +126,43 @@ class LinearAttentionConfig(HeadedConfig):
 
 @dataclasses.dataclass(frozen=True)
 class OneLayerAttentionConfig:
-    """Linear attention of one layer, as Zhang, Singh, Latham & Saxe (2025, arXiv:2501.16265) do it.
+    """Options of one-layer linear attention (Zhang, Singh, Latham & Saxe 2025, arXiv:2501.16265).
 
-    Trained by small steps of gradient descent from small weights, its loss falls once, abruptly, if
-    keys and queries are merged; if they are separate it goes down a staircase, one principal
+    Trained from small weights by gradient descent in small steps, its loss falls once, abruptly, if
+    keys and queries are merged. If they are separate, its loss descends a staircase, one principal
     component of the inputs at a time.
     """
 
     label = "one-layer linear attention"
     attention_heads: int = 8
-    """Heads."""
+    """Number of heads."""
     merged: bool = False
-    """Whether a head has one matrix W^KQ in place of keys and queries of its own."""
+    """Whether each head has one matrix W^KQ in place of separate key and query matrices."""
     rank: int = 1
-    """Numbers in a key where they are separate: the theory is of 1."""
+    """Size of a key if keys and queries are separate. The theory is for 1."""
     scale: float = 1e-2
-    """Standard deviation of the initial weights. The theory is of small ones."""
+    """Standard deviation of the initial weights. The theory is for small ones."""
 
     def __post_init__(self) -> None:
         check_positive(self, "attention_heads", "rank", "scale")
 
     def make(self, domain: Domain, heads: int = 0) -> OneLayerAttention:
-        """Makes the meta-learner for a domain."""
+        """Returns the meta-learner for a domain."""
         return OneLayerAttention(domain, self, heads)
 
 
 class OneLayerAttention:
-    """The meta-learner that answers x with Σ_h V_h (1/t) Σ_{s≤t} y_s x_sᵀ U_h x over the t pairs.
+    """Meta-learner that answers x with Σ_h V_h (1/t) Σ_{s≤t} y_s x_sᵀ U_h x, given t pairs.
 
-    That is Zhang et al.'s attention to tokens (x_s; y_s), the query's token (x; 0) last and the
-    answer read there. V_h is the block of the value matrix between y and answers; U_h is the block
-    of W^KQ between inputs, or K_hᵀ Q_h. Blocks that no answer depends on, and those that the
-    authors start at zero and that stay there, have no place. Every step of an episode is a query,
-    with the pairs before it in context.
+    This is the attention of Zhang et al. to tokens (x_s; y_s), in which the query's token (x; 0) is
+    the last and gives the answer. V_h is the block of head h's value matrix from y to answers. U_h
+    is the block of W^KQ between inputs, or K_hᵀ Q_h. Left out are blocks that no answer depends on
+    and blocks that the authors initialise at zero and that stay there. Every step of an episode is
+    a query, with the pairs before it in context.
 
-    With V_h = I / H and U_h = η I the answers are those of one step of gradient descent from zero,
-    at rate η, on half the mean squared error over the pairs (von Oswald et al. 2023,
-    arXiv:2212.07677).
+    With V_h = I / H for H heads and U_h = η I, the answers are those of one step of gradient
+    descent from zero, at rate η, on half the mean squared error over the pairs (von Oswald et al.
+    2023, arXiv:2212.07677).
     """
 
     def __init__(self, domain: Domain, config: OneLayerAttentionConfig, heads: int = 0):
@@ -179,16 +179,16 @@ class OneLayerAttention:
         else:
             shapes |= {"key": (config.rank, n), "query": (config.rank, n)}
         keys = jax.random.split(key, len(shapes))
-        drawn = lambda key, shape: jax.random.normal(key, (config.attention_heads, *shape))
+        draw = lambda key, shape: jax.random.normal(key, (config.attention_heads, *shape))
         return {
-            name: config.scale * drawn(key, shape)
+            name: config.scale * draw(key, shape)
             for key, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
 
     def _outputs(
         self, params: Params, pairs: Float[Array, "m n *B"], x: Float[Array, " n *B"]
     ) -> Float[Array, " outputs *B"]:
-        """The outputs at x, given the mean of y xᵀ over the pairs."""
+        """Returns the outputs at x, where `pairs` is the mean of y xᵀ over the pairs in context."""
         if self.config.merged:
             key_query = params["key_query"]
         else:
@@ -196,7 +196,7 @@ class OneLayerAttention:
         return jnp.einsum("hom,mi...,hij,j...->o...", params["value"], pairs, key_query, x)
 
     def learner(self, params: Params) -> Learner:
-        """Makes the step-by-step form, whose memory is Σ y xᵀ and the number of pairs."""
+        """Returns the step-by-step learner, whose memory is Σ y xᵀ and the number of pairs."""
         domain = self.domain
 
         def init(key: Key) -> Pairs:
@@ -217,9 +217,9 @@ class OneLayerAttention:
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """Answers whole episodes: [T, answer_size, B], and below them the heads."""
+        """Runs whole episodes: gives the answers [T, answer_size, B], then the heads on axis 1."""
         x, y = encoded_episodes(self.domain, queries, feedback)
         total = jnp.cumsum(y[:, :, None] * x[:, None], axis=0)
         means = total / jnp.arange(1, len(x) + 1)[:, None, None, None]
-        before = jnp.concatenate([jnp.zeros_like(means[:1]), means[:-1]])
-        return jax.vmap(lambda pairs, x: self._outputs(params, pairs, x))(before, x)
+        contexts = jnp.concatenate([jnp.zeros_like(means[:1]), means[:-1]])
+        return jax.vmap(lambda pairs, x: self._outputs(params, pairs, x))(contexts, x)

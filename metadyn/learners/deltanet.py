@@ -1,4 +1,4 @@
-"""DeltaNet: fast weights that are corrected, within the episode, by the delta rule."""
+"""DeltaNet: fast weights that the delta rule corrects within the episode."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from metadyn.learners.residual_blocks import HeadedConfig, by_token, joined, que
 
 FastWeights = Float[Array, "*B heads d d"]
 TOGETHER = 64
-"""Tokens whose corrections are solved for at once: our choice."""
+"""Number of tokens whose corrections are solved for at once: our choice."""
 
 
 class DeltaRule(nnx.Module):
-    """Fast weights S_t = S_{t−1} + β_t (v_t − S_{t−1} k_t) k_tᵀ, read as S_t q_t, head by head.
+    """Mixer with fast weights S_t = S_{t−1} + β_t (v_t − S_{t−1} k_t) k_tᵀ and output S_t q_t.
 
-    One step of gradient descent, at rate β_t between 0 and 1, on ½|S k_t − v_t|² with |k_t| = 1.
+    Each head has its own. An update is one step of gradient descent on ½|S k_t − v_t|², at a rate
+    β_t between 0 and 1 and with |k_t| = 1.
     """
 
     def __init__(self, config: HeadedConfig, steps: int, *, rngs: nnx.Rngs):
@@ -35,43 +36,43 @@ class DeltaRule(nnx.Module):
         return _unit(query), _unit(key), value, jax.nn.sigmoid(by_token(self.rate, x))[..., None]
 
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
-        """What is read at each token of whole episodes, some tokens at a time.
+        """Returns the outputs at all tokens of whole episodes, `TOGETHER` tokens at a time.
 
-        Yang et al.: the corrections e_t = β_t (v_t − S_{t−1} k_t) of several tokens, of which each
-        depends on those before, solve a triangular system, and all else is products.
+        Yang et al.: the corrections e_t = β_t (v_t − S_{t−1} k_t) of several tokens, each of which
+        depends on those before it, solve a triangular system. All else is matrix products.
         """
         T = x.shape[-2]
         size = min(T, TOGETHER)
 
-        def parts(a: Float[Array, "*B T heads n"]) -> Float[Array, "part *B heads size n"]:
-            padding = [(0, -T % size), (0, 0), (0, 0)]  # where β = 0 nothing is corrected
+        def split(a: Float[Array, "*B T heads n"]) -> Float[Array, "part *B heads size n"]:
+            padding = [(0, -T % size), (0, 0), (0, 0)]  # with β = 0, so that it corrects nothing
             padded = jnp.pad(a, [(0, 0)] * (a.ndim - 3) + padding).swapaxes(-2, -3)
-            cut = padded.reshape(*padded.shape[:-2], -1, size, padded.shape[-1])
-            return jnp.moveaxis(cut, -3, 0)
+            parts = padded.reshape(*padded.shape[:-2], -1, size, padded.shape[-1])
+            return jnp.moveaxis(parts, -3, 0)
 
-        tokens = [parts(each) for each in self._projected(x)]
-        memory, first = _part(None, [each[0] for each in tokens])
-        read = [first]
+        tokens = [split(array) for array in self._projected(x)]
+        memory, first = _correct_part(None, [array[0] for array in tokens])
+        outputs = [first]
         if size < T:
-            read.extend(jax.lax.scan(_part, memory, [each[1:] for each in tokens])[1])
-        return by_token(self.out, joined(jnp.concatenate(read, axis=-2)[..., :T, :]))
+            outputs.extend(jax.lax.scan(_correct_part, memory, [array[1:] for array in tokens])[1])
+        return by_token(self.out, joined(jnp.concatenate(outputs, axis=-2)[..., :T, :]))
 
     def start(self, steps: int) -> FastWeights:
-        """Makes fast weights of zero."""
+        """Returns the initial fast weights, zero."""
         return jnp.zeros((self.heads, self.d, self.d))
 
     def step(self, memory: FastWeights, x: Float[Array, " H"]) -> tuple[FastWeights, Array]:
-        """Makes one correction, and reads what is there after it."""
+        """Corrects the fast weights at one token, and returns them and the output."""
         query, key, value, rate = self._projected(x)
         error = rate * (value - jnp.einsum("hvk,hk->hv", memory, key))
-        own = error * (key * query).sum(-1, keepdims=True)
-        mixed = jnp.einsum("hvk,hk->hv", memory, query) + own
+        error_term = error * (key * query).sum(-1, keepdims=True)
+        mixed = jnp.einsum("hvk,hk->hv", memory, query) + error_term
         return memory + error[:, :, None] * key[:, None], self.out(mixed.reshape(-1))
 
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig(HeadedConfig):
-    """Residual blocks whose memory is a linear map, trained online by the delta rule.
+    """Options of residual blocks whose memory is a linear map, trained online by the delta rule.
 
     After Schlag et al. (2021) and Yang et al. (2024, arXiv:2406.06484).
     """
@@ -80,45 +81,46 @@ class DeltaNetConfig(HeadedConfig):
     mixer = DeltaRule
 
 
-def _part(memory: FastWeights | None, tokens: list[Array]) -> tuple[FastWeights, Array]:
-    """The fast weights after the corrections of some tokens, and what is read at each of them.
+def _correct_part(memory: FastWeights | None, tokens: list[Array]) -> tuple[FastWeights, Array]:
+    """Returns the fast weights after one part's corrections, and the outputs at its tokens.
 
-    Without a memory they are zero before. Axes: *B, heads, and of tokens size and d.
+    `memory` is the fast weights before, None where they are zero. `tokens` are the queries, keys,
+    values and rates of the part, [*B, heads, size, d] (of rates, d = 1).
     """
     query, key, value, rate = tokens
-    recalled = lambda a: 0.0 if memory is None else products.similarities(a, memory)
-    before = jnp.tril(rate * products.similarities(key, key), -1)
+    recall = lambda a: 0.0 if memory is None else products.similarities(a, memory)
+    lower = jnp.tril(rate * products.similarities(key, key), -1)
     error = jax.lax.custom_linear_solve(
-        lambda error: error + before @ error,
-        rate * (value - recalled(key)),
-        lambda _, right: _substituted(before, right),
-        lambda _, right: _substituted(before, right, transposed=True),
+        lambda error: error + lower @ error,
+        rate * (value - recall(key)),
+        lambda _, rhs: _substitute(lower, rhs),
+        lambda _, rhs: _substitute(lower, rhs, transposed=True),
     )
-    read = products.times(jnp.tril(products.similarities(query, key)), error) + recalled(query)
-    more = error.mT @ key
-    return more if memory is None else memory + more, read
+    outputs = products.times(jnp.tril(products.similarities(query, key)), error) + recall(query)
+    change = error.mT @ key
+    return change if memory is None else memory + change, outputs
 
 
-def _substituted(
-    before: Float[Array, "*B m m"], right: Float[Array, "*B m d"], transposed: bool = False
+def _substitute(
+    lower: Float[Array, "*B m m"], rhs: Float[Array, "*B m d"], transposed: bool = False
 ) -> Float[Array, "*B m d"]:
-    """Solves (I + before) e = right, or with its transpose, row by row.
+    """Solves (I + lower) e = rhs, or (I + lowerᵀ) e = rhs if `transposed`, row by row.
 
-    It is not left to a library, whose calls on several CPU devices at once can wait for each
-    other's threads for ever.
+    No library routine is used: its calls on several CPU devices at once can wait for each other's
+    threads for ever.
     """
 
-    def row(found: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        t, coefficients, one = now
-        known = jnp.einsum("...s,...sd->...d", coefficients, found)
-        return found.at[..., t, :].set(one - known), None
+    def solve_row(solution: Array, row: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        t, coefficients, rhs_row = row
+        solved_terms = jnp.einsum("...s,...sd->...d", coefficients, solution)
+        return solution.at[..., t, :].set(rhs_row - solved_terms), None
 
-    coefficients = jnp.moveaxis(before, -1 if transposed else -2, 0)
-    rows = jnp.arange(len(coefficients)), coefficients, jnp.moveaxis(right, -2, 0)
-    return jax.lax.scan(row, jnp.zeros_like(right), rows, reverse=transposed)[0]
+    coefficients = jnp.moveaxis(lower, -1 if transposed else -2, 0)
+    rows = jnp.arange(len(coefficients)), coefficients, jnp.moveaxis(rhs, -2, 0)
+    return jax.lax.scan(solve_row, jnp.zeros_like(rhs), rows, reverse=transposed)[0]
 
 
 def _unit(a: Float[Array, "*T d"]) -> Float[Array, "*T d"]:
-    """SiLU, then unit length (zero stays zero), as Yang et al. make keys and queries."""
+    """Applies SiLU and scales to unit length, as Yang et al. do to keys and queries; 0 stays 0."""
     a = jax.nn.silu(a)
     return a * jax.lax.rsqrt((a**2).sum(-1, keepdims=True) + 1e-6)

@@ -1,4 +1,4 @@
-"""The LSTM as a recurrent cell of flax whose whole episodes are a kernel of our own."""
+"""The LSTM as a flax recurrent cell, which runs whole episodes by a kernel of our own."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from metadyn.errors import check_positive
 from metadyn.kernels.lstm import Backend, LSTMWeights, cell, check_backend, lstm
 from metadyn.learners.networks import Recurrent
 
-SATURATED = 0.05  # our choice: a gate this close to 0 or 1 has at most a fifth of its full slope
+SATURATED = 0.05  # so close to 0 or 1 a gate has at most a fifth of its full slope: our choice
 Carry = tuple[Float[Array, " H"], Float[Array, " H"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class LSTMConfig:
-    """Size and start of the LSTM: our choice, as the paper's width is not known to us."""
+    """Size and initialisation of the LSTM: our choice, as we do not know the paper's width."""
 
     label = "LSTM"
     hidden: int = 64
-    """H, hidden units."""
+    """Number of hidden units, H."""
     forget_bias: float = 1.0
     """Initial bias of the forget gate (Jozefowicz et al. 2015)."""
     vector_rate: float = 1.0
-    """Learning rate of the biases and of the readout, over that of the two matrices, which is the
-    outer loop's. (Yang et al. 2022, arXiv:2203.03466, set hidden matrices apart so, but count the
-    weights of inputs with the biases.)"""
+    """Learning rate of the biases and the readout, relative to that of the two weight matrices,
+    which is the outer loop's. (Yang et al. 2022, arXiv:2203.03466, also give hidden matrices a rate
+    of their own, but count the input weights with the biases.)"""
     backend: Backend = "auto"
-    """Kernel of the whole-episode form: `metadyn.kernels.lstm.lstm` says which there are."""
+    """Kernel that runs whole episodes: `metadyn.kernels.lstm.lstm` lists the backends."""
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden", "vector_rate")
 
     def make(self, domain: Domain, heads: int = 0) -> Recurrent:
-        """Makes the meta-learner for a domain."""
+        """Returns the meta-learner for a domain."""
         return Recurrent(domain, lambda n, rngs: LSTMCell(n, self, rngs=rngs), heads)
 
 
@@ -49,9 +49,9 @@ class LSTMCell(nnx.RNNCellBase):
     def __init__(self, n_in: int, config: LSTMConfig, *, rngs: nnx.Rngs):
         H = config.hidden
         check_backend(config.backend, H, n_in)
-        scaled = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+        normal = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
         orthogonal = nnx.initializers.orthogonal()
-        self.input = nnx.Param(scaled(rngs.params(), (4 * H, n_in)))
+        self.input = nnx.Param(normal(rngs.params(), (4 * H, n_in)))
         self.recurrent = nnx.Param(orthogonal(rngs.params(), (4 * H, H)))
         bias = jnp.zeros(4 * H).at[H : 2 * H].set(config.forget_bias)
         self.bias = nnx.Param(bias, rate=config.vector_rate)
@@ -65,20 +65,20 @@ class LSTMCell(nnx.RNNCellBase):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> Carry:
-        """Makes the carry before the first step, h_0 = c_0 = 0."""
+        """Returns the carry before the first step, h_0 = c_0 = 0."""
         zeros = jnp.zeros((*input_shape[:-1], self.hidden))
         return zeros, zeros
 
     def __call__(self, carry: Carry, inputs: Float[Array, " n"]) -> tuple[Carry, Array]:
-        """Takes one step of one episode."""
+        """Runs one step of one episode: returns the carry (h, c) and the output h."""
         h, c, _ = cell(self.weights, inputs, *carry)
         return (h, c), h
 
     def episodes(self, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
-        """Runs B whole episodes by the kernel of the chosen backend: hidden states h_1 … h_T."""
+        """Returns the hidden states h_1 … h_T of B whole episodes, run by the chosen kernel."""
         return lstm(self.weights, inputs, self.backend)
 
     def diagnose(self, carry: Carry, x: Float[Array, " n"]) -> Mapping[str, Array]:
-        """Measures the share of the gates i, f, o within 0.05 of 0 or 1."""
+        """Returns the share of the gates i, f, o whose values lie within 0.05 of 0 or 1."""
         gates = jnp.stack(cell(self.weights, x, *carry)[2][:3])
         return {"saturated_gates": jnp.mean(jnp.abs(gates - 0.5) > 0.5 - SATURATED)}

@@ -1,8 +1,8 @@
-"""Meta-learners made of any flax NNX network: a recurrent cell, or a causal model of sequences.
+"""Meta-learners built from any flax NNX network: a recurrent cell or a causal sequence model.
 
-The network reads the query and the last feedback, (x_t, y_{t−1}), and a linear readout of what it
-gives is the answer (Hochreiter et al. 2001; Santoro et al. 2016). Its weights are outer parameters;
-all that it learns within an episode stands in its state.
+At step t the network reads the query and the previous feedback, (x_t, y_{t−1}), and a linear
+readout of its output is the answer (Hochreiter et al. 2001; Santoro et al. 2016). Its weights are
+the outer parameters. Everything that it learns within an episode is held in its state.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from metadyn.base import (
 from metadyn.errors import check, check_positive
 from metadyn.kernels.lstm import apply
 
-Carry = Any  # the state of a recurrent cell, the cache of a sequence model
+Carry = Any  # the state of a recurrent cell or the cache of a sequence model
 
 
 @runtime_checkable
 class CausalModel(Protocol):
-    """A model of sequences for one episode, whose output at t depends on inputs up to t alone."""
+    """A sequence model for one episode, whose output at t depends only on the inputs up to t."""
 
     def __call__(self, inputs: Float[Array, "T n"], /) -> Float[Array, "T F"]:
-        """Runs a whole episode, and returns all outputs."""
+        """Runs a whole episode and returns the outputs of all steps."""
 
     def start(self, steps: int, /) -> Carry:
-        """Makes an empty cache with room for `steps` inputs."""
+        """Returns an empty cache with room for `steps` inputs."""
 
     def step(self, cache: Carry, x: Float[Array, " n"], /) -> tuple[Carry, Float[Array, " F"]]:
-        """Reads x: returns the cache with x in it, and the output."""
+        """Reads x and returns the cache with x added, and the output."""
 
 
 class NetworkState(NamedTuple):
-    """What a network knows within an episode."""
+    """State of a network within an episode."""
 
     carry: Carry
     feedback: Float[Array, " m"]
-    """y_{t−1}, encoded; zero before the first."""
+    """The previous feedback y_{t−1}, encoded; zero at the first step."""
     diagnoses: Mapping[str, Array]
-    """What the last update said of itself; zeros before the first."""
+    """Diagnostics of the last update, by name; zero before the first update."""
 
 
 class _Readout(nnx.Module):
-    """A network and a linear readout of it, which is zero at first: the prior mean is answered."""
+    """A network and its linear readout, which starts at zero: it first answers the prior mean."""
 
     def __init__(self, body: nnx.Module, features: int, n_out: int):
         self.body = body
@@ -69,36 +69,36 @@ class _Readout(nnx.Module):
         self.offset = nnx.Param(jnp.zeros(n_out), rate=rate)
 
     def outputs(self, hidden: Float[Array, " F *B"]) -> Float[Array, " n_out *B"]:
-        """Reads the answer and the heads out of what the network gives."""
+        """Returns the answer, then the heads: the linear readout of the network's output."""
         return self._read(self.readout[...], hidden)
 
     def episodes(self, hidden: Float[Array, "T F B"]) -> Float[Array, "T n_out B"]:
-        """Reads them out of whole episodes."""
+        """Returns the answers, then the heads, at all steps of whole episodes."""
         readout = self.readout[...]
         if mesh.backend() == "cpu":
             return jax.vmap(self.outputs)(hidden)
-        # A product for each step: one product of all would transpose the episodes for it.
-        each = jnp.broadcast_to(readout, (len(hidden), *readout.shape))
-        return jax.vmap(self._read)(each, hidden)
+        # One product per step: a single product over all steps would transpose the episodes first.
+        readouts = jnp.broadcast_to(readout, (len(hidden), *readout.shape))
+        return jax.vmap(self._read)(readouts, hidden)
 
     def _read(self, readout: Array, hidden: Array) -> Array:
         return apply(readout, hidden) + self.offset[...].reshape(-1, *[1] * (hidden.ndim - 1))
 
 
 class _NetworkMetaLearner:
-    """What `Recurrent` and `Sequence` share: the `base.MetaLearner` of networks for one domain.
+    """Base class of `Recurrent` and `Sequence`: the `base.MetaLearner` of a network for a domain.
 
-    `make(n_in, rngs)` makes the network, for inputs of `n_in` numbers. Parameters that it makes as
-    `nnx.Param(value, rate=r)` learn at r times the outer loop's rate; the readout does so if the
-    network has a `readout_rate`. `heads` outputs more than an answer needs are there for
-    objectives: one for the critic of `objectives.actor_critic`. Raises `ConfigError` for fewer than
-    none.
+    `make(n_in, rngs)` builds the network for inputs of `n_in` numbers. A parameter that it creates
+    as `nnx.Param(value, rate=r)` learns at r times the outer loop's rate, and the readout at the
+    network's `readout_rate` times that rate, if the network has this attribute. `heads` is the
+    number of outputs beyond the answer, which objectives use: one for the critic of
+    `objectives.actor_critic`. Raises `ConfigError` if `heads` is negative or `domain` is no domain.
     """
 
     def __init__(self, domain: Domain, make: Callable[[int, nnx.Rngs], Any], heads: int = 0):
         check(heads >= 0, "heads", heads, "must be 0 or more")
-        fix = "must be a domain, such as LinearRegression()"
-        check(hasattr(domain, "sample_task"), "domain", domain, fix)
+        hint = "must be a domain, such as LinearRegression()"
+        check(hasattr(domain, "sample_task"), "domain", domain, hint)
         self.domain, self.heads = domain, heads
         (n,), (self._m,) = encoded_shapes(domain)
         self._n_in = n + self._m
@@ -110,17 +110,17 @@ class _NetworkMetaLearner:
             return _Readout(body, features, domain.answer_size + heads)
 
         self._build = build
-        split: Any = nnx.split  # into its graph, its parameters, and state such as random streams
+        split: Any = nnx.split  # into graph, parameters, and other state such as random streams
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        self._graph, variables, rest = split(abstract, nnx.Param, ...)
+        self._graph, variables, other_state = split(abstract, nnx.Param, ...)
         rate = lambda path, variable: variable.get_metadata().get("rate", 1.0)
         self.rates: Params = nnx.to_pure_dict(nnx.map_state(rate, variables))
-        """Learning rates over the outer loop's: 1 but where a `nnx.Param` was made with `rate`."""
-        # Only where there is such state are numbers drawn, which for a large network takes long.
-        stateful = bool(jax.tree.leaves(rest))
-        self._rest = split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if stateful else rest
+        """Learning rates over the outer loop's: the `rate` of each `nnx.Param`, 1 by default."""
+        # Weights are drawn only if there is such state: for a large network drawing takes long.
+        stateful = bool(jax.tree.leaves(other_state))
+        self._rest = split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if stateful else other_state
 
-    # What subclasses say of a network.
+    # How to run the network, which subclasses implement.
 
     def _start(self, body: Any) -> Carry:
         raise NotImplementedError
@@ -134,63 +134,63 @@ class _NetworkMetaLearner:
     # The contract of `base.MetaLearner`.
 
     def init(self, key: Key) -> Params:
-        """Draws outer parameters, as plain dictionaries of arrays."""
+        """Draws the outer parameters, as plain nested dictionaries of arrays."""
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(key)), nnx.Param))
 
     def network(self, params: Params) -> _Readout:
-        """Returns the network that these parameters are of."""
+        """Returns the network that has these parameters."""
         return nnx.merge(self._graph, nnx.State(params), self._rest)
 
     def learner(self, params: Params) -> Learner:
-        """Makes the learner that steps this network through an episode."""
+        """Returns the learner that runs this network through an episode, step by step."""
         network, domain = self.network(params), self.domain
         body = network.body
 
-        def read(state: NetworkState, query: Query) -> Array:
+        def network_input(state: NetworkState, query: Query) -> Array:
             return jnp.concatenate([domain.encode_query(query), state.feedback])
 
-        def said(carry: Carry, x: Array) -> dict[str, Array]:
+        def diagnose(carry: Carry, x: Array) -> dict[str, Array]:
             return dict(body.diagnose(carry, x)) if hasattr(body, "diagnose") else {}
 
-        diagnoses = jax.eval_shape(lambda: said(self._start(body), jnp.zeros(self._n_in)))
+        shapes = jax.eval_shape(lambda: diagnose(self._start(body), jnp.zeros(self._n_in)))
 
         def init(key: Key) -> NetworkState:
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), diagnoses)
-            return NetworkState(self._start(body), jnp.zeros(self._m), nothing)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return NetworkState(self._start(body), jnp.zeros(self._m), zeros)
 
         def predict(state: NetworkState, query: Query) -> Answer:
-            hidden = self._step(body, state.carry, read(state, query))[1]
+            hidden = self._step(body, state.carry, network_input(state, query))[1]
             return network.outputs(hidden)[: domain.answer_size]
 
         def update(state: NetworkState, query: Query, feedback: Feedback) -> NetworkState:
-            x = read(state, query)
+            x = network_input(state, query)
             carry, _ = self._step(body, state.carry, x)
-            return NetworkState(carry, domain.encode_feedback(feedback), said(state.carry, x))
+            return NetworkState(carry, domain.encode_feedback(feedback), diagnose(state.carry, x))
 
-        diagnose = (lambda state: state.diagnoses) if diagnoses else None
-        return Learner(init, predict, update, diagnose=diagnose)
+        last_diagnoses = (lambda state: state.diagnoses) if shapes else None
+        return Learner(init, predict, update, diagnose=last_diagnoses)
 
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """Runs whole episodes: the answers [T, answer_size, B], and below them the heads."""
+        """Runs whole episodes: gives the answers [T, answer_size, B], then the heads on axis 1."""
         network = self.network(params)
-        one_by_one = jax.vmap(partial(self._episode, network.body), -1, -1)
-        whole = getattr(network.body, "episodes", one_by_one)
+        by_vmap = jax.vmap(partial(self._episode, network.body), -1, -1)
+        run_episodes = getattr(network.body, "episodes", by_vmap)
         x, y = encoded_episodes(self.domain, queries, feedback)
-        y_before = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
-        inputs = jnp.concatenate([x, y_before], axis=1)
-        return network.episodes(whole(inputs))
+        previous_y = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
+        inputs = jnp.concatenate([x, previous_y], axis=1)
+        return network.episodes(run_episodes(inputs))
 
 
 class Recurrent(_NetworkMetaLearner):
-    """Meta-learners with any flax NNX recurrent cell: `Recurrent(domain, make_cell, heads=0)`.
+    """Meta-learner with any flax NNX recurrent cell: `Recurrent(domain, make_cell, heads=0)`.
 
     `make_cell(n_in, rngs)` returns an `nnx.RNNCellBase` for inputs of `n_in` numbers, such as
-    `lambda n, rngs: nnx.GRUCell(n, 64, rngs=rngs)`. A cell may have two methods more.
-    `episodes(inputs)`, from [T, n, B] to [T, F, B], runs B whole episodes at once, in place of a
-    scan of the cell, with the outputs that stepping it gives. `diagnose(carry, x)` names scalars
-    about the step that reads x, which are recorded beside the probes.
+    `lambda n, rngs: nnx.GRUCell(n, 64, rngs=rngs)`. A cell may have two further methods.
+    `episodes(inputs)`, from [T, n, B] to [T, F, B], runs B whole episodes at once. It replaces a
+    scan of the cell and must give the same outputs. `diagnose(carry, x)` returns scalars about the
+    step that reads x, keyed by name, which are recorded beside the probes.
     """
 
     def _start(self, body: Any) -> Carry:
@@ -204,17 +204,17 @@ class Recurrent(_NetworkMetaLearner):
 
 
 class Sequence(_NetworkMetaLearner):
-    """Meta-learners with any causal model of sequences: `Sequence(domain, make_model, heads=0)`.
+    """Meta-learner with any causal sequence model: `Sequence(domain, make_model, heads=0)`.
 
-    `make_model(n_in, rngs)` returns an `nnx.Module` that is a `CausalModel` of inputs of `n_in`
-    numbers, such as a transformer, and may have a method `episodes`, as cells of `Recurrent` may.
-    Training runs whole episodes through it; probing steps it from a cache, which has room for T + 1
+    `make_model(n_in, rngs)` returns an `nnx.Module` that is a `CausalModel` for inputs of `n_in`
+    numbers, such as a transformer. It may have a method `episodes`, as the cells of `Recurrent`
+    may. Training runs whole episodes through it. Probing steps it from a cache with room for T + 1
     inputs: those of the episode, and a probe's query after it.
     """
 
     @property
     def cached_episodes(self) -> int:
-        """Counts the episodes whose backward pass fits a CPU core's cache: eight arrays each."""
+        """Number of episodes whose backward pass, 8 arrays [T, F] each, fits a CPU core's cache."""
         return max(mesh.CACHE // (8 * 4 * self.domain.steps * self._features), 1)
 
     def _start(self, body: Any) -> Carry:
@@ -229,15 +229,15 @@ class Sequence(_NetworkMetaLearner):
 
 @dataclasses.dataclass(frozen=True)
 class GRUConfig:
-    """A gated recurrent unit (Cho et al. 2014), as flax has it."""
+    """Size of the gated recurrent unit (Cho et al. 2014), in flax's implementation."""
 
     label = "GRU"
     hidden: int = 64
-    """H, hidden units."""
+    """Number of hidden units, H."""
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden")
 
     def make(self, domain: Domain, heads: int = 0) -> Recurrent:
-        """Makes the meta-learner for a domain."""
+        """Returns the meta-learner for a domain."""
         return Recurrent(domain, lambda n, rngs: nnx.GRUCell(n, self.hidden, rngs=rngs), heads)

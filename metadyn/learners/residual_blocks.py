@@ -1,7 +1,8 @@
-"""Residual blocks, which causal models of sequences share; they differ by how they mix over time.
+"""Residual blocks, shared by our causal sequence models, which differ in how they mix over time.
 
-A block adds to each token what a mixer makes of the tokens up to it, then what an MLP makes
-of it alone, each reading a normalised copy: the pre-norm transformer (Xiong et al. 2020).
+A block adds to each token the output of a mixer, which reads the tokens up to it, then the output
+of an MLP, which reads this token alone. Both read a normalised copy of their input: the pre-norm
+transformer (Xiong et al. 2020).
 """
 
 from __future__ import annotations
@@ -21,70 +22,70 @@ from metadyn.learners.networks import Carry, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class BlocksConfig:
-    """What all networks of residual blocks have; a subclass says how they mix over time."""
+    """Options of all networks of residual blocks; a subclass sets how they mix over time."""
 
     hidden: int = 64
-    """H, numbers in a token."""
+    """Size of a token, H."""
     layers: int = 2
-    """Blocks."""
+    """Number of blocks."""
     mlp: int = 2
-    """Width of the MLPs, in units of H."""
+    """Width of the MLPs' hidden layer, in multiples of H."""
     outer_learning_rate: float = 5e-3
-    """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
+    """Peak learning rate of this network's outer loop, in place of `--outer.learning-rate`."""
     mixer: ClassVar[Any]
-    """What lets a token depend on those before it: `mixer(config, steps, rngs=rngs)` makes that of
-    one block, for episodes of so many steps. It is a `CausalModel` that runs many of them at once,
-    [..., T, H], and whose stepping computes nothing as large as its memory for an answer alone: a
-    probe asks many queries of one."""
+    """Part of a block that lets a token depend on earlier ones. `mixer(config, steps, rngs=rngs)`
+    makes it, for episodes of `steps` tokens. It is a `CausalModel` that runs many episodes at once,
+    [..., T, H]. For an output alone, its `step` must compute nothing as large as its memory: a
+    probe asks many queries of one memory."""
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden", "layers", "mlp", "outer_learning_rate")
 
     def make(self, domain: Domain, heads: int = 0) -> Sequence:
-        """Makes the meta-learner for a domain."""
+        """Returns the meta-learner for a domain."""
         return Sequence(domain, lambda n, rngs: Blocks(n, self, domain.steps, rngs=rngs), heads)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadedConfig(BlocksConfig):
-    """What networks have whose mixers have several heads, each with its share of the H numbers."""
+    """Options of networks whose mixers have several heads, each with an equal share of a token."""
 
     attention_heads: int = 4
-    """Heads of each mixer."""
+    """Number of heads in each mixer; it must divide `hidden`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "attention_heads")
-        fix = f"must divide hidden = {self.hidden}"
-        check(self.hidden % self.attention_heads == 0, "attention_heads", self.attention_heads, fix)
+        heads, hint = self.attention_heads, f"must divide hidden = {self.hidden}"
+        check(self.hidden % heads == 0, "attention_heads", heads, hint)
 
     @property
     def head_size(self) -> int:
-        """Says how many numbers the queries, keys and values of one head have."""
+        """Size d of the queries, keys and values of one head."""
         return self.hidden // self.attention_heads
 
 
 def by_token(layer: nnx.Linear, x: Float[Array, "*T n"]) -> Float[Array, "*T m"]:
-    """Applies a layer to each token: one product of matrices, whose derivative transposes none."""
+    """Applies a layer to each token: one matrix product, whose derivative transposes no array."""
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def queries_keys_values(
     project: nnx.Linear, x: Float[Array, "*T H"], heads: int
 ) -> list[Float[Array, "*T heads d"]]:
-    """Makes queries, keys and values of each token by one layer, with each head's share apart."""
-    made = jnp.split(by_token(project, x), 3, axis=-1)
-    return [each.reshape(*x.shape[:-1], heads, -1) for each in made]
+    """Returns the queries, keys and values of each token, made by one layer and split by head."""
+    projections = jnp.split(by_token(project, x), 3, axis=-1)
+    return [a.reshape(*x.shape[:-1], heads, -1) for a in projections]
 
 
 def joined(x: Float[Array, "*B heads T d"]) -> Float[Array, "*B T H"]:
-    """Puts the shares of all heads into one token again."""
+    """Concatenates the outputs of all heads into one token."""
     x = x.swapaxes(-2, -3)
     return x.reshape(*x.shape[:-2], -1)
 
 
 class Block(nnx.Module):
-    """A mixer and an MLP of one hidden layer, each added to what it reads."""
+    """A mixer and an MLP with one hidden layer, each with a residual connection around it."""
 
     def __init__(self, config: BlocksConfig, steps: int, *, rngs: nnx.Rngs):
         H = config.hidden
@@ -97,22 +98,22 @@ class Block(nnx.Module):
         return x + by_token(self.narrow, jax.nn.gelu(by_token(self.wide, self.norms[1](x))))
 
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
-        """The tokens of whole episodes."""
+        """Returns the tokens for the next block, given whole episodes of tokens."""
         return self._mlp(x + self.mixer(self.norms[0](x)))
 
     def step(self, memory: Carry, x: Float[Array, " H"]) -> tuple[Carry, Float[Array, " H"]]:
-        """Makes the next token."""
+        """Returns the mixer's memory with x added, and the token for the next block."""
         memory, mixed = self.mixer.step(memory, self.norms[0](x))
         return memory, self._mlp(x + mixed)
 
 
 class Blocks(nnx.Module):
-    """A `networks.CausalModel`: tokens made of two inputs each go through all blocks.
+    """A `networks.CausalModel` that passes tokens, each made from two inputs, through all blocks.
 
-    The input at t holds x_t and y_{t−1}. A token is made of it and of the input before, so that
-    x_{t−1} and y_{t−1}, which belong together, stand in one token and no block is spent on bringing
-    them together. It is the short convolution of Yang et al. (2024), two inputs wide. There is no
-    encoding of positions: a causal model can count, and pairs of an episode are exchangeable.
+    The input at t holds x_t and y_{t−1}. Its token is made from it and the previous input, so that
+    x_{t−1} and y_{t−1}, which belong together, are in one token and no block is spent on bringing
+    them together. This is the short convolution of Yang et al. (2024), two inputs wide. Positions
+    are not encoded: a causal model can count, and the pairs of an episode are exchangeable.
     """
 
     def __init__(self, n_in: int, config: BlocksConfig, steps: int, *, rngs: nnx.Rngs):
@@ -121,27 +122,28 @@ class Blocks(nnx.Module):
         self.blocks = nnx.List([Block(config, steps, rngs=rngs) for _ in range(config.layers)])
 
     def __call__(self, inputs: Float[Array, "*B T n"]) -> Float[Array, "*B T H"]:
-        """The outputs of whole episodes."""
-        nothing = jnp.zeros_like(inputs[..., :1, :])
-        before = jnp.concatenate([nothing, inputs[..., :-1, :]], axis=-2)
-        tokens = by_token(self.embed, jnp.concatenate([inputs, before], axis=-1))
+        """Returns the outputs of whole episodes."""
+        zero = jnp.zeros_like(inputs[..., :1, :])
+        previous = jnp.concatenate([zero, inputs[..., :-1, :]], axis=-2)
+        tokens = by_token(self.embed, jnp.concatenate([inputs, previous], axis=-1))
         for block in self.blocks:
             tokens = block(tokens)
         return tokens
 
     def episodes(self, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
-        """Runs B whole episodes at once."""
+        """Returns the outputs of B whole episodes, run at once."""
         return jnp.moveaxis(self(jnp.moveaxis(inputs, -1, 0)), 0, -1)
 
     def start(self, steps: int) -> Carry:
-        """Returns the input before, zero, and the empty memory of each block."""
+        """Returns an empty cache: a previous input of zero and the empty memory of each block."""
         return jnp.zeros(self.n_in), [block.mixer.start(steps) for block in self.blocks]
 
     def step(self, cache: Carry, x: Float[Array, " n"]) -> tuple[Carry, Float[Array, " H"]]:
-        """Returns the next output."""
-        before, memories = cache
-        token, after = self.embed(jnp.concatenate([x, before])), []
+        """Reads the input x and returns the cache with x added, and the output."""
+        previous, memories = cache
+        token = self.embed(jnp.concatenate([x, previous]))
+        new_memories = []
         for block, memory in zip(self.blocks, memories, strict=True):
             memory, token = block.step(memory, token)
-            after.append(memory)
-        return (x, after), token
+            new_memories.append(memory)
+        return (x, new_memories), token
