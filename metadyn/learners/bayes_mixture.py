@@ -1,4 +1,4 @@
-"""Exact Bayes under priors that are not Gaussian: a mixture of Gaussians, a pool of tasks."""
+"""Exact Bayesian learners for priors that are not Gaussian: mixtures of Gaussians, task pools."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from metadyn.learners.bayes import Gaussian, Posterior, condition
 
 
 class MixtureState(NamedTuple):
-    """What is known under each of S priors, and the evidence for each."""
+    """The posterior under each of S Gaussian priors, and the evidence for each prior."""
 
     posteriors: Posterior
     log_evidence: Float[Array, " S"]
-    """log p(y_1 … y_t | x_1 … x_t) under each, up to a constant."""
+    """log p(y_1 … y_t | x_1 … x_t) under each prior, up to a constant."""
 
 
 def bayes_mixture(models: Sequence[Gaussian]) -> Learner:
-    """Answers by the posterior mean under several Gaussian priors, all equally likely at first.
+    """Makes exact Bayes for a mixture of Gaussian priors, all equally likely at first.
 
-    It is the mean of the models' own posterior means, weighted by their evidence, which grows by
-    the log density of each target as it was foretold. The models have the same features. Raises
-    `ConfigError` for none.
+    The answer is the mean of the models' posterior means, weighted by their evidence. Each target
+    adds its log predictive density to a model's log evidence. The models must have the same
+    features. Raises `ConfigError` if there is no model.
     """
     check(len(models) > 0, "models", models, "mix at least one")
-    stacked = lambda leaves: jax.tree.map(lambda *each: jnp.stack(each), *leaves)
-    priors, bases = (stacked([model[i] for model in models]) for i in (0, 3))
+    priors = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[model.prior for model in models])
+    bases = jnp.stack([model.basis for model in models])
     variances = jnp.asarray([model.variance for model in models], jnp.float32)
     features = models[0].features
 
@@ -44,23 +44,23 @@ def bayes_mixture(models: Sequence[Gaussian]) -> Learner:
     def update(state: MixtureState, x: Array, y: Array) -> MixtureState:
         phi = features(x)
 
-        def one(posterior: Posterior, Q: Array, variance: Array) -> tuple[Posterior, Array]:
+        def update_one(posterior: Posterior, Q: Array, variance: Array) -> tuple[Posterior, Array]:
             error = Q.T @ y - posterior.mean @ phi
-            foretold = ((posterior.root.mT @ phi) ** 2).sum(-1) + variance
-            density = -0.5 * (error**2 / foretold + jnp.log(foretold)).sum()
-            return condition(posterior, phi, Q.T @ y, variance), density
+            y_variance = ((posterior.root.mT @ phi) ** 2).sum(-1) + variance
+            log_density = -0.5 * (error**2 / y_variance + jnp.log(y_variance)).sum()
+            return condition(posterior, phi, Q.T @ y, variance), log_density
 
-        posteriors, density = jax.vmap(one)(state.posteriors, bases, variances)
-        return MixtureState(posteriors, state.log_evidence + density)
+        posteriors, log_densities = jax.vmap(update_one)(state.posteriors, bases, variances)
+        return MixtureState(posteriors, state.log_evidence + log_densities)
 
     return Learner(lambda key: MixtureState(priors, jnp.zeros(len(models))), predict, update)
 
 
 def bayes_memorising(pool: Pool) -> Learner:
-    """Answers by the posterior mean of W where W is that of one of a pool of tasks y = W x + ε.
+    """Makes exact Bayes for tasks y = W x + ε whose W is one of those in a finite pool.
 
-    Each task counts by its likelihood: the minimum mean-square estimator of discrete tasks in
-    Raventós et al. (2023), arXiv:2306.15063, eq. 3. The state is the log posterior [size].
+    Its answers weight each W by its likelihood: the minimum mean-square estimator of discrete tasks
+    in Raventós et al. (2023), arXiv:2306.15063, eq. 3. The state is the log posterior [size].
     """
     size, variance = pool.size, pool.domain.sigma**2
 

@@ -1,7 +1,7 @@
-"""Networks beside Bayes: states of both on the same pairs, and Bayes' put in the network's place.
+"""Networks beside Bayes: records both states on the same pairs, or puts one in place of the other.
 
 After Mikulik et al. (2020, "Meta-trained agents implement Bayes-optimal agents",
-arXiv:2010.11223), who compare the states of the two; replacing one is added here.
+arXiv:2010.11223), who compare the states of the two. Replacing a state is our addition.
 """
 
 from __future__ import annotations
@@ -39,20 +39,21 @@ from metadyn.learners.networks import Carry
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Beliefs:
-    """Exact Bayes, with what is read of its state and how far other answers are from its own."""
+    """Exact Bayes, with functions that read its state and compare other answers with its own."""
 
     learner: Learner
     read: Callable[[State], Mapping[str, Float[Array, " _"]]]
-    """The posterior as vectors by name: its "mean", its "uncertainty", and what else there is."""
+    """`read(state)` returns the posterior as vectors by name: "mean", "uncertainty" and others."""
     distance: Callable[[Answer, Answer], Float[Array, ""]]
-    """`distance(answer, best)` of an answer from the best one."""
+    """`distance(answer, best)` returns how far an answer is from the best one."""
 
 
 def linear_beliefs(domain: LinearRegression) -> Beliefs:
-    """Reads the posterior of W: mean [n_y n_x], covariance [n_x n_x], and the latter's log det [1].
+    """Makes the beliefs of linear regression, which read the posterior mean and covariance of W.
 
-    In the eigenbasis of R; the covariance is that of the first row, which is that of all if R is
-    the identity. Distances are mean squared errors.
+    These are "mean" [n_y n_x], "covariance" [n_x n_x], and as "uncertainty" the covariance's log
+    determinant [1]. Rows of W are in the eigenbasis of R. The covariance is that of the first row,
+    which all rows share if R is the identity. Distances are mean squared errors.
     """
 
     def read(state: State) -> Mapping[str, Array]:
@@ -65,25 +66,26 @@ def linear_beliefs(domain: LinearRegression) -> Beliefs:
 
 
 def _log_determinant(root: Float[Array, "n n"]) -> Float[Array, ""]:
-    """Of S Sᵀ, by the root S, of which float32 holds what it does not hold of the product.
+    """Returns log det S Sᵀ from the root S, which float32 represents better than the product.
 
-    By Gram and Schmidt, row by row: library calls, on several CPU devices at once, can wait for
-    each other's threads for ever.
+    Orthogonalises row by row (Gram–Schmidt): library calls can deadlock when several CPU devices
+    make them at once, each waiting for the other's threads.
     """
-    total = jnp.zeros(())
+    log_det = jnp.zeros(())
     for k in range(len(root)):
         row = root[k]
-        squared = row @ row
-        total = total + jnp.log(squared)
-        root = root - jnp.outer(root @ row, row) / squared
-    return total
+        squared_norm = row @ row
+        log_det = log_det + jnp.log(squared_norm)
+        root = root - jnp.outer(root @ row, row) / squared_norm
+    return log_det
 
 
 def bandit_beliefs(domain: ContextualBandit) -> Beliefs:
-    """Reads the posterior of each action in each context [K n], and its entropy in each [K].
+    """Makes the beliefs of the bandit, which read each action's probability in each context.
 
-    Distances are KL(best policy ‖ policy), in nats. Raises `ConfigError` for permutations, whose
-    contexts are not independent.
+    These are "mean" [K n], and as "uncertainty" the entropy in each context [K]. Distances are
+    KL(best policy ‖ policy), in nats. Raises `ConfigError` for permutations, whose contexts are not
+    independent.
     """
     check(not domain.permutation, "permutation", True, "contexts must be independent")
 
@@ -101,14 +103,14 @@ def bandit_beliefs(domain: ContextualBandit) -> Beliefs:
 
 
 def whole(carry: Carry) -> Float[Array, " D"]:
-    """Flattens the carry of a recurrent cell into one vector: (h, c) of an LSTM."""
+    """Flattens the carry of a recurrent cell, such as (h, c) of an LSTM, into one vector."""
     return ravel_pytree(carry)[0]
 
 
 def mean_values(carry: Carry) -> Float[Array, " D"]:
-    """Means over the tokens read of the values in a transformer's cache, layer after layer.
+    """Returns the means over tokens of the values in a transformer's cache, layer after layer.
 
-    The cache itself grows with the episode; this is what even attention reads out of it.
+    The cache itself grows with the episode. Uniform attention would read these means out of it.
     """
     _, memories = carry
     means = [values.sum(0).ravel() / jnp.maximum(t, 1) for _, values, t in memories]
@@ -116,22 +118,22 @@ def mean_values(carry: Carry) -> Float[Array, " D"]:
 
 
 class Both(NamedTuple):
-    """A network and Bayes within one episode."""
+    """The states of a network and of Bayes within one episode."""
 
     network: State
     bayes: State
     said: Mapping[str, Array]
-    """What is recorded after the last update; zeros before the first."""
+    """Record of the last update; zeros before the first."""
 
 
 class Beside:
-    """A meta-learner that Bayes accompanies through its own episodes, for the record.
+    """A meta-learner that records Bayes' state beside its own, on the pairs of its own episodes.
 
-    It answers as it would alone. Recorded at time t are `state`, read of the carry, in which are
-    x_1 … x_t and y_1 … y_{t−1}; what is read of Bayes after the same t − 1 pairs; `query`, x_t as
-    the network reads it; and `distance`, of its t-th answer from that of Bayes. States are recorded
-    in half precision, which is more than decoding can tell. `read` says what is recorded of the
-    network's carry.
+    Its answers are those it gives alone. Its record at time t holds `state`, read from the carry,
+    which contains x_1 … x_t and y_1 … y_{t−1}; the readings of Bayes after the same t − 1 pairs;
+    `query`, x_t as the network reads it; and `distance`, of its t-th answer from that of Bayes.
+    States are recorded in half precision, finer than decoding can resolve. `read` maps the carry to
+    the recorded `state`.
     """
 
     def __init__(
@@ -147,18 +149,19 @@ class Beside:
         self.rates = getattr(meta, "rates", None)
 
     def learner(self, params: Params) -> Learner:
-        """Makes the learner that these parameters are, and Bayes beside it."""
+        """Makes the learner with these outer parameters, and Bayes beside it."""
         network, bayes, domain = self.meta.learner(params), self.beliefs.learner, self.domain
 
-        def told(known: State, carry: Carry, query: Array, distance: Array) -> dict[str, Array]:
-            read = {**self.beliefs.read(known), "state": self.read(carry)}
-            return read | {"query": query, "distance": distance}
+        def record(belief: State, carry: Carry, query: Array, distance: Array) -> dict[str, Array]:
+            readings = {**self.beliefs.read(belief), "state": self.read(carry)}
+            return readings | {"query": query, "distance": distance}
 
         def init(key: Key) -> Both:
-            before = network.init(key), bayes.init(key)
+            state, belief = network.init(key), bayes.init(key)
             query = jnp.zeros(encoded_shapes(domain)[0])
-            said = told(before[1], before[0].carry, query, jnp.zeros(()))
-            return Both(*before, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), said))
+            first = record(belief, state.carry, query, jnp.zeros(()))
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+            return Both(state, belief, zeros)
 
         def predict(state: Both, query: Query) -> Answer:
             return network.predict(state.network, query)
@@ -166,9 +169,9 @@ class Beside:
         def update(state: Both, query: Query, feedback: Feedback) -> Both:
             answer, best = predict(state, query), bayes.predict(state.bayes, query)
             after = network.update(state.network, query, feedback)
-            apart = self.beliefs.distance(answer, best)
-            said = told(state.bayes, after.carry, domain.encode_query(query), apart)
-            return Both(after, bayes.update(state.bayes, query, feedback), said)
+            distance = self.beliefs.distance(answer, best)
+            latest = record(state.bayes, after.carry, domain.encode_query(query), distance)
+            return Both(after, bayes.update(state.bayes, query, feedback), latest)
 
         def diagnose(state: Both) -> Mapping[str, Array]:
             return {**state.said, "state": state.said["state"].astype(jnp.float16)}
@@ -177,63 +180,64 @@ class Beside:
 
 
 SOURCES = ("none", "own", "other", "fresh", "bayes")
-"""Whose losses `implanted` records: of copies that go on from one state or another, and Bayes'."""
+"""Origins of the states whose losses `implanted` records: of the network, its copies, and Bayes."""
 
 
 class Operated(NamedTuple):
-    """A network left alone beside Bayes, and copies of it whose states are replaced."""
+    """The states of a network left alone beside Bayes, and of copies whose carries are replaced."""
 
     alone: Both
     copies: State
-    """Three of the network's states, stacked: those of "own", "other" and "fresh"."""
+    """Stacked states of three copies of the network: "own", "other" and "fresh"."""
     time: Int[Array, ""]
     donor: Int[Array, ""]
-    """The episode, among those of the fit, whose posterior is put in the place of its own."""
+    """Index of the episode, among those of the fit, whose posterior "other" gets."""
     said: Mapping[str, Array]
 
 
 def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
     """Replaces a trained recurrent network's carry in mid-episode by one made of Bayes' state.
 
-    The copies that are stepped beside each other differ in what comes in its place, after update
-    `at`.
+    Copies of the network are stepped beside each other. They differ in the carry that they get
+    after update `at`.
 
-    The carry of the copy "own" is that to which ridge regression, fitted on episodes of training,
-    maps Bayes' posterior after the same pairs and the query last read: all else that it held is
-    lost. Controls are the posterior of another task in its place, "other"; the carry at an
-    episode's beginning, "fresh"; and the network left alone, "none". The last feedback, which no
-    carry holds yet, stays. All see the same pairs, which where answers count are those of the
-    network left alone.
+    For the copy "own", ridge regression predicts the carry from Bayes' posterior after the same
+    pairs and from the query last read: all else that the carry held is lost. Controls are "other",
+    whose carry comes from the posterior of another task; "fresh", which gets the carry at an
+    episode's beginning; and "none", the network left alone. The last feedback, which no carry holds
+    yet, stays. All see the same pairs. In domains where answers affect the feedback, these are the
+    pairs of the network left alone.
 
-    Recorded are `losses`, of `SOURCES`; `shift`, the distances of the three copies' last answers
-    from that of the network left alone; `size`, the mean square of the latter; and `after`, whether
-    they were given after the replacement, 1 or 0. The ridge regression is fitted on so many
-    `episodes`, 512 by our choice.
+    The learner records `losses`, in the order of `SOURCES`; `shift`, the distances of the copies'
+    last answers from that of the network left alone; `size`, the mean square of the latter; and
+    `after`, 1 if the answers came after the replacement, else 0. The ridge regression is fitted on
+    `episodes` episodes of training, 512 by our choice. Raises `ConfigError` unless
+    1 ≤ `at` < `domain.steps`.
     """
     domain, beliefs = beside.domain, beside.beliefs
     check(at >= 1, "at", at, "must be 1 or more")
-    fix = f"must be above {at}, after which states are replaced"
-    check(at < domain.steps, "steps", domain.steps, fix)
+    hint = f"must be above {at}, after which states are replaced"
+    check(at < domain.steps, "steps", domain.steps, hint)
 
     def make(params: Params) -> Learner:
         learner = beside.learner(params)
         network, bayes = beside.meta.learner(params), beliefs.learner
-        empty, carried = ravel_pytree(learner.init(jax.random.key(0)).network.carry)
+        fresh, unflatten = ravel_pytree(learner.init(jax.random.key(0)).network.carry)
         keys = jax.random.split(jax.random.key(0), episodes)
-        seen = jax.vmap(partial(_told, domain, at, learner))(keys)
-        mapped = _ridge(_features(seen), seen["state"])
+        donors = jax.vmap(partial(_told, domain, at, learner))(keys)
+        predict_carry = _ridge(_features(donors), donors["state"])
 
         def init(key: Key) -> Operated:
-            both = learner.init(key)
-            copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), both.network)
+            alone = learner.init(key)
+            copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), alone.network)
             donor = jax.random.randint(key, (), 0, episodes)
-            said = {
+            zeros = {
                 "after": jnp.zeros(()),
                 "losses": jnp.zeros(len(SOURCES)),
                 "shift": jnp.zeros(3),
                 "size": jnp.zeros(()),
             }
-            return Operated(both, copies, jnp.int32(0), donor, said)
+            return Operated(alone, copies, jnp.int32(0), donor, zeros)
 
         def predict(state: Operated, query: Query) -> Answer:
             return learner.predict(state.alone, query)
@@ -241,24 +245,24 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
         def update(state: Operated, query: Query, feedback: Feedback) -> Operated:
             answer, best = predict(state, query), bayes.predict(state.alone.bayes, query)
             answers = jax.vmap(network.predict, (0, None))(state.copies, query)
-            every = jnp.concatenate([answer[None], answers, best[None]])
-            said = {
+            all_answers = jnp.concatenate([answer[None], answers, best[None]])
+            latest = {
                 "after": jnp.where(state.time >= at, 1.0, 0.0),
-                "losses": jax.vmap(domain.loss, (0, None))(every, feedback),
+                "losses": jax.vmap(domain.loss, (0, None))(all_answers, feedback),
                 "shift": jax.vmap(beliefs.distance, (0, None))(answers, answer),
                 "size": jnp.mean(answer**2),
             }
             alone = learner.update(state.alone, query, feedback)
             copies = jax.vmap(network.update, (0, None, None))(state.copies, query, feedback)
-            donor = jax.tree.map(lambda leaf: leaf[state.donor], seen)
+            donor = jax.tree.map(lambda leaf: leaf[state.donor], donors)
             own, other = (
-                carried(mapped(_features(told)))
-                for told in (alone.said, {**donor, "query": alone.said["query"]})
+                unflatten(predict_carry(_features(record)))
+                for record in (alone.said, {**donor, "query": alone.said["query"]})
             )
-            new = jax.tree.map(lambda *three: jnp.stack(three), own, other, carried(empty))
-            put = lambda new, old: jnp.where(state.time + 1 == at, new, old)
-            copies = copies._replace(carry=jax.tree.map(put, new, copies.carry))
-            return Operated(alone, copies, state.time + 1, state.donor, said)
+            new = jax.tree.map(lambda *leaves: jnp.stack(leaves), own, other, unflatten(fresh))
+            replace = lambda new, old: jnp.where(state.time + 1 == at, new, old)
+            copies = copies._replace(carry=jax.tree.map(replace, new, copies.carry))
+            return Operated(alone, copies, state.time + 1, state.donor, latest)
 
         return Learner(init, predict, update, diagnose=lambda state: state.said)
 
@@ -266,7 +270,7 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
 
 
 def _told(domain: Domain, at: int, learner: Learner, key: Key) -> Mapping[str, Array]:
-    """What is recorded at time `at` of an episode of training."""
+    """Returns the record at time `at` of an episode of training."""
     key_task, key_init, key_steps = jax.random.split(key, 3)
     task = domain.sample_task(key_task)
 
@@ -279,20 +283,21 @@ def _told(domain: Domain, at: int, learner: Learner, key: Key) -> Mapping[str, A
     return jax.lax.scan(step, learner.init(key_init), keys)[0].said
 
 
-def _features(said: Mapping[str, Array]) -> Float[Array, "*episodes p"]:
-    told = [said[name] for name in sorted({*said} - {"state", "distance"})]
-    return jnp.concatenate(told, axis=-1)
+def _features(record: Mapping[str, Array]) -> Float[Array, "*episodes p"]:
+    """Concatenates what predicts the carry in a record: the readings of Bayes, and the query."""
+    vectors = [record[name] for name in sorted({*record} - {"state", "distance"})]
+    return jnp.concatenate(vectors, axis=-1)
 
 
 def _ridge(x: Float[Array, "n p"], y: Float[Array, "n q"]) -> Callable[[Array], Array]:
-    """Ridge regression of y on standardised x, with a penalty of 1, as a function of x."""
-    mean, spread, centre = x.mean(0), x.std(0), y.mean(0)
-    standard = lambda x: (x - mean) / jnp.where(spread > 0, spread, 1.0)
-    online = ridge(x.shape[1], y.shape[1], 1.0)
-    pairs = standard(x), y - centre
+    """Fits ridge regression of y on standardised x, with penalty 1: returns it as a function."""
+    x_mean, x_std, y_mean = x.mean(0), x.std(0), y.mean(0)
+    standardise = lambda x: (x - x_mean) / jnp.where(x_std > 0, x_std, 1.0)
+    learner = ridge(x.shape[1], y.shape[1], 1.0)
+    pairs = standardise(x), y - y_mean
     fitted, _ = jax.lax.scan(
-        lambda state, pair: (online.update(state, *pair), None),
-        online.init(jax.random.key(0)),
+        lambda state, pair: (learner.update(state, *pair), None),
+        learner.init(jax.random.key(0)),
         pairs,
     )
-    return lambda x: centre + online.predict(fitted, standard(x))
+    return lambda x: y_mean + learner.predict(fitted, standardise(x))

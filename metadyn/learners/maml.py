@@ -1,7 +1,7 @@
-"""MAML: meta-learners that are gradient descent itself, from a learned start at learned rates.
+"""MAML: meta-learners whose inner loop is gradient descent, from a learned start at learned rates.
 
-After Finn, Abbeel & Levine (2017), arXiv:1703.03400. The networks are the very ones that ordinary
-learners train; there is no memory beside their weights and the pairs seen.
+After Finn, Abbeel & Levine (2017), arXiv:1703.03400. The networks are those that ordinary learners
+train. Their only memory is the weights and the pairs seen.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from metadyn.learners.gradient import Network, Weights, deep_linear, half_square
 
 
 class Descent(NamedTuple):
-    """A network in the middle of being trained."""
+    """A network during training: its weights, and the state of its optimiser."""
 
     weights: Weights
     memory: Any = ()
-    """What the optimiser carries from step to step: momentum, for instance."""
+    """What the optimiser carries from step to step, such as momentum."""
 
 
 class DescentState(NamedTuple):
-    """All that a learner knows which trains a network on the pairs seen so far."""
+    """The state of a learner that trains a network on the pairs seen so far."""
 
     descent: Descent
     queries: Query
-    """Those seen, with room for T, [T, ...]; zeros where none is yet."""
+    """Buffer [T, ...] of the queries seen so far, padded with zeros."""
     feedback: Float[Array, "T n_y"]
     pairs: Int[Array, ""]
-    """Pairs seen."""
+    """Number of pairs seen."""
 
 
 class InnerDescent:
-    """The `base.MetaLearner` whose inner loop trains a network; subclasses say how it steps.
+    """A `base.MetaLearner` whose inner loop trains a network. Subclasses define start and steps.
 
-    After each observation it takes `inner_steps` full-batch steps on the mean of ½ ‖y − ŷ‖² over
-    the pairs seen so far, from where it stands, as an ordinary learner goes on from where it
-    stands. In few-shot learning MAML goes back to its start for each set of pairs; here that would
-    leave it K steps in all, however many pairs have come, which are too few to fit them. Gradients
+    After each observation the learner takes `inner_steps` full-batch steps on the mean of
+    ½ ‖y − ŷ‖² over the pairs seen so far. It continues from its current weights, as an ordinary
+    learner does. In few-shot learning MAML returns to its start for each set of pairs. Here that
+    would leave it K steps in all, however many pairs it has seen: too few to fit them. Gradients
     are clipped at a norm of `clip`. The domain is a regression, and there are no heads.
     """
 
@@ -65,35 +65,35 @@ class InnerDescent:
         """`config` is an `InnerDescentConfig`."""
         self.domain, self.network, self.config = domain, network, config
 
-    # What subclasses say.
+    # For subclasses to define.
 
     def init(self, key: Key) -> Params:
         """Draws the outer parameters of outer step 0."""
         raise NotImplementedError
 
     def start(self, params: Params, key: Key) -> Descent:
-        """Makes the network at the beginning of an episode."""
+        """Returns the network at the beginning of an episode."""
         raise NotImplementedError
 
     def stepped(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
-        """Takes step k of those that follow one observation."""
+        """Returns the network after inner step k, from 0, of those that follow an observation."""
         raise NotImplementedError
 
     # The contract of `base.MetaLearner`.
 
     def learner(self, params: Params) -> Learner:
-        """Makes the step-by-step form. Beyond as many pairs as an episode has it answers NaN."""
+        """Makes the step-by-step learner. After more pairs than an episode has, it answers NaN."""
         domain, T = self.domain, self.domain.steps
         task = jax.eval_shape(domain.sample_task, jax.random.key(0))
         query = jax.eval_shape(domain.query, task, jax.random.key(0))
-        room = lambda leaf: jnp.zeros((T, *leaf.shape), leaf.dtype)
+        buffer = lambda leaf: jnp.zeros((T, *leaf.shape), leaf.dtype)
 
         def init(key: Key) -> DescentState:
-            nothing = jnp.zeros((T, domain.answer_size))
+            feedbacks = jnp.zeros((T, domain.answer_size))
             return DescentState(
-                self.start(params, key), jax.tree.map(room, query), nothing, jnp.int32(0)
+                self.start(params, key), jax.tree.map(buffer, query), feedbacks, jnp.int32(0)
             )
 
         def predict(state: DescentState, query: Query) -> Answer:
@@ -101,42 +101,43 @@ class InnerDescent:
             return jnp.where(state.pairs <= T, answer, jnp.nan)
 
         def update(state: DescentState, query: Query, feedback: Feedback) -> DescentState:
-            put = lambda seen, new: seen.at[state.pairs].set(new)
-            queries, seen = jax.tree.map(put, (state.queries, state.feedback), (query, feedback))
+            insert = lambda buffer, leaf: buffer.at[state.pairs].set(leaf)
+            buffers = state.queries, state.feedback
+            queries, feedbacks = jax.tree.map(insert, buffers, (query, feedback))
             pairs = state.pairs + 1
-            descent = self._descended(params, state.descent, queries, seen, pairs)
-            return DescentState(descent, queries, seen, pairs)
+            descent = self._descend(params, state.descent, queries, feedbacks, pairs)
+            return DescentState(descent, queries, feedbacks, pairs)
 
         return Learner(init, predict, update)
 
     def unroll(
         self, params: Params, queries: Query, feedback: Feedback
     ) -> Float[Array, "T outputs B"]:
-        """Answers whole episodes. Random starts are drawn from key 0 and the episode's index.
+        """Returns the answers of B whole episodes.
 
-        The index is that on its device: training on `prediction_loss` a learner whose start is
-        random depends on how many devices share the episodes.
+        Random starts are drawn from key 0 and the episode's index on its device. So training such a
+        learner on `prediction_loss` depends on how many devices share the episodes.
         """
 
         def episode(key: Key, queries: Query, feedback: Feedback) -> Float[Array, "T n_y"]:
             def observe(descent, t):
                 query = jax.tree.map(lambda leaf: leaf[t], queries)
                 answer = self.network.apply(descent.weights, query)
-                return self._descended(params, descent, queries, feedback, t + 1), answer
+                return self._descend(params, descent, queries, feedback, t + 1), answer
 
             return jax.lax.scan(observe, self.start(params, key), jnp.arange(len(feedback)))[1]
 
         keys = indexed_keys(jax.random.key(0), jnp.arange(feedback.shape[-1]))
         return jax.vmap(episode, (0, -1, -1), -1)(keys, queries, feedback)
 
-    def _descended(self, params, descent, queries, feedback, count) -> Descent:
-        """All steps that follow one observation, on the first `count` of these pairs."""
+    def _descend(self, params, descent, queries, feedback, count) -> Descent:
+        """Returns the network after all steps of one observation, on the first `count` pairs."""
         seen = jnp.arange(len(feedback)) < count
 
         def loss(weights):
             answers = jax.vmap(self.network.apply, (None, 0))(weights, queries)
-            each = jax.vmap(half_squared_error)(answers, feedback)
-            return jnp.sum(jnp.where(seen, each, 0)) / count
+            losses = jax.vmap(half_squared_error)(answers, feedback)
+            return jnp.sum(jnp.where(seen, losses, 0)) / count
 
         def step(descent, k):
             gradient = clipped(jax.grad(loss)(descent.weights), self.config.clip)
@@ -146,26 +147,26 @@ class InnerDescent:
 
 
 def clipped(gradient: Weights, clip: float) -> Weights:
-    """Scales a gradient down to a norm of `clip` where it is longer.
+    """Scales a gradient down to a norm of `clip` if its norm is greater.
 
-    Unlike optax's it can be differentiated where the gradient is zero.
+    Unlike optax's clipping, it can be differentiated where the gradient is zero.
     """
-    squared = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
-    scale = jax.lax.rsqrt(jnp.maximum(squared / clip**2, 1.0))
+    squared_norm = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
+    scale = jax.lax.rsqrt(jnp.maximum(squared_norm / clip**2, 1.0))
     return jax.tree.map(lambda leaf: scale * leaf, gradient)
 
 
 class MAML(InnerDescent):
     """Gradient descent from a learned start, at a learned rate for each layer and each inner step.
 
-    Learned rates are those of Meta-SGD (Li et al. 2017, arXiv:1707.09835), one for each layer and
-    step as in MAML++ (Antoniou et al. 2019, arXiv:1810.09502). Outer parameters are their
-    logarithms [inner step, layer], so that they stay above zero, and the start. It is exact MAML:
-    outer gradients go through the inner ones. The layers are the elements of the network's weights.
+    Rates are learned as in Meta-SGD (Li et al. 2017, arXiv:1707.09835), one for each layer and step
+    as in MAML++ (Antoniou et al. 2019, arXiv:1810.09502). Outer parameters are the start, and the
+    logarithms of the rates [inner step, layer], so that these stay above zero. It is exact MAML:
+    outer gradients go through the inner ones. Layers are the elements of the network's weights.
     """
 
     def init(self, key: Key) -> Params:
-        """Returns the start as the network draws it, and all rates alike."""
+        """Draws the start as the network does, and sets all rates to `learning_rate`."""
         start, config = self.network.init(key), self.config
         rates = jnp.full((config.inner_steps, len(start)), math.log(config.learning_rate))
         return {"start": start, "log_rate": rates}
@@ -177,18 +178,19 @@ class MAML(InnerDescent):
     def stepped(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
-        """Moves each layer down its gradient, at its own rate."""
+        """Returns the network with each layer moved down its gradient, at its own rate."""
         rates = jnp.exp(params["log_rate"][k])
-        down = lambda rate: lambda w, g: w - rate * g
+        descend = lambda rate: lambda w, g: w - rate * g
         layers = zip(rates, descent.weights, gradient, strict=True)
-        return Descent([jax.tree.map(down(rate), w, g) for rate, w, g in layers])
+        return Descent([jax.tree.map(descend(rate), w, g) for rate, w, g in layers])
 
 
 def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None = None) -> Network:
-    """Makes the network that ordinary learners train in a domain, on its queries as they are.
+    """Makes the network that ordinary learners train in a domain, with its raw queries as inputs.
 
-    In linear regression it is linear and has `depth` layers, with N(0, scale²) weights, or without
-    a scale N(0, 1/fan-in), of ordinary size. Elsewhere it is an MLP with `depth` hidden layers.
+    For linear regression it is linear, with `depth` layers and N(0, scale²) weights. Without a
+    scale these are N(0, 1/fan-in), the ordinary size. For other domains it is an MLP with `depth`
+    hidden layers.
     """
     task = jax.eval_shape(domain.sample_task, jax.random.key(0))
     (n_x,) = jax.eval_shape(domain.query, task, jax.random.key(0)).shape
@@ -202,42 +204,42 @@ def ordinary_network(domain: Domain, depth: int, width: int, scale: float | None
 
 @dataclasses.dataclass(frozen=True)
 class InnerDescentConfig:
-    """Settings of all meta-learners that train a network within the episode. Values: our choice."""
+    """Settings of all meta-learners that train a network in the episode. Values: our choice."""
 
     label: ClassVar[str]
     kind: ClassVar[type[InnerDescent]]
-    """What `make` makes."""
+    """Class of the meta-learner that `make` returns."""
     inner_steps: int = 3
-    """K, full-batch steps after each observation."""
+    """Full-batch steps after each observation, K."""
     depth: int = 2
     """Layers of the linear network; hidden layers of the MLP."""
     width: int = 32
     """Units of each hidden layer."""
     clip: float = 3.0
-    """Greatest norm of an inner gradient."""
+    """Greatest norm of an inner gradient, at which it is clipped."""
     outer_learning_rate: float = 1e-2
-    """Peak learning rate of its outer loop, in the place of `--outer.learning-rate`."""
+    """Peak learning rate of its outer loop, in place of `--outer.learning-rate`."""
     outer_batch: int = 8
-    """Episodes in an outer step, in the place of `--outer.batch`: each costs as much as dozens of
-    an LSTM's."""
+    """Episodes per outer step, in place of `--outer.batch`: each costs as much as dozens of an
+    LSTM's."""
 
     def __post_init__(self) -> None:
         check_positive(self, *(field.name for field in dataclasses.fields(self)))
 
     def make(self, domain: Domain, heads: int = 0) -> InnerDescent:
-        """Makes the meta-learner for a domain; raises `ConfigError` if it is no regression."""
-        fix = f"{self.label} trains networks on squared errors: choose another, such as lstm"
-        check(isinstance(domain, Regression), "domain", type(domain).__name__, fix)
-        fix = f"{self.label} has none: choose another meta-learner, such as lstm"
-        check(heads == 0, "heads", heads, fix)
+        """Makes the meta-learner for a regression. Raises `ConfigError` otherwise and for heads."""
+        hint = f"{self.label} trains networks on squared errors: choose another, such as lstm"
+        check(isinstance(domain, Regression), "domain", type(domain).__name__, hint)
+        hint = f"{self.label} has none: choose another meta-learner, such as lstm"
+        check(heads == 0, "heads", heads, hint)
         network = ordinary_network(domain, self.depth, self.width, getattr(self, "scale", None))
         return self.kind(domain, network, self)
 
 
 @dataclasses.dataclass(frozen=True)
 class MAMLConfig(InnerDescentConfig):
-    """Gradient descent from a learned start. The values are our choice."""
+    """Settings of MAML, gradient descent from a learned start. The values are our choice."""
 
     label, kind = "MAML", MAML
     learning_rate: float = 0.1
-    """Every inner rate at outer step 0, for the loss ½‖y − ŷ‖²."""
+    """Inner learning rates at outer step 0, all alike, for the loss ½‖y − ŷ‖²."""

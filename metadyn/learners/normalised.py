@@ -1,4 +1,4 @@
-"""Any meta-learner on feedback of bounded size: divided by its running size where that is large."""
+"""A wrapper for any meta-learner that divides feedback by its running size where that is large."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from metadyn import mesh
 from metadyn.base import Domain, Key, Learner, MetaLearner, Params, Query, State, as_subclass
 
 
-def _inside(domain: Any) -> Any:
-    """A domain as the meta-learner inside sees it: each query comes with two numbers on sizes."""
+def _with_scale_features(domain: Any) -> Any:
+    """Returns the wrapped meta-learner's view of a domain: queries carry `_scale_features` too."""
     kind: Any = type(domain)
 
     class Inside(kind):
@@ -30,80 +30,81 @@ def _inside(domain: Any) -> Any:
 
 
 class NormalisedState(NamedTuple):
-    """What the meta-learner inside knows, and how large the feedback was."""
+    """The wrapped learner's state, and the size of the feedback so far."""
 
     inside: State
     t: Float[Array, ""]
-    """Observations so far."""
+    """Number of observations so far."""
     mean_square: Float[Array, ""]
-    """That of the feedback so far; 0 before any."""
+    """Mean square of the feedback so far; 0 before any."""
     before: Float[Array, ""]
-    """That of one step before."""
+    """The mean square one step earlier."""
 
 
 class Normalised:
-    """A meta-learner whose feedback is divided by r_t, which grows with the feedback up to then.
+    """A meta-learner whose feedback is divided by r_t, a measure of the feedback's size so far.
 
-    r_t² is twice the mean square of y_1 … y_t, but at least 1: small feedback stays as it is, to
-    which what it knows of the prior applies, and r_0 = 1. (With the root-mean-square itself, of any
-    size, the excess loss within the training distribution was greater: our choice.)
+    r_t² is twice the mean square of y_1 … y_t, but at least 1, and r_0 = 1. So small feedback stays
+    as it is, and what the meta-learner knows of the prior applies to it. (Division by the root mean
+    square itself, of any size, gave more excess loss within the training distribution: our choice.)
 
-    `make(domain)` makes the meta-learner inside, such as `LSTMConfig().make`. In place of y_{t−1}
-    it reads y_{t−1} / r_{t−1}, and its answers are multiplied by r_{t−1}, which does not know y_t.
-    It reads two numbers more: 1 / r_{t−1}, to which the noise is proportional in the new units and
-    which stays bounded as r grows; and log(r_{t−1} / r_{t−2}), by which the unit of what it
-    remembers has changed. It is not exactly equivariant. For domains whose feedback and answers are
-    vectors of one unit.
+    `make(domain)` makes the wrapped meta-learner, such as `LSTMConfig().make`. It reads
+    y_{t−1} / r_{t−1} in place of y_{t−1}, and its answers are multiplied by r_{t−1}, which does not
+    depend on y_t. It also reads 1 / r_{t−1}, which is bounded and proportional to the noise in the
+    new units, and log(r_{t−1} / r_{t−2}), the change in units of what it remembers. Results
+    are not exactly equivariant to scale. Feedback and answers must be vectors in the same unit.
     """
 
     heads = 0
 
     def __init__(self, domain: Domain, make: Callable[[Any], MetaLearner]):
-        self.domain, self.inside = domain, make(_inside(domain))
+        self.domain, self.inside = domain, make(_with_scale_features(domain))
         self.init, self.cached_episodes = self.inside.init, mesh.cached_episodes(self.inside)
         self.rates = getattr(self.inside, "rates", None)
 
     def learner(self, params: Params) -> Learner:
-        """Makes the learner that these parameters are, stepped through an episode."""
+        """Makes the learner with these outer parameters, to be stepped through an episode."""
         inside = self.inside.learner(params)
 
-        def asked(state: NormalisedState, x: Query) -> Query:
-            return x, _read(_size(state.mean_square), _size(state.before))
+        def with_features(state: NormalisedState, x: Query) -> Query:
+            return x, _scale_features(_scale(state.mean_square), _scale(state.before))
 
         def init(key: Key) -> NormalisedState:
             return NormalisedState(inside.init(key), *[jnp.zeros(())] * 3)
 
         def predict(state: NormalisedState, x: Query) -> Array:
-            return _size(state.mean_square) * inside.predict(state.inside, asked(state, x))
+            return _scale(state.mean_square) * inside.predict(state.inside, with_features(state, x))
 
         def update(state: NormalisedState, x: Query, y: Array) -> NormalisedState:
             t, before = state.t + 1, state.mean_square
             after = before + ((y**2).mean() - before) / t
-            known = inside.update(state.inside, asked(state, x), y / _size(after))
-            return NormalisedState(known, t, after, before)
+            inner = inside.update(state.inside, with_features(state, x), y / _scale(after))
+            return NormalisedState(inner, t, after, before)
 
-        said = inside.diagnose
-        diagnose = None if said is None else lambda state: said(state.inside)
+        diagnose_inside = inside.diagnose
+        diagnose = None if diagnose_inside is None else lambda state: diagnose_inside(state.inside)
         return Learner(init, predict, update, diagnose=diagnose)
 
     def unroll(
         self, params: Params, queries: Query, feedback: Float[Array, "T m B"]
     ) -> Float[Array, "T outputs B"]:
-        """Runs whole episodes at once: the answers."""
+        """Runs B whole episodes at once and returns the answers."""
         t = jnp.arange(1, len(feedback) + 1)[:, None]
-        after = _size(jnp.cumsum((feedback**2).mean(1), axis=0) / t)
-        late = lambda sizes: jnp.concatenate([jnp.ones_like(sizes[:1]), sizes[:-1]])
-        now = late(after)
-        read = jnp.moveaxis(_read(now, late(now)), 0, 1)
-        answers = self.inside.unroll(params, (queries, read), feedback / after[:, None])
-        return answers * now[:, None]
+        scale = _scale(jnp.cumsum((feedback**2).mean(1), axis=0) / t)
+        delayed = lambda r: jnp.concatenate([jnp.ones_like(r[:1]), r[:-1]])
+        previous = delayed(scale)
+        features = jnp.moveaxis(_scale_features(previous, delayed(previous)), 0, 1)
+        answers = self.inside.unroll(params, (queries, features), feedback / scale[:, None])
+        return answers * previous[:, None]
 
 
-def _size(mean_square: Float[Array, "*any"]) -> Float[Array, "*any"]:
-    """r."""
+def _scale(mean_square: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Returns r, the divisor of the feedback, from the feedback's mean square."""
     return jnp.sqrt(jnp.maximum(2 * mean_square, 1.0))
 
 
-def _read(now: Float[Array, "*any"], before: Float[Array, "*any"]) -> Float[Array, " read *any"]:
-    """1 / r, and the logarithm of its change."""
-    return jnp.stack([1 / now, jnp.log(now / before)])
+def _scale_features(
+    scale: Float[Array, "*any"], previous: Float[Array, "*any"]
+) -> Float[Array, " read *any"]:
+    """Returns two numbers for the wrapped meta-learner to read: 1 / r, and the log change of r."""
+    return jnp.stack([1 / scale, jnp.log(scale / previous)])
