@@ -1,4 +1,4 @@
-"""Measures one learner on one set of tasks: the numbers, their labels, the memory they take."""
+"""Measures one learner on one task set: makes the arrays and labels, and computes their memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metadyn.errors import ConfigError, check, check_name, error_context
 from metadyn.study import Contender, MeasureConfig
 
 RESERVED = ("time", "closed_form", "learner", "seed", "task", "step", "mode", "outer_step")
-"""Names in the labelled arrays that no diagnosis can have."""
+"""Names of labelled arrays and axes that no diagnosis or probe can have."""
 
 
 def readings(
@@ -28,25 +28,25 @@ def readings(
     chunk: int = MeasureConfig.chunk,
     measure: Callable[..., Any] = inner.measure,
 ) -> dict[str, Any]:
-    """Measures a learner on tasks: every reading by name, [seed,] task, time, ....
+    """Measures a learner on a task set. Returns its readings, [seed,] task, time, ..., by name.
 
-    `params` are those of a meta-learner, with a leading seed axis; otherwise an empty tuple. Tasks
-    are taken `chunk` at a time, which bounds the memory; sets of more tasks share one program.
-    `measure` runs it. The closed form of the mode strengths is given beside them, if there is one.
+    `params` are those of a meta-learner, with a leading seed axis, or else an empty tuple. At most
+    `chunk` tasks are measured at a time, which bounds the memory. All chunks share one program,
+    which `measure` runs. The closed form of the mode strengths is added if the contender has one.
     """
     # One program at a time: several at once on several CPU devices, which share a pool of threads,
     # can wait for each other for ever (seen with jaxlib 0.10.2).
-    parts = [
-        jax.block_until_ready(measure(*given))
-        for given in calls(tasks, contender, params, key, chunk)
+    chunks = [
+        jax.block_until_ready(measure(*arguments))
+        for arguments in calls(tasks, contender, params, key, chunk)
     ]
-    whole = parts[0]
-    if len(parts) > 1:
+    arrays = chunks[0]
+    if len(chunks) > 1:
         axis, size = int(contender.seeded), tasks.size_for(contender.clock)
-        whole = jax.tree.map(lambda *leaves: mesh.joined_along(axis, leaves), *parts)
-        whole = jax.tree.map(lambda leaf: leaf[:, :size] if axis else leaf[:size], whole)
+        arrays = jax.tree.map(lambda *leaves: mesh.joined_along(axis, leaves), *chunks)
+        arrays = jax.tree.map(lambda leaf: leaf[:, :size] if axis else leaf[:size], arrays)
     has_curve = contender.curve is not None and STRENGTH in tasks.probes
-    return whole | ({"closed_form": contender.curve} if has_curve else {})
+    return arrays | ({"closed_form": contender.curve} if has_curve else {})
 
 
 def calls(
@@ -56,41 +56,43 @@ def calls(
     key: Key | jax.ShapeDtypeStruct,
     chunk: int,
 ) -> list[tuple[Any, ...]]:
-    """Lists the arguments of `inner.measure` that `readings` calls it with, once for each chunk.
+    """Returns the arguments of the calls of `inner.measure` by `readings`, one for each chunk.
 
-    `params` and `key` may be shapes, to compile the program before there are any.
+    `params` and `key` may be shapes, to compile the program before values exist. The last chunk is
+    padded with further tasks to the size of the others.
     """
     size = tasks.size_for(contender.clock)
     check(size >= 1, tasks.option or tasks.name, size, "must be 1 or more")
     check(chunk >= 1, "chunk", chunk, "must be 1 or more")
     count = -(-size // chunk)
-    parts = np.split(np.arange(-(-size // count) * count, dtype=np.int32), count)
+    chunks = np.split(np.arange(-(-size // count) * count, dtype=np.int32), count)
     times, probes = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
-    fixed = tasks.domain, contender.make, contender.seeded, times, probes
-    return [(*fixed, params, tasks.sample, key, part) for part in parts]
+    static = tasks.domain, contender.make, contender.seeded, times, probes
+    return [(*static, params, tasks.sample, key, indices) for indices in chunks]
 
 
 def program_key(given: tuple[Any, ...]) -> Hashable:
-    """Returns a key: calls of `inner.measure` with equal keys run one compiled program.
+    """Returns a key that is equal for calls of `inner.measure` that run one compiled program.
 
     `given` are the arguments of a call. Random keys, which are all of one type, are left out.
     """
-    *fixed, params, sample, _, indices = given
-    leaves, form = jax.tree.flatten(jax.eval_shape(lambda *each: each, params, sample, indices))
+    *static, params, sample, _, indices = given
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda *args: args, params, sample, indices))
     shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
-    return *fixed, form, tuple(shapes)
+    return *static, tree, tuple(shapes)
 
 
 def described(
     tasks: TaskSet, contender: Contender, place: int = 0, title: str = "", followed: bool = True
 ) -> dict[str, Any]:
-    """Describes what `readings` gives: the axes, coordinates and modes to be stored beside it.
+    """Describes the arrays that `readings` returns: axes, coordinates and modes, stored with them.
 
-    Raises `ConfigError` unless the probes read what they say.
+    `place`, `title` and `followed` are those of `trajectories.About`. Raises `ConfigError` unless
+    the probes read what they declare.
     """
     lead, probes = ("seed",) if contender.seeded else (), tasks.probes.items()
-    found, sizes = _axes(tasks, contender)
-    axes = {n: (*lead, "task", "step", *rest) for n, rest in found.items()}
+    trailing, sizes = _axes(tasks, contender)
+    axes = {name: (*lead, "task", "step", *rest) for name, rest in trailing.items()}
     coords: dict[str, Any] = {"time": ("step", contender.times_in(tasks.domain))}
     coords |= {axis: (axis, range(n)) for axis, n in sizes.items()}
     for name, probe in probes:
@@ -98,14 +100,14 @@ def described(
         coords[coordinate] = (axis, probe.modes.values)
     if contender.curve is not None and STRENGTH in tasks.probes:
         modes = tasks.probes[STRENGTH].modes.values
-        shape, right = np.shape(contender.curve), (len(coords["time"][1]), len(modes))
-        fix = f"that of contender {contender.name!r} must be of shape {right}: [time, mode]"
-        check(shape == right, "curve", shape, fix)
+        shape, expected = np.shape(contender.curve), (len(coords["time"][1]), len(modes))
+        hint = f"that of contender {contender.name!r} must be of shape {expected}: [time, mode]"
+        check(shape == expected, "curve", shape, hint)
         axes["closed_form"] = ("step", "mode")
     assert contender.kind is not None
-    who = contender.name, contender.label, contender.kind, contender.clock
+    identity = contender.name, contender.label, contender.kind, contender.clock
     floor = float(tasks.domain.loss_floor)
-    about = trajectories.About(*who, floor, contender.drawn, place, title, followed)
+    about = trajectories.About(*identity, floor, contender.drawn, place, title, followed)
     return trajectories.describe(about, axes, coords, {name: probe.modes for name, probe in probes})
 
 
@@ -113,21 +115,19 @@ def described(
 def _axes(
     tasks: TaskSet, contender: Contender
 ) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, int]]:
-    """Axes of each reading, beyond those of seeds, tasks and times; sizes of all but the modes'.
+    """Returns each reading's axes after seed, task and time, and the sizes of all but mode axes.
 
-    Axis i of a diagnosis NAME is NAME_i. Traced, not computed. Raises `ConfigError` unless each
-    probe reads what it says, of that learner's answers.
+    Axis i of a diagnosis NAME is NAME_i. The learner is traced, not run. Raises `ConfigError`
+    unless each probe reads what it declares from that learner's answers.
     """
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
-    taken, other = {*axes, *RESERVED, *trajectories.FIELDS}, "this name is taken: choose another"
+    used, name_hint = {*axes, *RESERVED, *trajectories.FIELDS}, "this name is taken: choose another"
     for name, probe in tasks.probes.items():
-        for each in (
-            name,
-            *(inner.recorded(name, n) for n in (*probe.extras, probe.modes.coordinate)),
-        ):
-            check(each not in taken, f"probe {name!r}", each, other)
-            taken.add(each)
+        further = *probe.extras, probe.modes.coordinate
+        for stored in (name, *(inner.recorded(name, n) for n in further)):
+            check(stored not in used, f"probe {name!r}", stored, name_hint)
+            used.add(stored)
 
     def trace(key: Key, params: Params, task: Any) -> None:
         with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
@@ -135,22 +135,22 @@ def _axes(
             state = learner.init(key)
             for name, leaf in (learner.diagnose(state) if learner.diagnose else {}).items():
                 check_name(name, "diagnosis")
-                check(name not in taken, "diagnose", name, other)
+                check(name not in used, "diagnose", name, name_hint)
                 axes[name] = tuple(f"{name}_{i}" for i in range(leaf.ndim))
                 sizes.update(zip(axes[name], leaf.shape, strict=True))
         for name, probe in tasks.probes.items():
             with error_context(f"contender {contender.name!r} cannot answer probe {name!r}"):
                 answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
             with error_context(f"probe {name!r} on {tasks.name!r} cannot be read"):
-                read = probe.read(task, answers)
-                shapes = {each: leaf.shape for each, leaf in read.items()}
+                values = probe.read(task, answers)
+                shapes = {reading: leaf.shape for reading, leaf in values.items()}
             _check_read(name, probe, shapes)
             axes[name] = (inner.recorded(name, "mode"),)
-            for extra, of in probe.extras.items():
-                axes[inner.recorded(name, extra)] = of
-                for axis, n in zip(of, shapes[extra], strict=True):
-                    fix = f"axis {axis!r} is {sizes.setdefault(axis, n)} long elsewhere: rename it"
-                    check(sizes[axis] == n, f"probe {name!r}", n, fix)
+            for extra, extra_axes in probe.extras.items():
+                axes[inner.recorded(name, extra)] = extra_axes
+                for axis, n in zip(extra_axes, shapes[extra], strict=True):
+                    hint = f"axis {axis!r} is {sizes.setdefault(axis, n)} long elsewhere: rename it"
+                    check(sizes[axis] == n, f"probe {name!r}", n, hint)
 
     params = weights(contender.learner.init) if contender.seeded else ()
     with error_context(f"tasks of {tasks.name!r} cannot be drawn"):
@@ -161,63 +161,65 @@ def _axes(
 
 @functools.cache
 def weights(init: Callable[[Key], Params]) -> Params:
-    """Gives the shapes of the outer parameters that a meta-learner's `init` draws."""
+    """Returns the shapes of the outer parameters that a meta-learner's `init` draws."""
     with error_context(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
         return jax.eval_shape(init, jax.random.key(0))
 
 
 @functools.cache
 def _task(tasks: TaskSet) -> Any:
-    """Gives the shapes of a task of a set."""
+    """Returns the shapes of one task of a task set."""
     return jax.eval_shape(lambda sample, key: sample(key), tasks.sample, jax.random.key(0))
 
 
 def check_step(tasks: TaskSet, contender: Contender) -> None:
-    """Raises `ConfigError` unless a learner can take a step on a set of tasks. Traced, not run."""
+    """Traces a learner's step on a task set. Raises `ConfigError` unless it can be taken."""
     params = weights(contender.learner.init) if contender.seeded else ()
 
     def trace(key: Key, params: Params, task: Any, state: Any) -> None:
         learner = contender.make(params)
         after, loss = inner.stepped(tasks.domain, learner, task, key, jnp.int32(0), state)
         check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
-        (leaves, tree), (updated, found) = map(jax.tree.flatten, (state, after))
-        right: bool = tree == found  # type: ignore[operator]
-        check(right, "update", found, f"must give a state as init does, {tree}")
-        for one, other in zip(leaves, updated, strict=True):
-            kind, new = ((jnp.shape(leaf), jnp.result_type(leaf).name) for leaf in (one, other))
-            check(kind == new, "update", new, f"must give a state as init does, {kind}")
+        (leaves, tree), (new_leaves, new_tree) = map(jax.tree.flatten, (state, after))
+        same: bool = tree == new_tree  # type: ignore[operator]
+        check(same, "update", new_tree, f"must give a state as init does, {tree}")
+        for pair in zip(leaves, new_leaves, strict=True):
+            kind, new_kind = ((jnp.shape(leaf), jnp.result_type(leaf).name) for leaf in pair)
+            check(kind == new_kind, "update", new_kind, f"must give a state as init does, {kind}")
 
     with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
         key = jax.random.key(0)
-        # Apart, so that a state of Python's numbers is traced, as it is in the inner loop.
+        # Evaluated apart from the step, so that a state of Python numbers is traced, as it is in
+        # the inner loop.
         state = jax.eval_shape(lambda params: contender.make(params).init(key), params)
         jax.eval_shape(trace, key, params, _task(tasks), state)
 
 
 def _check_read(name: str, probe: Probe, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `ConfigError` unless a probe's readings have the shapes that its fields declare."""
     modes = len(probe.modes.values)
-    right = shapes.get("strength") == (modes,)
-    fix = f"`read` must give 'strength' of shape ({modes},), as it has so many modes"
-    check(right, f"probe {name!r}", sorted(shapes), fix)
-    extras = {each: len(axes) for each, axes in probe.extras.items()}
-    given = {each: len(shape) for each, shape in shapes.items() if each != "strength"}
-    fix = f"`read` gives extras with so many axes, but `extras` names {extras}"
-    check(given == extras, f"probe {name!r}", given, fix)
+    valid = shapes.get("strength") == (modes,)
+    hint = f"`read` must give 'strength' of shape ({modes},), as it has so many modes"
+    check(valid, f"probe {name!r}", sorted(shapes), hint)
+    declared = {extra: len(axes) for extra, axes in probe.extras.items()}
+    read = {extra: len(shape) for extra, shape in shapes.items() if extra != "strength"}
+    hint = f"`read` gives extras with so many axes, but `extras` names {declared}"
+    check(read == declared, f"probe {name!r}", read, hint)
 
 
 def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
-    """Reckons up the memory that the readings of a contender take, from shapes alone."""
+    """Computes the bytes that a contender's readings on a task set take, from shapes alone."""
     probes = tasks.probes.items()
     axes, sizes = _axes(tasks, contender)
     modes = {inner.recorded(name, "mode"): len(probe.modes.values) for name, probe in probes}
     sizes = {**sizes, "step": 1} | modes
-    each = sum(math.prod(sizes[axis] for axis in of_one) for of_one in axes.values())
+    values = sum(math.prod(sizes[axis] for axis in names) for names in axes.values())
     times = len(contender.times_in(tasks.domain))
-    return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * each
+    return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * values
 
 
 def training_bytes(init: Callable[[Key], Params]) -> int:
-    """Reckons up what one seed of a meta-learner takes: weights, gradient and two moments."""
+    """Computes the bytes to train one seed of a meta-learner: weights, gradient and two moments."""
     return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights(init)))
 
 
@@ -229,13 +231,13 @@ def require_memory(
     split: bool = False,
     change: str = "lower it",
 ) -> None:
-    """Raises `ConfigError`, naming the field to change, unless so many bytes can be had.
+    """Raises `ConfigError`, naming the field to change, if more bytes are needed than there are.
 
-    With `split` they are divided over all devices; otherwise each device has a copy of them.
+    With `split` the bytes are sharded over all devices; otherwise each device has a copy of them.
     """
-    there = mesh.memory(split)
-    gib = 1 << 30
-    fix = f"{what} would take {needed / gib:,.1f} GiB of the {there / gib:,.1f} there are; {change}"
-    if needed > there:
-        said = field if value is None else f"{field} = {value!r}"
-        raise ConfigError(f"{said}: {fix}", field, value, fix)
+    limit, gib = mesh.memory(split), 1 << 30
+    sizes = f"{needed / gib:,.1f} GiB of the {limit / gib:,.1f}"
+    hint = f"{what} would take {sizes} there are; {change}"
+    if needed > limit:
+        setting = field if value is None else f"{field} = {value!r}"
+        raise ConfigError(f"{setting}: {hint}", field, value, hint)

@@ -1,4 +1,4 @@
-"""What `metadyn report` prints: the verdict of a run that is done, or how far it has come."""
+"""Text of `metadyn report`: the verdict of a finished run, or the progress of a live one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metadyn.store import RunFolder
 
 
 def verdict(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yields each criterion with its interval, and what it says."""
+    """Yields lines on each criterion of a summary: value with interval, expectation and verdict."""
     yield f"{summary['study']}, preset {summary['preset']}, seed {summary['seed']}"
     for row in (*summary["criteria"], *summary["reported"]):
         mark = {True: "passed", False: "FAILED", None: ""}[row.get("passed")]
@@ -25,21 +25,21 @@ def verdict(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def so_far(run: RunFolder) -> Iterator[str]:
     """Yields outer step, excess loss and learning times at the newest checkpoint of a live run."""
-    about, steps, measured = run.config, run.steps(), run.outer_steps()
-    yield f"{about['study']}, preset {about['preset']}, seed {about['seed']}: not done"
+    config, steps, measured_steps = run.config, run.steps(), run.outer_steps()
+    yield f"{config['study']}, preset {config['preset']}, seed {config['seed']}: not done"
     if steps:
-        last, age, of = steps[-1], time.time() - run.written(steps[-1]), ""
+        last, age, share = steps[-1], time.time() - run.written(steps[-1]), ""
         with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
-            total = about["config"]["outer"]["steps"]  # where a study keeps them as ours do
-            of = f" of {total:,} ({last / total:.0%})"
-        yield f"outer step {last:,}{of}; {len(steps)} checkpoints, the newest {age:,.0f} s old"
-    if measured:
-        for training in figures.histories(run.results(measured[-1:])).values():
+            total = config["config"]["outer"]["steps"]  # a user's study may have no such field
+            share = f" of {total:,} ({last / total:.0%})"
+        yield f"outer step {last:,}{share}; {len(steps)} checkpoints, the newest {age:,.0f} s old"
+    if measured_steps:
+        for training in figures.histories(run.results(measured_steps[-1:])).values():
             trained, bayes = training.losses
             excess = dynamics.measured_excess(trained.isel(outer_step=-1), bayes)
-            now = f"{training.called}: excess loss over Bayes {dynamics.text(excess, 3)}"
-            both = training.trained.isel(outer_step=-1), training.bayes
-            times = [dynamics.times_of(each)(dynamics.strength(each).mean((0, 1))) for each in both]
+            text = f"{training.called}: excess loss over Bayes {dynamics.text(excess, 3)}"
+            pair = training.trained.isel(outer_step=-1), training.bayes
+            times = [dynamics.times_of(data)(dynamics.strength(data).mean((0, 1))) for data in pair]
             own, best = (" ".join("-" if np.isnan(t) else f"{t:.1f}" for t in ts) for ts in times)
-            yield f"{now}; learning times by mode {own} (Bayes {best})"
+            yield f"{text}; learning times by mode {own} (Bayes {best})"
     yield f"{sum(len(names) for names in run.measurements().values())} measurements stored"

@@ -1,4 +1,4 @@
-"""What `metadyn run` does with a study: check, train, measure, store, draw, judge; and resume."""
+"""Runs a study for `metadyn run`: checks, trains, measures, stores, draws, judges, and resumes."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ from metadyn.study import Contender, Criterion, Measurement, Plan, Study
 from metadyn.tensorboard import check_installed, scalars
 
 CHECKPOINT_SECONDS = 300.0
-"""Seconds of training after which the state is stored, whatever checkpoints are planned."""
+"""Seconds of training after which the state is stored, even between planned checkpoints."""
 PACKAGES = ("metadyn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "xarray")
 
 
 def stream(key: Key, name: str) -> Key:
-    """Derives an independent key for a purpose: "training" or "evaluation"."""
+    """Derives an independent key from the name of a purpose: "training" or "evaluation"."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 class Runner:
-    """One plan being run into one folder, alone or beside others that are trained with it."""
+    """The run of one plan into one folder, alone or beside others that are trained with it."""
 
     def __init__(
         self,
@@ -67,155 +67,161 @@ class Runner:
         called: str = "",
     ):
         self.plan, self.store, self.progress = plan, run, progress
-        self.called = called  # what messages call the setting that it is of a sweep
+        self.called = called  # the sweep's setting, for messages; "" outside a sweep
         self.tensorboard = run.tensorboard if tensorboard else None
         key = jax.random.key(seed)
         self.key, self._measure = stream(key, "evaluation"), measure
         self.loop = OuterLoop(plan.trained, plan.outer, stream(key, "training"))
         self.state: TrainState | None = None
         self.stored: list[int] = mesh.on_main_process(run.steps)
-        """The outer steps whose state is stored."""
-        self.at_checkpoints = [
-            (each, _described(each)) for each in plan.every if each.at_checkpoints
-        ]
-        """What is measured at every checkpoint, and its description."""
+        """Outer steps whose state is stored."""
+        self.at_checkpoints = [(m, _description(m)) for m in plan.every if m.at_checkpoints]
+        """Measurements made at every checkpoint, each with its description."""
         self.bayes: dict[str, tuple[float, float]] = {}
+        """Bayes' loss and the loss floor, keyed by meta-learner (`measure_bayes`)."""
 
     def calls(self) -> Iterator[tuple[Measurement, bool, list[tuple[Any, ...]]]]:
         """Yields each measurement, whether it is stored, and the arguments of each of its calls.
 
-        In the place of parameters are their shapes.
+        Shapes stand in for outer parameters.
         """
-        for each in self.plan.every:
-            stored = self.store.has_measurement(each.tasks.name, each.contender.name)
-            yield each, stored, calls(*each.arguments(self.loop.abstract.params, self.key))
+        for measurement in self.plan.every:
+            names = measurement.tasks.name, measurement.contender.name
+            arguments = measurement.arguments(self.loop.abstract.params, self.key)
+            yield measurement, self.store.has_measurement(*names), calls(*arguments)
 
     def prepare(self) -> None:
-        """Compiles all programs that are still needed, each once, on every core.
+        """Compiles every program that is still needed, using all CPU cores.
 
-        Raises `ConfigError` if one that trains cannot fit into the memory, by the compiler's own
-        account. Several processes would have to agree on an order: they compile as they go.
+        Raises `ConfigError` if a program that trains cannot fit into the memory, by the compiler's
+        own account. Several processes compile as they go: they would have to agree on an order.
         """
         if jax.process_count() > 1:
             return
         training = not {*self.plan.outer.checkpoint_steps} <= {*self.stored}
-        wanted: dict[Any, tuple[str, Callable[[], Any]]] = {}
+        programs: dict[Any, tuple[str, Callable[[], Any]]] = {}
         for name in self.loop.trained if training else ():
-            wanted[name] = name, partial(check_compiled, self.loop, name)
-        for each, stored, (given, *_) in self.calls():
-            if not stored and (training or not each.at_checkpoints):
-                compiled = lambda given=given: inner.measure.lower(*given).compile()
-                wanted.setdefault(program_key(given), (each.called, compiled))
-        if not wanted:
+            programs[name] = name, partial(check_compiled, self.loop, name)
+        for measurement, stored, (arguments, *_) in self.calls():
+            if not stored and (training or not measurement.at_checkpoints):
+                build = lambda arguments=arguments: inner.measure.lower(*arguments).compile()
+                programs.setdefault(program_key(arguments), (measurement.called, build))
+        if not programs:
             return
         pool = ThreadPoolExecutor(mesh.cores())
         try:
-            futures = [(called, pool.submit(make)) for called, make in wanted.values()]
+            futures = [(label, pool.submit(build)) for label, build in programs.values()]
             with self.progress.counting("compiling", len(futures)) as show:
-                for called, future in futures:
-                    show(called)
+                for label, future in futures:
+                    show(label)
                     future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def train_alone(self) -> None:
-        """Trains its meta-learners, from the newest checkpoint or from the start."""
-        alone = lambda found: ([found[0]], [found[1]])
-        run = lambda states, target: map(alone, self.loop.run(states[0], target))
+        """Trains the plan's meta-learners, from the newest checkpoint or from the start."""
+        as_lists = lambda dispatch: ([dispatch[0]], [dispatch[1]])
+        run = lambda states, target: map(as_lists, self.loop.run(states[0], target))
         train([self], lambda: [self.loop.init()], run)
 
     def save(self, state: TrainState) -> None:
-        """Stores the state and, at outer steps for which they are planned, mode trajectories.
+        """Stores the training state and, at planned outer steps, mode trajectories.
 
-        States at other outer steps are forgotten once there are two later ones.
+        States at other outer steps are deleted when a second later one is saved.
         """
         step = int(state.step)
         planned = self.plan.outer.checkpoint_steps
-        for old in [each for each in self.stored[:-1] if each not in planned]:
+        for old in [s for s in self.stored[:-1] if s not in planned]:
             mesh.on_main_process(partial(self.store.forget, old))
             self.stored.remove(old)
-        about: dict[str, dict[str, Any]] = {}
-        found: dict[str, dict[str, Any]] = {}
-        for each, description in self.at_checkpoints:
-            task_set, learner = each.tasks.name, each.contender.name
-            timed = description["about"] | {"seconds": round(self.loop.seconds[each.meta], 3)}
-            about.setdefault(task_set, {})[learner] = description | {"about": timed}
+        descriptions: dict[str, dict[str, Any]] = {}
+        arrays: dict[str, dict[str, Any]] = {}
+        for measurement, description in self.at_checkpoints:
+            task_set, learner = measurement.tasks.name, measurement.contender.name
+            seconds = round(self.loop.seconds[measurement.meta], 3)
+            description = description | {"about": description["about"] | {"seconds": seconds}}
+            descriptions.setdefault(task_set, {})[learner] = description
             if step in planned:
-                found.setdefault(task_set, {})[learner] = self.readings(each, state.params)
-        self.store.save_checkpoint(step, state, found or None, about)
+                arrays.setdefault(task_set, {})[learner] = self.readings(measurement, state.params)
+        self.store.save_checkpoint(step, state, arrays or None, descriptions)
         self.stored = sorted([*self.stored, step])
         self.state = state
 
     def at(self, step: int) -> TrainState:
-        """Returns the state at a stored outer step: the one at hand, or one that is read."""
+        """Returns the state at a stored outer step, from memory or from its checkpoint.
+
+        A checkpoint also gives the seconds that each meta-learner was trained.
+        """
         if self.state is not None and int(self.state.step) == step:
             return self.state
         self.store.finish()
-        stored = self.store.about(step) if self.at_checkpoints else {}
-        for each, _ in self.at_checkpoints:
-            about = stored[each.tasks.name][each.contender.name]["about"]
-            self.loop.seconds[each.meta] = about["seconds"]
+        descriptions = self.store.about(step) if self.at_checkpoints else {}
+        for measurement, _ in self.at_checkpoints:
+            about = descriptions[measurement.tasks.name][measurement.contender.name]["about"]
+            self.loop.seconds[measurement.meta] = about["seconds"]
         return self.store.restore_state(step, self.loop.abstract)
 
     def means(self, metrics: Reported) -> dict[str, dict[str, float]]:
-        """Means over seeds of what training reports, with excess loss over Bayes."""
-        shown = {
-            name: {what: float(np.mean(value)) for what, value in each.items()}
-            for name, each in metrics.items()
+        """Returns the means over seeds of all metrics, and the excess loss over Bayes."""
+        means = {
+            name: {metric: float(np.mean(value)) for metric, value in values.items()}
+            for name, values in metrics.items()
         }
-        for name, each in shown.items():
-            if "loss" in each and name in self.bayes:
-                each["excess_loss"] = float(dynamics.excess_loss(each["loss"], *self.bayes[name]))
-        return shown
+        for name, values in means.items():
+            if "loss" in values and name in self.bayes:
+                excess = dynamics.excess_loss(values["loss"], *self.bayes[name])
+                values["excess_loss"] = float(excess)
+        return means
 
     def measure_bayes(self) -> None:
-        """Measures Bayes on tracked and held-out tasks, so that a live run can be compared.
+        """Measures Bayes on tracked and held-out tasks, to compare a run with while it trains.
 
-        Keeps Bayes' loss on the training distribution and its floor, by the meta-learner's name.
+        Sets `bayes`: its loss on the training distribution, and the loss floor, by meta-learner.
         """
-        for each in self.plan.every:
-            if each.watched and not each.at_checkpoints:
-                self.measure(each, {})
+        for measurement in self.plan.every:
+            if measurement.watched and not measurement.at_checkpoints:
+                self.measure(measurement, {})
         for part in self.plan.comparisons:
             if part.metas and part.measure.heldout_tasks:
                 self.store.finish()
                 measured = self.store.measurement(part.heldout.name, part.bayes.name)
-                best = float(dynamics.episode_loss(measured).mean())
+                bayes_loss = float(dynamics.episode_loss(measured).mean())
                 for meta in part.metas:
-                    self.bayes[meta.name + part.suffix] = best, part.domain.loss_floor
+                    self.bayes[meta.name + part.suffix] = bayes_loss, part.domain.loss_floor
 
     def readings(self, wanted: Measurement, trained: Mapping[str, Params]) -> dict[str, Any]:
-        """Measures one learner on one set of tasks, given all outer parameters."""
+        """Measures one learner on one task set, given the outer parameters of all meta-learners."""
         return readings(*wanted.arguments(trained, self.key), self._measure)
 
     def measure(self, wanted: Measurement, trained: Mapping[str, Params]) -> None:
         """Makes and stores a measurement, unless it is stored already."""
         names = wanted.tasks.name, wanted.contender.name
         if not mesh.on_main_process(lambda: self.store.has_measurement(*names)):
-            found = self.readings(wanted, trained)
-            if jax.process_count() == 1:  # else each process has some of the tasks
-                lost = ~np.isfinite(np.asarray(found["loss"])[..., 1:]).all(-1)
-                if lost.any():
-                    said = f"is not finite in {lost.sum():,} of {lost.size:,} episodes"
-                    said = f"the loss of {wanted.called} {said}"
-                    said = f"{self.called}: {said}" if self.called else said
-                    warnings.warn(said, ConfigWarning, stacklevel=2)
-            self.store.save_measurement(*names, found, _described(wanted))
+            arrays = self.readings(wanted, trained)
+            if jax.process_count() == 1:  # each of several processes has only some of the tasks
+                diverged = ~np.isfinite(np.asarray(arrays["loss"])[..., 1:]).all(-1)
+                if diverged.any():
+                    message = f"is not finite in {diverged.sum():,} of {diverged.size:,} episodes"
+                    message = f"the loss of {wanted.called} {message}"
+                    message = f"{self.called}: {message}" if self.called else message
+                    warnings.warn(message, ConfigWarning, stacklevel=2)
+            self.store.save_measurement(*names, arrays, _description(wanted))
 
     def measure_all(self) -> None:
-        """Makes every measurement of the plan that is not stored yet, once it is trained."""
+        """Makes every measurement of the plan that is due after training and not yet stored."""
         params = self.at(self.plan.outer.steps).params if self.plan.trained else {}
-        wanted = [each for each in self.plan.every if not each.watched]
-        with self.progress.counting("measuring", len(wanted)) as show:
-            for each in wanted:
-                show(f"{each.contender.label} on {each.tasks.name}")
-                self.measure(each, params)
+        measurements = [m for m in self.plan.every if not m.watched]
+        with self.progress.counting("measuring", len(measurements)) as show:
+            for measurement in measurements:
+                show(f"{measurement.contender.label} on {measurement.tasks.name}")
+                self.measure(measurement, params)
         self.store.finish()
 
 
 Reported = Mapping[str, Mapping[str, Any]]
-"""Metrics of each seed by meta-learner, on the devices or as NumPy arrays."""
+"""Metrics [seed], keyed by meta-learner and metric, on the devices or as NumPy arrays."""
 Dispatches = Iterator[tuple[Sequence[TrainState], Sequence[Reported]]]
+"""States and metrics of each plan, after each dispatch."""
 
 
 def train(
@@ -227,147 +233,149 @@ def train(
 ) -> None:
     """Trains the meta-learners of a plan, or those of several plans side by side.
 
-    At every checkpoint it stores the state of training and the mode trajectories. It goes on from
-    the newest checkpoint that all plans have; all have the same outer steps and checkpoints.
-    `start()` returns the state of each plan at outer step 0. `run(states, step)` trains up to an
-    outer step, and yields the states and metrics of all plans after each dispatch. Where a metric
-    of a plan is no longer finite, `lost(which, error)` is called and the other plans go on; without
-    it training ends with that `ConfigError`. Plans in `gone` were lost before, and not trained.
+    Every checkpoint stores the training state and the mode trajectories. Training resumes from the
+    newest checkpoint that all plans have. All have the same outer steps and checkpoints. `start()`
+    returns the state of each plan at outer step 0. `run(states, step)` trains up to an outer step,
+    and yields the states and metrics of all plans after each dispatch. When a metric of a plan is
+    no longer finite, `lost(index, error)` is called and the other plans go on; without `lost`,
+    training ends with that `ConfigError`. Plans in `gone` were lost before and are not trained.
     """
     outer, progress = runners[0].plan.outer, runners[0].progress
-    going = {i: each for i, each in enumerate(runners) if i not in gone}
-    if not going:
+    active = {i: runner for i, runner in enumerate(runners) if i not in gone}
+    if not active:
         return
 
-    def stored() -> set[int]:
-        return set.intersection(*(set(each.stored) for each in going.values()))
+    def common_steps() -> set[int]:
+        return set.intersection(*(set(runner.stored) for runner in active.values()))
 
     def save(states: Sequence[TrainState]) -> None:
-        for i, each in going.items():
-            if int(states[i].step) not in each.stored:
-                each.save(states[i])
+        for i, runner in active.items():
+            if int(states[i].step) not in runner.stored:
+                runner.save(states[i])
 
-    def finite(step: int, metrics: Sequence[Reported]) -> None:
-        for i, each in [*going.items()]:
+    def drop_diverged(step: int, metrics: Sequence[Reported]) -> None:
+        for i, runner in [*active.items()]:
             try:
-                each.loop.check_finite(step, metrics[i])
+                runner.loop.check_finite(step, metrics[i])
             except ConfigError as error:
                 if lost is None:
                     raise
                 lost(i, error)
-                del going[i]
+                del active[i]
 
-    with progress.counting("starting", 1 + len(going)) as show:
+    with progress.counting("starting", 1 + len(active)) as show:
         show("outer step 0")
-        if 0 not in stored():
+        if 0 not in common_steps():
             save(start())
-        for each in going.values():
+        for runner in active.values():
             show("Bayes")
-            each.measure_bayes()
-    missing = [step for step in outer.checkpoint_steps if step not in stored()]
-    reached = max(step for step in stored() if step < min(missing, default=outer.steps + 1))
-    episodes = sum(each.loop.episodes for each in runners)
+            runner.measure_bayes()
+    missing = [step for step in outer.checkpoint_steps if step not in common_steps()]
+    reached = max(step for step in common_steps() if step < min(missing, default=outer.steps + 1))
+    episodes = sum(runner.loop.episodes for runner in runners)
     with (
         progress.training(outer.steps, reached) as advance,
-        scalars(runners[0].tensorboard, max(stored())) as log,
-        _held() as held,
+        scalars(runners[0].tensorboard, max(common_steps())) as log,
+        _interrupts_held() as interrupted,
     ):
-        saved = time.monotonic()
+        saved_at = time.monotonic()
         for target in missing:
-            newest = max(step for step in stored() if step < target)
-            at = {i: each.at(newest) for i, each in going.items()}
-            spare = next(iter(at.values()))  # stands in for those that are lost
-            for states, metrics in run([at.get(i, spare) for i in range(len(runners))], target):
+            newest = max(step for step in common_steps() if step < target)
+            starts = {i: runner.at(newest) for i, runner in active.items()}
+            filler = next(iter(starts.values()))  # stands in for plans that are lost
+            initial = [starts.get(i, filler) for i in range(len(runners))]
+            for states, metrics in run(initial, target):
                 step = int(states[0].step)
-                finite(step, metrics)
-                if not going:
+                drop_diverged(step, metrics)
+                if not active:
                     break
-                shown = {i: each.means(metrics[i]) for i, each in going.items()}
-                for values in shown.values():
-                    log(step, {f"{w}/{n}": v for n, of in values.items() for w, v in of.items()})
-                named = {f"{n}{i or ''}": of for i, each in shown.items() for n, of in each.items()}
-                advance(step, named, episodes)
-                stop, due = mesh.any_process(held(), time.monotonic() > saved + CHECKPOINT_SECONDS)
+                means = {i: runner.means(metrics[i]) for i, runner in active.items()}
+                for rows in means.values():
+                    log(step, {f"{m}/{n}": v for n, row in rows.items() for m, v in row.items()})
+                flat = {f"{n}{i or ''}": r for i, rows in means.items() for n, r in rows.items()}
+                advance(step, flat, episodes)
+                overdue = time.monotonic() > saved_at + CHECKPOINT_SECONDS
+                stop, due = mesh.any_process(interrupted(), overdue)
                 if step == target or stop or due:
                     save(states)
-                    saved = time.monotonic()
+                    saved_at = time.monotonic()
                 if stop:
-                    for each in runners:
-                        each.store.finish()
+                    for runner in runners:
+                        runner.store.finish()
                     mesh.shut_down()
                     raise KeyboardInterrupt
-            if not going:
+            if not active:
                 break
-    for each in runners:
-        each.store.finish()
+    for runner in runners:
+        runner.store.finish()
 
 
-def _described(measurement: Measurement) -> dict[str, Any]:
-    """The description of a measurement, with the contender's place in the comparison's figures."""
+def _description(measurement: Measurement) -> dict[str, Any]:
+    """Returns the description of a measurement, with the contender's place in figures."""
     part, tasks, contender, _ = measurement
-    names = [each.name for each in part.contenders]
+    names = [c.name for c in part.contenders]
     place = names.index(contender.name) if contender.name in names else len(names)
     return described(tasks, contender, place, part.title, part.followed)
 
 
-# What is checked before training.
+# Checks before training.
 
 
 def check_memory(plan: Plan) -> None:
-    """Raises `ConfigError`, naming the option to lower, for what cannot fit into the memory."""
+    """Raises `ConfigError`, naming the option to lower, if training or measuring lacks memory."""
     outer = plan.outer
     for contender in (meta for part in plan.comparisons for meta in part.metas):
-        each = training_bytes(contender.learner.init)
-        many = OuterConfig.seeds * each <= mesh.memory(split=False)  # the usual number fits
-        option = "outer.seeds" if many else contender.option or "outer.seeds"
+        seed_bytes = training_bytes(contender.learner.init)
+        default_fits = OuterConfig.seeds * seed_bytes <= mesh.memory(split=False)
+        option = "outer.seeds" if default_fits else contender.option or "outer.seeds"
         what = f"the weights of {contender.name} and what trains them"
-        require_memory(what, outer.seeds * each, option)
+        require_memory(what, outer.seeds * seed_bytes, option)
     for _, tasks, contender, _ in plan.every:
-        needed = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
+        needed_bytes = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
         by_time = times > size and contender.times is None
         option = "measure.updating_tasks" if size < tasks.size else tasks.option
-        field = "steps" if by_time else option or "size"
-        require_memory(what, needed, field, tasks.domain.steps if by_time else None, split=True)
+        field, steps = ("steps", tasks.domain.steps) if by_time else (option or "size", None)
+        require_memory(what, needed_bytes, field, steps, split=True)
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """Summarises a plan as JSON, so that a run does not go on under a study edited since."""
-    asked: dict[str, Any] = {
+    """Summarises a plan as JSON, so that no run is resumed under a study edited since."""
+    summary: dict[str, Any] = {
         name: {
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights(each.meta.init))),
-            "own": each.own and dataclasses.asdict(each.own),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights(training.meta.init))),
+            "own": training.own and dataclasses.asdict(training.own),
         }
-        for name, each in plan.trained.items()
+        for name, training in plan.trained.items()
     }
     for _, tasks, contender, _ in plan.every:
         times = contender.times_in(tasks.domain)
-        asked[f"{contender.name} on {tasks.name}"] = {
+        summary[f"{contender.name} on {tasks.name}"] = {
             "label": contender.label,
             "kind": contender.kind,
             "domain": domain_summary(tasks.domain),
             "tasks": tasks.size_for(contender.clock),
             "times": [len(times), times[-1]],
-            # No more digits than every processor's LAPACK agrees on: a run may change machines.
+            # Only the digits that every processor's LAPACK agrees on: a run may change machines.
             "modes": {
                 name: [float(f"{value:.6g}") for value in probe.modes.values]
                 for name, probe in tasks.probes.items()
             },
         }
-    return asked
+    return summary
 
 
 def domain_summary(domain: Any) -> dict[str, Any]:
-    """Summarises a domain by its kind, and those of its fields that are a number or a word."""
+    """Summarises a domain by its class name and those of its fields that are numbers or strings."""
     fields = dataclasses.fields(domain) if dataclasses.is_dataclass(domain) else ()
-    found = {field.name: getattr(domain, field.name) for field in fields}
-    plain = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+    values = {field.name: getattr(domain, field.name) for field in fields}
+    plain = {name: value for name, value in values.items() if isinstance(value, int | float | str)}
     return {"kind": type(domain).__name__} | plain
 
 
 def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) -> dict[str, Any]:
-    """Builds the contents of config.json, by which a run is known that can be gone on with."""
+    """Builds the contents of config.json, which a run must match to be resumed."""
     for option, value in options_of(config):
         with error_context(
             f"{option} = {value!r} cannot be stored: use numbers, words, tuples of them"
@@ -380,83 +388,85 @@ def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) ->
 def check_compiled(loop: OuterLoop, name: str) -> None:
     """Compiles an outer step of a meta-learner. Raises `ConfigError` if it cannot fit in memory."""
     with error_context(f"an outer step of {name} cannot be compiled", jax.errors.JaxRuntimeError):
-        used = program_cost.memory(loop.compiled(name))
+        used_bytes = program_cost.memory(loop.compiled(name))
     option = loop.trained[name].option("batch")
-    require_memory(f"an outer step of {name}", used, option)
+    require_memory(f"an outer step of {name}", used_bytes, option)
 
 
 def check_traced(plan: Plan) -> None:
-    """Raises `ConfigError` unless every learner can take a step, and every objective be had."""
-    alike: dict[Any, tuple[TaskSet, Contender]] = {}
-    for _, tasks, who, _ in plan.every:
-        form = jax.tree.structure(tasks.sample)
+    """Traces every learner's step and every objective. Raises `ConfigError` if one fails."""
+    distinct: dict[Any, tuple[TaskSet, Contender]] = {}
+    for _, tasks, contender, _ in plan.every:
+        structure = jax.tree.structure(tasks.sample)
         with error_context(f"the domain of {tasks.name!r} cannot be compared with others"):
-            alike.setdefault((tasks.domain, form, who.make), (tasks, who))
-    for pair in alike.values():
+            distinct.setdefault((tasks.domain, structure, contender.make), (tasks, contender))
+    for pair in distinct.values():
         check_step(*pair)
     check_objectives(plan)
 
 
 def check_objectives(plan: Plan) -> None:
-    """Raises `ConfigError` unless every objective can be had."""
-    for name, each in plan.trained.items():
-        each.check_traced(name, weights(each.meta.init))
+    """Traces every objective. Raises `ConfigError` if one fails."""
+    for name, training in plan.trained.items():
+        training.check_traced(name, weights(training.meta.init))
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
-    """Judges the criteria on made-up numbers, returns them, and draws the figures.
+    """Traces all learners, judges the criteria on made-up results, and draws all figures of them.
 
-    Raises `ConfigError` if they cannot be had of the plan.
+    Returns the criteria. Raises `ConfigError` if any of this fails.
 
-    What is run is traced. Criteria and figures are made of measurements of the shapes
-    planned, with few tasks and made-up numbers: so a name that is not measured, or a figure that
-    cannot be drawn, is found before training.
+    The results have the planned names and shapes, few tasks and made-up numbers. So a name that is
+    not measured, or a figure that cannot be drawn, is found before training.
     """
     check_traced(plan)
-    steps = np.array(plan.outer.checkpoint_steps[-3:])
+    last_steps = np.array(plan.outer.checkpoint_steps[-3:])
     sets: dict[str, list[str]] = {}
     planned = {}
-    for each in plan.every:
-        names = each.tasks.name, each.contender.name
+    for measurement in plan.every:
+        names = measurement.tasks.name, measurement.contender.name
         sets.setdefault(names[0], []).append(names[1])
-        at = steps if each.at_checkpoints else None
-        planned[names] = _described(each), min(4, each.tasks.size), at
+        outer_steps = last_steps if measurement.at_checkpoints else None
+        planned[names] = _description(measurement), min(4, measurement.tasks.size), outer_steps
     results = Results(sets, lambda *names: _made_up(*planned[names]))
     criteria = study.judged(config, results)
     from metadyn import figures
 
     every = figures.of_every_run(results, figures.by_probe(figures.histories(results)))
-    for name, figure in every.items():
+    for name, draw in every.items():
         with error_context(f"figure {name!r} cannot be drawn"):
-            figure()
-    for name, draw in study.own_figures().items():
-        drawn = draw(results)
+            draw()
+    for name, draw_own in study.own_figures().items():
+        figure = draw_own(results)
         with error_context(f"study {study.name!r}: figure {name!r} cannot be drawn"):
-            drawn.draw_without_rendering()
-    parts = [word for each in plan.every for word in (each.part.title, each.contender.label)]
-    modes = [probe.modes for each in plan.every for probe in each.tasks.probes.values()]
-    figures.check_words([*parts, *(word for each in modes for word in (each.axis, each.strength))])
+            figure.draw_without_rendering()
+    titles = [text for m in plan.every for text in (m.part.title, m.contender.label)]
+    modes = [probe.modes for m in plan.every for probe in m.tasks.probes.values()]
+    figures.check_words([*titles, *(text for m in modes for text in (m.axis, m.strength))])
     return criteria
 
 
-def _made_up(about: dict[str, Any], tasks: int, outer_steps: np.ndarray | None) -> xr.Dataset:
-    """Measurements as described: strengths that rise in the order of the modes, falling losses."""
+def _made_up(description: dict[str, Any], tasks: int, steps: np.ndarray | None) -> xr.Dataset:
+    """Makes up a measurement: strengths that rise in the order of the modes, and falling losses.
+
+    With `steps` it has an axis of these outer steps.
+    """
     rng = np.random.default_rng(0)
-    coords = about["coords"].values()
-    sizes = {"seed": 2, "task": tasks} | {axis: len(values) for axis, values in coords}
-    if outer_steps is not None:
-        about = about | {"axes": {n: ["outer_step", *a] for n, a in about["axes"].items()}}
-        about = about | {"coords": about["coords"] | {"outer_step": ["outer_step", outer_steps]}}
-        sizes["outer_step"] = len(outer_steps)
+    axes, coords = description["axes"], description["coords"]
+    sizes = {"seed": 2, "task": tasks} | {axis: len(values) for axis, values in coords.values()}
+    if steps is not None:
+        axes = {name: ["outer_step", *names] for name, names in axes.items()}
+        coords = coords | {"outer_step": ["outer_step", steps]}
+        sizes["outer_step"] = len(steps)
     arrays = {}
-    for name, axes in about["axes"].items():
-        value = 0.1 * rng.random([sizes.get(axis, 2) for axis in axes])
-        if "step" in axes:
-            shape = [sizes["step"] if axis == "step" else 1 for axis in axes]
+    for name, names in axes.items():
+        value = 0.1 * rng.random([sizes.get(axis, 2) for axis in names])
+        if "step" in names:
+            shape = [sizes["step"] if axis == "step" else 1 for axis in names]
             rise = np.linspace(0, 1.2, sizes["step"]).reshape(shape)
-            value += about["about"]["loss_floor"] + 1 - rise / 2 if name == "loss" else rise
+            value += description["about"]["loss_floor"] + 1 - rise / 2 if name == "loss" else rise
         arrays[name] = value
-    return trajectories.dataset(arrays, about)
+    return trajectories.dataset(arrays, description | {"axes": axes, "coords": coords})
 
 
 def run_study(
@@ -468,13 +478,13 @@ def run_study(
     progress: Progress,
     tensorboard: bool = False,
 ) -> dict[str, Any]:
-    """Does the whole study into `out`, or what is left of it, and returns its summary.
+    """Runs a whole study into the folder `out`, or resumes it there, and returns its summary.
 
-    That has the study, preset, seed and environment, and the rows of `criteria` and of what is
-    `reported` beside them. `Progress(None)` says nothing while it goes. What is damaged in a folder
-    is made anew. Raises `ConfigError` for what can be known not to work before DIR is made; for a
-    folder that is in use, foreign, of another configuration or cannot be written; and
-    KeyboardInterrupt once what was interrupted is stored.
+    The summary has the study, preset, seed and environment, the rows of `criteria`, and the rows
+    `reported` without being judged. `Progress(None)` prints nothing. Damaged parts of a folder are
+    made anew. Raises `ConfigError` for whatever can be known to fail, before DIR is made, and for
+    a folder that is in use, foreign, of another configuration or not writable. Raises
+    KeyboardInterrupt once the state of an interrupted run is stored.
     """
     from metadyn import figures, view
 
@@ -485,21 +495,21 @@ def run_study(
     with progress.counting("checking", 1) as show:
         show("criteria and figures")
         with error_context(f"study {study.name!r} cannot be run", ConfigError):
-            asked = run_config(study, preset, int(seed), config, plan)
+            identity = run_config(study, preset, int(seed), config, plan)
             check_memory(plan)
             rehearsal = _criteria_hash(rehearse(study, config, plan))
     with writing(out):
-        mesh.on_main_process(lambda: RunFolder.create(out, asked).config)
+        mesh.on_main_process(lambda: RunFolder.create(out, identity).config)
         run = RunFolder(out)
         with ExitStack() as stack:
             mesh.on_main_process(lambda: stack.enter_context(run.locked()))
             mesh.on_main_process(run.set_aside_damaged)
             page = run.path / "report.html"
-            done = mesh.on_main_process(run.summary)
-            if done and done.get("rehearsal", rehearsal) == rehearsal:
+            previous = mesh.on_main_process(run.summary)
+            if previous and previous.get("rehearsal", rehearsal) == rehearsal:
                 progress.say("this run was done before: to do it anew, choose another DIR")
                 mesh.on_main_process(lambda: page.exists() or bool(view.write(run, progress)))
-                return done
+                return previous
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.is_main_process())
             runner.prepare()
             if plan.trained:
@@ -512,9 +522,10 @@ def run_study(
                 figures.draw(run.figures, results, study.own_figures(), progress)
                 with progress.counting("judging", 1) as show:
                     show("criteria")
-                    found = {"rehearsal": rehearsal}  # what was run elsewhere says so still
-                    found |= {"environment": done["environment"]} if done else {}
-                    summary = judge(study, config, run, results, run.seconds(), **found)
+                    fields = {"rehearsal": rehearsal}
+                    if previous:  # the run may have been done on another machine
+                        fields |= {"environment": previous["environment"]}
+                    summary = judge(study, config, run, results, run.seconds(), **fields)
                 view.write(run, progress)
                 return summary
 
@@ -523,17 +534,17 @@ def run_study(
 
 @contextmanager
 def writing(out: str | Path) -> Iterator[None]:
-    """Raises `ConfigError` where DIR, or what is in it, turns out not to be writable."""
+    """Raises `ConfigError` if DIR, or a file in it, turns out not to be writable."""
     try:
         yield
-    except BrokenPipeError:  # of our output, not of DIR
+    except BrokenPipeError:  # of the standard output, not of DIR
         raise
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written ({error.strerror or error})") from error
 
 
 def _criteria_hash(rehearsed: Sequence[Criterion]) -> str:
-    """Hashes the rehearsed criteria: a run that is done is judged anew if its study has others."""
+    """Hashes the rehearsed criteria. A finished run is judged anew if its study has others."""
     rows = [
         [f"{x:.3g}" if isinstance(x, float) else x for x in vars(c).values()] for c in rehearsed
     ]
@@ -543,7 +554,7 @@ def _criteria_hash(rehearsed: Sequence[Criterion]) -> str:
 def judge(
     study: Study, config: Any, run: RunFolder, results: Results, seconds: float, **more: Any
 ) -> dict[str, Any]:
-    """Judges what is measured, and writes the summary of a run, with some `more` fields of it."""
+    """Judges a run's results, and writes and returns its summary, with the fields `more`."""
     criteria = study.judged(config, results)
     summary = {
         **{name: run.config[name] for name in ("study", "preset", "seed")},
@@ -557,7 +568,7 @@ def judge(
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices, for the record."""
+    """Returns the versions of packages, the platform and the devices, for the record."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -582,19 +593,19 @@ def _as_json(criterion: Criterion) -> dict[str, Any]:
 
 
 @contextmanager
-def _held() -> Iterator[Callable[[], bool]]:
-    """Holds Ctrl-C back until the caller asks whether it came; a second one gets through."""
-    came: list[int] = []
+def _interrupts_held() -> Iterator[Callable[[], bool]]:
+    """Holds Ctrl-C and SIGTERM back until the caller asks for them; a second one gets through."""
+    received: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
-        if came:
+    def record(number: int, frame: Any) -> None:
+        if received:
             raise KeyboardInterrupt
-        came.append(number)
+        received.append(number)
 
     with ExitStack() as stack:
         with suppress(ValueError):  # not in the main thread, where signals never arrive
             for number in (signal.SIGINT, signal.SIGTERM):
-                stack.callback(signal.signal, number, signal.signal(number, note))
-        yield lambda: bool(came)
-    if came:  # after the caller last asked
+                stack.callback(signal.signal, number, signal.signal(number, record))
+        yield lambda: bool(received)
+    if received:  # after the caller last asked
         raise KeyboardInterrupt
