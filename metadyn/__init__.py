@@ -1,7 +1,7 @@
 """metadyn: in what order does a learner pick up the structure of a task?
 
-The public interface, whole. Domains and learners are in `metadyn.domains` and `metadyn.learners`.
-Each name is imported when it is first used, so that the command line starts at once.
+This is the whole public interface, but for domains and learners, which are in `metadyn.domains` and
+`metadyn.learners`. Each name is imported when first used, so that the command line starts at once.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
 """The command line: metadyn run, sweep, list, view, figures, report, claims, devices, completion.
 
-Exit codes: 0 done, 1 a criterion failed, 2 bad input, a DIR that cannot be written or memory that
-is not there (one line on stderr), 130 interrupted, or another process of the run, or whoever read
-its output, was lost: the same command goes on.
+Exit codes: 0 done; 1 a criterion failed; 2 bad input, a DIR that cannot be written, or too little
+memory (one line on stderr); 130 interrupted, or the reader of the output or another process of the
+run is gone. After 130, the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from metadyn.errors import ConfigError, ConfigWarning, check, check_seed, meant
 from metadyn.options import as_typed, configured, options_of
 
-if TYPE_CHECKING:  # imported when needed: they start JAX
+if TYPE_CHECKING:  # commands import these modules when they need them, since they start JAX
     from metadyn.progress import Progress
     from metadyn.study import Study
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 STOPPED = "interrupted; the same command goes on from here"
-GRACE_SECONDS = 6.0  # seconds
+GRACE_SECONDS = 6.0  # seconds that a command may go on after Ctrl-C or SIGTERM
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, **given: Any):
-        super().__init__(allow_abbrev=False, **given)  # --s is not --seed, but an option of a study
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)  # --s may be a study's option, not --seed
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match("argument command: invalid choice: '(.*?)'", message)
-        near = meant(unknown[1], _DOES) if unknown else ""
-        raise ConfigError(f"{message}{near}; see metadyn --help")
+        suggestion = meant(unknown[1], _DOES) if unknown else ""
+        raise ConfigError(f"{message}{suggestion}; see metadyn --help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,33 +75,33 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("study", help="a study's name, or a Python file that defines one")
     sweep.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED-sweep")
     sweep.add_argument("--seeds", nargs="+", metavar="N", help="the same as --outer.seeds")
-    ways = sweep.add_mutually_exclusive_group()
-    ways.add_argument(
+    combination = sweep.add_mutually_exclusive_group()
+    combination.add_argument(
         "--zip", action="store_true", help="first with first, second with second, ..."
     )
-    said = "N settings drawn from the ranges that pairs of values give, by --seed"
-    ways.add_argument("--random", type=int, metavar="N", help=said)
-    said = "do the I-th of N parts, which share DIR: for job arrays"
-    sweep.add_argument("--part", metavar="I/N", default="1/1", help=said)
+    text = "N settings drawn from the ranges that pairs of values give, by --seed"
+    combination.add_argument("--random", type=int, metavar="N", help=text)
+    text = "do the I-th of N parts, which share DIR: for job arrays"
+    sweep.add_argument("--part", metavar="I/N", default="1/1", help=text)
     sweep.add_argument("--yes", action="store_true", help="do more than 10,000 settings")
     for command in (run, sweep):
         command.add_argument(
             "--preset", default="quick", help="quick (default), workstation, paper"
         )
         command.add_argument("--seed", type=int, default=0)
-        said = "compile anew, and keep nothing compiled"
-        command.add_argument("--no-cache", action="store_true", help=said)
-        said = "say what it would need, without running it: here, or on a device such as h100:8"
-        command.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=said)
+        text = "compile anew, and keep nothing compiled"
+        command.add_argument("--no-cache", action="store_true", help=text)
+        text = "say what it would need, without running it: here, or on a device such as h100:8"
+        command.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=text)
     devices = commands.add_parser("devices", help="say what a run would use")
     for command in (run, devices):
-        several = command.add_argument_group(
+        processes = command.add_argument_group(
             "several processes",
             "What Slurm, Open MPI and TPU pods say by themselves. Process 0 listens at HOST:PORT.",
         )
-        several.add_argument("--coordinator", metavar="HOST:PORT")
-        several.add_argument("--processes", type=int, metavar="N")
-        several.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
+        processes.add_argument("--coordinator", metavar="HOST:PORT")
+        processes.add_argument("--processes", type=int, metavar="N")
+        processes.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
     figures = commands.add_parser("figures", help="draw the figures again from what DIR holds")
     figures.add_argument("dir", metavar="DIR")
     figures.add_argument("--study", metavar="FILE", help="of a study of your own: its file")
@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("dir", metavar="DIR")
     view = commands.add_parser("view", help="make DIR/report.html, a page of a run or a sweep")
     view.add_argument("dir", metavar="DIR")
-    said = "show it at 127.0.0.1:PORT instead, while it goes on"
-    view.add_argument("--serve", type=int, metavar="PORT", help=said)
+    text = "show it at 127.0.0.1:PORT instead, while it goes on"
+    view.add_argument("--serve", type=int, metavar="PORT", help=text)
     commands.add_parser("list", help="name the studies, their presets, how long they took")
     claims = commands.add_parser(
         "claims",
@@ -122,117 +122,118 @@ def _parser() -> argparse.ArgumentParser:
     claims.add_argument("dir", metavar="DIR", nargs="*", default=[], help="runs that are done")
     completion = commands.add_parser("completion", help="print a shell's completion script")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
-    for name, (do, example) in _DOES.items():
-        own = [*commands.choices[name]._option_string_actions]  # which a study does not have
-        commands.choices[name].set_defaults(do=do, own=own)
-        commands.choices[name].epilog = f"Example: metadyn {name} {example}".rstrip()
+    for name, (function, example) in _DOES.items():
+        command = commands.choices[name]
+        flags = [*command._option_string_actions]  # to tell them from a study's options
+        command.set_defaults(function=function, flags=flags)
+        command.epilog = f"Example: metadyn {name} {example}".rstrip()
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; after help, raises `SystemExit`."""
-    came: list[int] = []
+    """Runs a command and returns its exit code. Raises `SystemExit` after printing help."""
+    signals: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
-        came.append(number)
+        signals.append(number)
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     warnings.showwarning = _warn
-    do: Any = None
+    function: Any = None
     try:
-        given = sys.argv[1:] if argv is None else argv
-        arguments, overrides = _parser().parse_known_args(given or ["--help"])
-        do = arguments.do
-        if overrides and do not in (_run, _sweep):
-            near = meant(overrides[0], arguments.own)
-            raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}{near}")
+        words = sys.argv[1:] if argv is None else argv
+        arguments, overrides = _parser().parse_known_args(words or ["--help"])
+        function = arguments.function
+        if overrides and function not in (_run, _sweep):
+            suggestion = meant(overrides[0], arguments.flags)
+            raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}{suggestion}")
         arguments.overrides = overrides
         if (out := getattr(arguments, "out", None)) is not None:
             arguments.out = os.path.expanduser(out)
             if not out:
                 raise ConfigError("--out '': name a folder, or leave it out")
-        with _in_time():
-            code = do(arguments)
+        with _grace_period():
+            code = function(arguments)
         sys.stdout.flush()
         return code
     except ConfigError as error:
-        code, said = BAD_INPUT, str(error)
-        if "metadyn.mesh" in sys.modules:  # the others are to say the same before this one is gone
+        code, message = BAD_INPUT, str(error)
+        if "metadyn.mesh" in sys.modules:  # the others print the same error before this exits
             from metadyn import mesh
 
             with contextlib.suppress(RuntimeError):
                 mesh.shut_down()
     except KeyboardInterrupt:
-        code, said = INTERRUPTED, STOPPED
-    except BrokenPipeError:  # whoever read our output has left
+        code, message = INTERRUPTED, STOPPED
+    except BrokenPipeError:  # the reader of our output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code, said = INTERRUPTED if do in (_run, _sweep) else DONE, ""
+        code, message = INTERRUPTED if function in (_run, _sweep) else DONE, ""
     except Exception as error:
-        if came:  # it met a library that made something else of it, as in an import
+        if signals:  # a library turned our KeyboardInterrupt into this, as during an import
             _say(STOPPED)
             return INTERRUPTED
         from metadyn import mesh
 
         code = BAD_INPUT
         if mesh.is_peer_loss(error):
-            code, said = INTERRUPTED, " ".join(str(error).split())[:120]
-            again = "start all of them again to go on from the last checkpoint"
-            said = f"another process of this run was lost; {again} ({said})"
+            code, cause = INTERRUPTED, " ".join(str(error).split())[:120]
+            hint = "start all of them again to go on from the last checkpoint"
+            message = f"another process of this run was lost; {hint} ({cause})"
         elif isinstance(error, OSError):
-            said = f"{error.filename or 'a file'} cannot be read or written"
-            said += f" ({error.strerror or error})"
+            message = f"{error.filename or 'a file'} cannot be read or written"
+            message += f" ({error.strerror or error})"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            lower = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
-            said = f"memory ran out; the last checkpoint is whole: {lower}"
+            hint = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
+            message = f"memory ran out; the last checkpoint is whole: {hint}"
         elif not mesh.has_devices():
-            asked = os.environ.get("JAX_PLATFORMS", "")
-            said = f"JAX_PLATFORMS={asked}: JAX has no such devices here: install them, or unset it"
+            message = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+            message += ": JAX has no such devices here: install them, or unset it"
         elif mesh.is_distributed():
             traceback.print_exc()
-            code, said = FAILED, ""
+            code, message = FAILED, ""
         else:
             raise
-    if said:
-        _say(said)
+    if message:
+        _say(message)
     return code
 
 
 def console() -> NoReturn:
-    """Runs a command for the shell and leaves at once.
+    """Runs a command for the shell and exits the process without clean-up.
 
-    Python would wait for programs that are still being compiled, and JAX for other processes.
+    On a normal exit, Python waits for programs that still compile, and JAX for other processes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what its encoding lacks
+            stream.reconfigure(errors="replace")  # characters that its encoding lacks
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _say(what: str) -> None:
-    print(f"metadyn: {what}".replace("\n", " "), file=sys.stderr, flush=True)
+def _say(message: str) -> None:
+    print(f"metadyn: {message}".replace("\n", " "), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _in_time() -> Iterator[None]:
+def _grace_period() -> Iterator[None]:
     """Ends the process `GRACE_SECONDS` after Ctrl-C or SIGTERM, whatever it is doing.
 
-    What is stored is whole: the same command goes on from the last complete checkpoint.
+    Stored checkpoints stay complete, and the same command resumes from the last one.
 
-    Python hears of signals only between calls, and compiling a program is one long call.
+    Python handles signals only between calls, and compiling a program is one long call.
     """
-    read, write = socket.socketpair()
-    write.setblocking(False)
-    before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-    left = threading.Event()
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    previous = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    finished = threading.Event()
 
     def watch() -> None:
-        while came := read.recv(1):
-            if came[0] in (signal.SIGINT, signal.SIGTERM) and not left.wait(GRACE_SECONDS):
+        while byte := receiver.recv(1):
+            if byte[0] in (signal.SIGINT, signal.SIGTERM) and not finished.wait(GRACE_SECONDS):
                 _say(STOPPED)
                 os._exit(INTERRUPTED)
 
@@ -240,13 +241,13 @@ def _in_time() -> Iterator[None]:
     try:
         yield
     finally:
-        left.set()
-        signal.set_wakeup_fd(before)
-        write.close()
+        finished.set()
+        signal.set_wakeup_fd(previous)
+        sender.close()
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """One line, of our own warnings; those of libraries are for developers."""
+    """Prints one of our own warnings in one line. Warnings of libraries are for developers."""
     if category is ConfigWarning:
         _say(f"warning: {message}")
 
@@ -254,22 +255,22 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 def _run(arguments: argparse.Namespace) -> int:
     from metadyn import mesh
 
-    _begin(arguments)
+    _prepare(arguments)
     mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     code = _studies(arguments)
     mesh.shut_down()
     return code
 
 
-def _begin(arguments: argparse.Namespace) -> None:
-    """What comes before anything is run."""
+def _prepare(arguments: argparse.Namespace) -> None:
+    """Sets up the processors, logging and compilation cache of a command, and checks its seed."""
     from metadyn import mesh
 
     if arguments.plan not in (None, "here"):
         from metadyn import absent_devices
 
         absent_devices.use_cpus_alone()
-    # Of one error, as on a full disk, each thread of Orbax prints its own trace: for developers.
+    # On an error such as a full disk, each Orbax thread prints its own trace, for developers.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     mesh.use_every_core()
@@ -277,14 +278,15 @@ def _begin(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed, "--seed")
 
 
-def _check_preset(study: Study, preset: str, own: Sequence[str]) -> None:
-    known, near = ", ".join(study.presets), meant(preset, study.presets)
-    fix = f"of {study.name}, choose from {known}{near}"
-    check(preset in study.presets, "--preset", preset, fix)
-    for field, _ in options_of(study.presets[preset]):
-        if field in own:
-            said = "is an option of `metadyn run` itself: rename this field of its configuration"
-            raise ConfigError(f"study {study.name!r}: {field} {said}")
+def _check_preset(study: Study, preset: str, flags: Sequence[str]) -> None:
+    """Raises `ConfigError` unless the study has the preset and no option of it is in `flags`."""
+    presets, suggestion = ", ".join(study.presets), meant(preset, study.presets)
+    hint = f"of {study.name}, choose from {presets}{suggestion}"
+    check(preset in study.presets, "--preset", preset, hint)
+    for option, _ in options_of(study.presets[preset]):
+        if option in flags:
+            hint = "is an option of `metadyn run` itself: rename this field of its configuration"
+            raise ConfigError(f"study {study.name!r}: {option} {hint}")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -292,41 +294,41 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from metadyn.progress import Progress, Terminal
     from metadyn.study import load_study
 
-    _begin(arguments)
+    _prepare(arguments)
     study, preset, seed = load_study(arguments.study), arguments.preset, arguments.seed
-    _check_preset(study, preset, arguments.own)
+    _check_preset(study, preset, arguments.flags)
     default, words = study.presets[preset], list(arguments.overrides)
     if arguments.seeds:
         words = ["--outer.seeds", *arguments.seeds, *words]
     for word in ("--options", "--tensorboard"):
         if word in words:
             raise ConfigError(f"{word}: is an option of `metadyn run` alone")
-    options, known = sweep.parsed(words), dict(options_of(default))
-    kind: sweep.SweepKind = (
-        "random" if arguments.random is not None else "zip" if arguments.zip else "grid"
-    )
+    options, defaults = sweep.parsed(words), dict(options_of(default))
+    kind: sweep.SweepKind = "zip" if arguments.zip else "grid"
+    if arguments.random is not None:
+        kind = "random"
     count = arguments.random or 0
     check(kind != "random" or count >= 1, "--random", count, "must be 1 or more")
-    settings = sweep.settings(options, kind, known, count, seed, arguments.yes)
-    mine = sweep.part_of(arguments.part, len(settings))
-    asked = sweep.Sweep(study.name, preset, seed, kind, options, settings, mine.step)
-    configs = {i: asked.config(i, default, arguments.own) for i in mine}
+    settings = sweep.settings(options, kind, defaults, count, seed, arguments.yes)
+    indices = sweep.part_of(arguments.part, len(settings))
+    request = sweep.Sweep(study.name, preset, seed, kind, options, settings, indices.step)
+    configs = {i: request.config(i, default, arguments.flags) for i in indices}
     out = arguments.out or str(Path("runs") / f"{study.name}-{preset}-{seed}-sweep")
     progress = Progress(Terminal())
     progress.say(f"metadyn: {len(settings)} settings of {study.name}, preset {preset}, into {out}")
-    if mine.step > 1:
-        said = f"this is part {mine.start + 1} of {mine.step}, with {len(mine)} of them"
-        progress.say(f"metadyn: {said}")
+    if indices.step > 1:
+        part = f"this is part {indices.start + 1} of {indices.step}, with {len(indices)} of them"
+        progress.say(f"metadyn: {part}")
     if arguments.plan is not None:
-        planned = lambda: planning.of_sweep(asked, study, configs, arguments.part)
-        planning.report(planned, arguments.plan, out, progress)
+        make_plan = lambda: planning.of_sweep(request, study, configs, arguments.part)
+        planning.report(make_plan, arguments.plan, out, progress)
         return DONE
-    folder = sweep.run_sweep(asked, study, configs, out, progress)
+    folder = sweep.run_sweep(request, study, configs, out, progress)
     progress.say("\n".join(sweep_results.report(folder)))
-    drawn = (folder.path / "summary.json").exists()
-    there = f"figures: {folder.figures}, page: {folder.path / 'report.html'}"
-    other = "figures: drawn by the part that ends last, and so is the page"
-    progress.say(there if drawn else other)
+    if (folder.path / "summary.json").exists():
+        progress.say(f"figures: {folder.figures}, page: {folder.path / 'report.html'}")
+    else:
+        progress.say("figures: drawn by the part that ends last, and so is the page")
     return DONE
 
 
@@ -338,21 +340,21 @@ def _studies(arguments: argparse.Namespace) -> int:
     from metadyn.study import known, load_studies, load_study
 
     preset, seed = arguments.preset, arguments.seed
-    several = os.path.isdir(arguments.study) and arguments.study not in known()
-    if several and (arguments.overrides or arguments.options):
+    is_folder = os.path.isdir(arguments.study) and arguments.study not in known()
+    if is_folder and (arguments.overrides or arguments.options):
         raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
-    studies = load_studies(arguments.study) if several else [load_study(arguments.study)]
+    studies = load_studies(arguments.study) if is_folder else [load_study(arguments.study)]
     for study in studies:
-        _check_preset(study, preset, arguments.own)
+        _check_preset(study, preset, arguments.flags)
     progress = Progress(Terminal() if mesh.is_main_process() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:
         for i, study in enumerate(studies):
             begin(i)
-            if i:  # a process can hold only so many programs, and those of a study are done with
+            if i:  # one process can hold only so many programs; the last study's are not needed
                 jax.clear_caches()
             out = arguments.out
-            if several or not out:
+            if is_folder or not out:
                 out = str(Path(out or "runs") / f"{study.name}-{preset}-{seed}")
             codes.append(_run_one(study, arguments, out, progress))
     return max(codes)
@@ -363,15 +365,15 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
     from metadyn.runner import run_study
 
     preset, seed, overrides = arguments.preset, arguments.seed, arguments.overrides
-    given = ["--help"] if arguments.options else overrides
-    config = configured(study.presets[preset], given, arguments.own)
+    words = ["--help"] if arguments.options else overrides
+    config = configured(study.presets[preset], words, arguments.flags)
     if config is None:
         return DONE
     progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
     try:
         if arguments.plan is not None:
-            planned = lambda: planning.of_run(study, config)
-            planning.report(planned, arguments.plan, out, progress)
+            make_plan = lambda: planning.of_run(study, config)
+            planning.report(make_plan, arguments.plan, out, progress)
             return DONE
         summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)
     except ConfigError as error:
@@ -386,7 +388,7 @@ def _code(summary: dict[str, Any]) -> int:
 
 
 def _progress() -> Progress:
-    """Makes the progress of a command, said on stderr: stdout is for what was asked for."""
+    """Makes a progress display on stderr, so that stdout holds only the command's results."""
     from rich.console import Console
 
     from metadyn.progress import Progress
@@ -404,38 +406,39 @@ def _figures(arguments: argparse.Namespace) -> int:
     if is_sweep(arguments.dir):
         from metadyn import sweep_results
 
-        fix = "figures of a sweep are the same for all studies: leave it out"
-        check(not arguments.study, "--study", arguments.study, fix)
-        sweep = SweepFolder(arguments.dir)
-        settings = sweep_results.rows(sweep, progress)
-        paths = sweep_results.draw(sweep, settings, progress)
-        why = "of its settings this is said: "
-        why += "; ".join(sorted({str(row["lost"]) for row in settings if row["lost"]}))
-        if not sweep.sweep.swept:
-            why = "it has one setting, with nothing to draw it against"
-        return _drawn(arguments.dir, paths, why)
+        hint = "figures of a sweep are the same for all studies: leave it out"
+        check(not arguments.study, "--study", arguments.study, hint)
+        folder = SweepFolder(arguments.dir)
+        rows = sweep_results.rows(folder, progress)
+        paths = sweep_results.draw(folder, rows, progress)
+        reason = "of its settings this is said: "
+        reason += "; ".join(sorted({str(row["lost"]) for row in rows if row["lost"]}))
+        if not folder.sweep.swept:
+            reason = "it has one setting, with nothing to draw it against"
+        return _print_paths(arguments.dir, paths, reason)
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
-    found = load_study(name) if arguments.study or name in known() else None
-    own = found.own_figures() if found else {}
-    if found and found.name != run.config["study"]:
-        theirs = f"{arguments.dir} is a run of {run.config['study']!r}"
-        raise ConfigError(f"--study {name}: defines {found.name!r}, but {theirs}")
-    paths = figures.draw(run.figures, run.results(), own, progress)
-    preset = found.presets.get(run.config["preset"]) if found and not arguments.study else None
-    names = lambda config: sorted(name for name, _ in options_of(config))
-    if paths and preset and names(preset) != names(run.config["config"]):
+    study = load_study(name) if arguments.study or name in known() else None
+    own_figures = study.own_figures() if study else {}
+    if study and study.name != run.config["study"]:
+        mismatch = f"{arguments.dir} is a run of {run.config['study']!r}"
+        raise ConfigError(f"--study {name}: defines {study.name!r}, but {mismatch}")
+    paths = figures.draw(run.figures, run.results(), own_figures, progress)
+    preset = study.presets.get(run.config["preset"]) if study and not arguments.study else None
+    options = lambda config: sorted(option for option, _ in options_of(config))
+    if paths and preset and options(preset) != options(run.config["config"]):
         _say(f"{name!r} has other settings than this run: --study FILE draws a study of your own")
-    if paths and not found:
+    if paths and not study:
         _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
-    return _drawn(arguments.dir, paths)
+    return _print_paths(arguments.dir, paths)
 
 
-def _drawn(folder: str, paths: list[Path], why: str = "") -> int:
+def _print_paths(folder: str, paths: list[Path], reason: str = "") -> int:
+    """Prints the paths of the figures that were drawn; on stderr the reason, if none were."""
     for path in paths:
         print(path)
     if not paths:
-        _say(f"{folder}: nothing is drawn, as {why or 'it holds no measurement yet'}")
+        _say(f"{folder}: nothing is drawn, as {reason or 'it holds no measurement yet'}")
     return DONE
 
 
@@ -460,7 +463,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _completion(arguments: argparse.Namespace) -> int:
     from metadyn import completion
 
-    (commands,) = (a.choices for a in _parser()._actions if isinstance(a.choices, dict))
+    actions = _parser()._actions
+    (commands,) = (action.choices for action in actions if isinstance(action.choices, dict))
     print(completion.script(commands, arguments.shell), end="")
     return DONE
 
@@ -470,13 +474,15 @@ def _view(arguments: argparse.Namespace) -> int:
     from metadyn.store import RunFolder
     from metadyn.sweep import SweepFolder, is_sweep
 
-    of = SweepFolder(arguments.dir) if is_sweep(arguments.dir) else RunFolder(arguments.dir)
+    folder = SweepFolder(arguments.dir) if is_sweep(arguments.dir) else RunFolder(arguments.dir)
     if arguments.serve is None:
-        if isinstance(of, SweepFolder) and not any(map(of.ended, range(len(of.sweep.settings)))):
+        if isinstance(folder, SweepFolder) and not any(
+            map(folder.ended, range(len(folder.sweep.settings)))
+        ):
             raise ConfigError(f"{arguments.dir}: no setting is done yet; try --serve PORT")
-        print(view.write(of, _progress()))
+        print(view.write(folder, _progress()))
         return DONE
-    server = view.server(of, arguments.serve, _progress())
+    server = view.server(folder, arguments.serve, _progress())
     with server as served, contextlib.suppress(KeyboardInterrupt):
         print(f"http://{view.LOCAL}:{served.server_port}/ until Ctrl-C", flush=True)
         served.serve_forever()
@@ -497,15 +503,15 @@ def _list(arguments: argparse.Namespace) -> int:
     from metadyn.study import folder, load_studies
 
     for study in load_studies(str(folder())):
-        about = sys.modules[study.plan.__module__].__doc__ or ""
-        print(f"{study.name}: {about.splitlines()[0] if about else ''}")
+        docstring = sys.modules[study.plan.__module__].__doc__ or ""
+        print(f"{study.name}: {docstring.splitlines()[0] if docstring else ''}")
         for preset in study.presets:
             path = folder() / "results" / f"{study.name}-{preset}.json"
-            took = "not measured"
+            duration = "not measured"
             if path.exists():
-                found = read_summary(path)["environment"]
-                took = f"{found['seconds'] / 60:.1f} min on {found['processor']}"
-            print(f"  --preset {preset:12} {took}")
+                environment = read_summary(path)["environment"]
+                duration = f"{environment['seconds'] / 60:.1f} min on {environment['processor']}"
+            print(f"  --preset {preset:12} {duration}")
     return DONE
 
 
@@ -536,7 +542,7 @@ _DOES = {
     "list": (_list, ""),
     "completion": (_completion, "bash > ~/.local/share/bash-completion/completions/metadyn"),
 }
-"""What each command does, and an example of its arguments."""
+"""The function that carries out each command, and an example of the command's arguments."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bad input: how it is checked for, and what is said of it."""
+"""Checks of user input, and the errors and warnings about bad input."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 
 class ConfigError(Exception):
-    """Bad input, described in one line that names the field, the value and the fix.
+    """Error about bad input. Its one-line message names the field, the value and the fix.
 
-    `field`, `value` and `fix` are kept apart where they are known, so that the command line can
-    name the option as it was typed.
+    `field`, `value` and `fix` are also attributes, where they are known, so that the command line
+    can name the option as it was typed.
     """
 
     def __init__(self, message: str = "", field: str = "", value: Any = None, fix: str = ""):
@@ -24,82 +24,82 @@ class ConfigError(Exception):
 
 
 LONGEST = 200
-"""Characters of a value, or of another error, that are said of it in a line."""
+"""Number of characters at which a message cuts a value, or the text of another error."""
 
 
 class ConfigWarning(UserWarning):
-    """Input that can be run, but hardly as meant. One line that names the field and the value."""
+    """Warning about input that runs, but hardly as intended. It names the field and the value."""
 
 
 def check(holds: Any, field: str, value: Any, fix: str) -> None:
-    """Raises `ConfigError` naming the field, the value and the fix unless `holds`."""
+    """Raises `ConfigError` naming the field, the value and the fix unless `holds` is true."""
     if not holds:
         typed = field.startswith("--")
-        said = " ".join(str(value).split() if typed else repr(value).split())
-        said = said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
-        raise ConfigError(f"{field}{' ' if typed else ' = '}{said}: {fix}", field, value, fix)
+        text = " ".join(str(value).split() if typed else repr(value).split())
+        text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+        raise ConfigError(f"{field}{' ' if typed else ' = '}{text}: {fix}", field, value, fix)
 
 
 @contextmanager
 def error_context(what: str, *kept: type[BaseException]) -> Iterator[None]:
-    """Raises whatever goes wrong inside as a `ConfigError`, in one line that begins with `what`.
+    """Turns an error raised inside into a `ConfigError`, in one line that begins with `what`.
 
-    For code that is a user's own. A subclass of `ConfigError` stays what it is; errors of the kinds
-    `kept` are raised as they are.
+    Wraps calls of a user's own code. A subclass of `ConfigError` keeps its type. Errors of the
+    types `kept` pass unchanged.
     """
     try:
         yield
     except kept:
         raise
     except (Exception, SystemExit) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, ConfigError):  # a line already, whose end is the fix
-            raise type(error)(f"{what} ({said})") from error
-        raise ConfigError(f"{what} ({said[:LONGEST]})") from error
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ConfigError):  # one line already; cutting it would lose the fix
+            raise type(error)(f"{what} ({message})") from error
+        raise ConfigError(f"{what} ({message[:LONGEST]})") from error
 
 
 def check_unique(names: Sequence[Any], field: str, fix: str) -> None:
-    """Raises `ConfigError` naming the field, the first name that comes twice, and the fix."""
+    """Raises `ConfigError` if a name repeats, with the field, the first such name and the fix."""
     for name in names:
         check(names.count(name) == 1, field, name, fix)
 
 
 def check_seed(seed: Any, field: str = "seed") -> None:
-    """Raises `ConfigError` unless JAX can make a key of a seed that it makes of no other."""
-    right = isinstance(seed, numbers.Integral) and 0 <= int(seed) < 2**32
-    check(right, field, seed, f"must be a whole number from 0 to {2**32 - 1}")
+    """Raises `ConfigError` unless a seed is from 0 to 2³² - 1, where each has its own JAX key."""
+    valid = isinstance(seed, numbers.Integral) and 0 <= int(seed) < 2**32
+    check(valid, field, seed, f"must be a whole number from 0 to {2**32 - 1}")
 
 
 def meant(name: str, known: Iterable[str]) -> str:
-    """Words a hint at the nearest known name, "; did you mean 'sgd'?", or nothing."""
-    near = difflib.get_close_matches(name, [*known], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Returns a suggestion of the nearest known name, "; did you mean 'sgd'?", or ""."""
+    matches = difflib.get_close_matches(name, [*known], n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def check_name(name: str, what: str) -> None:
-    """Raises `ConfigError` unless a name can be that of a folder of arrays."""
-    words = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
-    right = words and not re.search(r"\.(part|damaged)", name)
-    fix = "must be made of letters, digits, '_', '-' and '.', without '.part' and '.damaged'"
-    check(right, f"name of a {what}", name, fix)
+    """Raises `ConfigError` unless a stored folder of arrays can have the name."""
+    well_formed = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)
+    valid = well_formed and not re.search(r"\.(part|damaged)", name)
+    hint = "must be made of letters, digits, '_', '-' and '.', without '.part' and '.damaged'"
+    check(valid, f"name of a {what}", name, hint)
 
 
 def check_choice(field: str, value: Any, choices: Any) -> None:
-    """Raises `ConfigError` unless a field's value is one of those of a `Literal` type."""
+    """Raises `ConfigError` unless a field's value is one of the values of a `Literal` type."""
     check(value in get_args(choices), field, value, f"choose from {', '.join(get_args(choices))}")
 
 
 def check_positive(config: Any, *fields: str) -> None:
     """Raises `ConfigError` unless each named field of `config` is a number above zero.
 
-    A field of type int takes whole numbers alone, and those that JAX can count to, in 32 bits.
+    A field of type int takes only whole numbers. Integers must be below 2³¹, to fit into 32 bits.
     """
-    whole = {field.name for field in dataclasses.fields(config) if field.type in (int, "int")}
+    int_fields = {field.name for field in dataclasses.fields(config) if field.type in (int, "int")}
     for field in fields:
         value = getattr(config, field)
-        if field in whole:
+        if field in int_fields:
             check(isinstance(value, numbers.Integral), field, value, "must be a whole number")
         check(isinstance(value, numbers.Real), field, value, "must be a number")
         check(0 < value < float("inf"), field, value, "must be positive and finite")
-        countable = not isinstance(value, int) or value < 2**31
-        check(countable, field, value, f"must be below {2**31}")
+        fits_int32 = not isinstance(value, int) or value < 2**31
+        check(fits_int32, field, value, f"must be below {2**31}")

@@ -1,4 +1,4 @@
-"""Options: the settings of a study as they are typed, such as --domain.sigma 0.2."""
+"""Options: the settings of a study as typed on the command line, such as --domain.sigma 0.2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from metadyn.errors import ConfigError, error_context, meant
 
-_CLEARER = {
+_REWORDINGS = {
     r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\s*\.": (
         r"\2 \1: choose from \3"
     ),
@@ -27,58 +27,58 @@ _CLEARER = {
     ),
     r"Error parsing (\S+): could not convert string to float: '(.*)'": r"\1 \2: must be a number",
 }
-"""What tyro says of bad values, and how we say it."""
+"""Patterns of tyro's messages about bad values, and our clearer wording of each."""
 
 
 def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = ()) -> Any:
     """Applies command-line overrides, such as ["--domain.sigma", "0.2"], to `default`.
 
-    None when only help was asked for (and printed). Raises `ConfigError` for values that do not
-    parse and for unknown names, with a hint at a known one or at one that is `beside` them.
+    Returns None if only help was asked for (and printed). Raises `ConfigError` for values that do
+    not parse and for unknown options, and suggests an option of `default` or one in `beside`.
     """
     import tyro
 
-    errors, what = io.StringIO(), "the study's configuration takes no such options"
-    try:  # a configuration of the user's own may go wrong in any way
-        with contextlib.redirect_stderr(errors), error_context(what, ConfigError, SystemExit):
-            found = tyro.cli(
+    stderr, context = io.StringIO(), "the study's configuration takes no such options"
+    try:  # a user's own configuration may raise anything
+        with contextlib.redirect_stderr(stderr), error_context(context, ConfigError, SystemExit):
+            config = tyro.cli(
                 type(default),
                 prog="metadyn run STUDY",
                 default=default,
                 args=list(overrides),
                 config=(tyro.conf.FlagConversionOff,),
-                registry=_matrices(),
+                registry=_matrix_registry(),
             )
-        sys.stderr.write(errors.getvalue())  # our own warnings
-        return found
+        sys.stderr.write(stderr.getvalue())  # our own warnings
+        return config
     except ConfigError as error:
         raise as_typed(error, default, overrides) from None
     except SystemExit as stop:
         if not stop.code:
             return None
-        text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]|-{3,}", " ", errors.getvalue())
+        text = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│┃┏┓┗┛]|-{3,}", " ", stderr.getvalue())
         headings = r"^\s*(Value error|Parsing error|Missing argument|Unrecognized options)\s"
         text = re.sub(headings, "", text)
         text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0]
-        said, hint, known = " ".join(text.split()), "", dict(options_of(default))
-        for form, clearer in _CLEARER.items():
-            said = re.sub(form, clearer, said)
-        stray = re.match(r"Unrecognized options: ([^\s,]+)", said)
+        message, suggestion, defaults = " ".join(text.split()), "", dict(options_of(default))
+        for pattern, wording in _REWORDINGS.items():
+            message = re.sub(pattern, wording, message)
+        stray = re.match(r"Unrecognized options: ([^\s,]+)", message)
         for option, values in _typed(overrides).items():
-            first, *others = values.split() or [""]
-            inside = [name for name in known if name.startswith(f"{option}.")]
-            if inside:  # --lstm hidden lacks a dot
-                hint = hint or meant(f"{option}.{first}", inside)
-            elif option not in known:
-                hint = hint or meant(option, [*known, *beside])
-            elif stray and stray[1] in others and not isinstance(known[option], tuple):
-                fix = "takes one value; several, unquoted, are for `metadyn sweep`"
-                said = f"{option} {values}: {fix}"
-        raise ConfigError(said + hint) from None
+            first, *rest = values.split() or [""]
+            nested = [name for name in defaults if name.startswith(f"{option}.")]
+            if nested:  # --lstm hidden lacks a dot
+                suggestion = suggestion or meant(f"{option}.{first}", nested)
+            elif option not in defaults:
+                suggestion = suggestion or meant(option, [*defaults, *beside])
+            elif stray and stray[1] in rest and not isinstance(defaults[option], tuple):
+                hint = "takes one value; several, unquoted, are for `metadyn sweep`"
+                message = f"{option} {values}: {hint}"
+        raise ConfigError(message + suggestion) from None
 
 
-def _matrices() -> Any:
-    """How matrices are given on the command line: as JSON, [[1, 0], [0, 2]], or null."""
+def _matrix_registry() -> Any:
+    """Returns the registry by which tyro reads a matrix as JSON: [[1, 0], [0, 2]], or null."""
     import tyro
 
     from metadyn.domains.linear import Matrix
@@ -90,8 +90,8 @@ def _matrices() -> Any:
             rows = json.loads(texts[0])
             return None if rows is None else tuple(tuple(map(float, row)) for row in rows)
         except (ValueError, TypeError, RecursionError):
-            said = f"give rows such as [[1, 0], [0, 2]], not {texts[0]!r}"
-            raise ValueError(said) from None
+            message = f"give rows such as [[1, 0], [0, 2]], not {texts[0]!r}"
+            raise ValueError(message) from None
 
     @registry.primitive_rule
     def _(info: Any) -> Any:
@@ -111,29 +111,31 @@ def _matrices() -> Any:
 def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> ConfigError:
     """Rewords an error so that it names the option as typed: --domain.sigma -1: must be positive.
 
-    If it was not typed, it names the option that would set it. Errors about anything else remain.
+    If none was typed, the error names the option that sets the value. Errors that concern no option
+    are returned unchanged.
     """
     ending = error.field.removeprefix("--").replace("_", "-")
     values = {o: v for o, v in options_of(config) if ending and f".{o[2:]}".endswith(f".{ending}")}
     typed = _typed(overrides)
 
     group = lambda option: option.rpartition(".")[0]
-    groups = {*map(group, typed)}
+    typed_groups = {*map(group, typed)}
 
-    def likely(option: str) -> tuple[bool, bool, bool, bool]:
-        """Reckons how surely this is the option complained of, of several that end alike."""
+    def evidence(option: str) -> tuple[bool, bool, bool, bool]:
+        """Returns signs, best first, that the error is about this option, not one ending alike."""
         text = typed.get(option)
-        meant = text is not None and _reads_as(text, error.value)
-        return meant, values[option] == error.value, text is not None, group(option) in groups
+        matches = text is not None and _denotes(text, error.value)
+        in_config = values[option] == error.value
+        return matches, in_config, text is not None, group(option) in typed_groups
 
-    best = max(values, key=likely, default=None)
-    if best is None or not (any(likely(best)[:3]) or error.value is None):
+    best = max(values, key=evidence, default=None)
+    if best is None or not (any(evidence(best)[:3]) or error.value is None):
         return error
     return ConfigError(f"{best} {typed.get(best, values[best])}: {error.fix}")
 
 
 def _typed(overrides: Sequence[str]) -> dict[str, str]:
-    """The value of each option, as it was typed."""
+    """Returns the text typed after each option, keyed by option."""
     words = [part for word in overrides for part in word.split("=", int(word.startswith("--")))]
     starts = [i for i, word in enumerate(words) if re.match("--|[–—]|-(?!inf|nan)[a-z]", word)]
     return {
@@ -142,15 +144,15 @@ def _typed(overrides: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _reads_as(text: str, value: Any) -> bool:
-    """Whether an option's text is that of a value."""
+def _denotes(text: str, value: Any) -> bool:
+    """Tells whether an option's text denotes a value."""
     with contextlib.suppress(ValueError):
         return text == str(value) or float(text) == value
     return False
 
 
 def options_of(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    """Lists every option of a configuration, a dataclass or as JSON, with its value."""
+    """Yields every option of a configuration, a dataclass or its JSON, with its value."""
     names = [*config] if isinstance(config, dict) else [f.name for f in dataclasses.fields(config)]
     for name in names:
         value = config[name] if isinstance(config, dict) else getattr(config, name)

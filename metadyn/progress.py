@@ -1,4 +1,4 @@
-"""What a run says while it goes: bars on a terminal, plain lines elsewhere."""
+"""Progress reports of a run: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Column
 
-LINE_EVERY = 4.0  # seconds, away from a terminal: no phase is silent for longer
-MANY = 3  # meta-learners, beyond which a line does not name each
-SAYS = {"excess_loss": "excess over Bayes"}  # what a line calls a metric
+LINE_EVERY = 4.0  # seconds after which a phase prints a line, away from a terminal
+MANY = 3  # the number of meta-learners above which a line gives a range instead of naming each
+SAYS = {"excess_loss": "excess over Bayes"}  # names of metrics in a line
 
 
 class Terminal(Console):
-    """Standard output. A reader who has left is for the command to deal with, not for rich."""
+    """Console on standard output that leaves a broken pipe to the command, not to rich."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 class Progress:
-    """Reports to a console; `Progress(None)` says nothing."""
+    """Reports progress on a console. `Progress(None)` prints nothing."""
 
     def __init__(self, console: Console | None):
         self.console = console
-        self._place = ""
+        self._prefix = ""
         self._bars = None
         if console is not None and console.is_terminal:
-            cut = Column(ratio=1, no_wrap=True)  # what gives way where a terminal is narrow
+            cut = Column(ratio=1, no_wrap=True)  # the column that a narrow terminal cuts off
             name = TextColumn("{task.description}", markup=False)
             facts = TextColumn("{task.fields[facts]}", markup=False, table_column=cut)
             columns = (name, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), facts)
@@ -44,59 +44,59 @@ class Progress:
     def say(self, line: str) -> None:
         """Prints one line."""
         if self.console is not None:
-            line = self._place + line
+            line = self._prefix + line
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def studies(
         self, names: Sequence[str], what: str = "studies"
     ) -> Iterator[Callable[[int], None]]:
-        """Shows which of several studies is on. Yields begin(i), to be called before each."""
+        """Shows which of several studies is running. Yields begin(i), to call before study i."""
         if len(names) == 1:
             yield lambda i: None
             return
 
         def begin(i: int) -> None:
-            self._place = f"[{i + 1}/{len(names)} {names[i]}] "
+            self._prefix = f"[{i + 1}/{len(names)} {names[i]}] "
             advance(i, names[i])
 
         with self._bar(what, len(names), 0, lines=False) as advance:
             try:
                 yield begin
             finally:
-                self._place = ""
+                self._prefix = ""
 
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[Callable[..., None]]:
-        """Shows how far training is: yields show(step, metrics, episodes), for each dispatch.
+        """Shows the progress of training. Yields show(step, metrics, episodes), for each dispatch.
 
-        Metrics are of each meta-learner by name, and episodes those that an outer step takes in
-        all. Rates are counted from the first call, before which programs may have been compiled.
+        `metrics` are keyed by meta-learner, and `episodes` is the number that one outer step uses
+        in total. Rates count from the first call, so that compilation before it is left out.
         """
-        first: tuple[int, float] | None = None
+        first_call: tuple[int, float] | None = None
 
         def show(step: int, metrics: Mapping[str, Mapping[str, Any]], episodes: int) -> None:
-            nonlocal first
-            left = rate = ""
-            if first is None:
-                first = step, time.monotonic()
+            nonlocal first_call
+            remaining = rate = ""
+            if first_call is None:
+                first_call = step, time.monotonic()
             else:
-                steps, seconds = step - first[0], max(time.monotonic() - first[1], 1e-9)
-                left = _left(seconds, steps, total - step)
+                steps, seconds = step - first_call[0], max(time.monotonic() - first_call[1], 1e-9)
+                remaining = _time_left(seconds, steps, total - step)
                 rate = f"  {episodes * steps / seconds:,.0f} episodes/s"
-            advance(step, left + _said(metrics) + rate)
+            advance(step, remaining + _metrics_text(metrics) + rate)
 
         with self._bar("training", total, done) as advance:
             yield show
 
     @contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
-        """Yields show(item), to be called before each of `total` items."""
-        started, began = itertools.count(), time.monotonic()
+        """Yields show(item), to call before each of `total` items."""
+        calls, start = itertools.count(), time.monotonic()
 
         def show(item: str) -> None:
-            done = next(started)
-            advance(done, _left(time.monotonic() - began, done, total - done) + item)
+            done = next(calls)
+            advance(done, _time_left(time.monotonic() - start, done, total - done) + item)
 
         with self._bar(what, total, 0) as advance:
             yield show
@@ -106,13 +106,13 @@ class Progress:
     def _bar(
         self, what: str, total: int, done: int, lines: bool = True
     ) -> Iterator[Callable[[int, str], None]]:
-        """Shows a bar on a terminal, below those that are there; elsewhere lines, if wanted."""
+        """Shows a bar on a terminal, below earlier bars. Elsewhere prints lines, if `lines`."""
         bars = self._bars
         if bars is None:
-            silent = self.console is None or not lines
-            shown = nullcontext(lambda step, facts: None)
-            with shown if silent else self._lines(what, total, done) as line:
-                yield line
+            is_silent = self.console is None or not lines
+            no_lines = nullcontext(lambda step, facts: None)
+            with no_lines if is_silent else self._lines(what, total, done) as update:
+                yield update
             return
         outermost = not bars.tasks
         if outermost:
@@ -121,59 +121,61 @@ class Progress:
         try:
             yield lambda step, facts: bars.update(task, completed=step, facts=facts)
         finally:
-            if outermost:  # and so left on the screen
+            if outermost:  # it stays on the screen
                 bars.stop()
             bars.remove_task(task)
 
     @contextmanager
     def _lines(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-        """Says where a phase stands, every `LINE_EVERY` seconds and at its end: also where it
-        stands still, since one long call, such as compiling, may be all there is to it."""
-        facts, over = "", threading.Event()
-        moved = due = time.monotonic()
+        """Prints the progress of a phase every `LINE_EVERY` seconds, and at its end.
 
-        def say(more: str = "") -> None:
+        A thread prints between updates, since a phase may be one long call, such as compiling.
+        """
+        facts, finished = "", threading.Event()
+        last_update = due = time.monotonic()
+
+        def say(suffix: str = "") -> None:
             nonlocal due
             due = time.monotonic() + LINE_EVERY
-            self.say(f"{what} {done}/{total}  {facts}{more}")
+            self.say(f"{what} {done}/{total}  {facts}{suffix}")
 
-        def line(step: int, new: str) -> None:
-            nonlocal done, facts, moved
-            done, facts, moved = step, new, time.monotonic()
-            if done >= total or moved >= due:
+        def update(step: int, new_facts: str) -> None:
+            nonlocal done, facts, last_update
+            done, facts, last_update = step, new_facts, time.monotonic()
+            if done >= total or last_update >= due:
                 say()
 
-        def again() -> None:
+        def repeat() -> None:
             wait = LINE_EVERY
-            with suppress(BrokenPipeError):  # which the phase itself meets too
-                while not over.wait(wait):
+            with suppress(BrokenPipeError):  # the phase itself meets this error too
+                while not finished.wait(wait):
                     if (now := time.monotonic()) >= due:
-                        say(f"  (for {now - moved:.0f} s)")
+                        say(f"  (for {now - last_update:.0f} s)")
                     wait = max(due - time.monotonic(), 0.01)
 
-        thread = threading.Thread(target=again, daemon=True)
+        thread = threading.Thread(target=repeat, daemon=True)
         thread.start()
         try:
-            yield line
+            yield update
         finally:
-            over.set()
+            finished.set()
             thread.join()
 
 
 SILENT = Progress(None)
 
 
-def _left(seconds: float, done: int, more: int) -> str:
-    """How long what is left will take, at the rate of what is done."""
-    return f"{seconds * more / done:,.0f} s left  " if done else ""
+def _time_left(seconds: float, done: int, remaining: int) -> str:
+    """Estimates how long the remaining items take, at the rate of those done in `seconds`."""
+    return f"{seconds * remaining / done:,.0f} s left  " if done else ""
 
 
-def _said(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """The mean metrics of each meta-learner; of many only the range of their excess loss."""
+def _metrics_text(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Writes the mean metrics of each meta-learner, or only the range of excess loss of many."""
     if len(metrics) > MANY:
-        excess = [each["excess_loss"] for each in metrics.values() if "excess_loss" in each]
-        ends = f"{min(excess):.3f} to {max(excess):.3f}" if excess else "none"
-        return f"{len(metrics)} meta-learners: {SAYS['excess_loss']} {ends}"
+        losses = [values["excess_loss"] for values in metrics.values() if "excess_loss" in values]
+        span = f"{min(losses):.3f} to {max(losses):.3f}" if losses else "none"
+        return f"{len(metrics)} meta-learners: {SAYS['excess_loss']} {span}"
     number = lambda name, value: f"{SAYS.get(name, name)} {np.mean(value):.4g}"
-    text = lambda each: ", ".join(number(name, value) for name, value in each.items())
-    return "; ".join(f"{name}: {text(each)}" for name, each in metrics.items())
+    text = lambda values: ", ".join(number(name, value) for name, value in values.items())
+    return "; ".join(f"{learner}: {text(values)}" for learner, values in metrics.items())

@@ -1,17 +1,17 @@
 """The run folder: the one module that knows its layout.
 
-    DIR/config.json             what was asked for; written first, compared on every later run
+    DIR/config.json             the configuration; written first, compared on every later run
     DIR/checkpoints/STEP/       Orbax: training state, and at log-spaced steps mode trajectories
-    DIR/measurements/SET/NAME/  Orbax: one learner measured on one set of tasks
+    DIR/measurements/SET/NAME/  Orbax: one learner measured on one task set
     DIR/figures/*.png
     DIR/report.html             a page to look at (view.py)
     DIR/summary.json            criteria with intervals, and the environment
-    DIR/seconds                 for how long the run was at work, all of its parts together
+    DIR/seconds                 seconds that the run has worked, summed over its parts
 
-Arrays are stored by Orbax with a JSON description of their axes beside them; nothing is pickled
-and nothing in a folder is ever executed. What Orbax writes is named STEP or NAME only once all of
-it is there, with the SHA256SUMS of its files (as `sha256sum -c` reads them), which are compared
-before it is read. What is damaged is made again, and kept as STEP.damaged or NAME.damaged.
+Orbax stores the arrays, with a JSON description of their axes beside them. Nothing is pickled, and
+nothing in a folder is ever executed. A folder of arrays is named STEP or NAME only once it is
+complete and holds the SHA256SUMS of its files (as `sha256sum -c` reads them), which are compared
+before it is read. A damaged folder is made again and kept as STEP.damaged or NAME.damaged.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ Arrays = Mapping[str, Any]
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
 STRAY = re.compile(r"\._|\.nfs|\.DS_Store|Thumbs\.db|desktop\.ini")
 FORMAT = 3
-"""Of the layout."""
-_one_save = threading.Lock()
-"""Orbax's threads signal each other by names that all saves of a process share: two at once, as in
-a sweep, can wait for ever (orbax-checkpoint 0.12.8)."""
+"""Version of the layout."""
+_save_lock = threading.Lock()
+"""Lock that lets one save run at a time. Orbax's threads signal each other by names that all saves
+of a process share: two at once, as in a sweep, can wait for ever (orbax-checkpoint 0.12.8)."""
 
 
 class NotMeasured(ConfigError):
-    """A learner was not measured on a set of tasks: it is not planned, or not done yet."""
+    """Error about a measurement that is not stored, because it is not planned or not done yet."""
 
 
 class Results:
-    """What was measured, as criteria and figures read it: `results[task_set, learner]`.
+    """Measurements, as criteria and figures read them: `results[task_set, learner]`.
 
-    What was measured at every checkpoint has a dimension outer_step. Each is read once.
+    A measurement made at every checkpoint has a dimension outer_step. Each is read only once.
     """
 
     def __init__(self, stored: Mapping[str, Sequence[str]], read: Callable[[str, str], xr.Dataset]):
-        """`stored` names the learners of each set of tasks; `read(task_set, learner)` gets one."""
+        """`stored` lists learners by task set. `read(task_set, learner)` reads one measurement."""
         self._stored = stored
         self._read = functools.cache(read)
 
@@ -79,25 +79,31 @@ class Results:
         return key[1] in self._stored.get(key[0], ())
 
     def sets(self) -> list[str]:
-        """Returns the names of the sets of tasks."""
+        """Returns the names of the task sets."""
         return list(self._stored)
 
     def learners(self, task_set: str, *kinds: str, drawn: bool = False) -> dict[str, xr.Dataset]:
-        """Returns those measured on a set, in their places: of some kinds, or only those drawn."""
+        """Returns the measurements on a task set by learner, in the order of the learners' places.
+
+        If `kinds` are given, only of learners of these kinds; if `drawn`, only of those in figures.
+        """
         for kind in kinds:
             check_choice("kinds", kind, LearnerKind)
-        found = [self[task_set, name] for name in self._stored.get(task_set, ())]
-        placed = sorted(((about(data), data) for data in found), key=lambda x: x[0].place)
+        datasets = [self[task_set, name] for name in self._stored.get(task_set, ())]
+        described = sorted(((about(data), data) for data in datasets), key=lambda x: x[0].place)
         return {
-            who.learner: data
-            for who, data in placed
-            if (not kinds or who.kind in kinds) and (who.drawn or not drawn)
+            description.learner: data
+            for description, data in described
+            if (not kinds or description.kind in kinds) and (description.drawn or not drawn)
         }
 
 
 @contextmanager
 def lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Holds a folder's lock until left or killed. Raises `BlockingIOError` if it may not wait."""
+    """Holds a folder's lock until the block ends, or the process.
+
+    Raises `BlockingIOError` if another holds it and `wait` is False.
+    """
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
@@ -106,210 +112,213 @@ def lock(folder: Path, wait: bool = True) -> Iterator[None]:
 def claimed(
     opened: Callable[[Any], Any], path: str | os.PathLike[str], file: str, asked: Any, what: str
 ) -> Any:
-    """Makes DIR, with what was asked for in a JSON file, or opens one in which the same was asked.
+    """Creates DIR with the configuration `asked` in a JSON `file`, or opens DIR if it has the same.
 
-    `opened(path)` opens it, and its `config` is what the file holds. Several processes may come at
-    the same time. Raises `ConfigError` if DIR cannot be written, or holds anything else.
+    `opened(path)` returns the open folder, whose `config` is the content of the file. Several
+    processes may call this at once. Raises `ConfigError` if DIR cannot be written, or holds
+    anything but a `what` (a run or a sweep) of this configuration.
     """
-    folder, other = Path(path).absolute(), "choose another DIR"
+    folder, hint = Path(path).absolute(), "choose another DIR"
     if "://" in os.fspath(path):
-        raise ConfigError(f"--out {path} is no folder of this machine: {other}")
+        raise ConfigError(f"--out {path} is no folder of this machine: {hint}")
     if {*"[]*?"} & {*str(folder)}:  # Orbax looks for its files by a pattern
-        raise ConfigError(f"--out {path} cannot have any of [ ] * ? in it: {other}")
+        raise ConfigError(f"--out {path} cannot have any of [ ] * ? in it: {hint}")
     asked = json.loads(json.dumps(asked))
     try:
-        if not os.path.exists(folder / file):  # False too for what cannot be a path
+        if not os.path.exists(folder / file):  # also False for a text that cannot be a path
             folder.mkdir(parents=True, exist_ok=True)
-            begun = {".lock", file + PART}  # by another process, or by one that was killed
-            names = {each.name for each in folder.iterdir()}
-            if names - begun and file not in names:  # it may have come since it was looked for
-                fix = f"is not empty and holds no {what} of metadyn: {other}"
-                raise ConfigError(f"--out {path} {fix}")
+            unfinished = {".lock", file + PART}  # of another process that starts, or a killed one
+            names = {entry.name for entry in folder.iterdir()}
+            if names - unfinished and file not in names:  # another process may have just made it
+                problem = f"is not empty and holds no {what} of metadyn"
+                raise ConfigError(f"--out {path} {problem}: {hint}")
             with lock(folder):
                 if not (folder / file).exists():
                     write_json(folder / file, asked)
     except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--out {path} cannot be written ({said}): {other}") from error
-    found: Any = opened(path)
-    for name, *both in differing(found.config, asked):
-        theirs, ours = map(reprlib.repr, both)
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out {path} cannot be written ({reason}): {hint}") from error
+    opened_folder: Any = opened(path)
+    for name, *values in differing(opened_folder.config, asked):
+        theirs, ours = map(reprlib.repr, values)
         raise ConfigError(
             f"--out {path} holds a {what} with {name} = {theirs}, not {ours}: "
-            f"{other}, or give that value to go on with it"
+            f"{hint}, or give that value to go on with it"
         )
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {path} cannot be written: {other}")
-    return found
+        raise ConfigError(f"--out {path} cannot be written: {hint}")
+    return opened_folder
 
 
 class RunFolder:
-    """One run's DIR. `RunFolder(path)` opens one for reading; `create` makes or resumes one."""
+    """One run's DIR. `RunFolder(path)` opens it for reading, and `create` makes or resumes it."""
 
     def __init__(self, path: str | os.PathLike[str]):
         """Raises `ConfigError` unless `path` holds a run."""
         self.path = Path(path).absolute()
         self.figures, self.tensorboard = self.path / "figures", self.path / "tensorboard"
         self._writer = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-        self._sound: set[Path] = set()
-        self.seconds: Callable[[], float] = self._taken
+        self._pending: Future[None] | None = None
+        self._verified: set[Path] = set()
+        self.seconds: Callable[[], float] = self._stored_seconds
         self.config = read_json(self.path / "config.json", f"{self.path} holds no run of metadyn")
         if missing := {"study", "preset", "seed", "config"} - set(self.config):
             raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
         if self.config.get("format") != FORMAT:
-            fix = "which this version does not read: run it anew in another DIR"
-            raise ConfigError(f"{path} holds a run of another version of metadyn, {fix}")
+            hint = "which this version does not read: run it anew in another DIR"
+            raise ConfigError(f"{path} holds a run of another version of metadyn, {hint}")
         if not isinstance(self.config["config"], dict):
             raise ConfigError(f"{path}/config.json: is not as metadyn writes it")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunFolder:
-        """Opens DIR to write, making it if it is new or empty.
+        """Opens DIR for writing, and creates it if it is new or empty.
 
         Raises `ConfigError` if it cannot be written, holds anything else, or holds a run of
         another configuration.
         """
         return claimed(cls, path, "config.json", {"format": FORMAT, **config}, "run")
 
-    def _taken(self) -> float:
-        """Seconds that a run which is gone on with took so far; 0 if that is not known."""
+    def _stored_seconds(self) -> float:
+        """Returns the seconds that earlier parts of the run took, or 0 if they are not known."""
         with suppress(OSError, ValueError):
             return float((self.path / "seconds").read_text())
         return 0.0
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds DIR for one writer, until left or killed. Raises `ConfigError` if it is held.
+        """Holds DIR for one writer until the block ends, or the process.
 
-        Inside, `seconds()` says for how long it was held, all parts of a run together; a part that
-        was killed, and had no time to say, is not counted.
+        Inside, `seconds()` returns how long DIR was held, summed over all parts of the run. A part
+        that was killed is not counted, since it stored no time. Raises `ConfigError` if another
+        process holds DIR.
         """
-        with ExitStack() as held:
+        with ExitStack() as stack:
             try:
-                held.enter_context(lock(self.path, wait=False))
+                stack.enter_context(lock(self.path, wait=False))
             except BlockingIOError:
                 raise ConfigError(
                     f"--out {self.path} is in use by another run: "
                     "wait for it, or choose another DIR"
                 ) from None
             for folder in ("checkpoints", "measurements/*"):
-                for part in self.path.glob(f"{folder}/*{PART}*"):  # a killed run's
+                for part in self.path.glob(f"{folder}/*{PART}*"):  # left by a killed run
                     shutil.rmtree(part)
-            begun, before = time.monotonic(), self._taken()
-            done = (self.path / "summary.json").exists()
-            self.seconds = lambda: before + time.monotonic() - begun
+            start, earlier = time.monotonic(), self._stored_seconds()
+            was_done = (self.path / "summary.json").exists()
+            self.seconds = lambda: earlier + time.monotonic() - start
             try:
                 yield
-            finally:  # whatever ended the run, what it was writing is whole before another begins
+            finally:  # whatever ended the run, its last save is complete before another run begins
                 self._writer.shutdown()
-                with suppress(OSError):  # of a full disk, which is complained of already
-                    if not (done and (self.path / "summary.json").exists()):  # as in a repair
+                with suppress(OSError):  # of a full disk, which is reported already
+                    # The time of a run that was done before stays, even if it was repaired now.
+                    if not (was_done and (self.path / "summary.json").exists()):
                         write_whole(self.path / "seconds", f"{self.seconds():.1f}\n")
 
-    # Folders of arrays: all processes save together, each reads alone.
+    # Folders of arrays: all processes save one together, and each process reads alone.
 
     def _save(self, folder: Path, **items: ocp.args.CheckpointArgs) -> None:
         self.finish()
         if jax.process_count() == 1:
-            self._writing = self._writer.submit(self._write, folder, items)
+            self._pending = self._writer.submit(self._write, folder, items)
         else:
             self._write(folder, items)
 
     def finish(self) -> None:
-        """Waits for what is still being written. Raises `OSError` if it could not be."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        """Waits for the save in progress, if any. Raises `OSError` if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _write(self, folder: Path, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
         part = folder.with_name(folder.name + PART)
         try:
-            with _one_save, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with _save_lock, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 checkpointer.save(part, args=ocp.args.Composite(**items))
-        except ValueError as error:  # TensorStore's way to say that a file cannot be written
-            if code := re.search(r"os_error_code='(\d+)'", str(error)):
-                raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        except ValueError as error:  # TensorStore raises it for a file that cannot be written
+            if match := re.search(r"os_error_code='(\d+)'", str(error)):
+                raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
             raise
 
         def complete() -> None:
             (part / SUMS).write_bytes(_sums(part))
             part.rename(folder)
-            self._sound.add(folder)
+            self._verified.add(folder)
 
         mesh.on_main_process(complete)
 
     def _restore(self, folder: Path, **items: ocp.args.CheckpointArgs) -> Any:
         self._check(folder)
-        me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        i = jax.process_index()
+        this_process = ocp.options.MultiprocessingOptions(primary_host=i, active_processes={i})
         handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+            composite_options=ocp.CompositeOptions(multiprocessing_options=this_process)
         )
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=this_process) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**items))
 
     def _arrays(self, folder: Path, name: str, part: Any = None) -> Any:
-        """Arrays as NumPy's, whatever devices they were written from; or those of a tree alone."""
+        """Reads all arrays, or the tree `part`, as NumPy arrays, whatever devices wrote them."""
         self._check(folder)
         tree = part or ocp.StandardCheckpointHandler().metadata(folder / name).tree
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        wanted = ocp.args.PyTreeRestore(part, restore_args=numpy, partial_restore=part is not None)
-        return self._restore(folder, **{name: wanted})[name]
+        request = ocp.args.PyTreeRestore(part, restore_args=numpy, partial_restore=part is not None)
+        return self._restore(folder, **{name: request})[name]
 
     def _about(self, folder: Path) -> dict[str, Any]:
-        """Their description."""
+        """Reads the description that is stored beside the arrays of a folder."""
         return self._restore(folder, about=ocp.args.JsonRestore())["about"]
 
     def _check(self, folder: Path) -> None:
-        """Raises `ConfigError` unless a folder is as it was written; looks once."""
-        if folder in self._sound:
+        """Raises `ConfigError` unless a folder is as it was written. Checks an intact one once."""
+        if folder in self._verified:
             return
         if not folder.exists():
             raise NotMeasured(f"{folder} is not stored")
         try:
-            written, found = (folder / SUMS).read_bytes(), _sums(folder)
-            if written == found:
-                self._sound.add(folder)
+            stored, actual = (folder / SUMS).read_bytes(), _sums(folder)
+            if stored == actual:
+                self._verified.add(folder)
                 return
-            lines = {*written.splitlines()} ^ {*found.splitlines()}
+            lines = {*stored.splitlines()} ^ {*actual.splitlines()}
             names = {line.split(b"  ")[-1].decode(errors="replace") for line in lines}
-            what = f"{min(names, default=SUMS)} is not as {SUMS} says"
+            problem = f"{min(names, default=SUMS)} is not as {SUMS} says"
         except OSError as error:
-            what = f"{error.strerror}: {error.filename}"
+            problem = f"{error.strerror}: {error.filename}"
         raise ConfigError(
-            f"{folder} is damaged ({what}): metadyn run, with the same arguments, makes it anew"
+            f"{folder} is damaged ({problem}): metadyn run, with the same arguments, makes it anew"
         )
 
     def damage(self) -> dict[Path, str]:
-        """Finds the checkpoints and measurements that are damaged, and says of each what is wrong.
+        """Returns the damaged checkpoints and measurements, each with a message that says why.
 
-        It looks once at each that is not.
+        Intact folders are checked only once.
         """
         folders = [self._checkpoint(step) for step in self.steps()]
         for task_set, names in self.measurements().items():
             folders += [self._measurement(task_set, name) for name in names]
-        found = {}
+        messages = {}
         for folder in folders:
             try:
                 self._check(folder)
             except ConfigError as error:
-                found[folder] = str(error)
-        return found
+                messages[folder] = str(error)
+        return messages
 
     def set_aside_damaged(self) -> None:
-        """Renames what is damaged, with a warning, so that it is made anew.
+        """Renames each damaged folder, with a warning, so that it is made anew.
 
-        Until it is, the run is not done: so its summary goes first.
+        Deletes the summary first, since the run is not done until the folders are made anew.
         """
-        found = self.damage()
-        if found:
+        messages = self.damage()
+        if messages:
             (self.path / "summary.json").unlink(missing_ok=True)
-        for folder, said in found.items():
-            warnings.warn(said, ConfigWarning, stacklevel=2)
+        for folder, message in messages.items():
+            warnings.warn(message, ConfigWarning, stacklevel=2)
             endings = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-            aside = (folder.with_name(folder.name + DAMAGED + ending) for ending in endings)
-            folder.rename(next(path for path in aside if not path.exists()))
+            paths = (folder.with_name(folder.name + DAMAGED + ending) for ending in endings)
+            folder.rename(next(path for path in paths if not path.exists()))
 
     # Training: state and trajectories at outer steps.
 
@@ -319,23 +328,23 @@ class RunFolder:
     def save_checkpoint(
         self, step: int, state: Any, trajectories: Arrays | None, about: Mapping[str, Any]
     ) -> None:
-        """Stores training state, and trajectories if given; in the background, as copies.
+        """Stores training state, and trajectories if given, as copies and in the background.
 
-        Before it is read `finish` must be called, which also raises what went wrong.
+        Call `finish` before reading the checkpoint. It also raises the error of a save that failed.
         """
-        items: dict[str, Any] = {"state": ocp.args.StandardSave(_fetched(state))}
+        items: dict[str, Any] = {"state": ocp.args.StandardSave(_to_numpy(state))}
         if trajectories is not None:
-            items["trajectories"] = ocp.args.StandardSave(_fetched(trajectories))
+            items["trajectories"] = ocp.args.StandardSave(_to_numpy(trajectories))
         self._save(self._checkpoint(step), **items, about=ocp.args.JsonSave(about))
 
     def forget(self, step: int) -> None:
-        """Removes the checkpoint of an outer step, once those that came later are whole."""
+        """Removes the checkpoint of an outer step, once all later ones are complete."""
         self.finish()
         folder = self._checkpoint(step)
         shutil.rmtree(folder.rename(folder.with_name(folder.name + PART)))
 
     def about(self, step: int) -> dict[str, dict[str, Any]]:
-        """Descriptions at an outer step, by set of tasks and learner (`trajectories.describe`)."""
+        """Reads descriptions at an outer step by task set and learner (`trajectories.describe`)."""
         return self._about(self._checkpoint(step))
 
     def steps(self) -> list[int]:
@@ -346,69 +355,71 @@ class RunFolder:
     def state(self, step: int) -> Any:
         """Reads the training state at an outer step, as NumPy arrays in dictionaries and lists.
 
-        Its "params" are the outer parameters by the name of the meta-learner, with a leading axis
-        of seeds; the rest is what training goes on from (`outer.TrainState`).
+        Its "params" holds the outer parameters, keyed by meta-learner, with a leading axis of
+        seeds. The rest is what training needs to resume (`outer.TrainState`).
         """
         return self._arrays(self._checkpoint(step), "state")
 
     def restore_state(self, step: int, abstract: Any) -> Any:
-        """Reads the state at an outer step, placed by `abstract` (shapes and shardings)."""
+        """Reads the state at an outer step, with the shapes and shardings of `abstract`."""
         state = ocp.args.StandardRestore(abstract)
         return self._restore(self._checkpoint(step), state=state)["state"]
 
-    # Measurements: one learner on one set of tasks.
+    # Measurements: one learner on one task set.
 
     def _measurement(self, task_set: str, learner: str) -> Path:
         return self.path / "measurements" / task_set / learner
 
     def has_measurement(self, task_set: str, learner: str) -> bool:
-        """Tells whether one learner's measurement on one set of tasks is stored."""
+        """Tells whether the measurement of a learner on a task set is stored."""
         return self._measurement(task_set, learner).exists()
 
     def save_measurement(
         self, task_set: str, learner: str, arrays: Arrays, about: Mapping[str, Any]
     ) -> None:
-        """Stores one measurement, appearing only when whole; in the background (see `finish`)."""
+        """Stores one measurement in the background (see `finish`). It appears once complete."""
         folder = self._measurement(task_set, learner)
-        stored = ocp.args.StandardSave(_fetched(arrays))
-        self._save(folder, arrays=stored, about=ocp.args.JsonSave(about))
+        items = ocp.args.StandardSave(_to_numpy(arrays))
+        self._save(folder, arrays=items, about=ocp.args.JsonSave(about))
 
     def measurement(self, task_set: str, learner: str) -> xr.Dataset:
-        """Reads one learner on one set of tasks: [seed,] task, step, and the reading's own axes.
+        """Reads the measurement of a learner on a task set.
 
-        Raises `ConfigError` if it is damaged.
+        Its dimensions are [seed,] task, step, and the reading's own axes. Raises `ConfigError` if
+        it is damaged.
         """
         folder = self._measurement(task_set, learner)
         return dataset(self._arrays(folder, "arrays"), self._about(folder))
 
     def measurements(self) -> dict[str, list[str]]:
-        """Names of the learners measured so far, by set of tasks."""
-        found: dict[str, list[str]] = {}
+        """Returns the names of the learners measured so far, keyed by task set."""
+        learners: dict[str, list[str]] = {}
         for folder in sorted((self.path / "measurements").glob("*/*")):
             if folder.is_dir() and PART not in folder.name and DAMAGED not in folder.name:
-                found.setdefault(folder.parent.name, []).append(folder.name)
-        return found
+                learners.setdefault(folder.parent.name, []).append(folder.name)
+        return learners
 
     def outer_steps(self) -> list[int]:
         """Returns the outer steps whose mode trajectories are stored, in order.
 
         Raises `ConfigError` if one is damaged.
         """
-        having = lambda step: (self._checkpoint(step) / "trajectories").exists()
-        for step in (steps := [*filter(having, self.steps())]):
+        has_trajectories = lambda step: (self._checkpoint(step) / "trajectories").exists()
+        steps = [*filter(has_trajectories, self.steps())]
+        for step in steps:
             self._check(self._checkpoint(step))
         return steps
 
     def written(self, step: int) -> float:
-        """Says when the checkpoint of an outer step was stored, in seconds since the epoch."""
+        """Returns when the checkpoint of an outer step was stored, in seconds since the epoch."""
         return self._checkpoint(step).stat().st_mtime
 
     def trajectories(
         self, task_set: str, learner: str, steps: Sequence[int] | None = None
     ) -> xr.Dataset:
-        """Reads a meta-learner over outer training on one set: outer_step, seed, task, step, …
+        """Reads a meta-learner's trajectories on a task set: outer_step, seed, task, step, …
 
-        At all outer steps that are stored, or some of them. Readable while a run is writing.
+        Takes all stored outer steps, or only `steps`. A run may be writing at the same time.
         Raises `ConfigError` if nothing is stored yet, a checkpoint is damaged, or there is no such
         measurement.
         """
@@ -421,67 +432,67 @@ class RunFolder:
             "task_set": (task_set, described),
             "learner": (learner, described.get(task_set, {})),
         }
-        for field, (name, known) in tracked.items():
-            check(name in known, field, name, f"{self.path} tracks {', '.join(known)}")
-        own = described[task_set][learner]
-        part = {task_set: {learner: dict.fromkeys(own["axes"], 0)}}
-        read = [self._arrays(folder, "trajectories", part)[task_set][learner] for folder in folders]
-        datasets = [dataset(arrays, own) for arrays in read]
+        for field, (name, names) in tracked.items():
+            check(name in names, field, name, f"{self.path} tracks {', '.join(names)}")
+        description = described[task_set][learner]
+        part = {task_set: {learner: dict.fromkeys(description["axes"], 0)}}
+        trees = [self._arrays(folder, "trajectories", part) for folder in folders]
+        datasets = [dataset(tree[task_set][learner], description) for tree in trees]
         return xr.concat(datasets, xr.Variable("outer_step", steps), combine_attrs="override")
 
     def results(self, steps: Sequence[int] | None = None) -> Results:
-        """Returns what is stored, for criteria and figures: at all outer steps, or some of them."""
-        steps = self.outer_steps() if steps is None else list(steps)  # a run may go on meanwhile
+        """Returns the stored measurements, at all outer steps or only at `steps`."""
+        steps = self.outer_steps() if steps is None else list(steps)  # a run may add more
         tracked, stored = self.about(steps[0]) if steps else {}, self.measurements()
-        both = {n: [*tracked.get(n, ()), *stored.get(n, ())] for n in {**tracked, **stored}}
+        learners = {n: [*tracked.get(n, ()), *stored.get(n, ())] for n in {**tracked, **stored}}
 
         def read(task_set: str, learner: str) -> xr.Dataset:
             if learner in tracked.get(task_set, ()):
                 return self.trajectories(task_set, learner, steps)
             return self.measurement(task_set, learner)
 
-        return Results(both, read)
+        return Results(learners, read)
 
     # Results.
 
     def summary(self) -> dict[str, Any] | None:
-        """Reads summary.json; None before the run is done. `ConfigError` if it is damaged."""
+        """Reads summary.json; None until the run is done. Raises `ConfigError` if it is damaged."""
         path = self.path / "summary.json"
         return read_summary(path) if path.exists() else None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes summary.json in one step."""
+        """Writes summary.json atomically."""
         write_json(self.path / "summary.json", summary)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """Reads a summary.json. Raises `ConfigError` if it is damaged."""
     summary = read_json(path, f"{path} cannot be read")
-    row: dict[str, Any] = {"name": str, "expected": str}
-    row |= dict.fromkeys(("value", "low", "high"), (int, float, type(None)))
-    for name, kinds in (("criteria", {**row, "passed": bool, "verdict": str}), ("reported", row)):
+    base: dict[str, Any] = {"name": str, "expected": str}
+    base |= dict.fromkeys(("value", "low", "high"), (int, float, type(None)))
+    for name, types in (("criteria", {**base, "passed": bool, "verdict": str}), ("reported", base)):
         rows = summary.get(name, [])
         if not isinstance(rows, list) or not all(
-            isinstance(r, dict) and all(k in r and isinstance(r[k], t) for k, t in kinds.items())
+            isinstance(r, dict) and all(k in r and isinstance(r[k], t) for k, t in types.items())
             for r in rows
         ):
             raise ConfigError(f"{path}: {name} is not as metadyn writes it; remove the file")
-    lacking: dict[str, Any] = {"study": "?", "preset": "?", "seed": "?", "environment": {}}
-    return lacking | {"criteria": [], "reported": []} | summary
+    defaults: dict[str, Any] = {"study": "?", "preset": "?", "seed": "?", "environment": {}}
+    return defaults | {"criteria": [], "reported": []} | summary
 
 
 def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
     """Loads the mode trajectories of a run or a sweep as one labelled dataset.
 
     `task_set` "tracked" (the default) gives the fixed evaluation tasks probed throughout outer
-    training, with dimensions (learner, outer_step, seed, task, mode, step); "heldout" the losses on
-    held-out tasks of the training distribution, likewise. Where a study has several comparisons
-    there is one of each, such as "tracked_bandit" and "heldout_bandit". Any other
-    ("in_distribution", "x4", …; `RunFolder(path).results().sets()` lists them) gives every learner
-    measured on it once training was done, (learner, seed, task, mode, step). `trajectories.merge`
-    says what is repeated and padded. Of a sweep, what is swept are dimensions too
-    (`sweep_results.load`). Raises `ConfigError` for a folder that holds no run and a set that it
-    does not hold.
+    training, with dimensions (learner, outer_step, seed, task, mode, step). "heldout" gives the
+    losses on held-out tasks of the training distribution, likewise throughout training. In a study
+    of several comparisons, each has its own, such as "tracked_bandit" and "heldout_bandit". Other
+    sets ("in_distribution", "x4", …; `RunFolder(path).results().sets()` lists them) give every
+    learner measured on them after training, with dimensions (learner, seed, task, mode, step).
+    `trajectories.merge` says which values are repeated and padded. In a sweep, the swept options
+    are dimensions too (`sweep_results.load`). Raises `ConfigError` if the folder holds no run, or
+    not the set.
     """
     check(isinstance(path, str | os.PathLike), "path", path, "must be that of a folder")
     if (Path(path) / "sweep.json").exists():
@@ -489,25 +500,25 @@ def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
 
         return sweep_results.load(Path(path), task_set)
     results = RunFolder(path).results()
-    parts = results.learners(task_set)
-    held = ", ".join(sorted(results.sets())) or "nothing yet"
-    check(parts, "task_set", task_set, f"{path} holds {held}")
-    return merge(parts)
+    measurements = results.learners(task_set)
+    names = ", ".join(sorted(results.sets())) or "nothing yet"
+    check(measurements, "task_set", task_set, f"{path} holds {names}")
+    return merge(measurements)
 
 
-def _fetched(tree: Any) -> Any:
-    """Copies as NumPy arrays, which Orbax stores sooner; of several processes none has them all."""
+def _to_numpy(tree: Any) -> Any:
+    """Copies arrays to NumPy, which Orbax stores faster, unless they are spread over processes."""
     return jax.tree.map(np.array, tree) if jax.process_count() == 1 else tree
 
 
 def _sums(folder: Path) -> bytes:
-    """The names and SHA-256 of the files in a folder, as the sha256sum command writes them.
+    """Returns the SHA-256 sums and names of a folder's files, as the sha256sum command writes them.
 
-    But for what file managers and network file systems leave there.
+    Leaves out files that file managers and network file systems put there.
     """
     lines = []
-    ours = lambda path: path.is_file() and path != folder / SUMS and not STRAY.match(path.name)
-    for path in sorted(filter(ours, folder.rglob("*"))):
+    is_ours = lambda path: path.is_file() and path != folder / SUMS and not STRAY.match(path.name)
+    for path in sorted(filter(is_ours, folder.rglob("*"))):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         lines.append(f"{digest}  {path.relative_to(folder)}\n")
@@ -515,37 +526,37 @@ def _sums(folder: Path) -> bytes:
 
 
 def differing(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields where two trees of JSON differ: by which name, and the two values."""
+    """Yields the differences between two JSON trees: a dotted name and the two values."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted({*theirs, *ours}):
             yield from differing(theirs.get(key), ours.get(key), f"{name}.{key}")
-    elif theirs != ours and (theirs == theirs or ours == ours):  # both are not NaN
+    elif theirs != ours and (theirs == theirs or ours == ours):  # NaN equals NaN here
         yield name.removeprefix(".config").removeprefix("."), theirs, ours
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text so that a reader sees the old file or the new one, never a part."""
+    """Writes a text file atomically: a reader sees the old file or the new one, never a part."""
     part = path.with_name(path.name + PART)
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON, as `write_whole` writes."""
+    """Writes a JSON file atomically (`write_whole`)."""
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON does not have, by None."""
+    """Replaces NaN and infinities, which JSON lacks, by None, in nested mappings and lists."""
     if isinstance(value, Mapping):
-        return {name: finite(each) for name, each in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [finite(each) for each in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, complaint: str) -> dict[str, Any]:
-    """Reads the JSON object in a file. Raises `ConfigError` that begins with `complaint`."""
+    """Reads the JSON object in a file. Raises `ConfigError`, beginning with `complaint`."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -11,17 +11,17 @@ from metadyn.errors import ConfigError
 
 
 def check_installed() -> None:
-    """Raises `ConfigError` unless the extra is there."""
+    """Raises `ConfigError` unless the optional extra is installed."""
     if find_spec("tensorboardX") is None:
-        fix = "tensorboardX is not installed; pip install -e '.[tensorboard]'"
-        raise ConfigError(f"--tensorboard: {fix}")
+        hint = "tensorboardX is not installed; pip install -e '.[tensorboard]'"
+        raise ConfigError(f"--tensorboard: {hint}")
 
 
 @contextmanager
 def scalars(folder: Path | None, step: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """Yields `log(outer step, {name: value})`, which writes into `folder`; for None, nothing.
+    """Yields `log(outer step, {name: value})`, which writes to `folder`, or nowhere if it is None.
 
-    What an earlier run logged after `step`, from which this one goes on, is no longer shown.
+    The run resumes from `step`, so values that an earlier run logged after it are no longer shown.
     """
     if folder is None:
         yield lambda step, values: None

@@ -1,9 +1,9 @@
-"""The page of a run or a sweep: one HTML file to look at, and a server while it still goes on.
+"""The report page of a run or a sweep: one HTML file, or a server while the run still goes on.
 
-All numbers are worked out here, from what is stored, and go into the page as JSON; `view.html` is
-the page itself, which draws them as SVG in a few hundred lines of its own. Plotly would add 4 MB to
-every run for the three kinds of chart that there are, and uPlot draws on a canvas, where neither a
-screen reader nor a test finds the numbers. The page's own policy forbids it to fetch anything.
+This module computes all numbers from stored arrays and embeds them in the page as JSON. `view.html`
+is the page itself, which draws them as SVG in a few hundred lines of its own. Plotly would add 4 MB
+to every run for three kinds of chart, and uPlot draws on a canvas, where neither a screen reader
+nor a test finds the numbers. The page's content security policy forbids it to fetch anything.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ from metadyn.study import HELDOUT, TRACKED
 from metadyn.sweep import SweepFolder
 
 MOST_TIMES, MOST_STEPS = 150, 60
-"""Times and outer steps beyond which some are left out. Our choice."""
+"""Number of times and of outer steps that a curve shows at most. Our choice."""
 MOST_SETTINGS, MOST_BYTES = 64, 5_000_000
-"""Settings and size beyond which a sweep's page has no curves of the worst. Our choice."""
+"""Settings and bytes beyond which a sweep's page leaves out the worst runs. Our choice."""
 LOCAL = "127.0.0.1"
 
 
 def write(of: RunFolder | SweepFolder, progress: Progress = SILENT) -> Path:
-    """Writes DIR/report.html in one step, and returns its path."""
+    """Writes DIR/report.html atomically, and returns its path."""
     path = of.path / "report.html"
     write_whole(path, page(collect(of, progress)))
     return path
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Makes the whole page of what `collect` found. Text of the run is escaped throughout."""
+    """Returns the page for the data that `collect` returns. All text of the run is escaped."""
     template = (files("metadyn") / "view.html").read_text(encoding="utf-8")
     embedded = json.dumps({**data, "colours": figures.COLOURS}, allow_nan=False)
-    for sign in "<>&":  # so that no text can end the script that it is in
-        embedded = embedded.replace(sign, f"\\u{ord(sign):04x}")
+    for character in "<>&":  # so that no text can end the script element around it
+        embedded = embedded.replace(character, f"\\u{ord(character):04x}")
     pieces = {"TITLE": html.escape(data["title"]), "DATA": embedded}
-    return re.sub(r"\{\{(TITLE|DATA)\}\}", lambda found: pieces[found[1]], template)
+    return re.sub(r"\{\{(TITLE|DATA)\}\}", lambda match: pieces[match[1]], template)
 
 
 Read = Callable[[RunFolder, Progress, int], dict[str, Any]]
 
 
-def _run(run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
-    """What is shown of a run, or of one of several that `share` a page: of many it is thinned."""
-    about, summary, sets = run.config, run.summary() or {}, list(_sets(run.results()))
+def _run(run: RunFolder, progress: Progress, page_runs: int) -> dict[str, Any]:
+    """Returns the data of one of `page_runs` runs on a page. Those of many runs are thinned."""
+    config, summary, sets = run.config, run.summary() or {}, list(_sets(run.results()))
     rows = [*summary.get("criteria", []), *summary.get("reported", [])]
     environment = summary.get("environment", {})
     text = lambda value: value if isinstance(value, str) else json.dumps(value)
@@ -75,32 +75,32 @@ def _run(run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
             if name.startswith(HELDOUT):
                 losses += _losses(name, measured)
             else:
-                groups += _groups(name, measured, share)
+                groups += _groups(name, measured, page_runs)
     return {
-        "title": f"{about['study']}, preset {about['preset']}, seed {about['seed']}",
+        "title": f"{config['study']}, preset {config['preset']}, seed {config['seed']}",
         "done": bool(summary),
         "criteria": rows,
         "groups": groups,
         "losses": losses,
-        "config": {name: text(value) for name, value in options_of(about["config"])},
+        "config": {name: text(value) for name, value in options_of(config["config"])},
         "environment": {name: text(value) for name, value in options_of(environment, "")},
     }
 
 
 def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any]:
-    """What is shown of a sweep: figures of merit of all settings, and the runs of the best."""
+    """Returns the page's data of a sweep: figures of merit of all settings, runs of the best."""
     sweep, rows = folder.sweep, sweep_results.rows(folder, progress)
-    places = range(len(sweep.settings))
-    share, left = min(len(places), MOST_SETTINGS), MOST_BYTES - len(json.dumps(rows))
-    best = dict.fromkeys([*(row["setting"] for row in sweep_results.ranked(rows)), *places])
+    indices = range(len(sweep.settings))
+    page_runs, bytes_left = min(len(indices), MOST_SETTINGS), MOST_BYTES - len(json.dumps(rows))
+    ranking = dict.fromkeys([*(row["setting"] for row in sweep_results.ranked(rows)), *indices])
     runs: dict[int, Any] = {}
-    with progress.counting("reading", len(best)) as show:
-        for i in best:
+    with progress.counting("reading", len(ranking)) as show:
+        for i in ranking:
             show(sweep.called(i))
             run = folder.run(i)
-            if run is not None and len(runs) < share and left > 0:
-                runs[i] = read(run, SILENT, share)
-                left -= len(json.dumps(runs[i]))
+            if run is not None and len(runs) < page_runs and bytes_left > 0:
+                runs[i] = read(run, SILENT, page_runs)
+                bytes_left -= len(json.dumps(runs[i]))
     merits: dict[int, list[sweep_results.Row]] = {}
     for row in rows:
         if not row["lost"]:
@@ -120,7 +120,7 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
                     "merits": merits.get(i, []),
                     "run": runs.get(i),
                 }
-                for i in places
+                for i in indices
             ],
         },
     }
@@ -129,144 +129,149 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
 def collect(
     of: RunFolder | SweepFolder, progress: Progress = SILENT, read: Read = _run
 ) -> dict[str, Any]:
-    """Collects all that the page shows, as JSON: of what is done, stopped or still going.
+    """Returns all data that the page shows, as JSON, of a run or a sweep that may still go on.
 
-    Raises `ConfigError` if what is stored is damaged.
+    Raises `ConfigError` if a stored file is damaged.
     """
     return _sweep(of, progress, read) if isinstance(of, SweepFolder) else read(of, progress, 1)
 
 
 def _sets(results: Results) -> Iterator[tuple[str, dict[str, xr.Dataset]]]:
-    """Sets of tasks with their learners, tracked ones first and beside them those not trained."""
+    """Yields each task set with its measurements by learner, tracked sets first.
+
+    To the set `TRACKED` it adds the learners that are not trained, as measured in distribution.
+    """
     for name in sorted(results.sets(), key=lambda name: not name.startswith(TRACKED)):
         measured = results.learners(name, drawn=True)
         if name == TRACKED:
             measured = results.learners("in_distribution", drawn=True) | measured
-            place = lambda item: trajectories.about(item[1]).place
-            measured = dict(sorted(measured.items(), key=place))
+            by_place = lambda item: trajectories.about(item[1]).place
+            measured = dict(sorted(measured.items(), key=by_place))
         if measured:
             yield name, measured
 
 
-def _groups(name: str, measured: Mapping[str, xr.Dataset], share: int) -> Iterator[dict[str, Any]]:
-    """The inner learning curves of all learners on one set of tasks, by each probe."""
+def _groups(
+    name: str, measured: Mapping[str, xr.Dataset], page_runs: int
+) -> Iterator[dict[str, Any]]:
+    """Yields, for each probe, the inner learning curves of all learners on a task set."""
     first = next(iter(measured.values()))
     for probe in trajectories.probes(first):
-        of = trajectories.modes(first, probe)
-        read = [data for data in measured.values() if probe in data]
-        alike = [data for data in read if trajectories.modes(data, probe).values == of.values]
-        what = "over outer training" if name.startswith(TRACKED) else name.replace("_", " ")
-        parts = [trajectories.about(first).title, what, "" if probe == STRENGTH else probe]
+        modes = trajectories.modes(first, probe)
+        probed = [data for data in measured.values() if probe in data]
+        alike = [data for data in probed if trajectories.modes(data, probe).values == modes.values]
+        set_title = "over outer training" if name.startswith(TRACKED) else name.replace("_", " ")
+        parts = [trajectories.about(first).title, set_title, "" if probe == STRENGTH else probe]
         yield {
             "name": name if probe == STRENGTH else f"{name}_{probe}",
             "title": ": ".join(part for part in parts if part),
             "merit": dynamics.merit_name(first, probe),
-            "values": _rounded(of.values),
-            "p": of.p,
-            "axis": plain(of.axis),
-            "strength": plain(of.strength),
-            "colours": [matplotlib.colors.to_hex(each) for each in figures.colours(of.values)],
-            "learners": [_learner(data, probe, share) for data in alike],
+            "values": _rounded(modes.values),
+            "p": modes.p,
+            "axis": plain(modes.axis),
+            "strength": plain(modes.strength),
+            "colours": [matplotlib.colors.to_hex(rgba) for rgba in figures.colours(modes.values)],
+            "learners": [_learner(data, probe, page_runs) for data in alike],
         }
 
 
-def _learner(data: xr.Dataset, probe: str, share: int) -> dict[str, Any]:
-    """Mode strengths, learning times and their slope with intervals, at each outer step."""
-    about, followed = trajectories.about(data), "outer_step" in data.dims
-    data = data if followed else data.expand_dims(outer_step=[0])
-    # A page of ten runs is as long as ten pages; one of more grows no further by steps and times.
-    steps, times = (most // max(1, share // 10) for most in (MOST_STEPS, MOST_TIMES))
+def _learner(data: xr.Dataset, probe: str, page_runs: int) -> dict[str, Any]:
+    """Returns mode strengths, learning times and their slope, with intervals, by outer step."""
+    about, is_tracked = trajectories.about(data), "outer_step" in data.dims
+    data = data if is_tracked else data.expand_dims(outer_step=[0])
+    # Where tens of runs share a page, each gets fewer steps and times: the page grows no further.
+    steps, times = (most // max(1, page_runs // 10) for most in (MOST_STEPS, MOST_TIMES))
     data = data.isel(outer_step=figures.spread(data.sizes["outer_step"], steps))
-    kept, strength = figures.spread(data.sizes["step"], times), dynamics.strength(data, probe)
-    found = lambda f: [_rounded(part) for part in dynamics.estimate(f, strength)]
+    shown, strength = figures.spread(data.sizes["step"], times), dynamics.strength(data, probe)
+    estimate = lambda f: [_rounded(values) for values in dynamics.estimate(f, strength)]
     return {
         "name": about.learner,
         "label": plain(about.label),
         "kind": about.kind,
         "clock": about.clock,
-        "steps": data["outer_step"].to_numpy().tolist() if followed else None,
-        "time": _rounded(data["time"].to_numpy()[kept]),
-        "t": found(dynamics.times_of(data, probe)),
-        "merit": found(dynamics.merit_of(data, probe)),
-        "curve": found(lambda mean: mean[..., kept, :]),
+        "steps": data["outer_step"].to_numpy().tolist() if is_tracked else None,
+        "time": _rounded(data["time"].to_numpy()[shown]),
+        "t": estimate(dynamics.times_of(data, probe)),
+        "merit": estimate(dynamics.merit_of(data, probe)),
+        "curve": estimate(lambda mean: mean[..., shown, :]),
     }
 
 
 def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str, Any]]:
-    """Excess loss over Bayes on tasks of the training distribution, against outer step."""
-    best = next((d for d in measured.values() if trajectories.about(d).kind == "bayes"), None)
-    if best is None:
+    """Yields each meta-learner's excess loss over Bayes on held-out tasks, by outer step."""
+    bayes = next((d for d in measured.values() if trajectories.about(d).kind == "bayes"), None)
+    if bayes is None:
         return
     for data in (data for data in measured.values() if "outer_step" in data.dims):
-        found = dynamics.measured_excess(data, best)
+        excess = dynamics.measured_excess(data, bayes)
         yield {
             "group": name.replace(HELDOUT, TRACKED, 1),
             "name": trajectories.about(data).learner,
             "label": plain(trajectories.about(data).label),
             "steps": data["outer_step"].to_numpy().tolist(),
-            "excess": [_rounded(part) for part in found],
+            "excess": [_rounded(values) for values in excess],
         }
 
 
 def plain(text: str) -> str:
-    """Takes the signs of mathematical typesetting off a label: "singular value $s_k$" is sₖ."""
-    for sign, said in (("\n", " "), ("$", ""), ("\\", ""), ("_k", "ₖ"), ("{", ""), ("}", "")):
-        text = text.replace(sign, said)
+    """Removes TeX markup from a label: "singular value $s_k$" becomes "singular value sₖ"."""
+    for old, new in (("\n", " "), ("$", ""), ("\\", ""), ("_k", "ₖ"), ("{", ""), ("}", "")):
+        text = text.replace(old, new)
     return text
 
 
 def _rounded(values: Any) -> Any:
-    """Nested lists of six digits, which the page rounds to three; None for what is not finite."""
+    """Rounds nested numbers to six digits (the page shows three). Non-finite ones become None."""
     if np.ndim(values):
-        return [_rounded(each) for each in values]
+        return [_rounded(value) for value in values]
     return float(f"{values:.6g}") if math.isfinite(values) else None
 
 
-def _stored(of: RunFolder | SweepFolder) -> Any:
-    """Returns what compares unequal once something more has been stored in a folder."""
-    if isinstance(of, SweepFolder):
-        places = range(len(of.sweep.settings))
-        runs = [of.run(i) for i in places]
-        return [run and _stored(run) for run in runs], [of.lost(i) for i in places]
-    return of.steps(), of.measurements(), (of.path / "summary.json").exists()
+def _stored(folder: RunFolder | SweepFolder) -> Any:
+    """Returns a summary of what a folder stores, which changes when anything more is stored."""
+    if isinstance(folder, SweepFolder):
+        indices = range(len(folder.sweep.settings))
+        runs = [folder.run(i) for i in indices]
+        return [run and _stored(run) for run in runs], [folder.lost(i) for i in indices]
+    return folder.steps(), folder.measurements(), (folder.path / "summary.json").exists()
 
 
 class _Watched:
-    """What a server shows of a run or a sweep: read anew once something has been stored."""
+    """The data that a server shows of a run or a sweep, read again when more is stored."""
 
-    def __init__(self, of: RunFolder | SweepFolder, progress: Progress = SILENT):
-        self.of, self.lock = of, threading.Lock()
-        self.seen: Any = None
+    def __init__(self, folder: RunFolder | SweepFolder, progress: Progress = SILENT):
+        self.folder, self.lock = folder, threading.Lock()
+        self.state: Any = None
         self.shown: tuple[dict[str, Any], str, str]
-        self.kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self.cache: dict[Path, tuple[Any, dict[str, Any]]] = {}
         self.update(progress)
 
-    def read(self, run: RunFolder, progress: Progress, share: int) -> dict[str, Any]:
-        """Reads what is shown of a run: as it was, if nothing has been stored since."""
-        seen = _stored(run)
-        if run.path not in self.kept or self.kept[run.path][0] != seen:
-            self.kept[run.path] = seen, _run(run, progress, share)
-        return self.kept[run.path][1]
+    def read(self, run: RunFolder, progress: Progress, page_runs: int) -> dict[str, Any]:
+        """Returns the page's data of a run, from the cache if nothing has been stored since."""
+        state = _stored(run)
+        if run.path not in self.cache or self.cache[run.path][0] != state:
+            self.cache[run.path] = state, _run(run, progress, page_runs)
+        return self.cache[run.path][1]
 
     def update(self, progress: Progress = SILENT) -> tuple[dict[str, Any], str, str]:
-        """Reads what has changed since. Returns all that is shown, as JSON, and its entity tag."""
+        """Reads what is new. Returns the page's data, their JSON text and its entity tag."""
         with self.lock:
-            seen = _stored(self.of)
-            if seen != self.seen:
-                data = collect(self.of, progress, self.read) | {"live": True}
+            state = _stored(self.folder)
+            if state != self.state:
+                data = collect(self.folder, progress, self.read) | {"live": True}
                 body = json.dumps(data, allow_nan=False)
                 tag = f'"{hashlib.sha256(body.encode()).hexdigest()}"'
-                self.shown, self.seen = (data, body, tag), seen
+                self.shown, self.state = (data, body, tag), state
             return self.shown
 
 
 def server(
     of: RunFolder | SweepFolder, port: int, progress: Progress = SILENT
 ) -> ThreadingHTTPServer:
-    """Makes a server of the page on 127.0.0.1, which `serve_forever` starts.
+    """Returns a server of the page on 127.0.0.1, which `serve_forever` starts.
 
-    The page asks for data.json every two seconds; 304 says that nothing was stored since. Raises
-    `ConfigError` for a port that cannot be had, and for what is damaged.
+    The page requests data.json every two seconds. Status 304 says that nothing was stored since.
+    Raises `ConfigError` if the port is not available, or a stored file is damaged.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -278,8 +283,8 @@ def server(
             except ConfigError as error:
                 return self._answer(500, "text/plain", str(error))
             if self.path == "/data.json":
-                same = self.headers.get("If-None-Match") == tag
-                code, text = (304, "") if same else (200, body)
+                unchanged = self.headers.get("If-None-Match") == tag
+                code, text = (304, "") if unchanged else (200, body)
                 return self._answer(code, "application/json", text, tag)
             if self.path == "/":
                 return self._answer(200, "text/html", page(data), tag)
@@ -297,13 +302,13 @@ def server(
                 self.wfile.write(text.encode())
 
         def log_message(self, *args: Any) -> None:
-            """Says nothing of each request."""
+            """Prints nothing, where the base class prints a line for each request."""
 
     try:
         check(0 <= port < 65536, "--serve", port, "must be from 0 (any port that is free) to 65535")
-        served = ThreadingHTTPServer((LOCAL, port), Handler)
+        http_server = ThreadingHTTPServer((LOCAL, port), Handler)
     except OSError as error:
-        said = f"--serve {port}: {error.strerror}: choose another port"
-        raise ConfigError(said) from error
+        message = f"--serve {port}: {error.strerror}: choose another port"
+        raise ConfigError(message) from error
     watched = _Watched(of, progress)
-    return served
+    return http_server
