@@ -1,4 +1,4 @@
-"""Devices that are not here, for which XLA's own compilers make programs: to plan, and to test.
+"""Devices that this machine lacks, for which XLA's compilers make programs: to plan, and to test.
 
 Nothing can be run on them. Their compilers come with `pip install -e '.[aot]'` in the checkout.
 """
@@ -14,7 +14,7 @@ from jax.experimental.topologies import get_topology_desc
 from metadyn.errors import ConfigError
 from metadyn.mesh import TargetDevices
 
-# What NVIDIA publishes of the card, in the words of XLA's GpuTargetConfigProto.
+# NVIDIA's published figures of the card, as XLA's GpuTargetConfigProto.
 _H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -32,25 +32,25 @@ runtime_version { major: 13 } dnn_version_info { major: 9 }
 
 
 class DeviceKind(NamedTuple):
-    """A kind of device."""
+    """Describes a kind of device to its compiler."""
 
     platform: str
     memory: int
-    """Bytes of one, as far as programs get them."""
+    """Bytes of memory of one device that programs can use."""
     topologies: dict[int, dict[str, Any]]
-    """What their compiler is told of them, by how many there are."""
+    """Arguments of `get_topology_desc`, keyed by the number of devices."""
     options: list[dict[str, str]]
-    """Options of the compiler, in the order in which they are tried."""
+    """Sets of compiler options, in the order in which they are tried."""
 
 
-_UNTIMED = {"xla_gpu_autotune_level": "0"}  # kernels of products cannot be timed, to choose among
+_UNTIMED = {"xla_gpu_autotune_level": "0"}  # choosing product kernels would need a GPU to time them
 KINDS = {
-    # JAX takes three quarters of a GPU's memory, unless it is told otherwise.
+    # JAX allocates three quarters of a GPU's memory by default.
     "h100": DeviceKind(
         "cuda",
         84929347584 * 3 // 4,
         {n: {"target_config": _H100, "topology": f"1x1x{n}"} for n in (1, 2, 4, 8)},
-        # Where Triton's kernel of a product turns out impossible, cuBLAS takes its place.
+        # Where Triton cannot compile its kernel of a product, cuBLAS replaces it.
         [_UNTIMED, _UNTIMED | {"xla_gpu_enable_triton_gemm": "False"}],
     ),
     "v5e": DeviceKind(
@@ -66,27 +66,27 @@ KINDS = {
 
 
 def find(name: str) -> TargetDevices:
-    """Returns the devices that a name such as "h100:8" is of.
+    """Returns the devices that a name such as "h100:8" stands for.
 
-    Raises `ConfigError` if there are none, or their compiler is not installed.
+    Raises `ConfigError` if the name is unknown, or the compiler is not installed.
     """
-    known = {f"{each}:{n}": (of, n) for each, of in KINDS.items() for n in of.topologies}
-    asked = name if ":" in name else f"{name}:1"
-    if asked not in known:
+    known = {f"{label}:{n}": (kind, n) for label, kind in KINDS.items() for n in kind.topologies}
+    full_name = name if ":" in name else f"{name}:1"
+    if full_name not in known:
         raise ConfigError(f"--plan {name}: is not known: choose from {', '.join(known)}")
-    kind, n = known[asked]
+    kind, n = known[full_name]
     try:
         devices = get_topology_desc(platform=kind.platform, **kind.topologies[n]).devices
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
-        said = f"the compiler for {kind.platform} is not here: pip install -e '.[aot]' ({cause})"
-        raise ConfigError(f"--plan {name}: {said}") from error
+        hint = f"the compiler for {kind.platform} is not here: pip install -e '.[aot]' ({cause})"
+        raise ConfigError(f"--plan {name}: {hint}") from error
     return TargetDevices(devices, kind.memory, kind.options)
 
 
 def use_cpus_alone() -> None:
-    """Keeps JAX, before it has started, from looking for devices here beyond CPUs."""
+    """Restricts JAX to this machine's CPUs; call it before JAX has started."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    # What the TPU's compiler would ask the network for, and complain of not being told.
+    # The TPU compiler would otherwise ask the network for these, and complain without an answer.
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
     jax.config.update("jax_platforms", "cpu")

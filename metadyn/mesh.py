@@ -1,8 +1,8 @@
-"""Devices and processes: the one module that knows how many there are, and of which kind.
+"""Devices and processes: the only module that knows how many there are, and of which kind.
 
-Tasks are split over all devices; in training seeds are, and the episodes of a seed over what
-devices are left. Parameters are replicated. All processes run the same program; what is to be done
-once, such as making a folder or drawing, is done by process 0.
+Tasks are split over all devices. Training splits seeds over devices, and the episodes of a seed
+over the devices that remain. Parameters are replicated. All processes run the same program;
+process 0 alone does what must be done once, such as making a folder or drawing a figure.
 """
 
 from __future__ import annotations
@@ -33,58 +33,59 @@ from metadyn.errors import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES, LEAST_TASKS, SMALL_TASKS = 128, 64, 512  # our choice
-CACHE = 1 << 20  # bytes: our choice
+CACHED_EPISODES, LEAST_TASKS, SMALL_TASKS = 128, 64, 512  # on a CPU core at a time: our choice
+CACHE = 1 << 20  # bytes of a CPU core's cache: our choice
 CGROUPS, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-TAKEN = 2  # times its state and the greatest array that measuring a task takes: our choice
+TAKEN = 2  # memory to measure one task, in multiples of (state + largest array): our choice
 
 
 def start(
     coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the other processes of a run by JAX's distributed runtime, if there are to be others.
+    """Joins this process to the others of a run by JAX's distributed runtime, if there are others.
 
-    They are named by the arguments, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID where arguments are None, or by what Slurm, Open MPI or a TPU pod says, which JAX
-    reads itself. Raises `ConfigError` if they are named in part, or cannot be joined.
+    The arguments name them, and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    replace arguments that are None. Without any of these, JAX reads itself what Slurm, Open MPI or
+    a TPU pod says. Raises `ConfigError` if some are missing, or if joining fails.
     """
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "coordinator_address": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": _whole(processes, "JAX_NUM_PROCESSES"),
-        "process_id": _whole(process_id, "JAX_PROCESS_ID"),
+        "num_processes": _whole_number(processes, "JAX_NUM_PROCESSES"),
+        "process_id": _whole_number(process_id, "JAX_PROCESS_ID"),
     }
-    lacking = [name for name, value in told.items() if value is None]
-    if len(lacking) == len(told) and not _launched():
+    missing = [name for name, value in settings.items() if value is None]
+    if len(missing) == len(settings) and not _is_launched():
         return
-    if 0 < len(lacking) < len(told):
-        missing = {"coordinator_address": "--coordinator", "num_processes": "--processes"}
-        option = missing.get(lacking[0], "--process-id")
-        said = "give all of --coordinator HOST:PORT, --processes and --process-id, or none"
-        raise ConfigError(f"{option} is missing: {said}")
-    if not lacking:
-        n, i = told["num_processes"], told["process_id"]
-        host, _, port = str(told["coordinator_address"]).rpartition(":")
-        right = host and port.isdecimal() and 0 < int(port) < 1 << 16
-        fix = "must be HOST:PORT, with a port from 1 to 65535"
-        check(right, "--coordinator", told["coordinator_address"], fix)
+    if 0 < len(missing) < len(settings):
+        options = {"coordinator_address": "--coordinator", "num_processes": "--processes"}
+        option = options.get(missing[0], "--process-id")
+        message = "give all of --coordinator HOST:PORT, --processes and --process-id, or none"
+        raise ConfigError(f"{option} is missing: {message}")
+    if not missing:
+        n, i = settings["num_processes"], settings["process_id"]
+        host, _, port = str(settings["coordinator_address"]).rpartition(":")
+        valid = host and port.isdecimal() and 0 < int(port) < 1 << 16
+        hint = "must be HOST:PORT, with a port from 1 to 65535"
+        check(valid, "--coordinator", settings["coordinator_address"], hint)
         check(n >= 1, "--processes", n, "must be 1 or more")
         check(0 <= i < n, "--process-id", i, f"must be from 0 to {n - 1}, below --processes {n}")
-        if i == 0:  # which is to listen there: JAX ends in a segmentation fault if it cannot
-            fix = "process 0 cannot listen there: choose a port that is free"
-            check(_is_free(int(port)), "--coordinator", told["coordinator_address"], fix)
-    # Its handler of SIGTERM would take the place of ours, which saves.
+        if i == 0:  # which listens on the port: JAX ends in a segmentation fault if it cannot
+            hint = "process 0 cannot listen there: choose a port that is free"
+            check(_is_free(int(port)), "--coordinator", settings["coordinator_address"], hint)
+    # This service's SIGTERM handler would replace ours, which saves a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            **told, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+            **settings, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError, IndexError) as error:
-        said = str(error).splitlines()[0]
-        where = f"--coordinator {told['coordinator_address']}" if not lacking else "this launcher"
-        raise ConfigError(f"{where}: the processes cannot be joined ({said})") from error
+        message = str(error).splitlines()[0]
+        address = settings["coordinator_address"]
+        source = "this launcher" if missing else f"--coordinator {address}"
+        raise ConfigError(f"{source}: the processes cannot be joined ({message})") from error
     counts = Counter(device.process_index for device in jax.devices())
-    fix = "must be as many in each process (on CPUs: JAX_NUM_CPU_DEVICES)"
-    check(len({*counts.values()}) == 1, "devices by process", dict(sorted(counts.items())), fix)
+    hint = "must be as many in each process (on CPUs: JAX_NUM_CPU_DEVICES)"
+    check(len({*counts.values()}) == 1, "devices by process", dict(sorted(counts.items())), hint)
 
 
 def _is_free(port: int) -> bool:
@@ -97,7 +98,8 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _whole(value: int | None, variable: str) -> int | None:
+def _whole_number(value: int | None, variable: str) -> int | None:
+    """Returns `value`, or the environment variable if it is None; None if neither is set."""
     if value is None and variable in os.environ:
         text = os.environ[variable]
         check(text.isdecimal(), variable, text, "must be a whole number")
@@ -105,112 +107,112 @@ def _whole(value: int | None, variable: str) -> int | None:
     return value
 
 
-def _launched() -> bool:
-    """Whether a launcher that JAX knows started several processes."""
+def _is_launched() -> bool:
+    """Tells whether a launcher that JAX recognises has started several processes."""
     counts = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     several = any(count.isdecimal() and int(count) > 1 for count in counts)
     tpu = "TPU_ML_PLATFORM" in os.environ  # set by JAX itself where it finds TPUs
-    alone = "TPU_SKIP_MDS_QUERY" in os.environ and "," not in os.environ.get(
+    single_host = "TPU_SKIP_MDS_QUERY" in os.environ and "," not in os.environ.get(
         "TPU_WORKER_HOSTNAMES", ""
     )
-    return several or (tpu and not alone)
+    return several or (tpu and not single_host)
 
 
 def is_main_process() -> bool:
-    """Tells whether this is process 0: the one that prints, and writes what is no array."""
+    """Tells whether this is process 0, which alone prints and writes all files but arrays."""
     return jax.process_index() == 0
 
 
 def is_distributed() -> bool:
-    """Tells whether this process has others to wait for."""
+    """Tells whether this process has joined a distributed run, with others to wait for."""
     return jax.distributed.is_initialized()
 
 
 def shut_down() -> None:
-    """Shuts the distributed runtime down once all processes are here, if there are several."""
+    """Shuts down the distributed runtime, if there is one, once all processes have called this."""
     if is_distributed():
         jax.distributed.shutdown()
 
 
 def has_devices() -> bool:
-    """Tells whether JAX has the devices that the environment asks for (JAX_PLATFORMS)."""
+    """Tells whether JAX finds the devices that the environment asks for (JAX_PLATFORMS)."""
     try:
         return bool(jax.devices())
-    except (RuntimeError, AssertionError):  # the latter, without a word, where CUDA is not there
+    except (RuntimeError, AssertionError):  # the latter, without a message, if CUDA is missing
         return False
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Tells whether an error says that another process is gone."""
-    said = "gloo|nccl|peer|socket closed|coordination|barrier|deadline"
-    return is_distributed() and re.search(said, str(error), re.IGNORECASE) is not None
+    """Tells whether an error's message means that another process of the run is gone."""
+    pattern = "gloo|nccl|peer|socket closed|coordination|barrier|deadline"
+    return is_distributed() and re.search(pattern, str(error), re.IGNORECASE) is not None
 
 
 def any_process(*flags: bool) -> list[bool]:
-    """Returns for each flag whether it is true in any process; all processes must call it."""
-    found = multihost_utils.process_allgather(np.array(flags))
-    return found.reshape(-1, len(flags)).any(0).tolist()
+    """Returns for each flag whether it is true in any process. All processes must call this."""
+    gathered = multihost_utils.process_allgather(np.array(flags))
+    return gathered.reshape(-1, len(flags)).any(0).tolist()
 
 
 def broadcast(number: int) -> int:
-    """Gives the number that process 0 has to all processes; all must call it."""
+    """Returns process 0's `number` in every process. All processes must call this."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def on_main_process(f: Callable[[], Any]) -> Any:
-    """Calls f in process 0 alone and gives its result, which is JSON, to all processes.
+    """Calls f in process 0 alone and returns its result, which must be JSON, in all processes.
 
-    Where it raises `ConfigError` or OSError all processes leave the run and raise: process 0 that
-    error, the others a `ConfigError` without words.
+    If f raises `ConfigError` or OSError, all processes leave the run and raise: process 0 that
+    error, the others a `ConfigError` without a message.
     """
     if jax.process_count() == 1:
         return f()
-    said = b""
+    encoded = b""
     error: Exception = ConfigError()
     if is_main_process():
         try:
-            said = json.dumps(f()).encode()
+            encoded = json.dumps(f()).encode()
         except (ConfigError, OSError) as raised:
             error = raised
-    length = broadcast(len(said))
+    length = broadcast(len(encoded))
     if not length:
         shut_down()
         raise error
-    padded = np.frombuffer(said or bytes(length), np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+    buffer = np.frombuffer(encoded or bytes(length), np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())
 
 
 def _cgroup_limits(files: Mapping[str, str]) -> Iterator[str]:
-    """What the control groups of this process, and those above them, limit: each file's text.
+    """Yields the text of each limit file of this process's control groups and their ancestors.
 
-    `files` are the names of the file by the controller; of version 2 by "".
+    `files` maps a controller to the name of its limit file; the controller of version 2 is "".
     """
     with contextlib.suppress(OSError):  # not on every system
         for line in CGROUPS_OF_PROCESS.read_text().splitlines():
             _, controller, path = line.split(":", 2)
-            own = Path(CGROUPS, controller, path.lstrip("/"))
-            for group in (own, *own.parents) if controller in files else ():
+            innermost = Path(CGROUPS, controller, path.lstrip("/"))
+            for group in (innermost, *innermost.parents) if controller in files else ():
                 with contextlib.suppress(OSError):
                     yield (group / files[controller]).read_text()
 
 
 def cores() -> int:
-    """Counts the CPU cores that this process may use: as many whole ones as a container has."""
+    """Counts the CPU cores that this process may use; a container's quota is rounded down."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    found = len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
     for quota, period in map(str.split, _cgroup_limits({"": "cpu.max"})):
         if quota != "max":
-            found = min(found, max(1, int(quota) // int(period)))
-    return found
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
 
 
 def use_every_core() -> None:
-    """Makes each CPU core a device of its own, if it is CPUs that JAX will run on.
+    """Makes each CPU core a JAX device of its own, if JAX will run on CPUs.
 
-    The products of one outer step are too small for several cores to share well; two halves of its
-    episodes, or two seeds, are not. The number is a power of two, as batches are, and at most 8.
-    If that is as many as there are cores, XLA is told not to share out one device's work any more.
-    Nothing is changed if JAX has started, or if the environment says how many there are to be.
+    Several cores share the small matrix products of one outer step badly, but two halves of its
+    episodes, or two seeds, well. The number of devices is a power of two, as batches are, and at
+    most 8. If every core is then a device, XLA is told not to split a device's work over threads.
+    Nothing changes if JAX has started, or if the environment sets the number of devices.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in flags:
@@ -223,22 +225,22 @@ def use_every_core() -> None:
 
 
 def use_compilation_cache(wanted: bool = True) -> None:
-    """Keeps what is compiled in the user's cache folder, readable by them alone; or keeps nothing.
+    """Puts JAX's persistent compilation cache into the user's cache folder, or turns it off.
 
-    By JAX's own persistent cache; processors of other kinds have folders of their own. Nothing is
-    changed if the environment says where it is to be (JAX_COMPILATION_CACHE_DIR), or that there is
-    to be none (JAX_ENABLE_COMPILATION_CACHE=false); and none is used where no folder can be had.
+    The user alone can read the folder, and each kind of processor has its own. If `wanted`, the
+    environment can name another folder (JAX_COMPILATION_CACHE_DIR) or turn the cache off
+    (JAX_ENABLE_COMPILATION_CACHE=false). There is no cache where no such folder can be had.
     """
     if not wanted:
         jax.config.update("jax_enable_compilation_cache", False)
     if not wanted or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kind = [jax.__version__, platform.machine()]
-    kind += [_cpu().get(name, "") for name in ("model name", "flags", "Features")]
-    if not os.path.isabs(home):  # as ~ is for a user whom the system does not know
+    host = [jax.__version__, platform.machine()]
+    host += [_cpu().get(name, "") for name in ("model name", "flags", "Features")]
+    if not os.path.isabs(home):  # as ~ remains for a user whom the system does not know
         return
-    folder = Path(home) / "metadyn" / hashlib.sha256(" ".join(kind).encode()).hexdigest()[:16]
+    folder = Path(home) / "metadyn" / hashlib.sha256(" ".join(host).encode()).hexdigest()[:16]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
@@ -250,69 +252,69 @@ def use_compilation_cache(wanted: bool = True) -> None:
 
 
 def _cpu() -> dict[str, str]:
-    """What the system says of this machine's processor, by name: on Linux alone."""
+    """Returns what Linux says of this machine's processor, by name; elsewhere nothing."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return {name.strip(): of.strip() for name, _, of in (x.partition(":") for x in lines)}
+        return {name.strip(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
     return {}
 
 
 class TargetDevices(NamedTuple):
-    """Devices that are not here, and for which programs can be made all the same."""
+    """Devices that this machine lacks, for which programs can be compiled but not run."""
 
     devices: Sequence[Any]
     memory: int
-    """Bytes that each of them has."""
+    """Bytes of memory of each device."""
     options: Sequence[Mapping[str, str]]
-    """What their compiler is told; each is tried where it fails by those before."""
+    """Sets of compiler options; each is tried if compiling with those before it fails."""
 
 
-_elsewhere: list[TargetDevices] = []
+_targets: list[TargetDevices] = []
 
 
 @contextlib.contextmanager
 def compiling_for(there: TargetDevices) -> Iterator[None]:
-    """Makes programs for devices elsewhere as long as it is entered; they cannot be run."""
-    jax.clear_caches()  # of what was traced for the devices here
-    _elsewhere.append(there)
+    """Makes programs for target devices within a `with` block; they can be compiled but not run."""
+    jax.clear_caches()  # of what was traced for the devices of this machine
+    _targets.append(there)
     try:
         yield
     finally:
-        _elsewhere.pop()
+        _targets.pop()
         jax.clear_caches()
 
 
 def devices() -> Sequence[Any]:
-    """Lists the devices that programs are made for: of all processes, if not some elsewhere."""
-    return _elsewhere[-1].devices if _elsewhere else jax.devices()
+    """Lists the devices that programs are made for: the target devices, or those of the run."""
+    return _targets[-1].devices if _targets else jax.devices()
 
 
 def backend() -> str:
-    """Says what these devices are: "cpu", "gpu" or "tpu"."""
-    return _elsewhere[-1].devices[0].platform if _elsewhere else jax.default_backend()
+    """Returns the platform that programs are made for: "cpu", "gpu" or "tpu"."""
+    return _targets[-1].devices[0].platform if _targets else jax.default_backend()
 
 
 def mesh() -> Mesh:
     """Makes a mesh of all devices of all processes along one axis."""
-    return _made((len(devices()),), (TASKS,))
+    return _make_mesh((len(devices()),), (TASKS,))
 
 
-def _made(shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
+def _make_mesh(shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
     return jax.make_mesh(shape, axes, (AxisType.Auto,) * len(axes), devices=devices())
 
 
 def replicated() -> NamedSharding:
-    """Returns the placement of parameters: a copy on every device."""
+    """Returns the sharding of parameters: replicated on every device."""
     return NamedSharding(mesh(), PartitionSpec())
 
 
 def one_device() -> SingleDeviceSharding:
-    """Returns the placement of initial states: the first device of this process alone."""
-    return SingleDeviceSharding((devices() if _elsewhere else jax.local_devices())[0])
+    """Returns the sharding of initial states: the first device of this process alone."""
+    return SingleDeviceSharding((devices() if _targets else jax.local_devices())[0])
 
 
 def replicate(tree: Any) -> Any:
-    """Places a tree that every process has computed for itself on every device."""
+    """Replicates on every device a tree that each process has computed for itself."""
     return jax.device_put(jax.tree.map(np.asarray, tree), replicated())
 
 
@@ -324,17 +326,17 @@ def train_seeds(
     batch: int,
     together: int,
 ) -> Any:
-    """Computes f(everywhere, one) for each index of the leading (seed) axis of `stacked`.
+    """Computes f(everywhere, row) for each row of `stacked` along its leading (seed) axis.
 
-    Devices are split into the groups that `shares` gives, each with its share of the seeds: seeds
-    need not communicate. Within a group f runs whole on every device, and divides the `batch` of
-    episodes, of which `together` must stay on one device, by `local_episodes` and `mean`.
+    The devices form the groups that `shares` gives, and each group takes an equal share of the
+    seeds, which need no communication. Every device of a group runs all of f, which must divide the
+    `batch` of episodes by `local_episodes` and `mean`; `together` episodes stay on one device.
     """
     shape, axes = shares(seeds, batch, together), (SEEDS, EPISODES, "spare")
     by_seed = PartitionSpec(SEEDS)
     sharded = jax.shard_map(
-        lambda everywhere, stacked: map_seeds(lambda one: f(everywhere, one), stacked),
-        mesh=_made(shape, axes),
+        lambda everywhere, stacked: map_seeds(lambda row: f(everywhere, row), stacked),
+        mesh=_make_mesh(shape, axes),
         in_specs=(PartitionSpec(), by_seed),
         out_specs=by_seed,
         check_vma=False,
@@ -345,24 +347,24 @@ def train_seeds(
 def shares(
     seeds: int, batch: int, together: int = 1, field: str = "outer.batch"
 ) -> tuple[int, int, int]:
-    """Says how seeds and their episodes are divided over the devices.
+    """Divides the devices among the seeds and their episodes.
 
     Returns the number of groups of devices, which divides both the devices and the seeds; the
     number of devices of a group that share its episodes; and how many devices repeat the same work.
     Raises `ConfigError`, naming `field`, unless the devices of a group can share a batch equally,
-    `together` episodes at a time. CPU cores that cannot share it so repeat each other's work.
+    in multiples of `together` episodes. CPU cores that cannot do so repeat each other's work.
     """
     groups = math.gcd(seeds, len(devices()))
-    group = len(devices()) // groups
-    sharing = math.gcd(batch // together, group)
-    equal = sharing == group or backend() == "cpu"
-    fix = f"must be a multiple of {group * together}, as {group} devices share it"
-    check(equal, field, batch, fix)
-    return groups, sharing, group // sharing
+    group_size = len(devices()) // groups
+    sharing = math.gcd(batch // together, group_size)
+    equal = sharing == group_size or backend() == "cpu"
+    hint = f"must be a multiple of {group_size * together}, as {group_size} devices share it"
+    check(equal, field, batch, hint)
+    return groups, sharing, group_size // sharing
 
 
 def local_episodes(total: int) -> Int[Array, " share"]:
-    """Returns this device's part of 0 … total − 1, inside `train_seeds`."""
+    """Returns this device's share of the episodes 0 … total − 1, inside `train_seeds`."""
     share = total // jax.lax.axis_size(EPISODES)
     return jax.lax.axis_index(EPISODES) * share + jnp.arange(share)
 
@@ -370,24 +372,24 @@ def local_episodes(total: int) -> Int[Array, " share"]:
 def microbatch(episodes: int, together: int = 1, cached: int = CACHED_EPISODES) -> int:
     """Chooses how many of its episodes a device differentiates at a time, in equal parts.
 
-    A part is a whole number of groups of `together`. On a CPU core it has so many that what the
-    backward pass needs stays in the core's cache, which is said to hold that of `cached` episodes;
-    elsewhere it has all.
+    A part is a multiple of `together`. On a CPU core it is the largest of at most `cached`
+    episodes, whose backward pass is said to fit into the core's cache, if it has more than half of
+    these. Otherwise, and on other devices, one part has all `episodes`.
     """
     if backend() != "cpu":
         return episodes
-    parts = range(together, max(cached, together) + 1, together)
-    whole = [n for n in parts if episodes % n == 0 and 2 * n > cached]
-    return max(whole, default=episodes)
+    sizes = range(together, max(cached, together) + 1, together)
+    divisors = [n for n in sizes if episodes % n == 0 and 2 * n > cached]
+    return max(divisors, default=episodes)
 
 
 def cached_episodes(meta: Any) -> int:
-    """Counts the episodes of a meta-learner whose backward pass stays in a CPU core's cache."""
+    """Returns how many of a meta-learner's episodes a core's cache holds in the backward pass."""
     return getattr(meta, "cached_episodes", CACHED_EPISODES)
 
 
 def mean(tree: Any) -> Any:
-    """Averages every leaf over the group's devices, by one all-reduce, inside `train_seeds`."""
+    """Averages every leaf over a group's devices, by one all-reduce, inside `train_seeds`."""
     flat, unravel = ravel_pytree(tree)
     return unravel(jax.lax.pmean(flat, EPISODES))
 
@@ -398,32 +400,32 @@ def map_tasks(
     indices: Int[Array, " tasks"],
     chunk: int,
 ) -> Any:
-    """Computes f(everywhere, index) for each index, with these and the results split by device.
+    """Computes f(everywhere, index) for each index; indices and results are split over devices.
 
-    Each device takes its own in equal parts of at most `chunk`.
+    Each device computes its share in equal parts of at most `chunk` indices.
     """
     count = len(devices())
     parts = -(-len(indices) // (count * chunk))
-    each = -(-len(indices) // (count * parts))
+    part_size = -(-len(indices) // (count * parts))
     padded = jnp.pad(indices, (0, -len(indices) % (count * parts)), mode="edge")
-    split = PartitionSpec(TASKS)
+    by_task = PartitionSpec(TASKS)
     sharded = jax.shard_map(
-        lambda everywhere, mine: jax.lax.map(partial(f, everywhere), mine, batch_size=each),
+        lambda everywhere, shard: jax.lax.map(partial(f, everywhere), shard, batch_size=part_size),
         mesh=mesh(),
-        in_specs=(PartitionSpec(), split),
-        out_specs=split,
+        in_specs=(PartitionSpec(), by_task),
+        out_specs=by_task,
         check_vma=False,
     )
     return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
 
 
 def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
-    """Chooses how many of its tasks a device measures at a time, if it has so many.
+    """Chooses how many tasks a device measures at a time; it may have fewer.
 
-    Each takes `taken` bytes. On a CPU core, which takes seeds in turn, as many as half of its cache
-    holds, but at least four, as XLA sums fewer in another order; more of small ones, whose
-    operations take longer to begin than to do; and if they share their weights, enough of them to
-    fill the products with these. Elsewhere as many as take half of the device's memory.
+    A task takes `taken` bytes. A CPU core takes seeds in turn, and as many tasks as fill half of
+    its cache. It takes at least 4, as XLA sums fewer in another order; more if they are small, as
+    their operations take longer to start than to compute; and more if tasks share their weights, to
+    fill the products with these. Other devices take as many as fill half of their memory.
     """
     if backend() != "cpu":
         return max(1, memory(split=False) // (2 * TAKEN * seeds * taken))
@@ -432,7 +434,7 @@ def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
 
 
 def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
-    """Computes f(one) for each index of the leading (seed) axis: at once, or in turn on a CPU.
+    """Computes f(row) for each row along the leading (seed) axis: at once, or in turn on a CPU.
 
     A CPU gains little from batching matrix products that already fill its cores.
     """
@@ -442,14 +444,14 @@ def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:
 
 
 def joined_along(axis: int, parts: Sequence[Array]) -> Any:
-    """Joins arrays that are split over devices: on this machine, if this process has all."""
+    """Concatenates arrays split over devices: on the host for one process, otherwise replicated."""
     if jax.process_count() == 1:
         return np.concatenate([np.asarray(part) for part in parts], axis)
     return jax.jit(partial(jnp.concatenate, axis=axis), out_shardings=replicated())(parts)
 
 
 def describe() -> dict[str, Any]:
-    """Says what a run would use: backend, devices, processes, memory of each device in bytes."""
+    """Describes what a run would use: backend, devices, processes, bytes of memory per device."""
     devices = jax.devices()
     memory = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
     return {
@@ -461,7 +463,7 @@ def describe() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Names the hardware as a reader would: "2 × AMD EPYC 7B13" or "8 × NVIDIA H100"."""
+    """Names the devices as a reader would: "2 × AMD EPYC 7B13" or "8 × NVIDIA H100"."""
     kind = devices()[0].device_kind
     if backend() == "cpu":
         kind = _cpu().get("model name", kind)
@@ -469,12 +471,12 @@ def processor() -> str:
 
 
 def memory(split: bool) -> int:
-    """Says how many bytes an array may have: split over all devices, or with a copy on each.
+    """Returns how many bytes an array may have: `split` over all devices, or with a copy on each.
 
     Accelerators have memory of their own; CPU devices share this machine's.
     """
-    if _elsewhere:
-        return _elsewhere[-1].memory * (len(devices()) if split else 1)
+    if _targets:
+        return _targets[-1].memory * (len(devices()) if split else 1)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if jax.default_backend() != "cpu" and limit:
         return limit * jax.device_count() if split else limit

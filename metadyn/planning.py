@@ -1,4 +1,4 @@
-"""What a run or a sweep would need, here or on devices elsewhere, without running it: `--plan`."""
+"""Plans a run or a sweep without running it (`--plan`): what it needs here or on other devices."""
 
 from __future__ import annotations
 
@@ -34,92 +34,93 @@ class Program(NamedTuple):
     times: int
     """How often the run calls it."""
     turns: float = 1
-    """Mean number of turns of each of its loops of unknown length, by which FLOPs are counted."""
+    """Mean number of turns of each of its loops of unknown length, for counting FLOPs."""
     option: str = "measure.chunk"
-    """What to change if it does not fit."""
+    """The option to change if the program does not fit."""
     fix: str = "lower it"
-    """How to change it."""
+    """How to change the option."""
     settings: int = 0
-    """How many settings of a sweep it trains at once. 0: it measures, or is of a single run."""
+    """How many settings of a sweep it trains at once. 0: it does not train, or is of one run."""
 
 
 def programs(plan: Plan, loop: OuterLoop) -> list[Program]:
-    """Lists every program of a plan's run, each once: first those that train, in their order."""
-    found: list[Program] = []
-    one = jax.ShapeDtypeStruct((), jnp.int32)
-    for name, each in plan.trained.items():
-        trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), one)
+    """Lists every program that a run compiles, each once: those that train first, in order."""
+    training: list[Program] = []
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    for name, meta in plan.trained.items():
+        trace = lambda name=name: loop.advance.trace(loop.abstract.only(name), count)
         times = plan.outer.steps * loop.settings[name].updates_per_step
-        found.append(Program(f"outer step of {name}", trace, times, option=each.option("batch")))
-    if found:
-        found.append(Program("initial state", loop.starting.trace, 1, option="outer.seeds"))
-    return [*found, *measuring(plan, loop)]
+        training.append(Program(f"outer step of {name}", trace, times, option=meta.option("batch")))
+    if training:
+        training.append(Program("initial state", loop.starting.trace, 1, option="outer.seeds"))
+    return [*training, *measuring(plan, loop)]
 
 
 def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
-    """Lists the programs that measure, each once, whatever it is of."""
-    found: dict[Hashable, Program] = {}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    for each in plan.every:
-        given = calls(*each.arguments(loop.abstract.params, key))
-        same = program_key(given[0])
-        called = len(given) * (len(plan.outer.checkpoint_steps) if each.at_checkpoints else 1)
-        if same in found:
-            found[same] = found[same]._replace(times=found[same].times + called)
+    """Lists the programs that measure, each once; measurements of one form share a program."""
+    listed: dict[Hashable, Program] = {}
+    random_key = jax.eval_shape(lambda: jax.random.key(0))
+    for measured in plan.every:
+        chunks = calls(*measured.arguments(loop.abstract.params, random_key))
+        key = program_key(chunks[0])
+        times = len(plan.outer.checkpoint_steps) if measured.at_checkpoints else 1
+        count = len(chunks) * times
+        if key in listed:
+            listed[key] = listed[key]._replace(times=listed[key].times + count)
             continue
-        trace = lambda given=given: inner.measure.trace(*given[0])
-        times = each.contender.times_in(each.tasks.domain)
-        turns = times[-1] / len(times)
-        found[same] = Program(each.called, trace, called, turns)
-    return list(found.values())
+        trace = lambda chunks=chunks: inner.measure.trace(*chunks[0])
+        recorded = measured.contender.times_in(measured.tasks.domain)
+        turns = recorded[-1] / len(recorded)
+        listed[key] = Program(measured.called, trace, count, turns)
+    return list(listed.values())
 
 
 class Needs(NamedTuple):
-    """What a program takes on each device, once it is compiled."""
+    """Operations, memory and communication of a compiled program on each device."""
 
     program: Program
     operations: float
-    """Of one call."""
+    """FLOPs of one call."""
     account: program_cost.Account
     seconds: float
-    """Of compiling."""
+    """Seconds that tracing and compiling took."""
     text: str = ""
-    """What it was compiled to, in XLA's words."""
+    """The compiled program, as XLA prints it."""
 
 
 def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs:
-    """Compiles a program, for devices elsewhere if they stand in.
+    """Compiles a program and counts its cost, for the devices of `there` if that is given.
 
-    Raises `ConfigError`, naming the option to lower, if its compiler finds that it cannot fit.
+    Raises `ConfigError`, naming the option to lower, if the compiler finds that it does not fit.
     """
     start, traced = time.monotonic(), program.trace()
-    lowered, ways = traced.lower(), there.options if there else [{}]
-    for options in ways:
+    lowered, option_sets = traced.lower(), there.options if there else [{}]
+    for options in option_sets:
         try:
-            made = lowered.compile(dict(options) or None)
+            executable = lowered.compile(dict(options) or None)
             break
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                said = "does not fit into the memory, says its compiler"
-                raise refused(program, said) from error
-            if options is ways[-1]:
+                message = "does not fit into the memory, says its compiler"
+                raise refused(program, message) from error
+            if options is option_sets[-1]:
                 raise
-    account, taken = program_cost.account(made), time.monotonic() - start
+    account, seconds = program_cost.account(executable), time.monotonic() - start
     operations = program_cost.operations_of(traced.jaxpr.jaxpr, program.turns)
-    return Needs(program, operations, account, taken, made.as_text())
+    return Needs(program, operations, account, seconds, executable.as_text())
 
 
 class Planned(NamedTuple):
-    """What is to be run as a whole: a run, or settings of a sweep that are trained side by side."""
+    """Plan of one run, or of the settings of a sweep that are trained side by side."""
 
     called: str
     programs: Sequence[Program]
     disk: int
-    """Bytes."""
+    """Bytes that it stores at most."""
     timed: Callable[[], dict[str, float]] | None
-    """Seconds that training each meta-learner would take here (`estimated`), if any is trained."""
+    """Measures the seconds that training each meta-learner takes here (`estimated`), if any is."""
     as_typed: Callable[[ConfigError], ConfigError] = lambda error: error
-    """Says in the words of the command line why it is refused."""
+    """Rewords an error so that it names the options as they were typed."""
 
 
 def of_run(study: Study, config: Any) -> list[Planned]:
@@ -129,72 +130,73 @@ def of_run(study: Study, config: Any) -> list[Planned]:
     check_traced(plan)
     loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
     timed = lambda: estimated([loop], loop.init(), loop.run)
-    needed = disk(plan, loop)
-    return [Planned("", programs(plan, loop), needed, timed if plan.trained else None)]
+    stored = disk(plan, loop)
+    return [Planned("", programs(plan, loop), stored, timed if plan.trained else None)]
 
 
 def of_sweep(
     asked: sweep.Sweep, study: Study, configs: Mapping[int, Any], part: str
 ) -> list[Planned]:
-    """Lists what a part of a sweep compiles and stores, by groups of settings of one form.
+    """Lists what a part of a sweep compiles and stores, for each group of settings of one form.
 
-    `configs` are by the settings' numbers; `part` is "1/1", as it is typed. Raises `ConfigError`
-    for what fits on no device.
+    `configs` are keyed by the number of their setting; `part` is the option as typed, such as
+    "1/1". Raises `ConfigError` for what fits on no device.
     """
     plans, first = sweep.planned(asked, study, configs), min(configs)
     with asked.naming(first, configs[first]):
         check_traced(plans[first])
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
-    typed = lambda i: lambda error: as_typed(error, configs[i], asked.overrides(i))
+    reword = lambda i: lambda error: as_typed(error, configs[i], asked.overrides(i))
     return [
-        _of_group({i: plans[i] for i in of}, Rows([loops[i] for i in of]), part, typed(of[0]))
-        for of in by_program(loops)
+        _of_group({i: plans[i] for i in ids}, Rows([loops[i] for i in ids]), part, reword(ids[0]))
+        for ids in by_program(loops)
     ]
 
 
 def _of_group(
-    plans: Mapping[int, Plan], rows: Rows, part: str, typed: Callable[[ConfigError], ConfigError]
+    plans: Mapping[int, Plan], rows: Rows, part: str, reword: Callable[[ConfigError], ConfigError]
 ) -> Planned:
-    """Settings of one form. They are trained at once, and begun and measured one after another by
-    programs that those of one form share."""
+    """Plans settings of one form. One program trains all of them at once; the programs that start
+    and measure them run one setting after another, and settings share those of one form."""
     first = min(plans)
-    count, several = len(plans), list(zip(plans.values(), rows.loops, strict=True))
-    plan, each = plans[first], [programs(*pair) for pair in several]
-    found: dict[str, Program] = {}
-    for program, name in zip(each[0], plan.trained, strict=False):
+    count, pairs = len(plans), list(zip(plans.values(), rows.loops, strict=True))
+    plan, listings = plans[first], [programs(*pair) for pair in pairs]
+    combined: dict[str, Program] = {}
+    for program, name in zip(listings[0], plan.trained, strict=False):
         all_rows = program._replace(trace=partial(rows.trace, name), settings=count)
         if count > 1:
-            called, fix = f"{program.name} × {count} settings", "divide them into more parts"
-            all_rows = all_rows._replace(name=called, option=f"--part {part}", fix=fix)
-        found[name] = all_rows
-    for program in (other for of_one in each for other in of_one[len(plan.trained) :]):
+            label, hint = f"{program.name} × {count} settings", "divide them into more parts"
+            all_rows = all_rows._replace(name=label, option=f"--part {part}", fix=hint)
+        combined[name] = all_rows
+    for program in (entry for listing in listings for entry in listing[len(plan.trained) :]):
         form, _ = split_constants(program.trace().jaxpr)
-        place = f"{form} {program.turns}"
-        before = found[place].times if place in found else 0
-        found[place] = program._replace(times=program.times + before)
-    needed = sum(disk(*pair) for pair in several)
-    timed = lambda: estimated(rows.loops, rows.start(ProgramCache()), rows.run)
-    called = f"{count} settings side by side, from setting {first + 1} on"
-    used = timed if plan.trained else None
-    return Planned(called, [*found.values()], needed, used, typed)
+        key = f"{form} {program.turns}"
+        earlier = combined[key].times if key in combined else 0
+        combined[key] = program._replace(times=program.times + earlier)
+    stored = sum(disk(*pair) for pair in pairs)
+    estimate = lambda: estimated(rows.loops, rows.start(ProgramCache()), rows.run)
+    label = f"{count} settings side by side, from setting {first + 1} on"
+    timed = estimate if plan.trained else None
+    return Planned(label, [*combined.values()], stored, timed, reword)
 
 
 def report(
     wanted: Callable[[], Sequence[Planned]], device: str, out: str, progress: Progress
 ) -> None:
-    """Says what is needed of each device, and of the disk that DIR is on.
+    """Prints what each device must hold and compute, and what is stored on the disk of `out`.
 
-    Raises `ConfigError`, once all is said, for what cannot fit.
+    `device` is "here" or a name that `absent_devices.find` knows. Raises `ConfigError`, after
+    everything is printed, for what does not fit.
     """
-    say, there = progress.say, None if device == "here" else absent_devices.find(device)
-    with mesh.compiling_for(there) if there else nullcontext():
-        found = wanted()
+    say, target = progress.say, None if device == "here" else absent_devices.find(device)
+    with mesh.compiling_for(target) if target else nullcontext():
+        everything = wanted()
         limit = mesh.memory(split=False)
-        where = f"{mesh.processor()}, {size(limit)} for each"
-        say(f"on {where}{', not here' if there else ''}; of each device and call:")
+        hardware = f"{mesh.processor()}, {size(limit)} for each"
+        say(f"on {hardware}{', not here' if target else ''}; of each device and call:")
         rows: list[tuple[Planned, Needs]] = []
-        for planned in found:
+        for planned in everything:
             if planned.called:
                 say(planned.called)
             say(LINE.format("", "memory", "FLOPs", "communicated", "calls"))
@@ -202,39 +204,40 @@ def report(
                 for program in planned.programs:
                     show(program.name)
                     try:
-                        row = compiled(program, there)
+                        row = compiled(program, target)
                     except ConfigError as error:
                         raise planned.as_typed(error) from error
                     say(line(row))
                     rows.append((planned, row))
-            trained = [row for of, row in rows if of is planned and row.program.settings]
-            most = max((row.account.memory / row.program.settings for row in trained), default=0)
-            if most:
-                many = number(limit // most)
-                say(f"settings that would fit into the memory side by side: {many}")
-            if there is None and mesh.backend() == "cpu" and planned.timed:
+            training = [row for group, row in rows if group is planned and row.program.settings]
+            share = max((row.account.memory / row.program.settings for row in training), default=0)
+            if share:
+                count = number(limit // share)
+                say(f"settings that would fit into the memory side by side: {count}")
+            if target is None and mesh.backend() == "cpu" and planned.timed:
                 with progress.counting("timing", 1) as show:
                     show("outer steps")
-                    timed = planned.timed()
-                said = ", ".join(f"{name} {each:.3g} s" for name, each in timed.items())
-                say(f"training takes about {said}, by a few outer steps; measuring comes beside it")
+                    seconds = planned.timed()
+                text = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
+                say(f"training takes about {text}, by a few outer steps; measuring comes beside it")
     total = sum(row.operations * row.program.times for _, row in rows)
     say(f"{number(total)} FLOPs in all on each device")
-    needed = sum(planned.disk for planned in found)
-    at = Path(out).absolute()
-    free = shutil.disk_usage(next(each for each in (at, *at.parents) if each.exists())).free
-    beside = "figures and descriptions come beside them"
-    say(f"on disk arrays take at most {size(needed)}, of {size(free)} that are free; {beside}")
+    stored = sum(planned.disk for planned in everything)
+    folder = Path(out).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    remark = "figures and descriptions come beside them"
+    say(f"on disk arrays take at most {size(stored)}, of {size(free)} that are free; {remark}")
     for planned, row in rows:
         if row.account.memory > limit:
-            said = f"would take {size(row.account.memory)} of {size(limit)}"
-            raise planned.as_typed(refused(row.program, said))
-    if needed > free:
-        raise ConfigError(f"--out {out}: it may take {size(needed)} of {size(free)} there")
+            text = f"would take {size(row.account.memory)} of {size(limit)}"
+            raise planned.as_typed(refused(row.program, text))
+    if stored > free:
+        raise ConfigError(f"--out {out}: it may take {size(stored)} of {size(free)} there")
 
 
 def refused(program: Program, said: str) -> ConfigError:
-    """Says of a program that it cannot fit, and what to change."""
+    """Makes the error for a program that does not fit, with the option to change."""
     said = f"{program.name} {said}; {program.fix}"
     return ConfigError(f"{program.option}: {said}", program.option, None, said)
 
@@ -243,7 +246,7 @@ LINE = "{:44} {:>11} {:>9} {:>13} {:>9}"
 
 
 def line(row: Needs) -> str:
-    """Writes a program in a line, as `report` says it."""
+    """Formats a program's cost as a line of the table that `report` prints."""
     account, times = row.account, f"{row.program.times:,}"
     communicated = size(sum(moved)) if (moved := account.reduced + account.gathered) else "-"
     cells = size(account.memory), number(row.operations), communicated, times
@@ -251,13 +254,13 @@ def line(row: Needs) -> str:
 
 
 def disk(plan: Plan, loop: OuterLoop) -> int:
-    """Counts the bytes that a run stores at most: before compression, with two later states."""
-    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(loop.abstract))
+    """Counts the bytes that a run stores at most: uncompressed, with its two latest states."""
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(loop.abstract))
     checkpoints = len(plan.outer.checkpoint_steps)
-    total = (checkpoints + 2) * state if plan.trained else 0
-    for each in plan.every:
-        times = checkpoints if each.at_checkpoints else 1
-        total += times * bytes_needed(each.tasks, each.contender, plan.outer.seeds)
+    total = (checkpoints + 2) * state_bytes if plan.trained else 0
+    for measured in plan.every:
+        times = checkpoints if measured.at_checkpoints else 1
+        total += times * bytes_needed(measured.tasks, measured.contender, plan.outer.seeds)
     return total
 
 
@@ -266,9 +269,9 @@ def estimated(
 ) -> dict[str, float]:
     """Estimates the seconds that training each meta-learner would take here, from timed steps.
 
-    Timed is the third dispatch: the first compiles, and the second gives the pace, by which the
-    third is as long as it would be (`OuterLoop.dispatched`). `run(state, step)` yields the state,
-    and metrics, after each dispatch up to an outer step.
+    It times the third dispatch. The first one compiles; the second one gives the pace, which makes
+    the third as long as it is in training (`OuterLoop.dispatched`). `run(state, step)` yields
+    (state, metrics) after each dispatch up to an outer step.
     """
     first, steps = loops[0], loops[0].config.steps
     for step in range(1, min(3, steps)):
@@ -276,17 +279,18 @@ def estimated(
     for loop in loops:
         loop.seconds = dict.fromkeys(loop.trained, 0.0)
     next(run(state, steps))
-    timed = {name: sum(loop.seconds[name] for loop in loops) for name in first.trained}
-    return {name: steps * first.pace * each / sum(timed.values()) for name, each in timed.items()}
+    seconds = {name: sum(loop.seconds[name] for loop in loops) for name in first.trained}
+    total = sum(seconds.values())
+    return {name: steps * first.pace * part / total for name, part in seconds.items()}
 
 
 def size(count: float) -> str:
-    """Writes bytes, as 1.5 GiB."""
+    """Formats a number of bytes, such as 1.5 GiB."""
     return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
 
 
 def number(count: float) -> str:
-    """Writes a number of operations, as 1.5 T."""
+    """Formats a number with a decimal prefix, such as 1.5 T."""
     return _scaled(count, 1000, ("", "k", "M", "G", "T", "P", "E", "Z"))
 
 

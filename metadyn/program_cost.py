@@ -1,4 +1,4 @@
-"""What a computation costs: operations counted from its program, and what its compiler says."""
+"""Costs of a computation: operations of its traced program; memory and exchanges once compiled."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from jax.extend.core import jaxprs_in_params, subjaxprs
 
 
 def operations(f: Callable[..., Any], *args: Any) -> int:
-    """Counts the floating-point operations of `f(*args)`, of which only shapes need be known.
+    """Counts the floating-point operations of `f(*args)`, whose arguments may be mere shapes.
 
-    Those of products are 2 for each multiplication and addition; those of `ARITHMETIC` count 1 for
-    each number that they make, and others, such as solving and sorting, nothing. Loops count as
-    often as they run; of the branches of a condition the costliest counts, and a loop of unknown
-    length once.
+    A product counts 2 for each multiplication and its addition, an operation of `ARITHMETIC` 1 for
+    each number in its result, and any other, such as solving and sorting, 0. A loop counts as often
+    as it runs, or once if its length is unknown. Of a condition's branches the costliest counts.
     """
     return round(operations_of(jax.make_jaxpr(f)(*args).jaxpr))
 
 
 def operations_of(jaxpr: Any, turns: float = 1) -> float:
-    """Counts them in a traced program; a loop of unknown length counts for so many turns.
+    """Counts the operations of a traced program, as `operations` does.
 
-    What is split over devices counts as it is on each of them.
+    A loop of unknown length counts `turns` times. Work that is split over devices counts as it is
+    on each of them.
     """
     return sum(_count(equation, turns) for equation in jaxpr.eqns)
 
 
 def _count(equation: Any, turns: float) -> float:
-    inner = [operations_of(each, turns) for each in jaxprs_in_params(equation.params)]
+    """Counts the floating-point operations of one equation of a traced program."""
+    inner = [operations_of(jaxpr, turns) for jaxpr in jaxprs_in_params(equation.params)]
     name = equation.primitive.name
     if name == "scan":
         return equation.params["length"] * sum(inner)
@@ -41,23 +42,23 @@ def _count(equation: Any, turns: float) -> float:
         return max(inner)
     if name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid) * sum(inner)
-    if name == "custom_linear_solve":  # beside the solution it has what derivatives need
+    if name == "custom_linear_solve":  # its other programs are for derivatives alone
         return operations_of(equation.params["jaxprs"].solve.jaxpr, turns)
     if inner:
         return sum(inner)
-    made = sum(math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)
+    size = sum(math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)
     if name != "dot_general":
-        return made if name in ARITHMETIC else 0
+        return size if name in ARITHMETIC else 0
     contracted = equation.params["dimension_numbers"][0][0]
     shape = equation.invars[0].aval.shape
-    return 2 * made * math.prod(shape[axis] for axis in contracted)
+    return 2 * size * math.prod(shape[axis] for axis in contracted)
 
 
 def largest(jaxpr: Any) -> int:
-    """Counts the bytes of the greatest array that a traced program makes on its way."""
-    made = [out.aval for equation in jaxpr.eqns for out in equation.outvars]
-    sizes = [each.size * each.dtype.itemsize for each in made if hasattr(each, "dtype")]
-    inner = [largest(each) for each in subjaxprs(jaxpr)]
+    """Returns the bytes of the largest array that a traced program makes, intermediate ones too."""
+    arrays = [out.aval for equation in jaxpr.eqns for out in equation.outvars]
+    sizes = [array.size * array.dtype.itemsize for array in arrays if hasattr(array, "dtype")]
+    inner = [largest(program) for program in subjaxprs(jaxpr)]
     return max(sizes + inner, default=0)
 
 
@@ -66,51 +67,51 @@ ARITHMETIC = {
     *("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "sin", "cos", "tan", "erf"),
     *("sqrt", "rsqrt", "pow", "integer_pow", "reduce_sum", "reduce_max", "reduce_min"),
 }
-"""Operations that count, by JAX's names; those that only move or compare numbers do not."""
+"""JAX's names of the operations that count; those that only move or compare numbers do not."""
 
 
 class Account(NamedTuple):
-    """What a compiled program takes on each device, by its compiler's account."""
+    """Memory and exchanges of a compiled program on each device, as its compiler reports them."""
 
     memory: int
     """Bytes (`memory`)."""
     reduced: tuple[int, ...]
-    """Bytes of each all-reduce that stands in the program."""
+    """Bytes of each all-reduce in the program, which counts once in a loop."""
     gathered: tuple[int, ...]
-    """Bytes that each device has after each other exchange between them, such as an all-gather."""
+    """Bytes that each device holds after each other exchange, such as an all-gather."""
 
 
 def account(compiled: Any) -> Account:
-    """Reads a compiled program."""
+    """Reads memory and exchanges of a compiled program (`jax.stages.Compiled`)."""
     text = compiled.as_text()
     return Account(memory(compiled), exchanged(text), exchanged(text, GATHERS))
 
 
 def memory(compiled: Any) -> int:
-    """Counts the bytes of arguments, results that take no argument's place, and what is between.
+    """Returns the bytes of a compiled program's arguments, temporaries and results.
 
-    0 if its compiler gives no account.
+    Results that reuse an argument's buffer do not count. 0 if the compiler reports no memory.
     """
-    found = compiled.memory_analysis()
-    if found is None:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
         return 0
-    between = found.argument_size_in_bytes + found.temp_size_in_bytes
-    return between + found.output_size_in_bytes - found.alias_size_in_bytes
+    live = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return live + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
 GATHERS = "all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-"""XLA's exchanges between devices, beside all-reduces."""
+"""XLA's exchanges between devices other than all-reduces."""
 
 
 def exchanged(program: str, kinds: str = "all-reduce") -> tuple[int, ...]:
-    """Counts the bytes of the results of each exchange of some kinds in a compiled program."""
+    """Returns the bytes of the results of each exchange of some kinds in a compiled program."""
     return tuple(map(array_bytes, re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program)))
 
 
 def array_bytes(shapes: str) -> int:
-    """Counts the bytes of the arrays that XLA's text says, such as "(f32[4,2]{1,0}, s32[])".
+    """Counts the bytes of arrays from their shapes in XLA's text, such as "(f32[4,2]{1,0}, s32[])".
 
-    The first number in XLA's name of a type is that of its bits; "pred" has none, and takes a byte.
+    The first number in XLA's name of a type is its bits; "pred" has none, and takes a byte.
     """
     arrays = re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shapes)
     counts = [(int(bits or 8) // 8, dims.split(",")) for bits, dims in arrays]
