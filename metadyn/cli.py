@@ -278,14 +278,15 @@ def _prepare(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed, "--seed")
 
 
-def _check_preset(study: Study, preset: str, flags: Sequence[str]) -> None:
-    """Raises `ConfigError` unless the study has the preset and no option of it is in `flags`."""
+def _check_preset(study: Study, arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` unless the study has the preset, and no option that the command has."""
+    preset = arguments.preset
     presets, suggestion = ", ".join(study.presets), meant(preset, study.presets)
     hint = f"of {study.name}, choose from {presets}{suggestion}"
     check(preset in study.presets, "--preset", preset, hint)
     for option, _ in options_of(study.presets[preset]):
-        if option in flags:
-            hint = "is an option of `metadyn run` itself: rename this field of its configuration"
+        if option in arguments.flags:
+            hint = f"is an option of `metadyn {arguments.command}` itself: rename this field"
             raise ConfigError(f"study {study.name!r}: {option} {hint}")
 
 
@@ -296,7 +297,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     _prepare(arguments)
     study, preset, seed = load_study(arguments.study), arguments.preset, arguments.seed
-    _check_preset(study, preset, arguments.flags)
+    _check_preset(study, arguments)
     default, words = study.presets[preset], list(arguments.overrides)
     if arguments.seeds:
         words = ["--outer.seeds", *arguments.seeds, *words]
@@ -345,7 +346,7 @@ def _studies(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
     studies = load_studies(arguments.study) if is_folder else [load_study(arguments.study)]
     for study in studies:
-        _check_preset(study, preset, arguments.flags)
+        _check_preset(study, arguments)
     progress = Progress(Terminal() if mesh.is_main_process() else None)
     codes = []
     with progress.studies([study.name for study in studies]) as begin:

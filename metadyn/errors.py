@@ -98,8 +98,9 @@ def check_positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(config, field)
         if field in int_fields:
-            check(isinstance(value, numbers.Integral), field, value, "must be a whole number")
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            check(whole, field, value, "must be a whole number")
         check(isinstance(value, numbers.Real), field, value, "must be a number")
         check(0 < value < float("inf"), field, value, "must be positive and finite")
-        fits_int32 = not isinstance(value, int) or value < 2**31
+        fits_int32 = not isinstance(value, numbers.Integral) or int(value) < 2**31
         check(fits_int32, field, value, f"must be below {2**31}")

@@ -291,12 +291,15 @@ def histories(results: Results) -> dict[str, LearningHistory]:
     by_suffix = {}
     for tracked in (name for name in results.sets() if name.startswith("tracked")):
         heldout = tracked.replace("tracked", "heldout", 1)
-        metas = results.learners(tracked, "meta")
-        metas = {name: data for name, data in metas.items() if "outer_step" in data.dims}
+        metas = {
+            name: data
+            for name, data in results.learners(tracked, "meta").items()
+            if "outer_step" in data.dims and (heldout, name) in results
+        }
         bayes = [[*results.learners(s, "bayes").values()] for s in (tracked, heldout)]
         for i, (name, data) in enumerate(metas.items()):
             about = trajectories.about(data)
-            if about.followed and all(bayes) and (heldout, name) in results:
+            if about.followed and all(bayes):
                 joint = about.title and len(metas) > 1
                 label = f"{about.title}, {about.label}" if joint else about.title or about.label
                 suffix = tracked.removeprefix("tracked") + (f"_{name}" if i else "")

@@ -39,8 +39,9 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
     import tyro
 
     stderr, context = io.StringIO(), "the study's configuration takes no such options"
+    passed_on = ConfigError, SystemExit, BrokenPipeError  # the last: nobody reads the help
     try:  # a user's own configuration may raise anything
-        with contextlib.redirect_stderr(stderr), error_context(context, ConfigError, SystemExit):
+        with contextlib.redirect_stderr(stderr), error_context(context, *passed_on):
             config = tyro.cli(
                 type(default),
                 prog="metadyn run STUDY",

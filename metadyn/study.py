@@ -676,7 +676,7 @@ class Study:
 
     def config(self, preset: str, **fields: Any) -> Any:
         """Returns the configuration of a preset, with the given fields replaced."""
-        check(preset in self.presets, "of", preset, f"choose from {', '.join(self.presets)}")
+        check(preset in self.presets, "preset", preset, f"choose from {', '.join(self.presets)}")
         return dataclasses.replace(self.presets[preset], **fields)
 
     def beside(self, name: str, *more: Callable[[Comparison], Contender]) -> Study:

@@ -1,5 +1,6 @@
 """The command line: a whole small study, resumed and interrupted, and bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from processes import newest, trains
 import metadyn
 from metadyn import cli, figures, runner
 from metadyn.cli import main
+from metadyn.errors import ConfigError, check_positive
 from metadyn.options import configured
 from metadyn.store import RunFolder
 from metadyn.study import Network, load_study
@@ -484,6 +486,31 @@ def test_options_and_devices_are_listed(capsys):
     assert "backend: cpu" in capsys.readouterr().out
 
 
+def test_options_that_nobody_reads_are_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--options"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@dataclasses.dataclass
+class Sized:
+    n: int
+
+
+@pytest.mark.parametrize(
+    ("n", "words"), [(np.int64(2**40), "must be below"), (True, "must be a whole number")]
+)
+def test_whole_numbers_of_numpy_are_held_to_the_same_bounds(n, words):
+    with pytest.raises(
+        ConfigError, match=f"n = {n!r}: {words}".replace("(", ".").replace(")", ".")
+    ):
+        check_positive(Sized(n), "n")
+    check_positive(Sized(np.int64(8)), "n")
+
+
 def test_help_exits_with_0():
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -499,7 +526,7 @@ def test_close_names_are_suggested(refused):
 
 
 def test_an_option_of_a_study_is_not_taken_for_the_beginning_of_one_of_the_commands(
-    refused, tmp_path
+    refused, tmp_path, capsys
 ):
     _, overrides = cli._parser().parse_known_args(["run", "x", "--s", "7", "--pre", "quick"])
     assert overrides == ["--s", "7", "--pre", "quick"]
@@ -513,6 +540,8 @@ class Config(type(base.presets["quick"])):
 study = dataclasses.replace(base, presets={{"quick": Config()}})
 """)
     refused([str(study)], "--seed is an option of `metadyn run` itself: rename this field")
+    assert main(["sweep", str(study), "--domain.sigma", "1"]) == 2
+    assert "--seed is an option of `metadyn sweep` itself" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_refused_and_a_tilde_is_home(tmp_path, monkeypatch, capsys):

@@ -180,6 +180,19 @@ def test_staggering_of_contexts_finds_each_seeds_own_order_and_nothing_in_noise(
     assert low < 0 < high
 
 
+def test_the_first_history_of_a_comparison_has_no_name_in_its_suffix():
+    trained, bayes = bandit_over_outer_training(np.full((2, 3), 40), tasks=8)
+    other = trained.assign_attrs(learner="gru", label="gru", place=1)
+    stored = {"lstm": trained, "gru": other, "bayes": bayes}
+    both = Results({"tracked": [*stored], "heldout": [*stored]}, lambda _, name: stored[name])
+    assert [*figures.histories(both)] == ["", "_gru"]
+    # Of the first of them nothing is held out, as where a run is still going on.
+    second = Results(
+        {"tracked": [*stored], "heldout": ["gru", "bayes"]}, lambda _, name: stored[name]
+    )
+    assert [*figures.histories(second)] == [""]
+
+
 def over_training(trained, bayes, modes, outer_steps):
     """Datasets of strengths [seed, task, outer_step, step, mode] and Bayes' [task, step, mode]."""
 
