@@ -1,6 +1,7 @@
 """What the README shows, run as it stands there."""
 
 import dataclasses
+import json
 import re
 import time
 from pathlib import Path
@@ -129,3 +130,28 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
     np.testing.assert_array_equal(
         together["mode_strength"].sel(learner="bayes"), alone["mode_strength"].sel(learner="bayes")
     )
+
+
+NUMBER = r"[−-]?\d+(?:\.\d+)?"
+
+
+def committed_estimates():
+    """Value, low and high of each row in the committed results, and of its negative."""
+    for path in (ROOT / "experiments" / "results").glob("*.json"):
+        summary = json.loads(path.read_text())
+        for row in summary["criteria"] + summary["reported"]:
+            if None not in (estimate := (row["value"], row["low"], row["high"])):
+                yield estimate
+                yield tuple(-estimate[i] for i in (0, 2, 1))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_front_pages_say_what_the_committed_results_do(page):
+    estimates = np.array(list(committed_estimates()))
+    intervals = re.findall(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]", (ROOT / page).read_text())
+    assert len(intervals) >= 8
+    for texts in intervals:
+        values = np.array([float(text.replace("−", "-")) for text in texts])
+        places = [len(text.partition(".")[2]) for text in texts]
+        rounding = 0.51 * 10.0 ** -np.array(places)
+        assert (abs(estimates - values) <= rounding).all(1).any(), (page, texts)
