@@ -2,8 +2,8 @@
 
     metadyn run amortised_bayes [--preset quick|workstation|paper] [--out DIR] [overrides]
 
-Behaviour beside Bayes, decoding, simulation both ways (Mikulik et al. 2020, arXiv:2010.11223) and
-a causal test: an LSTM and a GRU that go on, in mid-episode, from Bayes' state mapped into theirs.
+Compares behaviour with Bayes', decodes states, simulates both ways (Mikulik et al. 2020,
+arXiv:2010.11223) and tests causally: an LSTM and a GRU go on from Bayes' state, mapped into theirs.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from metadyn.study import HELDOUT, paper
 TITLES = {"linear": "linear regression", "bandit": "contextual bandit"}
 RECURRENT = {"lstm": "LSTM", "gru": "GRU"}
 LABELS = RECURRENT | {"transformer": "transformer", "control": "LSTM far from Bayes"}
-ROWS = {(name, each): f"{TITLES[name]}, {LABELS[each]}" for name in TITLES for each in LABELS}
-RATES = {"gru": 1 / 3, "control": 1 / 100}  # learning rates, over that of the outer loop
+ROWS = {(name, key): f"{TITLES[name]}, {LABELS[key]}" for name in TITLES for key in LABELS}
+RATES = {"gru": 1 / 3, "control": 1 / 100}  # factors on the learning rate of the outer loop
 NEAR = 0.3  # excess loss up to which a recurrent network counts as near Bayes
 COLUMNS = "excess mean untrained uncertainty nonlinear to_bayes from_bayes delay kept"
-SURELY = {  # what is expected, each of the whole interval
+BOUNDS = {  # on the whole interval of some criteria
     "linear_lstm_uncertainty": {"at_most": 0.5},
     "linear_lstm_nonlinear": {"at_most": 0.5},
     "linear_lstm_direction": {"at_least": 0.0},
@@ -41,111 +41,111 @@ SURELY = {  # what is expected, each of the whole interval
 
 @dataclasses.dataclass(frozen=True)
 class Config(md.StudyConfig):
-    """Everything the study depends on, beside its seed."""
+    """All settings of the study, except its seed."""
 
     linear: LinearRegression = LinearRegression()
     bandit: ContextualBandit = ContextualBandit()
     small: LSTMConfig = LSTMConfig()
-    """The LSTM of the bandit, and in both domains the one that stays far from Bayes."""
+    """The LSTM in the bandit, and in both domains the control that stays far from Bayes."""
 
 
-def compared(config: Config, name: str) -> md.Comparison:
-    """Networks beside Bayes in one domain, and copies of recurrent ones put on other states."""
+def comparison(config: Config, name: str) -> md.Comparison:
+    """Compares networks with Bayes in one domain, and copies with replaced recurrent states."""
     errors.check(config.meta == Config.meta, "meta", config.meta, "all are trained: leave it out")
     domain, linear, sizes = getattr(config, name), name == "linear", config.measure
     beliefs = (beside.linear_beliefs if linear else beside.bandit_beliefs)(domain)
-    policy = lambda domain, meta: md.actor_critic(domain, meta.meta)  # Bayes has no part in it
+    policy = lambda domain, wrapper: md.actor_critic(domain, wrapper.meta)  # leaves Bayes out
     objective, heads = (predicting("bayes", beliefs.learner), 0) if linear else (policy, 1)
-    said = "Bayes-optimal" if linear or domain.deterministic else "most probable action"
-    contenders = [md.Contender("bayes", said, beliefs.learner, "bayes")]
+    bayes_label = "Bayes-optimal" if linear or domain.deterministic else "most probable action"
+    contenders = [md.Contender("bayes", bayes_label, beliefs.learner, "bayes")]
     for network, label in LABELS.items():
         meta: Any = "lstm" if network == "control" else network
         lstm = config.lstm if linear and network == meta else config.small
-        made: Any = dataclasses.replace(config, meta=meta, lstm=lstm).meta_learner(domain, heads)
+        base: Any = dataclasses.replace(config, meta=meta, lstm=lstm).meta_learner(domain, heads)
         rate = RATES.get(network, 1) * config.outer.learning_rate
-        own = made.own or dataclasses.replace(config.outer, learning_rate=rate)
+        outer = base.own or dataclasses.replace(config.outer, learning_rate=rate)
         read = beside.mean_values if network == "transformer" else beside.whole
-        learner = beside.Beside(made.learner, domain, beliefs, read)
+        learner = beside.Beside(base.learner, domain, beliefs, read)
         times = [0, *(pairs + 1 for pairs in log_spaced(domain.steps - 1, 5)[1:])]
         changes = {"name": network, "label": label, "learner": learner, "times": times}
-        contenders.append(dataclasses.replace(made, own=own, **changes))
+        contenders.append(dataclasses.replace(base, own=outer, **changes))
         if network in RECURRENT:
             copies = f"{network}_operated", label, beside.implanted(learner), "reference"
             contenders.append(md.Contender(*copies, of=network))  # type: ignore[arg-type]
-    causal = sizes.sized(training_tasks(domain), name=f"causal_{name}", kinds=("reference",))
-    how = sizes, objective, heads, name, TITLES[name], False
-    return md.Comparison(domain, contenders, [causal], (), *how)
+    tasks = sizes.sized(training_tasks(domain), name=f"causal_{name}", kinds=("reference",))
+    fields = sizes, objective, heads, name, TITLES[name], False
+    return md.Comparison(domain, contenders, [tasks], (), *fields)
 
 
-@lru_cache(maxsize=16)  # criteria and figures both ask for it
+@lru_cache(maxsize=16)  # both criteria and figures use it
 def decoded(results, name: str, network: str) -> dict[str, decoding.Decoded]:
-    """How much of Bayes' posterior is in a network's state."""
+    """Decodes Bayes' posterior from a network's state."""
     return decoding.of_state(results[f"{HELDOUT}_{name}", network])
 
 
 def merits(results, name: str, network: str):
-    """The figures of merit of a network, by name."""
-    data, bayes = (results[f"{HELDOUT}_{name}", who] for who in (network, "bayes"))
+    """Yields the figures of merit of a network in a domain, each with its name."""
+    data, bayes = (results[f"{HELDOUT}_{name}", learner] for learner in (network, "bayes"))
     yield from decoding.merits(data, bayes, decoded(results, name, network))
     if network in RECURRENT:
         yield from decoding.operated(results[f"causal_{name}", f"{network}_operated"])
 
 
 def criteria(config: Config, results):
-    """Figures of merit of every network, and what is expected of some."""
+    """Yields the figures of merit of every network, some with bounds."""
     near = []
-    for (name, network), called in ROWS.items():
-        found = dict(merits(results, name, network))
-        for what, merit in found.items():
-            row, said = f"{name}_{network}_{what}", f"{called}: {decoding.MERITS[what]}"
-            yield md.criterion(row, merit, said, **SURELY.get(row, {}), surely=True)
-        if name == "linear" and network in RECURRENT and found["excess"].value <= NEAR:
-            near.append(found["least"])
-    worst = min(near, key=lambda each: each.value, default=dynamics.exact(np.nan))
-    said = f"linear regression, the worst recurrent network near Bayes: {decoding.MERITS['least']}"
-    yield md.criterion("linear_near_bayes_mean", worst, said, at_least=0.9, surely=True)
+    for (name, network), label in ROWS.items():
+        estimates = dict(merits(results, name, network))
+        for merit, estimate in estimates.items():
+            row, text = f"{name}_{network}_{merit}", f"{label}: {decoding.MERITS[merit]}"
+            yield md.criterion(row, estimate, text, **BOUNDS.get(row, {}), surely=True)
+        if name == "linear" and network in RECURRENT and estimates["excess"].value <= NEAR:
+            near.append(estimates["least"])
+    worst = min(near, key=lambda estimate: estimate.value, default=dynamics.exact(np.nan))
+    text = f"linear regression, the worst recurrent network near Bayes: {decoding.MERITS['least']}"
+    yield md.criterion("linear_near_bayes_mean", worst, text, at_least=0.9, surely=True)
 
 
 def panels(read, results, **axes):
-    """Draws R², with a panel for each network of each domain, of what `read` gives."""
-    shown = {called: read(results, *who) for who, called in ROWS.items()}
-    return figures.panels(shown, "R² on held-out tasks", ylim=(-0.15, 1.05), **axes)
+    """Draws the R² that `read` returns, one panel per network and domain."""
+    curves = {label: read(results, *key) for key, label in ROWS.items()}
+    return figures.panels(curves, "R² on held-out tasks", ylim=(-0.15, 1.05), **axes)
 
 
 def by_step(results, name: str, network: str):
-    """How much is decoded at each step of an episode, and the controls."""
-    of = decoded(results, name, network)
-    found = {
-        "mean": of["mean"].at(-1),
-        "mean, untrained": of["mean"].at(0),
-        "mean of a shuffled task": of["shuffled"].at(-1),
-        "uncertainty": of["uncertainty"].at(-1),
-        "uncertainty, by an MLP too": of["nonlinear"].at(-1),
-        "uncertainty, untrained": of["uncertainty"].at(0),
+    """Returns the pairs read at each recorded step, and R² of what is decoded and of controls."""
+    posterior = decoded(results, name, network)
+    curves = {
+        "mean": posterior["mean"].at(-1),
+        "mean, untrained": posterior["mean"].at(0),
+        "mean of a shuffled task": posterior["shuffled"].at(-1),
+        "uncertainty": posterior["uncertainty"].at(-1),
+        "uncertainty, by an MLP too": posterior["nonlinear"].at(-1),
+        "uncertainty, untrained": posterior["uncertainty"].at(0),
     }
     pairs = results[f"{HELDOUT}_{name}", network]["time"].to_numpy()[1:] - 1
-    return pairs, {called: decoding.r_squared(each) for called, each in found.items()}
+    return pairs, {label: decoding.r_squared(curve) for label, curve in curves.items()}
 
 
 def by_training(results, name: str, network: str):
-    """How much is decoded over outer training, and how far behaviour is that of Bayes."""
-    data, bayes = (results[f"{HELDOUT}_{name}", who] for who in (network, "bayes"))
-    of, shown = decoded(results, name, network), ("mean", "shuffled", "uncertainty")
-    found = {what: dynamics.estimate(decoding.over_steps, *of[what]) for what in shown}
+    """Returns 1 + outer steps, R² of what is decoded at each, and the closeness to Bayes' loss."""
+    data, bayes = (results[f"{HELDOUT}_{name}", learner] for learner in (network, "bayes"))
+    posterior, parts = decoded(results, name, network), ("mean", "shuffled", "uncertainty")
+    curves = {part: dynamics.estimate(decoding.over_steps, *posterior[part]) for part in parts}
     value, low, high = (1 / (1 + part) for part in dynamics.measured_excess(data, bayes))
-    found["behaviour: 1 / (1 + excess loss), 1 as Bayes"] = dynamics.Estimate(value, high, low)
-    return 1 + data["outer_step"].to_numpy(), found
+    curves["behaviour: 1 / (1 + excess loss), 1 as Bayes"] = dynamics.Estimate(value, high, low)
+    return 1 + data["outer_step"].to_numpy(), curves
 
 
 def causal(results):
-    """Draws excess loss after states were replaced, by what came in their place."""
+    """Draws the excess loss after a network's state is replaced, for each kind of new state."""
     figure, axes = figures.grid(len(TITLES), "excess loss over Bayes, afterwards", 4.6, 3.8)
     for axis, name in zip(axes, TITLES, strict=True):
-        both = (results[f"causal_{name}", f"{each}_operated"] for each in RECURRENT)
-        rows = [dict(decoding.operated(data)) for data in both]
-        merit = lambda source, rows=rows: dynamics.stacked(row[f"from_{source}"] for row in rows)
-        found = [(said, merit(source)) for source, said in decoding.GOES_ON.items()]
-        figures.grouped_bars(axis, [*RECURRENT.values()], found)
+        operated = (results[f"causal_{name}", f"{network}_operated"] for network in RECURRENT)
+        rows = [dict(decoding.operated(data)) for data in operated]
+        excess = lambda source, rows=rows: dynamics.stacked(row[f"from_{source}"] for row in rows)
+        bars = [(label, excess(source)) for source, label in decoding.GOES_ON.items()]
+        figures.grouped_bars(axis, [*RECURRENT.values()], bars)
         axis.set(title=TITLES[name], yscale="log")
     figures.legend_below(axes[0], title="going on from")
     return figure
@@ -171,7 +171,7 @@ PAPER = Config(
 study = md.Study(
     "amortised_bayes",
     {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
-    lambda config: md.Plan(config.outer, [compared(config, name) for name in TITLES]),
+    lambda config: md.Plan(config.outer, [comparison(config, name) for name in TITLES]),
     criteria,
     {
         "decoded": partial(panels, by_step, xlabel="pairs that the state has read"),
@@ -183,8 +183,8 @@ study = md.Study(
     tables=[
         md.Table(
             "Amortised Bayes: R² of decoding and of simulation, and the causal test",
-            {"_".join(who): called for who, called in ROWS.items()},
-            {what: decoding.MERITS[what] for what in COLUMNS.split()},
+            {"_".join(key): label for key, label in ROWS.items()},
+            {merit: decoding.MERITS[merit] for merit in COLUMNS.split()},
             "decoded",
         )
     ],

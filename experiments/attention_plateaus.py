@@ -3,9 +3,9 @@
     metadyn run attention_plateaus [--preset quick|workstation|paper] [--out DIR] [overrides]
 
 One layer of linear attention is trained from small weights on y = w · x + ε with inputs of several
-variances, as Zhang, Singh, Latham & Saxe (2025), arXiv:2501.16265, analyse it: its components are
-those of the inputs' covariance, which all tasks share, not the singular vectors of one task. Beside
-each, the same weights descend the expected loss itself, which is known in closed form.
+variances. Zhang, Singh, Latham & Saxe (2025), arXiv:2501.16265, analyse this case. Its components
+are those of the inputs' covariance, which all tasks share, not the singular vectors of one task. A
+second copy of the same initial weights descends the expected loss, known in closed form.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from metadyn.study import HELDOUT, TRACKED
 
 KINDS = {"separate": "keys and queries separate", "merged": "keys and queries merged"}
 REST = 1.5
-"""Training rests at a plateau if its outer step grows by this from 10 % above it to 10 % below."""
+"""Least factor on the outer step, from 10 % above a plateau to 10 % below it, for a rest there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Components(LinearRegression):
     """Tasks y = w · x + ε with w ~ N(0, I) and inputs x ~ N(0, Λ) of several variances."""
 
     variances: tuple[float, ...] = ()
-    """λ_d, of each input, greatest first."""
+    """Variance λ_d of each input, greatest first."""
 
     def query(self, task, key):
         """Draws an input x ~ N(0, Λ)."""
@@ -42,33 +42,33 @@ class Components(LinearRegression):
 
     @kept
     def components(self) -> Probe:
-        """Reads the strength of each component: the answer to its unit input, over the task's."""
+        """Reads each component's strength: the answer to its unit input, over the task's weight."""
         read = lambda task, answers: {"strength": answers[:, 0] / task.W[0]}
         modes = Modes(self.variances, "input variance $\\lambda_d$", "variance")
         return Probe(jnp.eye(self.n_x), read, modes)
 
     def evaluation(self, points=32, **more):
-        """Sets up tasks whose weights are all 1 or −1, so that components weigh alike."""
+        """Sets up tasks whose weights are all 1 or −1, so that all components count the same."""
         sign = lambda key: LinearTask(jax.random.rademacher(key, (1, self.n_x), float))
         return TaskSet("in_distribution", self, sign, {STRENGTH: self.components()})
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """The variances λ, and the power E[b_d²] of b = Σ_s y_s x_s / N over the N = T − 1 pairs.
+        """Returns the variances λ and the power E[b_d²] of b = Σ_s y_s x_s / N over the N pairs.
 
-        It is λ_d² + λ_d (λ_d + Σλ + σ²) / N, by Wick's theorem; E[b wᵀ] is Λ.
+        N = T − 1. The power is λ_d² + λ_d (λ_d + Σλ + σ²) / N, by Wick's theorem; E[b wᵀ] is Λ.
         """
-        each = np.array(self.variances)
-        return each, each**2 + each * (each + each.sum() + self.sigma**2) / (self.steps - 1)
+        lam = np.array(self.variances)
+        return lam, lam**2 + lam * (lam + lam.sum() + self.sigma**2) / (self.steps - 1)
 
     def plateaus(self) -> np.ndarray:
-        """The least expected loss of the last answer with the first 0, 1, …, n_x components."""
-        each, power = self.moments()
-        learned = np.concatenate([[0.0], np.cumsum(each**3 / power)])
-        return each.sum() + self.sigma**2 - learned
+        """Returns the least expected last loss if the first 0, 1, …, n_x components are learned."""
+        lam, power = self.moments()
+        learned = np.concatenate([[0.0], np.cumsum(lam**3 / power)])
+        return lam.sum() + self.sigma**2 - learned
 
 
 def last_answer(domain, meta):
-    """Trains on half the squared error of the last answer, which has all other pairs in context."""
+    """Trains on half the squared error of the last answer, with all other pairs in context."""
 
     def loss(params, keys):
         queries, feedback = inner.observe(domain, keys)
@@ -79,18 +79,18 @@ def last_answer(domain, meta):
 
 
 def expected(domain, meta):
-    """Trains on the expectation of the same, in closed form.
+    """Trains on the expectation of the loss of `last_answer`, in closed form.
 
     The answer is bᵀ A x, its mean squared error Σλ + σ² − 2 tr(A Λ²) + tr(Aᵀ E[bbᵀ] A Λ).
     """
-    each, power = (jnp.asarray(of, jnp.float32) for of in domain.moments())
+    lam, power = (jnp.asarray(moment, jnp.float32) for moment in domain.moments())
     unit = jnp.eye(domain.n_x)
 
     def loss(params, keys):
         answer = lambda b, x: meta.learner(params).predict((b[None], jnp.int32(1)), x)[0]
         A = jax.vmap(jax.vmap(answer, (None, 0)), (0, None))(unit, unit)
-        squared = jnp.sum(power[:, None] * A**2 * each)
-        mean = each.sum() + domain.sigma**2 - 2 * jnp.sum(jnp.diag(A) * each**2) + squared
+        squared = jnp.sum(power[:, None] * A**2 * lam)
+        mean = lam.sum() + domain.sigma**2 - 2 * jnp.sum(jnp.diag(A) * lam**2) + squared
         return mean / 2, {"loss": mean}
 
     return Objective(loss)
@@ -98,12 +98,12 @@ def expected(domain, meta):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything the study depends on, beside its seed. Values are our choice."""
+    """All settings of the study, except its seed. Values are our choice."""
 
     variances: tuple[float, ...] = (1.0, 0.6, 0.36)
-    """λ_d, of each input, greatest first."""
+    """Variance λ_d of each input, greatest first."""
     steps: int = 31
-    """T: as many pairs in context, but one, as the last answer has."""
+    """T, the pairs in an episode. The last answer has T − 1 of them in context."""
     sigma: float = 0.1
     """Standard deviation σ of the noise."""
     separate: OneLayerAttentionConfig = OneLayerAttentionConfig(scale=4e-2)
@@ -112,117 +112,117 @@ class Config:
         optimizer="sgd", schedule="constant", learning_rate=0.06, clip=1e6, warmup=0, batch=128,
         steps=8000, seeds=8, checkpoints=80,
     )  # fmt: skip
-    """Plain gradient descent at a constant rate, which the theory is of."""
+    """Plain gradient descent at a constant rate, which the theory assumes."""
     measure: md.MeasureConfig = md.MeasureConfig(tracked_tasks=16, heldout_tasks=4096)
 
     def __post_init__(self) -> None:
-        given = self.variances
-        right = given and [*given] == sorted({*given}, reverse=True) and given[-1] > 0
-        fix = "give positive numbers that fall"
-        check(right and np.isfinite(given[0]), "variances", given, fix)
+        lam = self.variances
+        valid = lam and [*lam] == sorted({*lam}, reverse=True) and lam[-1] > 0
+        hint = "give positive numbers that fall"
+        check(valid and np.isfinite(lam[0]), "variances", lam, hint)
         check(self.steps >= 2, "steps", self.steps, "must be at least 2: a pair, and a query")
 
     @property
     def domain(self) -> Components:
         """Returns the distribution of tasks, whose weights are N(0, I)."""
-        unit = tuple(map(tuple, np.eye(len(self.variances)).tolist()))
-        sizes = {"n_x": len(unit), "n_y": 1, "sigma": self.sigma, "steps": self.steps}
-        return Components(**sizes, column_covariance=unit, variances=self.variances)
+        identity = tuple(map(tuple, np.eye(len(self.variances)).tolist()))
+        sizes = {"n_x": len(identity), "n_y": 1, "sigma": self.sigma, "steps": self.steps}
+        return Components(**sizes, column_covariance=identity, variances=self.variances)
 
 
 def plan(config: Config) -> md.Plan:
-    """Both networks, each on episodes and on the expected loss, from the same initial weights."""
+    """Trains both networks on episodes and on the expected loss, from the same initial weights."""
     domain, metas = config.domain, []
     times = *inner.log_spaced(domain.steps - 1, 6), domain.steps
     for name, label in KINDS.items():
         meta = getattr(config, name).make(domain)
-        for ending, objective in (("", last_answer), ("_expected", expected)):
-            called = label + ", expected loss" * bool(ending)
-            more = {"times": times, "objective": objective, "option": f"{name}.attention-heads"}
-            metas.append(md.Contender(name + ending, called, meta, **more))
+        for suffix, objective in (("", last_answer), ("_expected", expected)):
+            full_label = label + ", expected loss" * bool(suffix)
+            fields = {"times": times, "objective": objective, "option": f"{name}.attention-heads"}
+            metas.append(md.Contender(name + suffix, full_label, meta, **fields))
     bayes = md.Contender("bayes", "Bayes-optimal", bayes_linear(domain), "bayes", times)
     return md.Plan(config.outer, [md.Comparison(domain, [*metas, bayes], measure=config.measure)])
 
 
 def last_loss(data) -> np.ndarray:
-    """The loss of the last answer over what it is at outer step 0, of each seed [seed, outer_step].
+    """Returns the loss of the last answer over its value at outer step 0 [seed, outer_step].
 
-    Answers are 0 there, but for the small weights: so it is over the mean of y² on these tasks.
+    The initial weights are so small that answers are about 0 there and the loss the mean of y².
     """
     loss = dynamics.samples(data, "loss")[..., -1].mean(1)
     return loss / loss[:, :1]
 
 
 def first_below(data, levels) -> np.ndarray:
-    """The outer steps at which the loss of each seed first falls to each level [seed, level]."""
+    """Finds the outer step at which each seed's loss first falls to each level [seed, level]."""
     below = np.asarray(levels) - last_loss(data)[..., None]
     return dynamics.learning_times(data["outer_step"].to_numpy(), below, p=0.0)
 
 
 def rested(data, before, after, last) -> np.ndarray:
-    """At how many levels each seed [seed] rests; NaN for one that never comes below the last."""
-    late = first_below(data, after) >= REST * first_below(data, before)
-    return np.where(np.isfinite(first_below(data, last)[..., 0]), late.sum(-1), np.nan)
+    """Counts the levels at which each seed rests [seed]; NaN if it never falls below the last."""
+    rests = first_below(data, after) >= REST * first_below(data, before)
+    return np.where(np.isfinite(first_below(data, last)[..., 0]), rests.sum(-1), np.nan)
 
 
 def over_seeds(values) -> dynamics.Estimate:
-    """The mean over seeds of what each has [seed, …]."""
+    """Estimates the mean of values [seed, …] over seeds."""
     return dynamics.estimate(np.asarray, np.asarray(values, float)[:, None])
 
 
 def criteria(config: Config, results):
-    """How many plateaus training rests at, when it leaves them, and the order of components."""
+    """Yields criteria on training's plateaus, when it leaves them and the order of components."""
     levels = config.domain.plateaus() / config.domain.plateaus()[0]
     halfway, before, after = (levels[1:] + levels[:-1]) / 2, 1.1 * levels[1:-1], 0.9 * levels[1:-1]
     for name, label in KINDS.items():
-        trained, theory = (results[HELDOUT, name + ending] for ending in ("", "_expected"))
+        trained, theory = (results[HELDOUT, name + suffix] for suffix in ("", "_expected"))
         count, predicted = (rested(data, before, after, halfway[-1:]) for data in (trained, theory))
         staircase = name == "separate"
-        said = "it goes down a staircase" if staircase else "it drops once"
-        said = f"{label}: plateaus in between at which training rests, as {said}"
+        text = "it goes down a staircase" if staircase else "it drops once"
+        text = f"{label}: plateaus in between at which training rests, as {text}"
         bounds = {"at_least": 1} if staircase else {"at_most": 0}
-        yield md.criterion(f"{name}_plateaus", over_seeds(count), said, **bounds, surely=True)
-        said = f"{label}: the same, minus those at which descent on the expected loss rests"
-        apart = over_seeds(count - predicted)
-        yield md.criterion(f"{name}_plateaus_beyond_theory", apart, said, 0, 0, surely=True)
-        ratio = first_below(trained, halfway) / first_below(theory, halfway)
-        said = f"{label}: outer step of the drop, over that of descent on the expected loss"
-        for k, each in enumerate(ratio.T if staircase else ratio.T[-1:]):
-            found, nth = over_seeds(each), f"_{k + 1}" * staircase
-            yield md.criterion(f"{name}_drop{nth}", found, said, 1.1, 0.9, surely=True)
+        yield md.criterion(f"{name}_plateaus", over_seeds(count), text, **bounds, surely=True)
+        text = f"{label}: the same, minus those at which descent on the expected loss rests"
+        difference = over_seeds(count - predicted)
+        yield md.criterion(f"{name}_plateaus_beyond_theory", difference, text, 0, 0, surely=True)
+        ratios = first_below(trained, halfway) / first_below(theory, halfway)
+        text = f"{label}: outer step of the drop, over that of descent on the expected loss"
+        for k, drop in enumerate(ratios.T if staircase else ratios.T[-1:]):
+            ratio, suffix = over_seeds(drop), f"_{k + 1}" * staircase
+            yield md.criterion(f"{name}_drop{suffix}", ratio, text, 1.1, 0.9, surely=True)
         tracked = results[TRACKED, name]
         order = dynamics.outer_merit(tracked, results[TRACKED, "bayes"])
         bounds = {"at_most": -0.2} if staircase else {}
-        said = f"{label}: over outer training greater components come first: slope of log n_d"
-        yield md.criterion(f"{name}_outer", order, said, **bounds)
-        within = dynamics.merit(tracked.isel(outer_step=-1))
-        yield md.criterion(f"{name}_inner", within, f"{label}: slope of log t_d within an episode")
+        text = f"{label}: over outer training greater components come first: slope of log n_d"
+        yield md.criterion(f"{name}_outer", order, text, **bounds)
+        slope = dynamics.merit(tracked.isel(outer_step=-1))
+        yield md.criterion(f"{name}_inner", slope, f"{label}: slope of log t_d within an episode")
 
 
 def plateaus(results):
-    """Draws the loss of each seed over outer training, with the plateaus, and the components."""
+    """Draws each seed's loss over outer training, with the plateaus, and components' strengths."""
     merged = results[TRACKED, "merged"]
     about, modes = trajectories.about(merged), trajectories.modes(merged)
-    steps, sigma = int(merged["time"][-1]), about.loss_floor**0.5
-    domain = Config(modes.values, steps, sigma).domain
+    T, sigma = int(merged["time"][-1]), about.loss_floor**0.5
+    domain = Config(modes.values, T, sigma).domain
     figure, axes = figures.grid(4, columns=2, width=5.2, height=3.4)
-    for (name, label), top, below in zip(KINDS.items(), axes[:2], axes[2:], strict=True):
+    for (name, title), upper, lower in zip(KINDS.items(), axes[:2], axes[2:], strict=True):
         trained, tracked = results[HELDOUT, name], results[TRACKED, name]
-        steps, _ = (figures.outer_axis(axis, trained) for axis in (top, below))
-        for data, said, colour, style in (
+        steps, _ = (figures.outer_axis(axis, trained) for axis in (upper, lower))
+        for data, label, colour, style in (
             (trained, "trained, each seed", figures.COLOURS[0], "-"),
             (results[HELDOUT, f"{name}_expected"], "the same on the expected loss", "black", "--"),
         ):
-            lines = top.plot(steps, last_loss(data).T, style, color=colour, lw=1.2)
-            lines[0].set_label(said)
+            lines = upper.plot(steps, last_loss(data).T, style, color=colour, lw=1.2)
+            lines[0].set_label(label)
         for level in domain.plateaus() / domain.plateaus()[0]:
-            line = top.axhline(level, **figures.LEVEL)
+            line = upper.axhline(level, **figures.LEVEL)
         line.set_label("plateaus in theory")
         strength = dynamics.estimate(np.asarray, dynamics.strength(tracked)[:, :, :, -1])
-        figures.curves(below, steps, strength, [f"{value:g}" for value in domain.variances])
-        top.set(title=label, yscale="log", ylabel="loss of the last answer\n(1 at outer step 0)")
-        below.set(ylabel="strength of each component", ylim=figures.UP_TO)
-        below.legend(title=modes.label)
+        figures.curves(lower, steps, strength, [f"{value:g}" for value in domain.variances])
+        upper.set(title=title, yscale="log", ylabel="loss of the last answer\n(1 at outer step 0)")
+        lower.set(ylabel="strength of each component", ylim=figures.UP_TO)
+        lower.legend(title=modes.label)
     axes[0].legend(frameon=True, framealpha=0.9, edgecolor="none")
     return figure
 

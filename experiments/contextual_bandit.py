@@ -23,30 +23,30 @@ from metadyn.learners.lstm import LSTMConfig
 from metadyn.optimizers import named_optimizer
 from metadyn.study import HELDOUT, beyond_bayes, paper, staggering
 
-RATHER = {"reinforce_coupled": {"at_least": 1.0}, "reinforce_decoupled": {"at_most": 1.0}}
-"""How the error of a linear fit of learning time compares with that of an exponential one."""
+FIT_BOUNDS = {"reinforce_coupled": {"at_least": 1.0}, "reinforce_decoupled": {"at_most": 1.0}}
+"""Bounds on the error of a linear fit to the learning times over that of an exponential fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """The ordinary learners. The paper's values are not known to us: these are our choice."""
+    """Settings of the ordinary learners: our choice, as we do not know the paper's values."""
 
     optimizer: str = "sgd"
-    """An optimiser of optax, by name."""
+    """Name of an optimiser of optax."""
     learning_rate: float = 0.3
-    """Of REINFORCE, on one choice an update."""
+    """Learning rate of REINFORCE, which samples one action per update."""
     expected_learning_rate: float = 1.0
-    """Of the exact expected policy gradient."""
+    """Learning rate of the exact expected policy gradient."""
     scale: float = 1.0
     """Standard deviation of the initial weights."""
     most_contexts: int = 6
-    """K up to which the growth of learning time is measured, with as many actions, all distinct."""
+    """Largest K at which learning times are measured, with as many actions, all distinct."""
     updates: int = 30_000
     """Updates of REINFORCE."""
     expected_updates: int = 3000
     """Updates of the exact expected policy gradient."""
     records: int = 150
-    """Log-spaced updates at which the probe runs."""
+    """Number of updates, spaced evenly in logarithm, at which the probe runs."""
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate", "expected_learning_rate", "scale", "records")
@@ -57,109 +57,109 @@ class PolicyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config(md.StudyConfig):
-    """Everything the study depends on, beside its seed."""
+    """All settings of the study, except its seed."""
 
     domain: ContextualBandit = ContextualBandit()
     actor_critic: md.ActorCriticConfig = md.ActorCriticConfig(annealed=True)
     policy: PolicyConfig = PolicyConfig()
     reward_at_least: float = 0.97
-    """Least mean reward of the LSTM, from 0 for chance to 1 for Bayes, to pass the criterion."""
+    """Lower bound on the LSTM's mean reward in its criterion, from 0 for chance to 1 for Bayes."""
 
 
 def policies(config: PolicyConfig, domain: ContextualBandit) -> Iterator[md.Contender]:
-    """Coupled and decoupled policies under REINFORCE and the exact expected gradient."""
+    """Yields coupled and decoupled policies under REINFORCE and the exact expected gradient."""
     rates = config.learning_rate, config.expected_learning_rate
-    sampled, expected = (named_optimizer(config.optimizer, rate) for rate in rates)
+    reinforce_opt, expected_opt = (named_optimizer(config.optimizer, rate) for rate in rates)
     K, n = domain.contexts, domain.actions
     for coupling in ("coupled", "decoupled"):
         policy = gd.softmax_policy(K, n, coupling == "coupled", config.scale)
-        exact = gd.expected_policy_gradient(policy, expected)
+        expected = gd.expected_policy_gradient(policy, expected_opt)
         for name, label, learner, updates in (
-            ("reinforce", "REINFORCE", gd.reinforce(policy, sampled, 1), config.updates),
-            ("expected", "expected gradient", exact, config.expected_updates),
+            ("reinforce", "REINFORCE", gd.reinforce(policy, reinforce_opt, 1), config.updates),
+            ("expected", "expected gradient", expected, config.expected_updates),
         ):
-            times, called = log_spaced(updates, config.records), f"{label}, {coupling}"
-            yield md.Contender(f"{name}_{coupling}", called, learner, times=times)
+            times, label = log_spaced(updates, config.records), f"{label}, {coupling}"
+            yield md.Contender(f"{name}_{coupling}", label, learner, times=times)
 
 
 def plan(config: Config) -> md.Plan:
-    """What is trained and measured."""
+    """Returns the learners to train and compare, and the sets of tasks to measure them on."""
     domain, sizes, policy = config.domain, config.measure, config.policy
     posteriors = [md.Contender("bayes", "Bayes-optimal", bayes_bandit(domain), "bayes")]
-    if not domain.deterministic:  # what is optimal is not known in closed form
-        likeliest = posteriors[0].learner
-        thompson, said = bayes_bandit(domain, "thompson"), "exact posterior,\n"
+    if not domain.deterministic:  # the optimal policy is not known in closed form
+        greedy = posteriors[0].learner
+        thompson, prefix = bayes_bandit(domain, "thompson"), "exact posterior,\n"
         posteriors = [
-            md.Contender("bayes", f"{said}Thompson sampling", thompson, "bayes"),
-            md.Contender("bayes_greedy", f"{said}most probable action", likeliest, "reference"),
+            md.Contender("bayes", f"{prefix}Thompson sampling", thompson, "bayes"),
+            md.Contender("bayes_greedy", f"{prefix}most probable action", greedy, "reference"),
         ]
-    ordinary = [each for each in policies(policy, domain) if each.name.startswith("reinforce")]
+    ordinary = [c for c in policies(policy, domain) if c.name.startswith("reinforce")]
     contenders = [*ordinary, config.meta_learner(domain, heads=1), *posteriors]
     objective = partial(md.actor_critic, config=config.actor_critic, steps=config.outer.steps)
     sets = [sizes.sized(domain.evaluation())]
     comparisons = [md.Comparison(domain, contenders, sets, (), sizes, objective, heads=1)]
     for k in range(1, policy.most_contexts + 1):
-        # As many actions as there can be contexts, all of them distinct.
+        # There are enough actions for the largest K to have a distinct correct action per context.
         fields = {"contexts": k, "actions": policy.most_contexts, "steps": k, "permutation": True}
-        few = dataclasses.replace(domain, **fields)
-        tasks = sizes.sized(few.evaluation(), "updating_tasks", f"{k}_contexts")
-        comparisons.append(md.Comparison(few, [*policies(policy, few)], [tasks], (), sizes))
+        variant = dataclasses.replace(domain, **fields)
+        tasks = sizes.sized(variant.evaluation(), "updating_tasks", f"{k}_contexts")
+        comparisons.append(md.Comparison(variant, [*policies(policy, variant)], [tasks], (), sizes))
     return md.Plan(config.outer, comparisons)
 
 
 def criteria(config: Config, results):
-    """What the science says of what was measured."""
+    """Yields criteria on the growth of learning time with K, on staggering and on reward."""
     most, over_runs = config.policy.most_contexts, dynamics.estimate_over_runs
     numbers = np.arange(1, most + 1)
-    found = [results.learners(f"{k}_contexts") for k in numbers]
-    runs = {name: [dynamics.last_times(each[name]) for each in found] for name in found[0]}
+    by_k = [results.learners(f"{k}_contexts") for k in numbers]
+    runs = {name: [dynamics.last_times(data[name]) for data in by_k] for name in by_k[0]}
     # How the median time to learn all contexts grows with their number.
-    fitted = lambda *times: dynamics.growth(numbers, np.array([np.median(each) for each in times]))
-    over = lambda *times: fitted(*times[:most])[0] / fitted(*times[most:])[0]
-    both = *runs["reinforce_coupled"], *runs["reinforce_decoupled"]
-    said = "factor of growth (below) of coupled contexts over that of decoupled ones"
-    yield md.criterion("coupled_over_decoupled_growth", over_runs(over, *both), said, at_least=1.5)
+    fit = lambda *times: dynamics.growth(numbers, np.array([np.median(t) for t in times]))
+    ratio_of_factors = lambda *times: fit(*times[:most])[0] / fit(*times[most:])[0]
+    ratio = over_runs(ratio_of_factors, *runs["reinforce_coupled"], *runs["reinforce_decoupled"])
+    text = "factor of growth (below) of coupled contexts over that of decoupled ones"
+    yield md.criterion("coupled_over_decoupled_growth", ratio, text, at_least=1.5)
     for name, times in runs.items():
-        row, (factor, ratio) = f"{name}_growth", over_runs(fitted, *times).each()
-        least = {"at_least": 1.5} if name == "reinforce_coupled" else {}
-        said = "each context more multiplies the time to learn all by this"
-        yield md.criterion(f"{row}_factor", factor, said, **least)
-        said = "linear fit's error of the time to learn all over an exponential's, fitted to logs"
-        said += ": above 1 it grows exponentially, below 1 linearly"
-        bounds = RATHER.get(name, {})
-        yield md.criterion(f"{row}_linear_over_exponential", ratio, said, **bounds, surely=True)
+        row, (factor, ratio) = f"{name}_growth", over_runs(fit, *times).each()
+        bounds = {"at_least": 1.5} if name == "reinforce_coupled" else {}
+        text = "each context more multiplies the time to learn all by this"
+        yield md.criterion(f"{row}_factor", factor, text, **bounds)
+        text = "linear fit's error of the time to learn all over an exponential's, fitted to logs"
+        text += ": above 1 it grows exponentially, below 1 linearly"
+        bounds = FIT_BOUNDS.get(name, {})
+        yield md.criterion(f"{row}_linear_over_exponential", ratio, text, **bounds, surely=True)
         share = over_runs(np.mean, np.isinf(times[-1]))
-        said = f"share of runs that had not learned all {most} contexts by the last update"
-        yield md.criterion(f"{name}_censored_runs", share, said)
+        text = f"share of runs that had not learned all {most} contexts by the last update"
+        yield md.criterion(f"{name}_censored_runs", share, text)
     yield from beyond_bayes(results, within=0.15)
     for name in results.learners("in_distribution", "ordinary", "bayes"):
         yield from staggering(results, name, "(t_K - t_1) / t_K, contexts in order of learning")
     d = config.domain
     chance = (d.p_high - d.p_low) * (1 - 1 / d.actions)  # regret of the uniform policy
-    best = dynamics.episode_loss(results[HELDOUT, "bayes"])
+    bayes_loss = dynamics.episode_loss(results[HELDOUT, "bayes"])
     for name, data in results.learners(HELDOUT, "meta").items():
         label, loss = trajectories.about(data).label, dynamics.episode_loss(data)[..., -1]
-        reward = dynamics.estimate(lambda a, b: (chance - a) / (chance - b), loss, best)
-        said, least = f"mean reward of the {label}: 0 chance, 1 Bayes", config.reward_at_least
-        yield md.criterion(f"{name}_relative_reward", reward, said, at_least=least)
+        reward = dynamics.estimate(lambda a, b: (chance - a) / (chance - b), loss, bayes_loss)
+        text, bound = f"mean reward of the {label}: 0 chance, 1 Bayes", config.reward_at_least
+        yield md.criterion(f"{name}_relative_reward", reward, text, at_least=bound)
 
 
 def growth(results):
-    """Draws the median time until the last context is learned, against their number."""
+    """Draws the median time to learn the last context against the number of contexts."""
     numbers = 1 + np.arange(sum(name.endswith("_contexts") for name in results.sets()))
     figure, (axis,) = figures.grid(min(len(numbers), 1), width=6.6, height=4.6)
-    for i, (name, first) in enumerate(results.learners("1_contexts").items()):
+    for i, (name, data) in enumerate(results.learners("1_contexts").items()):
         runs = [dynamics.last_times(results[f"{k}_contexts", name]) for k in numbers]
-        median = dynamics.stacked(dynamics.estimate_over_runs(np.median, each) for each in runs)
-        done, bars = np.isfinite(median.value), figures.bars(median)
-        factor, _ = dynamics.growth(numbers[done], median.value[done])
-        never = f"{np.isinf(runs[-1]).mean():.0%} of runs not done at {numbers[-1]}"
-        label = f"{trajectories.about(first).label}: × {factor:.2f} for each context; {never}"
+        median = dynamics.stacked(dynamics.estimate_over_runs(np.median, times) for times in runs)
+        finite, bars = np.isfinite(median.value), figures.bars(median)
+        factor, _ = dynamics.growth(numbers[finite], median.value[finite])
+        unfinished = f"{np.isinf(runs[-1]).mean():.0%} of runs not done at {numbers[-1]}"
+        label = f"{trajectories.about(data).label}: × {factor:.2f} for each context; {unfinished}"
         colour, marker = figures.line_colour(i), "osDP"[i % 4]
         style = {"marker": marker, "color": colour, "label": label}
-        axis.errorbar(numbers[done], median.value[done], bars[:, done], **style)
-        end = np.full((~done).sum(), first["time"][-1])
-        axis.plot(numbers[~done], end, "^", mfc="none", color=colour, ms=10)
+        axis.errorbar(numbers[finite], median.value[finite], bars[:, finite], **style)
+        last_update = np.full((~finite).sum(), data["time"][-1])
+        axis.plot(numbers[~finite], last_update, "^", mfc="none", color=colour, ms=10)
     axis.set(yscale="log", xlabel="contexts $K$", xticks=numbers)
     axis.set_ylabel("updates until the last is learned\n(median run; triangle: not done)")
     figure.legend(loc="outside lower center", fontsize=10)

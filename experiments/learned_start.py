@@ -2,10 +2,10 @@
 
     metadyn run learned_start [--preset quick|workstation|paper] [--out DIR] [overrides]
 
-The two-layer linear network of linear regression and the MLP of nonlinear regression are trained by
-descent, the MLP's by Adam, always alike, from starts (1 − α) · random + α · learned, and from
-random starts of several sizes. The learned one is that of MAML (Finn et al. 2017, arXiv:1703.03400)
-on that very network. Saxe et al. (2013), arXiv:1312.6120, derive the staggering from a small start.
+SGD trains the two-layer linear network of linear regression, and Adam the MLP of nonlinear
+regression, from starts (1 − α) · random + α · learned and from random starts of several sizes. Only
+the start differs. The learned one is MAML's (Finn et al. 2017, arXiv:1703.03400), learned on the
+same network. Saxe et al. (2013), arXiv:1312.6120, derive the staggering from a small start.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from metadyn.study import censored, excess_of, to_train
 
 TITLES = {"linear": "two-layer linear network", "nonlinear": "MLP"}
 STAGGERS = {"linear": {"at_most": -0.5}, "nonlinear": {"at_least": 0.5}}
-"""Slope of an ordinary learner, beyond Bayes': greater singular values, lower frequencies first."""
+"""Bounds on the slope minus Bayes' if greater singular values, or lower frequencies, come first."""
 WITHIN = {"at_most": 0.2, "at_least": -0.2}
 RANDOM = {"linear": "a small random start", "nonlinear": "an ordinary random start"}
 EXPECTED = {
@@ -39,33 +39,33 @@ EXPECTED = {
     "learned_start": ("interpolated_1", "from the start that MAML learned it does not"),
     "maml": ("maml", "MAML itself does not stagger"),
 }
-"""Criteria: the learner each is of, and what it says."""
+"""Criteria by name: the learner that each judges, and what it says."""
 SERIES = {"interpolated_": "random to learned", "random_": "random, scaled"}
-"""Series of starts: how the names of their learners begin, where a number follows."""
-CHANGES = {"norm": "norm of all weights", "imbalance": "imbalance", "product": "product's norm"}
+"""Labels of the series of starts, by what the names of their learners have before the number."""
+PROPERTIES = {"norm": "norm of all weights", "imbalance": "imbalance", "product": "product's norm"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything the study depends on, beside its seed. Values are our choice."""
+    """All settings of the study, except its seed. Values are our choice."""
 
     linear: LinearRegression = LinearRegression()
     nonlinear: FourierRegression = FourierRegression()
     linear_maml: MAMLConfig = MAMLConfig(outer_batch=32)
     nonlinear_maml: MAMLConfig = MAMLConfig(width=64, outer_batch=32)
     linear_descent: gd.DescentConfig = gd.DescentConfig(learning_rate=0.02, updates=6000)
-    """On fresh pairs. Depth and width are those of MAML's network."""
+    """Descent on fresh pairs. The network has the depth and width of MAML's."""
     nonlinear_descent: gd.DescentConfig = gd.DescentConfig(
         "adam", 1e-3, batch=64, updates=3000, records=60
     )
-    """On a fixed set of as many pairs as the batch has."""
+    """Descent on a fixed set of pairs, as many as `batch`."""
     small: float = 1e-3
-    """Standard deviation of the linear network's small random start. That of the MLP is PyTorch's,
-    which an ordinary learner has."""
+    """Standard deviation of the linear network's small random start. The MLP's random start is
+    PyTorch's, as in an ordinary learner."""
     interpolations: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-    """α, from the random start, 0, to the learned one, 1."""
+    """Values of α, which is 0 at the random start and 1 at the learned one."""
     factors: tuple[float, ...] = (0.01, 0.1, 0.3, 1.0, 2.0)
-    """Of random starts, times N(0, 1/fan-in) in the linear network and PyTorch's in the MLP."""
+    """Factors on random starts, N(0, 1/fan-in) in the linear network and PyTorch's in the MLP."""
     outer: md.OuterConfig = md.OuterConfig()
     measure: md.MeasureConfig = md.MeasureConfig()
 
@@ -73,23 +73,23 @@ class Config:
         check_positive(self, "small")
         check_positive(self.linear_descent, "updates")
         check_positive(self.nonlinear_descent, "updates")
-        right = all(0 <= a <= 1 for a in self.interpolations) and {0, 1} <= {*self.interpolations}
-        check(right, "interpolations", self.interpolations, "from 0 to 1, with both of them")
-        right = len(self.factors) > 0 and all(0 < f < float("inf") for f in self.factors)
-        check(right, "factors", self.factors, "must be positive and finite")
+        valid = all(0 <= a <= 1 for a in self.interpolations) and {0, 1} <= {*self.interpolations}
+        check(valid, "interpolations", self.interpolations, "from 0 to 1, with both of them")
+        valid = len(self.factors) > 0 and all(0 < f < float("inf") for f in self.factors)
+        check(valid, "factors", self.factors, "must be positive and finite")
 
 
 def properties(weights) -> dict[str, jax.Array]:
-    """What may change in a start: norms, and how far ‖W_{l+1}ᵀ W_{l+1} − W_l W_lᵀ‖ is from 0."""
+    """Returns norms: of the weights, of their product and of all W_{l+1}ᵀ W_{l+1} − W_l W_lᵀ."""
     W = [getattr(layer, "weight", layer) for layer in weights]  # without biases
     product = reduce(lambda below, above: above @ below, W)
-    apart = [b.T @ b - a @ a.T for a, b in pairwise(W)]
+    imbalances = [b.T @ b - a @ a.T for a, b in pairwise(W)]
     norm = lambda leaves: jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in leaves))
-    return {"norm": norm(W), "imbalance": norm(apart), "product": norm([product])}
+    return {"norm": norm(W), "imbalance": norm(imbalances), "product": norm([product])}
 
 
-def compared(config: Config, name: str) -> md.Comparison:
-    """MAML, descent from every start, and Bayes, in one domain."""
+def comparison(config: Config, name: str) -> md.Comparison:
+    """Returns the comparison of MAML, descent from every start, and Bayes in one domain."""
     domain, descent = getattr(config, name), getattr(config, f"{name}_descent")
     maml, linear = getattr(config, f"{name}_maml"), name == "linear"
     ordinary = ordinary_network(domain, maml.depth, maml.width)
@@ -110,14 +110,14 @@ def compared(config: Config, name: str) -> md.Comparison:
         return descend(lambda key: jax.tree.map(mix, random.init(key), params["start"]))
 
     meta = to_train(f"{name}_maml", maml, config.outer, domain)
-    contenders, trained = [dataclasses.replace(meta, name="maml", label="MAML")], meta.learner
+    contenders = [dataclasses.replace(meta, name="maml", label="MAML")]
     for a in config.interpolations:
-        called = f"interpolated_{a:g}", f"α = {a:g}"
-        made = md.Derived(trained, partial(between, a), "updates")
-        contenders.append(md.Contender(*called, made, "ordinary", times, of="maml"))
+        names = f"interpolated_{a:g}", f"α = {a:g}"
+        learner = md.Derived(meta.learner, partial(between, a), "updates")
+        contenders.append(md.Contender(*names, learner, "ordinary", times, of="maml"))
     for f in config.factors:
-        called = f"random_{f:g}", f"random × {f:g}"
-        contenders.append(md.Contender(*called, scaled(f), "reference", times))
+        names = f"random_{f:g}", f"random × {f:g}"
+        contenders.append(md.Contender(*names, scaled(f), "reference", times))
     bayes = bayes_linear(domain) if linear else bayes_fourier(domain)
     contenders.append(md.Contender("bayes", "Bayes-optimal", bayes, "bayes"))
     tasks = config.measure.sized(domain.evaluation(config.measure.probe_points), name=name)
@@ -127,64 +127,64 @@ def compared(config: Config, name: str) -> md.Comparison:
 
 
 def plan(config: Config) -> md.Plan:
-    """One comparison of each domain."""
-    return md.Plan(config.outer, [compared(config, name) for name in TITLES])
+    """Returns one comparison per domain."""
+    return md.Plan(config.outer, [comparison(config, name) for name in TITLES])
 
 
 def criteria(config: Config, results):
-    """The slope from every start, and how it and the start change from one end to the other."""
+    """Yields the slope from every start, and properties of the random and the learned start."""
     for name, staggers in STAGGERS.items():
         for learner, data in results.learners(name).items():
-            found = dynamics.merit(data)
-            said = f"{TITLES[name]}, {trajectories.about(data).label}: slope of log t_k"
-            yield md.criterion(f"{name}_{learner}_slope", found, said)
+            slope = dynamics.merit(data)
+            text = f"{TITLES[name]}, {trajectories.about(data).label}: slope of log t_k"
+            yield md.criterion(f"{name}_{learner}_slope", slope, text)
             yield censored(f"{name}_{learner}", data)
-        for row, (learner, says) in EXPECTED.items():
-            bound = staggers if row == "random_start" else WITHIN
-            found = dynamics.difference(results[name, learner], results[name, "bayes"])
-            said = f"{TITLES[name]}, {says.format(RANDOM[name])}: slope minus Bayes'"
-            yield md.criterion(f"{name}_{row}", found, said, **bound, surely=True)
+        for row, (learner, claim) in EXPECTED.items():
+            bounds = staggers if row == "random_start" else WITHIN
+            beyond = dynamics.difference(results[name, learner], results[name, "bayes"])
+            text = f"{TITLES[name]}, {claim.format(RANDOM[name])}: slope minus Bayes'"
+            yield md.criterion(f"{name}_{row}", beyond, text, **bounds, surely=True)
         excess = excess_of(results, "maml", f"_{name}")
         yield md.criterion(f"{name}_maml_excess", excess, f"{TITLES[name]}: MAML's excess loss")
         for learner in ("interpolated_0", "interpolated_1"):
-            for what, said in CHANGES.items():
-                found = of_start(results[name, learner], what)
-                said = f"{TITLES[name]}, {trajectories.about(results[name, learner]).label}: {said}"
-                yield md.criterion(f"{name}_{learner}_{what}", found, said)
+            label = trajectories.about(results[name, learner]).label
+            for key, title in PROPERTIES.items():
+                value, text = property_of_start(results[name, learner], key), f"{label}: {title}"
+                yield md.criterion(f"{name}_{learner}_{key}", value, f"{TITLES[name]}, {text}")
 
 
-def of_start(data, what: str) -> dynamics.Estimate:
-    """A property of the start."""
-    return dynamics.estimate(np.asarray, dynamics.samples(data, what)[:, :, 0])
+def property_of_start(data, name: str) -> dynamics.Estimate:
+    """Estimates one of `properties` at the first time recorded, before any update."""
+    return dynamics.estimate(np.asarray, dynamics.samples(data, name)[:, :, 0])
 
 
 def start(results):
-    """Draws the slope along both series of starts, and what changes in the start beside it."""
+    """Draws the slope along both series of starts, and properties of the interpolated starts."""
     names = [name for name in TITLES if name in results.sets()]
     figure, axes = figures.grid(3 * len(names), columns=3, width=4.6, height=3.6)
     for i, name in enumerate(names):
-        by_alpha, changing, by_norm = axes[3 * i : 3 * i + 3]
-        for (begins, label), colour in zip(SERIES.items(), figures.COLOURS, strict=False):
+        by_alpha, properties_axis, by_norm = axes[3 * i : 3 * i + 3]
+        for (prefix, label), colour in zip(SERIES.items(), figures.COLOURS, strict=False):
             learners = results.learners(name, "ordinary", "reference").items()
-            number = re.compile(re.escape(begins) + r"([\d.e+-]+)")
-            those = ((float(m[1]), d) for n, d in learners if (m := number.fullmatch(n)))
-            found = dict(sorted(those, key=lambda each: each[0]))
-            of_each = lambda what, found=found: [of_start(d, what).value for d in found.values()]
-            slopes = dynamics.stacked(map(dynamics.merit, found.values()))
+            pattern = re.compile(re.escape(prefix) + r"([\d.e+-]+)")
+            numbered = ((float(m[1]), d) for n, d in learners if (m := pattern.fullmatch(n)))
+            starts = dict(sorted(numbered, key=lambda pair: pair[0]))
+            values = lambda key, s=starts: [property_of_start(d, key).value for d in s.values()]
+            slopes = dynamics.stacked(map(dynamics.merit, starts.values()))
             style = {"fmt": "o-", "color": colour, "capsize": 3, "label": label}
-            by_norm.errorbar(of_each("norm"), slopes.value, figures.bars(slopes), **style)
-            if begins == "interpolated_":
-                by_alpha.errorbar([*found], slopes.value, figures.bars(slopes), **style)
-                for what, said in CHANGES.items():
-                    changing.semilogy([*found], of_each(what), "o-", label=said)
-        for who, ls in (("maml", "--"), ("bayes", ":")):
-            data = results[name, who]
+            by_norm.errorbar(values("norm"), slopes.value, figures.bars(slopes), **style)
+            if prefix == "interpolated_":
+                by_alpha.errorbar([*starts], slopes.value, figures.bars(slopes), **style)
+                for key, title in PROPERTIES.items():
+                    properties_axis.semilogy([*starts], values(key), "o-", label=title)
+        for learner, ls in (("maml", "--"), ("bayes", ":")):
+            data = results[name, learner]
             slope = dynamics.merit(data).value
             by_alpha.axhline(slope, color="black", ls=ls, label=trajectories.about(data).label)
         by_alpha.set(title=TITLES[name], xlabel="α, random to learned", ylabel="staggering slope")
-        changing.set(xlabel="α, random to learned", ylabel="norm or imbalance of the start")
+        properties_axis.set(xlabel="α, random to learned", ylabel="norm or imbalance of the start")
         by_norm.set(xscale="log", xlabel="norm of the start", ylabel="staggering slope")
-        for axis in (by_alpha, changing, by_norm):
+        for axis in (by_alpha, properties_axis, by_norm):
             axis.legend(fontsize=9, frameon=True, framealpha=0.9, edgecolor="none")
     return figure
 
@@ -226,9 +226,9 @@ study = md.Study(
     section="ours",
     claims={
         "start": {
-            f"{name}_{row}": f"Ours: {says.format(RANDOM[name])} ({title})"
+            f"{name}_{row}": f"Ours: {claim.format(RANDOM[name])} ({title})"
             for name, title in TITLES.items()
-            for row, (_, says) in EXPECTED.items()
+            for row, (_, claim) in EXPECTED.items()
         }
     },
 )

@@ -4,7 +4,7 @@
 
 What is it about meta-learning that removes the staggering: memory, amortisation, or a better start?
 Networks with a memory of any kind, gradient descent from a learned start (MAML) and a learned
-optimiser are trained side by side on each domain, beside its ordinary learner and Bayes.
+optimiser are trained on each domain and compared with its ordinary learner and Bayes.
 """
 
 import dataclasses
@@ -34,18 +34,18 @@ STYLES = {
     )
 }
 OTHER = {"fmt": "h", "color": "#bbbbbb", "ms": 8, "capsize": 2}
-"""Of a learner that a user has put beside them."""
+"""Style of a learner that a user adds to the study."""
 NEAR, WITHIN = 0.3, 0.2
-"""Excess loss below which a learner counts as near Bayes, and how far it may stagger beyond."""
+"""Excess loss up to which a learner is near Bayes, and how far it may stagger beyond Bayes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(LearnersConfig, DomainsConfig):
-    """Everything the study depends on, beside its seed. Values are our choice."""
+    """All settings of the study, except its seed. Values are our choice."""
 
 
 def plan(config: Config) -> md.Plan:
-    """One comparison of each domain."""
+    """Returns one comparison per domain: its ordinary learner, all meta-learners and Bayes."""
     comparisons, sizes = [], config.measure
     for name, title in TITLES.items():
         base, metas = config.contenders(name)
@@ -58,43 +58,43 @@ def plan(config: Config) -> md.Plan:
 
 
 def criteria(config: Config, results):
-    """How far each learner staggers beyond Bayes, how near Bayes it is, and what it costs."""
+    """Yields how far each learner staggers beyond Bayes, its excess loss and what it costs."""
     near, signs = [], []
     for name in TITLES:
         bayes = results[f"inner_{name}", "bayes"]
         metas = {meta.name: meta for meta in config.contenders(name)[1]}
         for learner, data in results.learners(f"inner_{name}", "ordinary", "meta").items():
-            called, row = trajectories.about(data).label, f"{name}_{learner}"
-            what = f"{called}: {dynamics.merit_name(data)}"
-            yield md.criterion(f"{row}_staggering", dynamics.merit(data), what)
+            label, row = trajectories.about(data).label, f"{name}_{learner}"
+            text = f"{label}: {dynamics.merit_name(data)}"
+            yield md.criterion(f"{row}_staggering", dynamics.merit(data), text)
             beyond = dynamics.difference(data, bayes)
-            yield md.criterion(f"{row}_beyond", beyond, f"{what} minus Bayes'")
+            yield md.criterion(f"{row}_beyond", beyond, f"{text} minus Bayes'")
             yield censored(row, data)
             if trajectories.about(data).kind == "meta":
                 excess = excess_of(results, learner, f"_{name}")
-                yield md.criterion(f"{row}_excess", excess, f"excess loss of the {called}")
+                yield md.criterion(f"{row}_excess", excess, f"excess loss of the {label}")
                 if excess.value <= NEAR:
                     near.append((data, bayes))
                     signs.append(SIGN[name])
                 seconds = trajectories.about(results[f"{HELDOUT}_{name}", learner]).seconds
-                if learner in metas:  # or it is another's, beside the study
+                if learner in metas:  # a learner that a user adds is not among them
                     yield from costs(row, getattr(config, name), metas[learner].learner, seconds)
-                both = (results[f"{TRACKED}_{name}", who] for who in (learner, "bayes"))
-                said = f"{called}: the same, over outer training"
-                yield md.criterion(f"{row}_outer", dynamics.outer_merit(*both), said)
-    said = f"the most that anyone with an excess loss up to {NEAR:g} staggers beyond Bayes"
-    most = lambda each: (each.T * signs).T.max(0)
-    worst = dynamics.differences(near, most) if near else dynamics.exact(np.nan)
-    yield md.criterion("near_bayes_worst", worst, said, at_most=WITHIN)
+                pair = (results[f"{TRACKED}_{name}", key] for key in (learner, "bayes"))
+                text = f"{label}: the same, over outer training"
+                yield md.criterion(f"{row}_outer", dynamics.outer_merit(*pair), text)
+    text = f"the most that anyone with an excess loss up to {NEAR:g} staggers beyond Bayes"
+    largest = lambda beyond: (beyond.T * signs).T.max(0)
+    worst = dynamics.differences(near, largest) if near else dynamics.exact(np.nan)
+    yield md.criterion("near_bayes_worst", worst, text, at_most=WITHIN)
     if "maml" in config.learners:
         ordinary, *_ = results.learners("inner_linear", "ordinary").values()
-        found = dynamics.difference(results["inner_linear", "maml"], ordinary)
-        said = "MAML staggers less than ordinary descent: its slope minus that of descent"
-        yield md.criterion("maml_beyond_descent", found, said, at_least=0.5, surely=True)
+        difference = dynamics.difference(results["inner_linear", "maml"], ordinary)
+        text = "MAML staggers less than ordinary descent: its slope minus that of descent"
+        yield md.criterion("maml_beyond_descent", difference, text, at_least=0.5, surely=True)
 
 
 def costs(row: str, domain, meta, seconds: float):
-    """Parameters, operations in an episode, and seconds of training of all seeds."""
+    """Yields a learner's parameters, operations per episode and training seconds of all seeds."""
     params = jax.eval_shape(meta.init, jax.random.key(0))
 
     def episode(params, key):
@@ -104,19 +104,19 @@ def costs(row: str, domain, meta, seconds: float):
     pairs = jax.eval_shape(jax.vmap(episode, (None, 0), -1), params, keys)
     count = operations(meta.unroll, params, *pairs)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    for what, value, said in (
+    for cost, value, text in (
         ("parameters", size, "outer parameters"),
         ("operations", count, "floating-point operations in the answers of an episode"),
         ("seconds", seconds, "seconds of training, of all seeds, as measured in this run"),
     ):
-        yield md.criterion(f"{row}_{what}", dynamics.exact(value), said)
+        yield md.criterion(f"{row}_{cost}", dynamics.exact(value), text)
 
 
 def outer_times(results):
-    """Draws the outer step at which each mode is half-way to Bayes, a panel a domain."""
+    """Draws the outer step at which each mode is half-way to Bayes, one panel per domain."""
     label = "outer learning time $n_k$\n(outer step half-way to Bayes)"
     figure, axes = figures.grid(len(TITLES), label, width=4.3, height=4.0)
-    shown = {}
+    handles = {}
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         tracked = f"{TRACKED}_{name}"
         modes = trajectories.modes(bayes := results[tracked, "bayes"])
@@ -125,38 +125,38 @@ def outer_times(results):
             style = STYLES.get(learner, OTHER)
             style = style | {"fmt": f"{style['fmt']}-", "lw": 1.2}
             line = axis.errorbar(modes.values, y.value, figures.bars(y), **style)
-            shown.setdefault(trajectories.about(data).label, line)
+            handles.setdefault(trajectories.about(data).label, line)
         axis.set(title=title, xlabel=modes.axis, yscale="log")
         axis.set_xticks(modes.values, [f"{value:.3g}" for value in modes.values])
         figures.log_ticks(axis.yaxis)
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=11)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=11)
     return figure
 
 
 def slope_against_excess(results):
-    """Draws staggering beyond Bayes against excess loss, one point a learner, a panel a domain."""
+    """Draws staggering beyond Bayes against excess loss: one point per learner in each domain."""
     figure, axes = figures.grid(len(TITLES), width=4.3, height=4.0)
-    shown = {}
+    handles = {}
     for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
         bayes = results[f"inner_{name}", "bayes"]
-        merit, below = dynamics.merit_name(bayes), "excess below 0"  # which a log axis has not
-        hidden: dict[str, list[str]] = {f"no {merit}": [], below: []}
+        merit, negative = dynamics.merit_name(bayes), "excess below 0"  # has no log
+        hidden: dict[str, list[str]] = {f"no {merit}": [], negative: []}
         for learner, data in results.learners(f"inner_{name}", "meta").items():
             x, y = excess_of(results, learner, f"_{name}"), dynamics.difference(data, bayes)
             bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
             point = axis.errorbar(x.value, y.value, **bars, **STYLES.get(learner, OTHER))
-            shown.setdefault(label := trajectories.about(data).label, point)
+            handles.setdefault(label := trajectories.about(data).label, point)
             hidden[f"no {merit}"] += [label] * (not np.isfinite(y.value))
-            hidden[below] += [label] * bool(x.value <= 0)
+            hidden[negative] += [label] * bool(x.value <= 0)
         axis.axhline(0, **figures.LEVEL)
         near = axis.axvline(NEAR, color="grey", ls=":", lw=1)
-        said = (f"\n({why}: {', '.join(who)})" for why, who in hidden.items() if who)
-        label = "".join(["excess loss over Bayes", *said])
-        axis.set(title=title, xlabel=label, ylabel=f"{merit} minus Bayes'")
+        notes = (f"\n({why}: {', '.join(labels)})" for why, labels in hidden.items() if labels)
+        xlabel = "".join(["excess loss over Bayes", *notes])
+        axis.set(title=title, xlabel=xlabel, ylabel=f"{merit} minus Bayes'")
         axis.set_xscale("log")
         figures.log_ticks(axis.xaxis)
-    shown["near Bayes: to the left"] = near
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=5, fontsize=11)
+    handles["near Bayes: to the left"] = near
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=11)
     return figure
 
 

@@ -25,7 +25,7 @@ from metadyn.optimizers import named_optimizer
 from metadyn.study import as_bayes, beyond_bayes, excess, paper, staggering
 
 SHIFTS = {"x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "outsize": (1, 8)}
-"""Sets of tasks: factor on the whole spectrum, factor on its greatest mode alone."""
+"""Shifted sets of tasks: factor on the whole spectrum, further factor on its greatest mode."""
 TITLES = {"in_distribution": "in distribution"}
 TITLES |= {name: f"spectrum × {scale}" for name, (scale, _) in SHIFTS.items()}
 TITLES["outsize"] = "greatest mode × 8"
@@ -33,14 +33,14 @@ TITLES["outsize"] = "greatest mode × 8"
 
 @dataclasses.dataclass(frozen=True)
 class SGDConfig(gd.NetworkDescentConfig):
-    """The ordinary learner, on fresh pairs."""
+    """Settings of the ordinary learner, a linear network that gets fresh pairs at every update."""
 
     scale: float = 1e-3
     """Standard deviation of the initial weights."""
     balanced_learning_rate: float = 0.02
-    """Learning rate from the balanced start: small, as the closed form has continuous time."""
+    """Learning rate from the balanced start; small, because the closed form has continuous time."""
     balanced_strength: float = 1e-3
-    """a₀ of the balanced start."""
+    """a₀ of the balanced start: the singular values of the product of its weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,34 +49,34 @@ class SGDConfig(gd.NetworkDescentConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Config(md.StudyConfig):
-    """Everything the study depends on, beside its seed."""
+    """All settings of the study, except its seed."""
 
     domain: LinearRegression = LinearRegression()
     target: Target = "feedback"
-    """What meta-learners are trained to predict: y_t, or Bayes' answer, of which y_t is a noisy
-    sample. The expected gradient is the same."""
+    """What meta-learners are trained to predict: y_t ("feedback"), or its mean given the pairs so
+    far, which is Bayes' answer ("bayes"). Both give the same expected gradient."""
     sgd: SGDConfig = SGDConfig()
     excess_at_most: float = 0.3
-    """Greatest excess loss over Bayes with which the criterion on it passes."""
+    """Upper bound on the excess loss over Bayes in the criterion that judges it."""
 
 
 def plan(config: Config) -> md.Plan:
-    """What is trained and measured."""
+    """Returns the learners to train and compare, and the sets of tasks to measure them on."""
     domain, sgd, sizes = config.domain, config.sgd, config.measure
     bayes = bayes_linear(domain)
     n_x, n_y, s = domain.n_x, domain.n_y, np.array(domain.spectrum())
-    saxe = sgd.depth == 2 and sgd.optimizer == "sgd"  # which his closed form is of
+    has_theory = sgd.depth == 2 and sgd.optimizer == "sgd"  # what Saxe's closed form assumes
 
-    fix = "how many the least mode needs is known of two layers and sgd alone: say how many"
-    check(sgd.updates or saxe, "sgd.updates", sgd.updates, fix)
+    hint = "how many the least mode needs is known of two layers and sgd alone: say how many"
+    check(sgd.updates or has_theory, "sgd.updates", sgd.updates, hint)
 
     def descent(name, label, network, start, rate, **fields):
-        """A network under gradient descent, with the closed form at the times it is probed."""
+        """Returns a network under gradient descent, with Saxe's closed form at its probe times."""
         updates = sgd.updates or gd.updates_to_learn(s[-1], start, rate, strength=0.9)
         times = log_spaced(updates, sgd.records)
         learner = gd.gradient(network, named_optimizer(sgd.optimizer, rate), sgd.batch)
-        curve = gd.saxe_strength(np.array(times), s, start, rate) if saxe else None
-        return md.Contender(name, label, learner, times=times, curve=curve, **fields)
+        theory = gd.saxe_strength(np.array(times), s, start, rate) if has_theory else None
+        return md.Contender(name, label, learner, times=times, curve=theory, **fields)
 
     label = f"{sgd.depth}-layer linear network, {sgd.optimizer.upper()}"
     network = gd.deep_linear(n_x, n_y, sgd.depth, sgd.width, sgd.scale)
@@ -94,8 +94,8 @@ def plan(config: Config) -> md.Plan:
     network = gd.balanced_deep_linear(n_x, n_y, width=max(sgd.width, domain.modes), strength=start)
     label = "SGD, balanced start"
     balanced = descent("sgd_balanced", label, network, start, rate, kind="reference")
-    axes = domain.evaluation(sizes.probe_points, rotate=False)
-    pairs = [(sizes.sized(axes, "updating_tasks", "aligned"), balanced)] if saxe else []
+    aligned = domain.evaluation(sizes.probe_points, rotate=False)
+    pairs = [(sizes.sized(aligned, "updating_tasks", "aligned"), balanced)] if has_theory else []
     return md.Plan(
         config.outer,
         [md.Comparison(domain, contenders, sets, pairs, sizes, predicting(config.target, bayes))],
@@ -103,44 +103,44 @@ def plan(config: Config) -> md.Plan:
 
 
 def criteria(config: Config, results):
-    """What the science says of what was measured."""
+    """Yields criteria on the order of modes, on Saxe's theory and on the excess loss."""
     for name in results.learners("in_distribution", "ordinary"):
-        said = "learns mode after mode: slope of log t_k on log s_k near -1"
-        yield from staggering(results, name, f"{name} {said}", at_most=-0.7)
+        text = "learns mode after mode: slope of log t_k on log s_k near -1"
+        yield from staggering(results, name, f"{name} {text}", at_most=-0.7)
     yield from beyond_bayes(results, within=0.2)
-    said = "Bayes learns all modes at one rate: slope 0"
-    yield from staggering(results, "bayes", said, at_most=0.05, at_least=-0.05)
-    for start, pair, bound in (
+    text = "Bayes learns all modes at one rate: slope 0"
+    yield from staggering(results, "bayes", text, at_most=0.05, at_least=-0.05)
+    for start, key, bound in (
         ("balanced", ("aligned", "sgd_balanced"), 0.05),
         ("random", ("in_distribution", "sgd"), math.inf),
     ):
-        if pair in results and "closed_form" in results[pair]:
-            learned = dynamics.times_of(results[pair])
-            theory = learned(results[pair]["closed_form"].to_numpy())
-            worst = lambda mean, t=learned, theory=theory: np.abs(t(mean) / theory - 1).max(-1)
-            found = dynamics.estimate(worst, dynamics.strength(results[pair]))
-            said = f"from a {start} start, SGD's learning times off Saxe's: share, worst mode"
-            yield md.criterion(f"saxe_{start}", found, said, at_most=bound)
+        if key in results and "closed_form" in results[key]:
+            times_of = dynamics.times_of(results[key])
+            theory = times_of(results[key]["closed_form"].to_numpy())
+            worst = lambda mean, t=times_of, theory=theory: np.abs(t(mean) / theory - 1).max(-1)
+            error = dynamics.estimate(worst, dynamics.strength(results[key]))
+            text = f"from a {start} start, SGD's learning times off Saxe's: share, worst mode"
+            yield md.criterion(f"saxe_{start}", error, text, at_most=bound)
     yield from excess(results, config.excess_at_most)
     for name in results.learners("in_distribution", "meta"):
         yield from out_of_distribution(results, name)
 
 
 def out_of_distribution(results, name):
-    """How far one meta-learner falls behind Bayes on shifted spectra, and its saturated gates."""
-    called = trajectories.about(results["in_distribution", name]).label
+    """Yields criteria on one meta-learner's excess loss on shifted spectra and saturated gates."""
+    label = trajectories.about(results["in_distribution", name]).label
     pair = lambda tasks: (results[tasks, name], results[tasks, "bayes"])
-    for shift, what in TITLES.items():
-        if shift in SHIFTS:
-            pairs = [pair(shift), pair("in_distribution")]
-            found = dynamics.excesses(pairs, lambda e: e[0] - e[1])
-            said = f"{what}: growth of the {called}'s excess over training's Bayes"
-            yield md.criterion(f"{name}_out_of_distribution_{shift}", found, said, at_least=0.0)
-        if "saturated_gates" in results[shift, name]:
-            gates = dynamics.samples(results[shift, name], "saturated_gates")[:, :, 1:].mean(-1)
-            said = f"share of the {called}'s gates within 0.05 of 0 or 1, {what}"
-            found = dynamics.estimate(np.asarray, gates)
-            yield md.criterion(f"{name}_saturated_gates_{shift}", found, said)
+    for tasks, title in TITLES.items():
+        if tasks in SHIFTS:
+            pairs = [pair(tasks), pair("in_distribution")]
+            growth = dynamics.excesses(pairs, lambda e: e[0] - e[1])
+            text = f"{title}: growth of the {label}'s excess over training's Bayes"
+            yield md.criterion(f"{name}_out_of_distribution_{tasks}", growth, text, at_least=0.0)
+        if "saturated_gates" in results[tasks, name]:
+            gates = dynamics.samples(results[tasks, name], "saturated_gates")[:, :, 1:].mean(-1)
+            text = f"share of the {label}'s gates within 0.05 of 0 or 1, {title}"
+            share = dynamics.estimate(np.asarray, gates)
+            yield md.criterion(f"{name}_saturated_gates_{tasks}", share, text)
 
 
 QUICK = Config(

@@ -3,7 +3,7 @@
     metadyn run nonlinear_regression [--preset quick|workstation|paper] [--meta NAME] [overrides]
 
 After Rahaman et al. (2018), arXiv:1806.08734, and Rabinowitz (2019), arXiv:1905.01320, §3. A second
-LSTM is trained on a band of frequencies and tested in its stop band, beside Bayes with that prior.
+LSTM is trained on a band of frequencies and tested outside it, as is Bayes with the same prior.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -28,29 +28,29 @@ TITLES["mixture"] = "mixtures of the two"
 
 @dataclass(frozen=True)
 class MLPConfig(NetworkDescentConfig):
-    """An ordinary learner, on a fixed set of pairs."""
+    """Settings of an ordinary learner: an MLP, trained on a fixed set of pairs by default."""
 
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     batch: int = 64
-    """Pairs per update: all of them (full batch) where there are no more."""
+    """Pairs in each update. If `points` is the same number, that is all of them (full batch)."""
     depth: int = 6
     width: int = 256
     updates: int = 400
     records: int = 60
     points: int = 64
-    """N, pairs that the network is trained on. 0: fresh ones at every update."""
+    """N, the number of pairs that the network is trained on. 0: fresh pairs at every update."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "updates")
-        fix = f"must be no fewer than the batch of {self.batch}, or 0 for fresh pairs"
-        check(self.points == 0 or self.points >= self.batch, "points", self.points, fix)
+        hint = f"must be no fewer than the batch of {self.batch}, or 0 for fresh pairs"
+        check(self.points == 0 or self.points >= self.batch, "points", self.points, hint)
 
 
 @dataclass(frozen=True)
 class OptimizersConfig:
-    """The same small MLP under several optimisers, each at a learning rate of our choice."""
+    """Settings of one small MLP under several optimisers, at learning rates of our choice."""
 
     sgd: MLPConfig = MLPConfig("sgd", 0.2, depth=4, width=64, updates=5000)
     momentum: MLPConfig = MLPConfig("momentum", 0.02, depth=4, width=64, updates=5000)
@@ -60,105 +60,105 @@ class OptimizersConfig:
 
 @dataclass(frozen=True)
 class Config(md.StudyConfig):
-    """Everything the study depends on, beside its seed."""
+    """All settings of the study, except its seed."""
 
     domain: FourierRegression = FourierRegression()
     target: Target = "feedback"
-    """What meta-learners are trained to predict: y_t, or Bayes' answer, of which y_t is a noisy
-    sample. The expected gradient is the same."""
+    """What meta-learners are trained to predict: y_t ("feedback"), or its mean given the pairs so
+    far, which is Bayes' answer ("bayes"). Both give the same expected gradient."""
     pass_band: Spectrum = band(2, 4)
-    """Prior spectrum of the second LSTM, from frequency 0 on."""
+    """Prior spectrum of the second LSTM's tasks: a variance for each frequency, from 0 on."""
     pass_band_updates: int = 1
     """Updates of the second LSTM in each outer step; the first has `outer.updates_per_step`."""
     stop_band: tuple[int, ...] = (1, 5)
-    """Frequencies outside it, in which it is tested."""
+    """Frequencies outside the pass band, on which the second LSTM is tested."""
     mlp: MLPConfig = MLPConfig()
     optimizers: OptimizersConfig = OptimizersConfig()
     excess_at_most: float = 0.58
-    """Greatest excess loss over Bayes with which the criterion on it passes."""
+    """Upper bound on the excess loss over Bayes in the criterion that judges it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "pass_band_updates")
         check_spectrum("pass_band", self.pass_band)
         passed = {k for k, v in enumerate(self.pass_band) if v > 0}
-        apart = self.stop_band and all(k > 0 and k not in passed for k in self.stop_band)
-        fix = f"name at least one frequency, all above 0 and outside pass_band: {sorted(passed)}"
-        check(bool(apart), "stop_band", self.stop_band, fix)
+        valid = self.stop_band and all(k > 0 and k not in passed for k in self.stop_band)
+        hint = f"name at least one frequency, all above 0 and outside pass_band: {sorted(passed)}"
+        check(bool(valid), "stop_band", self.stop_band, hint)
 
 
-def network(name: str, config: MLPConfig, drawn: bool = False) -> md.Contender:
-    """An MLP under gradient descent."""
+def descent(name: str, config: MLPConfig, drawn: bool = False) -> md.Contender:
+    """Returns an MLP under gradient descent."""
     optimizer = named_optimizer(config.optimizer, config.learning_rate)
-    body = mlp(1, 1, config.depth, config.width)
-    learner = gradient(body, optimizer, config.batch, points=config.points or None)
+    network = mlp(1, 1, config.depth, config.width)
+    learner = gradient(network, optimizer, config.batch, points=config.points or None)
     label = f"MLP {config.depth} × {config.width}, {config.optimizer}"
     times = log_spaced(config.updates, config.records)
     return md.Contender(name, label, learner, times=times, drawn=drawn)
 
 
 def plan(config: Config) -> md.Plan:
-    """What is trained and measured."""
-    domain, sizes, several = config.domain, config.measure, config.optimizers
+    """Returns the learners to train and compare, and the sets of tasks to measure them on."""
+    domain, sizes, optimizers = config.domain, config.measure, config.optimizers
     domains = domain, replace(domain, spectrum=config.pass_band)
     passed, stopped = domains[1].support, config.stop_band
-    small = [network(f.name, getattr(several, f.name)) for f in fields(several)]
-    metas = [config.meta_learner(each) for each in domains]
-    own = replace(metas[1].own or config.outer, updates_per_step=config.pass_band_updates)
-    metas[1] = replace(metas[1], own=own)
+    small_mlps = [descent(f.name, getattr(optimizers, f.name)) for f in fields(optimizers)]
+    metas = [config.meta_learner(d) for d in domains]
+    outer = replace(metas[1].own or config.outer, updates_per_step=config.pass_band_updates)
+    metas[1] = replace(metas[1], own=outer)
     bayes = [md.Contender("bayes", "Bayes-optimal", bayes_fourier(d), "bayes") for d in domains]
-    objectives = [predicting(config.target, each.learner) for each in bayes]
-    contenders = [network("mlp", config.mlp, drawn=True), *small, metas[0], bayes[0]]
-    within = sizes.sized(domain.evaluation(sizes.probe_points))
-    sets = [
-        sizes.sized(domains[1].evaluation(sizes.probe_points, of), "shifted_tasks", name)
-        for name, of in zip(TITLES, (passed, stopped, (*passed, *stopped)), strict=True)
+    objectives = [predicting(config.target, contender.learner) for contender in bayes]
+    contenders = [descent("mlp", config.mlp, drawn=True), *small_mlps, metas[0], bayes[0]]
+    tasks = sizes.sized(domain.evaluation(sizes.probe_points))
+    band_sets = [
+        sizes.sized(domains[1].evaluation(sizes.probe_points, frequencies), "shifted_tasks", name)
+        for name, frequencies in zip(TITLES, (passed, stopped, (*passed, *stopped)), strict=True)
     ]
-    main = md.Comparison(domain, contenders, [within], (), sizes, objectives[0])
-    shown = {"name": "band", "title": "band-pass prior"}
-    second = [domains[1], [metas[1], bayes[1]], sets, (), sizes, objectives[1]]
-    return md.Plan(config.outer, [main, md.Comparison(*second, **shown)])
+    main = md.Comparison(domain, contenders, [tasks], (), sizes, objectives[0])
+    names = {"name": "band", "title": "band-pass prior"}
+    second = [domains[1], [metas[1], bayes[1]], band_sets, (), sizes, objectives[1]]
+    return md.Plan(config.outer, [main, md.Comparison(*second, **names)])
 
 
 def criteria(config: Config, results):
-    """What the science says of what was measured."""
+    """Yields criteria on the order of frequencies, on gains in and outside a band, and on loss."""
     for name in results.learners("in_distribution", "ordinary"):
-        said = "learns low frequencies first: slope of log t_k on log k"
-        yield from staggering(results, name, f"{name} {said}", at_least=0.5)
+        text = "learns low frequencies first: slope of log t_k on log k"
+        yield from staggering(results, name, f"{name} {text}", at_least=0.5)
     mlp = results["in_distribution", "mlp"]
-    times, by = dynamics.times_of(mlp), np.array(trajectories.modes(mlp).values)
-    ranks = lambda mean: dynamics.rank_correlation(by, times(mean))
-    found = dynamics.estimate(ranks, dynamics.strength(mlp))
-    said = "the MLP learns in order of frequency: Spearman's rank correlation"
-    yield md.criterion("mlp_rank_correlation", found, said, at_least=0.9)
+    times_of, frequencies = dynamics.times_of(mlp), np.array(trajectories.modes(mlp).values)
+    rank_correlation = lambda mean: dynamics.rank_correlation(frequencies, times_of(mean))
+    correlation = dynamics.estimate(rank_correlation, dynamics.strength(mlp))
+    text = "the MLP learns in order of frequency: Spearman's rank correlation"
+    yield md.criterion("mlp_rank_correlation", correlation, text, at_least=0.9)
     yield from beyond_bayes(results, within=0.3)
     yield from staggering(results, "bayes", "its own, for the record")
     for name, data in results.learners("in_distribution", "ordinary", "meta", drawn=True).items():
-        outside = dynamics.estimate(np.asarray, dynamics.samples(data, "outside")[:, :, -1])
-        said = "power at frequencies that the target lacks, over the target's, at the end"
-        yield md.criterion(f"{name}_power_outside", outside, said)
+        power = dynamics.estimate(np.asarray, dynamics.samples(data, "outside")[:, :, -1])
+        text = "power at frequencies that the target lacks, over the target's, at the end"
+        yield md.criterion(f"{name}_power_outside", power, text)
     for name, data in results.learners("mixture", "meta", "bayes").items():
         about = trajectories.about(data)
         stopped = np.isin(trajectories.modes(data).values, config.stop_band)
-        end = [dynamics.strength(results[each, name])[:, :, -1] for each in TITLES]
-        parts = {"pass_band": end[0], "stop_band_alone": end[1]}
-        parts |= {"mixture_pass": end[2][..., ~stopped], "mixture_stop": end[2][..., stopped]}
-        gain = {what: part.mean(-1) for what, part in parts.items()}
+        final = [dynamics.strength(results[tasks, name])[:, :, -1] for tasks in TITLES]
+        parts = {"pass_band": final[0], "stop_band_alone": final[1]}
+        parts |= {"mixture_pass": final[2][..., ~stopped], "mixture_stop": final[2][..., stopped]}
+        gains = {part: strengths.mean(-1) for part, strengths in parts.items()}
         if about.kind == "meta":
-            ratio = dynamics.estimate(np.divide, gain["stop_band_alone"], gain["pass_band"])
-            said = f"gain of the {about.label} outside its band over that inside"
-            yield md.criterion(f"{name}_stop_band_gain", ratio, said, at_most=0.3)
-        for what, each in gain.items():
-            mean, said = dynamics.estimate(np.asarray, each), what.replace("_", " ")
-            yield md.criterion(f"{name}_band_gain_{what}", mean, f"mean gain at the end: {said}")
+            ratio = dynamics.estimate(np.divide, gains["stop_band_alone"], gains["pass_band"])
+            text = f"gain of the {about.label} outside its band over that inside"
+            yield md.criterion(f"{name}_stop_band_gain", ratio, text, at_most=0.3)
+        for part, gain in gains.items():
+            mean, words = dynamics.estimate(np.asarray, gain), part.replace("_", " ")
+            yield md.criterion(f"{name}_band_gain_{part}", mean, f"mean gain at the end: {words}")
     yield from excess(results, config.excess_at_most)
     yield from excess(results, suffix="_band")
 
 
 def band_gain(results):
-    """Draws the gain of each frequency that the targets contain; the training band is shaded."""
-    band = trajectories.modes(results["pass_band", "bayes"]).values
-    return figures.final_strength(results, TITLES, band)
+    """Draws the final gain of each frequency in the targets, with the training band shaded."""
+    shaded = trajectories.modes(results["pass_band", "bayes"]).values
+    return figures.final_strength(results, TITLES, shaded)
 
 
 QUICK = Config(

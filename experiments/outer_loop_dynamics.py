@@ -2,11 +2,11 @@
 
     metadyn run outer_loop_dynamics [--preset quick|workstation|paper] [--meta NAME] [overrides]
 
-After Rabinowitz (2019), arXiv:1905.01320, §5. One LSTM is trained on each domain, side by side,
-64 units wide (256 in the paper's preset): on y_t itself, where the regressions' own studies take
-Bayes' answers, and with an entropy weight that stays, where the bandit's own lets it fall to zero.
-The singular values of tracked tasks lie at even steps, as the least of the prior's quantiles cannot
-be placed.
+After Rabinowitz (2019), arXiv:1905.01320, §5. One LSTM of 64 units (256 in the paper's preset) is
+trained on each domain, all side by side. In regression it predicts y_t itself, where most presets
+of the domains' own studies train on Bayes' answers. In the bandit its entropy weight is constant,
+where the domain's own study lets it fall to zero. The singular values of tracked tasks are evenly
+spaced, because the least of the prior's quantiles is too small for its learning to be timed.
 """
 
 import dataclasses
@@ -18,60 +18,60 @@ from metadyn.objectives import Target
 from metadyn.several_domains import EVEN, TITLES, DomainsConfig
 from metadyn.study import TRACKED, censored, excess_of, paper
 
-SAYS = {
+ORDERS = {
     "linear": "lesser singular modes are learned before the greater ones",
     "nonlinear": "low frequencies are learned before high ones",
     "bandit": "contexts are learned one after another",
 }
-"""What the paper says of the outer loop's order in each domain."""
+"""The order of learning over outer training that the paper reports for each domain."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(DomainsConfig):
-    """Everything the study depends on, beside its seed. Values are our choice."""
+    """All settings of the study, except its seed. Values are our choice."""
 
     target: Target = "feedback"
-    """What the regressions' meta-learners are trained to predict."""
+    """What meta-learners are trained to predict in regression: y_t, or Bayes' answer ("bayes")."""
     actor_critic: md.ActorCriticConfig = md.ActorCriticConfig()
 
 
 def plan(config: Config) -> md.Plan:
-    """One comparison of each domain, as the domain's own study has it."""
-    parts = [config.comparison(name).alone(name, title) for name, title in TITLES.items()]
-    return md.Plan(config.outer, parts)
+    """Returns one comparison per domain: the meta-learner and Bayes of the domain's own study."""
+    comparisons = [config.comparison(name).alone(name, title) for name, title in TITLES.items()]
+    return md.Plan(config.outer, comparisons)
 
 
 def criteria(config: Config, results):
-    """The order of the outer loop, the order within an episode, and how the two compare."""
+    """Yields criteria on the order over outer training, within an episode, and how they compare."""
     for name in TITLES:
         metas = results.learners(f"{TRACKED}_{name}", "meta")
         for learner, trained in metas.items():
             prefix = name if learner == next(iter(metas)) else f"{name}_{learner}"
-            yield from of_learner(name, prefix, learner, trained, results)
+            yield from learner_criteria(name, prefix, learner, trained, results)
 
 
-def of_learner(name: str, prefix: str, learner: str, trained, results):
-    """The same, of one meta-learner on one domain."""
+def learner_criteria(name: str, prefix: str, learner: str, trained, results):
+    """Yields the criteria of one meta-learner in one domain; their names begin with `prefix`."""
     bayes = results[f"{TRACKED}_{name}", "bayes"]
     last, modes = trained.isel(outer_step=-1), trajectories.modes(trained)
-    what = "(n_K - n_1) / n_K" if modes.exchangeable else "slope of log n_k on log scale"
+    merit = "(n_K - n_1) / n_K" if modes.exchangeable else "slope of log n_k on log scale"
     order = dynamics.outer_merit(trained, bayes)
-    said = f"over outer training {SAYS[name]}: {what}"
-    yield md.criterion(f"{prefix}_outer", order, said, at_least=0.0, surely=True)
-    for who, data in (("inner", last), ("bayes", bayes)):
-        said = f"within an episode: {what.replace('n_', 't_')}"
-        yield md.criterion(f"{prefix}_{who}", dynamics.merit(data), said)
-    if not modes.exchangeable:  # the order of exchangeable modes within an episode is chance
-        ranks = dynamics.outer_correlation(trained, bayes)
-        said = "Spearman's rank correlation of inner with outer learning times of the modes"
-        yield md.criterion(f"{prefix}_correlation", ranks, said)
+    text = f"over outer training {ORDERS[name]}: {merit}"
+    yield md.criterion(f"{prefix}_outer", order, text, at_least=0.0, surely=True)
+    for ending, data in (("inner", last), ("bayes", bayes)):
+        text = f"within an episode: {merit.replace('n_', 't_')}"
+        yield md.criterion(f"{prefix}_{ending}", dynamics.merit(data), text)
+    if not modes.exchangeable:  # exchangeable modes are learned in a random order in each episode
+        correlation = dynamics.outer_correlation(trained, bayes)
+        text = "Spearman's rank correlation of inner with outer learning times of the modes"
+        yield md.criterion(f"{prefix}_correlation", correlation, text)
     yield censored(f"{prefix}_inner", last)
     excess = excess_of(results, learner, f"_{name}")
     yield md.criterion(f"{prefix}_excess", excess, "excess loss over Bayes at the last outer step")
     times = dynamics.outer_times(trained, bayes).each()
-    for k, (at, n) in enumerate(zip(modes.values, times, strict=True), 1):
-        said = f"outer step at which mode {at:.3g} is half-way to Bayes; none if it never is"
-        yield md.criterion(f"{prefix}_n_{k}", n, said)
+    for k, (value, n) in enumerate(zip(modes.values, times, strict=True), 1):
+        text = f"outer step at which mode {value:.3g} is half-way to Bayes; none if it never is"
+        yield md.criterion(f"{prefix}_n_{k}", n, text)
 
 
 QUICK = Config(
@@ -96,8 +96,8 @@ study = md.Study(
     criteria,
     section="§5",
     claims={
-        f"outer_learning_{name}": {f"{name}_outer": f"Over outer training, {TITLES[name]}: {says}"}
-        for name, says in SAYS.items()
+        f"outer_learning_{name}": {f"{name}_outer": f"Over outer training, {TITLES[name]}: {order}"}
+        for name, order in ORDERS.items()
     },
     tables=[
         md.Table(

@@ -2,9 +2,9 @@
 
     metadyn run robustness [--preset quick|workstation|paper] [--meta lstm|gru] [overrides]
 
-Rabinowitz (2019), arXiv:1905.01320, says that what is found does not depend on the optimiser. One
-thing at a time is changed, of an LSTM of 64 units (in the paper's preset 256). Those that learn
-every mode are compared with Bayes, the others counted. For more, `metadyn sweep` a domain's study.
+Rabinowitz (2019), arXiv:1905.01320, says that his findings do not depend on the optimiser. Each
+variant changes one setting of an ordinary learner or of an LSTM of 64 units (paper preset: 256).
+LSTMs that learn every mode are compared with Bayes, the others counted. For more: `metadyn sweep`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from metadyn.study import HELDOUT, TRACKED, censored, paper
 
 ORDINARY = {"linear": "sgd", "nonlinear": "mlp", "bandit": "reinforce_coupled"}
 WITHIN = {"linear": 0.2, "nonlinear": 0.3, "bandit": 0.15}
-"""How far the LSTM may stagger beyond Bayes: the bounds of the domains' own studies."""
+"""How far the LSTM may stagger beyond Bayes: the same bounds as in the domains' own studies."""
 OPTIMIZERS = "sgd momentum rmsprop adam"
 INNER = {
     "linear": f"--sgd.optimizer {OPTIMIZERS} --sgd.learning-rate 0.05 0.005 1e-3 1e-3"
@@ -36,135 +36,135 @@ NOISE = {
     "nonlinear": ("noise σ = {}", "--domain.sigma 0.5"),
     "bandit": ("pay with 90% or 10%", "--domain.p-high 0.9 --domain.p-low 0.1 --domain.steps {}"),
 }
-"""In the bandit the correct action pays with the one probability, any other with the other; "Bayes"
-is then Thompson sampling from the exact posterior, and episodes are of twice the length."""
+"""The correct action of the bandit pays with probability `p_high`, any other with `p_low`. "Bayes"
+is then Thompson sampling from the exact posterior, and episodes are twice as long."""
 VARIED = {"outer": "outer optimiser", "hidden": "hidden width", "noise": "noise"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(DomainsConfig):
-    """Everything the study depends on, beside its seed. Values are our choice."""
+    """All settings of the study, except its seed. Values are our choice."""
 
     target: Target = "feedback"
-    """What the regressions' meta-learners are trained to predict."""
+    """What meta-learners are trained to predict in regression: y_t, or Bayes' answer ("bayes")."""
     outer_rates: tuple[float, float, float, float] = (3.0, 1.0, 1e-2, 3e-2)
-    """Learning rates of the outer loop, by SGD, momentum, RMSprop and Adam."""
+    """Learning rates of the outer loop under SGD, momentum, RMSprop and Adam."""
     regression_updates: tuple[int, int, int, int] = (1, 1, 1, 1)
-    """Updates in one outer step of the regressions, by the same: SGD needs more of them."""
+    """Updates in each outer step in regression under the same optimisers. SGD needs more."""
     widths: tuple[int, ...] = (32, 128)
-    """Other numbers of hidden units."""
+    """Numbers of hidden units to try in place of the default."""
 
 
 def sweeps(config: Config, name: str) -> dict[str, tuple[str, str]]:
-    """What is varied in a domain: label of each, and options of `metadyn sweep STUDY --zip`."""
-    words = lambda values: " ".join(map(str, values))
+    """Returns the label and the options of `metadyn sweep STUDY --zip` for each kind of variant."""
+    joined = lambda values: " ".join(map(str, values))
     n = config.within("bandit").policy.updates
-    outer = f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate {words(config.outer_rates)}"
+    outer = f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate {joined(config.outer_rates)}"
     if name != "bandit":
-        outer += f" --outer.updates-per-step {words(config.regression_updates)}"
-    found = {
+        outer += f" --outer.updates-per-step {joined(config.regression_updates)}"
+    kinds = {
         "inner": ("inner optimiser {}", INNER[name].format(2 * n, n // 3, n // 6)),
         "outer": ("outer optimiser {}", outer),
-        "hidden": ("{} hidden units", f"--{config.meta}.hidden {words(config.widths)}"),
+        "hidden": ("{} hidden units", f"--{config.meta}.hidden {joined(config.widths)}"),
         "noise": (NOISE[name][0], NOISE[name][1].format(2 * config.bandit.steps)),
     }
-    return {kind: each for kind, each in found.items() if kind != "hidden" or config.widths}
+    return {kind: pair for kind, pair in kinds.items() if kind != "hidden" or config.widths}
 
 
 def plan(config: Config) -> md.Plan:
-    """Every variant of every domain; those of one comparison are given the same tasks."""
+    """Returns comparisons of each domain's variants. Those in one comparison get the same tasks."""
     comparisons, sizes = [], config.measure
     for name, title in TITLES.items():
-        made: dict[str, tuple[md.Comparison, list[md.Contender]]] = {}
-        own = config.within(name)
-        for kind, (label, words) in sweeps(config, name).items():
-            for value, changed in sweep.zipped(own, words):
-                whole = STUDIES[name].plan(changed).comparisons[0]
-                wanted = ORDINARY[name] if kind == "inner" else config.meta
-                (found,) = (each for each in whole.contenders if each.name == wanted)
+        groups: dict[str, tuple[md.Comparison, list[md.Contender]]] = {}
+        default = config.within(name)
+        for kind, (label, options) in sweeps(config, name).items():
+            for value, changed in sweep.zipped(default, options):
+                base = STUDIES[name].plan(changed).comparisons[0]
+                varied = ORDINARY[name] if kind == "inner" else config.meta
+                (learner,) = (c for c in base.contenders if c.name == varied)
                 fields: dict[str, Any] = {"name": f"{kind}_{value}", "curve": None}
                 n = changed.outer.updates_per_step
                 fields["label"] = label.format(value) + f", {n} updates a step" * (n > 1)
                 if kind == "outer":
                     fields |= {"own": changed.outer, "options": {"learning_rate": "outer_rates"}}
-                ending = {"inner": "inner", "noise": f"{name}_noise_{value}"}.get(kind, name)
-                made.setdefault(ending, (whole, []))[1].append(dataclasses.replace(found, **fields))
-        base, inner = made.pop("inner")
-        inner += [base.bayes] if name == "bandit" else []
-        many = "tasks" if name == "bandit" else "updating_tasks"  # an update costs a microsecond
-        tasks = sizes.sized(base.domain.evaluation(sizes.probe_points), many, f"inner_{name}")
+                key = {"inner": "inner", "noise": f"{name}_noise_{value}"}.get(kind, name)
+                groups.setdefault(key, (base, []))[1].append(dataclasses.replace(learner, **fields))
+        base, ordinary = groups.pop("inner")
+        ordinary += [base.bayes] if name == "bandit" else []
+        size = "tasks" if name == "bandit" else "updating_tasks"  # a bandit's update takes 1 µs
+        tasks = sizes.sized(base.domain.evaluation(sizes.probe_points), size, f"inner_{name}")
         sets = [dataclasses.replace(tasks, updating_size=None)]
-        comparisons.append(md.Comparison(base.domain, inner, sets, measure=sizes, title=title))
-        for at, (whole, of) in made.items():
-            comparisons += [whole.alone(at, title, contenders=[*of, whole.bayes], followed=False)]
+        comparisons.append(md.Comparison(base.domain, ordinary, sets, measure=sizes, title=title))
+        for key, (base, metas) in groups.items():
+            comparisons += [base.alone(key, title, contenders=[*metas, base.bayes], followed=False)]
     return md.Plan(config.outer, comparisons)
 
 
-def found(results, name: str, *kinds: str) -> dict[str, tuple[Any, Any]]:
-    """Of each variant of a domain its measurement, and Bayes', if any, on these kinds of sets."""
-    rows, begins = {}, tuple(f"{kind}_{name}_" for kind in kinds)
-    for task_set in sorted(results.sets()):  # ordinary learners first
-        if f"{task_set}_".startswith(begins):
+def measured(results, name: str, *kinds: str) -> dict[str, tuple[Any, Any]]:
+    """Returns the data of a domain's variants, and of Bayes or None, from sets of these kinds."""
+    rows, prefixes = {}, tuple(f"{kind}_{name}_" for kind in kinds)
+    for task_set in sorted(results.sets()):  # "inner_…" first: the ordinary learners
+        if f"{task_set}_".startswith(prefixes):
             bayes = results.learners(task_set, "bayes").get("bayes")
             for variant, data in results.learners(task_set, "ordinary", "meta").items():
-                called = f"{task_set}_{variant}" if variant in rows else variant  # one put beside
-                rows[called] = data.isel(outer_step=-1, missing_dims="ignore"), bayes
+                row = f"{task_set}_{variant}" if variant in rows else variant  # a user's learner
+                rows[row] = data.isel(outer_step=-1, missing_dims="ignore"), bayes
     return rows
 
 
 def criteria(config: Config, results):
-    """What the science says of every variant of every domain."""
+    """Yields criteria on the staggering of each variant, and on the worst of each kind."""
     for name in TITLES:
-        for variant, pair in found(results, name, HELDOUT).items():
-            said = f"excess loss over Bayes, {trajectories.about(pair[0]).label}"
-            yield md.criterion(f"{name}_{variant}_excess", dynamics.measured_excess(*pair), said)
-        rows, bound = found(results, name, "inner", TRACKED), WITHIN[name]
-        merit = "(t_K - t_1) / t_K" if name == "bandit" else "slope of log t_k on log scale"
+        for variant, pair in measured(results, name, HELDOUT).items():
+            text = f"excess loss over Bayes, {trajectories.about(pair[0]).label}"
+            yield md.criterion(f"{name}_{variant}_excess", dynamics.measured_excess(*pair), text)
+        rows, bound = measured(results, name, "inner", TRACKED), WITHIN[name]
+        merit = ": (t_K - t_1) / t_K" if name == "bandit" else ": slope of log t_k on log scale"
         beyond = {variant: dynamics.differences([pair]) for variant, pair in rows.items()}
-        missed = {each: censored(f"{name}_{each}", data) for each, (data, _) in rows.items()}
+        unlearned = {row: censored(f"{name}_{row}", data) for row, (data, _) in rows.items()}
         for variant, (data, bayes) in rows.items():
-            said = f"{trajectories.about(data).label}: {merit}" + " minus Bayes'" * bool(bayes)
-            yield md.criterion(f"{name}_{variant}_staggering", beyond[variant], said)
-        yield from missed.values()
-        learned = {n for n in rows if missed[n].value == 0 and np.isfinite(beyond[n]).all()}
-        of = lambda kind, rows=rows: [each for each in rows if each.startswith(kind)]
-        take = lambda each, sign=SIGN[name]: (sign * each).min(0)
-        least = dynamics.differences([rows[each] for each in of("inner")], take)
-        said = "the least that it staggers under any optimiser, positive in the expected direction"
-        yield md.criterion(f"{name}_inner_optimizers", least, said, at_least=0.0, surely=True)
-        for varied in filter(of, VARIED):
-            pairs = [rows[each] for each in of(varied) if each in learned]
-            none = dynamics.exact(len(of(varied)) - len(pairs))
-            said = f"variants of {VARIED[varied]} that do not surely learn every mode"
-            yield md.criterion(f"{name}_{varied}_unlearned", none, said, 0.0, surely=True)
-            take = lambda each: np.abs(each).max(0)
-            worst = dynamics.differences(pairs, take) if pairs else dynamics.exact(np.nan)
-            said = f"how far at most variants of {VARIED[varied]} that do stagger from Bayes"
-            yield md.criterion(f"{name}_{varied}_worst", worst, said, bound, surely=True)
+            text = trajectories.about(data).label + merit + " minus Bayes'" * (bayes is not None)
+            yield md.criterion(f"{name}_{variant}_staggering", beyond[variant], text)
+        yield from unlearned.values()
+        learned = {n for n in rows if unlearned[n].value == 0 and np.isfinite(beyond[n]).all()}
+        of_kind = lambda kind, rows=rows: [row for row in rows if row.startswith(kind)]
+        smallest = lambda slopes, sign=SIGN[name]: (sign * slopes).min(0)
+        least = dynamics.differences([rows[row] for row in of_kind("inner")], smallest)
+        text = "the least that it staggers under any optimiser, positive in the expected direction"
+        yield md.criterion(f"{name}_inner_optimizers", least, text, at_least=0.0, surely=True)
+        for kind in filter(of_kind, VARIED):
+            pairs = [rows[row] for row in of_kind(kind) if row in learned]
+            count = dynamics.exact(len(of_kind(kind)) - len(pairs))
+            text = f"variants of {VARIED[kind]} that do not surely learn every mode"
+            yield md.criterion(f"{name}_{kind}_unlearned", count, text, 0.0, surely=True)
+            largest = lambda slopes: np.abs(slopes).max(0)
+            worst = dynamics.differences(pairs, largest) if pairs else dynamics.exact(np.nan)
+            text = f"how far at most variants of {VARIED[kind]} that do stagger from Bayes"
+            yield md.criterion(f"{name}_{kind}_worst", worst, text, bound, surely=True)
 
 
 def robustness(results):
-    """Draws how far each learner staggers, as one thing at a time is varied: a row each."""
-    of = {name: [*found(results, name, "inner", TRACKED).values()] for name in TITLES}
-    figure, axes = figures.grid(len(of), width=5.4, height=1.2 + 0.32 * max(map(len, of.values())))
+    """Draws how far each variant staggers beyond Bayes: a panel per domain, a row per variant."""
+    panels = [[*measured(results, name, "inner", TRACKED).values()] for name in TITLES]
+    figure, axes = figures.grid(len(panels), width=5.4, height=1.2 + 0.32 * max(map(len, panels)))
     styles = {"ordinary": ("D", figures.COLOURS[1]), "meta": ("o", figures.COLOURS[0])}
-    for axis, (name, rows) in zip(axes, of.items(), strict=True):
-        for i, pair in enumerate(rows):
-            far = dynamics.differences([pair])
-            marker, colour = styles[trajectories.about(pair[0]).kind]
-            style = {"color": colour, "mfc": "white" if censored("", pair[0]).value else colour}
-            axis.errorbar(far.value, i, xerr=figures.bars(far)[:, None], fmt=marker, **style)
-            if np.isnan(far.value):
+    for axis, title, rows in zip(axes, TITLES.values(), panels, strict=True):
+        for i, (data, bayes) in enumerate(rows):
+            beyond = dynamics.differences([(data, bayes)])
+            marker, colour = styles[trajectories.about(data).kind]
+            style = {"color": colour, "mfc": "white" if censored("", data).value else colour}
+            axis.errorbar(beyond.value, i, xerr=figures.bars(beyond)[:, None], fmt=marker, **style)
+            if np.isnan(beyond.value):
                 axis.text(0, i, " learned too few modes", va="center", color=colour, fontsize=9)
         axis.axvline(0, **figures.LEVEL)
         labels = [trajectories.about(data).label for data, _ in rows]
         axis.set_yticks(range(len(rows)), labels, fontsize=9)
-        axis.set(title=TITLES[name], ylim=(max(len(rows), 1) - 0.5, -0.5))
+        axis.set(title=title, ylim=(max(len(rows), 1) - 0.5, -0.5))
         axis.set_xlabel("slope (meta-learner: minus Bayes')")
-    axis.set_xlabel("staggering minus Bayes'")  # of the bandit, which is the last
-    shown = [axis.plot([], [], marker, color=colour)[0] for marker, colour in styles.values()]
-    named = "ordinary learner", "meta-learner (hollow: some mode is never learned)"
-    figure.legend(shown, named, loc="outside lower center", ncols=2, fontsize=11)
+    axis.set_xlabel("staggering minus Bayes'")  # the last panel is the bandit's
+    markers = [axis.plot([], [], marker, color=colour)[0] for marker, colour in styles.values()]
+    labels = "ordinary learner", "meta-learner (hollow: some mode is never learned)"
+    figure.legend(markers, labels, loc="outside lower center", ncols=2, fontsize=11)
     return figure
 
 

@@ -3,9 +3,9 @@
     metadyn run teaching [--preset quick|workstation|paper] [--learners NAME …] [overrides]
 
 In linear regression a teacher who knows W chooses the first inputs of an episode (Zhu 2013; Liu &
-Zhu 2015); random ones follow. Measured are the teaching gain, whether modes are learned in the
-order taught, and what a set made for one learner does for another. In the bandit, demonstrations of
-the correct action stand against rewards (Ho et al. 2018). All are trained on random episodes alone.
+Zhu 2015); random ones follow. The study measures the teaching gain, whether modes are learned in
+the order taught, and what a set made for one learner does for another. In the bandit it compares
+demonstrations of the correct action with rewards (Ho et al. 2018). Training episodes are random.
 """
 
 import dataclasses
@@ -30,132 +30,131 @@ SETS = {
     "own": "made through the learner",
 }
 FEEDBACK = {"rewards": "rewards", "demonstrations": "demonstrations"}
-"""Sets of tasks in linear regression and in the bandit, and what figures call them."""
+"""Labels of the sets of tasks, by name, in linear regression and in the bandit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(LearnersConfig):
-    """Everything the study depends on, beside its seed. Values are our choice."""
+    """All settings of the study, except its seed. Values are our choice."""
 
     linear: LinearRegression = LinearRegression()
     bandit: ContextualBandit = ContextualBandit()
     examples: int = 5
-    """Examples that are taught in an episode; SGD is shown each for as many of its updates."""
+    """Examples that are taught in an episode. SGD is shown each of them for as many updates."""
     descent: int = 20
-    """Gradient steps in which a set is made through a learner."""
+    """Gradient steps on the inputs of a set that is made through a learner."""
     rate: float = 0.3
-    """Length of the first of them, over the norm of all inputs."""
+    """Length of the first gradient step, over the norm of all inputs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "examples", "descent", "rate")
-        fix = f"more examples than steps: must be at most linear.steps = {self.linear.steps}"
-        check(self.examples <= self.linear.steps, "examples", self.examples, fix)
+        hint = f"more examples than steps: must be at most linear.steps = {self.linear.steps}"
+        check(self.examples <= self.linear.steps, "examples", self.examples, hint)
 
 
 def pupils(config: Config, sgd, bayes, metas):
-    """Returns learners shown random examples or those made for Bayes, and the same shown what is
-    made through each; among these is Bayes shown what is made through the others."""
+    """Returns the contenders taught random examples or those made for Bayes, and the contenders
+    taught examples made through themselves, with Bayes taught those made through the others."""
     m, n_x, descent = config.examples, config.linear.n_x, (config.descent, config.rate)
-    seen = jnp.asarray(np.random.default_rng(1).standard_normal((32, n_x)), jnp.float32)
-    best = partial(teaching.for_bayes, examples=m)
-    teachers = [partial(teaching.none, examples=m), best, partial(best, least_first=True)]
+    queries = jnp.asarray(np.random.default_rng(1).standard_normal((32, n_x)), jnp.float32)
+    for_bayes = partial(teaching.for_bayes, examples=m)
+    teachers = [partial(teaching.none, examples=m), for_bayes, partial(for_bayes, least_first=True)]
     taught = partial(teaching.taught, teachers=teachers, n_x=n_x, examples=m)
 
     def through(learner, pupil=None):
-        teacher = lambda task: teaching.through(learner, task, best(task), seen, *descent)
+        teacher = lambda task: teaching.through(learner, task, for_bayes(task), queries, *descent)
         return taught(pupil or learner, teachers=[teacher])
 
-    def each(of, taught, **fields):
-        return of.remade(taught, **{"name": f"taught_{of.name}", "kind": "reference"} | fields)
+    def pupil_of(base, change, **fields):
+        return base.remade(change, **{"name": f"taught_{base.name}", "kind": "reference"} | fields)
 
-    chosen = [each(sgd, partial(taught, each=-(-sgd.times[-1] // m)), kind="ordinary")]
-    chosen += [each(of, taught) for of in (bayes, *metas)]
-    own = [each(of, through) for of in (bayes, *metas)]
-    for of in metas:
-        named = {"name": f"bayes_by_{of.name}", "label": f"{bayes.label}, by {of.label}"}
-        own.append(each(of, partial(through, pupil=bayes.learner), drawn=False, **named))
+    chosen = [pupil_of(sgd, partial(taught, each=-(-sgd.times[-1] // m)), kind="ordinary")]
+    chosen += [pupil_of(base, taught) for base in (bayes, *metas)]
+    own = [pupil_of(base, through) for base in (bayes, *metas)]
+    for meta in metas:
+        names = {"name": f"bayes_by_{meta.name}", "label": f"{bayes.label}, by {meta.label}"}
+        own.append(pupil_of(meta, partial(through, pupil=bayes.learner), drawn=False, **names))
     return chosen, own
 
 
 def plan(config: Config) -> md.Plan:
-    """Linear regression with its pupils, and the bandit with either feedback."""
+    """Plans linear regression with its pupils, and the bandit with both kinds of feedback."""
     sizes, bandit = config.measure, config.bandit
-    once = dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
+    untracked = dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
     base, metas = config.contenders("linear")
     tasks = config.linear.evaluation(sizes.probe_points)
-    all_of_them = sizes.sized(tasks, kinds=("ordinary", "reference"))
-    sets = teaching.sets(all_of_them, "random", "bayes", "least")
-    (few,) = teaching.sets(sizes.sized(tasks, "shifted_tasks"), "own")  # fewer: it is dear
-    taught, through = pupils(config, base.contenders[0], base.bayes, metas)
-    changes = {"contenders": [*metas, *taught, base.bayes], "sets": sets, "measure": once}
-    changes["pairs"] = [(few, each) for each in through]
+    many = sizes.sized(tasks, kinds=("ordinary", "reference"))
+    sets = teaching.sets(many, "random", "bayes", "least")
+    (few,) = teaching.sets(sizes.sized(tasks, "shifted_tasks"), "own")  # these lessons cost more
+    chosen, own = pupils(config, base.contenders[0], base.bayes, metas)
+    changes = {"contenders": [*metas, *chosen, base.bayes], "sets": sets, "measure": untracked}
+    changes["pairs"] = [(few, contender) for contender in own]
     linear = base.alone("linear", "linear regression", **changes)
     base, metas = config.contenders("bandit")
     rewards = sizes.sized(bandit.evaluation(), name="rewards")
-    shown = as_subclass(bandit, teaching.DemonstratedBandit)
-    sets = [rewards, dataclasses.replace(rewards, name="demonstrations", domain=shown)]
+    demonstrated = as_subclass(bandit, teaching.DemonstratedBandit)
+    sets = [rewards, dataclasses.replace(rewards, name="demonstrations", domain=demonstrated)]
     changes |= {"contenders": [base.contenders[0], *metas, base.bayes], "sets": sets, "pairs": ()}
     return md.Plan(config.outer, [linear, base.alone("bandit", "contextual bandit", **changes)])
 
 
 def criteria(config: Config, results):
-    """Teaching gain, control of the order and transfer; demonstrations against rewards."""
-    m, error = config.examples, lambda *pair: dynamics.samples(results[pair], "error")
-    after = lambda a, b: a[..., m] / b[..., m]
-    for who in ("bayes", *config.learners, "sgd"):
-        pupil = f"taught_{who}"
+    """Yields teaching gain, control of the order and transfer; demonstrations against rewards."""
+    m, errors = config.examples, lambda *key: dynamics.samples(results[key], "error")
+    ratio_after = lambda a, b: a[..., m] / b[..., m]
+    for learner in ("bayes", *config.learners, "sgd"):
+        pupil = f"taught_{learner}"
         times = results["random", pupil]["time"].to_numpy()
-        end, bound = m, {"at_least": 1.0, "surely": True}
-        if who == "sgd":  # needs updates rather than examples
-            end, bound = int(times[-1]), {}
+        end, bounds = m, {"at_least": 1.0, "surely": True}
+        if learner == "sgd":  # it is shown each example for many updates
+            end, bounds = int(times[-1]), {}
         for name in ("bayes", "own"):
             if (name, pupil) in results:
-                gain = partial(teaching.gain, times, end)
-                both = dynamics.on_common_tasks(error("random", pupil), error(name, pupil))
-                found = dynamics.estimate(gain, *both)
-                said = f"{who}, {SETS[name]}: random steps (of {times[-1]:g}) over taught ones, to"
-                said += " equal error"
-                yield md.criterion(f"{who}_{name}_gain", found, said, **bound)
+                gain_of = partial(teaching.gain, times, end)
+                pair = dynamics.on_common_tasks(errors("random", pupil), errors(name, pupil))
+                gain = dynamics.estimate(gain_of, *pair)
+                text = f"{learner}, {SETS[name]}: random steps (of {times[-1]:g}) over taught ones,"
+                text += " to equal error"
+                yield md.criterion(f"{learner}_{name}_gain", gain, text, **bounds)
         for name, sign in (("bayes", -1), ("least", 1)):
-            of = results[name, pupil]
-            place, t = sign * np.array(trajectories.modes(of).values), dynamics.times_of(of)
-            ranks = lambda mean, x=place, t=t: dynamics.rank_correlation(x, t(mean))
-            found = dynamics.estimate(ranks, dynamics.strength(of))
-            said = f"{who}, {SETS[name]}: rank correlation of modes' times with the order taught"
-            yield md.criterion(f"{who}_{name}_control", found, said, at_least=0.9)
-        if who in config.learners:
-            both = dynamics.on_common_tasks(error("bayes", pupil), error("own", pupil))
-            found = dynamics.estimate(after, *both)
-            said = f"{who}: error after the set made for Bayes over that after its own"
-            yield md.criterion(f"{who}_transfer", found, said)
-            both = error("own", f"bayes_by_{who}"), error("bayes", "taught_bayes")
-            both = dynamics.on_common_tasks(*both)
-            said = f"Bayes: error after the set made through {who} over that after its own"
-            yield md.criterion(f"bayes_transfer_{who}", dynamics.estimate(after, *both), said)
-    for who, rewards in results.learners("rewards").items():
-        t, both = dynamics.times_of(rewards), (results[name, who] for name in FEEDBACK)
-        both = (dynamics.samples(each, STRENGTH).mean(-1, keepdims=True) for each in both)
-        ratio = lambda a, b, t=t: (t(a) / t(b))[..., 0]
-        said = (
-            f"{trajectories.about(rewards).label}: steps by rewards over steps by demonstrations,"
-        )
-        said += f" to a mean of {trajectories.modes(rewards).p:g} of the correct action"
-        found = dynamics.estimate(ratio, *both)
-        yield md.criterion(f"{who}_communication", found, said, at_least=1.0, surely=True)
+            data = results[name, pupil]
+            order, t = sign * np.array(trajectories.modes(data).values), dynamics.times_of(data)
+            rank_correlation = lambda mean, x=order, t=t: dynamics.rank_correlation(x, t(mean))
+            correlation = dynamics.estimate(rank_correlation, dynamics.strength(data))
+            text = f"{learner}, {SETS[name]}: rank correlation of modes' times with the order"
+            text += " taught"
+            yield md.criterion(f"{learner}_{name}_control", correlation, text, at_least=0.9)
+        if learner in config.learners:
+            pair = dynamics.on_common_tasks(errors("bayes", pupil), errors("own", pupil))
+            ratio = dynamics.estimate(ratio_after, *pair)
+            text = f"{learner}: error after the set made for Bayes over that after its own"
+            yield md.criterion(f"{learner}_transfer", ratio, text)
+            pair = errors("own", f"bayes_by_{learner}"), errors("bayes", "taught_bayes")
+            ratio = dynamics.estimate(ratio_after, *dynamics.on_common_tasks(*pair))
+            text = f"Bayes: error after the set made through {learner} over that after its own"
+            yield md.criterion(f"bayes_transfer_{learner}", ratio, text)
+    for learner, rewards in results.learners("rewards").items():
+        t, pair = dynamics.times_of(rewards), (results[name, learner] for name in FEEDBACK)
+        means = (dynamics.samples(data, STRENGTH).mean(-1, keepdims=True) for data in pair)
+        ratio_of_times = lambda a, b, t=t: (t(a) / t(b))[..., 0]
+        text = f"{trajectories.about(rewards).label}: steps by rewards over steps by demonstrations"
+        text += f", to a mean of {trajectories.modes(rewards).p:g} of the correct action"
+        ratio = dynamics.estimate(ratio_of_times, *means)
+        yield md.criterion(f"{learner}_communication", ratio, text, at_least=1.0, surely=True)
 
 
 def by_learner(sets, reading: str, label: str, style, results):
-    """Draws a reading of each learner (panels) against its steps, one curve for a set of tasks."""
+    """Draws a reading over time: one panel per learner, one curve per set of tasks."""
     learners = results.learners(next(iter(sets)), drawn=True)
     figure, axes = figures.grid(len(learners), label, width=3.6, height=3.4)
-    for axis, (who, data) in zip(axes, learners.items(), strict=True):
-        for (name, said), colour in zip(sets.items(), figures.COLOURS, strict=False):
-            if (name, who) in results:
-                each = dynamics.samples(results[name, who], reading)
-                mean = each.reshape(*each.shape[:3], -1).mean(-1)  # over contexts, if there are any
-                found = dynamics.estimate(np.asarray, mean)
-                figures.curve(axis, data["time"].to_numpy(), found, said, colour)
+    for axis, (learner, data) in zip(axes, learners.items(), strict=True):
+        for (name, title), colour in zip(sets.items(), figures.COLOURS, strict=False):
+            if (name, learner) in results:
+                values = dynamics.samples(results[name, learner], reading)
+                mean = values.reshape(*values.shape[:3], -1).mean(-1)  # over contexts in the bandit
+                curve = dynamics.estimate(np.asarray, mean)
+                figures.curve(axis, data["time"].to_numpy(), curve, title, colour)
         about = trajectories.about(data)
         scale = "log" if about.clock == "updates" else "linear"
         axis.set(title=about.label, xlabel=about.clock, xscale=scale, **style)
@@ -164,7 +163,7 @@ def by_learner(sets, reading: str, label: str, style, results):
 
 
 ERROR = partial(by_learner, SETS, "error", "error ‖Ŵ − W‖² / ‖W‖²", {"yscale": "log"})
-TOLD = partial(by_learner, FEEDBACK, STRENGTH, "probability of correct action", {"ylim": (0, 1.05)})
+PROB = partial(by_learner, FEEDBACK, STRENGTH, "probability of correct action", {"ylim": (0, 1.05)})
 QUICK = Config(
     linear=LinearRegression(n_x=3, n_y=3),
     bandit=ContextualBandit(contexts=2, actions=3, steps=12),
@@ -187,7 +186,7 @@ study = md.Study(
     {"quick": QUICK, "workstation": WORKSTATION, "paper": PAPER},
     plan,
     criteria,
-    {"error": ERROR, "mode_strength_least": figures.strengths_on("least"), "communication": TOLD},
+    {"error": ERROR, "mode_strength_least": figures.strengths_on("least"), "communication": PROB},
     section="ours",
     closed="what is taught is made through each of them; --learners chooses these",
     claims={
