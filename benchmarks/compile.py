@@ -258,11 +258,11 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 def lower_all(platform: str, wanted: Callable[[str], Any]) -> int:
     """Lowers programs for a platform, says how long each took, and returns how many are `wrong`."""
-    from metadyn.study import known
+    from metadyn.study import study_names
 
     bad = 0
     made = {"kernel": partial(kernels, platform)}
-    made |= {study: partial(programs, study) for study in known()}
+    made |= {study: partial(programs, study) for study in study_names()}
     with said_to_be_here(platform):
         for of, each in made.items():
             for program in each():
@@ -281,7 +281,7 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     import jax
 
     from metadyn import absent_devices, mesh, program_cost
-    from metadyn.study import known
+    from metadyn.study import study_names
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     there, names = absent_devices.find(target), {*FUSED}
@@ -295,7 +295,7 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
         rows[name] = {target: registers(*FUSED[name], there)}
         print(f"{target}, {name}: {rows[name][target]}", flush=True)
     with mesh.compiling_for(there):
-        for study in known():
+        for study in study_names():
             for program in programs(study):
                 name = f"{study}: {program.name}"
                 names.add(name)

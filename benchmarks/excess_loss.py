@@ -136,7 +136,7 @@ def train(problem: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     part, steps = plan.comparisons[0], config.outer.steps
     bayes = next(each for each in part.contenders if each.kind == "bayes")
     lstm = next(each for each in part.contenders if each.name == "lstm")
-    heldout = next(each.tasks for each in plan.every if each.tasks.name == HELDOUT)
+    heldout = next(each.tasks for each in plan.measurements if each.tasks.name == HELDOUT)
     tasks = dataclasses.replace(heldout, size=8192, probes={})
 
     def loss(contender, params):

@@ -117,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         excess = dynamics.text(dynamics.measured_excess(point.trained, bayes), 3)
         print(f"| {point.units} | {point.episodes:,} | {excess} |")
     law = fitted(found, bayes, given.at or [(1.0, 1.0)])
-    of_episodes, of_units = law.exponents.each()
+    of_episodes, of_units = law.exponents.split()
     print(f"episodes: exponent {dynamics.text(of_episodes)}; units: {dynamics.text(of_units)}")
     print(f"misfit of log excess, root-mean-square: {law.misfit:.3f}")
-    for (units, episodes), excess in zip(given.at, law.at.each(), strict=False):
+    for (units, episodes), excess in zip(given.at, law.at.split(), strict=False):
         print(f"{units:g} units, {episodes:,.0f} episodes: {dynamics.text(excess, 3)}")
     if given.figure:
         figures.picture(partial(drawn, found, bayes))(given.figure)

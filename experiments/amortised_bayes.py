@@ -64,14 +64,14 @@ def comparison(config: Config, name: str) -> md.Comparison:
         base: Any = dataclasses.replace(config, meta=meta, lstm=lstm).meta_learner(domain, heads)
         rate = RATES.get(network, 1) * config.outer.learning_rate
         outer = base.own or dataclasses.replace(config.outer, learning_rate=rate)
-        read = beside.mean_values if network == "transformer" else beside.whole
+        read = beside.mean_cached_values if network == "transformer" else beside.flat_carry
         learner = beside.Beside(base.learner, domain, beliefs, read)
         times = [0, *(pairs + 1 for pairs in log_spaced(domain.steps - 1, 5)[1:])]
         changes = {"name": network, "label": label, "learner": learner, "times": times}
         contenders.append(dataclasses.replace(base, own=outer, **changes))
         if network in RECURRENT:
             copies = f"{network}_operated", label, beside.implanted(learner), "reference"
-            contenders.append(md.Contender(*copies, of=network))  # type: ignore[arg-type]
+            contenders.append(md.Contender(*copies, derived_from=network))  # type: ignore[arg-type]
     tasks = sizes.sized(training_tasks(domain), name=f"causal_{name}", kinds=("reference",))
     fields = sizes, objective, heads, name, TITLES[name], False
     return md.Comparison(domain, contenders, [tasks], (), *fields)

@@ -16,7 +16,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, inner, trajectories
-from metadyn.base import STRENGTH, Modes, Probe, TaskSet, kept
+from metadyn.base import STRENGTH, Modes, Probe, TaskSet, cached_concrete
 from metadyn.domains.linear import LinearRegression, LinearTask
 from metadyn.errors import check
 from metadyn.learners.attention import OneLayerAttentionConfig
@@ -40,7 +40,7 @@ class Components(LinearRegression):
         """Draws an input x ~ N(0, Λ)."""
         return jnp.sqrt(jnp.array(self.variances)) * super().query(task, key)
 
-    @kept
+    @cached_concrete
     def components(self) -> Probe:
         """Reads each component's strength: the answer to its unit input, over the task's weight."""
         read = lambda task, answers: {"strength": answers[:, 0] / task.W[0]}
@@ -216,12 +216,12 @@ def plateaus(results):
             lines = upper.plot(steps, last_loss(data).T, style, color=colour, lw=1.2)
             lines[0].set_label(label)
         for level in domain.plateaus() / domain.plateaus()[0]:
-            line = upper.axhline(level, **figures.LEVEL)
+            line = upper.axhline(level, **figures.LEVEL_STYLE)
         line.set_label("plateaus in theory")
         strength = dynamics.estimate(np.asarray, dynamics.strength(tracked)[:, :, :, -1])
         figures.curves(lower, steps, strength, [f"{value:g}" for value in domain.variances])
         upper.set(title=title, yscale="log", ylabel="loss of the last answer\n(1 at outer step 0)")
-        lower.set(ylabel="strength of each component", ylim=figures.UP_TO)
+        lower.set(ylabel="strength of each component", ylim=figures.STRENGTH_LIMITS)
         lower.legend(title=modes.label)
     axes[0].legend(frameon=True, framealpha=0.9, edgecolor="none")
     return figure

@@ -120,7 +120,7 @@ def criteria(config: Config, results):
     text = "factor of growth (below) of coupled contexts over that of decoupled ones"
     yield md.criterion("coupled_over_decoupled_growth", ratio, text, at_least=1.5)
     for name, times in runs.items():
-        row, (factor, ratio) = f"{name}_growth", over_runs(fit, *times).each()
+        row, (factor, ratio) = f"{name}_growth", over_runs(fit, *times).split()
         bounds = {"at_least": 1.5} if name == "reinforce_coupled" else {}
         text = "each context more multiplies the time to learn all by this"
         yield md.criterion(f"{row}_factor", factor, text, **bounds)

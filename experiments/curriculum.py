@@ -135,7 +135,7 @@ def outer_gains(config: Config, results, name: str):
         if arm != "none":
             yield md.criterion(f"{row}_gain", gain, text, **bounds)
     plain = (results[f"{TRACKED}_{name}", learner] for learner in ("none", "bayes"))
-    for k, n in enumerate(dynamics.outer_times(*plain).each(), 1):
+    for k, n in enumerate(dynamics.outer_times(*plain).split(), 1):
         text = f"{TITLES[name]}: outer step at which mode {k} is half-way to Bayes, plain"
         yield md.criterion(f"{name}_n_{k}", n, text)
 
@@ -152,7 +152,7 @@ def outer(results):
             label = trajectories.about(data).label
             figures.curve(axis, steps, excess, label, figures.line_colour(i))
         level = dynamics.to_equal_excess([*arms.values()], bayes)[0].value
-        axis.axhline(level, **figures.LEVEL, label="where they are compared")
+        axis.axhline(level, **figures.LEVEL_STYLE, label="where they are compared")
         axis.set(title=TITLES[name], yscale="log")
         axis.legend()
     return figure

@@ -114,7 +114,7 @@ def comparison(config: Config, name: str) -> md.Comparison:
     for a in config.interpolations:
         names = f"interpolated_{a:g}", f"α = {a:g}"
         learner = md.Derived(meta.learner, partial(between, a), "updates")
-        contenders.append(md.Contender(*names, learner, "ordinary", times, of="maml"))
+        contenders.append(md.Contender(*names, learner, "ordinary", times, derived_from="maml"))
     for f in config.factors:
         names = f"random_{f:g}", f"random × {f:g}"
         contenders.append(md.Contender(*names, scaled(f), "reference", times))

@@ -17,9 +17,9 @@ from metadyn import dynamics, figures, inner, trajectories
 from metadyn.domains.linear import LinearRegression
 from metadyn.program_cost import operations
 from metadyn.several_domains import (
-    DESCENTS,
     EVEN,
     NETWORKS,
+    REGRESSION_ONLY,
     SIGN,
     TITLES,
     DomainsConfig,
@@ -148,7 +148,7 @@ def slope_against_excess(results):
             handles.setdefault(label := trajectories.about(data).label, point)
             hidden[f"no {merit}"] += [label] * (not np.isfinite(y.value))
             hidden[negative] += [label] * bool(x.value <= 0)
-        axis.axhline(0, **figures.LEVEL)
+        axis.axhline(0, **figures.LEVEL_STYLE)
         near = axis.axvline(NEAR, color="grey", ls=":", lw=1)
         notes = (f"\n({why}: {', '.join(labels)})" for why, labels in hidden.items() if labels)
         xlabel = "".join(["excess loss over Bayes", *notes])
@@ -187,7 +187,7 @@ ROWS = {
     f"{name}_{learner}": f"{title}, {getattr(QUICK, learner).label}"
     for name, title in TITLES.items()
     for learner in NETWORKS
-    if name != "bandit" or learner not in DESCENTS
+    if name != "bandit" or learner not in REGRESSION_ONLY
 }
 COLUMNS = {
     "beyond": "staggering minus Bayes'",

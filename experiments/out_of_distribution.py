@@ -24,7 +24,7 @@ from metadyn.learners.bayes_mixture import bayes_mixture
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.normalised import Normalised
 from metadyn.objectives import prediction_loss
-from metadyn.several_domains import DESCENTS
+from metadyn.several_domains import REGRESSION_ONLY
 from metadyn.study import HELDOUT, Network, excess_of, paper
 
 WITHIN, RIGHT = "in_distribution", "bayes_right"
@@ -56,7 +56,7 @@ class Config(md.StudyConfig):
 def plan(config: Config) -> md.Plan:
     """Compares the networks with each remedy, and Bayes under several priors, on the same tasks."""
     hint = f"choose a network with a memory, other than {OTHER}"
-    check(config.meta not in (OTHER, *DESCENTS), "meta", config.meta, hint)
+    check(config.meta not in (OTHER, *REGRESSION_ONLY), "meta", config.meta, hint)
     domain, sizes, points = config.linear, config.measure, config.measure.probe_points
     scaled = tuple(domain.scaled(scale) for scale in config.scales)
     mixture = Mixture(scaled, tuple(scale**-2.0 for scale in config.scales))

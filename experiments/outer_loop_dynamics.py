@@ -68,7 +68,7 @@ def learner_criteria(name: str, prefix: str, learner: str, trained, results):
     yield censored(f"{prefix}_inner", last)
     excess = excess_of(results, learner, f"_{name}")
     yield md.criterion(f"{prefix}_excess", excess, "excess loss over Bayes at the last outer step")
-    times = dynamics.outer_times(trained, bayes).each()
+    times = dynamics.outer_times(trained, bayes).split()
     for k, (value, n) in enumerate(zip(modes.values, times, strict=True), 1):
         text = f"outer step at which mode {value:.3g} is half-way to Bayes; none if it never is"
         yield md.criterion(f"{prefix}_n_{k}", n, text)

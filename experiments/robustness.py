@@ -58,7 +58,7 @@ class Config(DomainsConfig):
 def sweeps(config: Config, name: str) -> dict[str, tuple[str, str]]:
     """Returns the label and the options of `metadyn sweep STUDY --zip` for each kind of variant."""
     joined = lambda values: " ".join(map(str, values))
-    n = config.within("bandit").policy.updates
+    n = config.domain_config("bandit").policy.updates
     outer = f"--outer.optimizer {OPTIMIZERS} --outer.learning-rate {joined(config.outer_rates)}"
     if name != "bandit":
         outer += f" --outer.updates-per-step {joined(config.regression_updates)}"
@@ -76,7 +76,7 @@ def plan(config: Config) -> md.Plan:
     comparisons, sizes = [], config.measure
     for name, title in TITLES.items():
         groups: dict[str, tuple[md.Comparison, list[md.Contender]]] = {}
-        default = config.within(name)
+        default = config.domain_config(name)
         for kind, (label, options) in sweeps(config, name).items():
             for value, changed in sweep.zipped(default, options):
                 base = STUDIES[name].plan(changed).comparisons[0]
@@ -156,7 +156,7 @@ def robustness(results):
             axis.errorbar(beyond.value, i, xerr=figures.bars(beyond)[:, None], fmt=marker, **style)
             if np.isnan(beyond.value):
                 axis.text(0, i, " learned too few modes", va="center", color=colour, fontsize=9)
-        axis.axvline(0, **figures.LEVEL)
+        axis.axvline(0, **figures.LEVEL_STYLE)
         labels = [trajectories.about(data).label for data, _ in rows]
         axis.set_yticks(range(len(rows)), labels, fontsize=9)
         axis.set(title=title, ylim=(max(len(rows), 1) - 0.5, -0.5))

@@ -106,7 +106,7 @@ def distances(results, size: int) -> list[dynamics.Estimate]:
     network, *best = (dynamics.samples(results[FRESH, n], "answers")[:, :, :-1] for n in names)
     distance = np.stack([((network - answers) ** 2).mean((2, 3, 4)) for answers in best], -1)
     with_gain = lambda mean: np.concatenate([mean, np.diff(mean)], -1)
-    return dynamics.estimate(with_gain, distance).each()
+    return dynamics.estimate(with_gain, distance).split()
 
 
 def criteria(config: Config, results):

@@ -59,7 +59,8 @@ def pupils(config: Config, sgd, bayes, metas):
     m, n_x, descent = config.examples, config.linear.n_x, (config.descent, config.rate)
     queries = jnp.asarray(np.random.default_rng(1).standard_normal((32, n_x)), jnp.float32)
     for_bayes = partial(teaching.for_bayes, examples=m)
-    teachers = [partial(teaching.none, examples=m), for_bayes, partial(for_bayes, least_first=True)]
+    nothing = partial(teaching.no_lesson, examples=m)
+    teachers = [nothing, for_bayes, partial(for_bayes, least_first=True)]
     taught = partial(teaching.taught, teachers=teachers, n_x=n_x, examples=m)
 
     def through(learner, pupil=None):
@@ -85,8 +86,9 @@ def plan(config: Config) -> md.Plan:
     base, metas = config.contenders("linear")
     tasks = config.linear.evaluation(sizes.probe_points)
     many = sizes.sized(tasks, kinds=("ordinary", "reference"))
-    sets = teaching.sets(many, "random", "bayes", "least")
-    (few,) = teaching.sets(sizes.sized(tasks, "shifted_tasks"), "own")  # these lessons cost more
+    sets = teaching.taught_sets(many, "random", "bayes", "least")
+    fewer = sizes.sized(tasks, "shifted_tasks")  # as these lessons cost more
+    (few,) = teaching.taught_sets(fewer, "own")
     chosen, own = pupils(config, base.contenders[0], base.bayes, metas)
     changes = {"contenders": [*metas, *chosen, base.bayes], "sets": sets, "measure": untracked}
     changes["pairs"] = [(few, contender) for contender in own]

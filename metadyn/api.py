@@ -14,15 +14,15 @@ from rich.console import Console
 
 from metadyn import inner, trajectories
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
-from metadyn.errors import check, check_seed, error_context, meant
+from metadyn.errors import check, check_seed, did_you_mean, error_context
 from metadyn.measuring import (
     bytes_needed,
     check_step,
-    described,
+    description,
     readings,
     require_memory,
     training_bytes,
-    weights,
+    weight_shapes,
 )
 from metadyn.objectives import Objective, ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
@@ -65,7 +65,8 @@ def train(
     check_seed(seed)
     known = [field.name for field in dataclasses.fields(OuterConfig)]
     for name, value in outer.items():
-        check(name in known, name, value, f"is no field of `OuterConfig`{meant(name, known)}")
+        hint = f"is no field of `OuterConfig`{did_you_mean(name, known)}"
+        check(name in known, name, value, hint)
     check(isinstance(steps, Integral), "steps", steps, "must be a whole number")
     config = OuterConfig(steps=steps, seeds=seeds, **{"warmup": min(200, steps // 10), **outer})
     _check_domain(domain)
@@ -73,7 +74,7 @@ def train(
     hint = "give a function of a domain and a meta-learner that makes an `Objective`"
     check(isinstance(minimised, Objective), "objective", objective, hint)
     training = MetaTraining(meta, minimised)
-    training.check_traced("a meta-learner on this domain", weights(meta.init))
+    training.check_traced("a meta-learner on this domain", weight_shapes(meta.init))
     require_memory(
         "their weights and what trains them", seeds * training_bytes(meta.init), "seeds", seeds
     )
@@ -97,7 +98,7 @@ def _check_domain(domain: Domain) -> None:
 
 
 def _check_trained(name: str, trained: Trained) -> None:
-    expected, params = weights(trained.meta.init), trained.params
+    expected, params = weight_shapes(trained.meta.init), trained.params
     expected_tree, tree = jax.tree.structure(expected), jax.tree.structure(params)
     same_tree: bool = expected_tree == tree  # type: ignore[operator]
     shapes = [(1 + leaf.ndim, leaf.shape) for leaf in jax.tree.leaves(expected)]
@@ -171,6 +172,6 @@ def measure(
         for place, (name, (contender, params)) in enumerate(contenders.items()):
             show(str(name))
             arrays = readings(tasks, contender, params, jax.random.key(seed), chunk)
-            labels = described(tasks, contender, place)
+            labels = description(tasks, contender, place)
             parts[name] = trajectories.dataset(arrays, labels)
     return trajectories.merge(parts)

@@ -305,7 +305,7 @@ class Sampler:
         return self.domain.sample_task(key)
 
 
-def kept(make: Callable[P, T]) -> Callable[P, T]:
+def cached_concrete(make: Callable[P, T]) -> Callable[P, T]:
     """Caches a function's results by its arguments, which must be hashable.
 
     Arrays in a result are concrete values, not tracers, even if the first call happens while JAX

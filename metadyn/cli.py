@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from metadyn.errors import ConfigError, ConfigWarning, check, check_seed, meant
+from metadyn.errors import ConfigError, ConfigWarning, check, check_seed, did_you_mean
 from metadyn.options import as_typed, configured, options_of
 
 if TYPE_CHECKING:  # commands import these modules when they need them, since they start JAX
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match("argument command: invalid choice: '(.*?)'", message)
-        suggestion = meant(unknown[1], _DOES) if unknown else ""
+        suggestion = did_you_mean(unknown[1], _DOES) if unknown else ""
         raise ConfigError(f"{message}{suggestion}; see metadyn --help")
 
 
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, overrides = _parser().parse_known_args(words or ["--help"])
         function = arguments.function
         if overrides and function not in (_run, _sweep):
-            suggestion = meant(overrides[0], arguments.flags)
+            suggestion = did_you_mean(overrides[0], arguments.flags)
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}{suggestion}")
         arguments.overrides = overrides
         if (out := getattr(arguments, "out", None)) is not None:
@@ -281,7 +281,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _check_preset(study: Study, arguments: argparse.Namespace) -> None:
     """Raises `ConfigError` unless the study has the preset, and no option that the command has."""
     preset = arguments.preset
-    presets, suggestion = ", ".join(study.presets), meant(preset, study.presets)
+    presets, suggestion = ", ".join(study.presets), did_you_mean(preset, study.presets)
     hint = f"of {study.name}, choose from {presets}{suggestion}"
     check(preset in study.presets, "--preset", preset, hint)
     for option, _ in options_of(study.presets[preset]):
@@ -321,7 +321,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         part = f"this is part {indices.start + 1} of {indices.step}, with {len(indices)} of them"
         progress.say(f"metadyn: {part}")
     if arguments.plan is not None:
-        make_plan = lambda: planning.of_sweep(request, study, configs, arguments.part)
+        make_plan = lambda: planning.plan_sweep(request, study, configs, arguments.part)
         planning.report(make_plan, arguments.plan, out, progress)
         return DONE
     folder = sweep.run_sweep(request, study, configs, out, progress)
@@ -338,10 +338,10 @@ def _studies(arguments: argparse.Namespace) -> int:
 
     from metadyn import mesh
     from metadyn.progress import Progress, Terminal
-    from metadyn.study import known, load_studies, load_study
+    from metadyn.study import load_studies, load_study, study_names
 
     preset, seed = arguments.preset, arguments.seed
-    is_folder = os.path.isdir(arguments.study) and arguments.study not in known()
+    is_folder = os.path.isdir(arguments.study) and arguments.study not in study_names()
     if is_folder and (arguments.overrides or arguments.options):
         raise ConfigError(f"{arguments.study}: overrides are for one study, not for a folder")
     studies = load_studies(arguments.study) if is_folder else [load_study(arguments.study)]
@@ -373,7 +373,7 @@ def _run_one(study: Study, arguments: argparse.Namespace, out: str, progress: Pr
     progress.say(f"metadyn: {study.name}, preset {preset}, into {out}")
     try:
         if arguments.plan is not None:
-            make_plan = lambda: planning.of_run(study, config)
+            make_plan = lambda: planning.plan_run(study, config)
             planning.report(make_plan, arguments.plan, out, progress)
             return DONE
         summary = run_study(study, preset, seed, config, out, progress, arguments.tensorboard)
@@ -400,7 +400,7 @@ def _progress() -> Progress:
 def _figures(arguments: argparse.Namespace) -> int:
     from metadyn import figures
     from metadyn.store import RunFolder
-    from metadyn.study import known, load_study
+    from metadyn.study import load_study, study_names
     from metadyn.sweep import SweepFolder, is_sweep
 
     progress = _progress()
@@ -419,7 +419,7 @@ def _figures(arguments: argparse.Namespace) -> int:
         return _print_paths(arguments.dir, paths, reason)
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
-    study = load_study(name) if arguments.study or name in known() else None
+    study = load_study(name) if arguments.study or name in study_names() else None
     own_figures = study.own_figures() if study else {}
     if study and study.name != run.config["study"]:
         mismatch = f"{arguments.dir} is a run of {run.config['study']!r}"
@@ -501,13 +501,13 @@ def _claims(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from metadyn.store import read_summary
-    from metadyn.study import folder, load_studies
+    from metadyn.study import load_studies, studies_folder
 
-    for study in load_studies(str(folder())):
+    for study in load_studies(str(studies_folder())):
         docstring = sys.modules[study.plan.__module__].__doc__ or ""
         print(f"{study.name}: {docstring.splitlines()[0] if docstring else ''}")
         for preset in study.presets:
-            path = folder() / "results" / f"{study.name}-{preset}.json"
+            path = studies_folder() / "results" / f"{study.name}-{preset}.json"
             duration = "not measured"
             if path.exists():
                 environment = read_summary(path)["environment"]

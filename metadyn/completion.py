@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from metadyn.study import known, load_study
+from metadyn.study import load_study, study_names
 
 
 def script(commands: Mapping[str, argparse.ArgumentParser], shell: str) -> str:
@@ -26,7 +26,7 @@ def script(commands: Mapping[str, argparse.ArgumentParser], shell: str) -> str:
     subcommands = []
     for name, command in commands.items():
         if name == "run":
-            studies = reduce(operator.or_, (_study(study, command) for study in known()))
+            studies = reduce(operator.or_, (_study(study, command) for study in study_names()))
             fields: list[Any] = [("study", studies)]
         else:
             fields = [_field(action) for action in command._actions if action.dest != "help"]

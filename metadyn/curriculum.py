@@ -52,7 +52,7 @@ class Admission:
         valid = self.steps and all(step >= 0 for step in self.steps)
         check(valid, "steps", self.steps, "give an outer step, from 0, for each mode")
 
-    def there(self, step: Int[Array, ""] | int, key: Key) -> Bool[Array, " K"]:
+    def admitted(self, step: Int[Array, ""] | int, key: Key) -> Bool[Array, " K"]:
         """Returns which modes [K] occur in the episode with this key at an outer step."""
         steps = jnp.array(self.steps)
         drawn = jax.random.choice(jax.random.fold_in(key, 1), steps)
@@ -60,7 +60,7 @@ class Admission:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SomeFrequencies(FourierRegression):
+class AdmittedFrequencies(FourierRegression):
     """Fourier regression without the frequencies not admitted yet; the others are unchanged."""
 
     admission: Admission = Admission((0,))
@@ -68,13 +68,13 @@ class SomeFrequencies(FourierRegression):
 
     def sample_task(self, key: Key) -> FourierTask:
         """Draws the same function as without a curriculum and removes frequencies not admitted."""
-        task, admitted = super().sample_task(key), self.admission.there(self.step, key)
+        task, admitted = super().sample_task(key), self.admission.admitted(self.step, key)
         mask = jnp.zeros(len(self.spectrum)).at[np.array(self.support)].set(admitted)
         return FourierTask(mask * task.cosine, mask * task.sine)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SomeContexts(ContextualBandit):
+class AdmittedContexts(ContextualBandit):
     """Contextual bandit that draws only the first contexts, as many as are admitted."""
 
     admission: Admission = Admission((0,))
@@ -82,7 +82,7 @@ class SomeContexts(ContextualBandit):
 
     def sample_task(self, key: Key) -> Any:
         """Draws the correct actions of all contexts; returns them with the number admitted."""
-        return super().sample_task(key), self.admission.there(self.step, key).sum()
+        return super().sample_task(key), self.admission.admitted(self.step, key).sum()
 
     def query(self, task: Any, key: Key) -> Int[Array, ""]:
         """Draws a context uniformly from the admitted ones."""
@@ -105,9 +105,9 @@ def admitting(
     kind: Any
     match domain:
         case FourierRegression():
-            kind, modes = SomeFrequencies, len(domain.support)
+            kind, modes = AdmittedFrequencies, len(domain.support)
         case ContextualBandit():
-            kind, modes = SomeContexts, domain.contexts
+            kind, modes = AdmittedContexts, domain.contexts
             hint = "one context must be there from step 0: there is nothing else to ask for"
             check(0 in admission.steps, "steps", admission.steps, hint)
         case _:

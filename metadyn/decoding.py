@@ -276,7 +276,7 @@ def merits(
     difference = lambda a, b, c, d: over_steps(a, b) - over_steps(c, d)
     yield "direction", estimate(difference, *to_bayes, *from_bayes)
     for name in ("uncertainty", "nonlinear"):
-        yield name, r_squared(of[name].at(-1)).each()[-1]
+        yield name, r_squared(of[name].at(-1)).split()[-1]
     # On held-out tasks. The scale of excess loss makes no difference to when it falls.
     losses = (dynamics.episode_loss(part)[:, 1::2] for part in (data, bayes))
     lag = lambda a, b, loss, best: delay(steps, over_steps(a, b), loss - best[..., None])

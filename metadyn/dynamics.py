@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
     low: np.ndarray
     high: np.ndarray
 
-    def each(self) -> list[Estimate]:
+    def split(self) -> list[Estimate]:
         """Splits an estimate of arrays into a list, one estimate per index of the last axis."""
         fields = (np.moveaxis(field, -1, 0) for field in self)
         return [Estimate(*entry) for entry in zip(*fields, strict=True)]
@@ -450,5 +450,5 @@ def to_equal_excess(
             return np.concatenate([level, reached, reached[..., :1] / reached], -1)
 
     losses = [episode_loss(data) for data in (*ways, bayes)]
-    level, *rest = estimate(compare, *losses).each()
+    level, *rest = estimate(compare, *losses).split()
     return level, rest[: len(ways)], rest[len(ways) :]

@@ -12,15 +12,15 @@ from typing import Any, get_args
 
 
 class ConfigError(Exception):
-    """Error about bad input. Its one-line message names the field, the value and the fix.
+    """Error about bad input. Its one-line message names the field, the value and the hint.
 
-    `field`, `value` and `fix` are also attributes, where they are known, so that the command line
+    `field`, `value` and `hint` are also attributes, where they are known, so that the command line
     can name the option as it was typed.
     """
 
-    def __init__(self, message: str = "", field: str = "", value: Any = None, fix: str = ""):
+    def __init__(self, message: str = "", field: str = "", value: Any = None, hint: str = ""):
         super().__init__(message)
-        self.field, self.value, self.fix = field, value, fix
+        self.field, self.value, self.hint = field, value, hint
 
 
 LONGEST = 200
@@ -31,13 +31,13 @@ class ConfigWarning(UserWarning):
     """Warning about input that runs, but hardly as intended. It names the field and the value."""
 
 
-def check(holds: Any, field: str, value: Any, fix: str) -> None:
-    """Raises `ConfigError` naming the field, the value and the fix unless `holds` is true."""
+def check(holds: Any, field: str, value: Any, hint: str) -> None:
+    """Raises `ConfigError` naming the field, the value and the hint unless `holds` is true."""
     if not holds:
         typed = field.startswith("--")
         text = " ".join(str(value).split() if typed else repr(value).split())
         text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
-        raise ConfigError(f"{field}{' ' if typed else ' = '}{text}: {fix}", field, value, fix)
+        raise ConfigError(f"{field}{' ' if typed else ' = '}{text}: {hint}", field, value, hint)
 
 
 @contextmanager
@@ -53,15 +53,15 @@ def error_context(what: str, *kept: type[BaseException]) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, ConfigError):  # one line already; cutting it would lose the fix
+        if isinstance(error, ConfigError):  # one line already; cutting it would lose the hint
             raise type(error)(f"{what} ({message})") from error
         raise ConfigError(f"{what} ({message[:LONGEST]})") from error
 
 
-def check_unique(names: Sequence[Any], field: str, fix: str) -> None:
-    """Raises `ConfigError` if a name repeats, with the field, the first such name and the fix."""
+def check_unique(names: Sequence[Any], field: str, hint: str) -> None:
+    """Raises `ConfigError` if a name repeats, with the field, the first such name and the hint."""
     for name in names:
-        check(names.count(name) == 1, field, name, fix)
+        check(names.count(name) == 1, field, name, hint)
 
 
 def check_seed(seed: Any, field: str = "seed") -> None:
@@ -70,7 +70,7 @@ def check_seed(seed: Any, field: str = "seed") -> None:
     check(valid, field, seed, f"must be a whole number from 0 to {2**32 - 1}")
 
 
-def meant(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns a suggestion of the nearest known name, "; did you mean 'sgd'?", or ""."""
     matches = difflib.get_close_matches(name, [*known], n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -57,10 +57,10 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 2,
 }
 MODES = 30  # most panels of modes in one figure; with more modes, those shown are spread evenly
-UP_TO = (-0.1, 1.15)  # limits of a strength axis: a learned mode has strength 1
-LEVEL = {"color": "grey", "lw": 0.8, "zorder": 0}  # style of a line that marks a level
+STRENGTH_LIMITS = (-0.1, 1.15)  # limits of a strength axis: a learned mode has strength 1
+LEVEL_STYLE = {"color": "grey", "lw": 0.8, "zorder": 0}  # style of a line that marks a level
 Measured = xr.Dataset | Mapping[str, xr.Dataset]
-Own = Mapping[str, Callable[[Results], Figure]]
+StudyFigures = Mapping[str, Callable[[Results], Figure]]
 styled = matplotlib.rc_context(STYLE)  # a decorator
 
 
@@ -70,7 +70,7 @@ def line_colour(i: int) -> str:
 
 
 @styled
-def draw(folder: Path, results: Results, own: Own, progress: Progress) -> list[Path]:
+def draw(folder: Path, results: Results, own: StudyFigures, progress: Progress) -> list[Path]:
     """Draws the figures of every run, and a study's `own`, into a folder; returns their paths.
 
     In a run that was stopped, figures of what has not been measured yet are left out.
@@ -164,9 +164,9 @@ def mode_strength(measured: Measured, probe: str = STRENGTH, one_run: bool = Fal
         if "closed_form" in data and probe == STRENGTH:
             curve = data["closed_form"].transpose("step", "mode").to_numpy()[start:]
             axis.plot(times, curve, color="black", ls=":", lw=1.4)[-1].set_label("closed form")
-        axis.axhline(modes.p, **LEVEL)
+        axis.axhline(modes.p, **LEVEL_STYLE)
         clock = "optimiser updates" if start else "observations in the episode"
-        axis.set(title=f"{about.label}\n{subtitle}", xlabel=clock, ylim=UP_TO)
+        axis.set(title=f"{about.label}\n{subtitle}", xlabel=clock, ylim=STRENGTH_LIMITS)
         axis.set_xscale("log" if start else "linear")
     axes[0].legend(title=first.axis, loc="best" if one_run else "upper left")
     return figure
@@ -248,7 +248,7 @@ def final_strength(
         grouped_bars(axis, _labels(modes), pairs)
         for k in np.flatnonzero(np.isin(modes.values, shaded)):
             axis.axvspan(k - 0.5, k + 0.5, color="grey", alpha=0.2, lw=0)
-        axis.axhline(1, **LEVEL)
+        axis.axhline(1, **LEVEL_STYLE)
         axis.tick_params("x", labelsize=12 if len(modes.values) <= 3 else 9)
         axis.set(title=titles[task_set], xlabel=modes.axis, ylim=(-0.2, 1.4))  # bars may be longer
     legend_below(axes[0], fontsize=11)
@@ -259,7 +259,7 @@ def final_strength(
 class LearningHistory:
     """The measurements of a meta-learner at every checkpoint, and of Bayes on the same tasks."""
 
-    called: str
+    label: str
     """Name of the meta-learner in figures."""
     trained: xr.Dataset
     """Its mode trajectories over outer training."""
@@ -317,8 +317,8 @@ def by_probe(trained: Mapping[str, LearningHistory]) -> dict[str, LearningHistor
     by_suffix = dict(trained)
     for suffix, training in trained.items():
         for probe in sorted({*trajectories.probes(training.trained)} - {training.probe}):
-            label = f"{training.called}, {probe}"
-            history = dataclasses.replace(training, probe=probe, called=label)
+            label = f"{training.label}, {probe}"
+            history = dataclasses.replace(training, probe=probe, label=label)
             by_suffix[suffix + ending(probe)] = history
     return by_suffix
 
@@ -342,11 +342,11 @@ def inner_curves(training: LearningHistory) -> Figure:
         by_step = Estimate(*(part[:, :, i].T for part in mean))
         curves(axis, times, by_step, labels, "plasma", lw=1.6)
         axis.plot(times, bayes.mean((0, 1))[:, k], "k--", lw=1.5, label="Bayes")
-        axis.axhline(modes.p, **LEVEL)
+        axis.axhline(modes.p, **LEVEL_STYLE)
         axis.set_title(f"{label}: {names[k]}", fontsize=10)
-        axis.set(xlabel="observations", ylim=UP_TO)
+        axis.set(xlabel="observations", ylim=STRENGTH_LIMITS)
         axis.label_outer()
-    figure.suptitle(f"{training.called}: inner learning curves over outer training")
+    figure.suptitle(f"{training.label}: inner learning curves over outer training")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, title="outer step", loc="outside right center")
     return figure
@@ -370,8 +370,8 @@ def outer_learning(training: LearningHistory) -> Figure:
     left.plot([], [], "--", color="grey", label="Bayes")
     left.set_ylabel(f"inner learning time $t_k$ (to {modes.p:g})\nin observations")
     left.set_ylim(0, trained["time"][-1])
-    right.axhline(1, **LEVEL | {"ls": "--", "lw": 1.2})
-    right.axhline(0.5, **LEVEL)
+    right.axhline(1, **LEVEL_STYLE | {"ls": "--", "lw": 1.2})
+    right.axhline(0.5, **LEVEL_STYLE)
     right.set(ylim=(-0.2, 2.1), ylabel="mean strength over the episode\n(0 untrained, 1 as Bayes)")
     label, exchangeable = modes.label.replace("\n", " "), modes.exchangeable
     left.legend(title=label + " within each episode" * exchangeable, ncols=2)
@@ -410,7 +410,7 @@ def _over_outer_training(
     """Makes a figure of two panels over outer step; returns it, both axes and the steps' places."""
     figure, axes = grid(2, width=5.2, height=4.0)
     steps, _ = (outer_axis(axis, training.trained) for axis in axes)
-    figure.suptitle(f"{training.called}: {subject} over outer training")
+    figure.suptitle(f"{training.label}: {subject} over outer training")
     return figure, *axes, steps
 
 
@@ -427,10 +427,10 @@ def animation(training: LearningHistory) -> Callable[[Path], None]:
     axis.plot(times, bayes, "--", lw=1.2)
     lines = axis.plot(times, mean[-1], label=_labels(modes))
     axis.plot([], [], "--", color="grey", lw=1.2, label="Bayes")
-    axis.set(xlim=(0, times[-1]), ylim=UP_TO, xlabel="observations in the episode")
+    axis.set(xlim=(0, times[-1]), ylim=STRENGTH_LIMITS, xlabel="observations in the episode")
     axis.set_ylabel(modes.strength)
     axis.legend(title=modes.axis, loc="upper left", bbox_to_anchor=(1, 1))
-    titles = [f"{training.called}: outer step {step:,}" for step in steps]
+    titles = [f"{training.label}: outer step {step:,}" for step in steps]
     title = axis.set_title(titles[-1])
     canvas.draw()
     figure.set_layout_engine("none")  # laid out once, for the longest title
@@ -473,7 +473,7 @@ def orders(trainings: Sequence[LearningHistory]) -> Figure:
             axis.errorbar(x.value[k], y.value[k], **errors, **style)
         axis.set(yscale="log", xlabel="inner learning time $t_k$\n(observations; once trained)")
         log_ticks(axis.yaxis)
-        axis.set_title(f"{training.called}\n{title}", fontsize=10)
+        axis.set_title(f"{training.label}\n{title}", fontsize=10)
         axis.legend(title=modes.axis)
     return figure
 
@@ -482,7 +482,7 @@ def curves(
     axis: Any, x: np.ndarray, y: Estimate, labels: list[str], palette: str = "viridis", **style: Any
 ) -> None:
     """Draws estimates [x, curve] as lines with bands, each with its own colour and label."""
-    for part, label, colour in zip(y.each(), labels, colours(labels, palette), strict=True):
+    for part, label, colour in zip(y.split(), labels, colours(labels, palette), strict=True):
         curve(axis, x, part, label, colour, **style)
 
 

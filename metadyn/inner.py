@@ -39,7 +39,7 @@ from metadyn.program_cost import largest
 full_precision = jax.default_matmul_precision("highest")
 """Decorator under which matrix products do not round their float32 inputs, as GPUs and TPUs
 otherwise do. All measurements use it, and so do all draws of a domain, in training too."""
-MOST_TIMES = 1_000_000  # maximum number of times at which readings are recorded: our choice
+MAX_TIMES = 1_000_000  # maximum number of times at which readings are recorded: our choice
 Probes = tuple[tuple[str, Probe], ...]
 """Probes with the names their readings are stored under, as hashable (name, probe) pairs."""
 
@@ -109,16 +109,16 @@ def run(
     """Runs one learner through one episode of one task, with readings at the given `times`.
 
     Times count completed steps and increase strictly from 0. Returns arrays with a leading axis
-    over times: the probes' readings (named by `recorded`), the learner's diagnostics, and `loss`,
-    the mean loss of the answers since the previous time (NaN at t = 0). Each answer is scored
-    before the learner sees its feedback.
+    over times: the probes' readings (named by `reading_name`), the learner's diagnostics, and
+    `loss`, the mean loss of the answers since the previous time (NaN at t = 0). Each answer is
+    scored before the learner sees its feedback.
     """
-    times = checked(times)
+    times = checked_times(times)
     key_init, key_steps = jax.random.split(key)
 
     def step(t, carry):
         state, total = carry
-        state, loss = stepped(domain, learner, task, key_steps, t, state)
+        state, loss = episode_step(domain, learner, task, key_steps, t, state)
         return state, total + loss
 
     def read_probes(state) -> dict[str, Array]:
@@ -126,7 +126,7 @@ def run(
         for name, probe in probes:
             answers = jax.vmap(learner.predict, (None, 0))(state, probe.queries)
             values = probe.read(task, answers)
-            readings |= {recorded(name, reading): value for reading, value in values.items()}
+            readings |= {reading_name(name, reading): value for reading, value in values.items()}
         return readings
 
     def segment(state, span):
@@ -138,7 +138,7 @@ def run(
     return jax.lax.scan(segment, learner.init(key_init), spans)[1]
 
 
-def stepped(
+def episode_step(
     domain: Domain, learner: Learner, task: Task, key: Key, t: Int[Array, ""], state: Any
 ) -> tuple[Any, Float[Array, ""]]:
     """Runs step t of an episode; returns the learner's next state and its (batch's mean) loss."""
@@ -214,7 +214,7 @@ def _bytes_per_task(learner: Learner, probes: Probes) -> int:
     return state_bytes + max(probe_bytes, default=0)
 
 
-def recorded(probe: str, reading: str) -> str:
+def reading_name(probe: str, reading: str) -> str:
     """Returns the name under which a probe's reading is stored.
 
     Mode strengths are stored under the probe's own name. Extras of the main probe ("mode_strength")
@@ -229,15 +229,15 @@ def recorded(probe: str, reading: str) -> str:
 def log_spaced(steps: int, count: int) -> tuple[int, ...]:
     """Returns log-spaced whole numbers: 0, then up to `count` more, of which the last is `steps`.
 
-    Raises `ConfigError` unless `steps` is at least 1 and `count` from 1 to `MOST_TIMES`.
+    Raises `ConfigError` unless `steps` is at least 1 and `count` from 1 to `MAX_TIMES`.
     """
     check(steps >= 1, "steps", steps, "must be at least 1")
-    check(1 <= count <= MOST_TIMES, "count", count, f"must be from 1 to {MOST_TIMES:,}")
+    check(1 <= count <= MAX_TIMES, "count", count, f"must be from 1 to {MAX_TIMES:,}")
     spaced = np.geomspace(1, steps, count) if count > 1 else np.array([steps])
     return (0, *(int(t) for t in np.unique(np.round(spaced)).astype(int)))
 
 
-def checked(times: Sequence[int] | np.ndarray) -> Any:
+def checked_times(times: Sequence[int] | np.ndarray) -> Any:
     """Returns times as int32. Raises `ConfigError` unless they are integers that rise from 0."""
     array = np.asarray(times)
     integral = array.ndim == 1 and len(array) > 1 and array.dtype.kind in "iu"

@@ -82,7 +82,7 @@ def program_key(given: tuple[Any, ...]) -> Hashable:
     return *static, tree, tuple(shapes)
 
 
-def described(
+def description(
     tasks: TaskSet, contender: Contender, place: int = 0, title: str = "", followed: bool = True
 ) -> dict[str, Any]:
     """Describes the arrays that `readings` returns: axes, coordinates and modes, stored with them.
@@ -96,7 +96,7 @@ def described(
     coords: dict[str, Any] = {"time": ("step", contender.times_in(tasks.domain))}
     coords |= {axis: (axis, range(n)) for axis, n in sizes.items()}
     for name, probe in probes:
-        coordinate, axis = (inner.recorded(name, n) for n in (probe.modes.coordinate, "mode"))
+        coordinate, axis = (inner.reading_name(name, n) for n in (probe.modes.coordinate, "mode"))
         coords[coordinate] = (axis, probe.modes.values)
     if contender.curve is not None and STRENGTH in tasks.probes:
         modes = tasks.probes[STRENGTH].modes.values
@@ -125,7 +125,7 @@ def _axes(
     used, name_hint = {*axes, *RESERVED, *trajectories.FIELDS}, "this name is taken: choose another"
     for name, probe in tasks.probes.items():
         further = *probe.extras, probe.modes.coordinate
-        for stored in (name, *(inner.recorded(name, n) for n in further)):
+        for stored in (name, *(inner.reading_name(name, n) for n in further)):
             check(stored not in used, f"probe {name!r}", stored, name_hint)
             used.add(stored)
 
@@ -145,14 +145,14 @@ def _axes(
                 values = probe.read(task, answers)
                 shapes = {reading: leaf.shape for reading, leaf in values.items()}
             _check_read(name, probe, shapes)
-            axes[name] = (inner.recorded(name, "mode"),)
+            axes[name] = (inner.reading_name(name, "mode"),)
             for extra, extra_axes in probe.extras.items():
-                axes[inner.recorded(name, extra)] = extra_axes
+                axes[inner.reading_name(name, extra)] = extra_axes
                 for axis, n in zip(extra_axes, shapes[extra], strict=True):
                     hint = f"axis {axis!r} is {sizes.setdefault(axis, n)} long elsewhere: rename it"
                     check(sizes[axis] == n, f"probe {name!r}", n, hint)
 
-    params = weights(contender.learner.init) if contender.seeded else ()
+    params = weight_shapes(contender.learner.init) if contender.seeded else ()
     with error_context(f"tasks of {tasks.name!r} cannot be drawn"):
         task = _task(tasks) if tasks.probes else None
     jax.eval_shape(trace, jax.random.key(0), params, task)
@@ -160,7 +160,7 @@ def _axes(
 
 
 @functools.cache
-def weights(init: Callable[[Key], Params]) -> Params:
+def weight_shapes(init: Callable[[Key], Params]) -> Params:
     """Returns the shapes of the outer parameters that a meta-learner's `init` draws."""
     with error_context(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
         return jax.eval_shape(init, jax.random.key(0))
@@ -174,11 +174,11 @@ def _task(tasks: TaskSet) -> Any:
 
 def check_step(tasks: TaskSet, contender: Contender) -> None:
     """Traces a learner's step on a task set. Raises `ConfigError` unless it can be taken."""
-    params = weights(contender.learner.init) if contender.seeded else ()
+    params = weight_shapes(contender.learner.init) if contender.seeded else ()
 
     def trace(key: Key, params: Params, task: Any, state: Any) -> None:
         learner = contender.make(params)
-        after, loss = inner.stepped(tasks.domain, learner, task, key, jnp.int32(0), state)
+        after, loss = inner.episode_step(tasks.domain, learner, task, key, jnp.int32(0), state)
         check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
         (leaves, tree), (new_leaves, new_tree) = map(jax.tree.flatten, (state, after))
         same: bool = tree == new_tree  # type: ignore[operator]
@@ -211,7 +211,7 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     """Computes the bytes that a contender's readings on a task set take, from shapes alone."""
     probes = tasks.probes.items()
     axes, sizes = _axes(tasks, contender)
-    modes = {inner.recorded(name, "mode"): len(probe.modes.values) for name, probe in probes}
+    modes = {inner.reading_name(name, "mode"): len(probe.modes.values) for name, probe in probes}
     sizes = {**sizes, "step": 1} | modes
     values = sum(math.prod(sizes[axis] for axis in names) for names in axes.values())
     times = len(contender.times_in(tasks.domain))
@@ -220,7 +220,7 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
 
 def training_bytes(init: Callable[[Key], Params]) -> int:
     """Computes the bytes to train one seed of a meta-learner: weights, gradient and two moments."""
-    return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights(init)))
+    return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight_shapes(init)))
 
 
 def require_memory(

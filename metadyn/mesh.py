@@ -33,10 +33,16 @@ from metadyn.errors import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES, LEAST_TASKS, SMALL_TASKS = 128, 64, 512  # on a CPU core at a time: our choice
-CACHE = 1 << 20  # bytes of a CPU core's cache: our choice
+CACHED_EPISODES, SHARED_WEIGHT_TASKS, SMALL_TASKS = (
+    128,
+    64,
+    512,
+)  # on a CPU core at a time: our choice
+CPU_CACHE_BYTES = 1 << 20  # bytes of a CPU core's cache: our choice
 CGROUPS, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-TAKEN = 2  # memory to measure one task, in multiples of (state + largest array): our choice
+WORKING_COPIES = (
+    2  # memory to measure one task, in multiples of (state + largest array): our choice
+)
 
 
 def start(
@@ -428,9 +434,9 @@ def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
     fill the products with these. Other devices take as many as fill half of their memory.
     """
     if backend() != "cpu":
-        return max(1, memory(split=False) // (2 * TAKEN * seeds * taken))
-    small = SMALL_TASKS if SMALL_TASKS * taken <= CACHE else 4
-    return max(LEAST_TASKS if shared else small, CACHE // (2 * taken))
+        return max(1, memory(split=False) // (2 * WORKING_COPIES * seeds * taken))
+    small = SMALL_TASKS if SMALL_TASKS * taken <= CPU_CACHE_BYTES else 4
+    return max(SHARED_WEIGHT_TASKS if shared else small, CPU_CACHE_BYTES // (2 * taken))
 
 
 def map_seeds(f: Callable[[Any], Any], stacked: Any) -> Any:

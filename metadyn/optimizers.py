@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from metadyn.errors import ConfigError, check, meant
+from metadyn.errors import ConfigError, check, did_you_mean
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -41,7 +41,7 @@ def named_optimizer(
                 return optimizer  # a key in its state would be the same for all seeds
     hint = "name an optimiser of optax that takes gradients alone, such as sgd, adam or rmsprop"
     if make is None:
-        hint += meant(name, dir(optax))
+        hint += did_you_mean(name, dir(optax))
     elif b2 is not None:
         hint = "name one of optax that takes a b2, such as adam or nadam, or set b2 to None"
     raise ConfigError(f"optimizer = {name!r}: {hint}", "optimizer", name, hint)

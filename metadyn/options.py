@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from metadyn.errors import ConfigError, error_context, meant
+from metadyn.errors import ConfigError, did_you_mean, error_context
 
 _REWORDINGS = {
     r".*invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\s*\.": (
@@ -69,9 +69,9 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
             first, *rest = values.split() or [""]
             nested = [name for name in defaults if name.startswith(f"{option}.")]
             if nested:  # --lstm hidden lacks a dot
-                suggestion = suggestion or meant(f"{option}.{first}", nested)
+                suggestion = suggestion or did_you_mean(f"{option}.{first}", nested)
             elif option not in defaults:
-                suggestion = suggestion or meant(option, [*defaults, *beside])
+                suggestion = suggestion or did_you_mean(option, [*defaults, *beside])
             elif stray and stray[1] in rest and not isinstance(defaults[option], tuple):
                 hint = "takes one value; several, unquoted, are for `metadyn sweep`"
                 message = f"{option} {values}: {hint}"
@@ -132,7 +132,7 @@ def as_typed(error: ConfigError, config: Any, overrides: Sequence[str]) -> Confi
     best = max(values, key=evidence, default=None)
     if best is None or not (any(evidence(best)[:3]) or error.value is None):
         return error
-    return ConfigError(f"{best} {typed.get(best, values[best])}: {error.fix}")
+    return ConfigError(f"{best} {typed.get(best, values[best])}: {error.hint}")
 
 
 def _typed(overrides: Sequence[str]) -> dict[str, str]:

@@ -77,7 +77,7 @@ class OuterConfig:
     def __post_init__(self) -> None:
         fields = "steps batch updates_per_step seeds learning_rate clip checkpoints dispatch"
         check_positive(self, *fields.split())
-        limit = inner.MOST_TIMES
+        limit = inner.MAX_TIMES
         check(self.checkpoints <= limit, "checkpoints", self.checkpoints, f"at most {limit:,}")
         hint = f"must be below {2**31} / steps = {2**31 // self.steps}"
         valid = self.steps * self.updates_per_step < 2**31
@@ -142,9 +142,9 @@ class MetaTraining(NamedTuple):
         """Returns the settings used in its training: its own if it has any, or the outer loop's."""
         return self.own or outer
 
-    def check(self, holds: Any, field: str, outer: OuterConfig, fix: str) -> None:
+    def check(self, holds: Any, field: str, outer: OuterConfig, hint: str) -> None:
         """Raises `ConfigError`, naming the option and the value of a field, unless `holds`."""
-        check(holds, self.option(field), getattr(self.settings(outer), field), fix)
+        check(holds, self.option(field), getattr(self.settings(outer), field), hint)
 
     def check_traced(self, name: str, params: Params) -> None:
         """Raises `ConfigError` unless the objective returns a scalar loss and scalar metrics.

@@ -60,7 +60,7 @@ def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
     """Lists the programs that measure, each once; measurements of one form share a program."""
     listed: dict[Hashable, Program] = {}
     random_key = jax.eval_shape(lambda: jax.random.key(0))
-    for measured in plan.every:
+    for measured in plan.measurements:
         chunks = calls(*measured.arguments(loop.abstract.params, random_key))
         key = program_key(chunks[0])
         times = len(plan.outer.checkpoint_steps) if measured.at_checkpoints else 1
@@ -71,7 +71,7 @@ def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
         trace = lambda chunks=chunks: inner.measure.trace(*chunks[0])
         recorded = measured.contender.times_in(measured.tasks.domain)
         turns = recorded[-1] / len(recorded)
-        listed[key] = Program(measured.called, trace, count, turns)
+        listed[key] = Program(measured.label, trace, count, turns)
     return list(listed.values())
 
 
@@ -102,7 +102,7 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 message = "does not fit into the memory, says its compiler"
-                raise refused(program, message) from error
+                raise does_not_fit(program, message) from error
             if options is option_sets[-1]:
                 raise
     account, seconds = program_cost.account(executable), time.monotonic() - start
@@ -110,10 +110,10 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs
     return Needs(program, operations, account, seconds, executable.as_text())
 
 
-class Planned(NamedTuple):
+class WorkPlan(NamedTuple):
     """Plan of one run, or of the settings of a sweep that are trained side by side."""
 
-    called: str
+    label: str
     programs: Sequence[Program]
     disk: int
     """Bytes that it stores at most."""
@@ -123,7 +123,7 @@ class Planned(NamedTuple):
     """Rewords an error so that it names the options as they were typed."""
 
 
-def of_run(study: Study, config: Any) -> list[Planned]:
+def plan_run(study: Study, config: Any) -> list[WorkPlan]:
     """Lists what a run compiles and stores. Raises `ConfigError` for what fits on no device."""
     plan = study.plan(config)
     check_memory(plan)
@@ -131,19 +131,19 @@ def of_run(study: Study, config: Any) -> list[Planned]:
     loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
     timed = lambda: estimated([loop], loop.init(), loop.run)
     stored = disk(plan, loop)
-    return [Planned("", programs(plan, loop), stored, timed if plan.trained else None)]
+    return [WorkPlan("", programs(plan, loop), stored, timed if plan.trained else None)]
 
 
-def of_sweep(
+def plan_sweep(
     asked: sweep.Sweep, study: Study, configs: Mapping[int, Any], part: str
-) -> list[Planned]:
+) -> list[WorkPlan]:
     """Lists what a part of a sweep compiles and stores, for each group of settings of one form.
 
     `configs` are keyed by the number of their setting; `part` is the option as typed, such as
     "1/1". Raises `ConfigError` for what fits on no device.
     """
     plans, first = sweep.planned(asked, study, configs), min(configs)
-    with asked.naming(first, configs[first]):
+    with asked.naming_errors(first, configs[first]):
         check_traced(plans[first])
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
@@ -156,7 +156,7 @@ def of_sweep(
 
 def _of_group(
     plans: Mapping[int, Plan], rows: Rows, part: str, reword: Callable[[ConfigError], ConfigError]
-) -> Planned:
+) -> WorkPlan:
     """Plans settings of one form. One program trains all of them at once; the programs that start
     and measure them run one setting after another, and settings share those of one form."""
     first = min(plans)
@@ -178,11 +178,11 @@ def _of_group(
     estimate = lambda: estimated(rows.loops, rows.start(ProgramCache()), rows.run)
     label = f"{count} settings side by side, from setting {first + 1} on"
     timed = estimate if plan.trained else None
-    return Planned(label, [*combined.values()], stored, timed, reword)
+    return WorkPlan(label, [*combined.values()], stored, timed, reword)
 
 
 def report(
-    wanted: Callable[[], Sequence[Planned]], device: str, out: str, progress: Progress
+    wanted: Callable[[], Sequence[WorkPlan]], device: str, out: str, progress: Progress
 ) -> None:
     """Prints what each device must hold and compute, and what is stored on the disk of `out`.
 
@@ -195,10 +195,10 @@ def report(
         limit = mesh.memory(split=False)
         hardware = f"{mesh.processor()}, {size(limit)} for each"
         say(f"on {hardware}{', not here' if target else ''}; of each device and call:")
-        rows: list[tuple[Planned, Needs]] = []
+        rows: list[tuple[WorkPlan, Needs]] = []
         for planned in everything:
-            if planned.called:
-                say(planned.called)
+            if planned.label:
+                say(planned.label)
             say(LINE.format("", "memory", "FLOPs", "communicated", "calls"))
             with progress.counting("compiling", len(planned.programs)) as show:
                 for program in planned.programs:
@@ -231,12 +231,12 @@ def report(
     for planned, row in rows:
         if row.account.memory > limit:
             text = f"would take {size(row.account.memory)} of {size(limit)}"
-            raise planned.as_typed(refused(row.program, text))
+            raise planned.as_typed(does_not_fit(row.program, text))
     if stored > free:
         raise ConfigError(f"--out {out}: it may take {size(stored)} of {size(free)} there")
 
 
-def refused(program: Program, said: str) -> ConfigError:
+def does_not_fit(program: Program, said: str) -> ConfigError:
     """Makes the error for a program that does not fit, with the option to change."""
     said = f"{program.name} {said}; {program.fix}"
     return ConfigError(f"{program.option}: {said}", program.option, None, said)
@@ -258,7 +258,7 @@ def disk(plan: Plan, loop: OuterLoop) -> int:
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(loop.abstract))
     checkpoints = len(plan.outer.checkpoint_steps)
     total = (checkpoints + 2) * state_bytes if plan.trained else 0
-    for measured in plan.every:
+    for measured in plan.measurements:
         times = checkpoints if measured.at_checkpoints else 1
         total += times * bytes_needed(measured.tasks, measured.contender, plan.outer.seeds)
     return total

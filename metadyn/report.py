@@ -28,7 +28,7 @@ def so_far(run: RunFolder) -> Iterator[str]:
     config, steps, measured_steps = run.config, run.steps(), run.outer_steps()
     yield f"{config['study']}, preset {config['preset']}, seed {config['seed']}: not done"
     if steps:
-        last, age, share = steps[-1], time.time() - run.written(steps[-1]), ""
+        last, age, share = steps[-1], time.time() - run.saved_at(steps[-1]), ""
         with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
             total = config["config"]["outer"]["steps"]  # a user's study may have no such field
             share = f" of {total:,} ({last / total:.0%})"
@@ -37,7 +37,7 @@ def so_far(run: RunFolder) -> Iterator[str]:
         for training in figures.histories(run.results(measured_steps[-1:])).values():
             trained, bayes = training.losses
             excess = dynamics.measured_excess(trained.isel(outer_step=-1), bayes)
-            text = f"{training.called}: excess loss over Bayes {dynamics.text(excess, 3)}"
+            text = f"{training.label}: excess loss over Bayes {dynamics.text(excess, 3)}"
             pair = training.trained.isel(outer_step=-1), training.bayes
             times = [dynamics.times_of(data)(dynamics.strength(data).mean((0, 1))) for data in pair]
             own, best = (" ".join("-" if np.isnan(t) else f"{t:.1f}" for t in ts) for ts in times)

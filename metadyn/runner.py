@@ -29,12 +29,12 @@ from metadyn.measuring import (
     bytes_needed,
     calls,
     check_step,
-    described,
+    description,
     program_key,
     readings,
     require_memory,
     training_bytes,
-    weights,
+    weight_shapes,
 )
 from metadyn.options import options_of
 from metadyn.outer import OuterConfig, OuterLoop, TrainState
@@ -64,10 +64,10 @@ class Runner:
         progress: Progress,
         tensorboard: bool = False,
         measure: Callable[..., Any] = inner.measure,
-        called: str = "",
+        label: str = "",
     ):
         self.plan, self.store, self.progress = plan, run, progress
-        self.called = called  # the sweep's setting, for messages; "" outside a sweep
+        self.label = label  # the sweep's setting, for messages; "" outside a sweep
         self.tensorboard = run.tensorboard if tensorboard else None
         key = jax.random.key(seed)
         self.key, self._measure = stream(key, "evaluation"), measure
@@ -75,7 +75,7 @@ class Runner:
         self.state: TrainState | None = None
         self.stored: list[int] = mesh.on_main_process(run.steps)
         """Outer steps whose state is stored."""
-        self.at_checkpoints = [(m, _description(m)) for m in plan.every if m.at_checkpoints]
+        self.at_checkpoints = [(m, _description(m)) for m in plan.measurements if m.at_checkpoints]
         """Measurements made at every checkpoint, each with its description."""
         self.bayes: dict[str, tuple[float, float]] = {}
         """Bayes' loss and the loss floor, keyed by meta-learner (`measure_bayes`)."""
@@ -85,7 +85,7 @@ class Runner:
 
         Shapes stand in for outer parameters.
         """
-        for measurement in self.plan.every:
+        for measurement in self.plan.measurements:
             names = measurement.tasks.name, measurement.contender.name
             arguments = measurement.arguments(self.loop.abstract.params, self.key)
             yield measurement, self.store.has_measurement(*names), calls(*arguments)
@@ -105,7 +105,7 @@ class Runner:
         for measurement, stored, (arguments, *_) in self.calls():
             if not stored and (training or not measurement.at_checkpoints):
                 build = lambda arguments=arguments: inner.measure.lower(*arguments).compile()
-                programs.setdefault(program_key(arguments), (measurement.called, build))
+                programs.setdefault(program_key(arguments), (measurement.label, build))
         if not programs:
             return
         pool = ThreadPoolExecutor(mesh.cores())
@@ -136,11 +136,11 @@ class Runner:
             self.stored.remove(old)
         descriptions: dict[str, dict[str, Any]] = {}
         arrays: dict[str, dict[str, Any]] = {}
-        for measurement, description in self.at_checkpoints:
+        for measurement, labels in self.at_checkpoints:
             task_set, learner = measurement.tasks.name, measurement.contender.name
             seconds = round(self.loop.seconds[measurement.meta], 3)
-            description = description | {"about": description["about"] | {"seconds": seconds}}
-            descriptions.setdefault(task_set, {})[learner] = description
+            labels = labels | {"about": labels["about"] | {"seconds": seconds}}
+            descriptions.setdefault(task_set, {})[learner] = labels
             if step in planned:
                 arrays.setdefault(task_set, {})[learner] = self.readings(measurement, state.params)
         self.store.save_checkpoint(step, state, arrays or None, descriptions)
@@ -161,7 +161,7 @@ class Runner:
             self.loop.seconds[measurement.meta] = about["seconds"]
         return self.store.restore_state(step, self.loop.abstract)
 
-    def means(self, metrics: Reported) -> dict[str, dict[str, float]]:
+    def means(self, metrics: Metrics) -> dict[str, dict[str, float]]:
         """Returns the means over seeds of all metrics, and the excess loss over Bayes."""
         means = {
             name: {metric: float(np.mean(value)) for metric, value in values.items()}
@@ -178,7 +178,7 @@ class Runner:
 
         Sets `bayes`: its loss on the training distribution, and the loss floor, by meta-learner.
         """
-        for measurement in self.plan.every:
+        for measurement in self.plan.measurements:
             if measurement.watched and not measurement.at_checkpoints:
                 self.measure(measurement, {})
         for part in self.plan.comparisons:
@@ -202,15 +202,15 @@ class Runner:
                 diverged = ~np.isfinite(np.asarray(arrays["loss"])[..., 1:]).all(-1)
                 if diverged.any():
                     message = f"is not finite in {diverged.sum():,} of {diverged.size:,} episodes"
-                    message = f"the loss of {wanted.called} {message}"
-                    message = f"{self.called}: {message}" if self.called else message
+                    message = f"the loss of {wanted.label} {message}"
+                    message = f"{self.label}: {message}" if self.label else message
                     warnings.warn(message, ConfigWarning, stacklevel=2)
             self.store.save_measurement(*names, arrays, _description(wanted))
 
     def measure_all(self) -> None:
         """Makes every measurement of the plan that is due after training and not yet stored."""
         params = self.at(self.plan.outer.steps).params if self.plan.trained else {}
-        measurements = [m for m in self.plan.every if not m.watched]
+        measurements = [m for m in self.plan.measurements if not m.watched]
         with self.progress.counting("measuring", len(measurements)) as show:
             for measurement in measurements:
                 show(f"{measurement.contender.label} on {measurement.tasks.name}")
@@ -218,9 +218,9 @@ class Runner:
         self.store.finish()
 
 
-Reported = Mapping[str, Mapping[str, Any]]
+Metrics = Mapping[str, Mapping[str, Any]]
 """Metrics [seed], keyed by meta-learner and metric, on the devices or as NumPy arrays."""
-Dispatches = Iterator[tuple[Sequence[TrainState], Sequence[Reported]]]
+Dispatches = Iterator[tuple[Sequence[TrainState], Sequence[Metrics]]]
 """States and metrics of each plan, after each dispatch."""
 
 
@@ -253,7 +253,7 @@ def train(
             if int(states[i].step) not in runner.stored:
                 runner.save(states[i])
 
-    def drop_diverged(step: int, metrics: Sequence[Reported]) -> None:
+    def drop_diverged(step: int, metrics: Sequence[Metrics]) -> None:
         for i, runner in [*active.items()]:
             try:
                 runner.loop.check_finite(step, metrics[i])
@@ -315,7 +315,7 @@ def _description(measurement: Measurement) -> dict[str, Any]:
     part, tasks, contender, _ = measurement
     names = [c.name for c in part.contenders]
     place = names.index(contender.name) if contender.name in names else len(names)
-    return described(tasks, contender, place, part.title, part.followed)
+    return description(tasks, contender, place, part.title, part.followed)
 
 
 # Checks before training.
@@ -330,7 +330,7 @@ def check_memory(plan: Plan) -> None:
         option = "outer.seeds" if default_fits else contender.option or "outer.seeds"
         what = f"the weights of {contender.name} and what trains them"
         require_memory(what, outer.seeds * seed_bytes, option)
-    for _, tasks, contender, _ in plan.every:
+    for _, tasks, contender, _ in plan.measurements:
         needed_bytes = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
         times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
         what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
@@ -344,12 +344,14 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     """Summarises a plan as JSON, so that no run is resumed under a study edited since."""
     summary: dict[str, Any] = {
         name: {
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights(training.meta.init))),
+            "parameters": sum(
+                leaf.size for leaf in jax.tree.leaves(weight_shapes(training.meta.init))
+            ),
             "own": training.own and dataclasses.asdict(training.own),
         }
         for name, training in plan.trained.items()
     }
-    for _, tasks, contender, _ in plan.every:
+    for _, tasks, contender, _ in plan.measurements:
         times = contender.times_in(tasks.domain)
         summary[f"{contender.name} on {tasks.name}"] = {
             "label": contender.label,
@@ -396,7 +398,7 @@ def check_compiled(loop: OuterLoop, name: str) -> None:
 def check_traced(plan: Plan) -> None:
     """Traces every learner's step and every objective. Raises `ConfigError` if one fails."""
     distinct: dict[Any, tuple[TaskSet, Contender]] = {}
-    for _, tasks, contender, _ in plan.every:
+    for _, tasks, contender, _ in plan.measurements:
         structure = jax.tree.structure(tasks.sample)
         with error_context(f"the domain of {tasks.name!r} cannot be compared with others"):
             distinct.setdefault((tasks.domain, structure, contender.make), (tasks, contender))
@@ -408,7 +410,7 @@ def check_traced(plan: Plan) -> None:
 def check_objectives(plan: Plan) -> None:
     """Traces every objective. Raises `ConfigError` if one fails."""
     for name, training in plan.trained.items():
-        training.check_traced(name, weights(training.meta.init))
+        training.check_traced(name, weight_shapes(training.meta.init))
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
@@ -423,7 +425,7 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
     last_steps = np.array(plan.outer.checkpoint_steps[-3:])
     sets: dict[str, list[str]] = {}
     planned = {}
-    for measurement in plan.every:
+    for measurement in plan.measurements:
         names = measurement.tasks.name, measurement.contender.name
         sets.setdefault(names[0], []).append(names[1])
         outer_steps = last_steps if measurement.at_checkpoints else None
@@ -440,8 +442,8 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
         figure = draw_own(results)
         with error_context(f"study {study.name!r}: figure {name!r} cannot be drawn"):
             figure.draw_without_rendering()
-    titles = [text for m in plan.every for text in (m.part.title, m.contender.label)]
-    modes = [probe.modes for m in plan.every for probe in m.tasks.probes.values()]
+    titles = [text for m in plan.measurements for text in (m.part.title, m.contender.label)]
+    modes = [probe.modes for m in plan.measurements for probe in m.tasks.probes.values()]
     figures.check_words([*titles, *(text for m in modes for text in (m.axis, m.strength))])
     return criteria
 

@@ -29,7 +29,7 @@ EVEN = SMALL | {"linear": LinearRegression(n_x=3, n_y=3, spread="even")}
 SIGN = {"linear": -1, "nonlinear": 1, "bandit": 1}
 """The sign of the figure of merit of a learner that learns one mode after another."""
 NETWORKS = get_args(Network)
-DESCENTS = ("maml", "learned_optimizer")
+REGRESSION_ONLY = ("maml", "learned_optimizer")
 """Meta-learners that train a network on squared errors within the episode; none for the bandit."""
 
 
@@ -40,7 +40,7 @@ class SeveralDomainsConfig(StudyConfig):
     of: str = "quick"
     """Preset of the domains' own studies, which gives every setting that is not set here."""
 
-    def within(self, name: str, **fields: Any) -> Any:
+    def domain_config(self, name: str, **fields: Any) -> Any:
         """Returns a domain study's configuration with its fields replaced by those of this one.
 
         Its networks and outer loop are therefore those of this configuration (by default an LSTM of
@@ -54,7 +54,7 @@ class SeveralDomainsConfig(StudyConfig):
 
     def comparison(self, name: str, **fields: Any) -> Comparison:
         """Returns the first comparison of a domain's own study, configured as in `within`."""
-        return STUDIES[name].plan(self.within(name, **fields)).comparisons[0]
+        return STUDIES[name].plan(self.domain_config(name, **fields)).comparisons[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LearnersConfig(SeveralDomainsConfig):
 
         The meta-learners are those of `learners`, or `meta` if none of them can.
         """
-        usable = [meta for meta in self.learners if name != "bandit" or meta not in DESCENTS]
+        usable = [meta for meta in self.learners if name != "bandit" or meta not in REGRESSION_ONLY]
         bases = {meta: self.comparison(name, meta=meta) for meta in usable or [self.meta]}
         metas = [
             dataclasses.replace(base.metas[0], label=getattr(self, meta).label)

@@ -47,7 +47,7 @@ from metadyn.trajectories import about, dataset, merge
 
 Arrays = Mapping[str, Any]
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
-STRAY = re.compile(r"\._|\.nfs|\.DS_Store|Thumbs\.db|desktop\.ini")
+IGNORED_FILES = re.compile(r"\._|\.nfs|\.DS_Store|Thumbs\.db|desktop\.ini")
 FORMAT = 3
 """Version of the layout."""
 _save_lock = threading.Lock()
@@ -109,7 +109,7 @@ def lock(folder: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def claimed(
+def create_or_open(
     opened: Callable[[Any], Any], path: str | os.PathLike[str], file: str, asked: Any, what: str
 ) -> Any:
     """Creates DIR with the configuration `asked` in a JSON `file`, or opens DIR if it has the same.
@@ -177,7 +177,7 @@ class RunFolder:
         Raises `ConfigError` if it cannot be written, holds anything else, or holds a run of
         another configuration.
         """
-        return claimed(cls, path, "config.json", {"format": FORMAT, **config}, "run")
+        return create_or_open(cls, path, "config.json", {"format": FORMAT, **config}, "run")
 
     def _stored_seconds(self) -> float:
         """Returns the seconds that earlier parts of the run took, or 0 if they are not known."""
@@ -410,7 +410,7 @@ class RunFolder:
             self._check(self._checkpoint(step))
         return steps
 
-    def written(self, step: int) -> float:
+    def saved_at(self, step: int) -> float:
         """Returns when the checkpoint of an outer step was stored, in seconds since the epoch."""
         return self._checkpoint(step).stat().st_mtime
 
@@ -517,7 +517,9 @@ def _sums(folder: Path) -> bytes:
     Leaves out files that file managers and network file systems put there.
     """
     lines = []
-    is_ours = lambda path: path.is_file() and path != folder / SUMS and not STRAY.match(path.name)
+    is_ours = lambda path: (
+        path.is_file() and path != folder / SUMS and not IGNORED_FILES.match(path.name)
+    )
     for path in sorted(filter(is_ours, folder.rglob("*"))):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -40,8 +40,8 @@ from metadyn.errors import (
     check_name,
     check_positive,
     check_unique,
+    did_you_mean,
     error_context,
-    meant,
 )
 from metadyn.learners.attention import LinearAttentionConfig, TransformerConfig
 from metadyn.learners.deltanet import DeltaNetConfig
@@ -62,7 +62,7 @@ TRACKED, HELDOUT = "tracked", "heldout"
 """Names of the task sets on which meta-learners are measured at every checkpoint: the first
 evaluation tasks, for mode trajectories, and tasks of the training distribution, for excess loss."""
 Clock = Literal["observations", "updates"]
-OWN = ("learning_rate", "batch", "updates_per_step")
+OUTER_OVERRIDES = ("learning_rate", "batch", "updates_per_step")
 """Outer-loop settings that a meta-learner's configuration can override, in fields `outer_…`."""
 Network = Literal[
     "lstm",
@@ -150,14 +150,18 @@ def to_train(
     """
     fields = dataclasses.asdict(network)
     sizes = {f: fields[f] for f in ("hidden", "width", "inner_steps") if f in fields}
-    overrides: dict[str, Any] = {f: fields[f"outer_{f}"] for f in OWN if f"outer_{f}" in fields}
+    overrides: dict[str, Any] = {
+        f: fields[f"outer_{f}"] for f in OUTER_OVERRIDES if f"outer_{f}" in fields
+    }
     return Contender(
         option,
         f"meta-trained {network.label}",
         _meta_learner(network, domain, heads),
         objective=getattr(network, "objective", None),
         own=dataclasses.replace(outer, **overrides) if overrides else None,
-        options={f: f"{option}.outer_{f}" if f in overrides else f"outer.{f}" for f in OWN},
+        options={
+            f: f"{option}.outer_{f}" if f in overrides else f"outer.{f}" for f in OUTER_OVERRIDES
+        },
         option=f"{option}.{max(sizes, key=sizes.__getitem__)}" if sizes else "",  # the largest
     )
 
@@ -211,7 +215,7 @@ class Contender:
     """Options that set the fields of `own`, keyed by field, for messages."""
     option: str = ""
     """Option that sets the learner's size, for messages."""
-    of: str = ""
+    derived_from: str = ""
     """Name of the meta-learner that a `Derived` learner takes its trained parameters from. Both are
     in one comparison; the derived contender is not trained itself."""
 
@@ -237,16 +241,16 @@ class Contender:
         object.__setattr__(self, "kind", self.kind or kinds[0])
         hint = f"{owner}, a {type(learner).__name__}: choose from {kinds}"
         check(self.kind in kinds, "kind", self.kind, hint)
-        named = bool(self.of) or not isinstance(learner, Derived)
+        named = bool(self.derived_from) or not isinstance(learner, Derived)
         hint = "is derived: name the meta-learner whose parameters it takes"
-        check(named, "of", self.of, f"contender {self.name!r} {hint}")
+        check(named, "derived_from", self.derived_from, f"contender {self.name!r} {hint}")
         if self.times is not None:
-            object.__setattr__(self, "times", tuple(map(int, inner.checked(self.times))))
+            object.__setattr__(self, "times", tuple(map(int, inner.checked_times(self.times))))
 
     @property
     def trained(self) -> bool:
         """Returns whether the contender is a meta-learner to train."""
-        return self.seeded and not self.of
+        return self.seeded and not self.derived_from
 
     @property
     def seeded(self) -> bool:
@@ -278,9 +282,9 @@ class Contender:
         if self.trained:
             fields.setdefault("kind", "reference")
         meta = learner.meta if isinstance(learner, Derived) else learner
-        source = self.of if isinstance(learner, Derived) else self.name
+        source = self.derived_from if isinstance(learner, Derived) else self.name
         derived = Derived(meta, make, self.clock)
-        return dataclasses.replace(self, learner=derived, of=source, **fields)
+        return dataclasses.replace(self, learner=derived, derived_from=source, **fields)
 
     def times_in(self, domain: Domain) -> Sequence[int]:
         """Returns the steps of the learner's clock at which it is probed in an episode."""
@@ -326,8 +330,8 @@ class Comparison:
         trained = [meta.name for meta in self.metas]
         for contender in (*self.contenders, *(c for _, c in self.pairs)):
             hint = f"contender {contender.name!r} is made of a meta-learner that is not compared"
-            source = contender.of or (contender.name if contender.trained else "")
-            check(source in ("", *trained), "of", source, hint)
+            source = contender.derived_from or (contender.name if contender.trained else "")
+            check(source in ("", *trained), "derived_from", source, hint)
         bayes_count = sum(contender.kind == "bayes" for contender in self.contenders)
         label = f"comparison {self.name or 'of ' + type(self.domain).__name__}"
         hint = "meta-learners are compared with one contender of kind 'bayes'"
@@ -393,7 +397,7 @@ class Comparison:
         check(isinstance(objective, Objective), "objective", objective, hint)
         return MetaTraining(meta, objective, contender.own, contender.options)
 
-    def joined(self, contender: Contender) -> Comparison:
+    def with_contender(self, contender: Contender) -> Comparison:
         """Returns a copy with a contender inserted after the last one of its kind.
 
         A reference may also follow an ordinary learner. Returns itself if it has none of that kind.
@@ -430,10 +434,10 @@ class Measurement(NamedTuple):
     @property
     def meta(self) -> str:
         """Returns the name in `Plan.trained` of the meta-learner whose outer parameters it uses."""
-        return (self.contender.of or self.contender.name) + self.part.suffix
+        return (self.contender.derived_from or self.contender.name) + self.part.suffix
 
     @property
-    def called(self) -> str:
+    def label(self) -> str:
         """Returns the label of the measurement in messages, from its contender and task set."""
         return f"{self.contender.name} on {self.tasks.name}"
 
@@ -458,9 +462,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.outer.check_batch(self.trained.values())
-        names = [(m.tasks.name, m.contender.name) for m in self.every]
+        names = [(m.tasks.name, m.contender.name) for m in self.measurements]
         check_unique(names, "measurement", "is asked for twice: rename the set")
-        for tasks in (m.tasks for m in self.every):
+        for tasks in (m.tasks for m in self.measurements):
             check(tasks.size >= 1, tasks.option or tasks.name, tasks.size, "must be 1 or more")
 
     @functools.cached_property
@@ -472,7 +476,7 @@ class Plan:
         return dict(named)
 
     @functools.cached_property
-    def every(self) -> list[Measurement]:
+    def measurements(self) -> list[Measurement]:
         """Returns all measurements: at checkpoints, of Bayes on the same sets, after training."""
         measurements = []
         for part in self.comparisons:
@@ -697,7 +701,7 @@ class Study:
                 contender = make(comparison)
                 hint = "what is beside a study must be a metadyn.Contender"
                 check(isinstance(contender, Contender), "contender", type(contender).__name__, hint)
-                comparison = comparison.joined(contender)
+                comparison = comparison.with_contender(contender)
             return comparison
 
         return self._with_comparisons(name, with_contenders)
@@ -743,15 +747,15 @@ class Study:
         return dataclasses.replace(self, name=name, plan=plan)
 
 
-def folder() -> Path:
+def studies_folder() -> Path:
     """Returns the folder of the studies that come with metadyn, in the package or its checkout."""
     installed = Path(__file__).parent / "experiments"
     return installed if installed.is_dir() else installed.parent.parent / "experiments"
 
 
-def known() -> list[str]:
+def study_names() -> list[str]:
     """Returns the names of the studies that come with metadyn."""
-    return sorted(path.stem for path in folder().glob("*.py"))
+    return sorted(path.stem for path in studies_folder().glob("*.py"))
 
 
 def load_study(name: str) -> Study:
@@ -759,11 +763,11 @@ def load_study(name: str) -> Study:
 
     Raises `ConfigError` if there is none.
     """
-    path = str(folder() / f"{name}.py") if name in known() else name
-    hint = f"there is no such file, and no such study: choose from {', '.join(known())}"
+    path = str(studies_folder() / f"{name}.py") if name in study_names() else name
+    hint = f"there is no such file, and no such study: choose from {', '.join(study_names())}"
     hint = "is a folder: name one study, or a Python file" if os.path.isdir(path) else hint
     is_file = os.path.isfile(path)  # False too for what cannot be a path
-    check(is_file, "study", name, hint + meant(name, known()))
+    check(is_file, "study", name, hint + did_you_mean(name, study_names()))
     if (parent := str(Path(path).absolute().parent)) not in sys.path:
         sys.path.append(parent)  # so that the file can import its neighbours
     module = ModuleType(f"metadyn_study_{Path(path).stem}")

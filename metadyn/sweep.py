@@ -40,16 +40,16 @@ from metadyn.runner import (
     train,
     writing,
 )
-from metadyn.store import RunFolder, claimed, lock, read_json, write_json
+from metadyn.store import RunFolder, create_or_open, lock, read_json, write_json
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_program
 
 SweepKind = Literal["grid", "zip", "random"]
-MOST = 10_000
+MAX_UNCONFIRMED = 10_000
 """Largest number of settings that runs without confirmation by --yes: our choice."""
 FORMAT = 1
 """Version of the layout of sweep.json."""
-FILES = 256
+SPARE_FILES = 256
 """Open files allowed for in addition to one lock per setting: our choice."""
 
 
@@ -85,27 +85,27 @@ class Sweep:
         split = lambda value: [value] if value.startswith("[") else value.split() or [value]
         return [word for name, value in self.typed(i).items() for word in (name, *split(value))]
 
-    def called(self, i: int) -> str:
+    def label(self, i: int) -> str:
         """Labels a setting for messages by its position and its values of the swept options."""
         typed = self.typed(i)
         values = " ".join(f"{name} {typed[name]}" for name in self.swept)
         return f"setting {i + 1} of {len(self.settings)}" + (f" ({values})" if values else "")
 
     @contextmanager
-    def naming(self, i: int, config: Any) -> Iterator[None]:
+    def naming_errors(self, i: int, config: Any) -> Iterator[None]:
         """Adds a setting's label, and its options as typed, to a `ConfigError` raised inside."""
         try:
             yield
         except ConfigError as error:
             message = as_typed(error, config, self.overrides(i))
-            raise ConfigError(f"{self.called(i)}: {message}") from error
+            raise ConfigError(f"{self.label(i)}: {message}") from error
 
     def config(self, i: int, default: Any, beside: Sequence[str] = ()) -> Any:
         """Builds the configuration of a setting. Raises `ConfigError` if a value is refused.
 
         For an unknown option the error suggests one of the study's, or one of those in `beside`.
         """
-        with self.naming(i, default):
+        with self.naming_errors(i, default):
             return configured(default, self.overrides(i), beside)
 
 
@@ -161,13 +161,15 @@ def settings(
     then the second of every option, and so on. A "random" sweep draws `count` combinations, with
     two values of an option as the ends of its range. Ranges are sampled uniformly in the logarithm.
     Samples are rounded if an option's `default` is an integer, or None and both ends are integers.
-    Raises `ConfigError` for options that cannot be combined in this way, and for more than `MOST`
-    settings unless `confirmed`.
+    Raises `ConfigError` for options that cannot be combined in this way, and for more than
+    `MAX_UNCONFIRMED` settings unless `confirmed`.
     """
     sizes = [len(values) for values in options.values()]
     total = {"grid": math.prod(sizes), "zip": max(sizes, default=1), "random": count}[kind]
-    if total > MOST and not confirmed:
-        raise ConfigError(f"{total:,} settings are more than {MOST:,}: confirm with --yes")
+    if total > MAX_UNCONFIRMED and not confirmed:
+        raise ConfigError(
+            f"{total:,} settings are more than {MAX_UNCONFIRMED:,}: confirm with --yes"
+        )
     if kind == "grid":
         for name, values in options.items():
             for value in values:
@@ -239,7 +241,7 @@ class SweepFolder:
             raise ConfigError(f"{path} holds a sweep of another version of metadyn")
         with error_context(f"{path}/sweep.json: is not as metadyn writes it"):
             self.sweep = Sweep(**fields)
-            self.sweep.called(0)  # fails if options and settings do not fit together
+            self.sweep.label(0)  # fails if options and settings do not fit together
 
     @classmethod
     def create(cls, path: str | Path, sweep: Sweep) -> SweepFolder:
@@ -248,7 +250,7 @@ class SweepFolder:
         Raises `ConfigError` if DIR cannot be written, or holds anything but this sweep.
         """
         contents = {"format": FORMAT} | dataclasses.asdict(sweep)
-        return claimed(cls, path, "sweep.json", contents, "sweep")
+        return create_or_open(cls, path, "sweep.json", contents, "sweep")
 
     def setting(self, i: int) -> Path:
         """Returns the path of the run folder of a setting."""
@@ -274,7 +276,7 @@ class SweepFolder:
         """Tells whether a setting has ended: it has a summary, or is lost."""
         return (self.setting(i) / "summary.json").exists() or bool(self.lost(i))
 
-    def whole(self, i: int) -> bool:
+    def intact(self, i: int) -> bool:
         """Tells whether a setting has ended and none of its stored data is damaged."""
         run = self.run(i)
         return self.ended(i) and not (run and run.damage())
@@ -293,12 +295,12 @@ def planned(sweep: Sweep, study: Study, configs: Mapping[int, Any]) -> dict[int,
     """
     plans = {}
     for i, config in configs.items():
-        with sweep.naming(i, config):
+        with sweep.naming_errors(i, config):
             plans[i] = study.plan(config)
             check_memory(plans[i])
     # Each setting keeps its lock file open.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed_files = len(configs) + FILES
+    needed_files = len(configs) + SPARE_FILES
     if hard != resource.RLIM_INFINITY and needed_files > hard:
         message = f"{len(configs):,} settings need {needed_files:,} open files, of {hard:,}"
         raise ConfigError(f"--part: {message}: give more parts")
@@ -324,22 +326,22 @@ def run_sweep(
     from metadyn import sweep_results
 
     plans: dict[int, Plan] = {}
-    if not (is_sweep(out) and all(map(SweepFolder(out).whole, configs))):
+    if not (is_sweep(out) and all(map(SweepFolder(out).intact, configs))):
         plans = planned(sweep, study, configs)
         sizes = int | str  # fields of these types can change shapes; floats cannot
         fields = lambda domain: [v for v in domain_summary(domain).values() if isinstance(v, sizes)]
         modes = lambda tasks: [len(probe.modes.values) for probe in tasks.probes.values()]
         shapes = lambda plan: tuple(
-            (m.called, *fields(m.tasks.domain), *modes(m.tasks)) for m in plan.every
+            (m.label, *fields(m.tasks.domain), *modes(m.tasks)) for m in plan.measurements
         )
         distinct = {shapes(plan): i for i, plan in plans.items()}.values()
         with progress.counting("checking", len(distinct)) as show:
             for i in distinct:
                 show("criteria and figures")
-                with sweep.naming(i, configs[i]):
+                with sweep.naming_errors(i, configs[i]):
                     rehearse(study, configs[i], plans[i])
             for i, plan in plans.items():
-                with sweep.naming(i, configs[i]):
+                with sweep.naming_errors(i, configs[i]):
                     check_objectives(plan)
     folder = SweepFolder.create(out, sweep)
     for i in configs if not plans else ():  # all have ended: `create` refuses other configurations
@@ -358,7 +360,7 @@ def run_sweep(
                     run = RunFolder.create(folder.setting(i), contents)
                     stack.enter_context(run.locked())
                     run.set_aside_damaged()
-                    label = sweep.called(i)
+                    label = sweep.label(i)
                     runners[i] = Runner(plan, run, sweep.seed, progress, False, measure, label)
                 _train_and_measure(study, configs, folder, runners, programs, progress)
         with lock(folder.path):  # of parts that end at the same time, the first one draws
@@ -391,7 +393,7 @@ def _train_and_measure(
     groups = by_program({i: runner.loop for i, runner in runners.items()})
     with progress.counting("tracing", len(runners)) as show:
         for i, runner in runners.items():
-            show(sweep.called(i))
+            show(sweep.label(i))
             # Measurements that are stored are announced too. A resumed sweep, or part of one, then
             # takes the same numbers as arguments, and its results are the same to the bit.
             ended = folder.ended(i)
@@ -399,7 +401,7 @@ def _train_and_measure(
                 for arguments in calls:
                     params, *others = arguments[-4:]  # of a meta-learner, params are still shapes
                     known = not (ended or stored or jax.tree.leaves(params))
-                    with error_context(sweep.called(i)):
+                    with error_context(sweep.label(i)):
                         programs.expect(_traced(arguments), (params, *others) if known else None)
     names = [f"{len(members)} settings" for members in groups]
     with progress.studies(names, "groups of settings") as begin:
@@ -415,11 +417,11 @@ def _train_and_measure(
                     i = members[k]
                     message = str(as_typed(error, configs[i], sweep.overrides(i)))
                     folder.set_lost(i, message)
-                    progress.say(f"{sweep.called(i)}: {message}")
+                    progress.say(f"{sweep.label(i)}: {message}")
 
                 start = lambda rows=rows: rows.start(programs)
                 first, *others = members
-                with nullcontext() if others else sweep.naming(first, configs[first]):
+                with nullcontext() if others else sweep.naming_errors(first, configs[first]):
                     train(group, start, rows.run, mark_lost, lost_before)
             training_share = (time.monotonic() - started) / len(members)
             for i in members:
@@ -429,7 +431,7 @@ def _train_and_measure(
                     seconds = training_share + time.monotonic() - started
                     run = runners[i].store
                     try:
-                        with sweep.naming(i, configs[i]):
+                        with sweep.naming_errors(i, configs[i]):
                             judge(study, configs[i], run, run.results(), seconds)
                     except ConfigError as error:  # the other settings are still measured
                         errors.append(error)

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 Place = tuple[Any, ...]
 """Position of a number: the steps into nested programs, then its position in the last of them."""
 Constants = Mapping[Place, Any]  # numbers, keyed by place
-CALLS = {
+PLAIN_CALLS = {
     "jit": "jaxpr",
     "closed_call": "call_jaxpr",
     "checkpoint": "jaxpr",
@@ -32,8 +32,8 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 """Operations that only run a nested program, and the parameter that holds that program."""
-OPENED = {
-    **{name: (inner,) for name, inner in CALLS.items()},
+SEARCHED = {
+    **{name: (inner,) for name, inner in PLAIN_CALLS.items()},
     "scan": ("jaxpr",),
     "while": ("cond_jaxpr", "body_jaxpr"),
     "cond": ("branches",),
@@ -57,7 +57,7 @@ def split_constants(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]
 def _nested(eqn: JaxprEqn) -> dict[Place, ClosedJaxpr | Jaxpr]:
     """Returns the programs nested in an operation, keyed by the step that leads to each."""
     programs = {}
-    for name in OPENED.get(eqn.primitive.name, ()):
+    for name in SEARCHED.get(eqn.primitive.name, ()):
         value = eqn.params[name]
         for i, program in enumerate(value if isinstance(value, tuple) else (value,)):
             programs[name, i] = program
@@ -92,10 +92,10 @@ def _form(
             numbers[(*steps, "constant", i)] = np.asarray(value)
     for i, eqn in enumerate(jaxpr.eqns):
         nested, kind = _nested(eqn), eqn.primitive.name
-        if kind not in OPENED:
+        if kind not in SEARCHED:
             keys.extend(_hidden_data(kind, eqn.params))
-        params = {} if kind in CALLS else eqn.params
-        texts = {k: _as_text(v) for k, v in params.items() if k not in OPENED.get(kind, ())}
+        params = {} if kind in PLAIN_CALLS else eqn.params
+        texts = {k: _as_text(v) for k, v in params.items() if k not in SEARCHED.get(kind, ())}
         operands = [describe((*steps, i, k), atom) for k, atom in enumerate(eqn.invars)]
         inside = [_form(inner, (*steps, i, *step), numbers, keys) for step, inner in nested.items()]
         form.append([kind, operands, texts, inside, [describe((), var) for var in eqn.outvars]])
@@ -104,7 +104,7 @@ def _form(
 
 
 def _hidden_data(kind: str, params: Mapping[str, Any]) -> Iterator[bytes]:
-    """Yields the arrays in an operation outside `OPENED`, which its text does not show in full.
+    """Yields the arrays in an operation outside `SEARCHED`, which its text does not show in full.
 
     For a callback, yields the identity of its function, which may hold anything.
     """
@@ -181,11 +181,11 @@ def _rebuild(eqn: JaxprEqn, numbers: Mapping[Place, Constants], operands: list[A
     """Applies an operation like `eqn` with replaced numbers in each of its nested programs."""
     nested, params, kind = _nested(eqn), eqn.params, eqn.primitive.name
     run = lambda step, *leaves: evaluate(nested[step], numbers[step], leaves)
-    if kind in CALLS:
+    if kind in PLAIN_CALLS:
         if params.get("differentiated") and params.get("prevent_cse"):
             # So that the backward pass recomputes this and XLA does not keep the forward results.
             operands = list(jax.lax.optimization_barrier(operands))
-        return run((CALLS[kind], 0), *operands)
+        return run((PLAIN_CALLS[kind], 0), *operands)
     if kind == "scan":
         if "ft_in" in params:  # from JAX 0.12 on: one tree each for constants, carry and inputs
             n_consts, n_carry, _ = map(len, params["ft_in"].unpack())

@@ -102,7 +102,7 @@ def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
     table: list[Row] = []
     with progress.counting("estimating", len(sweep.settings)) as show:
         for i in range(len(sweep.settings)):
-            show(sweep.called(i))
+            show(sweep.label(i))
             table += _setting_rows(folder, i, folder.ended(i))
     return table
 
@@ -128,7 +128,7 @@ def _setting_rows(folder: SweepFolder, i: int, ended: bool) -> list[Row]:
             "seconds": [trajectories.about(history.trained).seconds] * 3,
         }
         merits = {name: [float(x) for x in estimate] for name, estimate in estimates.items()}
-        labels = {"learner": history.called, "ending": ending}
+        labels = {"learner": history.label, "ending": ending}
         learner_rows.append(row | labels | {"merit": dynamics.merit_name(trained)} | finite(merits))
     return learner_rows or [
         row | {"lost": "no excess loss: no meta-learner is measured on tracked and held-out tasks"}

@@ -28,7 +28,7 @@ class Row(NamedTuple):
     program: ClosedJaxpr
     form: str
     numbers: sweep_programs.Constants
-    found: Any
+    out_tree: Any
     """The tree structure of the outputs."""
 
 
@@ -51,7 +51,7 @@ def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
     for i, loop in loops.items():
         config, names = loop.config, loop.trained
         traced = [(name, row_of(loop, name)) for name in names]
-        rows = tuple((n, loop.settings[n].updates_per_step, r.form, r.found) for n, r in traced)
+        rows = tuple((n, loop.settings[n].updates_per_step, r.form, r.out_tree) for n, r in traced)
         form = rows, config.seeds, config.checkpoint_steps, config.dispatch
         forms.setdefault(form, []).append(i)
     return list(forms.values())
@@ -94,7 +94,7 @@ class Rows:
             own_numbers = {p: values[loop_index] for p, values in zip(places, numbers, strict=True)}
             leaves = jax.tree.leaves((now, inputs))
             outputs = sweep_programs.evaluate(rows[0].program, own_numbers, leaves)
-            return jax.tree.unflatten(rows[0].found, outputs)
+            return jax.tree.unflatten(rows[0].out_tree, outputs)
 
         def advance(now: Any, params: Any, moments: Any) -> Any:
             stacked = jax.tree.map(lambda leaf: leaf[padded], (params, moments))

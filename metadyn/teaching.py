@@ -34,7 +34,7 @@ class Taught(NamedTuple):
     teacher: Int[Array, ""]
 
 
-class Shown(NamedTuple):
+class TaughtFeedback(NamedTuple):
     """A target, with the task for the teacher to use."""
 
     y: Float[Array, "*batch n_y"]
@@ -54,14 +54,14 @@ class OpenRegression(LinearRegression):
 
     def feedback(self, task: Any, query: Array, answer: object, key: Key) -> Any:
         """Draws the target as in linear regression; returns it with the task."""
-        return Shown(super().feedback(task.task, query, answer, key), task)
+        return TaughtFeedback(super().feedback(task.task, query, answer, key), task)
 
     def loss(self, answer: Float[Array, " n_y"], feedback: Any) -> Array:
         """Returns the mean squared error over outputs."""
         return super().loss(answer, feedback.y)
 
 
-def sets(tasks: TaskSet, *names: str) -> list[TaskSet]:
+def taught_sets(tasks: TaskSet, *names: str) -> list[TaskSet]:
     """Copies a linear-regression task set once per name, for the learner's teachers in order.
 
     The probes of the copies also read `error`, ‖Ŵ − W‖² / ‖W‖².
@@ -83,8 +83,8 @@ def taught(
 ) -> Learner:
     """Wraps a learner so that it first sees a teacher's examples, then those of the domain.
 
-    For the task sets that `sets` makes. Each example is shown for `each` updates, with new noise
-    every time. The teacher chooses its lesson once per task.
+    For the task sets that `taught_sets` makes. Each example is shown for `each` updates,
+    with new noise every time. The teacher chooses its lesson once per task.
     """
 
     def init(key: Key) -> tuple[Array, Lesson, Any]:
@@ -93,7 +93,7 @@ def taught(
     def predict(state: tuple, query: Array) -> Array:
         return learner.predict(state[2], query)
 
-    def update(state: tuple, query: Float[Array, "*batch n_x"], seen: Shown) -> tuple:
+    def update(state: tuple, query: Float[Array, "*batch n_x"], seen: TaughtFeedback) -> tuple:
         t, lesson, inner_state = state
         first = (lambda leaf: leaf) if learner.batch is None else (lambda leaf: leaf[0])
         task, teacher = jax.tree.map(first, seen.task)
@@ -107,7 +107,7 @@ def taught(
     return learner._replace(init=init, predict=predict, update=update, diagnose=None)
 
 
-def none(task: LinearTask, examples: int) -> Lesson:
+def no_lesson(task: LinearTask, examples: int) -> Lesson:
     """Stands for no teacher: returns a lesson of NaNs, which keeps the domain's own inputs."""
     return jnp.full((examples, task.W.shape[1]), jnp.nan)
 

@@ -17,7 +17,7 @@ import xarray as xr
 
 from metadyn.base import STRENGTH, LearnerKind, Modes
 from metadyn.errors import ConfigError, check
-from metadyn.inner import recorded
+from metadyn.inner import reading_name
 
 ORDER = ("learner", "outer_step", "seed", "task", "mode", "step")
 
@@ -99,7 +99,7 @@ def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
         raise ConfigError(f"probe = {probe!r}: the data has {', '.join(known) or 'none'}")
     attrs = data[probe].attrs
     fields = {f.name: attrs[f.name] for f in dataclasses.fields(Modes) if f.name in attrs}
-    if (coordinate := recorded(probe, fields["coordinate"])) in data.coords:
+    if (coordinate := reading_name(probe, fields["coordinate"])) in data.coords:
         values, hint = np.atleast_1d(data[coordinate]), "select one setting, of one set of modes"
         check(values.ndim == 1, "data", dict(data.sizes), hint)
         fields["values"] = values.tolist()

@@ -96,7 +96,7 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
     runs: dict[int, Any] = {}
     with progress.counting("reading", len(ranking)) as show:
         for i in ranking:
-            show(sweep.called(i))
+            show(sweep.label(i))
             run = folder.run(i)
             if run is not None and len(runs) < page_runs and bytes_left > 0:
                 runs[i] = read(run, SILENT, page_runs)

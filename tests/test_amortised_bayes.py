@@ -27,9 +27,9 @@ def test_every_network_is_trained_in_both_domains_and_recurrent_ones_are_operate
     for part in plan.comparisons:
         assert [meta.name for meta in part.metas] == ["lstm", "gru", "transformer", "control"]
         assert all(list(meta.times) == [0, 2, 3, 5, 10, 20] for meta in part.metas)
-        operated = {c.name: c.of for c in part.contenders if c.kind == "reference"}
+        operated = {c.name: c.derived_from for c in part.contenders if c.kind == "reference"}
         assert operated == {"lstm_operated": "lstm", "gru_operated": "gru"}
-    assert not any(each.tasks.probes for each in plan.every)  # no tracked tasks
+    assert not any(each.tasks.probes for each in plan.measurements)  # no tracked tasks
     rates = {name: (each.own or plan.outer).learning_rate for name, each in plan.trained.items()}
     assert rates["control_linear"] < rates["lstm_linear"] / 50
     sizes = {n: sum(x.size for x in _leaves(each.meta)) for n, each in plan.trained.items()}
@@ -45,7 +45,9 @@ def test_the_exact_posterior_is_called_optimal_only_where_it_is():
 
 def test_what_is_operated_on_keeps_nothing_of_one_trace_that_another_would_read():
     """As an array of a cached learner, first made in a trace, would be."""
-    pairs = {(who.name, tasks.name): (tasks, who) for _, tasks, who, _ in STUDY.plan(QUICK).every}
+    pairs = {
+        (who.name, tasks.name): (tasks, who) for _, tasks, who, _ in STUDY.plan(QUICK).measurements
+    }
     for name in ("lstm_operated", "gru_operated"):
         with jax.checking_leaks():
             check_step(*pairs[name, "causal_linear"])

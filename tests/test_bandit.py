@@ -620,7 +620,7 @@ def test_a_whole_small_study(tmp_path, monkeypatch):
 def test_a_bernoulli_study_names_its_approximations():
     study = load_study(STUDY)
     config = dataclasses.replace(study.presets["quick"], domain=ContextualBandit(p_high=0.8))
-    labels = {each.contender.name: each.contender.label for each in study.plan(config).every}
+    labels = {each.contender.name: each.contender.label for each in study.plan(config).measurements}
     assert labels["bayes"] == "exact posterior,\nThompson sampling"
     assert labels["bayes_greedy"] == "exact posterior,\nmost probable action"
     exact = {c.name: c.label for c in study.plan(study.config("quick")).comparisons[0].contenders}

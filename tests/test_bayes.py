@@ -12,7 +12,7 @@ from sklearn.gaussian_process.kernels import Kernel, StationaryKernelMixin
 
 from metadyn import inner
 from metadyn.domains.bandit import ContextualBandit
-from metadyn.domains.fourier import FourierRegression, band, value
+from metadyn.domains.fourier import FourierRegression, band, function_value
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
 from metadyn.learners.bayes import (
@@ -116,7 +116,10 @@ def test_fourier_bayes_without_noise_finds_the_function():
     domain = FourierRegression(band(1, 4), sigma=0.0)
     task = jax.jit(domain.sample_task)(jax.random.key(0))
     x = jax.jit(jax.vmap(partial(domain.query, task)))(jax.random.split(jax.random.key(1), 40))
-    f, grid = jax.jit(jax.vmap(partial(value, task))), np.float32(np.linspace(-0.5, 0.5, 50))
+    f, grid = (
+        jax.jit(jax.vmap(partial(function_value, task))),
+        np.float32(np.linspace(-0.5, 0.5, 50)),
+    )
     found = answers(bayes_fourier(domain), x, f(x), grid[:, None])[-1]
     np.testing.assert_allclose(found, f(grid[:, None]), atol=2e-3)
 

@@ -24,7 +24,7 @@ DOMAIN = LinearRegression(2, 3, steps=6)
 BELIEFS = beside.linear_beliefs(DOMAIN)
 
 
-def made(config=LSTMConfig(hidden=4), read=beside.whole):  # noqa: B008 (it is frozen)
+def made(config=LSTMConfig(hidden=4), read=beside.flat_carry):  # noqa: B008 (it is frozen)
     meta = config.make(DOMAIN)
     params = meta.init(jax.random.key(3))
     params["readout"] = 0.5 * jax.random.normal(jax.random.key(4), params["readout"].shape)
@@ -136,7 +136,7 @@ def test_in_the_bandit_distances_are_from_the_best_policy_and_shifts_from_the_on
             best = bayes.predict(state.alone.bayes, query)
             state = learner.update(state, query, seen)
             policies = map(jax.nn.softmax, (alone, best, copies))
-            return state, (*policies, state.alone.said["distance"], state.said["shift"])
+            return state, (*policies, state.alone.record["distance"], state.record["shift"])
 
         keys = jax.random.split(jax.random.key(5), 4)
         return jax.lax.scan(step, learner.init(jax.random.key(2)), keys)[1]
@@ -151,10 +151,10 @@ def test_in_the_bandit_distances_are_from_the_best_policy_and_shifts_from_the_on
 
 def test_of_a_transformer_the_mean_of_what_its_cache_holds_is_read():
     config = TransformerConfig(hidden=8, layers=2, attention_heads=2)
-    both, params = made(config, beside.mean_values)
+    both, params = made(config, beside.mean_cached_values)
     states, _, _ = episode(both, params)
     values = [np.asarray(memory[1])[:4].mean(0).ravel() for memory in states[4].network.carry[1]]
-    np.testing.assert_allclose(states[4].said["state"], np.concatenate(values), rtol=1e-5)
+    np.testing.assert_allclose(states[4].record["state"], np.concatenate(values), rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [LSTMConfig(hidden=4), GRUConfig(hidden=5)])
@@ -165,7 +165,7 @@ def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
     plain, _, _ = episode(both, params)
     # The episodes of the fit, and ridge regression on them in float64.
     keys = jax.random.split(jax.random.key(0), 64)
-    fit = jax.vmap(lambda key: beside._told(both.domain, 3, both.learner(params), key))
+    fit = jax.vmap(lambda key: beside._record_at(both.domain, 3, both.learner(params), key))
     seen = jax.jit(fit)(keys)
     names = ("covariance", "mean", "query", "uncertainty")
     features = np.concatenate([np.float64(seen[name]) for name in names], 1)
@@ -174,20 +174,20 @@ def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
     weights = np.linalg.solve(z.T @ z + np.eye(z.shape[1]), z.T @ (target - target.mean(0)))
     donor = int(states[3].donor)
     mapped = []
-    for source in (plain[3].said, {name: each[donor] for name, each in seen.items()}):
-        told = {**source, "query": plain[3].said["query"]}
+    for source in (plain[3].record, {name: each[donor] for name, each in seen.items()}):
+        told = {**source, "query": plain[3].record["query"]}
         of_source = np.concatenate([np.float64(told[name]) for name in names])
         mapped.append(target.mean(0) + (of_source - mean) / spread @ weights)
-    carries = [jax.vmap(beside.whole)(state.copies.carry) for state in states]
+    carries = [jax.vmap(beside.flat_carry)(state.copies.carry) for state in states]
     np.testing.assert_allclose(carries[3], [*mapped, np.zeros_like(mapped[0])], atol=2e-3)
     assert np.abs(mapped[0] - mapped[1]).max() > 0.01
     np.testing.assert_array_equal(states[3].copies.feedback, np.tile(y[2], (3, 1)))
     for t in (1, 2):  # until then they are left alone, and the one left alone always is
-        expected = np.tile(plain[t].said["state"], (3, 1))
+        expected = np.tile(plain[t].record["state"], (3, 1))
         np.testing.assert_allclose(carries[t], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(states[6].alone.said["state"], plain[6].said["state"], rtol=1e-5)
-    assert [float(state.said["after"]) for state in states] == [0, 0, 0, 0, 1, 1, 1]
-    shift = np.array([state.said["shift"] for state in states])
+    np.testing.assert_allclose(states[6].alone.record["state"], plain[6].record["state"], rtol=1e-5)
+    assert [float(state.record["after"]) for state in states] == [0, 0, 0, 0, 1, 1, 1]
+    shift = np.array([state.record["shift"] for state in states])
     assert shift[:4].max() < 1e-10 < shift[4:].min()
     # The losses after the fourth pair, of which the answers are to the fourth query.
     network = both.meta.learner(params)
@@ -196,10 +196,10 @@ def test_a_replaced_state_is_what_least_squares_makes_of_bayes(config):
     answers = [np.float64(network.predict(one, jnp.asarray(x[3]))) for one in each]
     answers.append(posterior(x[:3], y[:3])[0] @ x[3])
     losses = [np.mean((answer - y[3]) ** 2) for answer in answers]
-    np.testing.assert_allclose(states[4].said["losses"], losses, rtol=1e-3)
+    np.testing.assert_allclose(states[4].record["losses"], losses, rtol=1e-3)
     apart = [np.mean((answer - answers[0]) ** 2) for answer in answers[1:4]]
-    np.testing.assert_allclose(states[4].said["shift"], apart, rtol=1e-3)
-    np.testing.assert_allclose(states[4].said["size"], np.mean(answers[0] ** 2), rtol=1e-4)
+    np.testing.assert_allclose(states[4].record["shift"], apart, rtol=1e-3)
+    np.testing.assert_allclose(states[4].record["size"], np.mean(answers[0] ** 2), rtol=1e-4)
 
 
 def test_each_episode_has_a_donor_of_its_own_of_those_of_the_fit():
@@ -213,13 +213,13 @@ def test_each_episode_has_a_donor_of_its_own_of_those_of_the_fit():
 
 @pytest.mark.parametrize("at", [1, 4])
 def test_the_episodes_of_the_fit_are_read_at_the_time_of_the_replacement(at):
-    said = lambda count, x, y: beside.Both(None, None, {"count": count, "x": x, "y": y})
+    said = lambda count, x, y: beside.PairState(None, None, {"count": count, "x": x, "y": y})
     counting = Learner(
         lambda key: said(jnp.int32(0), jnp.zeros(2), jnp.zeros(3)),
         lambda state, x: jnp.zeros(3),
-        lambda state, x, y: said(state.said["count"] + 1, x, y),
+        lambda state, x, y: said(state.record["count"] + 1, x, y),
     )
-    found = beside._told(DOMAIN, at, counting, jax.random.key(0))
+    found = beside._record_at(DOMAIN, at, counting, jax.random.key(0))
     assert found["count"] == at
 
 
@@ -229,7 +229,7 @@ def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
     tasks = dataclasses.replace(training_tasks(DOMAIN), size=20)
     arrays = measuring.readings(tasks, contender, stacked, jax.random.key(0))
-    data = trajectories.dataset(arrays, measuring.described(tasks, contender))
+    data = trajectories.dataset(arrays, measuring.description(tasks, contender))
     assert data["state"].dims == ("seed", "task", "step", "state_0")
     sizes = {name: data.sizes[f"{name}_0"] for name in ("state", "mean", "covariance", "query")}
     assert sizes == {"state": 8, "mean": 6, "covariance": 4, "query": 2}

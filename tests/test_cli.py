@@ -427,7 +427,9 @@ def test_another_meta_learner_takes_the_place_of_the_lstm(tmp_path):
     study = load_study(STUDY)
     config = configured(study.presets["quick"], [*SMALL, *gru])
     plan = study.plan(config)
-    everyone = {each.contender.name for each in plan.every if each.tasks.name == "in_distribution"}
+    everyone = {
+        each.contender.name for each in plan.measurements if each.tasks.name == "in_distribution"
+    }
     assert everyone == {"sgd", "gru", "bayes"}
     names = {each.name for each in runner.rehearse(study, config, plan)}
     assert {"gru_minus_bayes_slope", "gru_slope", "gru_excess_loss"} <= names

@@ -14,8 +14,8 @@ from metadyn import dynamics, inner
 from metadyn.base import Learner, indexed_keys
 from metadyn.curriculum import (
     Admission,
-    SomeContexts,
-    SomeFrequencies,
+    AdmittedContexts,
+    AdmittedFrequencies,
     TiltedRegression,
     admitting,
     tilt,
@@ -66,13 +66,13 @@ def test_descent_on_tilted_inputs_keeps_to_the_closed_form_sped_up_by_each_varia
 
 
 def test_modes_are_there_from_their_steps_on():
-    there = jax.jit(jax.vmap(Admission((0, 5, 9)).there, (0, None)))(jnp.arange(12), KEYS[0])
+    there = jax.jit(jax.vmap(Admission((0, 5, 9)).admitted, (0, None)))(jnp.arange(12), KEYS[0])
     assert there.tolist() == [[True, step >= 5, step >= 9] for step in range(12)]
 
 
 def test_mixed_episodes_have_the_modes_of_any_stage_until_all_are_there():
     admission = Admission((0, 5, 20), mixed=True)
-    share = jax.jit(lambda step: jax.vmap(partial(admission.there, step))(KEYS).mean(0))
+    share = jax.jit(lambda step: jax.vmap(partial(admission.admitted, step))(KEYS).mean(0))
     for step in (0, 7, 19):  # one mode, two or three, each in a third of the episodes
         np.testing.assert_allclose(share(step), [1, 2 / 3, 1 / 3], atol=0.04)
     np.testing.assert_array_equal(share(20), [1, 1, 1])
@@ -80,7 +80,7 @@ def test_mixed_episodes_have_the_modes_of_any_stage_until_all_are_there():
 
 def test_the_stage_of_a_mixed_episode_says_nothing_of_its_task():
     domain = ContextualBandit(2, 2, steps=4)
-    some = SomeContexts(2, 2, steps=4, admission=Admission((0, 9), mixed=True))
+    some = AdmittedContexts(2, 2, steps=4, admission=Admission((0, 9), mixed=True))
     task, there = jax.jit(jax.vmap(some.sample_task))(KEYS)
     first = np.asarray(jax.tree.leaves(task)[0])[:, 0]
     both = np.bincount(2 * first + np.asarray(there) - 1, minlength=4) / len(KEYS)
@@ -90,7 +90,7 @@ def test_the_stage_of_a_mixed_episode_says_nothing_of_its_task():
 
 def test_functions_lack_what_is_not_admitted_and_are_else_as_ever():
     plain = jax.jit(jax.vmap(FOURIER.sample_task))(KEYS)
-    some = partial(SomeFrequencies, band(1, 3), steps=6, admission=Admission((0, 9, 5)))
+    some = partial(AdmittedFrequencies, band(1, 3), steps=6, admission=Admission((0, 9, 5)))
     draw = jax.jit(lambda step: jax.vmap(some(step=step).sample_task)(KEYS))
     for step, there in ((0, [0, 1, 0, 0]), (5, [0, 1, 0, 1]), (9, [0, 1, 1, 1])):
         for part, whole in zip(draw(step), plain, strict=True):
@@ -99,7 +99,7 @@ def test_functions_lack_what_is_not_admitted_and_are_else_as_ever():
 
 def test_contexts_are_drawn_evenly_from_those_admitted():
     any_action = Learner(lambda key: 0, lambda state, c: jnp.zeros(3), lambda state, c, seen: state)
-    some = partial(SomeContexts, 3, 3, steps=6, admission=Admission((0, 5, 9)))
+    some = partial(AdmittedContexts, 3, 3, steps=6, admission=Admission((0, 5, 9)))
     act = lambda step, key: inner.act(some(step=step), any_action, key)
     acted = jax.jit(jax.vmap(act, (None, 0)))
     for step, count in ((0, 1), (5, 2), (9, 3)):

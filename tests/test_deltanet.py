@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from metadyn.errors import ConfigError
-from metadyn.learners.deltanet import TOGETHER, DeltaNetConfig, DeltaRule
+from metadyn.learners.deltanet import CHUNK, DeltaNetConfig, DeltaRule
 
 H, HEADS, D = 8, 2, 4
 CONFIG = DeltaNetConfig(hidden=H, attention_heads=HEADS)
@@ -65,7 +65,7 @@ def test_fast_weights_are_a_sum_of_outer_products(mixer):
 
 def test_the_gradient_of_whole_episodes_is_that_of_stepping(mixer):
     """Through two parts, the second of which is padded."""
-    rng, T = np.random.default_rng(0), TOGETHER + 6
+    rng, T = np.random.default_rng(0), CHUNK + 6
     x, direction = (np.float32(rng.standard_normal((T, H))) for _ in range(2))
     stepping = lambda x: jax.lax.scan(lambda S, one: mixer.step(S, one), mixer.start(T), x)[1]
     whole, stepped = (
@@ -74,7 +74,7 @@ def test_the_gradient_of_whole_episodes_is_that_of_stepping(mixer):
     np.testing.assert_allclose(whole, stepped, 1e-4, 1e-4 * np.abs(stepped).max())
 
 
-@pytest.mark.parametrize("T", [20, TOGETHER + 6])
+@pytest.mark.parametrize("T", [20, CHUNK + 6])
 def test_many_episodes_at_once_are_each_alone_and_so_is_their_gradient(T, mixer):
     rng = np.random.default_rng(0)
     x, direction = (np.float32(rng.standard_normal((3, T, H))) for _ in range(2))

@@ -113,7 +113,7 @@ def test_every_file_is_planned_as_it_stands_rehearsed_and_traced(name, tmp_path)
     plan = study.plan(config)
     if name in ("gru.py", "transformer.py", "late.py"):
         for tasks in ("in_distribution", "x4", "tracked", "heldout"):
-            names = {c.name for _, t, c, _ in plan.every if t.name == tasks}
+            names = {c.name for _, t, c, _ in plan.measurements if t.name == tasks}
             assert {"lstm", name.removesuffix(".py"), "bayes"} <= names
     rehearse(study, config, plan)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -148,7 +148,7 @@ def test_a_second_probe_is_recorded_analysed_and_drawn_by_its_name(of_others):
     results = metadyn.RunFolder(of_others).results()
     found = metadyn.figures.by_probe(metadyn.figures.histories(results))
     assert [*found] == ["", "_far"]
-    assert found["_far"].called == f"{found[''].called}, far"
+    assert found["_far"].label == f"{found[''].label}, far"
     np.testing.assert_allclose(found["_far"].strengths[1], found[""].strengths[1], atol=1e-4)
     assert not np.allclose(found["_far"].strengths[0], found[""].strengths[0], atol=1e-2)
     axis = found["_far"].trained, found["_far"].bayes

@@ -39,13 +39,13 @@ def case(hidden, batch, steps, inputs):
         *((128, 33, 4, 16), (192, 2, 3, 2), (256, 3, 2, 10)),
     ],
 )
-@pytest.mark.parametrize("block", [fused.FEW, fused.MANY])
+@pytest.mark.parametrize("block", [fused.SMALL_BLOCK, fused.LARGE_BLOCK])
 @jax.default_matmul_precision("float32")
 def test_values_and_gradients_are_those_of_the_reference(
     hidden, batch, steps, inputs, block, monkeypatch
 ):
     """To 1e-5 of the greatest entry, at float32, in blocks of as many episodes as on GPUs."""
-    monkeypatch.setattr(fused, "MANY", block)  # what is interpreted takes many
+    monkeypatch.setattr(fused, "LARGE_BLOCK", block)  # what is interpreted takes many
     weights, x, direction = case(hidden, batch, steps, inputs)
 
     def found(run):

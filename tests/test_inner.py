@@ -216,7 +216,7 @@ def axes_of(learner, probes):
     """The axes of each reading, by what is stored beside a measurement."""
     sample = Partial(DOMAIN.evaluation_task, spectrum=S)
     tasks = TaskSet("tasks", DOMAIN, sample, dict(probes), size=3)
-    found = measuring.described(tasks, Contender("learner", "learner", learner))["axes"]
+    found = measuring.description(tasks, Contender("learner", "learner", learner))["axes"]
     assert all(axes[:2] == ["task", "step"] for axes in found.values())
     return {name: tuple(axes[2:]) for name, axes in found.items()}
 

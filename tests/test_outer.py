@@ -488,11 +488,11 @@ def test_tasks_come_back_in_order_however_many_are_taken_at_a_time(chunk):
 
 
 def test_a_cpu_takes_as_many_tasks_at_a_time_as_its_cache_holds(on_cpu):
-    assert mesh.task_chunk(mesh.CACHE // 200) == 100
-    assert mesh.task_chunk(mesh.CACHE // 600) == 512
-    assert mesh.task_chunk(100) == mesh.CACHE // 200
-    assert mesh.task_chunk(mesh.CACHE) == 4
-    assert mesh.task_chunk(mesh.CACHE, shared=True) == mesh.LEAST_TASKS
+    assert mesh.task_chunk(mesh.CPU_CACHE_BYTES // 200) == 100
+    assert mesh.task_chunk(mesh.CPU_CACHE_BYTES // 600) == 512
+    assert mesh.task_chunk(100) == mesh.CPU_CACHE_BYTES // 200
+    assert mesh.task_chunk(mesh.CPU_CACHE_BYTES) == 4
+    assert mesh.task_chunk(mesh.CPU_CACHE_BYTES, shared=True) == mesh.SHARED_WEIGHT_TASKS
 
 
 def test_an_own_optimiser_is_scheduled_over_the_runs_steps():

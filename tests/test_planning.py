@@ -177,10 +177,10 @@ def test_a_sweep_is_planned_and_refused_once_all_is_said(
     Of what measures, which is traced for each setting, one program stands for all.
     """
     monkeypatch.setattr(mesh, "memory", lambda split: 4 << 30)
-    found, of_sweep, measuring = [], planning.of_sweep, planning.measuring
+    found, plan_sweep, measuring = [], planning.plan_sweep, planning.measuring
     monkeypatch.setattr(planning, "measuring", lambda *given: measuring(*given)[-1:])
     monkeypatch.setattr(
-        planning, "of_sweep", lambda *given: found.extend(of_sweep(*given)) or found
+        planning, "plan_sweep", lambda *given: found.extend(plan_sweep(*given)) or found
     )
     out, rates = tmp_path / "out", ["--outer.learning-rate", "1e-2", "3e-2"]
     assert main(["sweep", STUDY, *rates, "--plan", "--out", str(out)]) == 2
@@ -297,7 +297,7 @@ def test_a_small_memory_bounds_the_tasks_that_are_measured_at_a_time(monkeypatch
     """To half of it, for all seeds at once: of an LSTM, its state and the gates of all queries."""
     two_seeds = planned(seeds=2)
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
-    monkeypatch.setattr(mesh, "memory", lambda split: 2 * mesh.TAKEN * 300 * 5)
+    monkeypatch.setattr(mesh, "memory", lambda split: 2 * mesh.WORKING_COPIES * 300 * 5)
     assert mesh.task_chunk(300) == 5
     assert mesh.task_chunk(300, seeds=2) == 2
     assert mesh.task_chunk(1 << 60) == 1
@@ -403,7 +403,7 @@ def test_programs_that_are_gone_are_no_longer_stored(monkeypatch, tmp_path):
     monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
     compiling.store(stored)
     monkeypatch.setattr(compiling, "programs", lambda study: [SimpleNamespace(name="here")])
-    monkeypatch.setattr("metadyn.study.known", lambda: ["a"])
+    monkeypatch.setattr("metadyn.study.study_names", lambda: ["a"])
     monkeypatch.setattr("metadyn.absent_devices.find", lambda target: None)
     monkeypatch.setattr(mesh, "compiling_for", lambda there: nullcontext())
     compiling.compile_all("h100:1", lambda name: False)
@@ -429,7 +429,7 @@ def test_only_what_the_code_has_changed_since_is_compiled_anew(monkeypatch, tmp_
     monkeypatch.setattr(compiling, "FUSED", {})
     monkeypatch.setattr(compiling, "programs", programs)
     monkeypatch.setattr(planning, "compiled", compiled)
-    monkeypatch.setattr("metadyn.study.known", lambda: ["a"])
+    monkeypatch.setattr("metadyn.study.study_names", lambda: ["a"])
     monkeypatch.setattr("metadyn.absent_devices.find", lambda target: None)
     monkeypatch.setattr(mesh, "compiling_for", lambda there: nullcontext())
     compiling.compile_all("h100:1", lambda name: True)
@@ -481,7 +481,7 @@ def test_registers_of_the_fused_kernels_are_stored_where_one_gpu_is_compiled_for
     monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
     monkeypatch.setattr(compiling, "FUSED", {name: (64, "float32")})
     monkeypatch.setattr(compiling, "registers", lambda hidden, precision, there: found)
-    monkeypatch.setattr("metadyn.study.known", lambda: [])
+    monkeypatch.setattr("metadyn.study.study_names", lambda: [])
     monkeypatch.setattr("metadyn.absent_devices.find", lambda target: None)
     monkeypatch.setattr(mesh, "compiling_for", lambda there: nullcontext())
     compiling.compile_all("h100:8", lambda name: True)

@@ -230,7 +230,7 @@ def test_what_is_measured_beside_the_contenders_is_none_that_would_need_training
     (meta, _), tasks = whole.contenders, whole.sets[0]
     other = dataclasses.replace(meta, name="other")
     for who in (other, other.remade(lambda learner: learner, name="copy")):
-        with pytest.raises(ConfigError, match=r"of = 'other': contender .* that is not compared"):
+        with pytest.raises(ConfigError, match=r"derived_from = 'other': .* that is not compared"):
             dataclasses.replace(whole, pairs=[(tasks, who)])
     copy = meta.remade(lambda learner: learner, name="copy")
     assert dataclasses.replace(whole, pairs=[(tasks, copy)]).measurements[-1] == (tasks, copy)
@@ -238,10 +238,10 @@ def test_what_is_measured_beside_the_contenders_is_none_that_would_need_training
 
 def test_a_derived_learner_says_whose_parameters_it_takes():
     meta = LSTMConfig(hidden=4).make(Config().domain)
-    with pytest.raises(ConfigError, match=r"of = '': contender 'd' is derived: name the meta-"):
+    with pytest.raises(ConfigError, match="derived_from = '': contender 'd' is derived: name"):
         md.Contender("d", "D", md.Derived(meta, meta.learner))
     with pytest.raises(ConfigError, match=r"kind = 'bayes': of contender 'd', a Derived: choose"):
-        md.Contender("d", "D", md.Derived(meta, meta.learner), "bayes", of="lstm")
+        md.Contender("d", "D", md.Derived(meta, meta.learner), "bayes", derived_from="lstm")
 
 
 def test_what_is_remade_of_another_learner_has_no_closed_form_of_its_own():
@@ -257,7 +257,7 @@ def test_what_is_remade_of_another_learner_has_no_closed_form_of_its_own():
     params = meta.learner.init(jax.random.key(0))
     found = [each.make(params) for each in (once, again)]
     assert [(each.batch, each.points) for each in found] == [(2, None), (2, 3)]
-    assert [(each.of, each.trained, each.kind) for each in (once, again)] == [
+    assert [(each.derived_from, each.trained, each.kind) for each in (once, again)] == [
         ("lstm", False, "reference")
     ] * 2
 
@@ -465,7 +465,7 @@ def with_learner(**functions):
 )
 def test_a_learner_that_cannot_be_stepped(functions, says):
     made = with_learner(**functions).plan(Config())
-    tasks, own = made.every[-1].tasks, made.comparisons[0].contenders[-1]
+    tasks, own = made.measurements[-1].tasks, made.comparisons[0].contenders[-1]
     checks = lambda: (bytes_needed(tasks, own, 2), check_step(tasks, own))
     with pytest.raises(ConfigError) as caught:
         checks()
@@ -755,7 +755,7 @@ def test_a_seed_of_which_jax_makes_no_key_of_its_own_is_refused(seed, tmp_path):
 
 def test_numbers_beyond_what_jax_counts_to_are_refused():
     with pytest.raises(ConfigError, match="times = 4294967297: must be below 2147483648"):
-        inner.checked((0, 2**32 + 1))
+        inner.checked_times((0, 2**32 + 1))
     with pytest.raises(ConfigError, match="updates = 3000000000: must be from 0 to below"):
         DescentConfig(updates=3_000_000_000)
     for config, name in ((DescentConfig, "records"), (md.OuterConfig, "checkpoints")):

@@ -129,7 +129,7 @@ def test_what_is_claimed_is_judged_in_all_three_domains(found):
     study = load_study(STUDY)
     quick, module = study.presets["quick"], sys.modules[study.plan.__module__]
     for name in DOMAINS:
-        settings = sweep.zipped(quick.within(name), module.sweeps(quick, name)["inner"][1])
+        settings = sweep.zipped(quick.domain_config(name), module.sweeps(quick, name)["inner"][1])
         assert tuple(optimizer for optimizer, _ in settings) == ALL
     with among("nonlinear"):
         named = {each.name for each in rehearse(study, quick, study.plan(quick))}

@@ -53,7 +53,7 @@ def test_sets_for_bayes_are_the_best_there_are_by_brute_force():
 def test_lessons_are_of_inputs_where_there_are_more_or_fewer_outputs(sizes):
     task = LinearRegression(*sizes).evaluation_task(jax.random.key(0), jnp.array([2.0, 1.0]))
     lesson = np.float64(teaching.for_bayes(task, 3))
-    assert lesson.shape == teaching.none(task, 3).shape == (3, sizes[0])
+    assert lesson.shape == teaching.no_lesson(task, 3).shape == (3, sizes[0])
     np.testing.assert_allclose(np.linalg.norm(lesson, axis=1), sizes[0] ** 0.5, rtol=1e-5)
     stretch = np.linalg.norm(lesson @ np.float64(task.W).T, axis=1) / sizes[0] ** 0.5
     np.testing.assert_allclose(stretch, [2, 1, 2], rtol=1e-5)
@@ -95,7 +95,7 @@ def test_taught_bayes_comes_to_the_expected_error_of_each_teacher():
     tasks = dataclasses.replace(PLAIN.evaluation(64), sample=sample, size=4000)
     lesson = np.float64(best(TASK))
     for each, shown in zip(
-        teaching.sets(tasks, "best", "least"), (lesson, lesson[::-1]), strict=True
+        teaching.taught_sets(tasks, "best", "least"), (lesson, lesson[::-1]), strict=True
     ):
         found = readings(each, md.Contender("b", "b", learner, "bayes", (0, 1, 2)), (), KEYS[0])
         by_hand = [expected_error(shown[:m]) for m in (1, 2)]
@@ -125,7 +125,7 @@ def test_what_is_taught_comes_first_and_is_answered_with_the_noise_of_what_was_p
 
     start = lambda key: (jnp.int32(0), jnp.zeros((6, 4)))
     witness = Learner(start, lambda state, x: state[1].ravel()[:2], remember)
-    teachers = [partial(teaching.none, examples=2), partial(teaching.for_bayes, examples=2)]
+    teachers = [partial(teaching.no_lesson, examples=2), partial(teaching.for_bayes, examples=2)]
 
     def seen(teacher):
         learner = teaching.taught(witness, teachers, n_x=2, examples=2, each=each)
@@ -181,7 +181,7 @@ def test_the_study_is_rehearsed_without_complaint():
     drawn = [contender for tasks, contender in linear.measurements if tasks.name == "random"]
     names = {f"taught_{each}" for each in ("sgd", "bayes", "maml", "lstm")}
     assert {each.name for each in drawn} == names
-    assert {each.name: each.of for each in drawn if each.of} == {
+    assert {each.name: each.derived_from for each in drawn if each.derived_from} == {
         "taught_maml": "maml",
         "taught_lstm": "lstm",
     }

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import STRENGTH, Key, Modes, Probe, Sampler, TaskSet, kept
+from metadyn.base import STRENGTH, Key, Modes, Probe, Sampler, TaskSet, cached_concrete
 from metadyn.errors import ConfigWarning, check, check_positive
 
 
@@ -135,7 +135,7 @@ class ContextualBandit:
 
     # The probe.
 
-    @kept
+    @cached_concrete
     def probe(self) -> Probe:
         """Makes the probe that reads the policy in every context, from a copy of the state.
 

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Complex, Float
 
 from metadyn import prng
-from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet, kept
+from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet, cached_concrete
 from metadyn.errors import check, check_choice, check_positive
 
 Spectrum = tuple[float, ...]
@@ -119,7 +119,7 @@ class FourierRegression(Regression):
 
     def feedback(self, task: FourierTask, query: Number, answer: object, key: Key) -> Number:
         """Draws the target y = f(x) + ε, which does not depend on the answer."""
-        return value(task, query) + self.sigma * prng.normal(key, (1,))
+        return function_value(task, query) + self.sigma * prng.normal(key, (1,))
 
     def encode_query(self, query: Number) -> Float[Array, " n"]:
         """Encodes x as `embedding` says."""
@@ -159,7 +159,7 @@ class FourierRegression(Regression):
         variances[chosen] = [v[k] if k in self.support else v.max() for k in chosen]
         return tuple(float(A) for A in np.sqrt(2 * variances * v.sum() / variances.sum()))
 
-    @kept
+    @cached_concrete
     def probe(self, amplitudes: Spectrum, points: int = 32) -> Probe:
         """Makes the probe that reads the strength of each frequency with a nonzero amplitude.
 
@@ -178,7 +178,7 @@ class FourierRegression(Regression):
         contained = np.flatnonzero(amplitudes)
 
         def read(task: FourierTask, answers: Float[Array, "P 1"]) -> dict[str, Array]:
-            target = jax.vmap(value, (None, 0))(task, grid)
+            target = jax.vmap(function_value, (None, 0))(task, grid)
             F, F_hat = coefficients(target[:, 0]), coefficients(answers[:, 0])
             projection = jnp.real(jnp.conj(F) * F_hat)[contained]
             outside = jnp.sum(jnp.delete(power_spectrum(F_hat, points), contained))
@@ -228,7 +228,7 @@ def fourier_features(x: Number, frequencies: tuple[int, ...]) -> Float[Array, " 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)[np.asarray(frequencies) > 0]])
 
 
-def value(task: FourierTask, x: Number) -> Number:
+def function_value(task: FourierTask, x: Number) -> Number:
     """Computes the value f(x) of a task's function."""
     angles = 2 * np.pi * jnp.arange(task.cosine.shape[0]) * x
     return jnp.sum(task.cosine * jnp.cos(angles) + task.sine * jnp.sin(angles), keepdims=True)

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from metadyn import prng
-from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet, kept
+from metadyn.base import STRENGTH, Key, Modes, Probe, Regression, TaskSet, cached_concrete
 from metadyn.errors import check, check_choice, check_positive
 from metadyn.kernels import products
 
@@ -196,7 +196,7 @@ class LinearRegression(Regression):
 
     # The probe.
 
-    @kept
+    @cached_concrete
     def probe(self, points: int = 32, seed: int = 0) -> Probe:
         """Makes the probe that reads the effective spectrum from input-output pairs alone.
 
@@ -231,7 +231,7 @@ class LinearRegression(Regression):
         extras: dict[str, tuple[str, ...]] = {"off_diagonal": (), "unexplained": ()}
         return Probe(inputs[:, :-1], read, _modes(self.spectrum()), extras)
 
-    @kept
+    @cached_concrete
     def answers(self, points: int = 32) -> Probe:
         """Makes the probe that records the answers at the inputs of `probe`, to compare to Bayes'.
 

@@ -23,8 +23,11 @@ from jaxtyping import Array, Float
 from metadyn import mesh
 
 # LEAST is the shortest side that Triton takes in a product, TILE the hidden units in a tile.
-GATES, LEAST, TILE, WARPS = 4, 16, 64, 4
-FEW, MANY = 32, 64  # episodes per block: like TILE and WARPS our choice, fast on an H100
+GATES, MIN_SIDE, TILE, WARPS = 4, 16, 64, 4
+SMALL_BLOCK, LARGE_BLOCK = (
+    32,
+    64,
+)  # episodes per block: like TILE and WARPS our choice, fast on an H100
 
 
 def fits(hidden: int, inputs: int) -> bool:
@@ -32,11 +35,11 @@ def fits(hidden: int, inputs: int) -> bool:
 
     There are for 16, 32 or a multiple of 64 units, and up to 63 inputs: with the bias, one tile.
     """
-    tileable = hidden in (LEAST, 2 * LEAST) or (hidden > 0 and hidden % TILE == 0)
+    tileable = hidden in (MIN_SIDE, 2 * MIN_SIDE) or (hidden > 0 and hidden % TILE == 0)
     return tileable and inputs < TILE
 
 
-def exact(interpret: bool) -> Algorithm | None:
+def product_algorithm(interpret: bool) -> Algorithm | None:
     """Returns the algorithm of products if `jax.default_matmul_precision` asks for float32.
 
     It makes three products in TensorFloat32, of the leading and the trailing bits of the factors:
@@ -165,7 +168,9 @@ def _call(kernel, episodes: int, inputs, weights, outputs, interpret: bool):
 
     part = lambda shape: pl.BlockSpec((*shape[:-1], episodes), lambda b: (*[0] * len(shape[1:]), b))
     whole = lambda shape: pl.BlockSpec(shape, lambda b: (0,) * len(shape))
-    dot = partial(jnp.dot, precision=exact(interpret), preferred_element_type=jnp.float32)
+    dot = partial(
+        jnp.dot, precision=product_algorithm(interpret), preferred_element_type=jnp.float32
+    )
     wait = (lambda: None) if interpret else triton.debug_barrier
     return pl.pallas_call(
         partial(kernel, dot=dot, wait=wait),
@@ -197,8 +202,10 @@ def lstm(
 
 def _forward(w_x, w_h, bias, inputs, interpret):
     (T, n, B), H = inputs.shape, w_h.shape[1]
-    K = max(LEAST, pl.next_power_of_2(n + 1))
-    episodes = FEW if exact(interpret) else MANY  # three products take more registers than one
+    K = max(MIN_SIDE, pl.next_power_of_2(n + 1))
+    episodes = (
+        SMALL_BLOCK if product_algorithm(interpret) else LARGE_BLOCK
+    )  # three products take more registers than one
     padded = -(-B // episodes) * episodes  # B, rounded up to whole blocks
     ones = jnp.ones((T, 1, B), jnp.float32)
     # The bias is the weight of an input that is 1. Triton needs widths that are powers of two.
@@ -215,19 +222,19 @@ def _backward(interpret, residuals, dh):
     (T, H, padded), B, n = h.shape, dh.shape[-1], w_x.shape[1]
     dh = jnp.pad(dh, ((0, 0), (0, 0), (0, padded - B)))
     transposed, shapes = w_h.reshape(GATES, H, H).transpose(0, 2, 1), [gates.shape, c.shape[1:]]
-    dz, _ = _call(_backward_kernel, FEW, [c, gates, dh], [transposed], shapes, interpret)
-    dz, precision = dz.reshape(T, GATES * H, padded), exact(interpret)
-    d_x, d_h = summed(dz, x, precision), summed(dz, before(h), precision)
+    dz, _ = _call(_backward_kernel, SMALL_BLOCK, [c, gates, dh], [transposed], shapes, interpret)
+    dz, precision = dz.reshape(T, GATES * H, padded), product_algorithm(interpret)
+    d_x, d_h = weight_gradient(dz, x, precision), weight_gradient(dz, previous_states(h), precision)
     dx = jnp.einsum("zn,tzb->tnb", w_x, dz[..., :B], precision=precision)
     return d_x[:, :n], d_h, d_x[:, n], dx
 
 
-def before(h: Float[Array, "T H B"]) -> Float[Array, "T H B"]:
+def previous_states(h: Float[Array, "T H B"]) -> Float[Array, "T H B"]:
     """Returns the states before each step, h_0 … h_{T−1}."""
     return jnp.concatenate([jnp.zeros_like(h[:1]), h[:-1]])
 
 
-def summed(
+def weight_gradient(
     dz: Float[Array, "T Z B"], seen: Float[Array, "T s B"], precision: Any = None
 ) -> Float[Array, "Z s"]:
     """Returns the gradient by the weights that multiply `seen`, Σ_t dz_t seen_tᵀ.

@@ -17,7 +17,7 @@ from metadyn.errors import check, check_choice
 from metadyn.kernels import fused
 
 Backend = Literal["auto", "scan", "backward", "fused"]
-WIDE = 128
+MAX_FUSED_UNITS = 128
 """Most hidden units for which `auto` takes `fused`: our choice. With more of them, the blocks of a
 batch of a thousand episodes are too few to keep a GPU busy."""
 
@@ -30,7 +30,7 @@ class LSTMWeights(NamedTuple):
     bias: Float[Array, " Z"]
 
 
-def apply(matrix: Float[Array, "m n"], columns: Float[Array, " n *B"]) -> Float[Array, " m *B"]:
+def multiply(matrix: Float[Array, "m n"], columns: Float[Array, " n *B"]) -> Float[Array, " m *B"]:
     """Multiplies a matrix by columns, or by a single column.
 
     A single column is the left factor. When it is mapped over episodes, the product then has its
@@ -50,7 +50,7 @@ def cell(
     The products with x and h are separate, so that many queries to one state share that with h.
     """
     bias = weights.bias.reshape(-1, *[1] * (x.ndim - 1))
-    return _activate(apply(weights.input, x) + apply(weights.recurrent, h) + bias, c)
+    return _activate(multiply(weights.input, x) + multiply(weights.recurrent, h) + bias, c)
 
 
 def _activate(z: Float[Array, " Z *B"], c: Float[Array, " H *B"]):
@@ -81,7 +81,7 @@ def lstm(
     """
     H, n = weights.recurrent.shape[1], inputs.shape[1]
     if backend == "auto":
-        backend = "fused" if H <= WIDE and has_fused(H, n) else "backward"
+        backend = "fused" if H <= MAX_FUSED_UNITS and has_fused(H, n) else "backward"
     check_backend(backend, H, n)
     if backend == "fused":
         return fused.lstm(weights.input, weights.recurrent, weights.bias, inputs)
@@ -172,7 +172,7 @@ def _lstm_backward(residuals, dh_out):
 
     _, dz = jax.lax.scan(step, start, (dh_out, derivatives), reverse=True)
     x = jnp.concatenate([inputs, jnp.ones_like(inputs[:, :1])], 1)  # the last row is for the bias
-    by_x, by_h = fused.summed(dz, x), fused.summed(dz, fused.before(h))
+    by_x, by_h = fused.weight_gradient(dz, x), fused.weight_gradient(dz, fused.previous_states(h))
     dx = jnp.einsum("zn,tzb->tnb", weights.input, dz)
     return LSTMWeights(by_x[:, :-1], by_h, by_x[:, -1]), dx
 

@@ -22,7 +22,12 @@ from metadyn.base import (
 )
 from metadyn.errors import check, check_positive
 from metadyn.kernels import products
-from metadyn.learners.residual_blocks import HeadedConfig, by_token, joined, queries_keys_values
+from metadyn.learners.residual_blocks import (
+    HeadedConfig,
+    by_token,
+    merge_heads,
+    queries_keys_values,
+)
 
 Cache = tuple[Float[Array, "room heads d"], Float[Array, "room heads d"], Int[Array, ""]]
 Sums = tuple[Float[Array, "heads d d"], Int[Array, ""]]
@@ -50,7 +55,7 @@ class SoftmaxAttention(nnx.Module):
         scores = products.similarities(query, key) / jnp.sqrt(self.d)
         past = jnp.tril(jnp.ones((T, T), bool))
         weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
-        return by_token(self.out, joined(products.times(weights, value)))
+        return by_token(self.out, merge_heads(products.times(weights, value)))
 
     def start(self, steps: int) -> Cache:
         """Returns an empty cache with room for `steps` tokens."""
@@ -97,7 +102,7 @@ class LinearAttention(nnx.Module):
         query, key, value = (a.swapaxes(-2, -3) for a in self._projected(x))
         scores = jnp.tril(products.similarities(query, key))
         mixed = products.times(scores, value) / jnp.arange(1, x.shape[-2] + 1)[:, None]
-        return by_token(self.out, joined(mixed))
+        return by_token(self.out, merge_heads(mixed))
 
     def start(self, steps: int) -> Sums:
         """Returns the empty memory: a sum of zero over zero tokens."""

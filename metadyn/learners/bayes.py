@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import Learner, Query, kept
+from metadyn.base import Learner, Query, cached_concrete
 from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.fourier import FourierRegression, fourier_features
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check, check_choice
 
 BanditPolicy = Literal["greedy", "thompson"]
-MOST_PERMUTATIONS = 5040  # 7!, those of 7 contexts and 7 actions: our choice
+MAX_PERMUTATIONS = 5040  # 7!, those of 7 contexts and 7 actions: our choice
 TIE = 1e-4  # log-posteriors closer than this count as equal: float32 rounds over an episode
 
 
@@ -92,13 +92,13 @@ def gaussian_fourier(
     return Gaussian(prior, noise, lambda x: fourier_features(x, support), jnp.eye(1))
 
 
-@kept
+@cached_concrete
 def bayes_linear(domain: LinearRegression) -> Learner:
     """Makes exact Bayes, answering E[W] x for the domain's own prior MN(M, R, C) and noise σ²."""
     return _learner(gaussian_linear(domain))
 
 
-@kept
+@cached_concrete
 def bayes_fourier(domain: FourierRegression) -> Learner:
     """Makes exact Bayes, which answers E[f(x)] by regression on the Fourier features of the prior.
 
@@ -115,7 +115,7 @@ def _learner(model: Gaussian) -> Learner:
     return Learner(lambda key: prior, predict, update)
 
 
-@kept
+@cached_concrete
 def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> Learner:
     """Makes a learner that keeps the exact posterior over a* and answers with a policy based on it.
 
@@ -136,8 +136,8 @@ def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> L
     K, n = domain.contexts, domain.actions
     if domain.permutation:
         count = math.perm(n, K)
-        hint = f"{count} permutations are too many to enumerate: at most {MOST_PERMUTATIONS}"
-        check(count <= MOST_PERMUTATIONS, "actions", n, hint)
+        hint = f"{count} permutations are too many to enumerate: at most {MAX_PERMUTATIONS}"
+        check(count <= MAX_PERMUTATIONS, "actions", n, hint)
         assignments = jnp.asarray(list(itertools.permutations(range(n), K)), jnp.int32)
         prior = jnp.zeros(len(assignments))
     else:
@@ -168,7 +168,7 @@ def bayes_bandit(domain: ContextualBandit, policy: BanditPolicy = "greedy") -> L
     return Learner(lambda key: prior, predict, update)
 
 
-@kept
+@cached_concrete
 def ridge(n_x: int, n_y: int, penalty: float) -> Learner:
     """Makes online ridge regression: W minimises Σ ‖y − W x‖² + penalty ‖W‖² over the pairs so far.
 

@@ -102,12 +102,12 @@ def bandit_beliefs(domain: ContextualBandit) -> Beliefs:
     return Beliefs(bayes_bandit(domain), read, distance)
 
 
-def whole(carry: Carry) -> Float[Array, " D"]:
+def flat_carry(carry: Carry) -> Float[Array, " D"]:
     """Flattens the carry of a recurrent cell, such as (h, c) of an LSTM, into one vector."""
     return ravel_pytree(carry)[0]
 
 
-def mean_values(carry: Carry) -> Float[Array, " D"]:
+def mean_cached_values(carry: Carry) -> Float[Array, " D"]:
     """Returns the means over tokens of the values in a transformer's cache, layer after layer.
 
     The cache itself grows with the episode. Uniform attention would read these means out of it.
@@ -117,12 +117,12 @@ def mean_values(carry: Carry) -> Float[Array, " D"]:
     return jnp.concatenate(means)
 
 
-class Both(NamedTuple):
+class PairState(NamedTuple):
     """The states of a network and of Bayes within one episode."""
 
     network: State
     bayes: State
-    said: Mapping[str, Array]
+    record: Mapping[str, Array]
     """Record of the last update; zeros before the first."""
 
 
@@ -141,7 +141,7 @@ class Beside:
         meta: MetaLearner,
         domain: Domain,
         beliefs: Beliefs,
-        read: Callable[[Carry], Float[Array, " D"]] = whole,
+        read: Callable[[Carry], Float[Array, " D"]] = flat_carry,
     ):
         self.meta, self.domain, self.beliefs, self.read = meta, domain, beliefs, read
         self.heads, self.cached_episodes = meta.heads, mesh.cached_episodes(meta)
@@ -156,25 +156,25 @@ class Beside:
             readings = {**self.beliefs.read(belief), "state": self.read(carry)}
             return readings | {"query": query, "distance": distance}
 
-        def init(key: Key) -> Both:
+        def init(key: Key) -> PairState:
             state, belief = network.init(key), bayes.init(key)
             query = jnp.zeros(encoded_shapes(domain)[0])
             first = record(belief, state.carry, query, jnp.zeros(()))
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
-            return Both(state, belief, zeros)
+            return PairState(state, belief, zeros)
 
-        def predict(state: Both, query: Query) -> Answer:
+        def predict(state: PairState, query: Query) -> Answer:
             return network.predict(state.network, query)
 
-        def update(state: Both, query: Query, feedback: Feedback) -> Both:
+        def update(state: PairState, query: Query, feedback: Feedback) -> PairState:
             answer, best = predict(state, query), bayes.predict(state.bayes, query)
             after = network.update(state.network, query, feedback)
             distance = self.beliefs.distance(answer, best)
             latest = record(state.bayes, after.carry, domain.encode_query(query), distance)
-            return Both(after, bayes.update(state.bayes, query, feedback), latest)
+            return PairState(after, bayes.update(state.bayes, query, feedback), latest)
 
-        def diagnose(state: Both) -> Mapping[str, Array]:
-            return {**state.said, "state": state.said["state"].astype(jnp.float16)}
+        def diagnose(state: PairState) -> Mapping[str, Array]:
+            return {**state.record, "state": state.record["state"].astype(jnp.float16)}
 
         return Learner(init, predict, update, diagnose=diagnose)
 
@@ -183,16 +183,16 @@ SOURCES = ("none", "own", "other", "fresh", "bayes")
 """Origins of the states whose losses `implanted` records: of the network, its copies, and Bayes."""
 
 
-class Operated(NamedTuple):
+class ImplantedState(NamedTuple):
     """The states of a network left alone beside Bayes, and of copies whose carries are replaced."""
 
-    alone: Both
+    alone: PairState
     copies: State
     """Stacked states of three copies of the network: "own", "other" and "fresh"."""
     time: Int[Array, ""]
     donor: Int[Array, ""]
     """Index of the episode, among those of the fit, whose posterior "other" gets."""
-    said: Mapping[str, Array]
+    record: Mapping[str, Array]
 
 
 def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
@@ -224,10 +224,10 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
         network, bayes = beside.meta.learner(params), beliefs.learner
         fresh, unflatten = ravel_pytree(learner.init(jax.random.key(0)).network.carry)
         keys = jax.random.split(jax.random.key(0), episodes)
-        donors = jax.vmap(partial(_told, domain, at, learner))(keys)
+        donors = jax.vmap(partial(_record_at, domain, at, learner))(keys)
         predict_carry = _ridge(_features(donors), donors["state"])
 
-        def init(key: Key) -> Operated:
+        def init(key: Key) -> ImplantedState:
             alone = learner.init(key)
             copies = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), alone.network)
             donor = jax.random.randint(key, (), 0, episodes)
@@ -237,12 +237,12 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
                 "shift": jnp.zeros(3),
                 "size": jnp.zeros(()),
             }
-            return Operated(alone, copies, jnp.int32(0), donor, zeros)
+            return ImplantedState(alone, copies, jnp.int32(0), donor, zeros)
 
-        def predict(state: Operated, query: Query) -> Answer:
+        def predict(state: ImplantedState, query: Query) -> Answer:
             return learner.predict(state.alone, query)
 
-        def update(state: Operated, query: Query, feedback: Feedback) -> Operated:
+        def update(state: ImplantedState, query: Query, feedback: Feedback) -> ImplantedState:
             answer, best = predict(state, query), bayes.predict(state.alone.bayes, query)
             answers = jax.vmap(network.predict, (0, None))(state.copies, query)
             all_answers = jnp.concatenate([answer[None], answers, best[None]])
@@ -257,30 +257,30 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
             donor = jax.tree.map(lambda leaf: leaf[state.donor], donors)
             own, other = (
                 unflatten(predict_carry(_features(record)))
-                for record in (alone.said, {**donor, "query": alone.said["query"]})
+                for record in (alone.record, {**donor, "query": alone.record["query"]})
             )
             new = jax.tree.map(lambda *leaves: jnp.stack(leaves), own, other, unflatten(fresh))
             replace = lambda new, old: jnp.where(state.time + 1 == at, new, old)
             copies = copies._replace(carry=jax.tree.map(replace, new, copies.carry))
-            return Operated(alone, copies, state.time + 1, state.donor, latest)
+            return ImplantedState(alone, copies, state.time + 1, state.donor, latest)
 
-        return Learner(init, predict, update, diagnose=lambda state: state.said)
+        return Learner(init, predict, update, diagnose=lambda state: state.record)
 
     return Derived(beside, make)
 
 
-def _told(domain: Domain, at: int, learner: Learner, key: Key) -> Mapping[str, Array]:
+def _record_at(domain: Domain, at: int, learner: Learner, key: Key) -> Mapping[str, Array]:
     """Returns the record at time `at` of an episode of training."""
     key_task, key_init, key_steps = jax.random.split(key, 3)
     task = domain.sample_task(key_task)
 
-    def step(state: Both, key: Key) -> tuple[Both, None]:
+    def step(state: PairState, key: Key) -> tuple[PairState, None]:
         answer, keys = partial(learner.predict, state), jax.random.split(key)
         query, _, feedback = inner.interact(domain, task, answer, keys)
         return learner.update(state, query, feedback), None
 
     keys = jax.random.split(key_steps, at)
-    return jax.lax.scan(step, learner.init(key_init), keys)[0].said
+    return jax.lax.scan(step, learner.init(key_init), keys)[0].record
 
 
 def _features(record: Mapping[str, Array]) -> Float[Array, "*episodes p"]:

@@ -10,10 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from metadyn.kernels import products
-from metadyn.learners.residual_blocks import HeadedConfig, by_token, joined, queries_keys_values
+from metadyn.learners.residual_blocks import (
+    HeadedConfig,
+    by_token,
+    merge_heads,
+    queries_keys_values,
+)
 
 FastWeights = Float[Array, "*B heads d d"]
-TOGETHER = 64
+CHUNK = 64
 """Number of tokens whose corrections are solved for at once: our choice."""
 
 
@@ -36,13 +41,13 @@ class DeltaRule(nnx.Module):
         return _unit(query), _unit(key), value, jax.nn.sigmoid(by_token(self.rate, x))[..., None]
 
     def __call__(self, x: Float[Array, "*B T H"]) -> Float[Array, "*B T H"]:
-        """Returns the outputs at all tokens of whole episodes, `TOGETHER` tokens at a time.
+        """Returns the outputs at all tokens of whole episodes, `CHUNK` tokens at a time.
 
         Yang et al.: the corrections e_t = β_t (v_t − S_{t−1} k_t) of several tokens, each of which
         depends on those before it, solve a triangular system. All else is matrix products.
         """
         T = x.shape[-2]
-        size = min(T, TOGETHER)
+        size = min(T, CHUNK)
 
         def split(a: Float[Array, "*B T heads n"]) -> Float[Array, "part *B heads size n"]:
             padding = [(0, -T % size), (0, 0), (0, 0)]  # with β = 0, so that it corrects nothing
@@ -55,7 +60,7 @@ class DeltaRule(nnx.Module):
         outputs = [first]
         if size < T:
             outputs.extend(jax.lax.scan(_correct_part, memory, [array[1:] for array in tokens])[1])
-        return by_token(self.out, joined(jnp.concatenate(outputs, axis=-2)[..., :T, :]))
+        return by_token(self.out, merge_heads(jnp.concatenate(outputs, axis=-2)[..., :T, :]))
 
     def start(self, steps: int) -> FastWeights:
         """Returns the initial fast weights, zero."""

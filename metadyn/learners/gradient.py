@@ -45,7 +45,7 @@ class DescentConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate", "batch", "records")
-        most, updates = inner.MOST_TIMES, self.updates
+        most, updates = inner.MAX_TIMES, self.updates
         check(self.records <= most, "records", self.records, f"must be at most {most:,}")
         check(0 <= updates < 2**31, "updates", updates, f"must be from 0 to below {2**31}")
         named_optimizer(self.optimizer, self.learning_rate)

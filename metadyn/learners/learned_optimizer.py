@@ -54,7 +54,7 @@ class LearnedOptimizer(InnerDescent):
         zeros = jax.tree.map(jnp.zeros_like, weights)
         return Descent(weights, ((zeros,) * len(DECAYS), jnp.int32(0)))
 
-    def stepped(
+    def inner_step(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
         """Returns the network after the MLP has updated every weight."""

@@ -75,7 +75,7 @@ class InnerDescent:
         """Returns the network at the beginning of an episode."""
         raise NotImplementedError
 
-    def stepped(
+    def inner_step(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
         """Returns the network after inner step k, from 0, of those that follow an observation."""
@@ -141,7 +141,7 @@ class InnerDescent:
 
         def step(descent, k):
             gradient = clipped(jax.grad(loss)(descent.weights), self.config.clip)
-            return self.stepped(params, k, descent, gradient), None
+            return self.inner_step(params, k, descent, gradient), None
 
         return jax.lax.scan(step, descent, jnp.arange(self.config.inner_steps))[0]
 
@@ -175,7 +175,7 @@ class MAML(InnerDescent):
         """Returns the learned start."""
         return Descent(params["start"])
 
-    def stepped(
+    def inner_step(
         self, params: Params, k: Int[Array, ""], descent: Descent, gradient: Weights
     ) -> Descent:
         """Returns the network with each layer moved down its gradient, at its own rate."""

@@ -30,7 +30,7 @@ from metadyn.base import (
     encoded_shapes,
 )
 from metadyn.errors import check, check_positive
-from metadyn.kernels.lstm import apply
+from metadyn.kernels.lstm import multiply
 
 Carry = Any  # the state of a recurrent cell or the cache of a sequence model
 
@@ -82,7 +82,7 @@ class _Readout(nnx.Module):
         return jax.vmap(self._read)(readouts, hidden)
 
     def _read(self, readout: Array, hidden: Array) -> Array:
-        return apply(readout, hidden) + self.offset[...].reshape(-1, *[1] * (hidden.ndim - 1))
+        return multiply(readout, hidden) + self.offset[...].reshape(-1, *[1] * (hidden.ndim - 1))
 
 
 class _NetworkMetaLearner:
@@ -215,7 +215,7 @@ class Sequence(_NetworkMetaLearner):
     @property
     def cached_episodes(self) -> int:
         """Number of episodes whose backward pass, 8 arrays [T, F] each, fits a CPU core's cache."""
-        return max(mesh.CACHE // (8 * 4 * self.domain.steps * self._features), 1)
+        return max(mesh.CPU_CACHE_BYTES // (8 * 4 * self.domain.steps * self._features), 1)
 
     def _start(self, body: Any) -> Carry:
         return body.start(self.domain.steps + 1)

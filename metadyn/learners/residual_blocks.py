@@ -78,7 +78,7 @@ def queries_keys_values(
     return [a.reshape(*x.shape[:-1], heads, -1) for a in projections]
 
 
-def joined(x: Float[Array, "*B heads T d"]) -> Float[Array, "*B T H"]:
+def merge_heads(x: Float[Array, "*B heads T d"]) -> Float[Array, "*B T H"]:
     """Concatenates the outputs of all heads into one token."""
     x = x.swapaxes(-2, -3)
     return x.reshape(*x.shape[:-2], -1)
