@@ -1,5 +1,5 @@
-# metadyn with JAX for CUDA (the driver comes from the host: docker run --gpus all), or by
-# --build-arg EXTRA=tpu for TPUs. experiments/launch/ says how several of it make one run.
+# metadyn with JAX for CUDA (the host provides the driver: docker run --gpus all), or for TPUs with
+# --build-arg EXTRA=tpu. experiments/launch/ explains how several containers make one run.
 FROM python:3.12-slim
 WORKDIR /metadyn
 ARG EXTRA=cuda

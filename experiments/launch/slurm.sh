@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sbatch experiments/launch/slurm.sh linear_regression --preset paper --out runs/paper
-# is `metadyn run` with these arguments on two nodes of eight GPUs, one process a GPU.
+# runs `metadyn run` with these arguments on two nodes with eight GPUs each, one process per GPU.
 #SBATCH --job-name=metadyn
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -11,10 +11,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# From 22.05 on srun does not take a task's cores from sbatch.
+# Since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 metadyn run "$@"
 code=$?
-# Interrupted, or a process was lost: the same job goes on from the last checkpoint.
+# If it was interrupted, or lost a process, the same job continues from the last checkpoint.
 if [ "$code" -ge 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

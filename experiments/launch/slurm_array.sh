@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sbatch experiments/launch/slurm_array.sh linear_regression --domain.sigma 0.1 0.3 --lstm.hidden 32 64 --out runs/noise
-# is `metadyn sweep` with these arguments in four parts, each a job of one GPU; in N by --array=1-N.
+# runs `metadyn sweep` with these arguments in four parts, each a job with one GPU. --array=1-N makes N parts.
 #SBATCH --job-name=metadyn
 #SBATCH --array=1-4
 #SBATCH --nodes=1
@@ -15,7 +15,7 @@
 part=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" metadyn sweep "$@" --part "$part"
 code=$?
-# Interrupted or killed: this part goes on from its last checkpoint.
+# If it was interrupted or killed, this part continues from its last checkpoint.
 if [ "$code" -ge 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
