@@ -93,7 +93,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     done = end(run)
     assert time.monotonic() - began < 10
     assert [each.code for each in done] == [130, 130], done
-    assert all("the same command goes on" in each.err for each in done)
+    assert all("run the same command again" in each.err for each in done)
     assert "metadyn" not in done[1].out
 
     before = newest(out)

@@ -151,12 +151,12 @@ def test_a_figure_of_every_run_that_cannot_be_drawn_is_found_before(tmp_path, mo
 def test_what_cannot_fit_into_the_memory_is_refused_in_a_notebook_too(monkeypatch):
     domain = Config().domain
     learners = {"bayes": bayes_linear(domain)}
-    said = r"tasks = 2000000000: what bayes does on them would take [\d,.]+ GiB of the"
+    said = r"tasks = 2000000000: the readings of bayes would take [\d,.]+ GiB, more than the"
     with pytest.raises(ConfigError, match=said):
         md.measure(domain, learners, tasks=2_000_000_000, points=6, progress=False)
     monkeypatch.setattr(mesh, "memory", lambda split: 1000)
     meta = LSTMConfig(hidden=4).make(domain)
-    with pytest.raises(ConfigError, match="seeds = 3: their weights and what trains them would"):
+    with pytest.raises(ConfigError, match="seeds = 3: their weights, gradients and moments would"):
         md.train(meta, domain, steps=2, seeds=3, progress=False)
 
 
@@ -192,7 +192,7 @@ def test_a_learner_whose_loss_is_not_finite_is_named(tmp_path):
 def test_sets_are_not_called_as_those_of_checkpoints(tmp_path, monkeypatch):
     rename = lambda sets: [dataclasses.replace(sets[0], name="heldout_x"), *sets[1:]]
     study = dataclasses.replace(STUDY, plan=changed(sets=rename))
-    says = "set of tasks = 'heldout_x': sets measured at every checkpoint are called so"
+    says = "set of tasks = 'heldout_x': this name is reserved for sets measured"
     assert says in refused(study, tmp_path / "r", monkeypatch)
 
 
@@ -388,8 +388,8 @@ def late(config, results):
 @pytest.mark.parametrize(
     ("criteria", "says"),
     [
-        (unknown_learner, "'nobody' on 'in_distribution' is not among what is measured"),
-        (unknown_set, "'lstm' on 'x5' is not among what is measured"),
+        (unknown_learner, "'nobody' on 'in_distribution' is not measured in this run"),
+        (unknown_set, "'lstm' on 'x5' is not measured in this run"),
         (unknown_reading, "saturated_gates"),
         (late, "ValueError: of two lines"),
         (twice, "criterion = 'loss': two have this name"),
@@ -425,7 +425,7 @@ def test_a_figure_that_fails_as_it_is_rendered(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("draw", "says"),
     [
-        (lambda results: None, "figure = 'NoneType': must be matplotlib's"),
+        (lambda results: None, "figure = 'NoneType': must be a `Figure`"),
         (lambda results: figure(results).axes[0], "figure = 'Axes'"),
         (lambda results: figure(results).suptitle(r"$\foo$").figure, "Unknown symbol"),
     ],
@@ -455,8 +455,8 @@ def with_learner(**functions):
     [
         ({"init": lambda: 0}, "takes 0 positional arguments but 1 was given"),
         ({"predict": lambda s, x: x if x[0] > 0 else -x}, "TracerBoolConversionError"),
-        ({"update": lambda s, x, y: None}, "update = PyTreeDef(None): must give a state as init"),
-        ({"update": lambda s, x, y: jnp.zeros(4)}, "update = ((4,), 'float32'): must give a state"),
+        ({"update": lambda s, x, y: None}, "update = PyTreeDef(None): must keep the str"),
+        ({"update": lambda s, x, y: jnp.zeros(4)}, "update = ((4,), 'float32'): must keep init's"),
         ({"init": lambda key: jnp.zeros(3, int), "update": lambda s, x, y: s + 0.1}, "'int32'"),
         ({"diagnose": lambda s: {"mode_strength": s.sum()}}, "this name is taken"),
         ({"diagnose": lambda s: {"unexplained": s.sum()}}, "this name is taken"),
@@ -545,7 +545,7 @@ def failing_objective(domain, meta):
         (without_metrics, "TypeError"),
         (of_several_numbers, "loss = 'of shape (2,)': must be one number"),
         (of_whole_numbers, "solved = 'of type bool': must be a floating-point number"),
-        (of_other_metrics_later, "metrics = ['loss: float32']: at an outer step they must be []"),
+        (of_other_metrics_later, "['loss: float32']: must be the same at every outer step, []"),
         (of_several_numbers_later, "loss = 'of shape (2,)': must be one number"),
         (that_branches_on_the_step, "TracerBoolConversionError"),
         (failing_objective, "KeyError"),
@@ -618,7 +618,7 @@ def failing_criteria(config, results):
     ("broken", "says"),
     [
         ({"figures": {"own": failing}}, "figure 'own' cannot be drawn (FileNotFoundError: "),
-        ({"criteria": failing_criteria}, "its criteria cannot be had (FileNotFoundError: "),
+        ({"criteria": failing_criteria}, "its criteria cannot be computed (FileNotFoundError: "),
     ],
 )
 def test_what_a_study_itself_gets_wrong_is_named_and_the_measurements_are_kept(broken, says, done):
@@ -674,8 +674,8 @@ def reading(task_set, wrong):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (one_too_many, "must give 'strength' of shape (2,)"),
-        (without_strength, "must give 'strength' of shape (2,)"),
+        (one_too_many, "must return 'strength' of shape (2,)"),
+        (without_strength, "must return 'strength' of shape (2,)"),
         (with_more, "norm"),
         (raising, "no_such_thing"),
     ],

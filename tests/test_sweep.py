@@ -350,8 +350,8 @@ def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, caps
     assert metadyn_sweep(out, *wild, "--part", "2/2") == 0
     assert not (out / "summary.json").exists()
     said = capsys.readouterr().out
-    assert "this is part 2 of 2, with 2 of them" in said
-    assert "figures: drawn by the part that ends last" in said
+    assert "part 2 of 2 runs 2 of these settings" in said
+    assert "figures and page: made by the part that ends last" in said
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
     said = capsys.readouterr().out
     assert "--outer.learning-rate 1e30: the loss of lstm is no longer finite at outer step" in said
@@ -465,7 +465,7 @@ def test_settings_that_do_not_fit_into_the_memory_at_once_are_refused(
     assert metadyn_sweep(tmp_path / "out", "--domain.sigma", "0.1", "0.3") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--part: an outer step of lstm for 2 settings at once would take 1,073,741,824.0" in said
-    assert said.endswith("divide them into more parts, in another DIR")
+    assert said.endswith("use more parts, in another DIR")
     assert metadyn_sweep(tmp_path / "one", "--domain.sigma", "0.1") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--outer.batch 8: an outer step of lstm would take" in said
@@ -503,7 +503,7 @@ def test_ranges_and_rows_of_values():
     assert drawn != sweep.settings(options, "random", usual, 400, 1)
     zipped = sweep.settings(options, "zip", usual, 0, 0)
     assert zipped == [("1e-3", "2", "x"), ("1e-1", "64", "x")]
-    with pytest.raises(ConfigError, match="give as many values"):
+    with pytest.raises(ConfigError, match="give each the same number"):
         sweep.settings(options | {"--c": ["x", "y", "z"]}, "zip", usual, 0, 0)
 
 
