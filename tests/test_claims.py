@@ -166,7 +166,7 @@ def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):
     for run, says in (
         (unfinished, "is not done"),
         (tmp_path, "holds no run"),
-        (overridden, "overrides the preset 'quick'"),
+        (overridden, "differs from preset 'quick'"),
     ):
         assert main(["claims", str(folder), str(run)]) == 2
         assert says in capsys.readouterr().err

@@ -300,7 +300,7 @@ TYPO = "import metadyn\nstudy = metadyn.load_study('linear_regresion')\n"
         (["run", STUDY, "--outer.warmup", "10000000"], "--outer.warmup 10000000: must be from 0"),
         (["run", STUDY, "--lstm.backend", "abacus"], "abacus"),
         (["run", STUDY, "--sgd.depth", "0"], "--sgd.depth 0: must be positive"),
-        (["run", STUDY, "--sgd.depth", "3"], "--sgd.updates 0: how many the least mode needs"),
+        (["run", STUDY, "--sgd.depth", "3"], "--sgd.updates 0: give a number: the default"),
         (["run", STUDY, "--measure.probe-points", "3"], "--measure.probe-points 3: must be"),
         (["run", STUDY, "--domain.row-covariance", "1 2 2 1"], "give rows such as"),
         (["run", STUDY, "--domain.mean", "[[1,0]]"], "--domain.mean [[1,0]]: give"),

@@ -44,7 +44,7 @@ def test_processes_of_unlike_devices_are_refused(tmp_path):
     unlike += "from metadyn.cli import console; console()"
     done = end(begin([sys.executable, "-c", unlike, "run", STUDY, "--out", str(tmp_path / "r")], 2))
     assert [each.code for each in done] == [2, 2], done
-    assert "devices by process = {0: 1, 1: 2}: must be as many" in done[0].err
+    assert "devices by process = {0: 1, 1: 2}: must be equally many" in done[0].err
     assert not (tmp_path / "r").exists()
 
 
