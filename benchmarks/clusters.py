@@ -32,7 +32,7 @@ SWEEP += ["--outer.learning-rate", "1e-3", "3e-3", "--domain.sigma", "0.1", "0.3
 PART = ["--cpus-per-task=1"]
 TWO_TASKS = [*PART, "--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2"]
 TWO_RANKS = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", "metadyn", "run"]
-STOPPED = "the same command goes on"
+STOPPED = "run the same command again"
 CONFIGURATION = """
 ClusterName=loopback
 SlurmctldHost=localhost

@@ -51,7 +51,7 @@ class Config(md.StudyConfig):
 
 def comparison(config: Config, name: str) -> md.Comparison:
     """Compares networks with Bayes in one domain, and copies with replaced recurrent states."""
-    errors.check(config.meta == Config.meta, "meta", config.meta, "all are trained: leave it out")
+    errors.check(config.meta == Config.meta, "meta", config.meta, "leave it out: all are trained")
     domain, linear, sizes = getattr(config, name), name == "linear", config.measure
     beliefs = (beside.linear_beliefs if linear else beside.bandit_beliefs)(domain)
     policy = lambda domain, wrapper: md.actor_critic(domain, wrapper.meta)  # leaves Bayes out
@@ -179,7 +179,7 @@ study = md.Study(
         "causal": causal,
     },
     section="ours",
-    closed="Bayes' state is written into each of them, in a way of its own",
+    closed="each needs its own way to have Bayes' state written into it",
     tables=[
         md.Table(
             "Amortised Bayes: R² of decoding and of simulation, and the causal test",

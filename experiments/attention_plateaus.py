@@ -118,7 +118,7 @@ class Config:
     def __post_init__(self) -> None:
         lam = self.variances
         valid = lam and [*lam] == sorted({*lam}, reverse=True) and lam[-1] > 0
-        hint = "give positive numbers that fall"
+        hint = "give positive numbers in decreasing order"
         check(valid and np.isfinite(lam[0]), "variances", lam, hint)
         check(self.steps >= 2, "steps", self.steps, "must be at least 2: a pair, and a query")
 

@@ -55,7 +55,7 @@ class Config(LearnersConfig, DomainsConfig):
         end, contexts = self.outer.steps, self.bandit.contexts
         for name, modes in (("nonlinear", len(self.nonlinear.support)), ("bandit", contexts)):
             field, steps = f"{name}_steps", getattr(self, f"{name}_steps")
-            check(len(steps) == modes, field, steps, f"give one for each of the {modes} modes")
+            check(len(steps) == modes, field, steps, f"give a step for each of the {modes} modes")
             check(list(steps) == sorted(steps) and steps[0] >= 0, field, steps, "must increase")
             hint = f"would never admit a mode: must be below outer.steps = {end}"
             check(steps[-1] < end, field, steps, hint)

@@ -74,7 +74,7 @@ class Config:
         check_positive(self.linear_descent, "updates")
         check_positive(self.nonlinear_descent, "updates")
         valid = all(0 <= a <= 1 for a in self.interpolations) and {0, 1} <= {*self.interpolations}
-        check(valid, "interpolations", self.interpolations, "from 0 to 1, with both of them")
+        check(valid, "interpolations", self.interpolations, "must be from 0 to 1, both included")
         valid = len(self.factors) > 0 and all(0 < f < float("inf") for f in self.factors)
         check(valid, "factors", self.factors, "must be positive and finite")
 

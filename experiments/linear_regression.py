@@ -67,7 +67,7 @@ def plan(config: Config) -> md.Plan:
     n_x, n_y, s = domain.n_x, domain.n_y, np.array(domain.spectrum())
     has_theory = sgd.depth == 2 and sgd.optimizer == "sgd"  # what Saxe's closed form assumes
 
-    hint = "how many the least mode needs is known of two layers and sgd alone: say how many"
+    hint = "give a number: the default is derived only for two layers and plain sgd"
     check(sgd.updates or has_theory, "sgd.updates", sgd.updates, hint)
 
     def descent(name, label, network, start, rate, **fields):

@@ -42,15 +42,15 @@ class Config(md.StudyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(min(self.pools, default=0) >= 1, "pools", self.pools, "name at least one, from 1 on")
+        check(min(self.pools, default=0) >= 1, "pools", self.pools, "give numbers of 1 or more")
         spectrum, default = self.nonlinear.spectrum, FourierRegression.spectrum
-        check(spectrum == default, "spectrum", spectrum, "leave out: bands are fixed")
+        check(spectrum == default, "spectrum", spectrum, "leave it out: bands are fixed")
 
 
 def pools(config: Config) -> md.Comparison:
     """Compares networks trained on fresh tasks and on pools with Bayes that knows each pool."""
     domain, sizes, plain = config.linear, config.measure, config.meta_learner(config.linear)
-    check(plain.objective is None, "meta", config.meta, "its objective is its own: choose another")
+    check(plain.objective is None, "meta", config.meta, "has its own objective: choose another")
     points, label = sizes.probe_points, getattr(config, config.meta).label
     probes = {STRENGTH: domain.answers(points)}
     fresh = md.TaskSet(FRESH, domain, Sampler(domain), probes=probes, kinds=("meta", "bayes"))

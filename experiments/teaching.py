@@ -190,7 +190,7 @@ study = md.Study(
     criteria,
     {"error": ERROR, "mode_strength_least": figures.strengths_on("least"), "communication": PROB},
     section="ours",
-    closed="what is taught is made through each of them; --learners chooses these",
+    closed="it makes examples through each; choose them by --learners",
     claims={
         "error": {
             "bayes_bayes_gain": "Examples along the singular vectors teach Bayes in fewer steps "

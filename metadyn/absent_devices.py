@@ -73,13 +73,13 @@ def find(name: str) -> TargetDevices:
     known = {f"{label}:{n}": (kind, n) for label, kind in KINDS.items() for n in kind.topologies}
     full_name = name if ":" in name else f"{name}:1"
     if full_name not in known:
-        raise ConfigError(f"--plan {name}: is not known: choose from {', '.join(known)}")
+        raise ConfigError(f"--plan {name}: is not a known device: choose from {', '.join(known)}")
     kind, n = known[full_name]
     try:
         devices = get_topology_desc(platform=kind.platform, **kind.topologies[n]).devices
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
-        hint = f"the compiler for {kind.platform} is not here: pip install -e '.[aot]' ({cause})"
+        hint = f"install the compiler for {kind.platform}: pip install -e '.[aot]' ({cause})"
         raise ConfigError(f"--plan {name}: {hint}") from error
     return TargetDevices(devices, kind.memory, kind.options)
 

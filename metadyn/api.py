@@ -76,7 +76,7 @@ def train(
     training = MetaTraining(meta, minimised)
     training.check_traced("a meta-learner on this domain", weight_shapes(meta.init))
     require_memory(
-        "their weights and what trains them", seeds * training_bytes(meta.init), "seeds", seeds
+        "their weights, gradients and moments", seeds * training_bytes(meta.init), "seeds", seeds
     )
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
     losses: dict[int, np.ndarray] = {}
@@ -94,7 +94,7 @@ def _check_domain(domain: Domain) -> None:
     check(valid, "domain", domain, hint)
     check(isinstance(domain, Hashable), "domain", domain, "must be hashable: freeze its dataclass")
     check(isinstance(domain.steps, Integral), "steps", domain.steps, "must be a whole number")
-    check(hasattr(domain, "loss_floor"), "domain", domain, "has no loss_floor: say it")
+    check(hasattr(domain, "loss_floor"), "domain", domain, "must have a loss_floor")
 
 
 def _check_trained(name: str, trained: Trained) -> None:
@@ -140,12 +140,13 @@ def measure(
     if not isinstance(tasks, TaskSet):
         hint = "must be a whole number, at least 1, or a set of tasks"
         check(positive(tasks), "tasks", tasks, hint)
-        with error_context("the domain's evaluation tasks cannot be had"):
+        with error_context("the domain's `evaluation` fails"):
             evaluation = domain.evaluation(points)
         tasks = dataclasses.replace(evaluation, size=tasks, updating_size=updating_tasks)
-    check(tasks.domain == domain, "domain", domain, "is not that of the set of tasks")
-    check(isinstance(learners, Mapping) and learners, "learners", learners, "give some, by name")
-    hint = "is not trained: give what `metadyn.train` returns, under a name"
+    check(tasks.domain == domain, "domain", domain, "must be the domain of `tasks`")
+    hint = "must map at least one name to a learner"
+    check(isinstance(learners, Mapping) and learners, "learners", learners, hint)
+    hint = "must be a `Learner`, or the result of `metadyn.train`"
     contenders: dict[str, tuple[Contender, Params]] = {}
     for name, learner in learners.items():
         if isinstance(learner, Contender):
@@ -166,7 +167,7 @@ def measure(
         needed_bytes = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
         size = tasks.size_for(contender.clock)
         field = "updating_tasks" if size < tasks.size else "tasks"
-        require_memory(f"what {contender.name} does on them", needed_bytes, field, size, split=True)
+        require_memory(f"the readings of {contender.name}", needed_bytes, field, size, split=True)
     parts = {}
     with Progress(Console() if progress else None).counting("measuring", len(contenders)) as show:
         for place, (name, (contender, params)) in enumerate(contenders.items()):

@@ -231,7 +231,7 @@ class Regression:
 
     def loss(self, answer: Float[Array, " n_y"], feedback: Float[Array, " n_y"]) -> Array:
         """Returns the mean squared error over outputs. Raises `ConfigError` if shapes differ."""
-        hint = f"an answer is of the feedback's shape, {jnp.shape(feedback)}"
+        hint = f"must have the feedback's shape, {jnp.shape(feedback)}"
         check(jnp.shape(answer) == jnp.shape(feedback), "answer", jnp.shape(answer), hint)
         return ((answer - feedback) ** 2).mean()
 

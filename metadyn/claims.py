@@ -34,10 +34,10 @@ def collect(folder: Path, runs: Sequence[str]) -> None:
         if run.summary() is None:
             raise ConfigError(f"{path}: the run is not done; run it to its end first")
         if study is None:
-            raise ConfigError(f"{path}: a run of a study that {folder} does not hold")
+            raise ConfigError(f"{path}: its study, {run.config['study']!r}, is not in {folder}")
         preset_config = json.loads(json.dumps(dataclasses.asdict(study.config(preset))))
         if run.config["config"] != preset_config:
-            raise ConfigError(f"{path}: overrides the preset {preset!r}, which claims are of")
+            raise ConfigError(f"{path}: differs from preset {preset!r}: run it without overrides")
         for subfolder in ("results", "figures"):
             (folder / subfolder).mkdir(exist_ok=True)
         summary = folder / "results" / f"{study.name}-{preset}.json"
@@ -70,7 +70,7 @@ def tables(folder: Path) -> str:
             missing.append(f"{name} {preset}")
     order = {"quick": 0, "workstation": 1, "paper": 2}
     presets = sorted({preset for _, preset in runs}, key=lambda p: (order.get(p, 3), p))
-    header = "claim", "what its number is, and should be", "study", *presets
+    header = "claim", "measured quantity; expected value", "study", *presets
     lines = [f"| {' | '.join(header)} |", f"{'| --- ' * len(header)}|"]
     for study in studies:
         rows = {
@@ -104,7 +104,7 @@ def write(folder: Path) -> Path:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     match = re.fullmatch(f"(.*{BEGIN}).*({END}.*)", text, re.DOTALL)
     if not match:
-        raise ConfigError(f"{path}: needs the lines {BEGIN!r} and {END!r}")
+        raise ConfigError(f"{path}: must have the lines {BEGIN!r} and {END!r}")
     write_whole(path, f"{match[1]}\n\n{tables(folder)}\n\n{match[2]}")
     return path
 
@@ -117,7 +117,7 @@ def _verdict(
         return "not measured"
     row = rows.get(criterion)
     if row is None or "verdict" not in row:
-        raise ConfigError(f"{study.name}-{preset}: its summary lacks a verdict of {criterion!r}")
+        raise ConfigError(f"{study.name}-{preset}: has no verdict on {criterion!r}: run it again")
     outcome, _, would_decide = row["verdict"].partition(": ")
     text = f"{outcome if outcome == 'holds' else f'**{outcome}**'}: {number(row)}"
     text += f"; {would_decide}" * bool(would_decide)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # commands import these modules when they need them, since th
     from metadyn.study import Study
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-STOPPED = "interrupted; the same command goes on from here"
+STOPPED = "interrupted; run the same command again to resume"
 GRACE_SECONDS = 6.0  # seconds that a command may go on after Ctrl-C or SIGTERM
 
 
@@ -54,72 +54,72 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "run",
-        help="do a whole study: train, measure, draw, judge",
-        description="Does a study. The same command on the same DIR goes on where it was left. "
+        help="run a whole study: train, measure, draw figures, judge criteria",
+        description="Runs a study. The same command on the same DIR resumes where it stopped. "
         "Options that are not listed here override the preset: see `metadyn run STUDY --options`.",
     )
     run.add_argument("study", help="a study's name, a Python file that defines one, or a folder")
     run.add_argument(
         "--out",
         metavar="DIR",
-        help="default runs/STUDY-PRESET-SEED; of a folder of studies, what stands for runs",
+        help="default runs/STUDY-PRESET-SEED; for a folder of studies, replaces runs/",
     )
-    run.add_argument("--options", action="store_true", help="list what can be overridden")
+    run.add_argument("--options", action="store_true", help="list the study's options")
     run.add_argument("--tensorboard", action="store_true", help="log scalars to DIR/tensorboard")
     sweep = commands.add_parser(
         "sweep",
-        help="do a study under many settings, which share their compiled programs",
-        description="Does a study under every combination of the values that are given. Any option "
-        "of the study may have several. The same command on the same DIR goes on.",
+        help="run a study with many settings, which share compiled programs",
+        description="Runs a study with every combination of the given values. Every option of the "
+        "study takes one or more values. The same command on the same DIR resumes.",
     )
     sweep.add_argument("study", help="a study's name, or a Python file that defines one")
     sweep.add_argument("--out", metavar="DIR", help="default runs/STUDY-PRESET-SEED-sweep")
     sweep.add_argument("--seeds", nargs="+", metavar="N", help="the same as --outer.seeds")
     combination = sweep.add_mutually_exclusive_group()
     combination.add_argument(
-        "--zip", action="store_true", help="first with first, second with second, ..."
+        "--zip", action="store_true", help="take all first values, then all second values, ..."
     )
-    text = "N settings drawn from the ranges that pairs of values give, by --seed"
+    text = "draw N settings; two values of an option are the ends of its range"
     combination.add_argument("--random", type=int, metavar="N", help=text)
-    text = "do the I-th of N parts, which share DIR: for job arrays"
+    text = "run only part I of N, all with the same DIR: for job arrays"
     sweep.add_argument("--part", metavar="I/N", default="1/1", help=text)
-    sweep.add_argument("--yes", action="store_true", help="do more than 10,000 settings")
+    sweep.add_argument("--yes", action="store_true", help="allow more than 10,000 settings")
     for command in (run, sweep):
         command.add_argument(
             "--preset", default="quick", help="quick (default), workstation, paper"
         )
         command.add_argument("--seed", type=int, default=0)
-        text = "compile anew, and keep nothing compiled"
+        text = "neither read nor write the cache of compiled programs"
         command.add_argument("--no-cache", action="store_true", help=text)
-        text = "say what it would need, without running it: here, or on a device such as h100:8"
+        text = "print what it would need, without running it: here, or on a device such as h100:8"
         command.add_argument("--plan", nargs="?", const="here", metavar="DEVICE", help=text)
-    devices = commands.add_parser("devices", help="say what a run would use")
+    devices = commands.add_parser("devices", help="print which devices a run would use")
     for command in (run, devices):
         processes = command.add_argument_group(
             "several processes",
-            "What Slurm, Open MPI and TPU pods say by themselves. Process 0 listens at HOST:PORT.",
+            "Slurm, Open MPI and TPU pods set these by themselves. Process 0 listens at HOST:PORT.",
         )
         processes.add_argument("--coordinator", metavar="HOST:PORT")
         processes.add_argument("--processes", type=int, metavar="N")
         processes.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
     figures = commands.add_parser("figures", help="draw the figures again from what DIR holds")
     figures.add_argument("dir", metavar="DIR")
-    figures.add_argument("--study", metavar="FILE", help="of a study of your own: its file")
+    figures.add_argument("--study", metavar="FILE", help="the file, if the study is your own")
     report = commands.add_parser("report", help="print the verdict, or how far a run has come")
     report.add_argument("dir", metavar="DIR")
     view = commands.add_parser("view", help="make DIR/report.html, a page of a run or a sweep")
     view.add_argument("dir", metavar="DIR")
-    text = "show it at 127.0.0.1:PORT instead, while it goes on"
+    text = "serve it at 127.0.0.1:PORT instead, updated during the run"
     view.add_argument("--serve", type=int, metavar="PORT", help=text)
-    commands.add_parser("list", help="name the studies, their presets, how long they took")
+    commands.add_parser("list", help="list the studies, their presets, how long they took")
     claims = commands.add_parser(
         "claims",
-        help="judge the paper's claims from what runs came to",
-        description="Copies what the given runs came to beside the studies, and writes the tables "
-        "in the folder's README.md anew.",
+        help="judge the paper's claims by the results of runs",
+        description="Copies the results of the given runs into the folder of studies, and rewrites "
+        "the tables in its README.md.",
     )
     claims.add_argument("folder", help="a folder of studies")
-    claims.add_argument("dir", metavar="DIR", nargs="*", default=[], help="runs that are done")
+    claims.add_argument("dir", metavar="DIR", nargs="*", default=[], help="finished runs")
     completion = commands.add_parser("completion", help="print a shell's completion script")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     for name, (function, example) in _DOES.items():
@@ -179,14 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = BAD_INPUT
         if mesh.is_peer_loss(error):
             code, cause = INTERRUPTED, " ".join(str(error).split())[:120]
-            hint = "start all of them again to go on from the last checkpoint"
+            hint = "start all of them again to resume from the last checkpoint"
             message = f"another process of this run was lost; {hint} ({cause})"
         elif isinstance(error, OSError):
             message = f"{error.filename or 'a file'} cannot be read or written"
             message += f" ({error.strerror or error})"
         elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            hint = "lower --outer.batch, --outer.seeds or --measure.chunk, in another DIR"
-            message = f"memory ran out; the last checkpoint is whole: {hint}"
+            hint = "lower --outer.batch, --outer.seeds or --measure.chunk, in a new DIR"
+            message = f"memory ran out; the last checkpoint is intact: {hint}"
         elif not mesh.has_devices():
             message = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
             message += ": JAX has no such devices here: install them, or unset it"
@@ -282,7 +282,7 @@ def _check_preset(study: Study, arguments: argparse.Namespace) -> None:
     """Raises `ConfigError` unless the study has the preset, and no option that the command has."""
     preset = arguments.preset
     presets, suggestion = ", ".join(study.presets), did_you_mean(preset, study.presets)
-    hint = f"of {study.name}, choose from {presets}{suggestion}"
+    hint = f"{study.name} has no such preset: choose from {presets}{suggestion}"
     check(preset in study.presets, "--preset", preset, hint)
     for option, _ in options_of(study.presets[preset]):
         if option in arguments.flags:
@@ -318,7 +318,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     progress = Progress(Terminal())
     progress.say(f"metadyn: {len(settings)} settings of {study.name}, preset {preset}, into {out}")
     if indices.step > 1:
-        part = f"this is part {indices.start + 1} of {indices.step}, with {len(indices)} of them"
+        part = f"part {indices.start + 1} of {indices.step} runs {len(indices)} of these settings"
         progress.say(f"metadyn: {part}")
     if arguments.plan is not None:
         make_plan = lambda: planning.plan_sweep(request, study, configs, arguments.part)
@@ -329,7 +329,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if (folder.path / "summary.json").exists():
         progress.say(f"figures: {folder.figures}, page: {folder.path / 'report.html'}")
     else:
-        progress.say("figures: drawn by the part that ends last, and so is the page")
+        progress.say("figures and page: made by the part that ends last")
     return DONE
 
 
@@ -407,15 +407,15 @@ def _figures(arguments: argparse.Namespace) -> int:
     if is_sweep(arguments.dir):
         from metadyn import sweep_results
 
-        hint = "figures of a sweep are the same for all studies: leave it out"
+        hint = "a sweep has no figures of the study's own: leave the option out"
         check(not arguments.study, "--study", arguments.study, hint)
         folder = SweepFolder(arguments.dir)
         rows = sweep_results.rows(folder, progress)
         paths = sweep_results.draw(folder, rows, progress)
-        reason = "of its settings this is said: "
-        reason += "; ".join(sorted({str(row["lost"]) for row in rows if row["lost"]}))
+        lost = "; ".join(sorted({str(row["lost"]) for row in rows if row["lost"]}))
+        reason = f"no setting has results ({lost})"
         if not folder.sweep.swept:
-            reason = "it has one setting, with nothing to draw it against"
+            reason = "no option has several values to draw results against"
         return _print_paths(arguments.dir, paths, reason)
     run = RunFolder(arguments.dir)
     name = arguments.study or run.config["study"]
@@ -428,9 +428,9 @@ def _figures(arguments: argparse.Namespace) -> int:
     preset = study.presets.get(run.config["preset"]) if study and not arguments.study else None
     options = lambda config: sorted(option for option, _ in options_of(config))
     if paths and preset and options(preset) != options(run.config["config"]):
-        _say(f"{name!r} has other settings than this run: --study FILE draws a study of your own")
+        _say(f"{name!r} has other options than this run: if the study is yours, add --study FILE")
     if paths and not study:
-        _say(f"{name!r} is a study of your own: --study FILE draws its own figures too")
+        _say(f"{name!r} does not come with metadyn: add --study FILE to draw its own figures too")
     return _print_paths(arguments.dir, paths)
 
 

@@ -108,10 +108,10 @@ def admitting(
             kind, modes = AdmittedFrequencies, len(domain.support)
         case ContextualBandit():
             kind, modes = AdmittedContexts, domain.contexts
-            hint = "one context must be there from step 0: there is nothing else to ask for"
+            hint = "one context must join at step 0, as every query is a context"
             check(0 in admission.steps, "steps", admission.steps, hint)
         case _:
-            raise ConfigError(f"domain = {type(domain).__name__!r}: there is no curriculum for it")
+            raise ConfigError(f"domain = {type(domain).__name__!r}: has no curriculum")
     hint = f"give a step for each of the {modes} modes"
     check(len(admission.steps) == modes, "steps", admission.steps, hint)
     domain_at = lambda step: as_subclass(domain, kind, admission=admission, step=step)

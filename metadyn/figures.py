@@ -105,7 +105,7 @@ def checked(figure: Callable[[Results], Figure]) -> Callable[[Results], Figure]:
 
     def draw(results: Results) -> Figure:
         drawn = figure(results)
-        check(isinstance(drawn, Figure), "figure", type(drawn).__name__, "must be matplotlib's")
+        check(isinstance(drawn, Figure), "figure", type(drawn).__name__, "must be a `Figure`")
         check_words(text.get_text() for text in drawn.findobj(Text))
         return drawn
 

@@ -101,7 +101,7 @@ def description(
     if contender.curve is not None and STRENGTH in tasks.probes:
         modes = tasks.probes[STRENGTH].modes.values
         shape, expected = np.shape(contender.curve), (len(coords["time"][1]), len(modes))
-        hint = f"that of contender {contender.name!r} must be of shape {expected}: [time, mode]"
+        hint = f"of contender {contender.name!r}, must be of shape {expected}, [time, mode]"
         check(shape == expected, "curve", shape, hint)
         axes["closed_form"] = ("step", "mode")
     assert contender.kind is not None
@@ -182,10 +182,10 @@ def check_step(tasks: TaskSet, contender: Contender) -> None:
         check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
         (leaves, tree), (new_leaves, new_tree) = map(jax.tree.flatten, (state, after))
         same: bool = tree == new_tree  # type: ignore[operator]
-        check(same, "update", new_tree, f"must give a state as init does, {tree}")
+        check(same, "update", new_tree, f"must keep the structure of init's state, {tree}")
         for pair in zip(leaves, new_leaves, strict=True):
             kind, new_kind = ((jnp.shape(leaf), jnp.result_type(leaf).name) for leaf in pair)
-            check(kind == new_kind, "update", new_kind, f"must give a state as init does, {kind}")
+            check(kind == new_kind, "update", new_kind, f"must keep init's shape and type, {kind}")
 
     with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
         key = jax.random.key(0)
@@ -199,11 +199,11 @@ def _check_read(name: str, probe: Probe, shapes: Mapping[str, tuple[int, ...]]) 
     """Raises `ConfigError` unless a probe's readings have the shapes that its fields declare."""
     modes = len(probe.modes.values)
     valid = shapes.get("strength") == (modes,)
-    hint = f"`read` must give 'strength' of shape ({modes},), as it has so many modes"
+    hint = f"`read` must return 'strength' of shape ({modes},), a number per mode"
     check(valid, f"probe {name!r}", sorted(shapes), hint)
     declared = {extra: len(axes) for extra, axes in probe.extras.items()}
     read = {extra: len(shape) for extra, shape in shapes.items() if extra != "strength"}
-    hint = f"`read` gives extras with so many axes, but `extras` names {declared}"
+    hint = f"`extras` must name as many axes for each as `read` returns, not {declared}"
     check(read == declared, f"probe {name!r}", read, hint)
 
 
@@ -236,8 +236,8 @@ def require_memory(
     With `split` the bytes are sharded over all devices; otherwise each device has a copy of them.
     """
     limit, gib = mesh.memory(split), 1 << 30
-    sizes = f"{needed / gib:,.1f} GiB of the {limit / gib:,.1f}"
-    hint = f"{what} would take {sizes} there are; {change}"
+    sizes = f"{needed / gib:,.1f} GiB, more than the {limit / gib:,.1f}"
+    hint = f"{what} would take {sizes} available; {change}"
     if needed > limit:
         setting = field if value is None else f"{field} = {value!r}"
         raise ConfigError(f"{setting}: {hint}", field, value, hint)

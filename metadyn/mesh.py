@@ -90,7 +90,7 @@ def start(
         source = "this launcher" if missing else f"--coordinator {address}"
         raise ConfigError(f"{source}: the processes cannot be joined ({message})") from error
     counts = Counter(device.process_index for device in jax.devices())
-    hint = "must be as many in each process (on CPUs: JAX_NUM_CPU_DEVICES)"
+    hint = "must be equally many (on CPUs, set JAX_NUM_CPU_DEVICES)"
     check(len({*counts.values()}) == 1, "devices by process", dict(sorted(counts.items())), hint)
 
 

@@ -169,7 +169,7 @@ def actor_critic(
     `annealed` is set without `steps`, or if there is no head for the critic.
     """
     n = domain.answer_size
-    check(meta.heads >= 1, "heads", meta.heads, "actor_critic needs 1, for the critic")
+    check(meta.heads >= 1, "heads", meta.heads, "actor_critic needs at least 1, for the critic")
     check(steps or not config.annealed, "annealed", True, "actor_critic needs the outer `steps`")
 
     def loss(params: Params, keys: Keys, weight: Any = config.entropy) -> tuple[Array, Metrics]:

@@ -38,7 +38,7 @@ def configured(default: Any, overrides: Sequence[str], beside: Sequence[str] = (
     """
     import tyro
 
-    stderr, context = io.StringIO(), "the study's configuration takes no such options"
+    stderr, context = io.StringIO(), "the study's configuration cannot take these options"
     passed_on = ConfigError, SystemExit, BrokenPipeError  # the last: nobody reads the help
     try:  # a user's own configuration may raise anything
         with contextlib.redirect_stderr(stderr), error_context(context, *passed_on):

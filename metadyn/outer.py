@@ -168,7 +168,7 @@ class MetaTraining(NamedTuple):
             if self.objective.at is not None:
                 loss_at = lambda step, *args: self.objective.at_step(step).loss(*args)
                 metrics_at = checked_metrics(loss_at, jnp.int32(0))
-                hint = f"at an outer step they must be {metrics}, too"
+                hint = f"must be the same at every outer step, {metrics}"
                 check(metrics_at == metrics, "metrics", metrics_at, hint)
 
     def option(self, field: str) -> str:

@@ -101,7 +101,7 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs
             break
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                message = "does not fit into the memory, says its compiler"
+                message = "does not fit into memory, according to the compiler"
                 raise does_not_fit(program, message) from error
             if options is option_sets[-1]:
                 raise
@@ -166,7 +166,7 @@ def _of_group(
     for program, name in zip(listings[0], plan.trained, strict=False):
         all_rows = program._replace(trace=partial(rows.trace, name), settings=count)
         if count > 1:
-            label, hint = f"{program.name} × {count} settings", "divide them into more parts"
+            label, hint = f"{program.name} × {count} settings", "use more parts"
             all_rows = all_rows._replace(name=label, option=f"--part {part}", fix=hint)
         combined[name] = all_rows
     for program in (entry for listing in listings for entry in listing[len(plan.trained) :]):
@@ -193,8 +193,8 @@ def report(
     with mesh.compiling_for(target) if target else nullcontext():
         everything = wanted()
         limit = mesh.memory(split=False)
-        hardware = f"{mesh.processor()}, {size(limit)} for each"
-        say(f"on {hardware}{', not here' if target else ''}; of each device and call:")
+        hardware = f"{mesh.processor()}{', not on this machine' if target else ''}"
+        say(f"cost on each device and per call, on {hardware}, with {size(limit)} each:")
         rows: list[tuple[WorkPlan, Needs]] = []
         for planned in everything:
             if planned.label:
@@ -219,21 +219,21 @@ def report(
                     show("outer steps")
                     seconds = planned.timed()
                 text = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
-                say(f"training takes about {text}, by a few outer steps; measuring comes beside it")
+                say(f"training takes about {text}, going by a few outer steps; measuring is extra")
     total = sum(row.operations * row.program.times for _, row in rows)
     say(f"{number(total)} FLOPs in all on each device")
     stored = sum(planned.disk for planned in everything)
     folder = Path(out).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    remark = "figures and descriptions come beside them"
-    say(f"on disk arrays take at most {size(stored)}, of {size(free)} that are free; {remark}")
+    remark = "figures and descriptions are extra"
+    say(f"arrays on disk take at most {size(stored)} of the free {size(free)}; {remark}")
     for planned, row in rows:
         if row.account.memory > limit:
-            text = f"would take {size(row.account.memory)} of {size(limit)}"
+            text = f"would take {size(row.account.memory)}, more than {size(limit)}"
             raise planned.as_typed(does_not_fit(row.program, text))
     if stored > free:
-        raise ConfigError(f"--out {out}: it may take {size(stored)} of {size(free)} there")
+        raise ConfigError(f"--out {out}: arrays may take {size(stored)}, but {size(free)} is free")
 
 
 def does_not_fit(program: Program, said: str) -> ConfigError:

@@ -328,7 +328,7 @@ def check_memory(plan: Plan) -> None:
         seed_bytes = training_bytes(contender.learner.init)
         default_fits = OuterConfig.seeds * seed_bytes <= mesh.memory(split=False)
         option = "outer.seeds" if default_fits else contender.option or "outer.seeds"
-        what = f"the weights of {contender.name} and what trains them"
+        what = f"weights, gradients and moments of {contender.name}"
         require_memory(what, outer.seeds * seed_bytes, option)
     for _, tasks, contender, _ in plan.measurements:
         needed_bytes = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
@@ -380,7 +380,7 @@ def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) ->
     """Builds the contents of config.json, which a run must match to be resumed."""
     for option, value in options_of(config):
         with error_context(
-            f"{option} = {value!r} cannot be stored: use numbers, words, tuples of them"
+            f"{option} = {value!r} cannot be stored: use numbers, strings or tuples"
         ):
             json.dumps(value)
     identity = {"study": study.name, "preset": preset, "seed": seed}
@@ -400,7 +400,7 @@ def check_traced(plan: Plan) -> None:
     distinct: dict[Any, tuple[TaskSet, Contender]] = {}
     for _, tasks, contender, _ in plan.measurements:
         structure = jax.tree.structure(tasks.sample)
-        with error_context(f"the domain of {tasks.name!r} cannot be compared with others"):
+        with error_context(f"the domain of {tasks.name!r} must be hashable and comparable by =="):
             distinct.setdefault((tasks.domain, structure, contender.make), (tasks, contender))
     for pair in distinct.values():
         check_step(*pair)
@@ -509,7 +509,7 @@ def run_study(
             page = run.path / "report.html"
             previous = mesh.on_main_process(run.summary)
             if previous and previous.get("rehearsal", rehearsal) == rehearsal:
-                progress.say("this run was done before: to do it anew, choose another DIR")
+                progress.say("this run is already done: to repeat it, choose another DIR")
                 mesh.on_main_process(lambda: page.exists() or bool(view.write(run, progress)))
                 return previous
             runner = Runner(plan, run, seed, progress, tensorboard and mesh.is_main_process())

@@ -78,8 +78,8 @@ class LearnersConfig(SeveralDomainsConfig):
         valid = self.learners and set(self.learners) <= set(NETWORKS)
         check(valid, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
         unique = len({*self.learners}) == len(self.learners)
-        check(unique, "learners", self.learners, "name each once")
-        hint = "does not choose what is trained here: --learners does"
+        check(unique, "learners", self.learners, "name each only once")
+        hint = "has no effect here: choose what to train by --learners"
         check(self.meta == type(self).meta, "meta", self.meta, hint)
 
     def contenders(self, name: str) -> tuple[Comparison, list[Contender]]:

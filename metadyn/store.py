@@ -72,7 +72,7 @@ class Results:
 
     def __getitem__(self, key: tuple[str, str]) -> xr.Dataset:
         if key not in self:
-            raise NotMeasured(f"{key[1]!r} on {key[0]!r} is not among what is measured")
+            raise NotMeasured(f"{key[1]!r} on {key[0]!r} is not measured in this run")
         return self._read(*key)
 
     def __contains__(self, key: tuple[str, str]) -> bool:
@@ -120,7 +120,7 @@ def create_or_open(
     """
     folder, hint = Path(path).absolute(), "choose another DIR"
     if "://" in os.fspath(path):
-        raise ConfigError(f"--out {path} is no folder of this machine: {hint}")
+        raise ConfigError(f"--out {path} is a URL, not a folder: {hint}")
     if {*"[]*?"} & {*str(folder)}:  # Orbax looks for its files by a pattern
         raise ConfigError(f"--out {path} cannot have any of [ ] * ? in it: {hint}")
     asked = json.loads(json.dumps(asked))
@@ -283,7 +283,7 @@ class RunFolder:
                 return
             lines = {*stored.splitlines()} ^ {*actual.splitlines()}
             names = {line.split(b"  ")[-1].decode(errors="replace") for line in lines}
-            problem = f"{min(names, default=SUMS)} is not as {SUMS} says"
+            problem = f"{min(names, default=SUMS)} does not match its sum in {SUMS}"
         except OSError as error:
             problem = f"{error.strerror}: {error.filename}"
         raise ConfigError(
@@ -494,7 +494,7 @@ def load(path: str | os.PathLike[str], task_set: str = "tracked") -> xr.Dataset:
     are dimensions too (`sweep_results.load`). Raises `ConfigError` if the folder holds no run, or
     not the set.
     """
-    check(isinstance(path, str | os.PathLike), "path", path, "must be that of a folder")
+    check(isinstance(path, str | os.PathLike), "path", path, "must be the path of a folder")
     if (Path(path) / "sweep.json").exists():
         from metadyn import sweep_results
 

@@ -222,12 +222,12 @@ class Contender:
     def __post_init__(self) -> None:
         check_name(self.name, "contender")
         learner, owner = self.learner, f"of contender {self.name!r}"
-        check(isinstance(self.label, str), "label", self.label, f"{owner}, must be words")
+        check(isinstance(self.label, str), "label", self.label, f"{owner}, must be text")
         is_learner = isinstance(learner, (Learner, MetaLearner, Derived))
         hint = f"{owner}, must be a `Learner`, or a meta-learner, such as LSTMConfig().make(domain)"
         check(is_learner, "learner", learner, hint)
         check_choice("clock", self.clock, Clock)
-        hint = f"{owner}, which counts updates: say after which of them it is probed"
+        hint = f"{owner}, which counts updates: list the updates to probe it after"
         check(self.times is not None or self.clock == "observations", "times", self.times, hint)
         if isinstance(learner, Learner):
             hint = f"{owner}, must be a whole number from 1, or None"
@@ -325,16 +325,16 @@ class Comparison:
         names = [contender.name for contender in self.contenders]
         check_unique(names, "name", "two contenders have this name: choose another")
         for name in (tasks.name for tasks in (*self.sets, *(tasks for tasks, _ in self.pairs))):
-            hint = "sets measured at every checkpoint are called so: give another name"
+            hint = "this name is reserved for sets measured at every checkpoint"
             check(not name.startswith((TRACKED, HELDOUT)), "set of tasks", name, hint)
         trained = [meta.name for meta in self.metas]
         for contender in (*self.contenders, *(c for _, c in self.pairs)):
-            hint = f"contender {contender.name!r} is made of a meta-learner that is not compared"
+            hint = f"contender {contender.name!r} needs this meta-learner in `contenders`"
             source = contender.derived_from or (contender.name if contender.trained else "")
             check(source in ("", *trained), "derived_from", source, hint)
         bayes_count = sum(contender.kind == "bayes" for contender in self.contenders)
         label = f"comparison {self.name or 'of ' + type(self.domain).__name__}"
-        hint = "meta-learners are compared with one contender of kind 'bayes'"
+        hint = "meta-learners need exactly one such contender, to compare with"
         valid = bayes_count == 1 or not self.metas
         check(valid, label, f"{bayes_count} of kind 'bayes'", hint)
 
@@ -357,7 +357,7 @@ class Comparison:
     def tracked(self) -> TaskSet:
         """Returns the fixed evaluation tasks that are probed at every checkpoint."""
         tasks = self._with_probes(self.domain.evaluation(self.measure.probe_points))
-        hint = f"call one of the probes of {tasks.name!r} {STRENGTH!r}: it is what is tracked"
+        hint = f"of {tasks.name!r}, must include {STRENGTH!r}, the probe of tracked modes"
         check(STRENGTH in tasks.probes, "probes", sorted(tasks.probes), hint)
         return self.measure.sized(tasks, "tracked_tasks", TRACKED + self.suffix)
 
@@ -393,7 +393,7 @@ class Comparison:
         meta = contender.learner
         assert not isinstance(meta, Learner | Derived)
         objective = (contender.objective or self.objective)(self.domain, meta)
-        hint = f"that of {contender.name!r} must be a `metadyn.objectives.Objective`"
+        hint = f"of {contender.name!r}, must be a `metadyn.objectives.Objective`"
         check(isinstance(objective, Objective), "objective", objective, hint)
         return MetaTraining(meta, objective, contender.own, contender.options)
 
@@ -463,7 +463,7 @@ class Plan:
     def __post_init__(self) -> None:
         self.outer.check_batch(self.trained.values())
         names = [(m.tasks.name, m.contender.name) for m in self.measurements]
-        check_unique(names, "measurement", "is asked for twice: rename the set")
+        check_unique(names, "measurement", "is planned twice: rename the task set")
         for tasks in (m.tasks for m in self.measurements):
             check(tasks.size >= 1, tasks.option or tasks.name, tasks.size, "must be 1 or more")
 
@@ -505,7 +505,7 @@ class Criterion:
     def __post_init__(self) -> None:
         for field in ("name", "expected"):
             text = getattr(self, field)
-            check(isinstance(text, str), f"{field} of a criterion", text, "must be words")
+            check(isinstance(text, str), f"{field} of a criterion", text, "must be text")
         for field in ("value", "low", "high"):
             object.__setattr__(self, field, float(getattr(self, field)))
         if self.passed is not None:
@@ -699,7 +699,7 @@ class Study:
         def with_contenders(comparison: Comparison) -> Comparison:
             for make in more:
                 contender = make(comparison)
-                hint = "what is beside a study must be a metadyn.Contender"
+                hint = "`beside` takes functions that return a `metadyn.Contender`"
                 check(isinstance(contender, Contender), "contender", type(contender).__name__, hint)
                 comparison = comparison.with_contender(contender)
             return comparison
@@ -718,7 +718,7 @@ class Study:
 
     def judged(self, config: Any, results: Results) -> list[Criterion]:
         """Returns the criteria. Raises `ConfigError` if they fail, or two of them share a name."""
-        with error_context(f"study {self.name!r}: its criteria cannot be had"):
+        with error_context(f"study {self.name!r}: its criteria cannot be computed"):
             criteria = list(self.criteria(config, results))
             names = [criterion.name for criterion in criteria]
         check_unique(names, f"study {self.name!r}: criterion", "two have this name: rename one")
@@ -739,7 +739,7 @@ class Study:
         def plan(config: Any) -> Plan:
             base = self.plan(config)
             comparisons = [change(comparison) for comparison in base.comparisons]
-            hint = f"{self.name!r} compares none of that kind: give the contender another kind"
+            hint = f"{self.name!r} has no contender of that kind: give the new one another"
             changed = any(a is not b for a, b in zip(base.comparisons, comparisons, strict=True))
             check(changed, "study", name, hint)
             return dataclasses.replace(base, comparisons=comparisons)

@@ -122,7 +122,7 @@ def parsed(words: Sequence[str]) -> dict[str, list[str]]:
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
             if name in options:
-                raise ConfigError(f"{name}: given twice; give all its values after one")
+                raise ConfigError(f"{name}: given twice; list all its values after one")
             options[name] = [value] if equals else []
         elif not name:
             raise ConfigError(f"unrecognized arguments: {word}")
@@ -143,7 +143,7 @@ def part_of(text: str, count: int) -> range:
     valid = index.isdecimal() and parts.isdecimal() and 1 <= int(index) <= int(parts)
     check(valid, "--part", text, "give I/N, such as 2/4, with I from 1 to N")
     indices = range(int(index) - 1, count, int(parts))
-    check(len(indices) > 0, "--part", text, f"there are {count} settings")
+    check(len(indices) > 0, "--part", text, f"there are only {count} settings: this part is empty")
     return indices
 
 
@@ -182,7 +182,7 @@ def settings(
         check(swept, "--random", count, hint)
     if kind == "zip":
         listed = ", ".join(f"{n} of {name}" for name, n in swept.items())
-        check(len({*swept.values()}) <= 1, "--zip", listed, "give as many values of each, or one")
+        check(len({*swept.values()}) <= 1, "--zip", listed, "give each the same number, or one")
     rng = np.random.default_rng(seed)
     columns = []
     for name, values in options.items():
@@ -224,7 +224,7 @@ def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
         low, high = map(float, values)
         if 0 < low < high < math.inf:
             return low, high
-    hint = "of a random sweep, give one value, or the least and the greatest, above 0"
+    hint = "for --random, give one value, or the ends of a range, both above 0"
     raise ConfigError(f"{name} {' '.join(values)}: {hint}")
 
 
@@ -238,7 +238,7 @@ class SweepFolder:
         self.config = read_json(self.path / "sweep.json", f"{path} holds no sweep of metadyn")
         fields = dict(self.config)
         if fields.pop("format", None) != FORMAT:
-            raise ConfigError(f"{path} holds a sweep of another version of metadyn")
+            raise ConfigError(f"{path} holds a sweep of another version of metadyn: run it anew")
         with error_context(f"{path}/sweep.json: is not as metadyn writes it"):
             self.sweep = Sweep(**fields)
             self.sweep.label(0)  # fails if options and settings do not fit together
@@ -302,8 +302,8 @@ def planned(sweep: Sweep, study: Study, configs: Mapping[int, Any]) -> dict[int,
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed_files = len(configs) + SPARE_FILES
     if hard != resource.RLIM_INFINITY and needed_files > hard:
-        message = f"{len(configs):,} settings need {needed_files:,} open files, of {hard:,}"
-        raise ConfigError(f"--part: {message}: give more parts")
+        message = f"{len(configs):,} settings need {needed_files:,} open files (limit {hard:,})"
+        raise ConfigError(f"--part: {message}: use more parts")
     if soft != resource.RLIM_INFINITY and soft < needed_files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed_files, hard))
     return plans

@@ -56,7 +56,7 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
         learners = run.results().learners(task_set) if run and not folder.lost(i) else {}
         if learners:
             parts[i] = trajectories.merge(learners)
-    check(parts, "task_set", task_set, f"no setting of {path} has any yet")
+    check(parts, "task_set", task_set, f"no setting in {path} has measurements on it yet")
     data = trajectories.concatenate(parts.values(), "setting", [*parts])
     data = data.reindex(setting=range(len(sweep.settings)))
     used = {*data.variables, *data.dims}

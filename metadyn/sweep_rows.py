@@ -73,7 +73,7 @@ class Rows:
         option = self.loops[0].trained[name].option("batch")
         if count > 1:
             what += f" for {count} settings at once"
-            option, change = "--part", "divide them into more parts, in another DIR"
+            option, change = "--part", "use more parts, in another DIR"
         require_memory(what, program_cost.memory(compiled), option, change=change)
         return compiled
 

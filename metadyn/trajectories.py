@@ -100,7 +100,7 @@ def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
     attrs = data[probe].attrs
     fields = {f.name: attrs[f.name] for f in dataclasses.fields(Modes) if f.name in attrs}
     if (coordinate := reading_name(probe, fields["coordinate"])) in data.coords:
-        values, hint = np.atleast_1d(data[coordinate]), "select one setting, of one set of modes"
+        values, hint = np.atleast_1d(data[coordinate]), "select one setting, with one set of modes"
         check(values.ndim == 1, "data", dict(data.sizes), hint)
         fields["values"] = values.tolist()
     return Modes(**fields)

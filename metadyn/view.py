@@ -277,7 +277,7 @@ def server(
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.headers.get("Host", "").partition(":")[0] not in (LOCAL, "localhost"):
-                return self._answer(403, "text/plain", "this page is for its own machine")
+                return self._answer(403, "text/plain", "open this on the serving machine")
             try:
                 data, body, tag = watched.update()
             except ConfigError as error:
@@ -288,7 +288,7 @@ def server(
                 return self._answer(code, "application/json", text, tag)
             if self.path == "/":
                 return self._answer(200, "text/html", page(data), tag)
-            return self._answer(404, "text/plain", "there is / and /data.json")
+            return self._answer(404, "text/plain", "not found: there are / and /data.json")
 
         def _answer(self, code: int, kind: str, text: str, tag: str = "") -> None:
             with contextlib.suppress(ConnectionError):  # the reader has left

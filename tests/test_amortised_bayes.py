@@ -184,8 +184,8 @@ def test_panels_show_the_curves_that_they_are_given_and_what_they_are_called():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--linear.steps", "5"], "must be above 5, after which states are replaced"),
-        (["--bandit.permutation", "True"], "contexts must be independent"),
+        (["--linear.steps", "5"], "must be above 5, the step after which"),
+        (["--bandit.permutation", "True"], "must be False, for independent contexts"),
         (["--measure.tracked-tasks", "1"], "--measure.tracked-tasks 1: must be at least 2"),
     ],
 )

@@ -82,7 +82,7 @@ def test_the_study_is_rehearsed_without_complaint():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"variances": ()}, "variances = .*give positive numbers that fall"),
+        ({"variances": ()}, "variances = .*give positive numbers in decreasing"),
         ({"variances": (0.5, 1.0, 2.0)}, "variances"),
         ({"variances": (1.0, 0.5, 0.0)}, "variances"),
         ({"steps": 1}, "steps = 1: must be at least 2"),

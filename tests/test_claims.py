@@ -150,7 +150,7 @@ def test_figures_that_claims_name_or_that_are_there_are_kept_up_and_no_others(do
 def test_a_run_of_another_folders_study_is_not_collected(done, tmp_path):
     _, run = done
     (tmp_path / "second.py").write_text(STUDY.format(name="second", section="§2"))
-    with pytest.raises(ConfigError, match=r"a run of a study that .* does not hold"):
+    with pytest.raises(ConfigError, match=r"its study, .*, is not in"):
         claims.collect(tmp_path, [str(run)])
 
 
@@ -166,14 +166,14 @@ def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):
     for run, says in (
         (unfinished, "is not done"),
         (tmp_path, "holds no run"),
-        (overridden, "overrides the preset 'quick'"),
+        (overridden, "differs from preset 'quick'"),
     ):
         assert main(["claims", str(folder), str(run)]) == 2
         assert says in capsys.readouterr().err
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(folder / "first.py", bare)
-    with pytest.raises(ConfigError, match="needs the lines"):
+    with pytest.raises(ConfigError, match="must have the lines"):
         claims.write(bare)
 
 

@@ -97,7 +97,7 @@ def test_of_a_changed_study_that_kept_its_name_it_is_said_how_its_own_figures_ar
     finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(figures, "draw", lambda folder, *given: [folder / "one.png"])
-    hint = "'linear_regression' has other settings than this run: --study FILE draws"
+    hint = "'linear_regression' has other options than this run: if the study is yours, add --study"
     assert main(["figures", str(finished)]) == 0
     assert hint not in capsys.readouterr().err
     shutil.copytree(finished, tmp_path / "run")
@@ -194,7 +194,7 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(tmp_path, monke
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 130, errors
-    assert "the same command goes on" in errors
+    assert "run the same command again" in errors
     assert "Traceback" not in errors
     reached = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
     assert 0 < reached < 2000
@@ -300,7 +300,7 @@ TYPO = "import metadyn\nstudy = metadyn.load_study('linear_regresion')\n"
         (["run", STUDY, "--outer.warmup", "10000000"], "--outer.warmup 10000000: must be from 0"),
         (["run", STUDY, "--lstm.backend", "abacus"], "abacus"),
         (["run", STUDY, "--sgd.depth", "0"], "--sgd.depth 0: must be positive"),
-        (["run", STUDY, "--sgd.depth", "3"], "--sgd.updates 0: how many the least mode needs"),
+        (["run", STUDY, "--sgd.depth", "3"], "--sgd.updates 0: give a number: the default"),
         (["run", STUDY, "--measure.probe-points", "3"], "--measure.probe-points 3: must be"),
         (["run", STUDY, "--domain.row-covariance", "1 2 2 1"], "give rows such as"),
         (["run", STUDY, "--domain.mean", "[[1,0]]"], "--domain.mean [[1,0]]: give"),
@@ -342,22 +342,22 @@ def test_bad_values_are_named_as_they_were_typed(option, refused):
 @pytest.mark.parametrize(
     ("option", "value", "what"),
     [
-        ("--lstm.hidden", "200000", "the weights of lstm and what trains them"),
-        ("--outer.seeds", "100000000", "the weights of lstm and what trains them"),
+        ("--lstm.hidden", "200000", "weights, gradients and moments of lstm"),
+        ("--outer.seeds", "100000000", "weights, gradients and moments of lstm"),
         (
             "--measure.tracked-tasks",
             "2000000000",
             "on 2,000,000,000 tasks of 'tracked' at 21 times",
         ),
         ("--domain.steps", "10000000", "at 10,000,001 times"),
-        ("--maml.inner-steps", "300000000", "the weights of maml and what trains them"),
+        ("--maml.inner-steps", "300000000", "weights, gradients and moments of maml"),
     ],
 )
 def test_what_cannot_fit_into_the_memory_is_one_line(option, value, what, refused):
     more = ["--meta", "maml"] if "maml" in option else []
     said = refused([STUDY, *more, option, value], f"metadyn: {option} {value}: ")
     assert f"{what} would take " in said
-    assert " GiB of the " in said
+    assert " GiB, more than the " in said
 
 
 def test_a_general_prior_can_be_given():
@@ -468,7 +468,7 @@ def test_a_run_out_of_memory_is_one_line_and_goes_on_from_its_checkpoint(
     monkeypatch.setattr(runner.OuterLoop, "run", run_out)
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("metadyn: memory ran out; the last checkpoint is whole: lower --outer")
+    assert line.startswith("metadyn: memory ran out; the last checkpoint is intact: lower --outer")
     left = RunFolder(out)
     assert not left.damage()
     assert left.steps() == [0, 1, 4, 15]

@@ -164,9 +164,9 @@ def test_no_curriculum_has_the_targets_of_tasks_with_all_modes(preset):
 def test_a_curriculum_needs_a_domain_that_has_modes_and_a_step_for_each():
     with pytest.raises(ConfigError, match="give a step for each of the 3 modes"):
         admitting(FOURIER, META, prediction_loss, Admission((0, 5)))
-    with pytest.raises(ConfigError, match="domain = 'LinearRegression': there is no curriculum"):
+    with pytest.raises(ConfigError, match="domain = 'LinearRegression': has no curriculum"):
         admitting(LinearRegression(), META, prediction_loss, Admission((0, 5)))
-    with pytest.raises(ConfigError, match="one context must be there from step 0"):
+    with pytest.raises(ConfigError, match="one context must join at step 0"):
         admitting(ContextualBandit(contexts=2), META, prediction_loss, Admission((1, 5)))
     with pytest.raises(ConfigError, match="steps = \\(0, -1\\)"):
         Admission((0, -1))
@@ -227,7 +227,7 @@ def test_the_study_is_rehearsed_without_complaint():
             ["--nonlinear-steps", "0", "10", "3000"],
             "--nonlinear-steps 0 10 3000: would never admit a mode: must be below outer.steps",
         ),
-        (["--bandit-steps", "0", "10"], "--bandit-steps 0 10: give one for each of the 3 modes"),
+        (["--bandit-steps", "0", "10"], "--bandit-steps 0 10: give a step for each of the 3 modes"),
         (["--bandit-steps", "0", "10", "5"], "--bandit-steps 0 10 5: must increase"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_figure_is_drawn_by_the_run_and_again(of_others, tmp_path, capsys):
     picture = of_others / "figures" / "losses.png"
     picture.unlink()
     assert main(["figures", str(of_others)]) == 0  # nothing of the folder is executed
-    assert "a study of your own" in capsys.readouterr().err
+    assert "does not come with metadyn" in capsys.readouterr().err
     assert not picture.exists()
     (tmp_path / "endings.py").write_text(FILES["endings.py"])
     assert main(["figures", str(of_others), "--study", str(tmp_path / "endings.py")]) == 0

@@ -239,7 +239,7 @@ def test_features_span_the_targets():
         (lambda: FourierRegression().amplitudes(()), "name at least one"),
         (lambda: FourierRegression().amplitudes((-1,)), "0 or more"),
         (lambda: band(3, 2), "0 <= low <= high"),
-        (lambda: band_stop(1, 5, 5), "leave a frequency"),
+        (lambda: band_stop(1, 5, 5), "must leave a frequency"),
     ],
 )
 def test_bad_input_names_field_value_and_fix(make, says):

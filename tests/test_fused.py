@@ -128,4 +128,4 @@ def test_cards_before_ampere_and_of_others_have_none(made, there, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRET, reason="where there is no GPU")
 def test_no_gpu_is_one_line_and_exit_code_2(refused):
-    refused(TINY, "metadyn: --lstm.backend fused: is for NVIDIA GPUs, 16, 32 or a multiple of 64")
+    refused(TINY, "metadyn: --lstm.backend fused: needs NVIDIA GPUs, 16, 32 or a multiple of 64")

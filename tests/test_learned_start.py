@@ -54,7 +54,7 @@ def test_only_maml_is_trained_and_what_is_made_of_it_counts_updates(linear):
     assert contenders["interpolated_1"].seeded
     assert isinstance(contenders["random_1"].learner, Learner)
     others = [each for each in comparison.contenders if each.name != "maml"]
-    with pytest.raises(ConfigError, match=r"derived_from = 'maml': .*'interpolated_0' is made of"):
+    with pytest.raises(ConfigError, match=r"derived_from = 'maml': .*'interpolated_0' needs this"):
         dataclasses.replace(comparison, contenders=others)
 
 

@@ -133,7 +133,7 @@ def test_a_critic_is_trained_through_a_head(name):
         assert np.any(np.asarray(leaf) != 0)
     assert np.any(np.asarray(found["readout"][3]) != 0)  # the critic's own
     assert metrics.keys() == {"loss", "critic", "entropy"}
-    with pytest.raises(ConfigError, match="heads = 0: actor_critic needs 1"):
+    with pytest.raises(ConfigError, match="heads = 0: actor_critic needs at least 1"):
         actor_critic(domain, made(name, domain))
 
 

@@ -93,7 +93,7 @@ def test_the_second_lstm_has_updates_of_its_own_number():
             "-points 10: must be at least 11 to resolve frequency 5",
         ),
         (["--domain.spectrum", "0", "-1"], "--domain.spectrum 0 -1: every variance"),
-        (["--domain.spectrum", "0", "0"], "a frequency must have variance above 0"),
+        (["--domain.spectrum", "0", "0"], "at least one variance must be above 0"),
         (["--domain.sigma", "-0.1"], "--domain.sigma -0.1: must be"),
         (["--domain.embedding", "polar"], "polar"),
         (

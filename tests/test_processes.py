@@ -44,7 +44,7 @@ def test_processes_of_unlike_devices_are_refused(tmp_path):
     unlike += "from metadyn.cli import console; console()"
     done = end(begin([sys.executable, "-c", unlike, "run", STUDY, "--out", str(tmp_path / "r")], 2))
     assert [each.code for each in done] == [2, 2], done
-    assert "devices by process = {0: 1, 1: 2}: must be as many" in done[0].err
+    assert "devices by process = {0: 1, 1: 2}: must be equally many" in done[0].err
     assert not (tmp_path / "r").exists()
 
 
@@ -93,7 +93,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     done = end(run)
     assert time.monotonic() - began < 10
     assert [each.code for each in done] == [130, 130], done
-    assert all("the same command goes on" in each.err for each in done)
+    assert all("run the same command again" in each.err for each in done)
     assert "metadyn" not in done[1].out
 
     before = newest(out)

@@ -82,7 +82,7 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
         with pytest.raises(ConfigError, match=f"{name} = {n}: must be a whole number"):
             metadyn.measure.__wrapped__(domain, both, tasks=9, **{name: n})
     for wrong in (meta.make(domain), both["ridge"].init):
-        with pytest.raises(ConfigError, match="learners = 'one': is not trained: give what"):
+        with pytest.raises(ConfigError, match="learners = 'one': must be a `Learner`, or"):
             metadyn.measure.__wrapped__(domain, {"one": wrong})
     with pytest.raises(ConfigError, match="seed = 'x': must be a whole number from 0"):
         metadyn.measure.__wrapped__(domain, both, seed="x")
@@ -92,7 +92,7 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
     with pytest.raises(ConfigError, match="must be hashable: freeze its dataclass"):
         metadyn.api._check_domain.__wrapped__(loose(2, 2))
     other = dataclasses.replace(domain, sigma=0.9)
-    with pytest.raises(ConfigError, match=r"domain = .*: is not that of the set of tasks"):
+    with pytest.raises(ConfigError, match=r"domain = .*: must be the domain of `tasks`"):
         metadyn.measure.__wrapped__(domain, both, tasks=other.evaluation(8))
     one = jax.vmap(meta.make(domain).init)(jax.random.split(jax.random.key(0), 2))
     for params in (
@@ -104,13 +104,16 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
         with pytest.raises(ConfigError, match="learners = 'lstm': its parameters must be those"):
             metadyn.measure.__wrapped__(domain, both | {"lstm": trained})
     many = metadyn.Trained(meta.make(domain), {"weights": np.arange(1000.0)}, {})
-    with pytest.raises(ConfigError, match=r"learners = .*: give some, by name") as said:
+    with pytest.raises(ConfigError, match=r"learners = .*: must map at least one name") as said:
         metadyn.measure.__wrapped__(domain, many)
     assert len(str(said.value).splitlines()) == 1
     assert len(str(said.value)) < 300
     good = both["ridge"]
     for broken, says in (
-        (good._replace(update=lambda state, x, y: jnp.int32(0)), "cannot be run on .*as init does"),
+        (
+            good._replace(update=lambda state, x, y: jnp.int32(0)),
+            "cannot be run on .*keep init's shape",
+        ),
         (
             good._replace(predict=lambda state, x: float(x[0])),
             "cannot be run on .*float",
@@ -121,7 +124,7 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
     for wrong in (3, lambda domain, meta: None):
         with pytest.raises(ConfigError, match=r"objective = .*: give a function of a domain and"):
             metadyn.train.__wrapped__(meta.make(domain), domain, objective=wrong)
-    with pytest.raises(ConfigError, match=r"learners = \{\}: give some, by name"):
+    with pytest.raises(ConfigError, match=r"learners = \{\}: must map at least one name"):
         metadyn.measure(domain, {})
     with pytest.raises(ConfigError, match="must be 1 or more"):
         metadyn.measure(domain, both, tasks=domain.evaluation(8))  # whose size is not said

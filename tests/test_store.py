@@ -195,7 +195,7 @@ def test_load_pads_learners_of_other_lengths(written_run):
     np.testing.assert_array_equal(data["time"].sel(learner="sgd"), range(6))
     with pytest.raises(ConfigError, match="holds heldout, in_distribution, tracked"):
         metadyn.load(run.path, "nonsense")
-    with pytest.raises(ConfigError, match="path = None: must be that of a folder"):
+    with pytest.raises(ConfigError, match="path = None: must be the path of a folder"):
         metadyn.load.__wrapped__(None)
 
 
@@ -267,7 +267,7 @@ def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
         (folder / SUMS).write_text("nonsense")
         fresh = RunFolder(run.path)
         fresh.write_summary({"criteria": []})
-        with pytest.warns(ConfigWarning, match="SHA256SUMS says"):
+        with pytest.warns(ConfigWarning, match="does not match its sum in SHA256SUMS"):
             fresh.set_aside_damaged()
         assert fresh.steps() == [0, 1, 5]
         assert fresh.summary() is None  # however soon it is killed, it is not done
@@ -399,7 +399,7 @@ def test_foreign_and_broken_folders_are_refused_untouched(tmp_path):
 
 def test_an_address_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="--out gs://bucket/x is no folder of this machine"):
+    with pytest.raises(ConfigError, match="--out gs://bucket/x is a URL, not a folder"):
         RunFolder.create("gs://bucket/x", IDENTITY)
     assert list(tmp_path.iterdir()) == []
 

@@ -93,7 +93,7 @@ def test_a_sweep_of_one_option_has_one_dimension(done, tmp_path):
 
 def test_of_a_sweep_of_one_setting_there_is_nothing_to_draw(done, tmp_path, capsys):
     assert main(["figures", str(one_option(done, tmp_path / "one", "0.1"))]) == 0
-    assert "nothing is drawn, as it has one setting" in capsys.readouterr().err
+    assert "nothing is drawn, as no option has several" in capsys.readouterr().err
 
 
 def test_what_is_varied_changes_what_it_should(done):
@@ -350,8 +350,8 @@ def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, caps
     assert metadyn_sweep(out, *wild, "--part", "2/2") == 0
     assert not (out / "summary.json").exists()
     said = capsys.readouterr().out
-    assert "this is part 2 of 2, with 2 of them" in said
-    assert "figures: drawn by the part that ends last" in said
+    assert "part 2 of 2 runs 2 of these settings" in said
+    assert "figures and page: made by the part that ends last" in said
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
     said = capsys.readouterr().out
     assert "--outer.learning-rate 1e30: the loss of lstm is no longer finite at outer step" in said
@@ -465,7 +465,7 @@ def test_settings_that_do_not_fit_into_the_memory_at_once_are_refused(
     assert metadyn_sweep(tmp_path / "out", "--domain.sigma", "0.1", "0.3") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--part: an outer step of lstm for 2 settings at once would take 1,073,741,824.0" in said
-    assert said.endswith("divide them into more parts, in another DIR")
+    assert said.endswith("use more parts, in another DIR")
     assert metadyn_sweep(tmp_path / "one", "--domain.sigma", "0.1") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--outer.batch 8: an outer step of lstm would take" in said
@@ -503,7 +503,7 @@ def test_ranges_and_rows_of_values():
     assert drawn != sweep.settings(options, "random", usual, 400, 1)
     zipped = sweep.settings(options, "zip", usual, 0, 0)
     assert zipped == [("1e-3", "2", "x"), ("1e-1", "64", "x")]
-    with pytest.raises(ConfigError, match="give as many values"):
+    with pytest.raises(ConfigError, match="give each the same number"):
         sweep.settings(options | {"--c": ["x", "y", "z"]}, "zip", usual, 0, 0)
 
 
@@ -543,9 +543,9 @@ def test_what_is_left_out_by_default_is_drawn_as_it_is_typed():
         (["--zip", "--domain.sigma", "1", "2", "--lstm.hidden", "1", "2", "3"], "--zip"),
         (["--zip", "--random", "3"], "not allowed with"),
         (["--random", "0", "--domain.sigma", "1", "2"], "--random 0: must be 1 or more"),
-        (["--random", "3", "--domain.sigma", "2", "1"], "the least and the greatest"),
+        (["--random", "3", "--domain.sigma", "2", "1"], "the ends of a range"),
         (["--random", "3", "--domain.sigma", "2"], "--random 3: give the least and the greatest"),
-        (["--random", "3", "--meta", "lstm", "gru"], "the least and the greatest"),
+        (["--random", "3", "--meta", "lstm", "gru"], "the ends of a range"),
         (["--part", "3/2"], "--part 3/2: give I/N"),
         (["--part", "2/2"], "--part"),
         (["--preset", "huge"], "choose from quick"),
@@ -575,7 +575,7 @@ def test_more_settings_than_files_may_be_open_are_refused(tmp_path, monkeypatch)
     study = load_study(STUDY)
     asked = sweep.Sweep("tiny", "quick", 0, "grid", {}, [()])
     given = asked, study, {0: study.presets["quick"]}
-    with pytest.raises(ConfigError, match="1 settings need 257 open files, of 200"):
+    with pytest.raises(ConfigError, match=r"1 settings need 257 open files \(limit 200"):
         sweep.planned(*given)
 
 
@@ -630,7 +630,7 @@ def test_criteria_that_fail_on_one_setting_do_not_keep_the_others_from_being_jud
     def failing(study, config, *more):
         asked.append(config.domain.sigma)
         if config.domain.sigma == 0.3:
-            raise ConfigError("its criteria cannot be had")
+            raise ConfigError("its criteria cannot be computed")
         return judge(study, config, *more)
 
     with monkeypatch.context() as patch:
@@ -639,7 +639,7 @@ def test_criteria_that_fail_on_one_setting_do_not_keep_the_others_from_being_jud
     assert asked == [0.3, 0.1]
     said = capsys.readouterr().err.splitlines()[-1]
     assert "setting 2 of 4 (" in said
-    assert "its criteria cannot be had" in said
+    assert "its criteria cannot be computed" in said
     assert (out / "settings/2/summary.json").exists()
     assert not (out / "summary.json").exists()
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0

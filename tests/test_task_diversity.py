@@ -77,7 +77,7 @@ def test_the_study_is_rehearsed_without_complaint(plan):
         (["--pools"], "--pools"),
         (
             ["--nonlinear.spectrum", "1", "1"],
-            "--nonlinear.spectrum 1 1: leave out: bands are fixed",
+            "--nonlinear.spectrum 1 1: leave it out: bands are fixed",
         ),
     ],
 )

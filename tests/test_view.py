@@ -229,10 +229,10 @@ def test_in_a_browser_the_page_follows_a_run_that_goes_on(run, tmp_path):
         address = f"http://127.0.0.1:{server.server_port}/"
         before = in_browser(address, 1000)
         assert run_config == ["/"]
-        assert re.match("not done: outer step [0-9]+ of 200, refreshed", text_of(before, "state"))
+        assert re.match("not done: outer step [0-9]+ of 200, updated", text_of(before, "state"))
         assert text_of(before, "at") != "200 of 200"
         landed = in_browser(address, 5000)  # asks after 2 and 4 seconds
-        assert text_of(landed, "state").startswith("not done: outer step 200 of 200, refreshed")
+        assert text_of(landed, "state").startswith("not done: outer step 200 of 200, updated")
         assert text_of(landed, "at") == "200 of 200"  # the slider was at the end, and follows
         assert landed.count("<circle") > before.count("<circle")
         ended = in_browser(address, 5000)

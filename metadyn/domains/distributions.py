@@ -31,10 +31,10 @@ class Mixture:
     """Weight of the training loss on tasks of each domain. Empty: all are 1."""
 
     def __post_init__(self) -> None:
-        check(len(self.domains) > 0, "domains", self.domains, "mix at least one")
+        check(len(self.domains) > 0, "domains", self.domains, "give at least one")
         paired = len(self.weights) in (0, len(self.domains))
         valid = paired and all(0 < weight < float("inf") for weight in self.weights)
-        check(valid, "weights", self.weights, "give one above 0 for each domain, or none")
+        check(valid, "weights", self.weights, "give a number above 0 for each domain, or none")
 
     def component(self, key: Key) -> Int[Array, ""]:
         """Returns the index of the domain from which the task of this key is drawn."""

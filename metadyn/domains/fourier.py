@@ -41,9 +41,9 @@ def band(low: int, high: int) -> Spectrum:
 
 def band_stop(low: int, high: int, highest: int) -> Spectrum:
     """Returns a band-stop prior: equal variances, with sum 1, at 1 … highest except low … high."""
-    check(1 <= low <= high <= highest, "band_stop", (low, high, highest), "must be in this order")
-    hint = "leave a frequency that passes"
-    check(low > 1 or high < highest, "band_stop", (low, high, highest), hint)
+    value, hint = (low, high, highest), "must be 1 <= low <= high <= highest"
+    check(1 <= low <= high <= highest, "band_stop", value, hint)
+    check(low > 1 or high < highest, "band_stop", value, "must leave a frequency outside the band")
     passes = [0 < k < low or k > high for k in range(highest + 1)]
     return tuple(passed / sum(passes) for passed in passes)
 
@@ -53,7 +53,7 @@ def check_spectrum(field: str, v: Spectrum) -> None:
     check(len(v) > 0, field, v, "give a variance for each frequency 0, 1, 2, …")
     valid = all(0 <= value < float("inf") for value in v)
     check(valid, field, v, "every variance must be 0 or more, and finite")
-    check(sum(v) > 0, field, v, "a frequency must have variance above 0")
+    check(sum(v) > 0, field, v, "at least one variance must be above 0")
 
 
 class FourierTask(NamedTuple):

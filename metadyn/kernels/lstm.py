@@ -99,7 +99,7 @@ def check_backend(backend: str, hidden: int, inputs: int) -> None:
     """Raises `ConfigError` if the backend is unknown or does not run these sizes here."""
     check_choice("backend", backend, Backend)
     available = backend != "fused" or has_fused(hidden, inputs)
-    hint = "is for NVIDIA GPUs, 16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs"
+    hint = "needs NVIDIA GPUs, 16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs"
     check(available, "backend", backend, hint)
 
 

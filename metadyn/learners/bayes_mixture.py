@@ -31,7 +31,7 @@ def bayes_mixture(models: Sequence[Gaussian]) -> Learner:
     adds its log predictive density to a model's log evidence. The models must have the same
     features. Raises `ConfigError` if there is no model.
     """
-    check(len(models) > 0, "models", models, "mix at least one")
+    check(len(models) > 0, "models", models, "give at least one")
     priors = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[model.prior for model in models])
     bases = jnp.stack([model.basis for model in models])
     variances = jnp.asarray([model.variance for model in models], jnp.float32)

@@ -87,7 +87,7 @@ def bandit_beliefs(domain: ContextualBandit) -> Beliefs:
     KL(best policy ‖ policy), in nats. Raises `ConfigError` for permutations, whose contexts are not
     independent.
     """
-    check(not domain.permutation, "permutation", True, "contexts must be independent")
+    check(not domain.permutation, "permutation", True, "must be False, for independent contexts")
 
     def read(state: State) -> Mapping[str, Array]:
         posterior = jax.nn.softmax(state)
@@ -216,7 +216,7 @@ def implanted(beside: Beside, at: int = 5, episodes: int = 512) -> Derived:
     """
     domain, beliefs = beside.domain, beside.beliefs
     check(at >= 1, "at", at, "must be 1 or more")
-    hint = f"must be above {at}, after which states are replaced"
+    hint = f"must be above {at}, the step after which states are replaced"
     check(at < domain.steps, "steps", domain.steps, hint)
 
     def make(params: Params) -> Learner:

@@ -228,9 +228,9 @@ class InnerDescentConfig:
 
     def make(self, domain: Domain, heads: int = 0) -> InnerDescent:
         """Makes the meta-learner for a regression. Raises `ConfigError` otherwise and for heads."""
-        hint = f"{self.label} trains networks on squared errors: choose another, such as lstm"
+        hint = f"{self.label} learns regressions only: choose another meta-learner, such as lstm"
         check(isinstance(domain, Regression), "domain", type(domain).__name__, hint)
-        hint = f"{self.label} has none: choose another meta-learner, such as lstm"
+        hint = f"{self.label} has no heads: choose another meta-learner, such as lstm"
         check(heads == 0, "heads", heads, hint)
         network = ordinary_network(domain, self.depth, self.width, getattr(self, "scale", None))
         return self.kind(domain, network, self)
