@@ -1,12 +1,13 @@
-"""Reward that each actor-critic estimator reaches in so many outer steps.
+"""Reward that variants of the actor-critic estimator reach in a fixed number of outer steps.
 
     python benchmarks/actor_critic.py [--steps N] [--only NAME ...] [--json FILE]
 
-Contextual bandit, K = n = 5, T = 50, deterministic pay, one outer seed and one CPU core a run: what
-the defaults of `ActorCriticConfig` are chosen from. Each row changes the setting it names. Beside
-the reward it gives the standard deviation of the policy's gradient over batches, relative to the
-norm of its mean, at the same weights for all rows: those that the first row reached half-way. (It
-has no meaning for a critic alone as baseline: there the critic has learned what the group left.)
+Contextual bandit with K = n = 5, T = 50 and deterministic rewards; one outer seed and one CPU core
+per run. The defaults of `ActorCriticConfig` were chosen from these rows. Each row changes the
+setting that it names. Beside the reward it gives the standard deviation of the policy's gradient
+over batches, relative to the norm of its mean, at weights that all rows share: those that the first
+row reached half-way. (A critic alone as baseline has no such figure: at these weights the critic
+has learned only what the group's mean leaves over.)
 """
 
 import argparse
@@ -51,16 +52,16 @@ VARIANTS = {
 
 
 def reward(learner_of, params):
-    """Mean reward a step on held-out tasks."""
-    found = inner.measure(
+    """Returns the mean reward per step on held-out tasks."""
+    readings = inner.measure(
         DOMAIN, learner_of, False, (0, DOMAIN.steps), (),
         params, Partial(DOMAIN.sample_task), jax.random.key(1), jnp.arange(HELDOUT),
     )  # fmt: skip
-    return float(1 - found["loss"][:, 1].mean())
+    return float(1 - readings["loss"][:, 1].mean())
 
 
 def noise(config, params):
-    """Standard deviation of the policy's gradient over batches, over the norm of its mean."""
+    """Returns the policy gradient's standard deviation over batches, over the norm of its mean."""
     config = dataclasses.replace(config, entropy=0.0, value_weight=0.0)
     objective = actor_critic(DOMAIN, META, config)
 
@@ -74,7 +75,7 @@ def noise(config, params):
 
 
 def main():
-    """Prints the table."""
+    """Trains each variant and prints its row; stores all rows if a JSON file is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=OUTER.steps)
     parser.add_argument("--only", nargs="*", metavar="NAME")
@@ -84,31 +85,31 @@ def main():
     bayes, chance = reward(lambda params: bayes_bandit(DOMAIN), ()), 1 / DOMAIN.actions
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; Bayes earns {bayes:.3f}")
     rows, half_way = [], None
-    for name, fields in VARIANTS.items():
+    for name, changes in VARIANTS.items():
         if arguments.only and name not in arguments.only and half_way is not None:
             continue
-        config = dataclasses.replace(BASE, **fields)
+        config = dataclasses.replace(BASE, **changes)
         training = MetaTraining(META, actor_critic(DOMAIN, META, config))
         loop = OuterLoop({"lstm": training}, outer, jax.random.key(0))
         state = loop.init()
         for target in (outer.steps // 2, outer.steps):
             *_, (state, _) = loop.run(state, target)
             half_way = half_way or jax.tree.map(lambda leaf: leaf[0].copy(), state.params["lstm"])
-        earned = reward(META.learner, jax.tree.map(lambda leaf: leaf[0], state.params["lstm"]))
+        mean_reward = reward(META.learner, jax.tree.map(lambda leaf: leaf[0], state.params["lstm"]))
         seconds = loop.seconds["lstm"]
-        relative = (earned - chance) / (bayes - chance)
-        spread = None if config.baseline == "value" else noise(config, half_way)
+        relative_reward = (mean_reward - chance) / (bayes - chance)
+        gradient_noise = None if config.baseline == "value" else noise(config, half_way)
         rows.append(
             {
                 "name": name,
                 "seconds": seconds,
-                "relative_reward": relative,
-                "gradient_noise": spread,
+                "relative_reward": relative_reward,
+                "gradient_noise": gradient_noise,
             }
         )
         print(
-            f"{name:36} {seconds:5.0f} s   reward, chance 0 to Bayes 1: {relative:.3f}   "
-            + ("" if spread is None else f"gradient noise {spread:.2f}"),
+            f"{name:36} {seconds:5.0f} s   reward, chance 0 to Bayes 1: {relative_reward:.3f}   "
+            + ("" if gradient_noise is None else f"gradient noise {gradient_noise:.2f}"),
             flush=True,
         )
     if arguments.json:

@@ -1,13 +1,13 @@
-"""What becomes of runs and sweeps under a real Slurm and a real Open MPI, on one machine.
+"""Tries runs and sweeps under a real Slurm and a real Open MPI, on one machine.
 
     apt-get install slurm-wlm munge openmpi-bin
     python -m benchmarks.clusters
 
-As root, on Debian: a cluster of one node on loopback, with a configuration of its own in a
-temporary folder and nothing left of it afterwards. The files in experiments/launch are given to
-sbatch as they stand, with its own options for so small a node. All of it runs on one core, on which
-a run of two tasks takes about a minute: long enough for a time limit to be reached. Prints what was
-tried and what happened; the exit code is 1 if anything is not as expected.
+Needs root on Debian. It starts a cluster of one node on the loopback interface, with its own
+configuration in a temporary folder, and leaves nothing behind. sbatch gets the files of
+experiments/launch unchanged, with options of its own for so small a node. Everything runs on one
+core, where a run of two tasks takes about a minute: long enough to reach a time limit. Prints what
+was tried and what happened; the exit code is 1 if anything is not as expected.
 """
 
 import contextlib
@@ -57,41 +57,41 @@ PartitionName=all Nodes=ALL Default=YES
 
 
 def wait(ready, what, seconds=300):
-    """The first true value of ready(), asked for twice a second; raises `Lost` if none comes."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if found := ready():
-            return found
+    """Returns the first true value of `ready()`, polled twice a second. Raises `Lost` if late."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := ready():
+            return value
         time.sleep(0.5)
     raise Lost(f"{what}: not within {seconds} s")
 
 
 def told(*command):
-    """What a command prints."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    expect(done.returncode == 0, f"{' '.join(command)}: {done.stderr}")
-    return done.stdout.strip()
+    """Runs a command and returns what it prints. Raises `Lost` if it fails."""
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    expect(completed.returncode == 0, f"{' '.join(command)}: {completed.stderr}")
+    return completed.stdout.strip()
 
 
 @contextlib.contextmanager
 def slurm(folder):
-    """A Slurm of one node of two CPUs and two GPUs, as long as it is entered."""
+    """Runs a Slurm of one node, with two CPUs and two GPUs, for a `with` block."""
     folder.chmod(0o755)
     for name in ("state", "spool"):
         (folder / name).mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder))
-    devices = ("/dev/null", "/dev/zero")  # which stand for GPUs
+    devices = ("/dev/null", "/dev/zero")  # they stand in for GPUs
     (folder / "gres.conf").write_text("".join(f"Name=gpu File={d}\n" for d in devices))
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     munge = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket"]
     munge += [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
-    started = []
+    daemons = []
     try:
         for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"]):
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            started.append(subprocess.Popen(command, **quiet))
+            daemons.append(subprocess.Popen(command, **quiet))
             wait((folder / "munge.socket").exists, "munge", 10)
         wait(lambda: "idle" in told("sinfo", "--noheader", "--format=%T"), "an idle node", 60)
         try:
@@ -100,13 +100,13 @@ def slurm(folder):
             told("scancel", "--user=root")
             wait(lambda: not told("squeue", "--noheader"), "the end of all jobs", 60)
     finally:
-        for process in reversed(started):
+        for process in reversed(daemons):
             process.terminate()
             process.wait()
 
 
 class Job:
-    """A launch file that was given to sbatch."""
+    """A launch file that was submitted to sbatch."""
 
     def __init__(self, folder, file, options, arguments):
         command = ["sbatch", "--parsable", f"--output={folder}/%A-%a.out", *options]
@@ -114,54 +114,56 @@ class Job:
         self.id = told(*command, f"experiments/launch/{file}", *map(str, arguments))
 
     def said(self):
-        """What the job, or all parts of an array, printed."""
+        """Returns what the job, or all parts of an array, printed."""
         return "".join(p.read_text() for p in sorted(self.folder.glob(f"{self.id}-*.out")))
 
     def records(self):
-        """What Slurm says of the job, or of each part of an array in turn."""
+        """Returns Slurm's record of the job, or of each part of an array in order."""
         lines = told("scontrol", "--oneliner", "show", "job", self.id).splitlines()
-        found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
-        return sorted(found, key=lambda record: int(record.get("ArrayTaskId", "0").split("-")[0]))
+        rows = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+        return sorted(rows, key=lambda record: int(record.get("ArrayTaskId", "0").split("-")[0]))
 
     def ended(self):
-        """Whether nothing of it runs or waits; what waits after a requeue is let go at once."""
+        """Returns whether no part of the job runs or waits. Releases a requeued part at once."""
         records = self.records()
         for record in records:
             if record["JobState"] == "PENDING" and record["Reason"] == "BeginTime":
                 told("scontrol", "update", f"JobId={record['JobId']}", "StartTime=now")
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return all(record["JobState"] in over for record in records)
+        final_states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return all(record["JobState"] in final_states for record in records)
 
     def end(self, state="COMPLETED", code="0:0"):
-        """The records of a job that ends so."""
+        """Waits for the job's end, and returns its records. Raises `Lost` if any part ended
+        otherwise.
+        """
         wait(self.ended, f"the end of job {self.id}")
         records = self.records()
-        said = [(record["JobState"], record["ExitCode"]) for record in records]
-        expect(said == [(state, code)] * len(said), f"{said}: {self.said()[-2000:]}")
+        outcomes = [(record["JobState"], record["ExitCode"]) for record in records]
+        expect(outcomes == [(state, code)] * len(outcomes), f"{outcomes}: {self.said()[-2000:]}")
         return records
 
 
 def process(**environment):
-    """The process of metadyn that was started with these variables."""
-    wanted = {f"{name}={value}".encode() for name, value in environment.items()}
-    for each in Path("/proc").glob("[0-9]*"):
+    """Finds the id of the metadyn process with these variables. Raises `Lost` if there is none."""
+    variables = {f"{name}={value}".encode() for name, value in environment.items()}
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            program = (each / "cmdline").read_bytes().split(b"\0")[1:2]
-            given = set((each / "environ").read_bytes().split(b"\0"))
-            if wanted <= given and program and program[0].endswith(b"/metadyn"):
-                return int(each.name)
+            program = (folder / "cmdline").read_bytes().split(b"\0")[1:2]
+            present = set((folder / "environ").read_bytes().split(b"\0"))
+            if variables <= present and program and program[0].endswith(b"/metadyn"):
+                return int(folder.name)
     raise Lost(f"no process of {environment}")
 
 
 def trains(out, until=3):
-    """Waits until a run has made a few checkpoints, but not all."""
-    begun = lambda: (out / "config.json").exists() and len(RunFolder(out).outer_steps()) >= until
-    wait(begun, f"checkpoints in {out}")
+    """Waits for a run's first `until` checkpoints. Raises `Lost` if it has finished by then."""
+    ready = lambda: (out / "config.json").exists() and len(RunFolder(out).outer_steps()) >= until
+    wait(ready, f"checkpoints in {out}")
     expect(not (out / "summary.json").exists(), f"{out} was done too soon")
 
 
 def submitted(out, *options):
-    """A run of two tasks, given to sbatch with more options."""
+    """Submits a run of two tasks to sbatch, with more options, and returns the job."""
     return Job(out.parent, "slurm.sh", [*TWO_TASKS, *options], [*RUN, "--out", out])
 
 
@@ -191,13 +193,13 @@ def task_killed(folder):
     job = submitted(out)
     trains(out)
     os.kill(process(SLURM_JOB_ID=job.id, SLURM_PROCID="1"), signal.SIGKILL)
-    began = time.monotonic()
+    start = time.monotonic()
     requeued = lambda: job.records()[0]["Restarts"] == "1"
     wait(requeued, "the requeue", 90)
-    took = time.monotonic() - began
+    delay = time.monotonic() - start
     job.end()
     same(folder / "whole", out)
-    return f"srun ended the other; requeued after {took:.0f} s; the same bits", "COMPLETED, 0"
+    return f"srun ended the other; requeued after {delay:.0f} s; the same bits", "COMPLETED, 0"
 
 
 def cancelled(folder):
@@ -238,15 +240,15 @@ def parts_killed(folder):
     restarts = [record["Restarts"] for record in job.end()]
     expect(restarts == ["1", "1", "0", "0"], f"restarts: {restarts}")
     for i in range(4):
-        same(*(SweepFolder(each).setting(i) for each in (folder / "sweep", out)))
+        same(*(SweepFolder(sweep).setting(i) for sweep in (folder / "sweep", out)))
     return "each requeued once, the others undisturbed; the same bits", "4 × COMPLETED, 0"
 
 
 def two_ranks(folder):
     """A run of two ranks under `mpirun`."""
     out = folder / "ranks"
-    done = subprocess.run([*TWO_RANKS, *RUN, "--out", out], capture_output=True, text=True)
-    expect(done.returncode == 0 and done.stdout.count("passed") == 1, done)
+    completed = subprocess.run([*TWO_RANKS, *RUN, "--out", out], capture_output=True, text=True)
+    expect(completed.returncode == 0 and completed.stdout.count("passed") == 1, completed)
     same(folder / "whole", out)
     return "joined; the same bits as under Slurm", "0"
 
@@ -259,20 +261,23 @@ def rank_killed(folder):
     try:
         trains(out)
         os.kill(process(OMPI_COMM_WORLD_RANK="1"), signal.SIGKILL)
-        began = time.monotonic()
-        said, _ = run.communicate(timeout=90)
-        took = time.monotonic() - began
+        start = time.monotonic()
+        output, _ = run.communicate(timeout=90)
+        delay = time.monotonic() - start
     finally:
         run.terminate()
-    expect(run.returncode >= 128, f"{run.returncode}: {said}")
-    done = subprocess.run([*TWO_RANKS, *RUN, "--out", out], capture_output=True, text=True)
-    expect(done.returncode == 0, done)
+    expect(run.returncode >= 128, f"{run.returncode}: {output}")
+    completed = subprocess.run([*TWO_RANKS, *RUN, "--out", out], capture_output=True, text=True)
+    expect(completed.returncode == 0, completed)
     same(folder / "whole", out)
-    return f"mpirun ended the other after {took:.0f} s; the same bits", f"{run.returncode}, then 0"
+    return (
+        f"mpirun ended the other after {delay:.0f} s; the same bits",
+        f"{run.returncode}, then 0",
+    )
 
 
 def main():
-    """Prints the table."""
+    """Runs the cases and returns the exit code. Each prints a row, which its docstring labels."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -280,14 +285,14 @@ def main():
     print("| | what happened | seconds | state, exit code |\n| --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder, slurm(Path(folder)):
         for case in CASES:
-            began = time.monotonic()
+            start = time.monotonic()
             try:
-                said, ended = case(Path(folder))
+                outcome, state = case(Path(folder))
             except Lost as error:
-                said, ended, as_expected = str(error), "NOT AS EXPECTED", False
-            seconds = time.monotonic() - began
-            what = " ".join(case.__doc__.split())
-            print(f"| {what} | {said} | {seconds:.0f} | {ended} |", flush=True)
+                outcome, state, as_expected = str(error), "NOT AS EXPECTED", False
+            seconds = time.monotonic() - start
+            label = " ".join(case.__doc__.split())
+            print(f"| {label} | {outcome} | {seconds:.0f} | {state} |", flush=True)
     return 0 if as_expected else 1
 
 

@@ -3,18 +3,18 @@
     python -m benchmarks.compile [--platform cuda|tpu] [--only REGEX] [--lower]
 
 Needs the extra `aot`, some 5 GB of XLA's compilers: `pip install -e '.[aot]' -c constraints.txt`.
-Prints each program as it is compiled, and stores it in compiled.json and the table compiled.md
-beside this file. A program is compiled if it, or one that differs from it in numbers alone, is not
-there already as it is now: what the code or JAX has changed since is compiled anew. REGEX is
-searched for in "STUDY: PROGRAM", such as "linear_regression: outer step". With `--lower` programs
-are lowered alone, which needs no compiler and stores nothing, and so is every backend of the LSTM
-kernel ("kernel: BACKEND"): CI does it. It ends with exit code 1 if a study's program has a product
-that is not of full float32, or what GPUs and TPUs lack: float64, or LAPACK's calls.
+Prints each program as it is compiled, and stores it in compiled.json and in the table compiled.md
+beside this file. It skips a program if the same one, or one that differs from it only in numbers,
+is already stored from the present code and version of JAX. REGEX is searched for in
+"STUDY: PROGRAM", such as "linear_regression: outer step". With `--lower` programs are only lowered,
+which needs no compiler and stores nothing, and every backend of the LSTM kernel is lowered too
+("kernel: BACKEND"). CI does so. The exit code is then 1 if a study's program has a product that is
+not in full float32, or what GPUs and TPUs lack: float64, or LAPACK's calls.
 
-For one H100 the bytes that a call reads and writes are counted too, and NVIDIA's `ptxas` says how
-many registers a thread of each fused LSTM kernel takes, and how many bytes it spills ("kernel:
-fused, ..."). XLA's text of a program for TPUs says neither how often loops turn nor, plainly, what
-stays in the chip's own memory.
+For one H100 it also counts the bytes that a call reads and writes, and NVIDIA's `ptxas` reports how
+many registers a thread of each fused LSTM kernel uses, and how many bytes it spills ("kernel:
+fused, ..."). XLA's text of a program for TPUs does not give the trip counts of loops, nor plainly
+what stays in the chip's own memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TARGETS = {"cuda": ("h100:1", "h100:8"), "tpu": ("v5e:1", "v5e:4")}
 BACKENDS = {"cuda": "gpu", "tpu": "tpu"}
 FILE = Path(__file__).with_name("compiled.json")
 COUNTED = "h100:1"
-"""The devices for which bytes and registers are counted."""
+"""The target for which bytes and registers are counted."""
 PRESET = "paper"
 HEAD = """# Programs compiled for devices that were not there
 
@@ -57,21 +57,21 @@ some 20 in float32 in the time of one byte from its memory. A dash: not compiled
 
 
 def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
-    """Every program of a study, for the devices that stand in or are said to be here."""
+    """Yields every program of a study, for the platform of `compiling_for` or `said_to_be_here`."""
     import jax
 
     from metadyn import planning
     from metadyn.outer import OuterLoop
     from metadyn.study import load_study
 
-    found = load_study(study)
-    plan = found.plan(found.presets[preset])
+    definition = load_study(study)
+    plan = definition.plan(definition.presets[preset])
     loop = OuterLoop(plan.trained, plan.outer, jax.random.key(0))
     yield from planning.programs(plan, loop)
 
 
 def kernels(platform: str, hidden: int = 64, sharding: Any = None) -> Iterator[Any]:
-    """The gradient through every backend of the LSTM kernel that a platform has."""
+    """Yields the gradient through each backend of the LSTM kernel that a platform has."""
     import jax
     import jax.numpy as jnp
 
@@ -89,7 +89,7 @@ def kernels(platform: str, hidden: int = 64, sharding: Any = None) -> Iterator[A
 
 
 def lowered(program: Any, platform: str) -> str:
-    """The text of a program for a platform, with the choices that are made there."""
+    """Returns the text of a program lowered for a platform, under the choices in force."""
     return program.trace().lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -97,28 +97,28 @@ EXACT = {("HIGHEST", "HIGHEST")}
 
 
 def roundings(text: str) -> set[tuple[str, str] | None]:
-    """The precisions that the products of a lowered program ask for; None, if one asks for none.
+    """Returns the precisions that a lowered program's products request; None for one without.
 
-    Three products in TensorFloat32 in the place of one are as exact as float32: test_fused.py sees
-    it on a GPU.
+    Three TensorFloat32 products in place of one count as exact: test_fused.py checks on a GPU that
+    they are as exact as float32.
     """
     products = [line for line in text.splitlines() if "stablehlo.dot" in line]
     threefold = r"algorithm = <lhs_precision_type = tf32.*num_primitive_operations = 3,"
-    single = [line for line in products if not re.search(threefold, line)]
-    found = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in single]
-    asked = {each and (each[1], each[2]) for each in found}
-    return asked | (EXACT if single != products else set())
+    other_products = [line for line in products if not re.search(threefold, line)]
+    matches = [re.search(r"precision = \[(\w+), (\w+)\]", line) for line in other_products]
+    precisions = {match and (match[1], match[2]) for match in matches}
+    return precisions | (EXACT if other_products != products else set())
 
 
 def wrong(text: str) -> list[str]:
-    """What a lowered program has that one of float32 on GPUs and TPUs must not have."""
-    rounded = [f"products of precision {each}" for each in roundings(text) - EXACT]
-    lacking = {"float64": r"[<x]f64>", "LAPACK": "@lapack"}
-    return rounded + [name for name, form in lacking.items() if re.search(form, text)]
+    """Lists what a lowered program has that a float32 program on GPUs and TPUs must not have."""
+    rounded = [f"products of precision {precision}" for precision in roundings(text) - EXACT]
+    forbidden = {"float64": r"[<x]f64>", "LAPACK": "@lapack"}
+    return rounded + [name for name, pattern in forbidden.items() if re.search(pattern, text)]
 
 
 def as_hopper() -> None:
-    """Says that Triton kernels are for Hopper if no GPU is here, as JAX 0.10 takes for granted."""
+    """Registers Hopper as Triton's GPU where no GPU is present, as JAX 0.10 takes for granted."""
     import jax
 
     with suppress(ImportError):
@@ -130,7 +130,7 @@ def as_hopper() -> None:
 
 @contextmanager
 def said_to_be_here(platform: str) -> Iterator[None]:
-    """Makes the choices that are made on a platform, for the devices that are here."""
+    """Makes programs for the present devices choose as on a platform, within a `with` block."""
     import jax
 
     jax.clear_caches()
@@ -143,10 +143,9 @@ def said_to_be_here(platform: str) -> Iterator[None]:
 def compiled(
     program: Any, target: str, there: Any, before: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """What is stored of a program.
+    """Compiles a program for a target. Returns the row to store, or why compiling failed.
 
-    What was compiled `before`, by its form, is not compiled again: programs of one form differ in
-    numbers alone.
+    A row in `before`, keyed by form, is reused: programs of one form differ only in numbers.
     """
     import jax
 
@@ -167,79 +166,83 @@ def compiled(
             }
             if target == COUNTED:
                 before[form]["moved"] = hlo.moved(row.text, program.turns)
-    except Exception as error:  # costs this program alone
+    except Exception as error:  # costs only this program
         return {"fails": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return before[form] | {"calls": program.times, "form": form}
 
 
 FUSED = {
-    f"kernel: fused, {hidden} units, products in {called}": (hidden, precision)
+    f"kernel: fused, {hidden} units, products in {label}": (hidden, precision)
     for hidden in (64, 128, 256)
-    for called, precision in {"float32": "float32", "TensorFloat32": "tensorfloat32"}.items()
+    for label, precision in {"float32": "float32", "TensorFloat32": "tensorfloat32"}.items()
 }
-"""The fused kernels whose registers are counted: hidden units, and JAX's name of a precision."""
+"""Fused kernels whose registers are counted: hidden units, and JAX's name of the precision."""
 
 
 def registers(hidden: int, precision: str, there: Any) -> dict[str, list[int]]:
-    """Registers of a thread of each fused kernel, and bytes that it spills, by NVIDIA's `ptxas`."""
+    """Returns registers per thread, and bytes spilled, of each fused kernel by NVIDIA's `ptxas`."""
     import jax
-    from nvidia import cu13 as nvidia  # it comes with the extra `aot`
+    from nvidia import cu13 as nvidia  # from the extra `aot`
 
-    assembler, counted = Path(next(iter(nvidia.__path__)), "bin", "ptxas"), {}
-    on = jax.sharding.SingleDeviceSharding(there.devices[0])
+    assembler, usage = Path(next(iter(nvidia.__path__)), "bin", "ptxas"), {}
+    sharding = jax.sharding.SingleDeviceSharding(there.devices[0])
     with jax.default_matmul_precision(precision), tempfile.TemporaryDirectory() as folder:
         with said_to_be_here("cuda"):
-            (fused,) = (each for each in kernels("cuda", hidden, on) if each.name == "fused")
+            (fused,) = (p for p in kernels("cuda", hidden, sharding) if p.name == "fused")
             fused.trace().lower().compile({**there.options[0], "xla_dump_to": folder})
         for path in Path(folder).glob("*.ptx"):
-            if kernel := re.search(r"\.entry (forward|backward)_kernel", path.read_text()):
+            if match := re.search(r"\.entry (forward|backward)_kernel", path.read_text()):
                 command = [assembler, "-v", "-arch=sm_90a", path, "-o", os.devnull]
-                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-                counted[kernel[1]] = used(said)
-    return counted
+                report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+                usage[match[1]] = used(report)
+    return usage
 
 
 def used(said: str) -> list[int]:
-    """Registers of a thread and bytes that it spills, of what `ptxas -v` said of one kernel."""
+    """Reads registers per thread, and bytes spilled, from what `ptxas -v` reports of one kernel."""
     (registers,) = re.findall(r"Used (\d+) registers", said)
     (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
     return [int(registers), int(spilled)]
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
-    """Lines of Markdown: a table for each study, in which each program is a line."""
+    """Yields lines of Markdown: a table for each study, with one row per program."""
     from metadyn.planning import number, size
 
-    targets = [target for each in TARGETS.values() for target in each]
+    targets = [target for group in TARGETS.values() for target in group]
     yield HEAD
-    if counted := {name: rows[name][COUNTED] for name in FUSED if name in rows}:
+    if fused_rows := {name: rows[name][COUNTED] for name in FUSED if name in rows}:
         yield ""
         yield "## Registers of a thread, and bytes that it spills, on one H100"
         yield ""
         yield "| kernel of the LSTM | forwards | backwards |"
         yield "| --- | --- | --- |"
-        for name, of in counted.items():
-            cells = ("{}, {} B".format(*of[kernel]) for kernel in ("forward", "backward"))
+        for name, usage in fused_rows.items():
+            cells = ("{}, {} B".format(*usage[kernel]) for kernel in ("forward", "backward"))
             yield f"| {name.partition(': ')[2]} | {' | '.join(cells)} |"
     for study in sorted({name.partition(": ")[0] for name in rows if name not in FUSED}):
-        mine = {n.partition(": ")[2]: of for n, of in rows.items() if n.startswith(f"{study}: ")}
+        study_rows = {
+            n.partition(": ")[2]: r for n, r in rows.items() if n.startswith(f"{study}: ")
+        }
         yield ""
         yield f"## {study}, preset {PRESET}"
-        if some := {name: found for name, found in mine.items() if found}:
+        if stored := {name: row for name, row in study_rows.items() if row}:
             yield ""
             yield f"| program | calls | FLOPs | bytes | {' | '.join(targets)} |"
             yield f"| --- | --- | --- | --- |{' --- |' * len(targets)}"
-        for name, found in some.items():
-            right = [found[t] for t in targets if "fails" not in found.get(t, {"fails": ""})]
-            flops = number(right[0]["operations"]) if right else ""
-            calls = f"{right[0]['calls']:,}" if right else ""
-            moved = found.get(COUNTED, {}).get("moved")
-            read = "–" if moved is None else size(moved)
-            cells = [_cell(found.get(target)) for target in targets]
-            yield f"| {name} | {calls} | {flops} | {read} | {' | '.join(cells)} |"
-        if left := len(mine) - len(some):
+        for name, by_target in stored.items():
+            valid = [
+                by_target[t] for t in targets if "fails" not in by_target.get(t, {"fails": ""})
+            ]
+            flops = number(valid[0]["operations"]) if valid else ""
+            calls = f"{valid[0]['calls']:,}" if valid else ""
+            moved = by_target.get(COUNTED, {}).get("moved")
+            moved_text = "–" if moved is None else size(moved)
+            cells = [_cell(by_target.get(target)) for target in targets]
+            yield f"| {name} | {calls} | {flops} | {moved_text} | {' | '.join(cells)} |"
+        if missing := len(study_rows) - len(stored):
             yield ""
-            yield f"Not compiled yet: {left} of {len(mine)} programs."
+            yield f"Not compiled yet: {missing} of {len(study_rows)} programs."
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -250,67 +253,67 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     if "fails" in row:
         return row["fails"].replace("|", "/")
     steps = " + ".join(map(str, row["launches"])) or "no loop"
-    moved = (
-        f"; {size(sum(row[each]))} {each}" for each in ("reduced", "gathered") if row.get(each)
+    exchanged = (
+        f"; {size(sum(row[kind]))} {kind}" for kind in ("reduced", "gathered") if row.get(kind)
     )
-    return f"{size(row['memory'])}; {steps}{''.join(moved)}; {row['seconds']:.0f} s"
+    return f"{size(row['memory'])}; {steps}{''.join(exchanged)}; {row['seconds']:.0f} s"
 
 
 def lower_all(platform: str, wanted: Callable[[str], Any]) -> int:
-    """Lowers programs for a platform, says how long each took, and returns how many are `wrong`."""
+    """Lowers programs, prints how long each took, and returns how many are `wrong`."""
     from metadyn.study import study_names
 
-    bad = 0
-    made = {"kernel": partial(kernels, platform)}
-    made |= {study: partial(programs, study) for study in study_names()}
+    wrong_count = 0
+    sources = {"kernel": partial(kernels, platform)}
+    sources |= {study: partial(programs, study) for study in study_names()}
     with said_to_be_here(platform):
-        for of, each in made.items():
-            for program in each():
-                name, start = f"{of}: {program.name}", time.monotonic()
+        for source, make_programs in sources.items():
+            for program in make_programs():
+                name, start = f"{source}: {program.name}", time.monotonic()
                 if wanted(name):
                     text = lowered(program, platform)
-                    found = wrong(text) if of != "kernel" else []  # a kernel alone asks for nothing
-                    bad += bool(found)
-                    said = [f"{time.monotonic() - start:.1f} s", *found]
-                    print(f"{platform}, {name}: {', '.join(said)}", flush=True)
-    return bad
+                    problems = wrong(text) if source != "kernel" else []  # kernels request none
+                    wrong_count += bool(problems)
+                    report = [f"{time.monotonic() - start:.1f} s", *problems]
+                    print(f"{platform}, {name}: {', '.join(report)}", flush=True)
+    return wrong_count
 
 
 def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
-    """Compiles programs for devices elsewhere, and stores each as it is done."""
+    """Compiles programs for a target that is not here, and stores each as soon as it is done."""
     import jax
 
     from metadyn import absent_devices, mesh, program_cost
     from metadyn.study import study_names
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
-    there, names = absent_devices.find(target), {*FUSED}
-    programs_of = (found for name, found in rows.items() if name not in FUSED)
-    stored = [found[target] for found in programs_of if target in found]
-    whole = {*program_cost.Account._fields, "launches", "form", "jax"}
-    whole |= {"moved"} if target == COUNTED else set()
-    now = [each for each in stored if each.keys() >= whole and each["jax"] == jax.__version__]
-    before = {each["form"]: each for each in now}
+    devices, names = absent_devices.find(target), {*FUSED}
+    program_rows = (r for name, r in rows.items() if name not in FUSED)
+    stored = [by_target[target] for by_target in program_rows if target in by_target]
+    required = {*program_cost.Account._fields, "launches", "form", "jax"}
+    required |= {"moved"} if target == COUNTED else set()
+    current = [row for row in stored if row.keys() >= required and row["jax"] == jax.__version__]
+    before = {row["form"]: row for row in current}
     for name in filter(wanted, FUSED if target == COUNTED else ()):
-        rows[name] = {target: registers(*FUSED[name], there)}
+        rows[name] = {target: registers(*FUSED[name], devices)}
         print(f"{target}, {name}: {rows[name][target]}", flush=True)
-    with mesh.compiling_for(there):
+    with mesh.compiling_for(devices):
         for study in study_names():
             for program in programs(study):
                 name = f"{study}: {program.name}"
                 names.add(name)
-                found = rows.setdefault(name, {})
+                by_target = rows.setdefault(name, {})
                 if not wanted(name):
                     continue
-                if (made := compiled(program, target, there, before)) != found.get(target):
-                    found[target] = made
-                    print(f"{target}, {name}: {made}", flush=True)
+                if (new_row := compiled(program, target, devices, before)) != by_target.get(target):
+                    by_target[target] = new_row
+                    print(f"{target}, {name}: {new_row}", flush=True)
                     store(rows)
-    store({name: found for name, found in rows.items() if name in names})  # the others are gone
+    store({name: row for name, row in rows.items() if name in names})  # the rest no longer exist
 
 
 def store(rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes what is known of the programs, and the table of it."""
+    """Writes the rows of all programs to compiled.json, and their table to compiled.md."""
     FILE.write_text(json.dumps(rows, indent=1) + "\n")
     FILE.with_suffix(".md").write_text("\n".join(table(rows)) + "\n")
 
@@ -328,7 +331,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     from metadyn import absent_devices
     from metadyn.errors import ConfigError
 

@@ -3,12 +3,12 @@
     python -m benchmarks.excess_loss [--full] [--only PROBLEM ...] [--json FILE]
 
 A problem is a study's preset: `quick` (3 × 3 tasks and the like) or `workstation` (the paper's own
-sizes). Its LSTM is trained anew in every row, all seeds together on every device, with what the row
-names changed; the schedule is stretched over the steps it is given. A row says the seconds of
-training, compiling left out, the seconds after which the mean over seeds first came under the
-problem's TARGET on training episodes, if it did, and the excess at the end on held-out tasks
-of each seed. The first row of a quick problem has the settings of version 0.1; without `--full`
-there are no rows but that and the settings of now.
+sizes). Each row trains the problem's LSTM anew with the changes that it names, all seeds together
+on every device. The schedule is stretched over the row's steps. A row gives the seconds of training
+without compiling; the seconds after which the mean excess of the seeds on training episodes first
+fell to the problem's TARGET, if it did; and each seed's final excess on held-out tasks. The first
+row of a quick problem has the settings of version 0.1. Without `--full` only that row and the
+present settings are run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGET = {
     "nonlinear_regression workstation": 0.3,
     "contextual_bandit workstation": 0.03,
 }
-"""Excess at which version 0.1's quick presets ended, and that the paper's sizes are asked for; of
+"""Excess to reach: where version 0.1's quick presets ended, and the goal of the paper's sizes. For
 the bandit, 0.03 of the regret of chance is a reward of 0.97."""
 BEFORE: dict[str, dict[str, Any]] = {
     "linear_regression": {
@@ -46,22 +46,22 @@ BEFORE: dict[str, dict[str, Any]] = {
         "lstm.vector_rate": 1.0, "actor_critic.annealed": False, "outer.steps": 4000,
     },
 }  # fmt: skip
-"""What version 0.1's quick presets had instead."""
+"""Fields that differed in version 0.1's quick presets."""
 STAGES = "stages"
-"""Changes of the stages that training has, one after another and equally long, in a row."""
+"""Key of a row's further changes, a list with one entry per stage of training, equally long."""
 AVERAGED = "averaged"
-"""Whether the weights at the end are the mean over the last third of the steps."""
+"""Key of whether the final weights are the mean over the last third of the steps."""
 
 
 def rows(problem: str) -> dict[str, dict[str, Any]]:
-    """What is changed in each row, by dotted field of the study's configuration."""
+    """Returns the changes of each row, by dotted field of the study's configuration."""
     study, _, preset = problem.partition(" ")
     config = settings(problem)
     steps, batch, rate = config.outer.steps, config.outer.batch, config.outer.learning_rate
     hidden, bandit = config.lstm.hidden, study == "contextual_bandit"
-    found = {} if preset else {"version 0.1": BEFORE[study]}
-    found["as it is"] = {}
-    found |= {
+    changes = {} if preset else {"version 0.1": BEFORE[study]}
+    changes["as it is"] = {}
+    changes |= {
         f"{hidden // 2} units, twice the steps": {
             "lstm.hidden": hidden // 2, "outer.steps": 2 * steps,
         },
@@ -82,20 +82,20 @@ def rows(problem: str) -> dict[str, dict[str, Any]]:
             STAGES: [{"domain.steps": config.domain.steps // 2}, {}],
         },
     }  # fmt: skip
-    other = 3.0 if config.lstm.vector_rate == 1 else 1.0
-    found[f"biases and readout at {other:g} times the rate"] = {"lstm.vector_rate": other}
+    value = 3.0 if config.lstm.vector_rate == 1 else 1.0
+    changes[f"biases and readout at {value:g} times the rate"] = {"lstm.vector_rate": value}
     if study == "nonlinear_regression":
         from metadyn.domains.fourier import Embedding
 
-        found |= {f"embedding {e}": {"domain.embedding": e} for e in get_args(Embedding)}
+        changes |= {f"embedding {e}": {"domain.embedding": e} for e in get_args(Embedding)}
     if not bandit:
-        other = "feedback" if config.target == "bayes" else "bayes"
-        found[f"target: {other}"] = {"target": other}
-    return found
+        value = "feedback" if config.target == "bayes" else "bayes"
+        changes[f"target: {value}"] = {"target": value}
+    return changes
 
 
 def settings(problem: str, changes: Mapping[str, Any] = {}) -> Any:
-    """A problem's configuration, with fields changed by their dotted names."""
+    """Returns a problem's configuration, with fields changed by their dotted names."""
     from metadyn.study import load_study
 
     study, _, preset = problem.partition(" ")
@@ -104,16 +104,16 @@ def settings(problem: str, changes: Mapping[str, Any] = {}) -> Any:
     for name, value in changes.items():
         part, _, field = name.rpartition(".")
         parts.setdefault(part, {})[field] = value
-    whole = {
-        part: dataclasses.replace(getattr(config, part), **each)
-        for part, each in parts.items()
+    nested = {
+        part: dataclasses.replace(getattr(config, part), **fields)
+        for part, fields in parts.items()
         if part
     }
-    return dataclasses.replace(config, **parts.get("", {}), **whole)
+    return dataclasses.replace(config, **parts.get("", {}), **nested)
 
 
 def train(problem: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains as a row says: seconds and excess [dispatch], and the excess at the end [seed]."""
+    """Trains as a row says. Returns seconds and excess [dispatch], and the final excess [seed]."""
     from metadyn import mesh
 
     mesh.use_every_core()
@@ -125,61 +125,61 @@ def train(problem: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     from metadyn.outer import OuterLoop
     from metadyn.study import HELDOUT, load_study
 
-    rest = {name: value for name, value in changes.items() if name not in (STAGES, AVERAGED)}
+    fields = {name: value for name, value in changes.items() if name not in (STAGES, AVERAGED)}
     stages = changes.get(STAGES, [{}])
     study = load_study(problem.partition(" ")[0])
     loops = []
     for stage in stages:
-        config = settings(problem, rest | stage)
+        config = settings(problem, fields | stage)
         plan = study.plan(config)
         loops.append(OuterLoop({"lstm": plan.trained["lstm"]}, config.outer, jax.random.key(0)))
-    part, steps = plan.comparisons[0], config.outer.steps
-    bayes = next(each for each in part.contenders if each.kind == "bayes")
-    lstm = next(each for each in part.contenders if each.name == "lstm")
-    heldout = next(each.tasks for each in plan.measurements if each.tasks.name == HELDOUT)
+    comparison, steps = plan.comparisons[0], config.outer.steps
+    bayes = next(c for c in comparison.contenders if c.kind == "bayes")
+    lstm = next(c for c in comparison.contenders if c.name == "lstm")
+    heldout = next(m.tasks for m in plan.measurements if m.tasks.name == HELDOUT)
     tasks = dataclasses.replace(heldout, size=8192, probes={})
 
     def loss(contender, params):
-        found = readings(tasks, contender, params, jax.random.key(1), 2048)
-        return np.asarray(found["loss"])[..., 1:].mean((-2, -1))
+        values = readings(tasks, contender, params, jax.random.key(1), 2048)
+        return np.asarray(values["loss"])[..., 1:].mean((-2, -1))
 
     best = loss(bayes, ())
-    over = lambda loss: dynamics.excess_loss(loss, best, part.domain.loss_floor)
-    state, seconds, excess, mean, parts = loops[0].init(), [], [], None, 0
+    gap = lambda loss: dynamics.excess_loss(loss, best, comparison.domain.loss_floor)
+    state, seconds, excess, total, count = loops[0].init(), [], [], None, 0
     for i, loop in enumerate(loops):
-        for now, metrics in loop.run(state, steps * (i + 1) // len(loops)):
-            seconds.append(sum(each.seconds["lstm"] for each in loops))
-            excess.append(float(over(np.mean(metrics["lstm"]["loss"]))))
-            state = now
-            if changes.get(AVERAGED) and int(now.step) > 2 * steps / 3:
-                copy, parts = jax.tree.map(jnp.copy, now.params["lstm"]), parts + 1
-                mean = copy if mean is None else jax.tree.map(jnp.add, mean, copy)
-    params = state.params["lstm"] if mean is None else jax.tree.map(lambda x: x / parts, mean)
-    return {"seconds": seconds, "excess": excess, "ends": [*map(float, over(loss(lstm, params)))]}
+        for new_state, metrics in loop.run(state, steps * (i + 1) // len(loops)):
+            seconds.append(sum(x.seconds["lstm"] for x in loops))
+            excess.append(float(gap(np.mean(metrics["lstm"]["loss"]))))
+            state = new_state
+            if changes.get(AVERAGED) and int(new_state.step) > 2 * steps / 3:
+                copy, count = jax.tree.map(jnp.copy, new_state.params["lstm"]), count + 1
+                total = copy if total is None else jax.tree.map(jnp.add, total, copy)
+    params = state.params["lstm"] if total is None else jax.tree.map(lambda x: x / count, total)
+    return {"seconds": seconds, "excess": excess, "ends": [*map(float, gap(loss(lstm, params)))]}
 
 
 def table(problem: str, full: bool = False) -> Iterator[Result]:
-    """Seconds and excess of a problem's rows; one that fails costs itself alone."""
+    """Yields seconds and excess of a problem's rows. A row that fails costs only itself."""
     for name, changes in rows(problem).items():
         if not full and name not in ("version 0.1", "as it is"):
             continue
-        where = f"{problem}, {name}"
+        label = f"{problem}, {name}"
         try:
-            found = ask(Side(__name__, "train", {"problem": problem, "changes": changes}))
+            training = ask(Side(__name__, "train", {"problem": problem, "changes": changes}))
         except Exception as error:
-            print(f"{where}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            print(f"{label}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
             continue
-        smooth = np.convolve(found["excess"], [0.5, 0.5], "valid")  # of two dispatches
-        under = np.flatnonzero(smooth <= TARGET[problem])
-        yield result(f"{where}: seconds", found["seconds"][-1])
-        if len(under):
-            at = found["seconds"][under[0] + 1]
-            yield result(f"{where}: seconds to an excess of {TARGET[problem]:g}", at)
-        yield result(f"{where}: excess at the end", found["ends"])
+        smooth = np.convolve(training["excess"], [0.5, 0.5], "valid")  # mean of two dispatches
+        below = np.flatnonzero(smooth <= TARGET[problem])
+        yield result(f"{label}: seconds", training["seconds"][-1])
+        if len(below):
+            seconds = training["seconds"][below[0] + 1]
+            yield result(f"{label}: seconds to an excess of {TARGET[problem]:g}", seconds)
+        yield result(f"{label}: excess at the end", training["ends"])
 
 
 def benchmark(full: bool = False) -> Iterator[Result]:
-    """That of linear regression, 3 × 3; with `full` of all problems."""
+    """Yields the rows of linear regression, 3 × 3, or with `full` those of all problems."""
     for problem in TARGET if full else ("linear_regression",):
         yield from table(problem, full)
 

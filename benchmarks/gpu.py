@@ -1,21 +1,21 @@
-"""All that is to be measured on a GPU, in one command of 10 minutes, the most telling first.
+"""Runs all measurements for a GPU in one command of 10 minutes, the most telling first.
 
     python -m benchmarks.gpu OUT [--dry]
 
-Before it, on a fresh machine with a network:
+To install the packages on a fresh machine with a network:
 
     python3 -m venv v && v/bin/pip install -e '.[cuda,benchmark,test]' -c constraints.txt
 
-and without one, from wheels brought along in a folder: on a machine of the same Python and system,
+and without one, from wheels that a machine of the same Python and system has put into a folder:
 
     pip download -d wheels setuptools '.[cuda,benchmark,test]' -c constraints.txt
     v/bin/pip install --no-index --find-links wheels -e '.[cuda,benchmark,test]'
 
-About 7 GB, most of it NVIDIA's libraries. OUT/results.json has every figure as soon as it is there,
-suite.txt the tests, paper.txt and paper/ linear regression's paper preset for as long as time is
-left. A side, or a part, that fails costs itself alone. `--dry` goes through all of it at tiny
-sizes, on a CPU too, where nothing that it says counts. What an H100 gave is in README.md
-beside this file.
+These are about 7 GB, most of it NVIDIA's libraries. OUT/results.json gets every figure as soon as
+it is measured, suite.txt the output of the tests, and paper.txt and paper/ that of linear
+regression's paper preset, which runs for the time that is left. A side, or a part, that fails costs
+only itself. `--dry` runs everything at tiny sizes, on a CPU too, and none of its figures count.
+README.md beside this file has the results of an H100.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ SUITE = "fused lstm linear fourier bandit bayes inner gradient outer"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Sizes of everything that is measured or run."""
 
     hidden: tuple[int, ...] = (64, 128, 256)
-    """The first is compared in every way."""
+    """Numbers of hidden units, of which the first is compared in every way."""
     precisions: tuple[str, ...] = ("tensorfloat32", "float32")
-    """PyTorch's default for an LSTM on a GPU, and metadyn's."""
+    """Precisions of products: PyTorch's default for an LSTM on a GPU, and metadyn's."""
     batch: int = 16_384
     steps: int = 20
     product: int = 8192
-    """Rows of the matrices that the rate of products is measured with."""
+    """Number of rows of the matrices that measure the rate of products."""
     entries: int = 1 << 27
-    """Numbers in each of the 8 arrays that the rate of copies is measured with: 4 GiB in all."""
+    """Number of entries of each of the 8 arrays that measure the rate of copies: 4 GiB in all."""
     repeats: int = 7
     seconds: float = 0.25
-    """Of a repeat, at least."""
+    """Least duration of a repeat, in seconds."""
     patience: float = 60
-    """Seconds that a side may take to be prepared."""
-    suite: tuple[str, ...] = tuple("test_" + of for of in SUITE.split())
+    """Longest time, in seconds, that preparing a side, or one repeat, may take."""
+    suite: tuple[str, ...] = tuple("test_" + name for name in SUITE.split())
     workers: int = 8
-    """Processes that the suite is run by."""
+    """Number of processes that run the suite."""
     study: tuple[str, ...] = ("linear_regression", "--preset", "paper")
 
     def case(self, hidden: int) -> tuple[str, dict[str, int]]:
-        """What results and sides call an outer step of so many hidden units."""
+        """Returns the label and the arguments of an outer step with this many hidden units."""
         case = {"hidden": hidden, "batch": self.batch, "steps": self.steps}
         return "outer step, " + ", ".join(f"{name} {n}" for name, n in case.items()), case
 
     def sides(self, sides: Mapping[str, Side]) -> dict[str, Any]:
-        """Seconds [repeats] of each side that can run."""
+        """Times the sides that can run, and returns the seconds [repeats] of each."""
         return alternate(sides, self.repeats, self.seconds, self.patience)
 
 
@@ -91,20 +91,20 @@ DRY = Sizes(
 
 
 def graph_side(hidden: int, batch: int, steps: int, precision: str) -> Run:
-    """PyTorch's cuDNN path, one whole outer step captured as a CUDA graph; on a CPU as it is."""
+    """Makes a run of PyTorch's cuDNN path, each outer step replayed as a CUDA graph if on a GPU."""
     import torch
 
     cuda = torch.cuda.is_available()
-    place = "cuda" if cuda else "cpu"
+    device = "cuda" if cuda else "cpu"
     torch.backends.cudnn.allow_tf32 = precision == "tensorfloat32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tensorfloat32"
-    network = torch_network(hidden).to(place)
+    network = torch_network(hidden).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True, capturable=cuda)
 
     def step() -> None:
-        W = torch.randn(batch, N, N, device=place) / N**0.5
-        x = torch.randn(steps, batch, N, device=place)
-        noise = torch.randn(steps, batch, N, device=place)
+        W = torch.randn(batch, N, N, device=device) / N**0.5
+        x = torch.randn(steps, batch, N, device=device)
+        noise = torch.randn(steps, batch, N, device=device)
         optimizer.zero_grad(set_to_none=True)
         network(x, torch.einsum("bij,tbj->tbi", W, x) + SIGMA * noise).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP, foreach=True)
@@ -121,7 +121,7 @@ def graph_side(hidden: int, batch: int, steps: int, precision: str) -> Run:
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as a CUDA graph, after three on a stream of their own, as PyTorch asks for."""
+    """Captures a step as a CUDA graph, after three on another stream, as PyTorch requires."""
     import torch
 
     stream = torch.cuda.Stream()
@@ -137,12 +137,12 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def measured(sizes: Sizes) -> Iterator[tuple[str, Iterator[Result]]]:
-    """Every part that gives figures, by name, the most telling first."""
+    """Yields the parts that give figures, each a name and its results, the most telling first."""
     first, *wider = sizes.hidden
-    taken: dict[str, np.ndarray] = {}
+    metadyn_seconds: dict[str, np.ndarray] = {}
     for precision in sizes.precisions:
-        yield f"outer step, {precision}", outer_step(sizes, first, precision, taken, 2.0)
-    yield "shares of the limits", shares(sizes, taken)
+        yield f"outer step, {precision}", outer_step(sizes, first, precision, metadyn_seconds, 2.0)
+    yield "shares of the limits", shares(sizes, metadyn_seconds)
     yield "backends", backends(sizes)
     for hidden in wider:
         part = outer_step(sizes, hidden, sizes.precisions[0], {})
@@ -152,56 +152,56 @@ def measured(sizes: Sizes) -> Iterator[tuple[str, Iterator[Result]]]:
 def outer_step(
     sizes: Sizes, hidden: int, precision: str, ours: dict[str, Any], least: float | None = None
 ) -> Iterator[Result]:
-    """The outer step against PyTorch at the same precision; notes our seconds in `ours`."""
-    where, case = sizes.case(hidden)
+    """Times the outer step against PyTorch's at one precision, and stores our seconds in `ours`."""
+    label, case = sizes.case(hidden)
     case |= {"precision": precision}
     sides = {
         "metadyn": Side("benchmarks.outer_step", "metadyn_side", case),
         RIVAL: Side(__name__, "graph_side", case),
     }
-    taken = sizes.sides(sides)
-    for name, seconds in taken.items():
-        yield result(f"{where}, {precision}: {name}, ms", 1e3 * seconds)
-    if "metadyn" in taken:
-        ours[precision] = taken["metadyn"]
-    if len(taken) == len(sides):
-        ratio = taken[RIVAL] / taken["metadyn"]
-        yield result(f"{where}, {precision}: × {RIVAL}", ratio, at_least=least)
+    timings = sizes.sides(sides)
+    for name, seconds in timings.items():
+        yield result(f"{label}, {precision}: {name}, ms", 1e3 * seconds)
+    if "metadyn" in timings:
+        ours[precision] = timings["metadyn"]
+    if len(timings) == len(sides):
+        ratio = timings[RIVAL] / timings["metadyn"]
+        yield result(f"{label}, {precision}: × {RIVAL}", ratio, at_least=least)
 
 
 def shares(sizes: Sizes, ours: Mapping[str, Any]) -> Iterator[Result]:
-    """The card's limits, and the share of its products' that outer steps of `ours` seconds take."""
-    where, case = sizes.case(sizes.hidden[0])
-    of = lambda what, **case: Side("benchmarks.timing", what, case)
-    sides = {"copies": of("copies", entries=sizes.entries)}
-    sides |= {each: of("products", size=sizes.product, precision=each) for each in sizes.precisions}
-    taken = sizes.sides(sides)
-    if "copies" in taken:
-        yield result("limit: copies, GB/s", 8 * PARTS * sizes.entries / taken.pop("copies") / 1e9)
-    for precision, seconds in taken.items():
+    """Yields the card's limits, and the shares of its product rate that our outer steps reach."""
+    label, case = sizes.case(sizes.hidden[0])
+    side = lambda function, **case: Side("benchmarks.timing", function, case)
+    sides = {"copies": side("copies", entries=sizes.entries)}
+    sides |= {p: side("products", size=sizes.product, precision=p) for p in sizes.precisions}
+    timings = sizes.sides(sides)
+    if "copies" in timings:
+        yield result("limit: copies, GB/s", 8 * PARTS * sizes.entries / timings.pop("copies") / 1e9)
+    for precision, seconds in timings.items():
         rate = 2 * PARTS * sizes.product**3 / seconds
         yield result(f"limit: products, {precision}, TFLOP/s", rate / 1e12)
         if precision in ours:
             share = operations(**case) / ours[precision] / rate.max()
-            name = f"{where}, {precision}: metadyn, share of the product rate"
+            name = f"{label}, {precision}: metadyn, share of the product rate"
             yield result(name, share, at_least=0.4)
 
 
 def backends(sizes: Sizes) -> Iterator[Result]:
-    """What `auto` chooses from, in float32, and flax at the default of JAX: TF32 on GPUs."""
+    """Times the choices of `auto` in float32, and flax at JAX's default precision: TF32 on GPUs."""
     from metadyn.kernels.lstm import Backend
 
-    where, case = sizes.case(sizes.hidden[0])
-    ours = [each for each in get_args(Backend) if each != "auto"]
+    label, case = sizes.case(sizes.hidden[0])
+    names = [name for name in get_args(Backend) if name != "auto"]
     side = lambda name, **more: Side("benchmarks.outer_step", name, case | more)
-    sides = {f"{each}, float32": side("metadyn_side", backend=each) for each in ours}
+    sides = {f"{name}, float32": side("metadyn_side", backend=name) for name in names}
     sides["flax, JAX's default precision"] = side("flax_side")
     for name, seconds in sizes.sides(sides).items():
-        yield result(f"{where}: {name}, ms", 1e3 * seconds)
+        yield result(f"{label}: {name}, ms", 1e3 * seconds)
 
 
 def commands(sizes: Sizes, out: Path) -> dict[str, tuple[float, list[str]]]:
-    """What is run beside: name of its output, seconds at most, command."""
+    """Returns the other commands, by output file: most seconds, and arguments of Python."""
     tests = [str(sizes.workers), *(f"tests/{name}.py" for name in sizes.suite)]
     study = [*sizes.study, "--out", str(out / "paper")]
     return {
@@ -211,7 +211,7 @@ def commands(sizes: Sizes, out: Path) -> dict[str, tuple[float, list[str]]]:
 
 
 def programme(out: Path, sizes: Sizes) -> None:
-    """Goes through all of it, and prints what it found and how long each part took."""
+    """Runs all parts and commands, and prints each result and the time after each part."""
     start, results = time.monotonic(), []
     out.mkdir(parents=True, exist_ok=True)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # sides share the card
@@ -220,24 +220,24 @@ def programme(out: Path, sizes: Sizes) -> None:
     print(f"{os.environ['BENCHMARK_DEVICE']}; {versions()}", flush=True)
     for name, part in measured(sizes):
         try:
-            for each in part:
-                print(each, flush=True)
-                results.append(dataclasses.asdict(each))
+            for measurement in part:
+                print(measurement, flush=True)
+                results.append(dataclasses.asdict(measurement))
                 (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
         print(f"({name}: {time.monotonic() - start:.0f} s from the start)", flush=True)
-    for name, (most, command) in commands(sizes, out).items():
-        left = min(most, SECONDS - (time.monotonic() - start))
-        print(f"{name}: {_run(out / name, command, left)}", flush=True)
+    for name, (limit, command) in commands(sizes, out).items():
+        seconds = min(limit, SECONDS - (time.monotonic() - start))
+        print(f"{name}: {_run(out / name, command, seconds)}", flush=True)
 
 
-def _run(into: Path, command: list[str], seconds: float) -> int | str:
-    """Runs a command of Python for so many seconds at most; returns its exit code, or why none."""
-    exact = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}  # where nothing else is said
-    with open(into, "w") as file:
+def _run(output: Path, command: list[str], seconds: float) -> int | str:
+    """Runs Python for at most `seconds`. Returns its exit code, or why there is none."""
+    environment = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}  # unless set in code
+    with open(output, "w") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=exact
+            [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment
         )
         try:
             return process.wait(max(seconds, 0))

@@ -2,12 +2,12 @@
 
     python -m benchmarks.inner_loops [--full] [--json FILE]
 
-Every learner has a task of its own and draws a fresh minibatch for each update. Kinds: two-layer
-linear network, 5 → 32 → 5, plain SGD, batch 20; ReLU network, 1 → 64 → 64 → 64 → 64 → 1, SGD,
-batch 20, on functions of frequencies 1-5; softmax policy, 5 contexts × 5 actions, REINFORCE with a
-running baseline, batch 20. The loop's time for one update of one learner does not depend on how
-many learners there are, so it is measured on one and the rest is arithmetic. metadyn multiplies a
-linear network out before it sees the batch; torch.func.vmap is measured without that and with it.
+Every learner has its own task and draws a fresh minibatch for each update. Kinds: two-layer linear
+network, 5 → 32 → 5, plain SGD, batch 20; ReLU network, 1 → 64 → 64 → 64 → 64 → 1, SGD, batch 20, on
+functions of frequencies 1-5; softmax policy, 5 contexts × 5 actions, REINFORCE with a running
+baseline, batch 20. The loop's time per update of one learner does not depend on the number of
+learners, so it is measured on one learner and multiplied. metadyn multiplies a linear network out
+before it sees the batch; torch.func.vmap is measured with and without that.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ KINDS = ("linear", "mlp", "policy")
 BATCH, RATE, UPDATES, WIDTH, SIGMA = 20, 0.01, 20, 64, 0.1
 FULL = (1, 10, 100, 1000, 10_000)
 OPERATIONS = {
-    # W₂W₁ and its two derivatives; its product with the batch and the derivative of that.
+    # W₂W₁ and its two derivatives; the product of W₂W₁ with the batch, and its derivative.
     "linear": 2.0 * (3 * 5 * 32 * 5 + 2 * BATCH * 5 * 5),
     "mlp": 6.0 * BATCH * (WIDTH + 3 * WIDTH**2 + WIDTH),
     "policy": 6.0 * BATCH * 5,
 }
-"""Of the products that one update needs: forwards once, backwards at most twice as many."""
+"""FLOPs of the products that one update needs: forwards, and at most twice as many backwards."""
 
 
 def metadyn_side(kind: str, learners: int) -> Run:
-    """`inner.measure`: UPDATES updates of all learners."""
+    """Makes a run of `inner.measure`: UPDATES updates of all learners."""
     from metadyn import mesh
 
     mesh.use_every_core()
@@ -57,31 +57,31 @@ def metadyn_side(kind: str, learners: int) -> Run:
 
     def run(count: int) -> None:
         for i in range(count):
-            found = inner.measure(
+            readings = inner.measure(
                 domain, make, False, (0, UPDATES), (),
                 (), sample, jax.random.key(i), jnp.arange(learners),
             )  # fmt: skip
-            jax.block_until_ready(found)
+            jax.block_until_ready(readings)
 
     return run
 
 
 def _torch_kind(kind: str, learners: int, multiplied: bool = False) -> tuple[Any, Any, Any]:
-    """Weights of all learners, minibatches of all learners, and the loss of one on its own.
+    """Returns all learners' weights, a sampler of their minibatches, and the loss of one learner.
 
     With `multiplied`, a linear network is multiplied out before it sees the batch.
     """
     import torch
 
-    lead = (learners,)
+    axes = (learners,)
     uniform = lambda *shape: torch.rand(shape) - 0.5
     if kind == "linear":
-        W = torch.randn(*lead, 5, 5) / 5**0.5
-        weights = [1e-2 * torch.randn(*lead, 32, 5), 1e-2 * torch.randn(*lead, 5, 32)]
+        W = torch.randn(*axes, 5, 5) / 5**0.5
+        weights = [1e-2 * torch.randn(*axes, 32, 5), 1e-2 * torch.randn(*axes, 5, 32)]
 
         def minibatch() -> tuple[Any, ...]:
-            x = torch.randn(*lead, BATCH, 5)
-            return x, x @ W.mT + SIGMA * torch.randn(*lead, BATCH, 5)
+            x = torch.randn(*axes, BATCH, 5)
+            return x, x @ W.mT + SIGMA * torch.randn(*axes, BATCH, 5)
 
         def loss(weights: Any, x: Any, y: Any) -> Any:
             if multiplied:
@@ -94,14 +94,14 @@ def _torch_kind(kind: str, learners: int, multiplied: bool = False) -> tuple[Any
         sizes = [1, *[WIDTH] * 4, 1]
         weights = []
         for n, m in pairwise(sizes):
-            weights += [2 * uniform(*lead, m, n) / n**0.5, 2 * uniform(*lead, m) / n**0.5]
-        turns = 2 * torch.pi * torch.arange(1, 6)
-        cosine, sine = torch.randn(2, *lead, 1, 5) / 5**0.5
+            weights += [2 * uniform(*axes, m, n) / n**0.5, 2 * uniform(*axes, m) / n**0.5]
+        omega = 2 * torch.pi * torch.arange(1, 6)
+        cosine, sine = torch.randn(2, *axes, 1, 5) / 5**0.5
 
         def minibatch() -> tuple[Any, ...]:
-            x = uniform(*lead, BATCH, 1)
-            f = (cosine * torch.cos(turns * x) + sine * torch.sin(turns * x)).sum(-1, keepdim=True)
-            return x, f + SIGMA * torch.randn(*lead, BATCH, 1)
+            x = uniform(*axes, BATCH, 1)
+            f = (cosine * torch.cos(omega * x) + sine * torch.sin(omega * x)).sum(-1, keepdim=True)
+            return x, f + SIGMA * torch.randn(*axes, BATCH, 1)
 
         def loss(weights: Any, x: Any, y: Any) -> Any:
             for layer in range(4):
@@ -110,33 +110,33 @@ def _torch_kind(kind: str, learners: int, multiplied: bool = False) -> tuple[Any
             return 0.5 * ((answers - y) ** 2).sum(-1).mean()
 
     else:
-        best = torch.randint(5, (*lead, 5))
-        weights = [torch.randn(*lead, 5, 5), torch.randn(*lead, 5)]
-        mean = torch.zeros(*lead, 1)
+        best_actions = torch.randint(5, (*axes, 5))
+        weights = [torch.randn(*axes, 5, 5), torch.randn(*axes, 5)]
+        baseline = torch.zeros(*axes, 1)
 
         def minibatch() -> tuple[Any, ...]:
-            context = torch.randint(5, (*lead, BATCH))
+            context = torch.randint(5, (*axes, BATCH))
             logits = weights[0].detach() + weights[1].detach()[..., None, :]  # [context, action]
-            chosen = torch.gather(logits, -2, context[..., None].expand(*context.shape, 5))
-            action = (chosen - torch.empty_like(chosen).exponential_().log()).argmax(-1)
-            reward = (action == torch.gather(best, -1, context)).float()
-            advantage = reward - mean
-            mean.mul_(0.99).add_(reward.mean(-1, keepdim=True), alpha=0.01)
+            scores = torch.gather(logits, -2, context[..., None].expand(*context.shape, 5))
+            action = (scores - torch.empty_like(scores).exponential_().log()).argmax(-1)
+            reward = (action == torch.gather(best_actions, -1, context)).float()
+            advantage = reward - baseline
+            baseline.mul_(0.99).add_(reward.mean(-1, keepdim=True), alpha=0.01)
             return context, action, advantage
 
         def loss(weights: Any, context: Any, action: Any, advantage: Any) -> Any:
             logits = weights[0][context] + weights[1]
-            taken = torch.log_softmax(logits, -1).gather(-1, action[:, None])[:, 0]
-            return -(advantage * taken).mean()
+            log_chosen = torch.log_softmax(logits, -1).gather(-1, action[:, None])[:, 0]
+            return -(advantage * log_chosen).mean()
 
     return weights, minibatch, loss
 
 
 def loop_side(kind: str) -> Run:
-    """One learner after another, as a plain loop has it: autograd and torch.optim.SGD."""
+    """Makes a run that updates one learner, as in a plain loop: autograd and torch.optim.SGD."""
     import torch
 
-    torch.set_num_threads(1)  # so small operations gain nothing from more
+    torch.set_num_threads(1)  # operations this small gain nothing from more
     weights, minibatch, loss = _torch_kind(kind, 1)
     for leaf in weights:
         leaf.requires_grad_()
@@ -152,7 +152,7 @@ def loop_side(kind: str) -> Run:
 
 
 def vmap_side(kind: str, learners: int, multiplied: bool = False) -> Run:
-    """One update of all learners by torch.func.vmap of torch.func.grad."""
+    """Makes a run that updates all learners by torch.func.vmap of torch.func.grad."""
     import torch
 
     torch.set_num_threads(cores())
@@ -167,7 +167,7 @@ def vmap_side(kind: str, learners: int, multiplied: bool = False) -> Run:
 
 
 def benchmark(full: bool = False) -> Iterator[Result]:
-    """Microseconds for one update of one learner, and the ratios."""
+    """Yields the microseconds per update of one learner, shares of the limit, and the ratios."""
     for kind in KINDS:
         for learners in FULL if full else (1000,):
             sides = {
@@ -178,18 +178,18 @@ def benchmark(full: bool = False) -> Iterator[Result]:
             if kind == "linear":
                 case = {"kind": kind, "learners": learners, "multiplied": True}
                 sides["vmap, multiplied out"] = Side(__name__, "vmap_side", case)
-            taken = alternate(sides)
-            taken["metadyn"] = taken["metadyn"] / (learners * UPDATES)
-            taken |= {name: taken[name] / learners for name in taken if name.startswith("vmap")}
-            where = f"{learners} learners, {kind}"
-            for name, seconds in taken.items():
-                yield result(f"{where}: {name}, µs an update", 1e6 * seconds)
+            timings = alternate(sides)
+            timings["metadyn"] = timings["metadyn"] / (learners * UPDATES)
+            timings |= {n: timings[n] / learners for n in timings if n.startswith("vmap")}
+            label = f"{learners} learners, {kind}"
+            for name, seconds in timings.items():
+                yield result(f"{label}: {name}, µs an update", 1e6 * seconds)
                 share = limits().share(seconds, OPERATIONS[kind])
-                yield result(f"{where}: {name}, share of the product rate", share)
+                yield result(f"{label}: {name}, share of the product rate", share)
             targets = {"loop": 20.0, "vmap": 2.0} if learners == 1000 else {}
-            ours = taken.pop("metadyn")
-            for name, seconds in taken.items():
-                yield result(f"{where}: × torch {name}", seconds / ours, at_least=targets.get(name))
+            ours = timings.pop("metadyn")
+            for name, seconds in timings.items():
+                yield result(f"{label}: × torch {name}", seconds / ours, at_least=targets.get(name))
 
 
 if __name__ == "__main__":

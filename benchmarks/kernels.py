@@ -1,9 +1,9 @@
-"""The backends of the LSTM kernel: value and gradient over a whole episode.
+"""Times the backends of the LSTM kernel: value and gradient over a whole episode.
 
     python -m benchmarks.kernels [--full] [--json FILE]
 
-T = 20, 10 inputs; `scan` is the reference, and `backward` what `auto` is on CPUs. `fused`, which is
-for NVIDIA GPUs, is timed by `python -m benchmarks.gpu`.
+T = 20, 10 inputs. `scan` is the reference, and `backward` is what `auto` chooses on CPUs. `fused`,
+which is for NVIDIA GPUs, is timed by `python -m benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FULL = tuple((hidden, batch) for hidden in (64, 128, 256) for batch in (16, 32, 
 
 
 def kernel_side(backend: str, hidden: int, batch: int) -> Run:
-    """Descends the sum of squared hidden states, many steps a dispatch, on one device."""
+    """Makes a run that descends the mean of h², many steps per dispatch, on one device."""
     import jax
     import jax.numpy as jnp
 
@@ -32,25 +32,25 @@ def kernel_side(backend: str, hidden: int, batch: int) -> Run:
     inputs = jax.random.normal(keys[0], (STEPS, INPUTS, batch))
     gradient = jax.grad(lambda weights: jnp.mean(lstm(weights, inputs, backend) ** 2))
     descend = lambda _, w: jax.tree.map(lambda a, g: a - 1e-3 * g, w, gradient(w))
-    many = jax.jit(lambda weights, count: jax.lax.fori_loop(0, count, descend, weights))
-    return lambda count: jax.block_until_ready(many(weights, count))
+    program = jax.jit(lambda weights, count: jax.lax.fori_loop(0, count, descend, weights))
+    return lambda count: jax.block_until_ready(program(weights, count))
 
 
 def benchmark(full: bool = False) -> Iterator[Result]:
-    """Milliseconds, and how many times as fast as the reference."""
+    """Yields the milliseconds of each backend, and its speed as a multiple of the reference's."""
     for hidden, batch in FULL if full else SIZES:
         case = {"hidden": hidden, "batch": batch}
         backends = ("scan", "backward")
         sides = {b: Side(__name__, "kernel_side", case | {"backend": b}) for b in backends}
-        taken = alternate(sides)
-        where = f"kernel, hidden {hidden}, batch {batch}"
-        done = 6.0 * STEPS * batch * 4 * hidden * (INPUTS + hidden)
-        for name, seconds in taken.items():
-            yield result(f"{where}: {name}, ms", 1e3 * seconds)
-            share = limits().share(seconds, done)
-            yield result(f"{where}: {name}, share of the product rate", share)
+        timings = alternate(sides)
+        label = f"kernel, hidden {hidden}, batch {batch}"
+        flops = 6.0 * STEPS * batch * 4 * hidden * (INPUTS + hidden)
+        for name, seconds in timings.items():
+            yield result(f"{label}: {name}, ms", 1e3 * seconds)
+            share = limits().share(seconds, flops)
+            yield result(f"{label}: {name}, share of the product rate", share)
             if name != "scan":
-                yield result(f"{where}: {name} × scan", taken["scan"] / seconds)
+                yield result(f"{label}: {name} × scan", timings["scan"] / seconds)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""One outer step of metadyn against PyTorch and flax.
+"""Times one outer step of metadyn against PyTorch and flax.
 
     python -m benchmarks.outer_step [--full] [--json FILE]
 
 Each side does the same work: it samples tasks of linear regression, 5 × 5, with their episodes,
 runs an LSTM over them, back-propagates, clips the gradient by its global norm and takes a step of
 Adam. Sides: metadyn; PyTorch's nn.LSTM, eager and under torch.compile; flax's nnx.RNN of an
-OptimizedLSTMCell under jit, many steps a dispatch, as metadyn does. At larger batches PyTorch
-is also given by hand what metadyn does by itself: a part of the batch at a time, for the cache.
+OptimizedLSTMCell under jit, with many steps per dispatch, as in metadyn. At larger batches a
+further side has PyTorch process a part of the batch at a time, which fits the cache, as metadyn
+does by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FULL = tuple(
     for batch in (256, 2048, 16_384, 65_536)
     if hidden * batch * steps <= 64 * 65_536 * 20
 )
-"""Hidden units, batch, T; up to what 16 GiB of memory hold of the other sides' activations."""
+"""Hidden units, batch, T, as far as 16 GiB of memory hold the activations of the other sides."""
 
 
 def loop(
@@ -44,7 +45,7 @@ def loop(
     rate: float = RATE,
     **more: Any,
 ) -> Any:
-    """The `OuterLoop` that studies use; `more` are fields of the network's configuration."""
+    """Returns the `OuterLoop` of studies; `more` are fields of the network's configuration."""
     from metadyn import mesh
 
     mesh.use_every_core()
@@ -72,22 +73,22 @@ def loop(
 
 
 def metadyn_side(hidden: int, batch: int, steps: int, model: str = "lstm", **more: Any) -> Run:
-    """metadyn, on every core or on the accelerator; `more` are options of `loop`."""
-    ours = loop(hidden, batch, steps, model, **more)
+    """Makes a run of metadyn, on every core or on the accelerator; `more` are options of `loop`."""
+    outer_loop = loop(hidden, batch, steps, model, **more)
     import jax
     import jax.numpy as jnp
 
-    state = [ours.init()]
+    state = [outer_loop.init()]
 
     def run(count: int) -> None:
-        state[0], metrics = ours.advance(state[0], jnp.int32(count))
+        state[0], metrics = outer_loop.advance(state[0], jnp.int32(count))
         jax.block_until_ready((state[0], metrics))
 
     return run
 
 
 def torch_network(hidden: int, model: str = "lstm", n: int = N) -> Any:
-    """A network with a linear readout, and its loss over whole episodes."""
+    """Returns a network with a linear readout, whose forward pass is its loss on whole episodes."""
     import torch
 
     class Network(torch.nn.Module):
@@ -97,9 +98,9 @@ def torch_network(hidden: int, model: str = "lstm", n: int = N) -> Any:
             self.readout = torch.nn.Linear(hidden, n)
 
         def forward(self, x: Any, y: Any) -> Any:
-            """Mean squared error; x and y are [T, B, n]."""
-            before = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
-            answers = self.readout(self.body(torch.cat([x, before], -1)))
+            """Returns the mean squared error; x and y are [T, B, n]."""
+            previous = torch.cat([torch.zeros_like(y[:1]), y[:-1]])
+            answers = self.readout(self.body(torch.cat([x, previous], -1)))
             return torch.nn.functional.mse_loss(answers, y)
 
     return Network()
@@ -113,37 +114,37 @@ def torch_side(
     compiled: bool = False,
     chunk: int | None = None,
 ) -> Run:
-    """PyTorch, on a GPU if it finds one. With `chunk`, that many episodes at a time."""
+    """Makes a run of PyTorch, on a GPU if present. With `chunk`, that many episodes at a time."""
     import torch
 
-    place = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(cores())
-    network = torch_network(hidden, model).to(place)
+    network = torch_network(hidden, model).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
-    loss_of = torch.compile(network) if compiled else network
+    loss = torch.compile(network) if compiled else network
     chunk = chunk or batch
 
     def sample() -> tuple[Any, Any]:
-        W = torch.randn(chunk, N, N, device=place) / N**0.5
-        x = torch.randn(steps, chunk, N, device=place)
-        noise = torch.randn(steps, chunk, N, device=place)
+        W = torch.randn(chunk, N, N, device=device) / N**0.5
+        x = torch.randn(steps, chunk, N, device=device)
+        noise = torch.randn(steps, chunk, N, device=device)
         return x, torch.einsum("bij,tbj->tbi", W, x) + SIGMA * noise
 
     def run(count: int) -> None:
         for _ in range(count):
             optimizer.zero_grad(set_to_none=True)
             for _ in range(batch // chunk):
-                (loss_of(*sample()) * (chunk / batch)).backward()
+                (loss(*sample()) * (chunk / batch)).backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
             optimizer.step()
-        if place == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
 
     return run
 
 
 def flax_network(hidden: int, model: str = "lstm") -> Any:
-    """A network with a linear readout, its loss as the forward pass."""
+    """Returns a network with a linear readout, whose forward pass is its loss on whole episodes."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -153,7 +154,7 @@ def flax_network(hidden: int, model: str = "lstm") -> Any:
             self.readout = nnx.Linear(hidden, N, rngs=rngs)
 
         def __call__(self, x: Any, y: Any) -> Any:
-            """Mean squared error; x and y are [T, B, N]."""
+            """Returns the mean squared error; x and y are [T, B, N]."""
             inputs = jnp.concatenate([x, jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])], -1)
             return jnp.mean((self.readout(self.body(inputs)) - y) ** 2)
 
@@ -161,7 +162,7 @@ def flax_network(hidden: int, model: str = "lstm") -> Any:
 
 
 def flax_side(hidden: int, batch: int, steps: int, model: str = "lstm") -> Run:
-    """flax's own modules under jit, on all cores as one device."""
+    """Makes a run of flax's own modules under jit, on all cores as one device."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -182,8 +183,8 @@ def flax_side(hidden: int, batch: int, steps: int, model: str = "lstm") -> Run:
 
     def step(_: Any, carry: Any) -> Any:
         key, params, moments = carry
-        key, now = jax.random.split(key)
-        gradient = jax.grad(loss)(params, *sample(now))
+        key, step_key = jax.random.split(key)
+        gradient = jax.grad(loss)(params, *sample(step_key))
         updates, moments = optimizer.update(gradient, moments)
         return key, optax.apply_updates(params, updates), moments
 
@@ -200,20 +201,21 @@ def flax_side(hidden: int, batch: int, steps: int, model: str = "lstm") -> Run:
 
 
 def operations(hidden: int, batch: int, steps: int) -> float:
-    """Of the products in one outer step: forwards once, backwards twice as many."""
+    """Returns the FLOPs of an outer step's products: forwards, and twice as many backwards."""
     return 3 * 2.0 * steps * batch * (4 * hidden * (2 * N + hidden) + hidden * N)
 
 
 def compared(
     model: str, size: tuple[int, int, int], pytorch: float | None, flax: float | None
 ) -> Iterator[Result]:
-    """Compares metadyn with PyTorch and flax at one size.
+    """Times metadyn against PyTorch and flax at one size.
 
-    `pytorch` and `flax` are how many times as fast as these it is to be, if that is asked. For an
-    LSTM with the share of the machine's limit, and with PyTorch's given parts of the batch.
+    `pytorch` and `flax` are the least speeds that metadyn must reach, as multiples of theirs; None:
+    no target. An LSTM also has its shares of the machine's limit and, above batch 256, PyTorch in
+    parts of the batch.
     """
     hidden, batch, steps = size
-    case, lstm = {"hidden": hidden, "batch": batch, "steps": steps}, model == "lstm"
+    case, is_lstm = {"hidden": hidden, "batch": batch, "steps": steps}, model == "lstm"
     side = lambda name, **more: Side("benchmarks.outer_step", name, case | {"model": model} | more)
     sides = {
         "metadyn": side("metadyn_side"),
@@ -222,28 +224,28 @@ def compared(
         "flax": side("flax_side"),
     }
     chunked = "PyTorch eager, 256 episodes at a time"
-    if lstm and batch > 256:
+    if is_lstm and batch > 256:
         sides[chunked] = side("torch_side", chunk=256)
-    taken = alternate(sides)
-    called = "outer step" if lstm else model
-    where, ours = f"{called}, hidden {hidden}, batch {batch}, T {steps}", taken["metadyn"]
-    for name, seconds in taken.items():
-        yield result(f"{where}: {name}, ms", 1e3 * seconds)
-        if lstm:
+    timings = alternate(sides)
+    prefix = "outer step" if is_lstm else model
+    label, ours = f"{prefix}, hidden {hidden}, batch {batch}, T {steps}", timings["metadyn"]
+    for name, seconds in timings.items():
+        yield result(f"{label}: {name}, ms", 1e3 * seconds)
+        if is_lstm:
             share = limits().share(seconds, operations(**case))
-            yield result(f"{where}: {name}, share of the product rate", share)
-    both = [taken[name] for name in ("PyTorch eager", "PyTorch compiled") if name in taken]
-    if both:
-        best = np.min(both, axis=0)
-        yield result(f"{where}: × better of PyTorch", best / ours, at_least=pytorch)
-    if chunked in taken:
-        yield result(f"{where}: × {chunked}", taken[chunked] / ours)
-    if "flax" in taken:
-        yield result(f"{where}: × flax", taken["flax"] / ours, at_least=flax)
+            yield result(f"{label}: {name}, share of the product rate", share)
+    rivals = [timings[name] for name in ("PyTorch eager", "PyTorch compiled") if name in timings]
+    if rivals:
+        best = np.min(rivals, axis=0)
+        yield result(f"{label}: × better of PyTorch", best / ours, at_least=pytorch)
+    if chunked in timings:
+        yield result(f"{label}: × {chunked}", timings[chunked] / ours)
+    if "flax" in timings:
+        yield result(f"{label}: × flax", timings["flax"] / ours, at_least=flax)
 
 
 def benchmark(full: bool = False) -> Iterator[Result]:
-    """The comparisons, and the share of the machine's limit."""
+    """Yields the comparisons, and the shares of the machine's limit."""
     for size in FULL if full else SIZES:
         yield from compared("lstm", size, *((1.0, 1.5) if size in SIZES else (None, None)))
 

@@ -1,15 +1,15 @@
-"""The networks of metadyn's meta-learners as PyTorch and flax have them, for `outer_step`.
+"""Networks of metadyn's meta-learners in PyTorch and flax, for `outer_step`.
 
-Each is made by name, and maps inputs [T, B, n_in] to hidden states [T, B, hidden]:
+Each is made by name and maps inputs [T, B, n_in] to hidden states [T, B, hidden]:
 
 lstm         nn.LSTM; nnx.RNN of an OptimizedLSTMCell.
-lstm loop    PyTorch alone: the LSTM as a plain loop over time, which torch.func.vmap takes.
+lstm loop    PyTorch only: the LSTM as a plain loop over time, which torch.func.vmap can batch.
 transformer  pre-norm blocks with RMS normalisation and a GELU MLP of twice the width;
              scaled_dot_product_attention; nnx.MultiHeadAttention.
-deltanet     the same blocks, with fast weights under the delta rule in the place of attention,
-             written as a plain loop over time (PyTorch), and as a scan (flax).
+deltanet     the same blocks, with fast weights under the delta rule in place of attention,
+             written as a plain loop over time (PyTorch) and as a scan (flax).
 
-The last two read tokens of two inputs each, as metadyn's do.
+A token of the last two joins the present and the previous input, as in metadyn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LAYERS, HEADS, WIDER = 2, 4, 2
 
 
 def torch_body(name: str, n_in: int, hidden: int) -> Any:
-    """The network of that name in PyTorch."""
+    """Makes the network of a name in PyTorch."""
     import torch
     from torch import nn
 
@@ -46,18 +46,18 @@ def torch_body(name: str, n_in: int, hidden: int) -> Any:
 
             def forward(self, x: Any) -> Any:
                 h = c = torch.zeros(x.shape[1], hidden, device=x.device)
-                found = []
+                states = []
                 for z in self.input(x).unbind():
                     i, f, g, o = (z + self.recurrent(h)).chunk(4, -1)
                     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
                     h = torch.sigmoid(o) * torch.tanh(c)
-                    found.append(h)
-                return torch.stack(found)
+                    states.append(h)
+                return torch.stack(states)
 
         return Looped()
 
     def heads(x: Any, parts: int) -> tuple[Any, ...]:
-        """[T, B, parts · hidden] as `parts` arrays [B, heads, T, size]."""
+        """Splits [T, B, parts · hidden] into `parts` arrays [B, heads, T, size]."""
         T, B, _ = x.shape
         return x.reshape(T, B, parts, HEADS, hidden // HEADS).permute(2, 1, 3, 0, 4).unbind()
 
@@ -81,14 +81,14 @@ def torch_body(name: str, n_in: int, hidden: int) -> Any:
 
         def forward(self, x: Any) -> Any:
             q, k, v = heads(self.project(x), 3)
-            q, k = (nn.functional.normalize(nn.functional.silu(each), dim=-1) for each in (q, k))
+            q, k = (nn.functional.normalize(nn.functional.silu(a), dim=-1) for a in (q, k))
             beta = torch.sigmoid(self.strength(x)).permute(1, 2, 0).unsqueeze(-1)
             S = torch.zeros(*q.shape[:2], q.shape[-1], q.shape[-1], device=x.device)
             mixed = []
             for t in range(x.shape[0]):
-                now = k[:, :, t]
-                error = v[:, :, t] - torch.einsum("bhij,bhj->bhi", S, now)
-                S = S + torch.einsum("bhi,bhj->bhij", beta[:, :, t] * error, now)
+                key = k[:, :, t]
+                error = v[:, :, t] - torch.einsum("bhij,bhj->bhi", S, key)
+                S = S + torch.einsum("bhi,bhj->bhij", beta[:, :, t] * error, key)
                 mixed.append(torch.einsum("bhij,bhj->bhi", S, q[:, :, t]))
             return self.out(torch.stack(mixed).reshape(x.shape))
 
@@ -111,14 +111,14 @@ def torch_body(name: str, n_in: int, hidden: int) -> Any:
             self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
 
         def forward(self, x: Any) -> Any:
-            before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
-            return self.blocks(self.embed(torch.cat([x, before], -1)))
+            previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+            return self.blocks(self.embed(torch.cat([x, previous], -1)))
 
     return Blocks()
 
 
 def flax_body(name: str, n_in: int, hidden: int, rngs: Any) -> Any:
-    """The network of that name in flax NNX, of its own modules."""
+    """Makes the network of a name in flax NNX, from its own modules."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -153,11 +153,11 @@ def flax_body(name: str, n_in: int, hidden: int, rngs: Any) -> Any:
             B, T, _ = x.shape
             parts = self.project(x).reshape(B, T, 3, HEADS, -1).transpose(2, 1, 0, 3, 4)
             unit = lambda a: a / jnp.sqrt(jnp.sum(a**2, -1, keepdims=True) + 1e-12)
-            q, k = (unit(nnx.silu(each)) for each in parts[:2])
+            q, k = (unit(nnx.silu(a)) for a in parts[:2])
             beta = nnx.sigmoid(self.strength(x)).transpose(1, 0, 2)[..., None]
 
-            def step(S: Any, now: Any) -> tuple[Any, Any]:
-                q, k, v, beta = now
+            def step(S: Any, inputs: Any) -> tuple[Any, Any]:
+                q, k, v, beta = inputs
                 error = v - jnp.einsum("bhij,bhj->bhi", S, k)
                 S = S + jnp.einsum("bhi,bhj->bhij", beta * error, k)
                 return S, jnp.einsum("bhij,bhj->bhi", S, q)
@@ -185,8 +185,8 @@ def flax_body(name: str, n_in: int, hidden: int, rngs: Any) -> Any:
 
         def __call__(self, x: Any) -> Any:
             x = x.swapaxes(0, 1)  # flax's attention has the batch first
-            before = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], 1)
-            x = self.embed(jnp.concatenate([x, before], -1))
+            previous = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], 1)
+            x = self.embed(jnp.concatenate([x, previous], -1))
             for block in self.blocks:
                 x = block(x)
             return x.swapaxes(0, 1)

@@ -1,12 +1,12 @@
-"""Meta-learners that are not LSTMs: one outer step against PyTorch and flax, and against the LSTM.
+"""Times meta-learners that are not LSTMs: one outer step against PyTorch, flax and the LSTM.
 
     python -m benchmarks.sequence_models [--full] [--json FILE]
 
-The first part does what `outer_step` does, which see, with a transformer and a DeltaNet of two
-layers, 64 units and 4 heads (`rivals.py`): PyTorch's `scaled_dot_product_attention` and a plain
-loop of the delta rule, eager and under torch.compile; flax's own modules under jit. The second part
-times the minLSTM, whose episodes are an associative scan, and the LSTM, whose episodes are a
-sequential one, at several lengths of an episode.
+The first part is `outer_step` with a transformer and a DeltaNet of two layers, 64 units and 4 heads
+(`rivals.py`). The rivals are PyTorch's `scaled_dot_product_attention` and a plain loop of the delta
+rule, eager and under torch.compile, and flax's own modules under jit. The second part times the
+minLSTM, whose episodes are an associative scan, and the LSTM, whose episodes are a sequential one,
+at several episode lengths.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ LENGTHS = ((20, 256), (100, 256), (1000, 32))
 
 
 def benchmark(full: bool = False) -> Iterator[Result]:
-    """The comparisons with other libraries, and with the LSTM."""
+    """Yields the comparisons with other libraries, and with the LSTM."""
     for model in ("transformer", "deltanet"):
         for size in SIZES + (FULL if full else ()):
             yield from compared(model, size, *((1.5, 1.0) if size in SIZES else (None, None)))
     for steps, batch in LENGTHS:
         case = {"hidden": 64, "batch": batch, "steps": steps}
         sides = {m: Side(STEP, "metadyn_side", case | {"model": m}) for m in ("minlstm", "lstm")}
-        taken = alternate(sides)
-        for model, seconds in taken.items():
+        timings = alternate(sides)
+        for model, seconds in timings.items():
             yield result(f"{model}, hidden 64, batch {batch}, T {steps}, ms", 1e3 * seconds)
-        ratio = taken["lstm"] / taken["minlstm"]
+        ratio = timings["lstm"] / timings["minlstm"]
         yield result(f"minlstm, hidden 64, batch {batch}, T {steps}: × lstm", ratio)
 
 

@@ -1,14 +1,14 @@
-"""What it costs training to store checkpoints and mode trajectories.
+"""Times what storing checkpoints and mode trajectories adds to training.
 
     python -m benchmarks.streaming [--full] [--json FILE]
 
-Training as a study plans it, with checkpoints and without, in alternation. At a checkpoint the mode
-trajectories of the tracked tasks and the losses of the held-out ones are measured and stored with
-the training state. One checkpoint costs less than training varies by from
-repeat to repeat, so they are taken DENSER times as often as in the study, and what they add is
-divided by that. A third side measures and does not store, which tells the two apart. Cases: the
-quick presets of linear regression (3 × 3, batch 32, four seeds) and of outer-loop dynamics (an LSTM
-on each domain, batch 32, four seeds); `large`, linear regression of 5 × 5, batch 256, one seed.
+Trains as a study plans it, with and without checkpoints in alternation. At a checkpoint the mode
+trajectories of the tracked tasks and the losses of the held-out tasks are measured, and stored with
+the training state. One checkpoint costs less than training varies between repeats. So they are
+taken DENSER times as often as in the study, and the added time is divided by that. A third side
+measures but does not store, which tells the two costs apart. Cases: the quick presets of linear
+regression (3 × 3, batch 32, four seeds) and of outer-loop dynamics (an LSTM on each domain, batch
+32, four seeds); `large`, linear regression of 5 × 5, batch 256, one seed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 
 from benchmarks.timing import Result, Run, Side, alternate, main, result
 
-DENSER = 10  # checkpoints in the steps that the study has one in
+DENSER = 10  # checkpoints here for each checkpoint of the study
 CASES = {"linear_regression quick": 5.0, "outer_loop_dynamics quick": 5.0, "large": 2.0}
-"""And what a checkpoint may cost, in % of training."""
+"""Cases, and the most that a checkpoint may cost in each, in % of training."""
 
 
 def training_side(case: str, stored: str) -> Run:
-    """The steps between two checkpoints; `stored` says what of them: nothing, measured, all."""
+    """Makes a run of steps up to a checkpoint. `stored` is "nothing", "measured" or "all" of it."""
     from metadyn import mesh
 
     mesh.use_every_core()
@@ -40,22 +40,22 @@ def training_side(case: str, stored: str) -> Run:
     from metadyn.outer import OuterConfig, OuterLoop
     from metadyn.store import RunFolder
 
-    name = case.removesuffix(" quick") if case != "large" else "linear_regression"
-    study = load_study(name)
+    study_name = case.removesuffix(" quick") if case != "large" else "linear_regression"
+    study = load_study(study_name)
     config = study.presets["quick"]
     if case == "large":
         outer = OuterConfig(steps=20_000, batch=256, seeds=1)
         config = dataclasses.replace(config, domain=LinearRegression(), outer=outer)
     plan = study.plan(config)
-    forever = dataclasses.replace(plan.outer, schedule="constant")
-    loop = OuterLoop(plan.trained, forever, jax.random.key(0))
+    endless = dataclasses.replace(plan.outer, schedule="constant")
+    loop = OuterLoop(plan.trained, endless, jax.random.key(0))
     state = [loop.init()]
     steps = plan.outer.steps // len(plan.outer.checkpoint_steps) // DENSER
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     store = RunFolder.create(folder / "run", {"study": "-", "preset": "-", "seed": 0, "config": {}})
 
-    def measured() -> dict[str, dict[str, dict[str, jax.Array]]]:
+    def measure() -> dict[str, dict[str, dict[str, jax.Array]]]:
         return {
             tasks.name: {
                 contender.name: readings(
@@ -72,27 +72,27 @@ def training_side(case: str, stored: str) -> Run:
         for _ in range(count):
             *_, (state[0], _) = loop.run(state[0], int(state[0].step) + steps)
             if stored == "measured":
-                jax.block_until_ready(measured())
+                jax.block_until_ready(measure())
             elif stored == "all":
-                store.save_checkpoint(int(state[0].step), state[0], measured(), {})
+                store.save_checkpoint(int(state[0].step), state[0], measure(), {})
         store.finish()
 
     return run
 
 
 def benchmark(full: bool = False) -> Iterator[Result]:
-    """Seconds of training, and the percentage that storing adds."""
-    for case, most in CASES.items():
+    """Yields the seconds of training, and the percentages that storing and measuring add."""
+    for case, limit in CASES.items():
         sides = {
             stored: Side(__name__, "training_side", {"case": case, "stored": stored})
             for stored in ("nothing", "measured", "all")
         }
-        taken = alternate(sides, repeats=27 if full else 9, seconds=0.5)
-        plain = taken["nothing"]
+        timings = alternate(sides, repeats=27 if full else 9, seconds=0.5)
+        plain = timings["nothing"]
         yield result(f"{case}: outer steps between two checkpoints, s", DENSER * plain)
-        extra = {name: 100 * (taken[name] / plain - 1) / DENSER for name in ("measured", "all")}
-        said = f"{case}: a checkpoint with trajectories, % of training"
-        yield result(said, extra["all"], at_most=most)
+        extra = {name: 100 * (timings[name] / plain - 1) / DENSER for name in ("measured", "all")}
+        name = f"{case}: a checkpoint with trajectories, % of training"
+        yield result(name, extra["all"], at_most=limit)
         yield result(f"{case}: of that, measuring them, %", extra["measured"])
 
 

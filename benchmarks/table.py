@@ -1,8 +1,8 @@
-"""The results that `python -m benchmarks --json FILE` stored, as the table of README.md.
+"""Prints the results that `python -m benchmarks --json FILE` stored, as the table of README.md.
 
     python -m benchmarks.table FILE
 
-A share of the machine's limit stands beside the time that it belongs to, as its median.
+A time has its median share of the machine's limit beside it.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ SHARE = re.compile(r"[:,] share of the (product rate|limit)$")
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of Markdown."""
+    """Yields the lines of the table, in Markdown."""
     shares = {
-        SHARE.sub("", each["name"]): each["value"] for each in results if SHARE.search(each["name"])
+        SHARE.sub("", row["name"]): row["value"] for row in results if SHARE.search(row["name"])
     }
     yield "| figure | median | 95 % interval | share of the limit | target | |"
     yield "| --- | --- | --- | --- | --- | --- |"
-    for each in results:
-        name = each["name"]
+    for row in results:
+        name = row["name"]
         if SHARE.search(name):
             continue
-        belongs = re.sub(r", ms$|[:,] µs an (update|episode)$", "", name)
-        share = shares.get(belongs) if belongs != name else None
-        verdict = {True: "met", False: "**missed**", None: ""}[each["met"]]
+        timed = re.sub(r", ms$|[:,] µs an (update|episode)$", "", name)
+        share = shares.get(timed) if timed != name else None
+        verdict = {True: "met", False: "**missed**", None: ""}[row["met"]]
         cells = [
             name,
-            f"{each['value']:.3g}",
-            f"[{each['low']:.3g}, {each['high']:.3g}]",
+            f"{row['value']:.3g}",
+            f"[{row['low']:.3g}, {row['high']:.3g}]",
             "" if share is None else f"{share:.2g}",
-            each["target"] or "",
+            row["target"] or "",
             verdict,
         ]
         yield f"| {' | '.join(cells)} |".replace("  |", " |")

@@ -1,4 +1,4 @@
-"""The least study there is: what fault and two-process tests run, since they start it often."""
+"""The smallest study. Tests of faults and of two processes start it often."""
 
 import dataclasses
 
@@ -24,20 +24,20 @@ class Config(md.StudyConfig):
 
 
 def plan(config: Config) -> md.Plan:
-    """One meta-learner, Bayes, one measurement of each."""
+    """Plans one meta-learner, Bayes, and one measurement of each."""
     domain, sizes = config.domain, config.measure
     bayes = md.Contender("bayes", "Bayes", bayes_linear(domain), "bayes")
-    sets = [sizes.sized(domain.evaluation(sizes.probe_points))]
+    task_sets = [sizes.sized(domain.evaluation(sizes.probe_points))]
     contenders = [config.meta_learner(domain), bayes]
-    return md.Plan(config.outer, [md.Comparison(domain, contenders, sets, measure=sizes)])
+    return md.Plan(config.outer, [md.Comparison(domain, contenders, task_sets, measure=sizes)])
 
 
 def criteria(config: Config, results: md.Results):
-    """One that always passes, from trajectories at all outer steps and a measurement."""
+    """Yields a criterion that always passes, from trajectories of all steps and a measurement."""
     steps = results["tracked", config.meta].sizes["outer_step"]
     last = dynamics.samples(results["in_distribution", config.meta], "loss")[:, :, -1]
-    found = dynamics.estimate(lambda mean: mean, last)
-    yield md.criterion("loss", found, f"finite, at {steps} outer steps", at_least=0.0)
+    estimate = dynamics.estimate(lambda mean: mean, last)
+    yield md.criterion("loss", estimate, f"finite, at {steps} outer steps", at_least=0.0)
 
 
 study = md.Study("tiny", {"quick": Config()}, plan, criteria)

@@ -1,9 +1,9 @@
-"""Weak scaling of the outer loop over virtual CPU devices, and what it says of many GPUs.
+"""Weak scaling of the outer loop over virtual CPU devices, and what it predicts for many GPUs.
 
     python -m benchmarks.weak_scaling [--devices N ...] [--steps N] [--batch N] [--hidden N]
 
-Every device has the same number of episodes, one outer seed. Each row is a process of its own. The
-bytes that an outer step reduces over the devices are read off the compiled program.
+Every device has the same number of episodes, and there is one outer seed. Each row runs in its own
+process. The bytes that an outer step reduces over the devices are read from the compiled program.
 """
 
 import argparse
@@ -20,20 +20,20 @@ import jax.numpy as jnp
 from benchmarks.outer_step import loop
 from metadyn.program_cost import exchanged
 
-# Assumed, not measured: GB/s that one GPU sends, and the latency of one message in seconds.
+# Assumed, not measured: number of GPUs, bytes/s that one sends, seconds of latency per message.
 LINKS = {"8 GPUs, NVLink": (8, 450e9, 3e-6), "256 GPUs, 400 Gb/s InfiniBand": (256, 50e9, 10e-6)}
 
 
 def measure(steps: int, batch: int, hidden: int) -> dict:
-    """Seconds and reduced bytes of an outer step on the devices there are."""
-    ours = loop(hidden, batch * jax.device_count(), steps=20)
-    advance = ours.compiled("lstm")
-    state, times = ours.init(), []
+    """Returns the seconds and the reduced bytes of an outer step on the devices present."""
+    outer_loop = loop(hidden, batch * jax.device_count(), steps=20)
+    advance = outer_loop.compiled("lstm")
+    state, times = outer_loop.init(), []
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     for _ in range(4):
-        began = time.perf_counter()
+        start = time.perf_counter()
         state, _ = jax.block_until_ready(advance(state, jnp.int32(steps)))
-        times.append((time.perf_counter() - began) / steps)
+        times.append((time.perf_counter() - start) / steps)
     return {
         "devices": jax.device_count(),
         "parameters": parameters,
@@ -43,12 +43,12 @@ def measure(steps: int, batch: int, hidden: int) -> dict:
 
 
 def all_reduce(devices: int, size: float, speed: float, latency: float) -> float:
-    """Seconds: each device sends 2 (n − 1) / n of the bytes, in 2 log2 n messages one by one."""
+    """Returns seconds: each device sends 2 (n − 1) / n of the bytes in 2 log2 n serial messages."""
     return 2 * (devices - 1) / devices * size / speed + 2 * math.log2(devices) * latency
 
 
 def main():
-    """Prints the tables."""
+    """Prints a row per number of devices, then the estimates for GPUs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=20)
@@ -62,17 +62,17 @@ def main():
     print(f"JAX {jax.__version__}, {len(os.sched_getaffinity(0))} CPU cores\n")
     print("| devices | seconds a step | episodes/s | all-reduces a step | bytes reduced |")
     print("| --- | --- | --- | --- | --- |")
-    alone = math.nan
+    step_time = math.nan
     for devices in arguments.devices:
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "benchmarks.weak_scaling", "--one", *sys.argv[1:]],
             env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
-        row = json.loads(done.stdout)
-        alone = row["seconds"] if devices == 1 else alone
+        row = json.loads(completed.stdout)
+        step_time = row["seconds"] if devices == 1 else step_time
         cells = (
             devices,
             f"{row['seconds']:.4f}",
@@ -82,11 +82,11 @@ def main():
         print("|", " | ".join(map(str, cells)), "|", flush=True)
     size = 4 * (row["parameters"] + 1)
     print(f"\n{row['parameters']:,} parameters: {size:,} bytes with the loss\n")
-    print(f"| | all-reduce | efficiency at {alone:.4f} s a step | step of 90 % efficiency |")
+    print(f"| | all-reduce | efficiency at {step_time:.4f} s a step | step of 90 % efficiency |")
     print("| --- | --- | --- | --- |")
     for name, (devices, speed, latency) in LINKS.items():
         seconds = all_reduce(devices, size, speed, latency)
-        cells = name, f"{1e6 * seconds:.0f} µs", f"{alone / (alone + seconds):.1%}"
+        cells = name, f"{1e6 * seconds:.0f} µs", f"{step_time / (step_time + seconds):.1%}"
         print("|", " | ".join(cells), f"| {1e3 * 9 * seconds:.2f} ms |")
 
 

@@ -1,4 +1,4 @@
-"""Pages in headless Chromium, for tests that are skipped where there is none."""
+"""Loads pages in headless Chromium, for tests that are skipped where it is not installed."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not in
 
 
 def in_browser(address, milliseconds=3000):
-    """A page as a browser leaves it, once it thinks that so much time has passed: as HTML."""
+    """Loads a page and returns its HTML after this many milliseconds of virtual time."""
     options = ("--headless", "--no-sandbox", "--disable-gpu")
     options += (f"--virtual-time-budget={milliseconds}",)
     command = [CHROMIUM, *options, "--dump-dom", address]
@@ -19,6 +19,6 @@ def in_browser(address, milliseconds=3000):
 
 
 def text_of(document, name):
-    """The text of the element with an id, without its tags."""
-    inside = re.search(rf'<(\w+)[^>]* id="{name}"[^>]*>(.*?)</\1>', document, re.DOTALL)[2]
-    return re.sub("<.*?>", "", inside)
+    """Returns the text, without tags, of the element with an id."""
+    content = re.search(rf'<(\w+)[^>]* id="{name}"[^>]*>(.*?)</\1>', document, re.DOTALL)[2]
+    return re.sub("<.*?>", "", content)

@@ -1,8 +1,8 @@
-"""Shape annotations are enforced in every test; tests run on the devices the command would use.
+"""Enforces shape annotations in every test, and runs tests on the devices that commands would use.
 
-What is compiled is kept for later tests, and for the processes that tests start. Most of a test's
-time is compiling: here LLVM does not optimise as it does for users, which takes a third of it away,
-and XLA's older emitters are used where there still are any, which takes a third of the rest.
+Compiled programs are cached for later tests and for the processes that tests start. Most of a
+test's time is compiling. Here LLVM does not optimise as it does for users, which saves a third of
+it, and XLA's older emitters are used where they still exist, which saves a third of the rest.
 """
 
 import gc
@@ -10,14 +10,14 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-_compiled = Path(__file__).parent.parent / ".pytest_cache" / "jax"
-_compiled.mkdir(parents=True, exist_ok=True)
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compiled))
+_cache = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+_cache.mkdir(parents=True, exist_ok=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-_quickly = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):  # later ones do not know it, and abort
-    _quickly += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{_quickly} {os.environ.get('XLA_FLAGS', '')}".strip()  # the last wins
+_flags = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # later versions abort at this flag
+    _flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{_flags} {os.environ.get('XLA_FLAGS', '')}".strip()  # the last one wins
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -30,16 +30,16 @@ from metadyn import mesh  # noqa: E402
 from metadyn.cli import main  # noqa: E402
 
 mesh.use_every_core()
-ConstrainedLayoutEngine.execute = lambda engine, figure: None  # half of the time of a picture
-gc.freeze()  # what is imported stays: no collection need look at it
+ConstrainedLayoutEngine.execute = lambda engine, figure: None  # takes half of a figure's time
+gc.freeze()  # imports stay: collections need not look at them
 gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Drops the programs of a module's tests where a process comes to hold many.
+    """Clears JAX's caches after a module's tests if the process holds many programs.
 
-    Each takes several maps of memory, and Linux gives a process 65 530; beyond, LLVM crashes.
+    Each takes several memory maps, and Linux gives a process 65 530. Beyond that, LLVM crashes.
     """
     yield
     if Path("/proc/self/maps").read_bytes().count(b"\n") > 20_000:
@@ -49,15 +49,15 @@ def forget():
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Makes the choices that are made on a CPU, on a GPU too."""
+    """Makes programs choose as on a CPU, on a GPU too."""
     monkeypatch.setattr(mesh, "backend", lambda: "cpu")
 
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """`refused(arguments, says)`: `metadyn run` leaves with one line, exit code 2 and no folder.
+    """Returns `refused(arguments, says)`, which checks that `metadyn run` refuses bad input.
 
-    Returns the line.
+    It must leave with one line that contains `says`, exit code 2 and no folder. Returns the line.
     """
 
     def check(arguments, says):

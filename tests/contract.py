@@ -1,4 +1,4 @@
-"""What every meta-learner that is a network is held to, whatever it is made of."""
+"""Checks that every meta-learner that is a network must pass, whatever it is made of."""
 
 import dataclasses
 import functools
@@ -24,22 +24,22 @@ DOMAINS = {
 }
 
 observe = jax.jit(inner.observe, static_argnums=(0, 2))
-"""`inner.observe` as one program, where otherwise each of its operations is compiled."""
+"""`inner.observe` as one program. Otherwise each of its operations would be compiled by itself."""
 
 
 @functools.cache
 def made(config, name):
-    """The meta-learner for a domain, with a critic's head where answers count.
+    """Returns the meta-learner for a domain, with a critic's head where answers affect feedback.
 
-    It is the same for all tests, so that they share its programs.
+    It is cached for all tests, so that they share its programs.
     """
     return config.make(DOMAINS[name], int(name == "bandit"))
 
 
 def scattered(meta, scale=0.2):
-    """Parameters large enough to answer, biases included.
+    """Returns parameters, biases included, that are large enough for answers to differ.
 
-    Not one program: those that draw single arrays are the same for all networks.
+    `init` is not jitted: the programs that draw single arrays are the same for all networks.
     """
     rng = np.random.default_rng(1)
     noisy = lambda leaf: jnp.float32(leaf + np.float32(scale * rng.standard_normal(leaf.shape)))
@@ -47,9 +47,9 @@ def scattered(meta, scale=0.2):
 
 
 def episodes(name, learner=None):
-    """Seven episodes of a domain, with a query after them, as a probe poses it.
+    """Returns seven episodes of a domain, each followed by a query, as a probe poses it.
 
-    The learner acts in them where answers count.
+    Where answers affect feedback, the learner acts in the episodes.
     """
     longer = dataclasses.replace(DOMAINS[name], steps=DOMAINS[name].steps + 1)
     keys = jax.random.split(jax.random.key(2), 7)
@@ -59,57 +59,57 @@ def episodes(name, learner=None):
 
 
 def unroll(meta, params, queries, feedback):
-    """Answers in whole episodes, by a program that all tests of a meta-learner share."""
+    """Returns answers in whole episodes, by a program that all tests of a meta-learner share."""
     return np.asarray(_unroll(meta, params, queries, feedback))
 
 
-_unroll = jax.jit(lambda meta, *given: meta.unroll(*given), static_argnums=0)
+_unroll = jax.jit(lambda meta, *arguments: meta.unroll(*arguments), static_argnums=0)
 
 
 def stepped(learner, queries, feedback, keys=None):
-    """The answers of a learner that is stepped through given episodes, time-major, [T, ..., B].
+    """Steps a learner through given episodes, time-major, and returns its answers [T, ..., B].
 
-    It starts in each of them from its key, or in all from the same.
+    It starts each episode from that episode's key, or without `keys` all from the same key.
     """
-    keys, each = (jax.random.key(0), None) if keys is None else (keys, 0)
+    keys, key_axis = (jax.random.key(0), None) if keys is None else (keys, 0)
 
-    def one(key, queries, feedback):
+    def episode(key, queries, feedback):
         step = lambda state, pair: (learner.update(state, *pair), learner.predict(state, pair[0]))
         return jax.lax.scan(step, learner.init(key), (queries, feedback))[1]
 
-    return np.asarray(jax.jit(jax.vmap(one, (each, -1, -1), -1))(keys, queries, feedback))
+    return np.asarray(jax.jit(jax.vmap(episode, (key_axis, -1, -1), -1))(keys, queries, feedback))
 
 
 def step_by_step_is_whole(config, name, scale=0.2):
-    """Both forms give the same numbers, a query after the episode included."""
+    """Checks that stepping and unrolling give the same numbers, a later query included."""
     meta, heads = made(config, name), int(name == "bandit")
     assert isinstance(meta, MetaLearner)
     assert meta.heads == heads
     params = scattered(meta, scale=scale)
     learner = meta.learner(params)
     queries, feedback = episodes(name, learner)
-    whole = unroll(meta, params, queries, feedback)
+    unrolled = unroll(meta, params, queries, feedback)
     n = meta.domain.answer_size
-    assert whole.shape == (meta.domain.steps + 1, n + heads, 7)
-    assert np.std(whole[1:], axis=(0, 2)).min() > 1e-2
-    bound = 1e-5 * np.abs(whole).max()
-    np.testing.assert_allclose(stepped(learner, queries, feedback), whole[:, :n], 1e-5, bound)
+    assert unrolled.shape == (meta.domain.steps + 1, n + heads, 7)
+    assert np.std(unrolled[1:], axis=(0, 2)).min() > 1e-2
+    bound = 1e-5 * np.abs(unrolled).max()
+    np.testing.assert_allclose(stepped(learner, queries, feedback), unrolled[:, :n], 1e-5, bound)
 
 
 def the_future_is_not_read(config):
-    """Answers do not change with what is fed back or asked later."""
+    """Checks that answers do not depend on later feedback or queries."""
     meta = made(config, "linear")
     params = scattered(meta)
     queries, feedback = map(np.asarray, episodes("linear"))
-    from_on = lambda t: np.float32(np.arange(len(queries)) >= t)[:, None, None]
+    added_from = lambda t: np.float32(np.arange(len(queries)) >= t)[:, None, None]
     before = unroll(meta, params, queries, feedback)
-    after = unroll(meta, params, queries + from_on(4), feedback + from_on(3))
+    after = unroll(meta, params, queries + added_from(4), feedback + added_from(3))
     np.testing.assert_allclose(after[:4], before[:4], 1e-5, 1e-5)
     assert np.abs(after[4:] - before[4:]).min(axis=(0, 1)).max() > 1e-3
 
 
 def all_parameters_are_trained(config, name):
-    """Every array has a finite gradient that is not zero, under the objective of a domain."""
+    """Checks that the domain's objective gives each array a finite gradient that is not zero."""
     objective = actor_critic if name == "bandit" else prediction_loss
     meta = made(config, name)
     keys = indexed_keys(jax.random.key(3), jnp.arange(32))
@@ -120,9 +120,9 @@ def all_parameters_are_trained(config, name):
 
 
 def untrained_it_answers_zero(meta):
-    """The prior mean is answered at first, and seeds start apart. For meta-learners of `linear`."""
+    """Checks that first answers are zero, the prior mean, and that seeds differ; for `linear`."""
     a, b, c = map(meta.init, map(jax.random.key, (0, 0, 1)))
     chex.assert_trees_all_equal(a, b)
-    same = jax.tree.map(np.array_equal, a["body"], c["body"])
-    assert not all(jax.tree.leaves(same))
+    equal = jax.tree.map(np.array_equal, a["body"], c["body"])
+    assert not all(jax.tree.leaves(equal))
     np.testing.assert_array_equal(unroll(meta, a, *episodes("linear")), 0)

@@ -1,4 +1,4 @@
-"""Commands run as several processes of one run, over loopback."""
+"""Runs commands as several processes of one run, over the loopback interface."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Done(NamedTuple):
-    """What a process left."""
+    """Exit code and output of a process."""
 
     code: int
     out: str
@@ -16,13 +16,13 @@ class Done(NamedTuple):
 
 
 def begin(command, processes=1, devices=1, **options):
-    """Starts a command as so many processes of so many virtual CPU devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    """Starts a command as `processes` processes, each with `devices` virtual CPU devices."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
     environment["JAX_PLATFORMS"] = "cpu"
-    started = []
+    running = []
     for index in range(processes):
         if processes > 1:
             environment |= {
@@ -31,20 +31,20 @@ def begin(command, processes=1, devices=1, **options):
                 "JAX_PROCESS_ID": str(index),
             }
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, **pipes, **options))
-    return started
+        running.append(subprocess.Popen(command, env=environment, **pipes, **options))
+    return running
 
 
 def newest(out):
-    """The outer step of the newest checkpoint of a run; 0 if there is none."""
+    """Returns the outer step of a run's newest checkpoint, or 0 if there is none."""
     return max((int(p.name) for p in (out / "checkpoints").glob("*[0-9]")), default=0)
 
 
 def trains(started, out, patience=200):
-    """Waits until a run stores a checkpoint that is not there yet: sooner than it says a line."""
-    before, end_of_patience = newest(out), time.monotonic() + patience
+    """Waits until a run stores a new checkpoint, which comes sooner than a line of its output."""
+    before, deadline = newest(out), time.monotonic() + patience
     while newest(out) <= before:
-        if started[0].poll() is not None or time.monotonic() > end_of_patience:
+        if started[0].poll() is not None or time.monotonic() > deadline:
             for process in started:
                 process.kill()
             raise AssertionError(started[0].communicate())
@@ -52,17 +52,17 @@ def trains(started, out, patience=200):
 
 
 def end(started, timeout=200):
-    """Waits for processes; whatever happens none is left running."""
+    """Waits for processes and returns what they left. Whatever happens, none is left running."""
     try:
-        said = [process.communicate(timeout=timeout) for process in started]
+        outputs = [process.communicate(timeout=timeout) for process in started]
     finally:
         for process in started:
             process.kill()
-    return [Done(p.returncode, *both) for p, both in zip(started, said, strict=True)]
+    return [Done(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]
 
 
 def together(command, processes=1, devices=1):
-    """What each process left of a command that must succeed."""
+    """Runs a command that must succeed, and returns what each process left."""
     done = end(begin(command, processes, devices))
-    assert all(each.code == 0 for each in done), done
+    assert all(process.code == 0 for process in done), done
     return done
