@@ -278,10 +278,15 @@ class TaskSet:
             object.__setattr__(self, "sample", Partial(self.sample))
 
     def size_for(self, clock: str) -> int:
-        """Returns the number of tasks on which a learner with this clock is measured."""
-        if clock != "updates" or self.updating_size is None:
-            return self.size
-        return min(self.size, self.updating_size)
+        """Returns the number of tasks on which a learner with this clock is measured.
+
+        Raises `ConfigError` if there are none.
+        """
+        size = self.size
+        if clock == "updates" and self.updating_size is not None:
+            size = min(size, self.updating_size)
+        check(size >= 1, self.option or self.name, size, "must be 1 or more")
+        return size
 
 
 def as_subclass(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:

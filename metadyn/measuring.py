@@ -62,8 +62,6 @@ def calls(
     padded with further tasks to the size of the others.
     """
     size = tasks.size_for(contender.clock)
-    check(size >= 1, tasks.option or tasks.name, size, "must be 1 or more")
-    check(chunk >= 1, "chunk", chunk, "must be 1 or more")
     count = -(-size // chunk)
     chunks = np.split(np.arange(-(-size // count) * count, dtype=np.int32), count)
     times, probes = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())

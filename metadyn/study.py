@@ -464,8 +464,6 @@ class Plan:
         self.outer.check_batch(self.trained.values())
         names = [(m.tasks.name, m.contender.name) for m in self.measurements]
         check_unique(names, "measurement", "is asked for twice: rename the set")
-        for tasks in (m.tasks for m in self.measurements):
-            check(tasks.size >= 1, tasks.option or tasks.name, tasks.size, "must be 1 or more")
 
     @functools.cached_property
     def trained(self) -> dict[str, MetaTraining]:
