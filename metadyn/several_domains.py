@@ -9,7 +9,7 @@ from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import check
-from metadyn.study import Comparison, Contender, Network, StudyConfig, load_study
+from metadyn.study import Comparison, Contender, Network, StudyConfig, load_study, to_train
 
 TITLES = {
     "linear": "linear regression",
@@ -87,10 +87,10 @@ class LearnersConfig(SeveralDomainsConfig):
 
         The meta-learners are those of `learners`, or `meta` if none of them can.
         """
+        base, metas = self.comparison(name), []
         usable = [meta for meta in self.learners if name != "bandit" or meta not in REGRESSION_ONLY]
-        bases = {meta: self.comparison(name, meta=meta) for meta in usable or [self.meta]}
-        metas = [
-            dataclasses.replace(base.metas[0], label=getattr(self, meta).label)
-            for meta, base in bases.items()
-        ]
-        return next(iter(bases.values())), metas
+        for meta in usable or [self.meta]:
+            network = getattr(self, meta)
+            contender = to_train(meta, network, self.outer, base.domain, base.heads)
+            metas.append(dataclasses.replace(contender, label=network.label))
+        return base, metas
