@@ -75,9 +75,8 @@ def program_key(given: tuple[Any, ...]) -> Hashable:
     `given` are the arguments of a call. Random keys, which are all of one type, are left out.
     """
     *static, params, sample, _, indices = given
-    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda *args: args, params, sample, indices))
-    shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
-    return *static, tree, tuple(shapes)
+    shapes, tree = jax.tree.flatten(jax.eval_shape(lambda *args: args, params, sample, indices))
+    return *static, tree, *shapes
 
 
 def description(
