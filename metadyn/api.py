@@ -13,7 +13,7 @@ import xarray as xr
 from rich.console import Console
 
 from metadyn import inner, trajectories
-from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
+from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet, weight_shapes
 from metadyn.errors import check, check_seed, did_you_mean, error_context
 from metadyn.measuring import (
     bytes_needed,
@@ -22,7 +22,6 @@ from metadyn.measuring import (
     readings,
     require_memory,
     training_bytes,
-    weight_shapes,
 )
 from metadyn.objectives import Objective, ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
@@ -74,7 +73,7 @@ def train(
     hint = "give a function of a domain and a meta-learner that makes an `Objective`"
     check(isinstance(minimised, Objective), "objective", objective, hint)
     training = MetaTraining(meta, minimised)
-    training.check_traced("a meta-learner on this domain", weight_shapes(meta.init))
+    training.check_traced("a meta-learner on this domain")
     require_memory(
         "their weights and what trains them", seeds * training_bytes(meta.init), "seeds", seeds
     )

@@ -27,7 +27,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metadyn.errors import check, check_choice, check_name
+from metadyn.errors import check, check_choice, check_name, error_context
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -324,6 +324,13 @@ def cached_concrete(make: Callable[P, T]) -> Callable[P, T]:
             return make(*args, **kwargs)
 
     return cached  # type: ignore[return-value]
+
+
+@functools.cache
+def weight_shapes(init: Callable[[Key], Params]) -> Params:
+    """Returns the shapes of the outer parameters that a meta-learner's `init` draws."""
+    with error_context(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
+        return jax.eval_shape(init, jax.random.key(0))
 
 
 def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:

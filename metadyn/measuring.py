@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metadyn import inner, mesh, trajectories
-from metadyn.base import STRENGTH, Key, Params, Probe, TaskSet
+from metadyn.base import STRENGTH, Key, Params, Probe, TaskSet, weight_shapes
 from metadyn.errors import ConfigError, check, check_name, error_context
 from metadyn.study import Contender, MeasureConfig
 
@@ -154,13 +154,6 @@ def _axes(
         task = _task(tasks) if tasks.probes else None
     jax.eval_shape(trace, jax.random.key(0), params, task)
     return axes, sizes
-
-
-@functools.cache
-def weight_shapes(init: Callable[[Key], Params]) -> Params:
-    """Returns the shapes of the outer parameters that a meta-learner's `init` draws."""
-    with error_context(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
-        return jax.eval_shape(init, jax.random.key(0))
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Int
 
 from metadyn import inner, mesh, prng
-from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys
+from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys, weight_shapes
 from metadyn.errors import check, check_choice, check_positive, error_context
 from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
@@ -146,13 +146,13 @@ class MetaTraining(NamedTuple):
         """Raises `ConfigError`, naming the option and the value of a field, unless `holds`."""
         check(holds, self.option(field), getattr(self.settings(outer), field), hint)
 
-    def check_traced(self, name: str, params: Params) -> None:
+    def check_traced(self, name: str) -> None:
         """Raises `ConfigError` unless the objective returns a scalar loss and scalar metrics.
 
         The metrics and their types must be the same at every outer step. The objective is traced,
-        not computed, so `params` may hold shapes only.
+        not computed.
         """
-        group = self.objective.group
+        group, params = self.objective.group, weight_shapes(self.meta.init)
         keys = jax.eval_shape(lambda key: jax.random.split(key, group), jax.random.key(0))
 
         def checked_metrics(loss_fn: Any, *args: Any) -> list[str]:

@@ -23,7 +23,7 @@ import numpy as np
 import xarray as xr
 
 from metadyn import dynamics, inner, mesh, program_cost, trajectories
-from metadyn.base import Key, Params, TaskSet
+from metadyn.base import Key, Params, TaskSet, weight_shapes
 from metadyn.errors import ConfigError, ConfigWarning, check_seed, error_context
 from metadyn.measuring import (
     bytes_needed,
@@ -34,7 +34,6 @@ from metadyn.measuring import (
     readings,
     require_memory,
     training_bytes,
-    weight_shapes,
 )
 from metadyn.options import options_of
 from metadyn.outer import OuterConfig, OuterLoop, TrainState
@@ -410,7 +409,7 @@ def check_traced(plan: Plan) -> None:
 def check_objectives(plan: Plan) -> None:
     """Traces every objective. Raises `ConfigError` if one fails."""
     for name, training in plan.trained.items():
-        training.check_traced(name, weight_shapes(training.meta.init))
+        training.check_traced(name)
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
