@@ -74,8 +74,8 @@ class Runner:
         self.state: TrainState | None = None
         self.stored: list[int] = mesh.on_main_process(run.steps)
         """Outer steps whose state is stored."""
-        self.at_checkpoints = [(m, _description(m)) for m in plan.measurements if m.at_checkpoints]
-        """Measurements made at every checkpoint, each with its description."""
+        self.at_checkpoints = [m for m in plan.measurements if m.at_checkpoints]
+        """Measurements made at every checkpoint."""
         self.bayes: dict[str, tuple[float, float]] = {}
         """Bayes' loss and the loss floor, keyed by meta-learner (`measure_bayes`)."""
 
@@ -135,10 +135,10 @@ class Runner:
             self.stored.remove(old)
         descriptions: dict[str, dict[str, Any]] = {}
         arrays: dict[str, dict[str, Any]] = {}
-        for measurement, labels in self.at_checkpoints:
+        for measurement in self.at_checkpoints:
             task_set, learner = measurement.tasks.name, measurement.contender.name
-            seconds = round(self.loop.seconds[measurement.meta], 3)
-            labels = labels | {"about": labels["about"] | {"seconds": seconds}}
+            labels = _description(measurement)
+            labels["about"]["seconds"] = round(self.loop.seconds[measurement.meta], 3)
             descriptions.setdefault(task_set, {})[learner] = labels
             if step in planned:
                 arrays.setdefault(task_set, {})[learner] = self.readings(measurement, state.params)
@@ -155,7 +155,7 @@ class Runner:
             return self.state
         self.store.finish()
         descriptions = self.store.about(step) if self.at_checkpoints else {}
-        for measurement, _ in self.at_checkpoints:
+        for measurement in self.at_checkpoints:
             about = descriptions[measurement.tasks.name][measurement.contender.name]["about"]
             self.loop.seconds[measurement.meta] = about["seconds"]
         return self.store.restore_state(step, self.loop.abstract)
@@ -350,9 +350,10 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         }
         for name, training in plan.trained.items()
     }
-    for _, tasks, contender, _ in plan.measurements:
+    for measurement in plan.measurements:
+        _, tasks, contender, _ = measurement
         times = contender.times_in(tasks.domain)
-        summary[f"{contender.name} on {tasks.name}"] = {
+        summary[measurement.label] = {
             "label": contender.label,
             "kind": contender.kind,
             "domain": domain_summary(tasks.domain),
