@@ -136,7 +136,8 @@ class MetaTraining(NamedTuple):
     """Settings that replace the outer loop's: its own optimiser, batch and updates per step. The
     number of steps stays the run's. None: the outer loop's settings."""
     options: Mapping[str, str] | None = None
-    """Command-line options that set fields of `own`, keyed by field, for error messages."""
+    """Command-line options that set fields of `own`, keyed by field, for error messages. Those of
+    the outer loop set all others. None: no option sets any."""
 
     def settings(self, outer: OuterConfig) -> OuterConfig:
         """Returns the settings used in its training: its own if it has any, or the outer loop's."""
@@ -173,7 +174,7 @@ class MetaTraining(NamedTuple):
 
     def option(self, field: str) -> str:
         """Returns the command-line option that sets a field of its settings, for error messages."""
-        group = "outer" if self.own is None or self.options else "own"
+        group = "own" if self.own is not None and self.options is None else "outer"
         return (self.options or {}).get(field, f"{group}.{field}")
 
 

@@ -62,8 +62,6 @@ TRACKED, HELDOUT = "tracked", "heldout"
 """Names of the task sets on which meta-learners are measured at every checkpoint: the first
 evaluation tasks, for mode trajectories, and tasks of the training distribution, for excess loss."""
 Clock = Literal["observations", "updates"]
-OUTER_OVERRIDES = ("learning_rate", "batch", "updates_per_step")
-"""Outer-loop settings that a meta-learner's configuration can override, in fields `outer_…`."""
 Network = Literal[
     "lstm",
     "gru",
@@ -145,23 +143,19 @@ def to_train(
 ) -> Contender:
     """Makes a contender to train from a meta-learner's configuration, such as `LSTMConfig`.
 
-    `option` is the option that the configuration is set by. Raises `ConfigError` if the
-    meta-learner cannot serve that domain.
+    `option` is the option that the configuration is set by. Its fields `outer_…` override settings
+    of the outer loop. Raises `ConfigError` if the meta-learner cannot serve that domain.
     """
     fields = dataclasses.asdict(network)
     sizes = {f: fields[f] for f in ("hidden", "width", "inner_steps") if f in fields}
-    overrides: dict[str, Any] = {
-        f: fields[f"outer_{f}"] for f in OUTER_OVERRIDES if f"outer_{f}" in fields
-    }
+    own = {f.removeprefix("outer_"): v for f, v in fields.items() if f.startswith("outer_")}
     return Contender(
         option,
         f"meta-trained {network.label}",
         _meta_learner(network, domain, heads),
         objective=getattr(network, "objective", None),
-        own=dataclasses.replace(outer, **overrides) if overrides else None,
-        options={
-            f: f"{option}.outer_{f}" if f in overrides else f"outer.{f}" for f in OUTER_OVERRIDES
-        },
+        own=dataclasses.replace(outer, **own) if own else None,
+        options={f: f"{option}.outer_{f}" for f in own},
         option=f"{option}.{max(sizes, key=sizes.__getitem__)}" if sizes else "",  # the largest
     )
 
@@ -211,8 +205,9 @@ class Contender:
     """Objective that a meta-learner is trained on. None: that of the comparison."""
     own: OuterConfig | None = None
     """Outer-loop settings of this meta-learner alone. None: those of the whole plan."""
-    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Options that set the fields of `own`, keyed by field, for messages."""
+    options: Mapping[str, str] | None = None
+    """Options that set the fields of `own`, keyed by field, for messages. Those of the outer loop
+    set all others. None: no option sets any."""
     option: str = ""
     """Option that sets the learner's size, for messages."""
     derived_from: str = ""

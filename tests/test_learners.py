@@ -49,11 +49,7 @@ def test_settings_of_a_learners_own_take_the_place_of_the_outer_loops(plan):
 
     slow = to_train("slow", Slow(), QUICK.outer, LinearRegression())
     assert slow.own == dataclasses.replace(QUICK.outer, updates_per_step=3)
-    assert slow.options == {
-        "learning_rate": "outer.learning_rate",
-        "batch": "outer.batch",
-        "updates_per_step": "slow.outer_updates_per_step",
-    }
+    assert slow.options == {"updates_per_step": "slow.outer_updates_per_step"}
 
 
 def test_the_study_is_rehearsed_without_complaint_with_another_beside_it():
