@@ -16,7 +16,7 @@ from metadyn import inner, trajectories
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet, weight_shapes
 from metadyn.errors import check, check_seed, did_you_mean, error_context
 from metadyn.measuring import (
-    bytes_needed,
+    check_readings_fit,
     check_step,
     description,
     readings,
@@ -162,10 +162,7 @@ def measure(
     for contender, params in contenders.values():
         check_step(tasks, contender)
         seeds = max((len(leaf) for leaf in jax.tree.leaves(params)), default=1)
-        needed_bytes = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
-        size = tasks.size_for(contender.clock)
-        field = "updating_tasks" if size < tasks.size else "tasks"
-        require_memory(f"what {contender.name} does on them", needed_bytes, field, size, split=True)
+        check_readings_fit(tasks, contender, seeds)
     parts = {}
     with Progress(Console() if progress else None).counting("measuring", len(contenders)) as show:
         for place, (name, (contender, params)) in enumerate(contenders.items()):

@@ -208,6 +208,17 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * values
 
 
+def check_readings_fit(tasks: TaskSet, contender: Contender, seeds: int) -> None:
+    """Raises `ConfigError`, naming the option to lower, if readings do not fit into the memory."""
+    needed_bytes = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
+    times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
+    what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
+    option, n = "updating_tasks" if size < tasks.size else tasks.option or "tasks", size
+    if times > size and contender.times is None:
+        option, n = "steps", tasks.domain.steps
+    require_memory(what, needed_bytes, option, n, split=True)
+
+
 def training_bytes(init: Callable[[Key], Params]) -> int:
     """Computes the bytes to train one seed of a meta-learner: weights, gradient and two moments."""
     return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight_shapes(init)))

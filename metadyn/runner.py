@@ -26,8 +26,8 @@ from metadyn import dynamics, inner, mesh, program_cost, trajectories
 from metadyn.base import Key, Params, TaskSet, weight_shapes
 from metadyn.errors import ConfigError, ConfigWarning, check_seed, error_context
 from metadyn.measuring import (
-    bytes_needed,
     calls,
+    check_readings_fit,
     check_step,
     description,
     program_key,
@@ -330,13 +330,7 @@ def check_memory(plan: Plan) -> None:
         what = f"the weights of {contender.name} and what trains them"
         require_memory(what, outer.seeds * seed_bytes, option)
     for _, tasks, contender, _ in plan.measurements:
-        needed_bytes = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
-        times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
-        what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
-        by_time = times > size and contender.times is None
-        option = "measure.updating_tasks" if size < tasks.size else tasks.option
-        field, steps = ("steps", tasks.domain.steps) if by_time else (option or "size", None)
-        require_memory(what, needed_bytes, field, steps, split=True)
+        check_readings_fit(tasks, contender, outer.seeds)
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
