@@ -362,19 +362,19 @@ class Comparison:
         tasks = training_tasks(self.domain)
         return self.measure.sized(tasks, "heldout_tasks", HELDOUT + self.suffix)
 
-    @property
-    def watched(self) -> tuple[TaskSet, ...]:
-        """Returns the sets to measure meta-learners on at every checkpoint, and Bayes on once."""
-        tracked = (self.tracked,) if self.measure.tracked_tasks else ()
-        heldout = (self.heldout,) if self.measure.heldout_tasks else ()
-        return (*tracked, *heldout) if self.metas else ()
-
     @functools.cached_property
-    def measurements(self) -> list[tuple[TaskSet, Contender]]:
-        """Returns each pair of a task set and a contender that is measured on it after training."""
+    def measurements(self) -> list[Measurement]:
+        """Returns its measurements: at checkpoints, of Bayes on the same sets, after training."""
+        watched = [self.tracked] if self.metas and self.measure.tracked_tasks else []
+        watched += [self.heldout] if self.metas and self.measure.heldout_tasks else []
+        compared = [c for c in self.contenders if c.kind in ("meta", "bayes")]
         sets = [self._with_probes(tasks) for tasks in self.sets]
-        planned = [(tasks, c) for tasks in sets for c in self.contenders if c.kind in tasks.kinds]
-        return planned + [(self._with_probes(tasks), c) for tasks, c in self.pairs]
+        pairs = [(tasks, c) for tasks in sets for c in self.contenders if c.kind in tasks.kinds]
+        pairs += [(self._with_probes(tasks), c) for tasks, c in self.pairs]
+        return [
+            *(Measurement(self, tasks, c, watched=True) for c in compared for tasks in watched),
+            *(Measurement(self, tasks, c, watched=False) for tasks, c in pairs),
+        ]
 
     def _with_probes(self, tasks: TaskSet) -> TaskSet:
         """Adds the comparison's further probes to a task set, if it has the main probe."""
@@ -470,14 +470,8 @@ class Plan:
 
     @functools.cached_property
     def measurements(self) -> list[Measurement]:
-        """Returns all measurements: at checkpoints, of Bayes on the same sets, after training."""
-        measurements = []
-        for part in self.comparisons:
-            contenders = [c for c in part.contenders if c.kind in ("meta", "bayes")]
-            pairs = [(tasks, contender) for contender in contenders for tasks in part.watched]
-            measurements += [Measurement(part, *pair, watched=True) for pair in pairs]
-            measurements += [Measurement(part, *pair, watched=False) for pair in part.measurements]
-        return measurements
+        """Returns the measurements of all comparisons."""
+        return [measurement for part in self.comparisons for measurement in part.measurements]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,7 +233,8 @@ def test_what_is_measured_beside_the_contenders_is_none_that_would_need_training
         with pytest.raises(ConfigError, match=r"derived_from = 'other': .* that is not compared"):
             dataclasses.replace(whole, pairs=[(tasks, who)])
     copy = meta.remade(lambda learner: learner, name="copy")
-    assert dataclasses.replace(whole, pairs=[(tasks, copy)]).measurements[-1] == (tasks, copy)
+    *_, last = dataclasses.replace(whole, pairs=[(tasks, copy)]).measurements
+    assert (last.tasks, last.contender) == (tasks, copy)
 
 
 def test_a_derived_learner_says_whose_parameters_it_takes():
