@@ -200,9 +200,9 @@ class Runner:
             if jax.process_count() == 1:  # each of several processes has only some of the tasks
                 diverged = ~np.isfinite(np.asarray(arrays["loss"])[..., 1:]).all(-1)
                 if diverged.any():
-                    message = f"is not finite in {diverged.sum():,} of {diverged.size:,} episodes"
-                    message = f"the loss of {wanted.label} {message}"
-                    message = f"{self.label}: {message}" if self.label else message
+                    setting = f"{self.label}: " if self.label else ""
+                    counts = f"{diverged.sum():,} of {diverged.size:,} episodes"
+                    message = f"{setting}the loss of {wanted.label} is not finite in {counts}"
                     warnings.warn(message, ConfigWarning, stacklevel=2)
             self.store.save_measurement(*names, arrays, _description(wanted))
 
