@@ -131,8 +131,8 @@ def measure(
     do not fit into the memory.
     """
     positive = lambda n: isinstance(n, Integral) and int(n) >= 1
-    sizes = {"points": points, "updates": updates, "updating_tasks": updating_tasks}
-    for name, n in {**sizes, "chunk": chunk}.items():
+    sizes = {"points": points, "updates": updates, "updating_tasks": updating_tasks, "chunk": chunk}
+    for name, n in sizes.items():
         check(positive(n), name, n, "must be a whole number, at least 1")
     check_seed(seed)
     _check_domain(domain)

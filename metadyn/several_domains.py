@@ -8,7 +8,7 @@ from typing import Any, get_args
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import check
+from metadyn.errors import check, check_unique
 from metadyn.study import Comparison, Contender, Network, StudyConfig, load_study, to_train
 
 TITLES = {
@@ -77,8 +77,7 @@ class LearnersConfig(SeveralDomainsConfig):
         super().__post_init__()
         valid = self.learners and set(self.learners) <= set(NETWORKS)
         check(valid, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
-        unique = len({*self.learners}) == len(self.learners)
-        check(unique, "learners", self.learners, "name each once")
+        check_unique(self.learners, "learners", "name each once")
         hint = "does not choose what is trained here: --learners does"
         check(self.meta == type(self).meta, "meta", self.meta, hint)
 
