@@ -96,8 +96,8 @@ class MetaLearner(Protocol):
 class Derived:
     """A family of learners built from the trained outer parameters of a meta-learner."""
 
-    meta: MetaLearner
-    """The meta-learner whose outer parameters are used."""
+    meta: MetaLearner | Derived
+    """The meta-learner, or another such family, whose outer parameters are used."""
     learner: Callable[[Params], Learner]
     """Returns the learner with these outer parameters."""
     clock: str = "observations"

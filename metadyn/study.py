@@ -276,10 +276,8 @@ class Contender:
             return dataclasses.replace(self, learner=make(()), **fields)
         if self.trained:
             fields.setdefault("kind", "reference")
-        meta = learner.meta if isinstance(learner, Derived) else learner
-        source = self.derived_from if isinstance(learner, Derived) else self.name
-        derived = Derived(meta, make, self.clock)
-        return dataclasses.replace(self, learner=derived, derived_from=source, **fields)
+        fields |= {"derived_from": self.derived_from or self.name}
+        return dataclasses.replace(self, learner=Derived(learner, make, self.clock), **fields)
 
     def times_in(self, domain: Domain) -> Sequence[int]:
         """Returns the steps of the learner's clock at which it is probed in an episode."""
