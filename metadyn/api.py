@@ -13,16 +13,15 @@ import xarray as xr
 from rich.console import Console
 
 from metadyn import inner, trajectories
-from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
+from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet, weight_shapes
 from metadyn.errors import check, check_seed, did_you_mean, error_context
 from metadyn.measuring import (
-    bytes_needed,
+    check_readings_fit,
     check_step,
     description,
     readings,
     require_memory,
     training_bytes,
-    weight_shapes,
 )
 from metadyn.objectives import Objective, ObjectiveOf, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop
@@ -74,7 +73,7 @@ def train(
     hint = "give a function of a domain and a meta-learner that makes an `Objective`"
     check(isinstance(minimised, Objective), "objective", objective, hint)
     training = MetaTraining(meta, minimised)
-    training.check_traced("a meta-learner on this domain", weight_shapes(meta.init))
+    training.check_traced("a meta-learner on this domain")
     require_memory(
         "their weights, gradients and moments", seeds * training_bytes(meta.init), "seeds", seeds
     )
@@ -132,8 +131,8 @@ def measure(
     do not fit into the memory.
     """
     positive = lambda n: isinstance(n, Integral) and int(n) >= 1
-    sizes = {"points": points, "updates": updates, "updating_tasks": updating_tasks}
-    for name, n in {**sizes, "chunk": chunk}.items():
+    sizes = {"points": points, "updates": updates, "updating_tasks": updating_tasks, "chunk": chunk}
+    for name, n in sizes.items():
         check(positive(n), name, n, "must be a whole number, at least 1")
     check_seed(seed)
     _check_domain(domain)
@@ -164,10 +163,7 @@ def measure(
     for contender, params in contenders.values():
         check_step(tasks, contender)
         seeds = max((len(leaf) for leaf in jax.tree.leaves(params)), default=1)
-        needed_bytes = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
-        size = tasks.size_for(contender.clock)
-        field = "updating_tasks" if size < tasks.size else "tasks"
-        require_memory(f"the readings of {contender.name}", needed_bytes, field, size, split=True)
+        check_readings_fit(tasks, contender, seeds)
     parts = {}
     with Progress(Console() if progress else None).counting("measuring", len(contenders)) as show:
         for place, (name, (contender, params)) in enumerate(contenders.items()):

@@ -27,7 +27,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from metadyn.errors import check, check_choice, check_name
+from metadyn.errors import check, check_choice, check_name, error_context
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,8 +96,8 @@ class MetaLearner(Protocol):
 class Derived:
     """A family of learners built from the trained outer parameters of a meta-learner."""
 
-    meta: MetaLearner
-    """The meta-learner whose outer parameters are used."""
+    meta: MetaLearner | Derived
+    """The meta-learner, or another such family, whose outer parameters are used."""
     learner: Callable[[Params], Learner]
     """Returns the learner with these outer parameters."""
     clock: str = "observations"
@@ -278,10 +278,15 @@ class TaskSet:
             object.__setattr__(self, "sample", Partial(self.sample))
 
     def size_for(self, clock: str) -> int:
-        """Returns the number of tasks on which a learner with this clock is measured."""
-        if clock != "updates" or self.updating_size is None:
-            return self.size
-        return min(self.size, self.updating_size)
+        """Returns the number of tasks on which a learner with this clock is measured.
+
+        Raises `ConfigError` if there are none.
+        """
+        size = self.size
+        if clock == "updates" and self.updating_size is not None:
+            size = min(size, self.updating_size)
+        check(size >= 1, self.option or self.name, size, "must be 1 or more")
+        return size
 
 
 def as_subclass(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
@@ -319,6 +324,13 @@ def cached_concrete(make: Callable[P, T]) -> Callable[P, T]:
             return make(*args, **kwargs)
 
     return cached  # type: ignore[return-value]
+
+
+@functools.cache
+def weight_shapes(init: Callable[[Key], Params]) -> Params:
+    """Returns the shapes of the outer parameters that a meta-learner's `init` draws."""
+    with error_context(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
+        return jax.eval_shape(init, jax.random.key(0))
 
 
 def indexed_keys(key: Key, indices: Int[Array, " n"]) -> Keys:

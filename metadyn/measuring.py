@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metadyn import inner, mesh, trajectories
-from metadyn.base import STRENGTH, Key, Params, Probe, TaskSet
+from metadyn.base import STRENGTH, Key, Params, Probe, TaskSet, weight_shapes
 from metadyn.errors import ConfigError, check, check_name, error_context
 from metadyn.study import Contender, MeasureConfig
 
@@ -62,8 +62,6 @@ def calls(
     padded with further tasks to the size of the others.
     """
     size = tasks.size_for(contender.clock)
-    check(size >= 1, tasks.option or tasks.name, size, "must be 1 or more")
-    check(chunk >= 1, "chunk", chunk, "must be 1 or more")
     count = -(-size // chunk)
     chunks = np.split(np.arange(-(-size // count) * count, dtype=np.int32), count)
     times, probes = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
@@ -77,9 +75,8 @@ def program_key(given: tuple[Any, ...]) -> Hashable:
     `given` are the arguments of a call. Random keys, which are all of one type, are left out.
     """
     *static, params, sample, _, indices = given
-    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda *args: args, params, sample, indices))
-    shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
-    return *static, tree, tuple(shapes)
+    shapes, tree = jax.tree.flatten(jax.eval_shape(lambda *args: args, params, sample, indices))
+    return *static, tree, *shapes
 
 
 def description(
@@ -160,13 +157,6 @@ def _axes(
 
 
 @functools.cache
-def weight_shapes(init: Callable[[Key], Params]) -> Params:
-    """Returns the shapes of the outer parameters that a meta-learner's `init` draws."""
-    with error_context(f"{getattr(init, '__qualname__', init)} cannot draw outer parameters"):
-        return jax.eval_shape(init, jax.random.key(0))
-
-
-@functools.cache
 def _task(tasks: TaskSet) -> Any:
     """Returns the shapes of one task of a task set."""
     return jax.eval_shape(lambda sample, key: sample(key), tasks.sample, jax.random.key(0))
@@ -216,6 +206,17 @@ def bytes_needed(tasks: TaskSet, contender: Contender, seeds: int) -> int:
     values = sum(math.prod(sizes[axis] for axis in names) for names in axes.values())
     times = len(contender.times_in(tasks.domain))
     return 4 * (seeds if contender.seeded else 1) * tasks.size_for(contender.clock) * times * values
+
+
+def check_readings_fit(tasks: TaskSet, contender: Contender, seeds: int) -> None:
+    """Raises `ConfigError`, naming the option to lower, if readings do not fit into the memory."""
+    needed_bytes = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
+    times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
+    what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
+    option, n = "updating_tasks" if size < tasks.size else tasks.option or "tasks", size
+    if times > size and contender.times is None:
+        option, n = "steps", tasks.domain.steps
+    require_memory(what, needed_bytes, option, n, split=True)
 
 
 def training_bytes(init: Callable[[Key], Params]) -> int:

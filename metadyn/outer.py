@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Int
 
 from metadyn import inner, mesh, prng
-from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys
+from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys, weight_shapes
 from metadyn.errors import check, check_choice, check_positive, error_context
 from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
@@ -136,7 +136,8 @@ class MetaTraining(NamedTuple):
     """Settings that replace the outer loop's: its own optimiser, batch and updates per step. The
     number of steps stays the run's. None: the outer loop's settings."""
     options: Mapping[str, str] | None = None
-    """Command-line options that set fields of `own`, keyed by field, for error messages."""
+    """Command-line options that set fields of `own`, keyed by field, for error messages. Those of
+    the outer loop set all others. None: no option sets any."""
 
     def settings(self, outer: OuterConfig) -> OuterConfig:
         """Returns the settings used in its training: its own if it has any, or the outer loop's."""
@@ -146,13 +147,13 @@ class MetaTraining(NamedTuple):
         """Raises `ConfigError`, naming the option and the value of a field, unless `holds`."""
         check(holds, self.option(field), getattr(self.settings(outer), field), hint)
 
-    def check_traced(self, name: str, params: Params) -> None:
+    def check_traced(self, name: str) -> None:
         """Raises `ConfigError` unless the objective returns a scalar loss and scalar metrics.
 
         The metrics and their types must be the same at every outer step. The objective is traced,
-        not computed, so `params` may hold shapes only.
+        not computed.
         """
-        group = self.objective.group
+        group, params = self.objective.group, weight_shapes(self.meta.init)
         keys = jax.eval_shape(lambda key: jax.random.split(key, group), jax.random.key(0))
 
         def checked_metrics(loss_fn: Any, *args: Any) -> list[str]:
@@ -173,7 +174,7 @@ class MetaTraining(NamedTuple):
 
     def option(self, field: str) -> str:
         """Returns the command-line option that sets a field of its settings, for error messages."""
-        group = "outer" if self.own is None or self.options else "own"
+        group = "own" if self.own is not None and self.options is None else "outer"
         return (self.options or {}).get(field, f"{group}.{field}")
 
 

@@ -23,18 +23,17 @@ import numpy as np
 import xarray as xr
 
 from metadyn import dynamics, inner, mesh, program_cost, trajectories
-from metadyn.base import Key, Params, TaskSet
+from metadyn.base import Key, Params, TaskSet, weight_shapes
 from metadyn.errors import ConfigError, ConfigWarning, check_seed, error_context
 from metadyn.measuring import (
-    bytes_needed,
     calls,
+    check_readings_fit,
     check_step,
     description,
     program_key,
     readings,
     require_memory,
     training_bytes,
-    weight_shapes,
 )
 from metadyn.options import options_of
 from metadyn.outer import OuterConfig, OuterLoop, TrainState
@@ -75,8 +74,8 @@ class Runner:
         self.state: TrainState | None = None
         self.stored: list[int] = mesh.on_main_process(run.steps)
         """Outer steps whose state is stored."""
-        self.at_checkpoints = [(m, _description(m)) for m in plan.measurements if m.at_checkpoints]
-        """Measurements made at every checkpoint, each with its description."""
+        self.at_checkpoints = [m for m in plan.measurements if m.at_checkpoints]
+        """Measurements made at every checkpoint."""
         self.bayes: dict[str, tuple[float, float]] = {}
         """Bayes' loss and the loss floor, keyed by meta-learner (`measure_bayes`)."""
 
@@ -136,10 +135,10 @@ class Runner:
             self.stored.remove(old)
         descriptions: dict[str, dict[str, Any]] = {}
         arrays: dict[str, dict[str, Any]] = {}
-        for measurement, labels in self.at_checkpoints:
+        for measurement in self.at_checkpoints:
             task_set, learner = measurement.tasks.name, measurement.contender.name
-            seconds = round(self.loop.seconds[measurement.meta], 3)
-            labels = labels | {"about": labels["about"] | {"seconds": seconds}}
+            labels = _description(measurement)
+            labels["about"]["seconds"] = round(self.loop.seconds[measurement.meta], 3)
             descriptions.setdefault(task_set, {})[learner] = labels
             if step in planned:
                 arrays.setdefault(task_set, {})[learner] = self.readings(measurement, state.params)
@@ -156,7 +155,7 @@ class Runner:
             return self.state
         self.store.finish()
         descriptions = self.store.about(step) if self.at_checkpoints else {}
-        for measurement, _ in self.at_checkpoints:
+        for measurement in self.at_checkpoints:
             about = descriptions[measurement.tasks.name][measurement.contender.name]["about"]
             self.loop.seconds[measurement.meta] = about["seconds"]
         return self.store.restore_state(step, self.loop.abstract)
@@ -201,9 +200,9 @@ class Runner:
             if jax.process_count() == 1:  # each of several processes has only some of the tasks
                 diverged = ~np.isfinite(np.asarray(arrays["loss"])[..., 1:]).all(-1)
                 if diverged.any():
-                    message = f"is not finite in {diverged.sum():,} of {diverged.size:,} episodes"
-                    message = f"the loss of {wanted.label} {message}"
-                    message = f"{self.label}: {message}" if self.label else message
+                    setting = f"{self.label}: " if self.label else ""
+                    counts = f"{diverged.sum():,} of {diverged.size:,} episodes"
+                    message = f"{setting}the loss of {wanted.label} is not finite in {counts}"
                     warnings.warn(message, ConfigWarning, stacklevel=2)
             self.store.save_measurement(*names, arrays, _description(wanted))
 
@@ -331,13 +330,7 @@ def check_memory(plan: Plan) -> None:
         what = f"weights, gradients and moments of {contender.name}"
         require_memory(what, outer.seeds * seed_bytes, option)
     for _, tasks, contender, _ in plan.measurements:
-        needed_bytes = 2 * bytes_needed(tasks, contender, outer.seeds)  # with a copy
-        times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
-        what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
-        by_time = times > size and contender.times is None
-        option = "measure.updating_tasks" if size < tasks.size else tasks.option
-        field, steps = ("steps", tasks.domain.steps) if by_time else (option or "size", None)
-        require_memory(what, needed_bytes, field, steps, split=True)
+        check_readings_fit(tasks, contender, outer.seeds)
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -351,9 +344,10 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         }
         for name, training in plan.trained.items()
     }
-    for _, tasks, contender, _ in plan.measurements:
+    for measurement in plan.measurements:
+        _, tasks, contender, _ = measurement
         times = contender.times_in(tasks.domain)
-        summary[f"{contender.name} on {tasks.name}"] = {
+        summary[measurement.label] = {
             "label": contender.label,
             "kind": contender.kind,
             "domain": domain_summary(tasks.domain),
@@ -410,7 +404,7 @@ def check_traced(plan: Plan) -> None:
 def check_objectives(plan: Plan) -> None:
     """Traces every objective. Raises `ConfigError` if one fails."""
     for name, training in plan.trained.items():
-        training.check_traced(name, weight_shapes(training.meta.init))
+        training.check_traced(name)
 
 
 def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:

@@ -8,8 +8,8 @@ from typing import Any, get_args
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
-from metadyn.errors import check
-from metadyn.study import Comparison, Contender, Network, StudyConfig, load_study
+from metadyn.errors import check, check_unique
+from metadyn.study import Comparison, Contender, Network, StudyConfig, load_study, to_train
 
 TITLES = {
     "linear": "linear regression",
@@ -53,7 +53,7 @@ class SeveralDomainsConfig(StudyConfig):
         return dataclasses.replace(config, **known)
 
     def comparison(self, name: str, **fields: Any) -> Comparison:
-        """Returns the first comparison of a domain's own study, configured as in `within`."""
+        """Returns the first comparison of a domain's own study, configured by `domain_config`."""
         return STUDIES[name].plan(self.domain_config(name, **fields)).comparisons[0]
 
 
@@ -77,8 +77,7 @@ class LearnersConfig(SeveralDomainsConfig):
         super().__post_init__()
         valid = self.learners and set(self.learners) <= set(NETWORKS)
         check(valid, "learners", self.learners, f"choose from {', '.join(NETWORKS)}")
-        unique = len({*self.learners}) == len(self.learners)
-        check(unique, "learners", self.learners, "name each only once")
+        check_unique(self.learners, "learners", "name each only once")
         hint = "has no effect here: choose what to train by --learners"
         check(self.meta == type(self).meta, "meta", self.meta, hint)
 
@@ -87,10 +86,10 @@ class LearnersConfig(SeveralDomainsConfig):
 
         The meta-learners are those of `learners`, or `meta` if none of them can.
         """
+        base, metas = self.comparison(name), []
         usable = [meta for meta in self.learners if name != "bandit" or meta not in REGRESSION_ONLY]
-        bases = {meta: self.comparison(name, meta=meta) for meta in usable or [self.meta]}
-        metas = [
-            dataclasses.replace(base.metas[0], label=getattr(self, meta).label)
-            for meta, base in bases.items()
-        ]
-        return next(iter(bases.values())), metas
+        for meta in usable or [self.meta]:
+            network = getattr(self, meta)
+            contender = to_train(meta, network, self.outer, base.domain, base.heads)
+            metas.append(dataclasses.replace(contender, label=network.label))
+        return base, metas

@@ -62,8 +62,6 @@ TRACKED, HELDOUT = "tracked", "heldout"
 """Names of the task sets on which meta-learners are measured at every checkpoint: the first
 evaluation tasks, for mode trajectories, and tasks of the training distribution, for excess loss."""
 Clock = Literal["observations", "updates"]
-OUTER_OVERRIDES = ("learning_rate", "batch", "updates_per_step")
-"""Outer-loop settings that a meta-learner's configuration can override, in fields `outer_…`."""
 Network = Literal[
     "lstm",
     "gru",
@@ -145,23 +143,19 @@ def to_train(
 ) -> Contender:
     """Makes a contender to train from a meta-learner's configuration, such as `LSTMConfig`.
 
-    `option` is the option that the configuration is set by. Raises `ConfigError` if the
-    meta-learner cannot serve that domain.
+    `option` is the option that the configuration is set by. Its fields `outer_…` override settings
+    of the outer loop. Raises `ConfigError` if the meta-learner cannot serve that domain.
     """
     fields = dataclasses.asdict(network)
     sizes = {f: fields[f] for f in ("hidden", "width", "inner_steps") if f in fields}
-    overrides: dict[str, Any] = {
-        f: fields[f"outer_{f}"] for f in OUTER_OVERRIDES if f"outer_{f}" in fields
-    }
+    own = {f.removeprefix("outer_"): v for f, v in fields.items() if f.startswith("outer_")}
     return Contender(
         option,
         f"meta-trained {network.label}",
         _meta_learner(network, domain, heads),
         objective=getattr(network, "objective", None),
-        own=dataclasses.replace(outer, **overrides) if overrides else None,
-        options={
-            f: f"{option}.outer_{f}" if f in overrides else f"outer.{f}" for f in OUTER_OVERRIDES
-        },
+        own=dataclasses.replace(outer, **own) if own else None,
+        options={f: f"{option}.outer_{f}" for f in own},
         option=f"{option}.{max(sizes, key=sizes.__getitem__)}" if sizes else "",  # the largest
     )
 
@@ -211,8 +205,9 @@ class Contender:
     """Objective that a meta-learner is trained on. None: that of the comparison."""
     own: OuterConfig | None = None
     """Outer-loop settings of this meta-learner alone. None: those of the whole plan."""
-    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Options that set the fields of `own`, keyed by field, for messages."""
+    options: Mapping[str, str] | None = None
+    """Options that set the fields of `own`, keyed by field, for messages. Those of the outer loop
+    set all others. None: no option sets any."""
     option: str = ""
     """Option that sets the learner's size, for messages."""
     derived_from: str = ""
@@ -281,10 +276,8 @@ class Contender:
             return dataclasses.replace(self, learner=make(()), **fields)
         if self.trained:
             fields.setdefault("kind", "reference")
-        meta = learner.meta if isinstance(learner, Derived) else learner
-        source = self.derived_from if isinstance(learner, Derived) else self.name
-        derived = Derived(meta, make, self.clock)
-        return dataclasses.replace(self, learner=derived, derived_from=source, **fields)
+        fields |= {"derived_from": self.derived_from or self.name}
+        return dataclasses.replace(self, learner=Derived(learner, make, self.clock), **fields)
 
     def times_in(self, domain: Domain) -> Sequence[int]:
         """Returns the steps of the learner's clock at which it is probed in an episode."""
@@ -367,19 +360,19 @@ class Comparison:
         tasks = training_tasks(self.domain)
         return self.measure.sized(tasks, "heldout_tasks", HELDOUT + self.suffix)
 
-    @property
-    def watched(self) -> tuple[TaskSet, ...]:
-        """Returns the sets to measure meta-learners on at every checkpoint, and Bayes on once."""
-        tracked = (self.tracked,) if self.measure.tracked_tasks else ()
-        heldout = (self.heldout,) if self.measure.heldout_tasks else ()
-        return (*tracked, *heldout) if self.metas else ()
-
     @functools.cached_property
-    def measurements(self) -> list[tuple[TaskSet, Contender]]:
-        """Returns each pair of a task set and a contender that is measured on it after training."""
+    def measurements(self) -> list[Measurement]:
+        """Returns its measurements: at checkpoints, of Bayes on the same sets, after training."""
+        watched = [self.tracked] if self.metas and self.measure.tracked_tasks else []
+        watched += [self.heldout] if self.metas and self.measure.heldout_tasks else []
+        compared = [c for c in self.contenders if c.kind in ("meta", "bayes")]
         sets = [self._with_probes(tasks) for tasks in self.sets]
-        planned = [(tasks, c) for tasks in sets for c in self.contenders if c.kind in tasks.kinds]
-        return planned + [(self._with_probes(tasks), c) for tasks, c in self.pairs]
+        pairs = [(tasks, c) for tasks in sets for c in self.contenders if c.kind in tasks.kinds]
+        pairs += [(self._with_probes(tasks), c) for tasks, c in self.pairs]
+        return [
+            *(Measurement(self, tasks, c, watched=True) for c in compared for tasks in watched),
+            *(Measurement(self, tasks, c, watched=False) for tasks, c in pairs),
+        ]
 
     def _with_probes(self, tasks: TaskSet) -> TaskSet:
         """Adds the comparison's further probes to a task set, if it has the main probe."""
@@ -464,8 +457,6 @@ class Plan:
         self.outer.check_batch(self.trained.values())
         names = [(m.tasks.name, m.contender.name) for m in self.measurements]
         check_unique(names, "measurement", "is planned twice: rename the task set")
-        for tasks in (m.tasks for m in self.measurements):
-            check(tasks.size >= 1, tasks.option or tasks.name, tasks.size, "must be 1 or more")
 
     @functools.cached_property
     def trained(self) -> dict[str, MetaTraining]:
@@ -477,14 +468,8 @@ class Plan:
 
     @functools.cached_property
     def measurements(self) -> list[Measurement]:
-        """Returns all measurements: at checkpoints, of Bayes on the same sets, after training."""
-        measurements = []
-        for part in self.comparisons:
-            contenders = [c for c in part.contenders if c.kind in ("meta", "bayes")]
-            pairs = [(tasks, contender) for contender in contenders for tasks in part.watched]
-            measurements += [Measurement(part, *pair, watched=True) for pair in pairs]
-            measurements += [Measurement(part, *pair, watched=False) for pair in part.measurements]
-        return measurements
+        """Returns the measurements of all comparisons."""
+        return [measurement for part in self.comparisons for measurement in part.measurements]
 
 
 @dataclasses.dataclass(frozen=True)

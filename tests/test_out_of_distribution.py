@@ -40,7 +40,7 @@ def test_each_remedy_is_what_it_is_called(plan):
 
 def test_the_right_prior_of_a_set_has_the_mean_square_of_its_tasks(plan):
     (linear,) = plan.comparisons
-    right = {tasks.name: c for tasks, c in linear.measurements if c.name == "bayes_right"}
+    right = {tasks.name: c for _, tasks, c, _ in linear.measurements if c.name == "bayes_right"}
     assert [*right] == ["in_distribution", "x2", "x4", "x8", "x16", "outsize"]
     s = np.array(QUICK.linear.spectrum())
     largest = np.array([8 * s[0], *s[1:]])

@@ -37,7 +37,7 @@ def test_each_network_is_trained_on_what_it_is_called(plan):
 def test_memorising_bayes_knows_the_pool_that_was_trained_on(plan):
     """After a long episode on one of these tasks it answers W x."""
     linear, _ = plan.comparisons
-    known = {c.name: c for t, c in linear.measurements if t.name == "fresh"}
+    known = {c.name: c for _, t, c, _ in linear.measurements if t.name == "fresh"}
     assert {*known} == {"lstm", "bayes", "pool_4", "memorising_4", "pool_64", "memorising_64"}
     (trained,) = (each for each in linear.metas if each.name == "pool_64")
     W = trained.objective.keywords["sample"].task(jnp.int32(63)).W

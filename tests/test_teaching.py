@@ -174,11 +174,11 @@ def test_the_study_is_rehearsed_without_complaint():
     linear, bandit = plan.comparisons
     assert [meta.name for meta in linear.metas] == ["maml", "lstm"]
     assert [meta.name for meta in bandit.metas] == ["lstm"]
-    assert not [part for part in plan.comparisons if part.watched]
-    own = {contender.name for tasks, contender in linear.measurements if tasks.name == "own"}
+    assert not [each for each in plan.measurements if each.watched]
+    own = {contender.name for _, tasks, contender, _ in linear.measurements if tasks.name == "own"}
     assert {"taught_bayes", "taught_maml", "bayes_by_maml", "bayes_by_lstm"} < own
     assert "taught_sgd" not in own
-    drawn = [contender for tasks, contender in linear.measurements if tasks.name == "random"]
+    drawn = [contender for _, tasks, contender, _ in linear.measurements if tasks.name == "random"]
     names = {f"taught_{each}" for each in ("sgd", "bayes", "maml", "lstm")}
     assert {each.name for each in drawn} == names
     assert {each.name: each.derived_from for each in drawn if each.derived_from} == {
