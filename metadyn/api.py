@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 
-from metadyn import inner, trajectories
+from metadyn import inner, mesh, trajectories
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet
 from metadyn.errors import check, check_seed, did_you_mean, error_context
 from metadyn.measuring import (
@@ -20,7 +20,6 @@ from metadyn.measuring import (
     check_step,
     description,
     readings,
-    require_memory,
     training_bytes,
     weight_shapes,
 )
@@ -75,7 +74,7 @@ def train(
     check(isinstance(minimised, Objective), "objective", objective, hint)
     training = MetaTraining(meta, minimised)
     training.check_traced("a meta-learner on this domain", weight_shapes(meta.init))
-    require_memory(
+    mesh.require_memory(
         "their weights and what trains them", seeds * training_bytes(meta.init), "seeds", seeds
     )
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
@@ -166,7 +165,9 @@ def measure(
         needed_bytes = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
         size = tasks.size_for(contender.clock)
         field = "updating_tasks" if size < tasks.size else "tasks"
-        require_memory(f"what {contender.name} does on them", needed_bytes, field, size, split=True)
+        mesh.require_memory(
+            f"what {contender.name} does on them", needed_bytes, field, size, split=True
+        )
     parts = {}
     with Progress(Console() if progress else None).counting("measuring", len(contenders)) as show:
         for place, (name, (contender, params)) in enumerate(contenders.items()):

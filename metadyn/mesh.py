@@ -491,3 +491,23 @@ def memory(split: bool) -> int:
         if text.strip() != "max":
             limits.append(int(text))
     return min(limits) if split else min(limits) // jax.local_device_count()
+
+
+def require_memory(
+    what: str,
+    needed: int,
+    field: str,
+    value: Any = None,
+    split: bool = False,
+    change: str = "lower it",
+) -> None:
+    """Raises `ConfigError`, naming the field to change, if more bytes are needed than there are.
+
+    With `split` the bytes are sharded over all devices; otherwise each device has a copy of them.
+    """
+    limit, gib = memory(split), 1 << 30
+    sizes = f"{needed / gib:,.1f} GiB of the {limit / gib:,.1f}"
+    hint = f"{what} would take {sizes} there are; {change}"
+    if needed > limit:
+        setting = field if value is None else f"{field} = {value!r}"
+        raise ConfigError(f"{setting}: {hint}", field, value, hint)

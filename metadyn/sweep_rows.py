@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from metadyn import mesh, program_cost, sweep_programs
-from metadyn.errors import error_context
-from metadyn.measuring import require_memory
-from metadyn.outer import OuterLoop, TrainState
+from metadyn import mesh, sweep_programs
+from metadyn.outer import OuterLoop, TrainState, compiled
 
 
 class Row(NamedTuple):
@@ -67,15 +65,11 @@ class Rows:
 
     def _checked(self, name: str) -> Any:
         """Compiles the outer steps of all rows. Raises `ConfigError` if they exceed the memory."""
-        what, count, change = f"an outer step of {name}", len(self.loops), "lower it"
-        with error_context(f"{what} cannot be compiled", jax.errors.JaxRuntimeError):
-            compiled = self.trace(name).lower().compile()
-        option = self.loops[0].trained[name].option("batch")
-        if count > 1:
-            what += f" for {count} settings at once"
-            option, change = "--part", "divide them into more parts, in another DIR"
-        require_memory(what, program_cost.memory(compiled), option, change=change)
-        return compiled
+        what, count, traced = f"an outer step of {name}", len(self.loops), self.trace(name)
+        if count == 1:
+            return compiled(what, traced, self.loops[0].trained[name].option("batch"))
+        what += f" for {count} settings at once"
+        return compiled(what, traced, "--part", "divide them into more parts, in another DIR")
 
     def _program(self, name: str) -> Any:
         """Jits all rows' update: ((step, count), params, moments) to (params, moments, metrics)."""
