@@ -152,6 +152,7 @@ def compiled(
 
     from benchmarks import hlo
     from metadyn import planning
+    from metadyn.program_cost import GATHERS, exchanged
     from metadyn.sweep_programs import split_constants
 
     try:
@@ -159,7 +160,10 @@ def compiled(
         form = f"{form[:16]} {program.turns}"
         if form not in before:
             row = planning.compiled(program, there)
-            before[form] = row.account._asdict() | {
+            before[form] = {
+                "memory": row.memory,
+                "reduced": exchanged(row.text),
+                "gathered": exchanged(row.text, GATHERS),
                 "launches": hlo.launches(row.text),
                 "operations": row.operations,
                 "seconds": round(row.seconds, 1),
@@ -280,14 +284,14 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     """Compiles programs for devices elsewhere, and stores each as it is done."""
     import jax
 
-    from metadyn import absent_devices, mesh, program_cost
+    from metadyn import absent_devices, mesh
     from metadyn.study import study_names
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     there, names = absent_devices.find(target), {*FUSED}
     programs_of = (found for name, found in rows.items() if name not in FUSED)
     stored = [found[target] for found in programs_of if target in found]
-    whole = {*program_cost.Account._fields, "launches", "form", "jax"}
+    whole = {"memory", "reduced", "gathered", "launches", "form", "jax"}
     whole |= {"moved"} if target == COUNTED else set()
     now = [each for each in stored if each.keys() >= whole and each["jax"] == jax.__version__]
     before = {each["form"]: each for each in now}

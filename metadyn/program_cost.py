@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.extend.core import jaxprs_in_params, subjaxprs
@@ -70,23 +70,6 @@ ARITHMETIC = {
 """JAX's names of the operations that count; those that only move or compare numbers do not."""
 
 
-class Account(NamedTuple):
-    """Memory and exchanges of a compiled program on each device, as its compiler reports them."""
-
-    memory: int
-    """Bytes (`memory`)."""
-    reduced: tuple[int, ...]
-    """Bytes of each all-reduce in the program, which counts once in a loop."""
-    gathered: tuple[int, ...]
-    """Bytes that each device holds after each other exchange, such as an all-gather."""
-
-
-def account(compiled: Any) -> Account:
-    """Reads memory and exchanges of a compiled program (`jax.stages.Compiled`)."""
-    text = compiled.as_text()
-    return Account(memory(compiled), exchanged(text), exchanged(text, GATHERS))
-
-
 def memory(compiled: Any) -> int:
     """Returns the bytes of a compiled program's arguments, temporaries and results.
 
@@ -104,7 +87,10 @@ GATHERS = "all-gather|reduce-scatter|all-to-all|collective-permute|collective-br
 
 
 def exchanged(program: str, kinds: str = "all-reduce") -> tuple[int, ...]:
-    """Returns the bytes of the results of each exchange of some kinds in a compiled program."""
+    """Returns the bytes of the results of each exchange of some kinds in a compiled program.
+
+    They are those that one device holds. An exchange in a loop counts once.
+    """
     return tuple(map(array_bytes, re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program)))
 
 
