@@ -55,38 +55,39 @@ def start(
     a TPU pod says. Raises `ConfigError` if some are missing, or if joining fails.
     """
     settings: dict[str, Any] = {
-        "coordinator_address": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": _whole_number(processes, "JAX_NUM_PROCESSES"),
-        "process_id": _whole_number(process_id, "JAX_PROCESS_ID"),
+        "--coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "--processes": _whole_number(processes, "JAX_NUM_PROCESSES"),
+        "--process-id": _whole_number(process_id, "JAX_PROCESS_ID"),
     }
-    missing = [name for name, value in settings.items() if value is None]
+    address, n, i = settings.values()
+    missing = [option for option, value in settings.items() if value is None]
     if len(missing) == len(settings) and not _is_launched():
         return
     if 0 < len(missing) < len(settings):
-        options = {"coordinator_address": "--coordinator", "num_processes": "--processes"}
-        option = options.get(missing[0], "--process-id")
         message = "give all of --coordinator HOST:PORT, --processes and --process-id, or none"
-        raise ConfigError(f"{option} is missing: {message}")
+        raise ConfigError(f"{missing[0]} is missing: {message}")
     if not missing:
-        n, i = settings["num_processes"], settings["process_id"]
-        host, _, port = str(settings["coordinator_address"]).rpartition(":")
+        host, _, port = address.rpartition(":")
         valid = host and port.isdecimal() and 0 < int(port) < 1 << 16
         hint = "must be HOST:PORT, with a port from 1 to 65535"
-        check(valid, "--coordinator", settings["coordinator_address"], hint)
+        check(valid, "--coordinator", address, hint)
         check(n >= 1, "--processes", n, "must be 1 or more")
         check(0 <= i < n, "--process-id", i, f"must be from 0 to {n - 1}, below --processes {n}")
         if i == 0:  # which listens on the port: JAX ends in a segmentation fault if it cannot
             hint = "process 0 cannot listen there: choose a port that is free"
-            check(_is_free(int(port)), "--coordinator", settings["coordinator_address"], hint)
+            check(_is_free(int(port)), "--coordinator", address, hint)
     # This service's SIGTERM handler would replace ours, which saves a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            **settings, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+            address,
+            n,
+            i,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
         )
     except (RuntimeError, ValueError, IndexError) as error:
         message = str(error).splitlines()[0]
-        address = settings["coordinator_address"]
         source = "this launcher" if missing else f"--coordinator {address}"
         raise ConfigError(f"{source}: the processes cannot be joined ({message})") from error
     counts = Counter(device.process_index for device in jax.devices())
@@ -95,13 +96,11 @@ def start(
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
-    return True
+    try:
+        with socket.create_server(("", port)):
+            return True
+    except OSError:
+        return False
 
 
 def _whole_number(value: int | None, variable: str) -> int | None:
