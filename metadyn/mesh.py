@@ -33,16 +33,12 @@ from metadyn.errors import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES, SHARED_WEIGHT_TASKS, SMALL_TASKS = (
-    128,
-    64,
-    512,
-)  # on a CPU core at a time: our choice
+# On a CPU core at a time: our choice.
+CACHED_EPISODES, SHARED_WEIGHT_TASKS, SMALL_TASKS = 128, 64, 512
 CPU_CACHE_BYTES = 1 << 20  # bytes of a CPU core's cache: our choice
 CGROUPS, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-WORKING_COPIES = (
-    2  # memory to measure one task, in multiples of (state + largest array): our choice
-)
+# Memory to measure one task, in multiples of (state + largest array): our choice.
+WORKING_COPIES = 2
 
 
 def start(
@@ -327,7 +323,6 @@ def train_seeds(
     f: Callable[[Any, Any], Any],
     everywhere: Any,
     stacked: Any,
-    seeds: int,
     batch: int,
     together: int,
 ) -> Any:
@@ -337,6 +332,7 @@ def train_seeds(
     seeds, which need no communication. Every device of a group runs all of f, which must divide the
     `batch` of episodes by `local_episodes` and `mean`; `together` episodes stay on one device.
     """
+    seeds = len(jax.tree.leaves(stacked)[0])
     shape, axes = shares(seeds, batch, together), (SEEDS, EPISODES, "spare")
     by_seed = PartitionSpec(SEEDS)
     sharded = jax.shard_map(

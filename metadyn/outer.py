@@ -277,7 +277,7 @@ class OuterLoop:
         ) -> tuple[TrainState, dict[str, Metrics]]:
             (name,) = state.params
             stacked = self.keys(), state.params[name], state.moments[name]
-            sizes = config.seeds, self.settings[name].batch, trained[name].objective.group
+            sizes = self.settings[name].batch, trained[name].objective.group
             train_seed = partial(one_seed, name)
             results = mesh.train_seeds(train_seed, (state.step, count), stacked, *sizes)
             params, moments, metrics = ({name: tree} for tree in results)
