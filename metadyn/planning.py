@@ -107,7 +107,7 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs
             if options is option_sets[-1]:
                 raise
     memory, seconds = program_cost.memory(executable), time.monotonic() - start
-    operations = program_cost.operations_of(traced.jaxpr.jaxpr, program.turns)
+    operations = program_cost.operations(traced.jaxpr.jaxpr, program.turns)
     return Needs(program, operations, memory, executable.as_text(), seconds)
 
 

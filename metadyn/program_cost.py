@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.extend.core import jaxprs_in_params, subjaxprs
 
 
-def operations(f: Callable[..., Any], *args: Any) -> int:
-    """Counts the floating-point operations of `f(*args)`, whose arguments may be mere shapes.
+def operations(jaxpr: Any, turns: float = 1) -> float:
+    """Counts the floating-point operations of a traced program.
 
     A product counts 2 for each multiplication and its addition, an operation of `ARITHMETIC` 1 for
     each number in its result, and any other, such as solving and sorting, 0. A loop counts as often
-    as it runs, or once if its length is unknown. Of a condition's branches the costliest counts.
-    """
-    return round(operations_of(jax.make_jaxpr(f)(*args).jaxpr))
-
-
-def operations_of(jaxpr: Any, turns: float = 1) -> float:
-    """Counts the operations of a traced program, as `operations` does.
-
-    A loop of unknown length counts `turns` times. Work that is split over devices counts as it is
-    on each of them.
+    as it runs, or `turns` times if its length is unknown. Of a condition's branches the costliest
+    counts. Work that is split over devices counts as it is on each of them.
     """
     return sum(_count(equation, turns) for equation in jaxpr.eqns)
 
 
 def _count(equation: Any, turns: float) -> float:
     """Counts the floating-point operations of one equation of a traced program."""
-    inner = [operations_of(jaxpr, turns) for jaxpr in jaxprs_in_params(equation.params)]
+    inner = [operations(jaxpr, turns) for jaxpr in jaxprs_in_params(equation.params)]
     name = equation.primitive.name
     if name == "scan":
         return equation.params["length"] * sum(inner)
@@ -43,7 +33,7 @@ def _count(equation: Any, turns: float) -> float:
     if name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid) * sum(inner)
     if name == "custom_linear_solve":  # its other programs are for derivatives alone
-        return operations_of(equation.params["jaxprs"].solve.jaxpr, turns)
+        return operations(equation.params["jaxprs"].solve.jaxpr, turns)
     if inner:
         return sum(inner)
     size = sum(math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)

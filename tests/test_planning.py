@@ -194,7 +194,7 @@ def test_a_sweep_is_planned_and_refused_once_all_is_said(
     assert [each.name for each in both[1:]] == [each.name for each in alone[1:]]
     assert [each.times for each in both[1:]] == [2 * each.times for each in alone[1:]]
     assert found[0].disk == 2 * planning.disk(*plan)
-    flops = lambda program: program_cost.operations_of(program.trace().jaxpr)
+    flops = lambda program: program_cost.operations(program.trace().jaxpr)
     devices = len(mesh.devices())  # rows are split over them, of a run its episodes
     ratio = devices * -(-2 // devices)
     assert flops(both[0]) / flops(alone[0]) == pytest.approx(ratio, rel=0.1)
