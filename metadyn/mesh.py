@@ -333,16 +333,15 @@ def train_seeds(
     `batch` of episodes by `local_episodes` and `mean`; `together` episodes stay on one device.
     """
     seeds = len(jax.tree.leaves(stacked)[0])
-    shape, axes = shares(seeds, batch, together), (SEEDS, EPISODES, "spare")
-    by_seed = PartitionSpec(SEEDS)
-    sharded = jax.shard_map(
-        lambda everywhere, stacked: map_seeds(lambda row: f(everywhere, row), stacked),
-        mesh=_make_mesh(shape, axes),
-        in_specs=(PartitionSpec(), by_seed),
-        out_specs=by_seed,
-        check_vma=False,
-    )
-    return sharded(everywhere, stacked)
+    seeds_by_episodes = _make_mesh(shares(seeds, batch, together), (SEEDS, EPISODES, "spare"))
+    of_device = lambda everywhere, rows: map_seeds(partial(f, everywhere), rows)
+    return _split(of_device, seeds_by_episodes, SEEDS)(everywhere, stacked)
+
+
+def _split(f: Callable[[Any, Any], Any], over: Mesh, axis: str) -> Callable[[Any, Any], Any]:
+    """Splits the second argument and the results of f(everywhere, rows) along an axis of a mesh."""
+    rows, everywhere = PartitionSpec(axis), PartitionSpec()
+    return jax.shard_map(f, mesh=over, in_specs=(everywhere, rows), out_specs=rows, check_vma=False)
 
 
 def shares(
@@ -409,15 +408,11 @@ def map_tasks(
     parts = -(-len(indices) // (count * chunk))
     part_size = -(-len(indices) // (count * parts))
     padded = jnp.pad(indices, (0, -len(indices) % (count * parts)), mode="edge")
-    by_task = PartitionSpec(TASKS)
-    sharded = jax.shard_map(
-        lambda everywhere, shard: jax.lax.map(partial(f, everywhere), shard, batch_size=part_size),
-        mesh=mesh(),
-        in_specs=(PartitionSpec(), by_task),
-        out_specs=by_task,
-        check_vma=False,
+    of_device = lambda everywhere, shard: jax.lax.map(
+        partial(f, everywhere), shard, batch_size=part_size
     )
-    return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
+    results = _split(of_device, mesh(), TASKS)(everywhere, padded)
+    return jax.tree.map(lambda leaf: leaf[: len(indices)], results)
 
 
 def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
