@@ -151,6 +151,7 @@ def compiled(
 
     from benchmarks import hlo
     from metadyn import planning
+    from metadyn.program_cost import GATHERS, exchanged
     from metadyn.sweep_programs import split_constants
 
     try:
@@ -158,7 +159,10 @@ def compiled(
         form = f"{form[:16]} {program.turns}"
         if form not in before:
             row = planning.compiled(program, there)
-            before[form] = row.account._asdict() | {
+            before[form] = {
+                "memory": row.memory,
+                "reduced": exchanged(row.text),
+                "gathered": exchanged(row.text, GATHERS),
                 "launches": hlo.launches(row.text),
                 "operations": row.operations,
                 "seconds": round(row.seconds, 1),
@@ -283,14 +287,14 @@ def compile_all(target: str, wanted: Callable[[str], Any]) -> None:
     """Compiles programs for a target that is not here, and stores each as soon as it is done."""
     import jax
 
-    from metadyn import absent_devices, mesh, program_cost
+    from metadyn import absent_devices, mesh
     from metadyn.study import study_names
 
     rows: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     devices, names = absent_devices.find(target), {*FUSED}
     program_rows = (r for name, r in rows.items() if name not in FUSED)
     stored = [by_target[target] for by_target in program_rows if target in by_target]
-    required = {*program_cost.Account._fields, "launches", "form", "jax"}
+    required = {"memory", "reduced", "gathered", "launches", "form", "jax"}
     required |= {"moved"} if target == COUNTED else set()
     current = [row for row in stored if row.keys() >= required and row["jax"] == jax.__version__]
     before = {row["form"]: row for row in current}

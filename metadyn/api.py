@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from rich.console import Console
 
-from metadyn import inner, trajectories
+from metadyn import inner, mesh, trajectories
 from metadyn.base import Domain, Learner, MetaLearner, Params, TaskSet, weight_shapes
 from metadyn.errors import check, check_seed, did_you_mean, error_context
 from metadyn.measuring import (
@@ -20,7 +20,6 @@ from metadyn.measuring import (
     check_step,
     description,
     readings,
-    require_memory,
     training_bytes,
 )
 from metadyn.objectives import Objective, ObjectiveOf, prediction_loss
@@ -74,7 +73,7 @@ def train(
     check(isinstance(minimised, Objective), "objective", objective, hint)
     training = MetaTraining(meta, minimised)
     training.check_traced("a meta-learner on this domain")
-    require_memory(
+    mesh.require_memory(
         "their weights, gradients and moments", seeds * training_bytes(meta.init), "seeds", seeds
     )
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))

@@ -13,7 +13,7 @@ import numpy as np
 
 from metadyn import inner, mesh, trajectories
 from metadyn.base import STRENGTH, Key, Params, Probe, TaskSet, weight_shapes
-from metadyn.errors import ConfigError, check, check_name, error_context
+from metadyn.errors import check, check_name, error_context
 from metadyn.study import Contender, MeasureConfig
 
 RESERVED = ("time", "closed_form", "learner", "seed", "task", "step", "mode", "outer_step")
@@ -216,29 +216,9 @@ def check_readings_fit(tasks: TaskSet, contender: Contender, seeds: int) -> None
     option, n = "updating_tasks" if size < tasks.size else tasks.option or "tasks", size
     if times > size and contender.times is None:
         option, n = "steps", tasks.domain.steps
-    require_memory(what, needed_bytes, option, n, split=True)
+    mesh.require_memory(what, needed_bytes, option, n, split=True)
 
 
 def training_bytes(init: Callable[[Key], Params]) -> int:
     """Computes the bytes to train one seed of a meta-learner: weights, gradient and two moments."""
     return 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight_shapes(init)))
-
-
-def require_memory(
-    what: str,
-    needed: int,
-    field: str,
-    value: Any = None,
-    split: bool = False,
-    change: str = "lower it",
-) -> None:
-    """Raises `ConfigError`, naming the field to change, if more bytes are needed than there are.
-
-    With `split` the bytes are sharded over all devices; otherwise each device has a copy of them.
-    """
-    limit, gib = mesh.memory(split), 1 << 30
-    sizes = f"{needed / gib:,.1f} GiB, more than the {limit / gib:,.1f}"
-    hint = f"{what} would take {sizes} available; {change}"
-    if needed > limit:
-        setting = field if value is None else f"{field} = {value!r}"
-        raise ConfigError(f"{setting}: {hint}", field, value, hint)

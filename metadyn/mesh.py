@@ -33,16 +33,12 @@ from metadyn.errors import ConfigError, check
 
 TASKS, SEEDS, EPISODES = "tasks", "seeds", "episodes"
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-CACHED_EPISODES, SHARED_WEIGHT_TASKS, SMALL_TASKS = (
-    128,
-    64,
-    512,
-)  # on a CPU core at a time: our choice
+# On a CPU core at a time: our choice.
+CACHED_EPISODES, SHARED_WEIGHT_TASKS, SMALL_TASKS = 128, 64, 512
 CPU_CACHE_BYTES = 1 << 20  # bytes of a CPU core's cache: our choice
 CGROUPS, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-WORKING_COPIES = (
-    2  # memory to measure one task, in multiples of (state + largest array): our choice
-)
+# Memory to measure one task, in multiples of (state + largest array): our choice.
+WORKING_COPIES = 2
 
 
 def start(
@@ -55,38 +51,39 @@ def start(
     a TPU pod says. Raises `ConfigError` if some are missing, or if joining fails.
     """
     settings: dict[str, Any] = {
-        "coordinator_address": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": _whole_number(processes, "JAX_NUM_PROCESSES"),
-        "process_id": _whole_number(process_id, "JAX_PROCESS_ID"),
+        "--coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "--processes": _whole_number(processes, "JAX_NUM_PROCESSES"),
+        "--process-id": _whole_number(process_id, "JAX_PROCESS_ID"),
     }
-    missing = [name for name, value in settings.items() if value is None]
+    address, n, i = settings.values()
+    missing = [option for option, value in settings.items() if value is None]
     if len(missing) == len(settings) and not _is_launched():
         return
     if 0 < len(missing) < len(settings):
-        options = {"coordinator_address": "--coordinator", "num_processes": "--processes"}
-        option = options.get(missing[0], "--process-id")
         message = "give all of --coordinator HOST:PORT, --processes and --process-id, or none"
-        raise ConfigError(f"{option} is missing: {message}")
+        raise ConfigError(f"{missing[0]} is missing: {message}")
     if not missing:
-        n, i = settings["num_processes"], settings["process_id"]
-        host, _, port = str(settings["coordinator_address"]).rpartition(":")
+        host, _, port = address.rpartition(":")
         valid = host and port.isdecimal() and 0 < int(port) < 1 << 16
         hint = "must be HOST:PORT, with a port from 1 to 65535"
-        check(valid, "--coordinator", settings["coordinator_address"], hint)
+        check(valid, "--coordinator", address, hint)
         check(n >= 1, "--processes", n, "must be 1 or more")
         check(0 <= i < n, "--process-id", i, f"must be from 0 to {n - 1}, below --processes {n}")
         if i == 0:  # which listens on the port: JAX ends in a segmentation fault if it cannot
             hint = "process 0 cannot listen there: choose a port that is free"
-            check(_is_free(int(port)), "--coordinator", settings["coordinator_address"], hint)
+            check(_is_free(int(port)), "--coordinator", address, hint)
     # This service's SIGTERM handler would replace ours, which saves a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            **settings, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+            address,
+            n,
+            i,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
         )
     except (RuntimeError, ValueError, IndexError) as error:
         message = str(error).splitlines()[0]
-        address = settings["coordinator_address"]
         source = "this launcher" if missing else f"--coordinator {address}"
         raise ConfigError(f"{source}: the processes cannot be joined ({message})") from error
     counts = Counter(device.process_index for device in jax.devices())
@@ -95,13 +92,11 @@ def start(
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
-    return True
+    try:
+        with socket.create_server(("", port)):
+            return True
+    except OSError:
+        return False
 
 
 def _whole_number(value: int | None, variable: str) -> int | None:
@@ -328,7 +323,6 @@ def train_seeds(
     f: Callable[[Any, Any], Any],
     everywhere: Any,
     stacked: Any,
-    seeds: int,
     batch: int,
     together: int,
 ) -> Any:
@@ -338,16 +332,16 @@ def train_seeds(
     seeds, which need no communication. Every device of a group runs all of f, which must divide the
     `batch` of episodes by `local_episodes` and `mean`; `together` episodes stay on one device.
     """
-    shape, axes = shares(seeds, batch, together), (SEEDS, EPISODES, "spare")
-    by_seed = PartitionSpec(SEEDS)
-    sharded = jax.shard_map(
-        lambda everywhere, stacked: map_seeds(lambda row: f(everywhere, row), stacked),
-        mesh=_make_mesh(shape, axes),
-        in_specs=(PartitionSpec(), by_seed),
-        out_specs=by_seed,
-        check_vma=False,
-    )
-    return sharded(everywhere, stacked)
+    seeds = len(jax.tree.leaves(stacked)[0])
+    seeds_by_episodes = _make_mesh(shares(seeds, batch, together), (SEEDS, EPISODES, "spare"))
+    of_device = lambda everywhere, rows: map_seeds(partial(f, everywhere), rows)
+    return _split(of_device, seeds_by_episodes, SEEDS)(everywhere, stacked)
+
+
+def _split(f: Callable[[Any, Any], Any], over: Mesh, axis: str) -> Callable[[Any, Any], Any]:
+    """Splits the second argument and the results of f(everywhere, rows) along an axis of a mesh."""
+    rows, everywhere = PartitionSpec(axis), PartitionSpec()
+    return jax.shard_map(f, mesh=over, in_specs=(everywhere, rows), out_specs=rows, check_vma=False)
 
 
 def shares(
@@ -414,15 +408,11 @@ def map_tasks(
     parts = -(-len(indices) // (count * chunk))
     part_size = -(-len(indices) // (count * parts))
     padded = jnp.pad(indices, (0, -len(indices) % (count * parts)), mode="edge")
-    by_task = PartitionSpec(TASKS)
-    sharded = jax.shard_map(
-        lambda everywhere, shard: jax.lax.map(partial(f, everywhere), shard, batch_size=part_size),
-        mesh=mesh(),
-        in_specs=(PartitionSpec(), by_task),
-        out_specs=by_task,
-        check_vma=False,
+    of_device = lambda everywhere, shard: jax.lax.map(
+        partial(f, everywhere), shard, batch_size=part_size
     )
-    return jax.tree.map(lambda leaf: leaf[: len(indices)], sharded(everywhere, padded))
+    results = _split(of_device, mesh(), TASKS)(everywhere, padded)
+    return jax.tree.map(lambda leaf: leaf[: len(indices)], results)
 
 
 def task_chunk(taken: int, seeds: int = 1, shared: bool = False) -> int:
@@ -491,3 +481,23 @@ def memory(split: bool) -> int:
         if text.strip() != "max":
             limits.append(int(text))
     return min(limits) if split else min(limits) // jax.local_device_count()
+
+
+def require_memory(
+    what: str,
+    needed: int,
+    field: str,
+    value: Any = None,
+    split: bool = False,
+    change: str = "lower it",
+) -> None:
+    """Raises `ConfigError`, naming the field to change, if more bytes are needed than there are.
+
+    With `split` the bytes are sharded over all devices; otherwise each device has a copy of them.
+    """
+    limit, gib = memory(split), 1 << 30
+    sizes = f"{needed / gib:,.1f} GiB, more than the {limit / gib:,.1f}"
+    hint = f"{what} would take {sizes} available; {change}"
+    if needed > limit:
+        setting = field if value is None else f"{field} = {value!r}"
+        raise ConfigError(f"{setting}: {hint}", field, value, hint)

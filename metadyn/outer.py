@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from metadyn import inner, mesh, prng
+from metadyn import inner, mesh, prng, program_cost
 from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys, weight_shapes
 from metadyn.errors import check, check_choice, check_positive, error_context
 from metadyn.objectives import Metrics, Objective
@@ -204,6 +204,18 @@ def _scaled_by_rates(updates: Params, meta: MetaLearner) -> Params:
     return jax.tree.map(lambda u, rate: u if rate == 1 else rate * u, updates, rates)
 
 
+def compiled(what: str, traced: Any, option: str, change: str = "lower it") -> Any:
+    """Compiles a traced program (`jax.stages.Traced`) that trains.
+
+    Raises `ConfigError`, naming the option to change, if by the compiler's own account the program
+    exceeds the memory.
+    """
+    with error_context(f"{what} cannot be compiled", jax.errors.JaxRuntimeError):
+        executable = traced.lower().compile()
+    mesh.require_memory(what, program_cost.memory(executable), option, change=change)
+    return executable
+
+
 class OuterLoop:
     """The compiled outer loop, which trains several named meta-learners side by side.
 
@@ -266,7 +278,7 @@ class OuterLoop:
         ) -> tuple[TrainState, dict[str, Metrics]]:
             (name,) = state.params
             stacked = self.keys(), state.params[name], state.moments[name]
-            sizes = config.seeds, self.settings[name].batch, trained[name].objective.group
+            sizes = self.settings[name].batch, trained[name].objective.group
             train_seed = partial(one_seed, name)
             results = mesh.train_seeds(train_seed, (state.step, count), stacked, *sizes)
             params, moments, metrics = ({name: tree} for tree in results)
@@ -294,9 +306,13 @@ class OuterLoop:
         (`TrainState.only`); returns (state, mean metrics of each seed). The state passed in is
         donated. Compiled once for each meta-learner, for all counts."""
         self.compiled = functools.cache(
-            lambda name: self.advance.lower(self.abstract.only(name), jnp.int32(1)).compile()
+            lambda name: compiled(
+                f"an outer step of {name}",
+                self.advance.trace(self.abstract.only(name), jnp.int32(1)),
+                trained[name].option("batch"),
+            )
         )
-        """Returns `advance` compiled for the named meta-learner (`jax.stages.Compiled`); cached."""
+        """Returns `advance` compiled for the named meta-learner, by `compiled`; cached."""
         self.seconds = dict.fromkeys(trained, 0.0)
         """Seconds that `run` has spent on training each meta-learner, without compilation."""
         self.pace = 0.0

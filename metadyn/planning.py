@@ -76,16 +76,17 @@ def measuring(plan: Plan, loop: OuterLoop) -> list[Program]:
 
 
 class Needs(NamedTuple):
-    """Operations, memory and communication of a compiled program on each device."""
+    """Operations and memory of a compiled program on each device."""
 
     program: Program
     operations: float
     """FLOPs of one call."""
-    account: program_cost.Account
+    memory: int
+    """Bytes (`program_cost.memory`)."""
+    text: str
+    """The compiled program, as XLA prints it."""
     seconds: float
     """Seconds that tracing and compiling took."""
-    text: str = ""
-    """The compiled program, as XLA prints it."""
 
 
 def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs:
@@ -105,9 +106,9 @@ def compiled(program: Program, there: mesh.TargetDevices | None = None) -> Needs
                 raise does_not_fit(program, message) from error
             if options is option_sets[-1]:
                 raise
-    account, seconds = program_cost.account(executable), time.monotonic() - start
-    operations = program_cost.operations_of(traced.jaxpr.jaxpr, program.turns)
-    return Needs(program, operations, account, seconds, executable.as_text())
+    memory, seconds = program_cost.memory(executable), time.monotonic() - start
+    operations = program_cost.operations(traced.jaxpr.jaxpr, program.turns)
+    return Needs(program, operations, memory, executable.as_text(), seconds)
 
 
 class WorkPlan(NamedTuple):
@@ -210,7 +211,7 @@ def report(
                     say(line(row))
                     rows.append((planned, row))
             training = [row for group, row in rows if group is planned and row.program.settings]
-            share = max((row.account.memory / row.program.settings for row in training), default=0)
+            share = max((row.memory / row.program.settings for row in training), default=0)
             if share:
                 count = number(limit // share)
                 say(f"settings that would fit into the memory side by side: {count}")
@@ -229,8 +230,8 @@ def report(
     remark = "figures and descriptions are extra"
     say(f"arrays on disk take at most {size(stored)} of the free {size(free)}; {remark}")
     for planned, row in rows:
-        if row.account.memory > limit:
-            text = f"would take {size(row.account.memory)}, more than {size(limit)}"
+        if row.memory > limit:
+            text = f"would take {size(row.memory)}, more than {size(limit)}"
             raise planned.as_typed(does_not_fit(row.program, text))
     if stored > free:
         raise ConfigError(f"--out {out}: arrays may take {size(stored)}, but {size(free)} is free")
@@ -247,9 +248,9 @@ LINE = "{:44} {:>11} {:>9} {:>13} {:>9}"
 
 def line(row: Needs) -> str:
     """Formats a program's cost as a line of the table that `report` prints."""
-    account, times = row.account, f"{row.program.times:,}"
-    communicated = size(sum(moved)) if (moved := account.reduced + account.gathered) else "-"
-    cells = size(account.memory), number(row.operations), communicated, times
+    exchanged = program_cost.exchanged(row.text, f"all-reduce|{program_cost.GATHERS}")
+    communicated, times = size(sum(exchanged)) if exchanged else "-", f"{row.program.times:,}"
+    cells = size(row.memory), number(row.operations), communicated, times
     return LINE.format(row.program.name[:44], *cells)
 
 

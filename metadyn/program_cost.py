@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from jax.extend.core import jaxprs_in_params, subjaxprs
 
 
-def operations(f: Callable[..., Any], *args: Any) -> int:
-    """Counts the floating-point operations of `f(*args)`, whose arguments may be mere shapes.
+def operations(jaxpr: Any, turns: float = 1) -> float:
+    """Counts the floating-point operations of a traced program.
 
     A product counts 2 for each multiplication and its addition, an operation of `ARITHMETIC` 1 for
     each number in its result, and any other, such as solving and sorting, 0. A loop counts as often
-    as it runs, or once if its length is unknown. Of a condition's branches the costliest counts.
-    """
-    return round(operations_of(jax.make_jaxpr(f)(*args).jaxpr))
-
-
-def operations_of(jaxpr: Any, turns: float = 1) -> float:
-    """Counts the operations of a traced program, as `operations` does.
-
-    A loop of unknown length counts `turns` times. Work that is split over devices counts as it is
-    on each of them.
+    as it runs, or `turns` times if its length is unknown. Of a condition's branches the costliest
+    counts. Work that is split over devices counts as it is on each of them.
     """
     return sum(_count(equation, turns) for equation in jaxpr.eqns)
 
 
 def _count(equation: Any, turns: float) -> float:
     """Counts the floating-point operations of one equation of a traced program."""
-    inner = [operations_of(jaxpr, turns) for jaxpr in jaxprs_in_params(equation.params)]
+    inner = [operations(jaxpr, turns) for jaxpr in jaxprs_in_params(equation.params)]
     name = equation.primitive.name
     if name == "scan":
         return equation.params["length"] * sum(inner)
@@ -43,7 +33,7 @@ def _count(equation: Any, turns: float) -> float:
     if name == "pallas_call":
         return math.prod(equation.params["grid_mapping"].grid) * sum(inner)
     if name == "custom_linear_solve":  # its other programs are for derivatives alone
-        return operations_of(equation.params["jaxprs"].solve.jaxpr, turns)
+        return operations(equation.params["jaxprs"].solve.jaxpr, turns)
     if inner:
         return sum(inner)
     size = sum(math.prod(getattr(out.aval, "shape", ())) for out in equation.outvars)
@@ -70,23 +60,6 @@ ARITHMETIC = {
 """JAX's names of the operations that count; those that only move or compare numbers do not."""
 
 
-class Account(NamedTuple):
-    """Memory and exchanges of a compiled program on each device, as its compiler reports them."""
-
-    memory: int
-    """Bytes (`memory`)."""
-    reduced: tuple[int, ...]
-    """Bytes of each all-reduce in the program, which counts once in a loop."""
-    gathered: tuple[int, ...]
-    """Bytes that each device holds after each other exchange, such as an all-gather."""
-
-
-def account(compiled: Any) -> Account:
-    """Reads memory and exchanges of a compiled program (`jax.stages.Compiled`)."""
-    text = compiled.as_text()
-    return Account(memory(compiled), exchanged(text), exchanged(text, GATHERS))
-
-
 def memory(compiled: Any) -> int:
     """Returns the bytes of a compiled program's arguments, temporaries and results.
 
@@ -104,7 +77,10 @@ GATHERS = "all-gather|reduce-scatter|all-to-all|collective-permute|collective-br
 
 
 def exchanged(program: str, kinds: str = "all-reduce") -> tuple[int, ...]:
-    """Returns the bytes of the results of each exchange of some kinds in a compiled program."""
+    """Returns the bytes of the results of each exchange of some kinds in a compiled program.
+
+    They are those that one device holds. An exchange in a loop counts once.
+    """
     return tuple(map(array_bytes, re.findall(rf"= (.*?) (?:{kinds})(?:-done)?\(", program)))
 
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import xarray as xr
 
-from metadyn import dynamics, inner, mesh, program_cost, trajectories
+from metadyn import dynamics, inner, mesh, trajectories
 from metadyn.base import Key, Params, TaskSet, weight_shapes
 from metadyn.errors import ConfigError, ConfigWarning, check_seed, error_context
 from metadyn.measuring import (
@@ -32,7 +32,6 @@ from metadyn.measuring import (
     description,
     program_key,
     readings,
-    require_memory,
     training_bytes,
 )
 from metadyn.options import options_of
@@ -100,7 +99,7 @@ class Runner:
         training = not {*self.plan.outer.checkpoint_steps} <= {*self.stored}
         programs: dict[Any, tuple[str, Callable[[], Any]]] = {}
         for name in self.loop.trained if training else ():
-            programs[name] = name, partial(check_compiled, self.loop, name)
+            programs[name] = name, partial(self.loop.compiled, name)
         for measurement, stored, (arguments, *_) in self.calls():
             if not stored and (training or not measurement.at_checkpoints):
                 build = lambda arguments=arguments: inner.measure.lower(*arguments).compile()
@@ -328,7 +327,7 @@ def check_memory(plan: Plan) -> None:
         default_fits = OuterConfig.seeds * seed_bytes <= mesh.memory(split=False)
         option = "outer.seeds" if default_fits else contender.option or "outer.seeds"
         what = f"weights, gradients and moments of {contender.name}"
-        require_memory(what, outer.seeds * seed_bytes, option)
+        mesh.require_memory(what, outer.seeds * seed_bytes, option)
     for _, tasks, contender, _ in plan.measurements:
         check_readings_fit(tasks, contender, outer.seeds)
 
@@ -379,14 +378,6 @@ def run_config(study: Study, preset: str, seed: int, config: Any, plan: Plan) ->
             json.dumps(value)
     identity = {"study": study.name, "preset": preset, "seed": seed}
     return {**identity, "config": dataclasses.asdict(config), "plan": plan_summary(plan)}
-
-
-def check_compiled(loop: OuterLoop, name: str) -> None:
-    """Compiles an outer step of a meta-learner. Raises `ConfigError` if it cannot fit in memory."""
-    with error_context(f"an outer step of {name} cannot be compiled", jax.errors.JaxRuntimeError):
-        used_bytes = program_cost.memory(loop.compiled(name))
-    option = loop.trained[name].option("batch")
-    require_memory(f"an outer step of {name}", used_bytes, option)
 
 
 def check_traced(plan: Plan) -> None:

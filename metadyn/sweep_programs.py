@@ -54,29 +54,27 @@ def split_constants(program: ClosedJaxpr) -> tuple[str, dict[Place, np.ndarray]]
     return hashlib.sha256(repr(form).encode()).hexdigest(), numbers
 
 
-def _nested(eqn: JaxprEqn) -> dict[Place, ClosedJaxpr | Jaxpr]:
+def _nested(eqn: JaxprEqn) -> dict[Place, ClosedJaxpr]:
     """Returns the programs nested in an operation, keyed by the step that leads to each."""
     programs = {}
     for name in SEARCHED.get(eqn.primitive.name, ()):
         value = eqn.params[name]
         for i, program in enumerate(value if isinstance(value, tuple) else (value,)):
-            programs[name, i] = program
+            programs[name, i] = _closed(program)
     return programs
 
 
-def _jaxpr_and_consts(program: ClosedJaxpr | Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    """Returns a program and the arrays it closes over: a nested jitted function has its own."""
-    if isinstance(program, ClosedJaxpr):
-        return program.jaxpr, program.consts
-    return program, ()
+def _closed(program: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
+    """Returns a nested program with the arrays that it closes over, where it has any."""
+    return program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
 
 
 def _form(
-    program: ClosedJaxpr | Jaxpr, steps: Place, numbers: dict[Place, np.ndarray], keys: list[bytes]
+    program: ClosedJaxpr, steps: Place, numbers: dict[Place, np.ndarray], keys: list[bytes]
 ) -> list[Any]:
     """Returns the form of the program at `steps`; collects its `numbers`, and its random `keys`."""
     ids: dict[Any, int] = {}
-    jaxpr, consts = _jaxpr_and_consts(program)
+    jaxpr = program.jaxpr
 
     def describe(place: Place, atom: Any) -> tuple[Any, str]:
         if isinstance(atom, Literal):
@@ -85,7 +83,7 @@ def _form(
         return ids.setdefault(atom, len(ids)), str(atom.aval)
 
     form: list[Any] = [[describe((), var) for var in (*jaxpr.constvars, *jaxpr.invars)]]
-    for i, value in enumerate(consts):
+    for i, value in enumerate(program.consts):
         if jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
             keys.append(_bytes(value))
         else:
@@ -110,9 +108,9 @@ def _hidden_data(kind: str, params: Mapping[str, Any]) -> Iterator[bytes]:
     """
     for value in jax.tree.leaves([*params.values()]):
         if isinstance(value, (Jaxpr, ClosedJaxpr)):
-            jaxpr, consts = _jaxpr_and_consts(value)
-            yield from map(_bytes, consts)
-            for eqn in jaxpr.eqns:
+            program = _closed(value)
+            yield from map(_bytes, program.consts)
+            for eqn in program.eqns:
                 yield from _hidden_data(eqn.primitive.name, eqn.params)
         elif isinstance(value, (np.ndarray, jax.Array)):
             yield _bytes(value)
@@ -140,15 +138,13 @@ def varying(many: Sequence[Constants]) -> list[Place]:
     return [p for p in first if not all(equal(first[p], other[p]) for other in others)]
 
 
-def evaluate(
-    program: ClosedJaxpr | Jaxpr, numbers: Constants, arguments: Sequence[Any]
-) -> list[Any]:
+def evaluate(program: ClosedJaxpr, numbers: Constants, arguments: Sequence[Any]) -> list[Any]:
     """Evaluates a program, with its numbers replaced at the places in `numbers`.
 
     The replacements may be traced values. `arguments` and results are leaves, not trees.
     """
-    jaxpr, consts = _jaxpr_and_consts(program)
-    constants = [numbers.get(("constant", i), value) for i, value in enumerate(consts)]
+    jaxpr = program.jaxpr
+    constants = [numbers.get(("constant", i), value) for i, value in enumerate(program.consts)]
     variables = (*jaxpr.constvars, *jaxpr.invars)
     values: dict[Any, Any] = dict(zip(variables, (*constants, *arguments), strict=True))
 

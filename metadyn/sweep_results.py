@@ -153,11 +153,11 @@ def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
     """Yields the lines of a report that ranks all settings by excess loss, with lost ones last."""
     sweep, table = folder.sweep, rows(folder, progress)
     yield f"sweep of {sweep.study}, preset {sweep.preset}, seed {sweep.seed}"
-    complete = [row for row in table if not row["lost"]]
+    complete = ranked(table)
     done = sum(folder.ended(i) and not folder.lost(i) for i in range(len(sweep.settings)))
     yield f"{done} of {len(sweep.settings)} settings done"
     multiple = len({row["learner"] for row in complete}) > 1
-    for rank, row in enumerate(ranked(complete), 1):
+    for rank, row in enumerate(complete, 1):
         estimates = (dynamics.Estimate(*row[name])._asdict() for name in ("excess", "staggering"))
         excess, merit = map(number, estimates)
         merits = f"excess loss {excess}  {row['merit']} {merit}"
@@ -169,10 +169,10 @@ def report(folder: SweepFolder, progress: Progress = SILENT) -> Iterator[str]:
             yield f"   -  {row['folder']}  {_swept_values(folder, row)}  {row['lost']}"
 
 
-def ranked(found: Sequence[Row]) -> list[Row]:
+def ranked(table: Sequence[Row]) -> list[Row]:
     """Sorts the rows of settings that were not lost by excess loss, least first and NaN last."""
     excess = lambda row: math.inf if (value := row["excess"][0]) is None else value
-    return sorted((row for row in found if not row["lost"]), key=excess)
+    return sorted((row for row in table if not row["lost"]), key=excess)
 
 
 def _swept_values(folder: SweepFolder, row: Row) -> str:
@@ -180,18 +180,18 @@ def _swept_values(folder: SweepFolder, row: Row) -> str:
     return " ".join(f"{name}={row['options'][name]}" for name in map(field, folder.sweep.swept))
 
 
-def draw(folder: SweepFolder, found: Sequence[Row], progress: Progress = SILENT) -> list[Path]:
+def draw(folder: SweepFolder, table: Sequence[Row], progress: Progress = SILENT) -> list[Path]:
     """Draws the figures of merit against each swept option, and as heat maps for a grid of two."""
     folder.figures.mkdir(exist_ok=True)
     names, paths = [field(name) for name in folder.sweep.swept], []
-    complete = [row for row in found if not row["lost"]]
+    complete = [row for row in table if not row["lost"]]
     drawings = {}
     for ending in dict.fromkeys(row["ending"] for row in complete):
-        table = [row for row in complete if row["ending"] == ending]
+        compared = [row for row in complete if row["ending"] == ending]
         for name in names:
-            drawings[f"against_{name}{ending}"] = partial(against, table, name, names)
+            drawings[f"against_{name}{ending}"] = partial(against, compared, name, names)
         if len(names) == 2 and folder.sweep.kind == "grid":
-            drawings[f"map{ending}"] = partial(heat_map, table, *names)
+            drawings[f"map{ending}"] = partial(heat_map, compared, *names)
     with progress.counting("drawing", len(drawings)) as show:
         for name, figure in drawings.items():
             show(name)
@@ -201,25 +201,25 @@ def draw(folder: SweepFolder, found: Sequence[Row], progress: Progress = SILENT)
 
 
 @figures.styled
-def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure:
+def against(table: Sequence[Row], option: str, options: Sequence[str]) -> Figure:
     """Draws each figure of merit against one option, with a line for each choice of the others.
 
     Points without lines are drawn if there would be more than `MOST_LINES` lines. Seconds are left
     out where they are equal in all rows, as settings trained side by side share them evenly.
     """
-    values = _values(found, option)
+    values = _values(table, option)
     numeric = not any(isinstance(value, str) for value in values)
     others = [name for name in options if name != option]
     lines: dict[str, list[Row]] = {}
-    for row in found:
+    for row in table:
         label = ", ".join(f"{name} = {row['options'][name]}" for name in others)
         lines.setdefault(label, []).append(row)
     crowded = len(lines) > MOST_LINES
-    equal_seconds = len({row["seconds"][0] for row in found}) == 1 and len(found) > 1
+    equal_seconds = len({row["seconds"][0] for row in table}) == 1 and len(table) > 1
     shown = {n: label for n, label in MERITS.items() if n != "seconds" or not equal_seconds}
     figure, axes = figures.grid(len(shown), width=4.2, height=3.8)
     for axis, (name, label) in zip(axes, shown.items(), strict=True):
-        ylabel = found[0]["merit"] if name == "staggering" else label
+        ylabel = table[0]["merit"] if name == "staggering" else label
         for i, (others_label, line) in enumerate(lines.items()):
             line = sorted(line, key=lambda row: values.index(row["options"][option]))
             x = [row["options"][option] for row in line]
@@ -245,7 +245,7 @@ def against(found: Sequence[Row], option: str, options: Sequence[str]) -> Figure
                 axis.minorticks_off()
     if others and not crowded:
         figures.legend_below(axes[0])
-    figure.suptitle(" / ".join(dict.fromkeys(row["learner"] for row in found)))
+    figure.suptitle(" / ".join(dict.fromkeys(row["learner"] for row in table)))
     return figure
 
 
@@ -256,13 +256,13 @@ def _values(table: Sequence[Row], option: str) -> list[Any]:
 
 
 @figures.styled
-def heat_map(found: Sequence[Row], across: str, down: str) -> Figure:
+def heat_map(table: Sequence[Row], across: str, down: str) -> Figure:
     """Draws each figure of merit of a grid of two options as a heat map with its numbers."""
-    x_values, y_values = _values(found, across), _values(found, down)
+    x_values, y_values = _values(table, across), _values(table, down)
     figure, axes = figures.grid(len(MERITS), width=1.6 + 0.9 * len(x_values), height=3.8)
     for axis, (name, label) in zip(axes, MERITS.items(), strict=True):
         values = np.full((len(y_values), len(x_values)), np.nan)
-        for row in found:
+        for row in table:
             cell = y_values.index(row["options"][down]), x_values.index(row["options"][across])
             values[cell] = np.array(row[name][0], float)  # None becomes NaN
         axis.imshow(values, cmap="viridis", aspect="auto")
@@ -273,7 +273,7 @@ def heat_map(found: Sequence[Row], across: str, down: str) -> Figure:
         axis.set_xticks(range(len(x_values)), x_values)
         axis.set_yticks(range(len(y_values)), y_values)
         axis.set(xlabel=across, ylabel=down)
-        axis.set_title(found[0]["merit"] if name == "staggering" else label, fontsize=10)
+        axis.set_title(table[0]["merit"] if name == "staggering" else label, fontsize=10)
         axis.grid(False)
-    figure.suptitle(" / ".join(dict.fromkeys(row["learner"] for row in found)))
+    figure.suptitle(" / ".join(dict.fromkeys(row["learner"] for row in table)))
     return figure

@@ -16,10 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from metadyn import mesh, program_cost, sweep_programs
-from metadyn.errors import error_context
-from metadyn.measuring import require_memory
-from metadyn.outer import OuterLoop, TrainState
+from metadyn import mesh, sweep_programs
+from metadyn.outer import OuterLoop, TrainState, compiled
 
 
 class Row(NamedTuple):
@@ -62,23 +60,20 @@ class Rows:
 
     def __init__(self, loops: Sequence[OuterLoop]):
         self.loops = loops
-        self._advance = {name: self._program(name) for name in loops[0].trained}
+        self.trace = functools.cache(self._traced)
+        """Traces the outer steps of all rows of a meta-learner (`jax.stages.Traced`); cached."""
         self._compiled = functools.cache(self._checked)
 
     def _checked(self, name: str) -> Any:
         """Compiles the outer steps of all rows. Raises `ConfigError` if they exceed the memory."""
-        what, count, change = f"an outer step of {name}", len(self.loops), "lower it"
-        with error_context(f"{what} cannot be compiled", jax.errors.JaxRuntimeError):
-            compiled = self.trace(name).lower().compile()
-        option = self.loops[0].trained[name].option("batch")
-        if count > 1:
-            what += f" for {count} settings at once"
-            option, change = "--part", "use more parts, in another DIR"
-        require_memory(what, program_cost.memory(compiled), option, change=change)
-        return compiled
+        what, count, traced = f"an outer step of {name}", len(self.loops), self.trace(name)
+        if count == 1:
+            return compiled(what, traced, self.loops[0].trained[name].option("batch"))
+        what += f" for {count} settings at once"
+        return compiled(what, traced, "--part", "use more parts, in another DIR")
 
-    def _program(self, name: str) -> Any:
-        """Jits all rows' update: ((step, count), params, moments) to (params, moments, metrics)."""
+    def _traced(self, name: str) -> Any:
+        """Traces ((step, count), params, moments) to (params, moments, metrics), of all rows."""
         first, seeds = self.loops[0], self.loops[0].config.seeds
         rows = [row_of(loop, name) for loop in self.loops]
         places = sweep_programs.varying([row.numbers for row in rows])
@@ -102,24 +97,16 @@ class Rows:
                 one_row,
                 (now, numbers),
                 (jnp.asarray(padded // seeds), first.keys()[padded % seeds], *stacked),
-                len(padded),
                 first.settings[name].batch,
                 first.trained[name].objective.group,
             )
             return jax.tree.map(lambda leaf: leaf[:count], results)
 
-        return jax.jit(advance, out_shardings=mesh.replicated())
-
-    def trace(self, name: str) -> Any:
-        """Traces the outer steps of all rows of a meta-learner (`jax.stages.Traced`)."""
-
-        def all_rows(leaf: Any) -> Any:
-            shape = len(self.loops) * leaf.shape[0], *leaf.shape[1:]
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-
-        state, now = self.loops[0].abstract, (jax.ShapeDtypeStruct((), jnp.int32),) * 2
+        all_rows = lambda leaf: leaf.update(shape=(count, *leaf.shape[1:]))
+        state, now = first.abstract, (jax.ShapeDtypeStruct((), jnp.int32),) * 2
         params, moments = jax.tree.map(all_rows, (state.params[name], state.moments[name]))
-        return self._advance[name].trace(now, params, moments)
+        jitted = jax.jit(advance, out_shardings=mesh.replicated())
+        return jitted.trace(now, params, moments)
 
     def start(self, shared: sweep_programs.ProgramCache) -> list[TrainState]:
         """Makes the state of each loop at outer step 0."""
@@ -143,7 +130,7 @@ class Rows:
         while step < target:
             count, total_seconds = first.dispatched(target - step), 0.0
             metrics: dict[str, Any] = {}
-            for name in self._advance:
+            for name in first.trained:
                 advance, updates = self._compiled(name), first.settings[name].updates_per_step
                 now = np.int32(updates * step), np.int32(updates * count)
                 start = time.perf_counter()

@@ -141,7 +141,9 @@ def test_process_0_is_lost_too(tmp_path):
 )
 def test_launchers_are_recognised(environment, joins, monkeypatch):
     asked = []
-    monkeypatch.setattr(mesh.jax.distributed, "initialize", lambda **told: asked.append(told))
+    monkeypatch.setattr(
+        mesh.jax.distributed, "initialize", lambda *given, **told: asked.append(given)
+    )
     for name in list(mesh.os.environ):
         if name.startswith(("SLURM_", "OMPI_", "TPU_")):
             monkeypatch.delenv(name)

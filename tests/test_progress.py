@@ -93,8 +93,7 @@ def test_the_wait_for_compiling_is_in_sight(terminal, monkeypatch):
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160, color_system=None)
     monkeypatch.setattr(metadyn.progress, "LINE_EVERY", 0.2)
-    monkeypatch.setattr(runner, "check_compiled", lambda loop, name: time.sleep(1.3))
-    loop = SimpleNamespace(trained={"lstm": None})
+    loop = SimpleNamespace(trained={"lstm": None}, compiled=lambda name: time.sleep(1.3))
     plan = SimpleNamespace(outer=SimpleNamespace(checkpoint_steps=(0,)))
     runner.Runner.prepare(
         SimpleNamespace(

@@ -15,7 +15,7 @@ import xarray as xr
 from browser import in_browser, needs_chromium, text_of
 
 import metadyn
-from metadyn import runner, sweep, sweep_results, sweep_rows, view
+from metadyn import program_cost, runner, sweep, sweep_results, sweep_rows, view
 from metadyn.cli import main
 from metadyn.errors import ConfigError
 from metadyn.options import configured
@@ -461,7 +461,7 @@ def test_settings_that_do_not_fit_into_the_memory_at_once_are_refused(
     tmp_path, monkeypatch, capsys
 ):
     """By the account of the compiler, of the program that trains them."""
-    monkeypatch.setattr(sweep_rows.program_cost, "memory", lambda compiled: 1 << 60)
+    monkeypatch.setattr(program_cost, "memory", lambda compiled: 1 << 60)
     assert metadyn_sweep(tmp_path / "out", "--domain.sigma", "0.1", "0.3") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--part: an outer step of lstm for 2 settings at once would take 1,073,741,824.0" in said
