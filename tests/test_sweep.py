@@ -203,12 +203,11 @@ def test_a_sweep_that_goes_on_is_served_as_it_grows(done, tmp_path):
     (out / "settings" / "3" / "summary.json").unlink()
     last = out / "settings" / "3" / "checkpoints" / "30"
     last.rename(tmp_path / "30")
-    watched = view._Watched(sweep.SweepFolder(out))
-    before = watched.shown[0]["sweep"]["settings"]
+    folder = sweep.SweepFolder(out)
+    before = view.collect(folder)["sweep"]["settings"]
     assert [each["done"] for each in before] == [True, True, True, False]
     (tmp_path / "30").rename(last)
-    watched.update()
-    after = watched.shown[0]["sweep"]["settings"]
+    after = view.collect(folder)["sweep"]["settings"]
     steps = [each[3]["run"]["groups"][0]["learners"][0]["steps"] for each in (before, after)]
     assert steps[1] == [*steps[0], 30]
     assert after[2]["run"] is before[2]["run"]  # which nobody had to read again
