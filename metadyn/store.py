@@ -26,7 +26,6 @@ import os
 import re
 import reprlib
 import shutil
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,9 +49,9 @@ SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
 IGNORED_FILES = re.compile(r"\._|\.nfs|\.DS_Store|Thumbs\.db|desktop\.ini")
 FORMAT = 3
 """Version of the layout."""
-_save_lock = threading.Lock()
-"""Lock that lets one save run at a time. Orbax's threads signal each other by names that all saves
-of a process share: two at once, as in a sweep, can wait for ever (orbax-checkpoint 0.12.8)."""
+_writer = ThreadPoolExecutor(1)
+"""The thread that saves in the background, of all runs of a process. Orbax's threads signal each
+other by names that all saves share: two at once can wait for ever (orbax-checkpoint 0.12.8)."""
 
 
 class NotMeasured(ConfigError):
@@ -157,7 +156,6 @@ class RunFolder:
         """Raises `ConfigError` unless `path` holds a run."""
         self.path = Path(path).absolute()
         self.figures, self.tensorboard = self.path / "figures", self.path / "tensorboard"
-        self._writer = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._verified: set[Path] = set()
         self.seconds: Callable[[], float] = self._stored_seconds
@@ -210,7 +208,7 @@ class RunFolder:
             try:
                 yield
             finally:  # whatever ended the run, its last save is complete before another run begins
-                self._writer.shutdown()
+                _writer.submit(lambda: None).result()  # comes after every earlier save
                 with suppress(OSError):  # of a full disk, which is reported already
                     # The time of a run that was done before stays, even if it was repaired now.
                     if not (was_done and (self.path / "summary.json").exists()):
@@ -221,7 +219,7 @@ class RunFolder:
     def _save(self, folder: Path, **items: ocp.args.CheckpointArgs) -> None:
         self.finish()
         if jax.process_count() == 1:
-            self._pending = self._writer.submit(self._write, folder, items)
+            self._pending = _writer.submit(self._write, folder, items)
         else:
             self._write(folder, items)
 
@@ -234,7 +232,7 @@ class RunFolder:
     def _write(self, folder: Path, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
         part = folder.with_name(folder.name + PART)
         try:
-            with _save_lock, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 checkpointer.save(part, args=ocp.args.Composite(**items))
         except ValueError as error:  # TensorStore raises it for a file that cannot be written
             if match := re.search(r"os_error_code='(\d+)'", str(error)):

@@ -453,7 +453,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 @pytest.mark.timeout(120)
 def test_several_runs_of_one_process_save_at_the_same_time(tmp_path):
-    """As in a sweep: each has a writer of its own. Orbax's waits are by names they would share."""
+    """As in a sweep: two at once could wait for ever, since Orbax's waits are by shared names."""
     runs = [RunFolder.create(tmp_path / str(i), IDENTITY) for i in range(4)]
     for k in range(6):
         for run in runs:
