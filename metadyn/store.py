@@ -158,7 +158,7 @@ class RunFolder:
         self.figures, self.tensorboard = self.path / "figures", self.path / "tensorboard"
         self._pending: Future[None] | None = None
         self._verified: set[Path] = set()
-        self.seconds: Callable[[], float] = self._stored_seconds
+        self._opened_at = time.monotonic()
         self.config = read_json(self.path / "config.json", f"{self.path} holds no run of metadyn")
         if missing := {"study", "preset", "seed", "config"} - set(self.config):
             raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
@@ -177,19 +177,21 @@ class RunFolder:
         """
         return create_or_open(cls, path, "config.json", {"format": FORMAT, **config}, "run")
 
-    def _stored_seconds(self) -> float:
-        """Returns the seconds that earlier parts of the run took, or 0 if they are not known."""
+    def seconds(self) -> float:
+        """Returns the seconds since DIR was opened, added to those of earlier parts of the run.
+
+        A part that was killed is not counted, since it stored no time.
+        """
+        earlier = 0.0
         with suppress(OSError, ValueError):
-            return float((self.path / "seconds").read_text())
-        return 0.0
+            earlier = float((self.path / "seconds").read_text())
+        return earlier + time.monotonic() - self._opened_at
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds DIR for one writer until the block ends, or the process.
 
-        Inside, `seconds()` returns how long DIR was held, summed over all parts of the run. A part
-        that was killed is not counted, since it stored no time. Raises `ConfigError` if another
-        process holds DIR.
+        Then stores `seconds()`. Raises `ConfigError` if another process holds DIR.
         """
         with ExitStack() as stack:
             try:
@@ -202,9 +204,7 @@ class RunFolder:
             for folder in ("checkpoints", "measurements/*"):
                 for part in self.path.glob(f"{folder}/*{PART}*"):  # left by a killed run
                     shutil.rmtree(part)
-            start, earlier = time.monotonic(), self._stored_seconds()
             was_done = (self.path / "summary.json").exists()
-            self.seconds = lambda: earlier + time.monotonic() - start
             try:
                 yield
             finally:  # whatever ended the run, its last save is complete before another run begins
