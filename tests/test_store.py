@@ -16,7 +16,7 @@ import xarray as xr
 import metadyn
 from metadyn import dynamics, figures
 from metadyn.errors import ConfigError, ConfigWarning
-from metadyn.store import FORMAT, SUMS, NotMeasured, RunFolder
+from metadyn.store import SUMS, NotMeasured, RunFolder
 from metadyn.study import HELDOUT, TRACKED
 from metadyn.trajectories import About, Modes, dataset, describe
 
@@ -359,7 +359,7 @@ def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path)
     with pytest.raises(ConfigError, match="seed = 0, not 1"):
         RunFolder.create(tmp_path / "r", IDENTITY | {"seed": 1})
     stored = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert stored == IDENTITY | {"format": FORMAT}
+    assert stored == IDENTITY | {"format": RunFolder.format}
 
 
 def test_a_run_that_another_process_begins_meanwhile_is_opened(tmp_path, monkeypatch):

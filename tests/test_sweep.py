@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -231,6 +232,8 @@ def test_a_page_that_cannot_be_made_is_one_line(done, tmp_path, capsys):
         path.unlink()
     assert "no setting is done yet" in refused()
     (out / "sweep.json").write_text('{"format": 1}')
+    assert "sweep.json: lacks ['preset', 'seed', 'study']; not a sweep of metadyn" in refused()
+    (out / "sweep.json").write_text('{"format": 1, "study": "s", "preset": "p", "seed": 0}')
     assert "sweep.json: is not as metadyn writes it" in refused()
     (out / "sweep.json").write_text("{")
     assert "holds no sweep of metadyn" in refused()
@@ -560,7 +563,7 @@ def test_bad_input_is_one_line_and_exit_code_2(options, says, tmp_path, capsys):
 
 
 def test_a_part_that_died_writing_what_was_asked_leaves_dir_usable(tmp_path):
-    asked = sweep.Sweep("tiny", "quick", 0, "grid", {"--a": ("1",)}, [("1",)])
+    asked = asdict(sweep.Sweep("tiny", "quick", 0, "grid", {"--a": ("1",)}, [("1",)]))
     (tmp_path / "sweep.json.part").write_text("{")
     assert sweep.SweepFolder.create(tmp_path, asked).sweep.study == "tiny"
     (tmp_path / "other").mkdir()
