@@ -168,7 +168,7 @@ def _groups(
         set_title = "over outer training" if name.startswith(TRACKED) else name.replace("_", " ")
         parts = [trajectories.about(first).title, set_title, "" if probe == STRENGTH else probe]
         yield {
-            "name": name if probe == STRENGTH else f"{name}_{probe}",
+            "name": name + figures.ending(probe),
             "title": ": ".join(part for part in parts if part),
             "merit": dynamics.merit_name(first, probe),
             "values": _rounded(modes.values),
