@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     claims.add_argument("dir", metavar="DIR", nargs="*", default=[], help="finished runs")
     completion = commands.add_parser("completion", help="print a shell's completion script")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    completion.set_defaults(commands=commands.choices)
     for name, (function, example) in _DOES.items():
         command = commands.choices[name]
         flags = [*command._option_string_actions]  # to tell them from a study's options
@@ -252,16 +253,6 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
         _say(f"warning: {message}")
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from metadyn import mesh
-
-    _prepare(arguments)
-    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
-    code = _studies(arguments)
-    mesh.shut_down()
-    return code
-
-
 def _prepare(arguments: argparse.Namespace) -> None:
     """Sets up the processors, logging and compilation cache of a command, and checks its seed."""
     from metadyn import mesh
@@ -333,13 +324,15 @@ def _sweep(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _studies(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     import jax
 
     from metadyn import mesh
     from metadyn.progress import Progress, Terminal
     from metadyn.study import load_studies, load_study, study_names
 
+    _prepare(arguments)
+    mesh.start(arguments.coordinator, arguments.processes, arguments.process_id)
     preset, seed = arguments.preset, arguments.seed
     is_folder = os.path.isdir(arguments.study) and arguments.study not in study_names()
     if is_folder and (arguments.overrides or arguments.options):
@@ -358,6 +351,7 @@ def _studies(arguments: argparse.Namespace) -> int:
             if is_folder or not out:
                 out = str(Path(out or "runs") / f"{study.name}-{preset}-{seed}")
             codes.append(_run_one(study, arguments, out, progress))
+    mesh.shut_down()
     return max(codes)
 
 
@@ -464,9 +458,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _completion(arguments: argparse.Namespace) -> int:
     from metadyn import completion
 
-    actions = _parser()._actions
-    (commands,) = (action.choices for action in actions if isinstance(action.choices, dict))
-    print(completion.script(commands, arguments.shell), end="")
+    print(completion.script(arguments.commands, arguments.shell), end="")
     return DONE
 
 

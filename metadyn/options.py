@@ -154,11 +154,10 @@ def _denotes(text: str, value: Any) -> bool:
 
 def options_of(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     """Yields every option of a configuration, a dataclass or its JSON, with its value."""
-    names = [*config] if isinstance(config, dict) else [f.name for f in dataclasses.fields(config)]
-    for name in names:
-        value = config[name] if isinstance(config, dict) else getattr(config, name)
+    values = config if isinstance(config, dict) else dataclasses.asdict(config)
+    for name, value in values.items():
         option = prefix + str(name).replace("_", "-")
-        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+        if isinstance(value, dict):
             yield from options_of(value, f"{option}.")
         else:
             yield option, value

@@ -26,14 +26,13 @@ import os
 import re
 import reprlib
 import shutil
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -46,13 +45,12 @@ from metadyn.errors import ConfigError, ConfigWarning, check, check_choice
 from metadyn.trajectories import about, dataset, merge
 
 Arrays = Mapping[str, Any]
+T = TypeVar("T", bound="OutputFolder")
 SUMS, PART, DAMAGED = "SHA256SUMS", ".part", ".damaged"
 IGNORED_FILES = re.compile(r"\._|\.nfs|\.DS_Store|Thumbs\.db|desktop\.ini")
-FORMAT = 3
-"""Version of the layout."""
-_save_lock = threading.Lock()
-"""Lock that lets one save run at a time. Orbax's threads signal each other by names that all saves
-of a process share: two at once, as in a sweep, can wait for ever (orbax-checkpoint 0.12.8)."""
+_writer = ThreadPoolExecutor(1)
+"""The thread that saves in the background, of all runs of a process. Orbax's threads signal each
+other by names that all saves share: two at once can wait for ever (orbax-checkpoint 0.12.8)."""
 
 
 class NotMeasured(ConfigError):
@@ -109,89 +107,103 @@ def lock(folder: Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def create_or_open(
-    opened: Callable[[Any], Any], path: str | os.PathLike[str], file: str, asked: Any, what: str
-) -> Any:
-    """Creates DIR with the configuration `asked` in a JSON `file`, or opens DIR if it has the same.
+class OutputFolder:
+    """A DIR of metadyn: one that holds, as a JSON file, the configuration it was made with.
 
-    `opened(path)` returns the open folder, whose `config` is the content of the file. Several
-    processes may call this at once. Raises `ConfigError` if DIR cannot be written, or holds
-    anything but a `what` (a run or a sweep) of this configuration.
+    `OutputFolder(path)` opens it for reading, and `create` makes it or resumes what it holds.
     """
-    folder, hint = Path(path).absolute(), "choose another DIR"
-    if "://" in os.fspath(path):
-        raise ConfigError(f"--out {path} is a URL, not a folder: {hint}")
-    if {*"[]*?"} & {*str(folder)}:  # Orbax looks for its files by a pattern
-        raise ConfigError(f"--out {path} cannot have any of [ ] * ? in it: {hint}")
-    asked = json.loads(json.dumps(asked))
-    try:
-        if not os.path.exists(folder / file):  # also False for a text that cannot be a path
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = {".lock", file + PART}  # of another process that starts, or a killed one
-            names = {entry.name for entry in folder.iterdir()}
-            if names - unfinished and file not in names:  # another process may have just made it
-                problem = f"is not empty and holds no {what} of metadyn"
-                raise ConfigError(f"--out {path} {problem}: {hint}")
-            with lock(folder):
-                if not (folder / file).exists():
-                    write_json(folder / file, asked)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--out {path} cannot be written ({reason}): {hint}") from error
-    opened_folder: Any = opened(path)
-    for name, *values in differing(opened_folder.config, asked):
-        theirs, ours = map(reprlib.repr, values)
-        raise ConfigError(
-            f"--out {path} holds a {what} with {name} = {theirs}, not {ours}: "
-            f"{hint}, or give that value to go on with it"
-        )
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {path} cannot be written: {hint}")
-    return opened_folder
+
+    kind: ClassVar[str]
+    """What DIR holds, for messages."""
+    file: ClassVar[str]
+    """Name of the JSON file."""
+    format: ClassVar[int]
+    """Version of the layout."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Raises `ConfigError` unless `path` holds a DIR of this kind and version."""
+        self.path = Path(path).absolute()
+        self.figures = self.path / "figures"
+        complaint = f"{self.path} holds no {self.kind} of metadyn"
+        self.config = read_json(self.path / self.file, complaint)
+        if missing := {"study", "preset", "seed"} - set(self.config):
+            problem = f"lacks {sorted(missing)}; not a {self.kind} of metadyn"
+            raise ConfigError(f"{path}/{self.file}: {problem}")
+        if self.config.get("format") != self.format:
+            problem = f"holds a {self.kind} of another version of metadyn"
+            hint = "which this version does not read: run it anew in another DIR"
+            raise ConfigError(f"{path} {problem}, {hint}")
+
+    @classmethod
+    def create(cls: type[T], path: str | os.PathLike[str], config: Mapping[str, Any]) -> T:
+        """Opens DIR for writing, and creates it if it is new or empty.
+
+        Several processes may call this at once. Raises `ConfigError` if DIR cannot be written,
+        holds anything else, or was made with another configuration.
+        """
+        folder, hint = Path(path).absolute(), "choose another DIR"
+        file = folder / cls.file
+        if "://" in os.fspath(path):
+            raise ConfigError(f"--out {path} is a URL, not a folder: {hint}")
+        if {*"[]*?"} & {*str(folder)}:  # Orbax looks for its files by a pattern
+            raise ConfigError(f"--out {path} cannot have any of [ ] * ? in it: {hint}")
+        asked = json.loads(json.dumps({"format": cls.format, **config}))
+        try:
+            if not os.path.exists(file):  # also False for a text that cannot be a path
+                folder.mkdir(parents=True, exist_ok=True)
+                unfinished = {".lock", cls.file + PART}  # of another process, or a killed one
+                names = {entry.name for entry in folder.iterdir()}
+                if names - unfinished and cls.file not in names:  # another may have just made it
+                    problem = f"is not empty and holds no {cls.kind} of metadyn"
+                    raise ConfigError(f"--out {path} {problem}: {hint}")
+                with lock(folder):
+                    if not file.exists():
+                        write_json(file, asked)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--out {path} cannot be written ({reason}): {hint}") from error
+        opened = cls(path)
+        for name, *values in differing(opened.config, asked):
+            theirs, ours = map(reprlib.repr, values)
+            raise ConfigError(
+                f"--out {path} holds a {cls.kind} with {name} = {theirs}, not {ours}: "
+                f"{hint}, or give that value to go on with it"
+            )
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"--out {path} cannot be written: {hint}")
+        return opened
 
 
-class RunFolder:
+class RunFolder(OutputFolder):
     """One run's DIR. `RunFolder(path)` opens it for reading, and `create` makes or resumes it."""
+
+    kind, file, format = "run", "config.json", 3
 
     def __init__(self, path: str | os.PathLike[str]):
         """Raises `ConfigError` unless `path` holds a run."""
-        self.path = Path(path).absolute()
-        self.figures, self.tensorboard = self.path / "figures", self.path / "tensorboard"
-        self._writer = ThreadPoolExecutor(1)
+        super().__init__(path)
+        self.tensorboard = self.path / "tensorboard"
         self._pending: Future[None] | None = None
         self._verified: set[Path] = set()
-        self.seconds: Callable[[], float] = self._stored_seconds
-        self.config = read_json(self.path / "config.json", f"{self.path} holds no run of metadyn")
-        if missing := {"study", "preset", "seed", "config"} - set(self.config):
-            raise ConfigError(f"{path}/config.json: lacks {sorted(missing)}; not a run of metadyn")
-        if self.config.get("format") != FORMAT:
-            hint = "which this version does not read: run it anew in another DIR"
-            raise ConfigError(f"{path} holds a run of another version of metadyn, {hint}")
-        if not isinstance(self.config["config"], dict):
+        self._opened_at = time.monotonic()
+        if not isinstance(self.config.get("config"), dict):
             raise ConfigError(f"{path}/config.json: is not as metadyn writes it")
 
-    @classmethod
-    def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> RunFolder:
-        """Opens DIR for writing, and creates it if it is new or empty.
+    def seconds(self) -> float:
+        """Returns the seconds since DIR was opened, added to those of earlier parts of the run.
 
-        Raises `ConfigError` if it cannot be written, holds anything else, or holds a run of
-        another configuration.
+        A part that was killed is not counted, since it stored no time.
         """
-        return create_or_open(cls, path, "config.json", {"format": FORMAT, **config}, "run")
-
-    def _stored_seconds(self) -> float:
-        """Returns the seconds that earlier parts of the run took, or 0 if they are not known."""
+        earlier = 0.0
         with suppress(OSError, ValueError):
-            return float((self.path / "seconds").read_text())
-        return 0.0
+            earlier = float((self.path / "seconds").read_text())
+        return earlier + time.monotonic() - self._opened_at
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds DIR for one writer until the block ends, or the process.
 
-        Inside, `seconds()` returns how long DIR was held, summed over all parts of the run. A part
-        that was killed is not counted, since it stored no time. Raises `ConfigError` if another
-        process holds DIR.
+        The end of the block stores `seconds()`. Raises `ConfigError` if another process holds DIR.
         """
         with ExitStack() as stack:
             try:
@@ -204,13 +216,11 @@ class RunFolder:
             for folder in ("checkpoints", "measurements/*"):
                 for part in self.path.glob(f"{folder}/*{PART}*"):  # left by a killed run
                     shutil.rmtree(part)
-            start, earlier = time.monotonic(), self._stored_seconds()
             was_done = (self.path / "summary.json").exists()
-            self.seconds = lambda: earlier + time.monotonic() - start
             try:
                 yield
             finally:  # whatever ended the run, its last save is complete before another run begins
-                self._writer.shutdown()
+                _writer.submit(lambda: None).result()  # comes after every earlier save
                 with suppress(OSError):  # of a full disk, which is reported already
                     # The time of a run that was done before stays, even if it was repaired now.
                     if not (was_done and (self.path / "summary.json").exists()):
@@ -221,7 +231,7 @@ class RunFolder:
     def _save(self, folder: Path, **items: ocp.args.CheckpointArgs) -> None:
         self.finish()
         if jax.process_count() == 1:
-            self._pending = self._writer.submit(self._write, folder, items)
+            self._pending = _writer.submit(self._write, folder, items)
         else:
             self._write(folder, items)
 
@@ -234,7 +244,7 @@ class RunFolder:
     def _write(self, folder: Path, items: Mapping[str, ocp.args.CheckpointArgs]) -> None:
         part = folder.with_name(folder.name + PART)
         try:
-            with _save_lock, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 checkpointer.save(part, args=ocp.args.Composite(**items))
         except ValueError as error:  # TensorStore raises it for a file that cannot be written
             if match := re.search(r"os_error_code='(\d+)'", str(error)):

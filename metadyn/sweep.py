@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,15 +41,13 @@ from metadyn.runner import (
     train,
     writing,
 )
-from metadyn.store import RunFolder, create_or_open, lock, read_json, write_json
+from metadyn.store import OutputFolder, RunFolder, lock, read_json, write_json
 from metadyn.study import Plan, Study
 from metadyn.sweep_rows import Rows, by_program
 
 SweepKind = Literal["grid", "zip", "random"]
 MAX_UNCONFIRMED = 10_000
 """Largest number of settings that runs without confirmation by --yes: our choice."""
-FORMAT = 1
-"""Version of the layout of sweep.json."""
 SPARE_FILES = 256
 """Open files allowed for in addition to one lock per setting: our choice."""
 
@@ -228,29 +227,17 @@ def _range(name: str, values: Sequence[str]) -> tuple[float, float]:
     raise ConfigError(f"{name} {' '.join(values)}: {hint}")
 
 
-class SweepFolder:
-    """The folder DIR of a sweep. `SweepFolder(path)` opens an existing one for reading."""
+class SweepFolder(OutputFolder):
+    """The folder DIR of a sweep. `SweepFolder(path)` opens it for reading; parts may share it."""
 
-    def __init__(self, path: str | Path):
+    kind, file, format = "sweep", "sweep.json", 1
+
+    def __init__(self, path: str | os.PathLike[str]):
         """Opens the sweep in `path`. Raises `ConfigError` unless `path` holds one."""
-        self.path = Path(path).absolute()
-        self.figures = self.path / "figures"
-        self.config = read_json(self.path / "sweep.json", f"{path} holds no sweep of metadyn")
-        fields = dict(self.config)
-        if fields.pop("format", None) != FORMAT:
-            raise ConfigError(f"{path} holds a sweep of another version of metadyn: run it anew")
+        super().__init__(path)
         with error_context(f"{path}/sweep.json: is not as metadyn writes it"):
-            self.sweep = Sweep(**fields)
+            self.sweep = Sweep(**{n: v for n, v in self.config.items() if n != "format"})
             self.sweep.label(0)  # fails if options and settings do not fit together
-
-    @classmethod
-    def create(cls, path: str | Path, sweep: Sweep) -> SweepFolder:
-        """Makes DIR, or opens it to resume its sweep; several parts may call this at the same time.
-
-        Raises `ConfigError` if DIR cannot be written, or holds anything but this sweep.
-        """
-        contents = {"format": FORMAT} | dataclasses.asdict(sweep)
-        return create_or_open(cls, path, "sweep.json", contents, "sweep")
 
     def setting(self, i: int) -> Path:
         """Returns the path of the run folder of a setting."""
@@ -343,7 +330,7 @@ def run_sweep(
             for i, plan in plans.items():
                 with sweep.naming_errors(i, configs[i]):
                     check_objectives(plan)
-    folder = SweepFolder.create(out, sweep)
+    folder = SweepFolder.create(out, dataclasses.asdict(sweep))
     for i in configs if not plans else ():  # all have ended: `create` refuses other configurations
         run = RunFolder(folder.setting(i))
         RunFolder.create(run.path, run.config | {"config": dataclasses.asdict(configs[i])})

@@ -9,13 +9,14 @@ nor a test finds the numbers. The page's content security policy forbids it to f
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import html
 import json
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
@@ -58,9 +59,6 @@ def page(data: Mapping[str, Any]) -> str:
     return re.sub(r"\{\{(TITLE|DATA)\}\}", lambda match: pieces[match[1]], template)
 
 
-Read = Callable[[RunFolder, Progress, int], dict[str, Any]]
-
-
 def _run(run: RunFolder, progress: Progress, page_runs: int) -> dict[str, Any]:
     """Returns the data of one of `page_runs` runs on a page. Those of many runs are thinned."""
     config, summary, sets = run.config, run.summary() or {}, list(_sets(run.results()))
@@ -87,7 +85,16 @@ def _run(run: RunFolder, progress: Progress, page_runs: int) -> dict[str, Any]:
     }
 
 
-def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any]:
+@functools.lru_cache(MOST_SETTINGS)
+def _setting_run(folder: SweepFolder, i: int, page_runs: int, stored: str) -> dict[str, Any]:
+    """Returns the data of a setting's run. `stored` is an argument so that the cache depends on it.
+
+    A server of the page thus reads only the runs that have stored more.
+    """
+    return _run(RunFolder(folder.setting(i)), SILENT, page_runs)
+
+
+def _sweep(folder: SweepFolder, progress: Progress) -> dict[str, Any]:
     """Returns the page's data of a sweep: figures of merit of all settings, runs of the best."""
     sweep, rows = folder.sweep, sweep_results.rows(folder, progress)
     indices = range(len(sweep.settings))
@@ -99,7 +106,7 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
             show(sweep.label(i))
             run = folder.run(i)
             if run is not None and len(runs) < page_runs and bytes_left > 0:
-                runs[i] = read(run, SILENT, page_runs)
+                runs[i] = _setting_run(folder, i, page_runs, _stored(run))
                 bytes_left -= len(json.dumps(runs[i]))
     merits: dict[int, list[sweep_results.Row]] = {}
     for row in rows:
@@ -126,14 +133,12 @@ def _sweep(folder: SweepFolder, progress: Progress, read: Read) -> dict[str, Any
     }
 
 
-def collect(
-    of: RunFolder | SweepFolder, progress: Progress = SILENT, read: Read = _run
-) -> dict[str, Any]:
+def collect(of: RunFolder | SweepFolder, progress: Progress = SILENT) -> dict[str, Any]:
     """Returns all data that the page shows, as JSON, of a run or a sweep that may still go on.
 
     Raises `ConfigError` if a stored file is damaged.
     """
-    return _sweep(of, progress, read) if isinstance(of, SweepFolder) else read(of, progress, 1)
+    return _sweep(of, progress) if isinstance(of, SweepFolder) else _run(of, progress, 1)
 
 
 def _sets(results: Results) -> Iterator[tuple[str, dict[str, xr.Dataset]]]:
@@ -163,7 +168,7 @@ def _groups(
         set_title = "over outer training" if name.startswith(TRACKED) else name.replace("_", " ")
         parts = [trajectories.about(first).title, set_title, "" if probe == STRENGTH else probe]
         yield {
-            "name": name if probe == STRENGTH else f"{name}_{probe}",
+            "name": name + figures.ending(probe),
             "title": ": ".join(part for part in parts if part),
             "merit": dynamics.merit_name(first, probe),
             "values": _rounded(modes.values),
@@ -227,42 +232,13 @@ def _rounded(values: Any) -> Any:
     return float(f"{values:.6g}") if math.isfinite(values) else None
 
 
-def _stored(folder: RunFolder | SweepFolder) -> Any:
-    """Returns a summary of what a folder stores, which changes when anything more is stored."""
+def _stored(folder: RunFolder | SweepFolder) -> str:
+    """Returns a text that changes when anything more is stored in a folder."""
     if isinstance(folder, SweepFolder):
         indices = range(len(folder.sweep.settings))
-        runs = [folder.run(i) for i in indices]
-        return [run and _stored(run) for run in runs], [folder.lost(i) for i in indices]
-    return folder.steps(), folder.measurements(), (folder.path / "summary.json").exists()
-
-
-class _Watched:
-    """The data that a server shows of a run or a sweep, read again when more is stored."""
-
-    def __init__(self, folder: RunFolder | SweepFolder, progress: Progress = SILENT):
-        self.folder, self.lock = folder, threading.Lock()
-        self.state: Any = None
-        self.shown: tuple[dict[str, Any], str, str]
-        self.cache: dict[Path, tuple[Any, dict[str, Any]]] = {}
-        self.update(progress)
-
-    def read(self, run: RunFolder, progress: Progress, page_runs: int) -> dict[str, Any]:
-        """Returns the page's data of a run, from the cache if nothing has been stored since."""
-        state = _stored(run)
-        if run.path not in self.cache or self.cache[run.path][0] != state:
-            self.cache[run.path] = state, _run(run, progress, page_runs)
-        return self.cache[run.path][1]
-
-    def update(self, progress: Progress = SILENT) -> tuple[dict[str, Any], str, str]:
-        """Reads what is new. Returns the page's data, their JSON text and its entity tag."""
-        with self.lock:
-            state = _stored(self.folder)
-            if state != self.state:
-                data = collect(self.folder, progress, self.read) | {"live": True}
-                body = json.dumps(data, allow_nan=False)
-                tag = f'"{hashlib.sha256(body.encode()).hexdigest()}"'
-                self.shown, self.state = (data, body, tag), state
-            return self.shown
+        return repr([((run := folder.run(i)) and _stored(run), folder.lost(i)) for i in indices])
+    is_done = (folder.path / "summary.json").exists()
+    return repr((folder.steps(), folder.measurements(), is_done))
 
 
 def server(
@@ -279,15 +255,15 @@ def server(
             if self.headers.get("Host", "").partition(":")[0] not in (LOCAL, "localhost"):
                 return self._answer(403, "text/plain", "open this on the serving machine")
             try:
-                data, body, tag = watched.update()
+                data, tag = current()
             except ConfigError as error:
                 return self._answer(500, "text/plain", str(error))
             if self.path == "/data.json":
                 unchanged = self.headers.get("If-None-Match") == tag
-                code, text = (304, "") if unchanged else (200, body)
+                code, text = (304, "") if unchanged else (200, json.dumps(data, allow_nan=False))
                 return self._answer(code, "application/json", text, tag)
             if self.path == "/":
-                return self._answer(200, "text/html", page(data), tag)
+                return self._answer(200, "text/html", page(data))
             return self._answer(404, "text/plain", "not found: there are / and /data.json")
 
         def _answer(self, code: int, kind: str, text: str, tag: str = "") -> None:
@@ -310,5 +286,14 @@ def server(
     except OSError as error:
         message = f"--serve {port}: {error.strerror}: choose another port"
         raise ConfigError(message) from error
-    watched = _Watched(of, progress)
+    stored, shown, reading = _stored(of), collect(of, progress), threading.Lock()
+
+    def current() -> tuple[dict[str, Any], str]:
+        """Returns the page's data, read again if more is stored, and their entity tag."""
+        nonlocal stored, shown
+        with reading:
+            if stored != (now := _stored(of)):
+                shown, stored = collect(of), now
+            return shown | {"live": True}, f'"{hashlib.sha256(stored.encode()).hexdigest()}"'
+
     return http_server

@@ -16,7 +16,7 @@ import xarray as xr
 import metadyn
 from metadyn import dynamics, figures
 from metadyn.errors import ConfigError, ConfigWarning
-from metadyn.store import FORMAT, SUMS, NotMeasured, RunFolder
+from metadyn.store import SUMS, NotMeasured, RunFolder
 from metadyn.study import HELDOUT, TRACKED
 from metadyn.trajectories import About, Modes, dataset, describe
 
@@ -359,7 +359,7 @@ def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path)
     with pytest.raises(ConfigError, match="seed = 0, not 1"):
         RunFolder.create(tmp_path / "r", IDENTITY | {"seed": 1})
     stored = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert stored == IDENTITY | {"format": FORMAT}
+    assert stored == IDENTITY | {"format": RunFolder.format}
 
 
 def test_a_run_that_another_process_begins_meanwhile_is_opened(tmp_path, monkeypatch):
@@ -453,7 +453,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 @pytest.mark.timeout(120)
 def test_several_runs_of_one_process_save_at_the_same_time(tmp_path):
-    """As in a sweep: each has a writer of its own. Orbax's waits are by names they would share."""
+    """As in a sweep: two at once could wait for ever, since Orbax's waits are by shared names."""
     runs = [RunFolder.create(tmp_path / str(i), IDENTITY) for i in range(4)]
     for k in range(6):
         for run in runs:

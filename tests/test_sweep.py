@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -203,12 +204,11 @@ def test_a_sweep_that_goes_on_is_served_as_it_grows(done, tmp_path):
     (out / "settings" / "3" / "summary.json").unlink()
     last = out / "settings" / "3" / "checkpoints" / "30"
     last.rename(tmp_path / "30")
-    watched = view._Watched(sweep.SweepFolder(out))
-    before = watched.shown[0]["sweep"]["settings"]
+    folder = sweep.SweepFolder(out)
+    before = view.collect(folder)["sweep"]["settings"]
     assert [each["done"] for each in before] == [True, True, True, False]
     (tmp_path / "30").rename(last)
-    watched.update()
-    after = watched.shown[0]["sweep"]["settings"]
+    after = view.collect(folder)["sweep"]["settings"]
     steps = [each[3]["run"]["groups"][0]["learners"][0]["steps"] for each in (before, after)]
     assert steps[1] == [*steps[0], 30]
     assert after[2]["run"] is before[2]["run"]  # which nobody had to read again
@@ -232,6 +232,8 @@ def test_a_page_that_cannot_be_made_is_one_line(done, tmp_path, capsys):
         path.unlink()
     assert "no setting is done yet" in refused()
     (out / "sweep.json").write_text('{"format": 1}')
+    assert "sweep.json: lacks ['preset', 'seed', 'study']; not a sweep of metadyn" in refused()
+    (out / "sweep.json").write_text('{"format": 1, "study": "s", "preset": "p", "seed": 0}')
     assert "sweep.json: is not as metadyn writes it" in refused()
     (out / "sweep.json").write_text("{")
     assert "holds no sweep of metadyn" in refused()
@@ -561,7 +563,7 @@ def test_bad_input_is_one_line_and_exit_code_2(options, says, tmp_path, capsys):
 
 
 def test_a_part_that_died_writing_what_was_asked_leaves_dir_usable(tmp_path):
-    asked = sweep.Sweep("tiny", "quick", 0, "grid", {"--a": ("1",)}, [("1",)])
+    asked = asdict(sweep.Sweep("tiny", "quick", 0, "grid", {"--a": ("1",)}, [("1",)]))
     (tmp_path / "sweep.json.part").write_text("{")
     assert sweep.SweepFolder.create(tmp_path, asked).sweep.study == "tiny"
     (tmp_path / "other").mkdir()
