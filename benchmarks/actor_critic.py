@@ -53,10 +53,10 @@ VARIANTS = {
 def reward(learner_of, params):
     """Mean reward a step on held-out tasks."""
     found = inner.measure(
-        DOMAIN, learner_of, False, (0, DOMAIN.steps), (),
+        DOMAIN, learner_of, (0, DOMAIN.steps), (),
         params, Partial(DOMAIN.sample_task), jax.random.key(1), jnp.arange(HELDOUT),
     )  # fmt: skip
-    return float(1 - found["loss"][:, 1].mean())
+    return float(1 - found["loss"][..., 1].mean())
 
 
 def noise(config, params):
@@ -94,7 +94,7 @@ def main():
         for target in (outer.steps // 2, outer.steps):
             *_, (state, _) = loop.run(state, target)
             half_way = half_way or jax.tree.map(lambda leaf: leaf[0].copy(), state.params["lstm"])
-        earned = reward(META.learner, jax.tree.map(lambda leaf: leaf[0], state.params["lstm"]))
+        earned = reward(META.learner, jax.tree.map(lambda leaf: leaf[:1], state.params["lstm"]))
         seconds = loop.seconds["lstm"]
         relative = (earned - chance) / (bayes - chance)
         spread = None if config.baseline == "value" else noise(config, half_way)

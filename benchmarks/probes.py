@@ -34,13 +34,14 @@ def probe_side(learner: str, tasks: int) -> Run:
     domain = LinearRegression(N, N, steps=STEPS)
     meta, bayes = LSTMConfig(hidden=HIDDEN).make(domain), bayes_linear(domain)
     make = {"lstm": meta.learner, "bayes": lambda params: bayes}[learner]
-    params, asked = meta.init(jax.random.key(0)), domain.evaluation(POINTS)
+    params = jax.vmap(meta.init)(jax.random.split(jax.random.key(0), 1))
+    asked = domain.evaluation(POINTS)
     probes = tuple(asked.probes.items())
 
     def run(count: int) -> None:
         for i in range(count):
             found = inner.measure(
-                domain, make, False, tuple(range(STEPS + 1)), probes,
+                domain, make, tuple(range(STEPS + 1)), probes,
                 params, asked.sample, jax.random.key(i), jnp.arange(tasks),
             )  # fmt: skip
             jax.block_until_ready(found)

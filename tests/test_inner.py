@@ -78,7 +78,6 @@ def measure(indices, times=(0, 1, 5, 8)):
     readings = inner.measure(
         DOMAIN,
         make_bayes,
-        False,
         times,
         PROBES,
         (),
@@ -198,10 +197,9 @@ def test_65536_tasks_fit_in_8_gib():
     lowered = inner.measure.lower(
         domain,
         meta.learner,
-        False,
         tuple(range(21)),
         (("mode_strength", domain.probe(32)),),
-        jax.eval_shape(meta.init, jax.random.key(0)),
+        jax.eval_shape(jax.vmap(meta.init), jax.random.split(jax.random.key(0), 1)),
         Partial(domain.evaluation_task, spectrum=jnp.float32(domain.spectrum())),
         jax.random.key(0),
         jax.ShapeDtypeStruct((65_536,), jnp.int32),
