@@ -54,10 +54,10 @@ VARIANTS = {
 def reward(learner_of, params):
     """Returns the mean reward per step on held-out tasks."""
     readings = inner.measure(
-        DOMAIN, learner_of, False, (0, DOMAIN.steps), (),
+        DOMAIN, learner_of, (0, DOMAIN.steps), (),
         params, Partial(DOMAIN.sample_task), jax.random.key(1), jnp.arange(HELDOUT),
     )  # fmt: skip
-    return float(1 - readings["loss"][:, 1].mean())
+    return float(1 - readings["loss"][..., 1].mean())
 
 
 def noise(config, params):
@@ -95,7 +95,9 @@ def main():
         for target in (outer.steps // 2, outer.steps):
             *_, (state, _) = loop.run(state, target)
             half_way = half_way or jax.tree.map(lambda leaf: leaf[0].copy(), state.params["lstm"])
-        mean_reward = reward(META.learner, jax.tree.map(lambda leaf: leaf[0], state.params["lstm"]))
+        mean_reward = reward(
+            META.learner, jax.tree.map(lambda leaf: leaf[:1], state.params["lstm"])
+        )
         seconds = loop.seconds["lstm"]
         relative_reward = (mean_reward - chance) / (bayes - chance)
         gradient_noise = None if config.baseline == "value" else noise(config, half_way)

@@ -58,7 +58,7 @@ def metadyn_side(kind: str, learners: int) -> Run:
     def run(count: int) -> None:
         for i in range(count):
             readings = inner.measure(
-                domain, make, False, (0, UPDATES), (),
+                domain, make, (0, UPDATES), (),
                 (), sample, jax.random.key(i), jnp.arange(learners),
             )  # fmt: skip
             jax.block_until_ready(readings)

@@ -34,13 +34,14 @@ def probe_side(learner: str, tasks: int) -> Run:
     domain = LinearRegression(N, N, steps=STEPS)
     meta, bayes = LSTMConfig(hidden=HIDDEN).make(domain), bayes_linear(domain)
     make_learner = {"lstm": meta.learner, "bayes": lambda params: bayes}[learner]
-    params, evaluation = meta.init(jax.random.key(0)), domain.evaluation(POINTS)
+    params = jax.vmap(meta.init)(jax.random.split(jax.random.key(0), 1))
+    evaluation = domain.evaluation(POINTS)
     probes = tuple(evaluation.probes.items())
 
     def run(count: int) -> None:
         for i in range(count):
             readings = inner.measure(
-                domain, make_learner, False, tuple(range(STEPS + 1)), probes,
+                domain, make_learner, tuple(range(STEPS + 1)), probes,
                 params, evaluation.sample, jax.random.key(i), jnp.arange(tasks),
             )  # fmt: skip
             jax.block_until_ready(readings)

@@ -14,7 +14,6 @@ import numpy as np
 
 import metadyn as md
 from metadyn import decoding, dynamics, errors, figures
-from metadyn.base import training_tasks
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.inner import log_spaced
@@ -72,7 +71,7 @@ def comparison(config: Config, name: str) -> md.Comparison:
         if network in RECURRENT:
             copies = f"{network}_operated", label, beside.implanted(learner), "reference"
             contenders.append(md.Contender(*copies, derived_from=network))  # type: ignore[arg-type]
-    tasks = sizes.sized(training_tasks(domain), name=f"causal_{name}", kinds=("reference",))
+    tasks = sizes.sized(md.TaskSet(f"causal_{name}", domain, kinds=("reference",)))
     fields = sizes, objective, heads, name, TITLES[name], False
     return md.Comparison(domain, contenders, [tasks], (), *fields)
 

@@ -120,7 +120,7 @@ def criteria(config: Config, results):
             yield md.criterion(f"{name}_{variant}_excess", dynamics.measured_excess(*pair), text)
         rows, bound = measured(results, name, "inner", TRACKED), WITHIN[name]
         merit = ": (t_K - t_1) / t_K" if name == "bandit" else ": slope of log t_k on log scale"
-        beyond = {variant: dynamics.differences([pair]) for variant, pair in rows.items()}
+        beyond = {variant: dynamics.difference(*pair) for variant, pair in rows.items()}
         unlearned = {row: censored(f"{name}_{row}", data) for row, (data, _) in rows.items()}
         for variant, (data, bayes) in rows.items():
             text = trajectories.about(data).label + merit + " minus Bayes'" * (bayes is not None)
@@ -150,7 +150,7 @@ def robustness(results):
     styles = {"ordinary": ("D", figures.COLOURS[1]), "meta": ("o", figures.COLOURS[0])}
     for axis, title, rows in zip(axes, TITLES.values(), panels, strict=True):
         for i, (data, bayes) in enumerate(rows):
-            beyond = dynamics.differences([(data, bayes)])
+            beyond = dynamics.difference(data, bayes)
             marker, colour = styles[trajectories.about(data).kind]
             style = {"color": colour, "mfc": "white" if censored("", data).value else colour}
             axis.errorbar(beyond.value, i, xerr=figures.bars(beyond)[:, None], fmt=marker, **style)

@@ -14,7 +14,7 @@ import numpy as np
 
 import metadyn as md
 from metadyn import dynamics, figures, trajectories
-from metadyn.base import STRENGTH, Sampler
+from metadyn.base import STRENGTH
 from metadyn.domains.distributions import Mixture, Pool
 from metadyn.domains.fourier import FourierRegression, band
 from metadyn.domains.linear import LinearRegression
@@ -53,7 +53,7 @@ def pools(config: Config) -> md.Comparison:
     check(plain.objective is None, "meta", config.meta, "has its own objective: choose another")
     points, label = sizes.probe_points, getattr(config, config.meta).label
     probes = {STRENGTH: domain.answers(points)}
-    fresh = md.TaskSet(FRESH, domain, Sampler(domain), probes=probes, kinds=("meta", "bayes"))
+    fresh = md.TaskSet(FRESH, domain, probes=probes, kinds=("meta", "bayes"))
     scaled = lambda name, by: sizes.sized(domain.evaluation(points, by), "shifted_tasks", name)
     sets = [sizes.sized(fresh, "heldout_tasks"), scaled(WITHIN, 1.0), scaled(LARGER, 4.0)]
     contenders, pairs = [replace(plain, label=f"{label}, ever new tasks")], []

@@ -254,9 +254,10 @@ class TaskSet:
 
     name: str
     domain: Domain
-    sample: Sample
-    """Draws a task from a key. Stored as a `jax.tree_util.Partial`, whose bound arrays are
-    arguments of compiled programs: sets that differ only in these arrays share one program."""
+    sample: Sample | None = None
+    """Draws a task from a key. None: from the domain's meta-training distribution. Stored as a
+    `jax.tree_util.Partial`, whose bound arrays are arguments of compiled programs: sets that differ
+    only in these arrays share one program."""
     probes: Mapping[str, Probe] = dataclasses.field(default_factory=dict)
     """Probes to apply to each learner, keyed by the name their readings are stored under."""
     size: int = 0
@@ -275,7 +276,7 @@ class TaskSet:
         for kind in self.kinds:
             check_choice("kinds", kind, LearnerKind)
         if not isinstance(self.sample, Partial):
-            object.__setattr__(self, "sample", Partial(self.sample))
+            object.__setattr__(self, "sample", Partial(self.sample or Sampler(self.domain)))
 
     def size_for(self, clock: str) -> int:
         """Returns the number of tasks on which a learner with this clock is measured.
@@ -293,11 +294,6 @@ def as_subclass(domain: Any, kind: Callable[..., Any], **more: Any) -> Any:
     """Copies a domain as a `kind`, a subclass of its class whose additional fields are `more`."""
     inherited = {field.name: getattr(domain, field.name) for field in dataclasses.fields(domain)}
     return kind(**inherited, **more)
-
-
-def training_tasks(domain: Domain) -> TaskSet:
-    """Returns a task set from a domain's meta-training distribution, for measuring losses."""
-    return TaskSet("heldout", domain, Sampler(domain))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -251,14 +251,17 @@ def merit(data: xr.Dataset, probe: str = STRENGTH) -> Estimate:
     return estimate(merit_of(data, probe), strength(data, probe))
 
 
-def difference(data: xr.Dataset, other: xr.Dataset, probe: str = STRENGTH) -> Estimate:
-    """Estimates how far one learner staggers beyond another, paired over the same tasks."""
-    return differences([(data, other)], probe=probe)
+def difference(data: xr.Dataset, other: xr.Dataset | None, probe: str = STRENGTH) -> Estimate:
+    """Estimates how far one learner staggers beyond another, paired over the same tasks.
+
+    None, as the other, stands for one that does not stagger.
+    """
+    return differences([(data, other)], lambda gaps: gaps[0], probe)
 
 
 def differences(
     pairs: Sequence[tuple[xr.Dataset, xr.Dataset | None]],
-    take: Callable[[np.ndarray], Numbers] = lambda gaps: gaps[0],
+    take: Callable[[np.ndarray], Numbers],
     probe: str = STRENGTH,
 ) -> Estimate:
     """Estimates `take` of the gaps in staggering between the two learners of each pair.

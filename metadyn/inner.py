@@ -166,12 +166,11 @@ def _batch_keys(
     return jax.vmap(jax.random.split)(indexed_keys(key, pair_indices))
 
 
-@partial(jax.jit, static_argnums=range(5))  # the other four are pytrees of arrays
+@partial(jax.jit, static_argnums=range(4))  # the other four are pytrees of arrays
 @full_precision
 def measure(
     domain: Domain,
     make_learner: Callable[[Params], Learner],
-    seeded: bool,
     times: tuple[int, ...],
     probes: Probes,
     params: Params,
@@ -181,10 +180,11 @@ def measure(
 ) -> dict[str, Array]:
     """Runs the learner `make_learner(params)` on many tasks in one compiled call.
 
-    Returns readings [task, time, ...]. If `seeded`, the leaves of params have a leading seed axis,
-    and readings are [seed, task, time, ...]. Task i is `sample(key_i)`; it and every draw in its
-    episode come from `key` folded with its global index i. Tasks are sharded over the devices, each
-    of which runs `mesh.task_chunk` of them at a time. Every backend computes in full float32.
+    Returns readings [task, time, ...], for empty params. Otherwise the leaves of params have a
+    leading seed axis, and readings are [seed, task, time, ...]. Task i is `sample(key_i)`; it and
+    every draw in its episode come from `key` folded with its global index i. Tasks are sharded over
+    the devices, each of which runs `mesh.task_chunk` of them at a time. Every backend computes in
+    full float32.
     """
 
     def run_task(replicated, index):
@@ -194,15 +194,15 @@ def measure(
         return run(domain, learner, task, key_episode, times, probes)
 
     key = prng.fast(key)
-    seeds = len(jax.tree.leaves(params)[0]) if seeded else 1
+    weights = jax.tree.leaves(params)
+    seeds = len(weights[0]) if weights else 1
 
     def run_seed(params):
         task_bytes = _bytes_per_task(make_learner(params), probes)
-        shared_weights = bool(jax.tree.leaves(params))
-        chunk = mesh.task_chunk(task_bytes, seeds, shared_weights)
+        chunk = mesh.task_chunk(task_bytes, seeds, bool(weights))
         return mesh.map_tasks(run_task, (params, sample, key), indices, chunk)
 
-    return mesh.map_seeds(run_seed, params) if seeded else run_seed(params)
+    return mesh.map_seeds(run_seed, params) if weights else run_seed(params)
 
 
 def _bytes_per_task(learner: Learner, probes: Probes) -> int:

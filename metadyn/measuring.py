@@ -65,7 +65,7 @@ def calls(
     count = -(-size // chunk)
     chunks = np.split(np.arange(-(-size // count) * count, dtype=np.int32), count)
     times, probes = tuple(contender.times_in(tasks.domain)), tuple(tasks.probes.items())
-    static = tasks.domain, contender.make, contender.seeded, times, probes
+    static = tasks.domain, contender.make, times, probes
     return [(*static, params, tasks.sample, key, indices) for indices in chunks]
 
 

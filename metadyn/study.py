@@ -31,7 +31,6 @@ from metadyn.base import (
     Params,
     Probe,
     TaskSet,
-    training_tasks,
 )
 from metadyn.errors import (
     ConfigError,
@@ -357,8 +356,8 @@ class Comparison:
     @functools.cached_property
     def heldout(self) -> TaskSet:
         """Returns the tasks of the training distribution that give the loss at every checkpoint."""
-        tasks = training_tasks(self.domain)
-        return self.measure.sized(tasks, "heldout_tasks", HELDOUT + self.suffix)
+        tasks = TaskSet(HELDOUT + self.suffix, self.domain)
+        return self.measure.sized(tasks, "heldout_tasks")
 
     @functools.cached_property
     def measurements(self) -> list[Measurement]:

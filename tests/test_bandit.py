@@ -255,7 +255,7 @@ def test_bayes_earns_point_eight_a_step_in_the_papers_size():
     domain = ContextualBandit(5, 5, steps=50)
     learner = bayes_bandit(domain)
     found = inner.measure(
-        domain, lambda params: learner, False, (0, 50), (),
+        domain, lambda params: learner, (0, 50), (),
         (), Partial(domain.sample_task), jax.random.key(0), jnp.arange(8192),
     )  # fmt: skip
     assert float(1 - found["loss"][:, 1].mean()) == pytest.approx(0.800, abs=0.003)
@@ -353,7 +353,7 @@ def test_policies_at_once_equal_each_alone():
     probes = (("mode_strength", domain.probe()),)
     measured = lambda indices: np.asarray(
         inner.measure(
-            domain, make, False, (0, 5, 200), probes,
+            domain, make, (0, 5, 200), probes,
             (), sample, jax.random.key(1), indices,
         )["mode_strength"]
     )  # fmt: skip
@@ -543,10 +543,11 @@ def test_acting_is_what_measuring_sees():
     queries, seen = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), (queries, seen))
     answers = meta.unroll(params, queries, seen)[:, :3]
     losses = jax.vmap(jax.vmap(domain.loss, -1))(answers, seen).mean(0)
+    one_seed = jax.tree.map(lambda leaf: leaf[None], params)
     measured = inner.measure(
-        domain, meta.learner, False, (0, 6), (),
-        params, Partial(domain.sample_task), key, jnp.arange(5),
-    )["loss"][:, 1]  # fmt: skip
+        domain, meta.learner, (0, 6), (),
+        one_seed, Partial(domain.sample_task), key, jnp.arange(5),
+    )["loss"][0, :, 1]  # fmt: skip
     np.testing.assert_allclose(losses, measured, rtol=1e-4)
 
 

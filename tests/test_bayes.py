@@ -132,7 +132,6 @@ def test_fourier_bayes_learns_every_frequency_by_the_known_share_from_one_pair()
         inner.measure(
             domain,
             lambda params: learner,
-            False,
             (0, 1, 20),
             (("mode_strength", domain.probe(domain.amplitudes(), 16)),),
             (),
@@ -167,7 +166,6 @@ def test_bayes_learns_every_mode_at_the_same_known_rate():
     strength = inner.measure(
         domain,
         lambda params: bayes_linear(domain),
-        False,
         tuple(range(n + 1)),
         (("mode_strength", domain.probe(8)),),
         (),

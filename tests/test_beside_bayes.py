@@ -1,7 +1,5 @@
 """Networks beside Bayes: what is recorded, and what a replaced state does, in float64 NumPy."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ import xarray as xr
 
 import metadyn as md
 from metadyn import decoding, inner, measuring, trajectories
-from metadyn.base import Learner, indexed_keys, training_tasks
+from metadyn.base import Learner, TaskSet, indexed_keys
 from metadyn.domains.bandit import ContextualBandit, Outcome
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
@@ -227,7 +225,7 @@ def test_vectors_are_stored_with_axes_of_their_sizes_and_decoded():
     both, params = made()
     contender = md.Contender("lstm", "LSTM", both, times=(0, 2, 4, 6))
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    tasks = dataclasses.replace(training_tasks(DOMAIN), size=20)
+    tasks = TaskSet("heldout", DOMAIN, size=20)
     arrays = measuring.readings(tasks, contender, stacked, jax.random.key(0))
     data = trajectories.dataset(arrays, measuring.description(tasks, contender))
     assert data["state"].dims == ("seed", "task", "step", "state_0")

@@ -185,7 +185,6 @@ def test_every_task_and_step_is_probed_in_one_compiled_call():
     readings = inner.measure(
         domain,
         lambda params: learner,
-        False,
         tuple(range(7)),
         (("mode_strength", domain.probe(domain.amplitudes(), 16)),),
         (),

@@ -78,7 +78,6 @@ def curve(domain, network, rate, batch, times, tasks, rotate):
     readings = inner.measure(
         domain,
         lambda params: learner,
-        False,
         times,
         (("mode_strength", domain.probe(8)),),
         (),
@@ -114,7 +113,7 @@ def test_learners_at_once_equal_each_alone():
     domain = LinearRegression(3, 3)
     learner = gradient(deep_linear(3, 3, scale=0.1), optax.adam(0.01), 5)
     measured = lambda indices: inner.measure(
-        domain, make, False, (0, 3, 20), (), (), sample, jax.random.key(1), indices
+        domain, make, (0, 3, 20), (), (), sample, jax.random.key(1), indices
     )
     make, sample = (lambda params: learner), Partial(domain.sample_task)
     together = np.asarray(measured(jnp.arange(8))["loss"])
@@ -175,7 +174,7 @@ def test_mlps_at_once_equal_each_alone(points):
     make, amplitudes = (lambda params: learner), jnp.float32(domain.amplitudes())
     sample = Partial(domain.evaluation_task, amplitudes=amplitudes)
     measured = lambda indices: inner.measure(
-        domain, make, False, (0, 3, 40), probes,
+        domain, make, (0, 3, 40), probes,
         (), sample, jax.random.key(1), indices,
     )  # fmt: skip
     together = jax.tree.map(np.asarray, measured(jnp.arange(8)))

@@ -78,7 +78,6 @@ def measure(indices, times=(0, 1, 5, 8)):
     readings = inner.measure(
         DOMAIN,
         make_bayes,
-        False,
         times,
         PROBES,
         (),
@@ -198,10 +197,9 @@ def test_65536_tasks_fit_in_8_gib():
     lowered = inner.measure.lower(
         domain,
         meta.learner,
-        False,
         tuple(range(21)),
         (("mode_strength", domain.probe(32)),),
-        jax.eval_shape(meta.init, jax.random.key(0)),
+        jax.eval_shape(jax.vmap(meta.init), jax.random.split(jax.random.key(0), 1)),
         Partial(domain.evaluation_task, spectrum=jnp.float32(domain.spectrum())),
         jax.random.key(0),
         jax.ShapeDtypeStruct((65_536,), jnp.int32),
@@ -243,7 +241,7 @@ def test_axes_name_every_reading():
 def test_a_second_probe_is_recorded_under_its_own_name():
     """What is read with the first alone stays as it is."""
     domain = LinearRegression(3, 2, steps=4)
-    learner, probes = bayes_linear(domain), (*PROBES, ("coarse", domain.probe(6, seed=1)))
+    learner, probes = bayes_linear(domain), (*PROBES, ("coarse", domain.probe(6)))
     task = jax.jit(domain.evaluation_task)(jax.random.key(1), S)
     run = jax.jit(partial(inner.run, domain, learner, times=range(5)), static_argnames="probes")
     alone, found = (run(task, jax.random.key(2), probes=each) for each in (PROBES, probes))

@@ -193,10 +193,9 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
     loss = inner.measure(
         domain,
         meta.learner,
-        False,
         tuple(range(7)),
         (),
-        params,
+        jax.tree.map(lambda leaf: leaf[None], params),
         Partial(domain.sample_task),
         root,
         indices,
@@ -204,7 +203,7 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
     queries, feedback = map(np.asarray, observe(domain, indexed_keys(root, indices)))
     answers = unroll(meta, params, queries, feedback)
     whole = np.mean((answers - feedback) ** 2, axis=1).T
-    np.testing.assert_allclose(np.asarray(loss)[:, 1:], whole, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(loss)[0, :, 1:], whole, rtol=1e-5)
 
 
 def test_an_untrained_lstm_answers_zero_and_saturates_nothing():

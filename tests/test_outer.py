@@ -349,7 +349,7 @@ program = loop.advance.lower(loop.abstract, np.int32(1)).compile().as_text()
 state, metrics = next(loop.run(loop.init(), 50))
 sample = Partial(domain.evaluation_task, spectrum=np.float32([1, 0.5]))
 readings = inner.measure(
-    domain, meta.learner, True, tuple(range(6)), (),
+    domain, meta.learner, tuple(range(6)), (),
     state.params["lstm"], sample, jax.random.key(1), np.arange(5),
 )
 losses = process_allgather(readings["loss"], tiled=True)[0, :, 1:].tolist()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from metadyn.base import STRENGTH, Key, Modes, Probe, Sampler, TaskSet, cached_concrete
+from metadyn.base import STRENGTH, Key, Modes, Probe, TaskSet, cached_concrete
 from metadyn.errors import ConfigWarning, check, check_positive
 
 
@@ -131,7 +131,7 @@ class ContextualBandit:
 
     def evaluation(self, points: int = 0) -> TaskSet:
         """Returns tasks of the training distribution; `points` is ignored."""
-        return TaskSet("in_distribution", self, Sampler(self), {STRENGTH: self.probe()})
+        return TaskSet("in_distribution", self, probes={STRENGTH: self.probe()})
 
     # The probe.
 
