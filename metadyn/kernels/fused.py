@@ -52,7 +52,7 @@ def _sigmoid(z: Array) -> Array:
     return 0.5 + 0.5 * jnp.tanh(0.5 * z)
 
 
-def _over_tiles(tiles: int, body: Callable[[Any, Any], Any], start: Any = 0) -> Any:
+def _over_tiles(tiles: int, body: Callable[[Any, Any], Any], start: Any) -> Any:
     """Runs `body(p, carry)` for each tile p of hidden units; a single tile needs no loop."""
     return jax.lax.fori_loop(0, tiles, body, start) if tiles > 1 else body(0, start)
 
@@ -64,19 +64,11 @@ def _run_steps(T: int, tiles: int, clear: Any, step: Any, wait: Callable[[], Non
     """
 
     def on_all_tiles(body):
-        def visit(p, carry):
-            body(p)
-            return carry
-
-        _over_tiles(tiles, visit)
+        _over_tiles(tiles, lambda p, _: body(p), None)
         wait()
 
-    def run_step(n, carry):
-        on_all_tiles(step(n))
-        return carry
-
     on_all_tiles(clear)
-    jax.lax.fori_loop(0, T, run_step, 0)
+    jax.lax.fori_loop(0, T, lambda n, _: on_all_tiles(step(n)), None)
 
 
 def _forward_kernel(x, w_x, w_h, h_out, c_out, gates_out, *, dot, wait):
