@@ -53,7 +53,7 @@ class SeveralDomainsConfig(StudyConfig):
         return dataclasses.replace(config, **known)
 
     def comparison(self, name: str, **fields: Any) -> Comparison:
-        """Returns the first comparison of a domain's own study, configured as in `within`."""
+        """Returns the first comparison of a domain's own study, with that configuration."""
         return STUDIES[name].plan(self.domain_config(name, **fields)).comparisons[0]
 
 
