@@ -14,7 +14,6 @@ from metadyn import mesh, program_cost
 from metadyn.kernels import fused
 from metadyn.kernels.lstm import LSTMWeights, has_fused, lstm
 
-INTERPRET = jax.default_backend() != "gpu"
 TINY = ["linear_regression", "--lstm.backend", "fused"]
 
 
@@ -52,7 +51,7 @@ def test_values_and_gradients_are_those_of_the_reference(
         h, vjp = jax.vjp(run, weights, x)
         return h, vjp(direction)
 
-    ours = jax.jit(lambda: found(lambda w, x: fused.lstm(*w, x, INTERPRET)))()
+    ours = jax.jit(lambda: found(lambda w, x: fused.lstm(*w, x)))()
     theirs = jax.jit(lambda: found(lambda w, x: lstm(w, x, "scan")))()
     for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
@@ -63,7 +62,7 @@ def test_seeds_are_one_more_axis_of_the_blocks():
     weights, x, _ = case(16, 5, 3, 4)
     two = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), weights)
     loss = lambda run: lambda w: (jnp.sum(jnp.sin(h := run(w))), h)
-    ours = jax.grad(loss(lambda w: fused.lstm(*w, x, INTERPRET)), has_aux=True)
+    ours = jax.grad(loss(lambda w: fused.lstm(*w, x)), has_aux=True)
     both = jax.vmap(ours)(two)
     for seed in range(2):
         one = lambda leaf, seed=seed: leaf[seed]
@@ -79,11 +78,12 @@ def test_seeds_are_one_more_axis_of_the_blocks():
         ("bfloat16", (jax.lax.Precision.DEFAULT,) * 2),
     ],
 )
-def test_float32_is_three_products_in_every_kernel(asked, made):
+def test_float32_is_three_products_in_every_kernel(asked, made, monkeypatch):
     """And what else JAX says holds in kernels as it does elsewhere."""
     weights, x, _ = case(64, 4, 2, 3)
+    monkeypatch.setattr(mesh, "backend", lambda: "gpu")
     with jax.default_matmul_precision(asked):
-        loss = lambda w: jnp.sum(fused.lstm(*w, x, False))
+        loss = lambda w: jnp.sum(fused.lstm(*w, x))
         program = jax.make_jaxpr(jax.grad(loss))(weights)
     said = [*precisions(program.jaxpr)]
     assert len(said) > 2
@@ -102,7 +102,7 @@ def precisions(jaxpr, inside=False):
 
 def test_operations_of_a_kernel_count_for_each_block():
     """What a whole block more costs, and the products of a step."""
-    program = jax.make_jaxpr(lambda w, x: fused.lstm(*w, x, True))
+    program = jax.make_jaxpr(lambda w, x: fused.lstm(*w, x))
     programs = [program(*case(16, batch, 3, 4)[:2]) for batch in (64, 128)]
     counts = [program_cost.operations(each.jaxpr) for each in programs]
     block = counts[1] - counts[0]
@@ -125,6 +125,6 @@ def test_cards_before_ampere_and_of_others_have_none(made, there, monkeypatch):
     assert has_fused(64, 10) == there
 
 
-@pytest.mark.skipif(not INTERPRET, reason="where there is no GPU")
+@pytest.mark.skipif(mesh.backend() == "gpu", reason="where there is no GPU")
 def test_no_gpu_is_one_line_and_exit_code_2(refused):
     refused(TINY, "metadyn: --lstm.backend fused: needs NVIDIA GPUs, 16, 32 or a multiple of 64")

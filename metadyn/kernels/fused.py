@@ -24,10 +24,7 @@ from metadyn import mesh
 
 # LEAST is the shortest side that Triton takes in a product, TILE the hidden units in a tile.
 GATES, MIN_SIDE, TILE, WARPS = 4, 16, 64, 4
-SMALL_BLOCK, LARGE_BLOCK = (
-    32,
-    64,
-)  # episodes per block: like TILE and WARPS our choice, fast on an H100
+SMALL_BLOCK, LARGE_BLOCK = 32, 64  # episodes: like TILE and WARPS our choice, fast on an H100
 
 
 def fits(hidden: int, inputs: int) -> bool:
@@ -39,23 +36,23 @@ def fits(hidden: int, inputs: int) -> bool:
     return tileable and inputs < TILE
 
 
-def product_algorithm(interpret: bool) -> Algorithm | None:
+def product_algorithm() -> Algorithm | None:
     """Returns the algorithm of products if `jax.default_matmul_precision` asks for float32.
 
     It makes three products in TensorFloat32, of the leading and the trailing bits of the factors:
     as exact as float32, and on the matrix units. None, JAX's own choice, if it asks for anything
-    else or with `interpret`.
+    else or there is no GPU.
     """
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     full = precision in ("float32", "highest")
-    return Algorithm.TF32_TF32_F32_X3 if full and not interpret else None
+    return Algorithm.TF32_TF32_F32_X3 if full and mesh.backend() == "gpu" else None
 
 
 def _sigmoid(z: Array) -> Array:
     return 0.5 + 0.5 * jnp.tanh(0.5 * z)
 
 
-def _over_tiles(tiles: int, body: Callable[[Any, Any], Any], start: Any = 0) -> Any:
+def _over_tiles(tiles: int, body: Callable[[Any, Any], Any], start: Any) -> Any:
     """Runs `body(p, carry)` for each tile p of hidden units; a single tile needs no loop."""
     return jax.lax.fori_loop(0, tiles, body, start) if tiles > 1 else body(0, start)
 
@@ -67,19 +64,11 @@ def _run_steps(T: int, tiles: int, clear: Any, step: Any, wait: Callable[[], Non
     """
 
     def on_all_tiles(body):
-        def visit(p, carry):
-            body(p)
-            return carry
-
-        _over_tiles(tiles, visit)
+        _over_tiles(tiles, lambda p, _: body(p), None)
         wait()
 
-    def run_step(n, carry):
-        on_all_tiles(step(n))
-        return carry
-
     on_all_tiles(clear)
-    jax.lax.fori_loop(0, T, run_step, 0)
+    jax.lax.fori_loop(0, T, lambda n, _: on_all_tiles(step(n)), None)
 
 
 def _forward_kernel(x, w_x, w_h, h_out, c_out, gates_out, *, dot, wait):
@@ -162,50 +151,47 @@ def _tiling(hidden: int) -> tuple[Callable[[Any], Any], int]:
     return lambda p: pl.ds(p * size, size), hidden // size
 
 
-def _call(kernel, episodes: int, inputs, weights, outputs, interpret: bool):
+def _call(kernel, episodes: int, inputs, weights, outputs):
     """Runs a kernel over blocks of episodes, the last axis of inputs and outputs."""
     from jax.experimental.pallas import triton  # takes a tenth of a second, and only GPUs need it
 
     part = lambda shape: pl.BlockSpec((*shape[:-1], episodes), lambda b: (*[0] * len(shape[1:]), b))
     whole = lambda shape: pl.BlockSpec(shape, lambda b: (0,) * len(shape))
-    dot = partial(
-        jnp.dot, precision=product_algorithm(interpret), preferred_element_type=jnp.float32
-    )
-    wait = (lambda: None) if interpret else triton.debug_barrier
+    dot = partial(jnp.dot, precision=product_algorithm(), preferred_element_type=jnp.float32)
+    on_gpu = mesh.backend() == "gpu"
+    wait = triton.debug_barrier if on_gpu else lambda: None
     return pl.pallas_call(
         partial(kernel, dot=dot, wait=wait),
         grid=(inputs[0].shape[-1] // episodes,),
         in_specs=[*(part(a.shape) for a in inputs), *(whole(a.shape) for a in weights)],
         out_specs=[part(shape) for shape in outputs],
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs],
-        interpret=interpret,
+        interpret=not on_gpu,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
         name=kernel.__name__.strip("_"),
     )(*inputs, *weights)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@jax.custom_vjp
 def lstm(
     w_x: Float[Array, "Z n"],
     w_h: Float[Array, "Z H"],
     bias: Float[Array, " Z"],
     inputs: Float[Array, "T n B"],
-    interpret: bool = False,
 ) -> Float[Array, "T H B"]:
     """Returns the hidden states h_1 … h_T of B episodes, run at once from h_0 = c_0 = 0 in float32.
 
-    The sizes must satisfy `fits`. With `interpret` the kernels run as JAX's own operations, on any
-    device: this is for tests.
+    The sizes must satisfy `fits`. Without a GPU the kernels run as JAX's own operations, so that
+    they can be tested anywhere.
     """
-    return _forward(w_x, w_h, bias, inputs, interpret)[0]
+    return _forward(w_x, w_h, bias, inputs)[0]
 
 
-def _forward(w_x, w_h, bias, inputs, interpret):
+def _forward(w_x, w_h, bias, inputs):
     (T, n, B), H = inputs.shape, w_h.shape[1]
     K = max(MIN_SIDE, pl.next_power_of_2(n + 1))
-    episodes = (
-        SMALL_BLOCK if product_algorithm(interpret) else LARGE_BLOCK
-    )  # three products take more registers than one
+    # Three products take more registers than one.
+    episodes = SMALL_BLOCK if product_algorithm() else LARGE_BLOCK
     padded = -(-B // episodes) * episodes  # B, rounded up to whole blocks
     ones = jnp.ones((T, 1, B), jnp.float32)
     # The bias is the weight of an input that is 1. Triton needs widths that are powers of two.
@@ -213,17 +199,17 @@ def _forward(w_x, w_h, bias, inputs, interpret):
     w = jnp.pad(jnp.concatenate([w_x, bias[:, None]], 1), ((0, 0), (0, K - n - 1)))
     weights = w.reshape(GATES, H, K), w_h.reshape(GATES, H, H)
     shapes = [(T, H, padded), (T, H, padded), (T, GATES, H, padded)]
-    h, c, gates = _call(_forward_kernel, episodes, [x], weights, shapes, interpret)
+    h, c, gates = _call(_forward_kernel, episodes, [x], weights, shapes)
     return h[..., :B], (w_x, w_h, x, h, c, gates)
 
 
-def _backward(interpret, residuals, dh):
+def _backward(residuals, dh):
     w_x, w_h, x, h, c, gates = residuals
     (T, H, padded), B, n = h.shape, dh.shape[-1], w_x.shape[1]
     dh = jnp.pad(dh, ((0, 0), (0, 0), (0, padded - B)))
     transposed, shapes = w_h.reshape(GATES, H, H).transpose(0, 2, 1), [gates.shape, c.shape[1:]]
-    dz, _ = _call(_backward_kernel, SMALL_BLOCK, [c, gates, dh], [transposed], shapes, interpret)
-    dz, precision = dz.reshape(T, GATES * H, padded), product_algorithm(interpret)
+    dz, _ = _call(_backward_kernel, SMALL_BLOCK, [c, gates, dh], [transposed], shapes)
+    dz, precision = dz.reshape(T, GATES * H, padded), product_algorithm()
     d_x, d_h = weight_gradient(dz, x, precision), weight_gradient(dz, previous_states(h), precision)
     dx = jnp.einsum("zn,tzb->tnb", w_x, dz[..., :B], precision=precision)
     return d_x[:, :n], d_h, d_x[:, n], dx

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -47,6 +46,22 @@ class CausalModel(Protocol):
 
     def step(self, cache: Carry, x: Float[Array, " n"], /) -> tuple[Carry, Float[Array, " F"]]:
         """Reads x and returns the cache with x added, and the output."""
+
+
+class _Cell(NamedTuple):
+    """A recurrent cell as a `CausalModel`, whose cache is the carry."""
+
+    cell: nnx.RNNCellBase
+    n_in: int
+
+    def __call__(self, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
+        return jax.lax.scan(self.step, self.start(len(inputs)), inputs)[1]
+
+    def start(self, steps: int) -> Carry:
+        return self.cell.initialize_carry((self.n_in,), nnx.Rngs(0))
+
+    def step(self, cache: Carry, x: Float[Array, " n"]) -> tuple[Carry, Float[Array, " F"]]:
+        return self.cell(cache, x)
 
 
 class NetworkState(NamedTuple):
@@ -101,35 +116,28 @@ class _NetworkMetaLearner:
         check(hasattr(domain, "sample_task"), "domain", domain, hint)
         self.domain, self.heads = domain, heads
         (n,), (self._m,) = encoded_shapes(domain)
-        self._n_in = n + self._m
+        self._n_in, self._room = n + self._m, domain.steps + 1
 
         def build(rngs: nnx.Rngs) -> _Readout:
-            body = make(self._n_in, rngs)
-            step = lambda: self._step(body, self._start(body), jnp.zeros(self._n_in))[1]
-            self._features = features = jax.eval_shape(step).shape[0]
-            return _Readout(body, features, domain.answer_size + heads)
+            model = self._model(body := make(self._n_in, rngs))
+            step = lambda: model.step(model.start(self._room), jnp.zeros(self._n_in))[1]
+            return _Readout(body, jax.eval_shape(step).shape[0], domain.answer_size + heads)
 
         self._build = build
         split: Any = nnx.split  # into graph, parameters, and other state such as random streams
         abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
         self._graph, variables, other_state = split(abstract, nnx.Param, ...)
         rate = lambda path, variable: variable.get_metadata().get("rate", 1.0)
+        self._features = nnx.to_pure_dict(variables)["readout"].shape[1]
         self.rates: Params = nnx.to_pure_dict(nnx.map_state(rate, variables))
         """Learning rates over the outer loop's: the `rate` of each `nnx.Param`, 1 by default."""
         # Weights are drawn only if there is such state: for a large network drawing takes long.
         stateful = bool(jax.tree.leaves(other_state))
         self._rest = split(build(nnx.Rngs(0)), nnx.Param, ...)[2] if stateful else other_state
 
-    # How to run the network, which subclasses implement.
-
-    def _start(self, body: Any) -> Carry:
-        raise NotImplementedError
-
-    def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
-        raise NotImplementedError
-
-    def _episode(self, body: Any, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
-        raise NotImplementedError
+    def _model(self, body: Any) -> CausalModel:
+        """Returns the network, as `make` builds it, in the form that runs episodes."""
+        return body
 
     # The contract of `base.MetaLearner`.
 
@@ -144,7 +152,7 @@ class _NetworkMetaLearner:
     def learner(self, params: Params) -> Learner:
         """Returns the learner that runs this network through an episode, step by step."""
         network, domain = self.network(params), self.domain
-        body = network.body
+        body, model = network.body, self._model(network.body)
 
         def network_input(state: NetworkState, query: Query) -> Array:
             return jnp.concatenate([domain.encode_query(query), state.feedback])
@@ -152,19 +160,19 @@ class _NetworkMetaLearner:
         def diagnose(carry: Carry, x: Array) -> dict[str, Array]:
             return dict(body.diagnose(carry, x)) if hasattr(body, "diagnose") else {}
 
-        shapes = jax.eval_shape(lambda: diagnose(self._start(body), jnp.zeros(self._n_in)))
+        shapes = jax.eval_shape(lambda: diagnose(model.start(self._room), jnp.zeros(self._n_in)))
 
         def init(key: Key) -> NetworkState:
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            return NetworkState(self._start(body), jnp.zeros(self._m), zeros)
+            return NetworkState(model.start(self._room), jnp.zeros(self._m), zeros)
 
         def predict(state: NetworkState, query: Query) -> Answer:
-            hidden = self._step(body, state.carry, network_input(state, query))[1]
+            hidden = model.step(state.carry, network_input(state, query))[1]
             return network.outputs(hidden)[: domain.answer_size]
 
         def update(state: NetworkState, query: Query, feedback: Feedback) -> NetworkState:
             x = network_input(state, query)
-            carry, _ = self._step(body, state.carry, x)
+            carry, _ = model.step(state.carry, x)
             return NetworkState(carry, domain.encode_feedback(feedback), diagnose(state.carry, x))
 
         last_diagnoses = (lambda state: state.diagnoses) if shapes else None
@@ -175,7 +183,7 @@ class _NetworkMetaLearner:
     ) -> Float[Array, "T outputs B"]:
         """Runs whole episodes: gives the answers [T, answer_size, B], then the heads on axis 1."""
         network = self.network(params)
-        by_vmap = jax.vmap(partial(self._episode, network.body), -1, -1)
+        by_vmap = jax.vmap(self._model(network.body), -1, -1)
         run_episodes = getattr(network.body, "episodes", by_vmap)
         x, y = encoded_episodes(self.domain, queries, feedback)
         previous_y = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
@@ -193,14 +201,8 @@ class Recurrent(_NetworkMetaLearner):
     step that reads x, keyed by name, which are recorded beside the probes.
     """
 
-    def _start(self, body: Any) -> Carry:
-        return body.initialize_carry((self._n_in,), nnx.Rngs(0))
-
-    def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
-        return body(carry, x)
-
-    def _episode(self, body: Any, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
-        return jax.lax.scan(partial(self._step, body), self._start(body), inputs)[1]
+    def _model(self, body: Any) -> CausalModel:
+        return _Cell(body, self._n_in)
 
 
 class Sequence(_NetworkMetaLearner):
@@ -216,15 +218,6 @@ class Sequence(_NetworkMetaLearner):
     def cached_episodes(self) -> int:
         """Number of episodes whose backward pass, 8 arrays [T, F] each, fits a CPU core's cache."""
         return max(mesh.CPU_CACHE_BYTES // (8 * 4 * self.domain.steps * self._features), 1)
-
-    def _start(self, body: Any) -> Carry:
-        return body.start(self.domain.steps + 1)
-
-    def _step(self, body: Any, carry: Carry, x: Array) -> tuple[Carry, Array]:
-        return body.step(carry, x)
-
-    def _episode(self, body: Any, inputs: Float[Array, "T n"]) -> Float[Array, "T F"]:
-        return body(inputs)
 
 
 @dataclasses.dataclass(frozen=True)
