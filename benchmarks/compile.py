@@ -41,19 +41,19 @@ FILE = Path(__file__).with_name("compiled.json")
 COUNTED = "h100:1"
 """The target for which bytes and registers are counted."""
 PRESET = "paper"
-HEAD = """# Programs compiled for devices that were not there
+HEAD = """# Programs compiled for absent devices
 
-Written by `python -m benchmarks.compile`, whose docstring says how; on such devices nothing was
-timed. A cell has the memory that a program takes of each device; the operations on arrays in one
-turn of each of its innermost loops, in the order in which they stand; the bytes that are
-all-reduced, in such a turn or after it; the bytes that each device has after all other exchanges,
-which come once in a call; and seconds of compiling on a share of one CPU core. So 6 + 9 + 5 of an
-outer step in linear regression is a step of an episode forwards (6) and backwards (5), and between
-them one of the loop that answers for Bayes (9). Of 5 backwards, where there are few episodes, one
-adds up the parts into which XLA cut the product; where a GPU is there the faster way is taken.
-FLOPs are those of one call on the first of the devices that has a cell. Bytes are those that the
-operations of one call read and write on one H100, from its caches too; of FLOPs by bytes, it can do
-some 20 in float32 in the time of one byte from its memory. A dash: not compiled yet."""
+Written by `python -m benchmarks.compile`, whose docstring says how. Nothing was run on these
+devices, so nothing was timed. A cell lists, for each device: memory; the number of operations on
+arrays in one iteration of each innermost loop, in program order; the bytes of all-reduces, counted
+once if in a loop; the bytes that a device holds after all other exchanges, which occur once a call;
+and seconds of compiling on a share of one CPU core. For example, 6 + 9 + 5 for an outer step in
+linear regression stands for a step of an episode forwards (6), a step of the loop that computes
+Bayes' answers (9) and a step backwards (5). With few episodes one of the 5 adds up the parts into
+which XLA split the product; with a GPU present, the faster way is taken. FLOPs are those of one
+call on the first of the devices that has a cell. Bytes are those that one call reads and writes on
+one H100, its caches included, which does about 20 float32 FLOPs in the time of one byte from its
+memory. A dash: not compiled yet."""
 
 
 def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
@@ -331,7 +331,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -379,7 +379,7 @@ def test_every_backend_of_the_lstm_kernel_is_lowered(platform):
     ("given", "said"),
     [
         (["--platform", "rocm"], "--platform: invalid choice: 'rocm'"),
-        (["--only", "("], "--only: '(' is no regular expression"),
+        (["--only", "("], "--only: '(' is not a regular expression"),
         (["--platform", "cuda"], "install the compiler for cuda: pip install -e '.[aot]'"),
     ],
 )
