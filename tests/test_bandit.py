@@ -107,6 +107,7 @@ def test_networks_read_context_action_and_reward():
         (lambda: ActorCriticConfig(discount=1.1), "discount = 1.1"),
         (lambda: ActorCriticConfig(entropy=-1.0), "entropy = -1.0"),
         (lambda: ActorCriticConfig(group=1), "group = 1"),
+        (lambda: reinforce(softmax_policy(2, 2), optax.sgd(1.0), 0), "batch = 0"),
         (lambda: softmax_policy(2, 2, scale=-1.0), "scale = -1.0"),
     ],
 )

@@ -264,3 +264,7 @@ def test_bad_networks_are_named():
     for fields in ({"depth": 0}, {"width": 0}, {"scale": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(fields))):
             deep_linear(2, 2, **fields)
+    with pytest.raises(ConfigError, match="batch"):
+        gradient(deep_linear(2, 2), optax.sgd(0.1), 0)
+    with pytest.raises(ConfigError, match="points = 5: must be no fewer than the batch of 6"):
+        gradient(deep_linear(2, 2), optax.sgd(0.1), 6, points=5)

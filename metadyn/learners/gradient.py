@@ -164,8 +164,11 @@ def gradient(
 
     Minibatches are fresh, or drawn from a fixed dataset of `points` pairs. If `points` equals
     `batch`, every update uses all of them (full batch). The state is (weights, optimiser state) and
-    the time t counts optimiser updates.
+    the time t counts optimiser updates. Raises `ConfigError` if `points` is below `batch`.
     """
+    check(batch >= 1, "batch", batch, "must be at least 1")
+    hint = f"must be no fewer than the batch of {batch}"
+    check(points is None or points >= batch, "points", points, hint)
 
     def objective(weights: Weights, query: Query, feedback: Feedback) -> Array:
         answers = jax.vmap(network.apply, (None, 0))(weights, query)
@@ -243,6 +246,7 @@ def reinforce(network: Network, optimizer: optax.GradientTransformation, batch: 
     r̄ starts at 0, and each update moves it by 0.01 of the way to the mean of the batch's rewards.
     The time t counts updates.
     """
+    check(batch >= 1, "batch", batch, "must be at least 1")
 
     def objective(weights: Weights, query: Query, choices: tuple[Array, Array]) -> Array:
         action, advantage = choices
