@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     claims.add_argument("folder", help="a folder of studies")
     claims.add_argument("dir", metavar="DIR", nargs="*", default=[], help="finished runs")
     completion = commands.add_parser("completion", help="print a shell's completion script")
-    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    completion.add_argument("shell", choices=["bash", "zsh"])
     completion.set_defaults(commands=commands.choices)
     for name, (function, example) in _DOES.items():
         command = commands.choices[name]

@@ -18,7 +18,7 @@ from metadyn.study import load_study, study_names
 
 
 def script(commands: Mapping[str, argparse.ArgumentParser], shell: str) -> str:
-    """Returns the completion script of bash, zsh or tcsh for commands and the options of studies.
+    """Returns the completion script of bash or zsh for commands and the options of studies.
 
     After `run` it offers the options of each study's quick preset. The user sources the script, or
     puts it where the shell looks for completion scripts.

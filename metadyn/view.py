@@ -169,6 +169,7 @@ def _groups(
         parts = [trajectories.about(first).title, set_title, "" if probe == STRENGTH else probe]
         yield {
             "name": name + figures.ending(probe),
+            "task_set": name,
             "title": ": ".join(part for part in parts if part),
             "merit": dynamics.merit_name(first, probe),
             "values": _rounded(modes.values),
@@ -210,7 +211,7 @@ def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str,
     for data in (data for data in measured.values() if "outer_step" in data.dims):
         excess = dynamics.measured_excess(data, bayes)
         yield {
-            "group": name.replace(HELDOUT, TRACKED, 1),
+            "task_set": name.replace(HELDOUT, TRACKED, 1),
             "name": trajectories.about(data).learner,
             "label": plain(trajectories.about(data).label),
             "steps": data["outer_step"].to_numpy().tolist(),

@@ -84,6 +84,15 @@ def test_losses_are_those_of_the_run(run):
     np.testing.assert_allclose(losses["excess"][0], expected, rtol=1e-3)
 
 
+def test_every_probe_on_a_task_set_has_its_losses_beside_it(run):
+    (losses,) = view.collect(run)["losses"]
+    data = run.results()["tracked", "lstm"]
+    probed = data.assign(far=data["mode_strength"])
+    groups = [*view._groups("tracked", {"lstm": probed}, page_runs=1)]
+    assert [group["name"] for group in groups] == ["tracked", "tracked_far"]
+    assert {group["task_set"] for group in groups} == {losses["task_set"]}
+
+
 def test_text_of_a_run_stays_text(run):
     page = view.page(view.collect(run))
     assert EVIL not in page
