@@ -574,7 +574,7 @@ def test_a_study_imports_what_stands_beside_it(tmp_path, monkeypatch):
 
 def test_what_is_put_beside_a_study_must_be_a_contender():
     study = load_study(TINY).beside("mine", lambda comparison: None)
-    with pytest.raises(metadyn.ConfigError, match=r"NoneType.*must be a metadyn\.Contender"):
+    with pytest.raises(metadyn.ConfigError, match=r"NoneType.*that return a `metadyn\.Contender"):
         study.plan(study.presets["quick"])
 
 
