@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="list the studies, their presets, how long they took")
     claims = commands.add_parser(
         "claims",
-        help="judge the paper's claims by the results of runs",
+        help="judge the claims, the paper's and ours, by the results of runs",
         description="Copies the results of the given runs into the folder of studies, and rewrites "
         "the tables in its README.md.",
     )

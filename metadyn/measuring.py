@@ -190,7 +190,7 @@ def _check_read(name: str, probe: Probe, shapes: Mapping[str, tuple[int, ...]]) 
     modes = len(probe.modes.values)
     valid = shapes.get("strength") == (modes,)
     hint = f"`read` must return 'strength' of shape ({modes},), a number per mode"
-    check(valid, f"probe {name!r}", sorted(shapes), hint)
+    check(valid, f"probe {name!r}", dict(shapes), hint)
     declared = {extra: len(axes) for extra, axes in probe.extras.items()}
     read = {extra: len(shape) for extra, shape in shapes.items() if extra != "strength"}
     hint = f"`extras` must name as many axes for each as `read` returns, not {declared}"

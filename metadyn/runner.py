@@ -159,7 +159,7 @@ class Runner:
             self.loop.seconds[measurement.meta] = about["seconds"]
         return self.store.restore_state(step, self.loop.abstract)
 
-    def means(self, metrics: Metrics) -> dict[str, dict[str, float]]:
+    def means(self, metrics: MetricsByLearner) -> dict[str, dict[str, float]]:
         """Returns the means over seeds of all metrics, and the excess loss over Bayes."""
         means = {
             name: {metric: float(np.mean(value)) for metric, value in values.items()}
@@ -216,9 +216,9 @@ class Runner:
         self.store.finish()
 
 
-Metrics = Mapping[str, Mapping[str, Any]]
-"""Metrics [seed], keyed by meta-learner and metric, on the devices or as NumPy arrays."""
-Dispatches = Iterator[tuple[Sequence[TrainState], Sequence[Metrics]]]
+MetricsByLearner = Mapping[str, Mapping[str, Any]]
+"""MetricsByLearner [seed], keyed by meta-learner and metric, on the devices or as NumPy arrays."""
+Dispatches = Iterator[tuple[Sequence[TrainState], Sequence[MetricsByLearner]]]
 """States and metrics of each plan, after each dispatch."""
 
 
@@ -251,7 +251,7 @@ def train(
             if int(states[i].step) not in runner.stored:
                 runner.save(states[i])
 
-    def drop_diverged(step: int, metrics: Sequence[Metrics]) -> None:
+    def drop_diverged(step: int, metrics: Sequence[MetricsByLearner]) -> None:
         for i, runner in [*active.items()]:
             try:
                 runner.loop.check_finite(step, metrics[i])
