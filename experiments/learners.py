@@ -102,7 +102,7 @@ def costs(row: str, domain, meta, seconds: float):
 
     keys = jax.random.split(jax.random.key(0), 1)
     pairs = jax.eval_shape(jax.vmap(episode, (None, 0), -1), params, keys)
-    count = operations(meta.unroll, params, *pairs)
+    count = operations(jax.make_jaxpr(meta.unroll)(params, *pairs).jaxpr)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     for cost, value, text in (
         ("parameters", size, "outer parameters"),
