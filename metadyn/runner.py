@@ -217,7 +217,7 @@ class Runner:
 
 
 MetricsByLearner = Mapping[str, Mapping[str, Any]]
-"""MetricsByLearner [seed], keyed by meta-learner and metric, on the devices or as NumPy arrays."""
+"""Metrics [seed], keyed by meta-learner and metric, on the devices or as NumPy arrays."""
 Dispatches = Iterator[tuple[Sequence[TrainState], Sequence[MetricsByLearner]]]
 """States and metrics of each plan, after each dispatch."""
 
