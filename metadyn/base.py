@@ -94,7 +94,7 @@ class MetaLearner(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Derived:
-    """A family of learners built from the trained outer parameters of a meta-learner."""
+    """Learners built from a meta-learner's trained parameters, and never trained themselves."""
 
     meta: MetaLearner | Derived
     """The meta-learner, or another such family, whose outer parameters are used."""

@@ -169,7 +169,7 @@ def check_step(tasks: TaskSet, contender: Contender) -> None:
     def trace(key: Key, params: Params, task: Any, state: Any) -> None:
         learner = contender.make(params)
         after, loss = inner.episode_step(tasks.domain, learner, task, key, jnp.int32(0), state)
-        check(jnp.shape(loss) == (), "loss", f"of shape {jnp.shape(loss)}", "must be one number")
+        check(jnp.shape(loss) == (), "loss.shape", jnp.shape(loss), "must be one number")
         (leaves, tree), (new_leaves, new_tree) = map(jax.tree.flatten, (state, after))
         same: bool = tree == new_tree  # type: ignore[operator]
         check(same, "update", new_tree, f"must keep the structure of init's state, {tree}")

@@ -372,9 +372,9 @@ def local_episodes(total: int) -> Int[Array, " share"]:
 def microbatch(episodes: int, together: int = 1, cached: int = CACHED_EPISODES) -> int:
     """Chooses how many of its episodes a device differentiates at a time, in equal parts.
 
-    A part is a multiple of `together`. On a CPU core it is the largest of at most `cached`
-    episodes, whose backward pass is said to fit into the core's cache, if it has more than half of
-    these. Otherwise, and on other devices, one part has all `episodes`.
+    On a CPU core: the largest divisor of `episodes` that is a multiple of `together`, and above
+    half of `cached`, the episodes whose backward pass fits into the core's cache, but no greater
+    than `cached` (or `together`). If there is none, and on other devices: all `episodes`.
     """
     if backend() != "cpu":
         return episodes

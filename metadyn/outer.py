@@ -159,9 +159,9 @@ class MetaTraining(NamedTuple):
         def checked_metrics(loss_fn: Any, *args: Any) -> list[str]:
             loss, metrics = jax.eval_shape(loss_fn, *args, params, keys)
             for label, value in [("loss", loss), *metrics.items()]:
-                check(value.shape == (), label, f"of shape {value.shape}", "must be one number")
+                check(value.shape == (), f"{label}.shape", value.shape, "must be one number")
                 floating = jnp.issubdtype(value.dtype, jnp.floating)
-                check(floating, label, f"of type {value.dtype}", "must be a floating-point number")
+                check(floating, f"{label}.dtype", value.dtype.name, "must be a floating-point type")
             return [f"{label}: {value.dtype}" for label, value in sorted(metrics.items())]
 
         with error_context(f"the objective of {name} cannot be computed"):

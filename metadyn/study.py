@@ -90,7 +90,7 @@ class MeasureConfig:
     probe_points: int = 32
     """Number of queries in a probe."""
     chunk: int = 4096
-    """Number of tasks measured at a time, which bounds the memory."""
+    """Number of tasks in one call, which bounds the memory; sets of all sizes share a program."""
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
@@ -325,10 +325,9 @@ class Comparison:
             source = contender.derived_from or (contender.name if contender.trained else "")
             check(source in ("", *trained), "derived_from", source, hint)
         bayes_count = sum(contender.kind == "bayes" for contender in self.contenders)
-        label = f"comparison {self.name or 'of ' + type(self.domain).__name__}"
-        hint = "meta-learners need exactly one such contender, to compare with"
-        valid = bayes_count == 1 or not self.metas
-        check(valid, label, f"{bayes_count} of kind 'bayes'", hint)
+        label = f"comparison {self.name or 'of ' + type(self.domain).__name__}: kind 'bayes'"
+        hint = "number of such contenders; meta-learners need exactly one, to compare with"
+        check(bayes_count == 1 or not self.metas, label, bayes_count, hint)
 
     @property
     def metas(self) -> list[Contender]:

@@ -3,7 +3,8 @@
 The numbers of a configuration, such as σ, a learning rate or a prior covariance, are constants in
 the program that JAX traces from it. Programs of the same form, operation by operation, that differ
 only in such constants are compiled once: each constant that differs becomes an argument, which may
-be batched. Domains, learners and objectives need no code for this.
+be batched. Domains, learners and objectives need no code for this: they may check their numbers and
+compute with them in NumPy, which numbers that are arguments from the start would forbid.
 """
 
 from __future__ import annotations

@@ -546,10 +546,10 @@ def failing_objective(domain, meta):
     ("objective", "says"),
     [
         (without_metrics, "TypeError"),
-        (of_several_numbers, "loss = 'of shape (2,)': must be one number"),
-        (of_whole_numbers, "solved = 'of type bool': must be a floating-point number"),
+        (of_several_numbers, "loss.shape = (2,): must be one number"),
+        (of_whole_numbers, "solved.dtype = 'bool': must be a floating-point type"),
         (of_other_metrics_later, "['loss: float32']: must be the same at every outer step, []"),
-        (of_several_numbers_later, "loss = 'of shape (2,)': must be one number"),
+        (of_several_numbers_later, "loss.shape = (2,): must be one number"),
         (that_branches_on_the_step, "TracerBoolConversionError"),
         (failing_objective, "KeyError"),
     ],

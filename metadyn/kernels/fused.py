@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from metadyn import mesh
 
-# LEAST is the shortest side that Triton takes in a product, TILE the hidden units in a tile.
+# MIN_SIDE is the shortest side that Triton takes in a product, TILE the hidden units in a tile.
 GATES, MIN_SIDE, TILE, WARPS = 4, 16, 64, 4
 SMALL_BLOCK, LARGE_BLOCK = 32, 64  # episodes: like TILE and WARPS our choice, fast on an H100
 

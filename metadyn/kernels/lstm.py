@@ -33,8 +33,8 @@ class LSTMWeights(NamedTuple):
 def multiply(matrix: Float[Array, "m n"], columns: Float[Array, " n *B"]) -> Float[Array, " m *B"]:
     """Multiplies a matrix by columns, or by a single column.
 
-    A single column is the left factor. When it is mapped over episodes, the product then has its
-    features last, as all other arrays have, and a probe's many queries transpose nothing.
+    A single column c is computed as c Mᵀ, which is equal: under `vmap` over episodes that is one
+    product X Mᵀ, [B, features], so that a probe's many queries transpose nothing.
     """
     return columns @ matrix.T if columns.ndim == 1 else matrix @ columns
 

@@ -35,8 +35,8 @@ class BlocksConfig:
     mixer: ClassVar[Any]
     """Part of a block that lets a token depend on earlier ones. `mixer(config, steps, rngs=rngs)`
     makes it, for episodes of `steps` tokens. It is a `CausalModel` that runs many episodes at once,
-    [..., T, H]. For an output alone, its `step` must compute nothing as large as its memory: a
-    probe asks many queries of one memory."""
+    [..., T, H]. Its `step` must compute the output from the old memory, not from the new one: XLA
+    then drops the new memory where a probe asks many queries of one memory."""
 
     def __post_init__(self) -> None:
         check_positive(self, "hidden", "layers", "mlp", "outer_learning_rate")
