@@ -325,9 +325,10 @@ class Comparison:
             source = contender.derived_from or (contender.name if contender.trained else "")
             check(source in ("", *trained), "derived_from", source, hint)
         bayes_count = sum(contender.kind == "bayes" for contender in self.contenders)
-        label = f"comparison {self.name or 'of ' + type(self.domain).__name__}: kind 'bayes'"
-        hint = "number of such contenders; meta-learners need exactly one, to compare with"
-        check(bayes_count == 1 or not self.metas, label, bayes_count, hint)
+        label = f"comparison {self.name or 'of ' + type(self.domain).__name__}"
+        hint = f"{label} has meta-learners, which need exactly one to compare with"
+        valid = bayes_count == 1 or not self.metas
+        check(valid, "contenders of kind 'bayes'", bayes_count, hint)
 
     @property
     def metas(self) -> list[Contender]:
