@@ -140,7 +140,9 @@ def measure(
         check(positive(tasks), "tasks", tasks, hint)
         with error_context("the domain's `evaluation` fails"):
             evaluation = domain.evaluation(points)
-        tasks = dataclasses.replace(evaluation, size=tasks, updating_size=updating_tasks)
+        tasks = dataclasses.replace(
+            evaluation, size=tasks, updating_size=updating_tasks, option="tasks"
+        )
     check(tasks.domain == domain, "domain", domain, "must be the domain of `tasks`")
     hint = "must map at least one name to a learner"
     check(isinstance(learners, Mapping) and learners, "learners", learners, hint)

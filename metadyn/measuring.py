@@ -213,7 +213,7 @@ def check_readings_fit(tasks: TaskSet, contender: Contender, seeds: int) -> None
     needed_bytes = 2 * bytes_needed(tasks, contender, seeds)  # with a copy
     times, size = len(contender.times_in(tasks.domain)), tasks.size_for(contender.clock)
     what = f"{contender.name} on {size:,} tasks of {tasks.name!r} at {times:,} times"
-    option, n = "updating_tasks" if size < tasks.size else tasks.option or "tasks", size
+    option, n = "updating_tasks" if size < tasks.size else tasks.option or "size", size
     if times > size and contender.times is None:
         option, n = "steps", tasks.domain.steps
     mesh.require_memory(what, needed_bytes, option, n, split=True)

@@ -154,10 +154,11 @@ def _denotes(text: str, value: Any) -> bool:
 
 def options_of(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     """Yields every option of a configuration, a dataclass or its JSON, with its value."""
-    values = config if isinstance(config, dict) else dataclasses.asdict(config)
-    for name, value in values.items():
+    names = [*config] if isinstance(config, dict) else [f.name for f in dataclasses.fields(config)]
+    for name in names:  # `asdict` would copy values, and some of a user's may not be copied
+        value = config[name] if isinstance(config, dict) else getattr(config, name)
         option = prefix + str(name).replace("_", "-")
-        if isinstance(value, dict):
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
             yield from options_of(value, f"{option}.")
         else:
             yield option, value

@@ -215,7 +215,8 @@ def report(
             if share:
                 count = number(limit // share)
                 say(f"settings that would fit into the memory side by side: {count}")
-            if target is None and mesh.backend() == "cpu" and planned.timed:
+            fits = all(row.memory <= limit for group, row in rows if group is planned)
+            if target is None and mesh.backend() == "cpu" and planned.timed and fits:
                 with progress.counting("timing", 1) as show:
                     show("outer steps")
                     seconds = planned.timed()

@@ -90,7 +90,7 @@ class MeasureConfig:
     probe_points: int = 32
     """Number of queries in a probe."""
     chunk: int = 4096
-    """Number of tasks in one call, which bounds the memory; sets of all sizes share a program."""
+    """Number of tasks measured in one call, which bounds the memory."""
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
@@ -440,8 +440,8 @@ class Measurement(NamedTuple):
 
         `params` are the outer parameters of all meta-learners in `Plan.trained`, or their shapes.
         """
-        outer_params, chunk = params.get(self.meta, ()), self.part.measure.chunk
-        return self.tasks, self.contender, outer_params, key, chunk
+        outer_params = params.get(self.meta, ()) if self.contender.seeded else ()
+        return self.tasks, self.contender, outer_params, key, self.part.measure.chunk
 
 
 @dataclasses.dataclass(frozen=True)

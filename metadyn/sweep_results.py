@@ -92,7 +92,7 @@ def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
 
 
 def measured(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:
-    """Computes the figures of merit of each setting, in one row per tracked meta-learner.
+    """Computes the figures of merit of each setting, in one row per meta-learner that is followed.
 
     They are how far it staggers once trained, its excess loss on held-out tasks, and the seconds
     its training took. Estimates are [value, low, high]. A setting that has none has one row, whose

@@ -85,7 +85,7 @@ def _run(run: RunFolder, progress: Progress, page_runs: int) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(MOST_SETTINGS)
+@functools.lru_cache(2 * MOST_SETTINGS)  # the best ones may change between two reads
 def _setting_run(folder: SweepFolder, i: int, page_runs: int, stored: str) -> dict[str, Any]:
     """Returns the data of a setting's run. `stored` is an argument so that the cache depends on it.
 
@@ -256,12 +256,12 @@ def server(
             if self.headers.get("Host", "").partition(":")[0] not in (LOCAL, "localhost"):
                 return self._answer(403, "text/plain", "open this on the serving machine")
             try:
-                data, tag = current()
+                body, data, tag = current()
             except ConfigError as error:
                 return self._answer(500, "text/plain", str(error))
             if self.path == "/data.json":
                 unchanged = self.headers.get("If-None-Match") == tag
-                code, text = (304, "") if unchanged else (200, json.dumps(data, allow_nan=False))
+                code, text = (304, "") if unchanged else (200, body)
                 return self._answer(code, "application/json", text, tag)
             if self.path == "/":
                 return self._answer(200, "text/html", page(data))
@@ -289,12 +289,14 @@ def server(
         raise ConfigError(message) from error
     stored, shown, reading = _stored(of), collect(of, progress), threading.Lock()
 
-    def current() -> tuple[dict[str, Any], str]:
-        """Returns the page's data, read again if more is stored, and their entity tag."""
+    def current() -> tuple[str, dict[str, Any], str]:
+        """Returns the page's data, read again if more is stored, as JSON too, and an entity tag."""
         nonlocal stored, shown
         with reading:
             if stored != (now := _stored(of)):
                 shown, stored = collect(of), now
-            return shown | {"live": True}, f'"{hashlib.sha256(stored.encode()).hexdigest()}"'
+            data = shown | {"live": True}
+        body = json.dumps(data, allow_nan=False)
+        return body, data, f'"{hashlib.sha256(body.encode()).hexdigest()}"'
 
     return http_server

@@ -237,6 +237,10 @@ def test_what_is_measured_beside_the_contenders_is_none_that_would_need_training
     copy = meta.remade(lambda learner: learner, name="copy")
     *_, last = dataclasses.replace(whole, pairs=[(tasks, copy)]).measurements
     assert (last.tasks, last.contender) == (tasks, copy)
+    # An ordinary learner takes no outer parameters, whatever it is called.
+    plain = md.Contender(meta.name, "Bayes", bayes_linear(Config().domain))
+    *_, last = dataclasses.replace(whole, pairs=[(tasks, plain)]).measurements
+    assert last.arguments({last.meta: "weights"}, None)[2] == ()
 
 
 def test_a_derived_learner_says_whose_parameters_it_takes():

@@ -152,6 +152,12 @@ def test_a_run_that_goes_on_is_served_anew_once_a_checkpoint_lands(run, tmp_path
         assert asked(server, "/data.json", Host="elsewhere.example:80")[0] == 403
         assert asked(server, "/data.json", Host="127.0.0.1")[0] == 200  # as browsers say of port 80
         server.shutdown()
+    config = json.loads((live / "config.json").read_text()) | {"seed": 7}
+    (live / "config.json").write_text(json.dumps(config))
+    with served(metadyn.RunFolder(live)) as server:  # another run of the same shape
+        code, other, _ = asked(server, "/data.json", **{"If-None-Match": newer})
+        assert (code, other == newer) == (200, False)
+        server.shutdown()
 
 
 def test_bad_input_is_one_line(run, tmp_path, capsys):
