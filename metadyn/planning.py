@@ -37,7 +37,7 @@ class Program(NamedTuple):
     """Mean number of turns of each of its loops of unknown length, for counting FLOPs."""
     option: str = "measure.chunk"
     """The option to change if the program does not fit."""
-    fix: str = "lower it"
+    hint: str = "lower it"
     """How to change the option."""
     settings: int = 0
     """How many settings of a sweep it trains at once. 0: it does not train, or is of one run."""
@@ -168,7 +168,7 @@ def _of_group(
         all_rows = program._replace(trace=partial(rows.trace, name), settings=count)
         if count > 1:
             label, hint = f"{program.name} × {count} settings", "use more parts"
-            all_rows = all_rows._replace(name=label, option=f"--part {part}", fix=hint)
+            all_rows = all_rows._replace(name=label, option=f"--part {part}", hint=hint)
         combined[name] = all_rows
     for program in (entry for listing in listings for entry in listing[len(plan.trained) :]):
         form, _ = split_constants(program.trace().jaxpr)
@@ -238,10 +238,10 @@ def report(
         raise ConfigError(f"--out {out}: arrays may take {size(stored)}, but {size(free)} is free")
 
 
-def does_not_fit(program: Program, said: str) -> ConfigError:
+def does_not_fit(program: Program, message: str) -> ConfigError:
     """Makes the error for a program that does not fit, with the option to change."""
-    said = f"{program.name} {said}; {program.fix}"
-    return ConfigError(f"{program.option}: {said}", program.option, None, said)
+    hint = f"{program.name} {message}; {program.hint}"
+    return ConfigError(f"{program.option}: {hint}", program.option, None, hint)
 
 
 LINE = "{:44} {:>11} {:>9} {:>13} {:>9}"

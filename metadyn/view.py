@@ -256,7 +256,7 @@ def server(
             if self.headers.get("Host", "").partition(":")[0] not in (LOCAL, "localhost"):
                 return self._answer(403, "text/plain", "open this on the serving machine")
             try:
-                body, data, tag = current()
+                data, body, tag = current()
             except ConfigError as error:
                 return self._answer(500, "text/plain", str(error))
             if self.path == "/data.json":
@@ -287,16 +287,21 @@ def server(
     except OSError as error:
         message = f"--serve {port}: {error.strerror}: choose another port"
         raise ConfigError(message) from error
-    stored, shown, reading = _stored(of), collect(of, progress), threading.Lock()
+    stored, reading = _stored(of), threading.Lock()
 
-    def current() -> tuple[str, dict[str, Any], str]:
-        """Returns the page's data, read again if more is stored, as JSON too, and an entity tag."""
+    def read(progress: Progress = SILENT) -> tuple[dict[str, Any], str, str]:
+        data = collect(of, progress) | {"live": True}
+        body = json.dumps(data, allow_nan=False)
+        return data, body, f'"{hashlib.sha256(body.encode()).hexdigest()}"'
+
+    shown = read(progress)
+
+    def current() -> tuple[dict[str, Any], str, str]:
+        """Returns the page's data, their JSON and its entity tag, read again if more is stored."""
         nonlocal stored, shown
         with reading:
             if stored != (now := _stored(of)):
-                shown, stored = collect(of), now
-            data = shown | {"live": True}
-        body = json.dumps(data, allow_nan=False)
-        return body, data, f'"{hashlib.sha256(body.encode()).hexdigest()}"'
+                shown, stored = read(), now
+            return shown
 
     return http_server

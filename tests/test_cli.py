@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import get_args
@@ -21,7 +22,7 @@ import metadyn
 from metadyn import cli, figures, runner
 from metadyn.cli import main
 from metadyn.errors import ConfigError, check_positive
-from metadyn.options import configured
+from metadyn.options import configured, options_of
 from metadyn.store import RunFolder
 from metadyn.study import Network, load_study
 
@@ -495,6 +496,11 @@ def test_options_that_nobody_reads_are_no_error():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_options_are_named_of_a_configuration_that_cannot_be_copied():
+    fields = dataclasses.make_dataclass("Fields", ["lock"])(threading.Lock())
+    assert dict(options_of(fields)) == {"--lock": fields.lock}
 
 
 @dataclasses.dataclass
