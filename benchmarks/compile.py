@@ -13,7 +13,7 @@ not in full float32, or what GPUs and TPUs lack: float64, or LAPACK's calls.
 
 For one H100 it also counts the bytes that a call reads and writes, and NVIDIA's `ptxas` reports how
 many registers a thread of each fused LSTM kernel uses, and how many bytes it spills ("kernel:
-fused, ..."). XLA's text of a program for TPUs does not give the trip counts of loops, nor plainly
+fused..."). XLA's text of a program for TPUs does not give the trip counts of loops, nor plainly
 what stays in the chip's own memory.
 """
 
@@ -70,22 +70,28 @@ def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
     yield from planning.programs(plan, loop)
 
 
+EPISODES, STEPS, INPUTS = 16_384, 20, 6
+"""Sizes for which the LSTM kernel is compiled: a batch, the steps of an episode, numbers in one."""
+
+
 def kernels(platform: str, hidden: int = 64, sharding: Any = None) -> Iterator[Any]:
     """Yields the gradient through each backend of the LSTM kernel that a platform has."""
     import jax
     import jax.numpy as jnp
 
+    from metadyn.kernels.fused import fits
     from metadyn.kernels.lstm import Backend, LSTMWeights, lstm
 
-    inputs, episodes = 6, 128
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    weights = LSTMWeights(array(4 * hidden, inputs), array(4 * hidden, hidden), array(4 * hidden))
+    weights = LSTMWeights(array(4 * hidden, INPUTS), array(4 * hidden, hidden), array(4 * hidden))
+    episodes = array(STEPS, INPUTS, EPISODES), array(STEPS, hidden, EPISODES)
     for backend in get_args(Backend):
-        if backend != "fused" or platform == "cuda":
-            loss = lambda weights, x, backend=backend: jnp.sum(lstm(weights, x, backend))
+        is_fused, is_remat = backend.startswith("fused"), backend == "fused_remat"
+        if not is_fused or (platform == "cuda" and fits(hidden, INPUTS, is_remat)):
+            run = partial(lstm, backend=backend)
+            loss = lambda weights, x, by_h, run=run: jnp.vdot(by_h, run(weights, x))
             gradient = jax.jit(jax.grad(loss, (0, 1)))
-            trace = partial(gradient.trace, weights, array(20, inputs, episodes))
-            yield SimpleNamespace(name=backend, trace=trace)
+            yield SimpleNamespace(name=backend, trace=partial(gradient.trace, weights, *episodes))
 
 
 def lowered(program: Any, platform: str) -> str:
@@ -176,26 +182,34 @@ def compiled(
 
 
 FUSED = {
-    f"kernel: fused, {hidden} units, products in {label}": (hidden, precision)
-    for hidden in (64, 128, 256)
+    f"kernel: {backend}, {hidden} units, products in {label}": (backend, hidden, precision)
+    for backend, hidden in (("fused", 64), ("fused_remat", 64), ("fused", 128), ("fused", 256))
     for label, precision in {"float32": "float32", "TensorFloat32": "tensorfloat32"}.items()
 }
-"""Fused kernels whose registers are counted: hidden units, and JAX's name of the precision."""
+"""Fused kernels whose registers and bytes are counted: backend, hidden units, JAX's precision."""
 
 
-def registers(hidden: int, precision: str, there: Any) -> dict[str, list[int]]:
-    """Returns registers per thread, and bytes spilled, of each fused kernel by NVIDIA's `ptxas`."""
+def registers(backend: str, hidden: int, precision: str, there: Any) -> dict[str, Any]:
+    """Returns what the two kernels of a fused backend need, compiled for a device that is not here.
+
+    "forward" and "backward" are registers per thread and bytes spilled, by NVIDIA's `ptxas`.
+    "bytes" are those that an episode reads and writes, forwards and backwards (`hlo.moved`).
+    """
     import jax
     from nvidia import cu13 as nvidia  # from the extra `aot`
 
-    assembler, usage = Path(next(iter(nvidia.__path__)), "bin", "ptxas"), {}
+    from benchmarks import hlo
+
+    assembler = Path(next(iter(nvidia.__path__)), "bin", "ptxas")
     sharding = jax.sharding.SingleDeviceSharding(there.devices[0])
     with jax.default_matmul_precision(precision), tempfile.TemporaryDirectory() as folder:
         with said_to_be_here("cuda"):
-            (fused,) = (p for p in kernels("cuda", hidden, sharding) if p.name == "fused")
-            fused.trace().lower().compile({**there.options[0], "xla_dump_to": folder})
+            (kernel,) = (p for p in kernels("cuda", hidden, sharding) if p.name == backend)
+            lowered = kernel.trace().lower()
+            executable = lowered.compile({**there.options[0], "xla_dump_to": folder})
+        usage: dict[str, Any] = {"bytes": round(hlo.moved(executable.as_text()) / EPISODES)}
         for path in Path(folder).glob("*.ptx"):
-            if match := re.search(r"\.entry (forward|backward)_kernel", path.read_text()):
+            if match := re.search(r"\.entry (forward|backward)\w*_kernel", path.read_text()):
                 command = [assembler, "-v", "-arch=sm_90a", path, "-o", os.devnull]
                 report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
                 usage[match[1]] = used(report)
@@ -217,13 +231,17 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
     yield HEAD
     if fused_rows := {name: rows[name][COUNTED] for name in FUSED if name in rows}:
         yield ""
-        yield "## Registers of a thread, and bytes that it spills, on one H100"
+        yield "## The fused kernels of the LSTM on one H100"
         yield ""
-        yield "| kernel of the LSTM | forwards | backwards |"
-        yield "| --- | --- | --- |"
+        yield "Registers of a thread and bytes that it spills, and the bytes that an episode of 20"
+        yield "steps, forwards and backwards, reads and writes in a batch of 16,384."
+        yield ""
+        yield "| kernel of the LSTM | forwards | backwards | bytes an episode |"
+        yield "| --- | --- | --- | --- |"
         for name, usage in fused_rows.items():
             cells = ("{}, {} B".format(*usage[kernel]) for kernel in ("forward", "backward"))
-            yield f"| {name.partition(': ')[2]} | {' | '.join(cells)} |"
+            moved_text = f"{usage['bytes']:,}"
+            yield f"| {name.partition(': ')[2]} | {' | '.join(cells)} | {moved_text} |"
     for study in sorted({name.partition(": ")[0] for name in rows if name not in FUSED}):
         study_rows = {
             n.partition(": ")[2]: r for n, r in rows.items() if n.startswith(f"{study}: ")

@@ -39,11 +39,14 @@ def case(hidden, batch, steps, inputs):
     ],
 )
 @pytest.mark.parametrize("block", [fused.SMALL_BLOCK, fused.LARGE_BLOCK])
+@pytest.mark.parametrize("remat", [False, True])
 @jax.default_matmul_precision("float32")
 def test_values_and_gradients_are_those_of_the_reference(
-    hidden, batch, steps, inputs, block, monkeypatch
+    hidden, batch, steps, inputs, block, remat, monkeypatch
 ):
     """To 1e-5 of the greatest entry, at float32, in blocks of as many episodes as on GPUs."""
+    if not fused.fits(hidden, inputs, remat):
+        pytest.skip("of one tile alone")
     monkeypatch.setattr(fused, "LARGE_BLOCK", block)  # what is interpreted takes many
     weights, x, direction = case(hidden, batch, steps, inputs)
 
@@ -51,18 +54,19 @@ def test_values_and_gradients_are_those_of_the_reference(
         h, vjp = jax.vjp(run, weights, x)
         return h, vjp(direction)
 
-    ours = jax.jit(lambda: found(lambda w, x: fused.lstm(*w, x)))()
+    ours = jax.jit(lambda: found(lambda w, x: fused.lstm(*w, x, remat)))()
     theirs = jax.jit(lambda: found(lambda w, x: lstm(w, x, "scan")))()
     for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
 
 
+@pytest.mark.parametrize("remat", [False, True])
 @jax.default_matmul_precision("float32")
-def test_seeds_are_one_more_axis_of_the_blocks():
+def test_seeds_are_one_more_axis_of_the_blocks(remat):
     weights, x, _ = case(16, 5, 3, 4)
     two = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), weights)
     loss = lambda run: lambda w: (jnp.sum(jnp.sin(h := run(w))), h)
-    ours = jax.grad(loss(lambda w: fused.lstm(*w, x)), has_aux=True)
+    ours = jax.grad(loss(lambda w: fused.lstm(*w, x, remat)), has_aux=True)
     both = jax.vmap(ours)(two)
     for seed in range(2):
         one = lambda leaf, seed=seed: leaf[seed]
@@ -70,6 +74,7 @@ def test_seeds_are_one_more_axis_of_the_blocks():
         chex.assert_trees_all_close(jax.tree.map(one, both), each, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
     ("asked", "made"),
     [
@@ -78,12 +83,12 @@ def test_seeds_are_one_more_axis_of_the_blocks():
         ("bfloat16", (jax.lax.Precision.DEFAULT,) * 2),
     ],
 )
-def test_float32_is_three_products_in_every_kernel(asked, made, monkeypatch):
+def test_float32_is_three_products_in_every_kernel(asked, made, remat, monkeypatch):
     """And what else JAX says holds in kernels as it does elsewhere."""
     weights, x, _ = case(64, 4, 2, 3)
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
     with jax.default_matmul_precision(asked):
-        loss = lambda w: jnp.sum(fused.lstm(*w, x))
+        loss = lambda w: jnp.sum(fused.lstm(*w, x, remat))
         program = jax.make_jaxpr(jax.grad(loss))(weights)
     said = [*precisions(program.jaxpr)]
     assert len(said) > 2
@@ -110,12 +115,46 @@ def test_operations_of_a_kernel_count_for_each_block():
     assert products < block < 1.2 * products
 
 
+@pytest.mark.parametrize(("remat", "least", "most"), [(False, 100e3, 200e3), (True, 30e3, 40e3)])
+def test_an_episode_reads_and_writes_less_where_the_gates_are_not_stored(
+    remat, least, most, monkeypatch
+):
+    """Bytes of all arrays that kernels, products and sums take and give, with 64 units, T = 20."""
+    monkeypatch.setattr(mesh, "backend", lambda: "gpu")
+    batch = 16_384
+    shapes = ((256, 6), (256, 64), (256,), (20, 6, batch), (20, 64, batch))
+    *weights, x, by_h = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    gradient = lambda w, x, by_h: jax.vjp(lambda w: fused.lstm(*w, x, remat), w)[1](by_h)
+    program = jax.make_jaxpr(gradient)(LSTMWeights(*weights), x, by_h)
+    costly = {"pallas_call", "dot_general", "reduce_sum"}
+    arrays = [
+        each.aval
+        for equation in equations(program.jaxpr)
+        if equation.primitive.name in costly and max(v.aval.size for v in equation.invars) > batch
+        for each in (*equation.invars, *equation.outvars)
+    ]
+    assert least < 4 * sum(array.size for array in arrays) / batch < most
+
+
+def equations(jaxpr):
+    """All equations of a program, but for those within its kernels."""
+    for equation in jaxpr.eqns:
+        yield equation
+        if equation.primitive.name != "pallas_call":
+            for each in jaxprs_in_params(equation.params):
+                yield from equations(each)
+
+
 @pytest.mark.parametrize(
-    ("hidden", "inputs", "there"),
-    [(8, 2, False), (16, 2, True), (48, 2, False), (192, 63, True), (64, 64, False)],
+    ("hidden", "inputs", "there", "with_remat"),
+    [
+        *((8, 2, False, False), (16, 2, True, True), (48, 2, False, False), (64, 15, True, True)),
+        *((192, 63, True, False), (64, 16, True, False), (64, 64, False, False)),
+    ],
 )
-def test_what_fits_is_whole_tiles(hidden, inputs, there):
+def test_what_fits_is_whole_tiles(hidden, inputs, there, with_remat):
     assert fused.fits(hidden, inputs) == there
+    assert fused.fits(hidden, inputs, remat=True) == with_remat
 
 
 @pytest.mark.parametrize(("made", "there"), [("7.5", False), ("8.0", True), ("gfx942", False)])
@@ -128,3 +167,6 @@ def test_cards_before_ampere_and_of_others_have_none(made, there, monkeypatch):
 @pytest.mark.skipif(mesh.backend() == "gpu", reason="where there is no GPU")
 def test_no_gpu_is_one_line_and_exit_code_2(refused):
     refused(TINY, "metadyn: --lstm.backend fused: needs NVIDIA GPUs, 16, 32 or a multiple of 64")
+    refused(
+        [*TINY[:-1], "fused_remat"], "fused_remat: needs NVIDIA GPUs, 16, 32 or 64 hidden units"
+    )

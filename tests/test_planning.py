@@ -370,10 +370,11 @@ def test_programs_are_lowered_with_the_choices_of_their_platform(platform, plan)
 def test_every_backend_of_the_lstm_kernel_is_lowered(platform):
     with compiling.said_to_be_here(platform):
         texts = {p.name: compiling.lowered(p, platform) for p in compiling.kernels(platform)}
-    assert {*texts} == {*get_args(Backend)} - ({"fused"} if platform == "tpu" else set())
+    fused = {"fused", "fused_remat"}
+    assert {*texts} == {*get_args(Backend)} - (fused if platform == "tpu" else set())
     assert texts["scan"] != texts["backward"]
     assert {name for name, text in texts.items() if "triton" in text} == (
-        {"auto", "fused"} if platform == "cuda" else set()
+        {"auto", *fused} if platform == "cuda" else set()
     )
 
 
@@ -477,10 +478,10 @@ def test_registers_of_the_fused_kernels_are_stored_where_one_gpu_is_compiled_for
     monkeypatch, tmp_path
 ):
     name = "kernel: fused, 64 units, products in float32"
-    found = {"backward": [238, 0], "forward": [255, 3]}
+    found = {"backward": [238, 0], "forward": [255, 3], "bytes": 37_000}
     monkeypatch.setattr(compiling, "FILE", tmp_path / "compiled.json")
-    monkeypatch.setattr(compiling, "FUSED", {name: (64, "float32")})
-    monkeypatch.setattr(compiling, "registers", lambda hidden, precision, there: found)
+    monkeypatch.setattr(compiling, "FUSED", {name: ("fused", 64, "float32")})
+    monkeypatch.setattr(compiling, "registers", lambda *kernel: found)
     monkeypatch.setattr("metadyn.study.study_names", lambda: [])
     monkeypatch.setattr("metadyn.absent_devices.find", lambda target: None)
     monkeypatch.setattr(mesh, "compiling_for", lambda there: nullcontext())
@@ -490,7 +491,7 @@ def test_registers_of_the_fused_kernels_are_stored_where_one_gpu_is_compiled_for
     assert json.loads(compiling.FILE.read_text()) == {name: {"h100:1": found}}
     compiling.compile_all("h100:8", lambda name: True)
     lines = compiling.FILE.with_suffix(".md").read_text().splitlines()
-    assert lines[-1] == "| fused, 64 units, products in float32 | 255, 3 B | 238, 0 B |"
+    assert lines[-1] == "| fused, 64 units, products in float32 | 255, 3 B | 238, 0 B | 37,000 |"
 
 
 @pytest.mark.parametrize("name", ["linear_regression", "nonlinear_regression", "contextual_bandit"])

@@ -16,7 +16,7 @@ from metadyn import mesh
 from metadyn.errors import check, check_choice
 from metadyn.kernels import fused
 
-Backend = Literal["auto", "scan", "backward", "fused"]
+Backend = Literal["auto", "scan", "backward", "fused", "fused_remat"]
 MAX_FUSED_UNITS = 128
 """Most hidden units for which `auto` takes `fused`: our choice. With more of them, the blocks of a
 batch of a thousand episodes are too few to keep a GPU busy."""
@@ -78,29 +78,36 @@ def lstm(
                 so that a step of the reverse recurrence is one product and a few multiplications.
                 The weight gradients are computed afterwards, by products over all steps.
       fused     on GPUs, one kernel for each direction (`metadyn.kernels.fused`).
+      fused_remat  the same for up to 64 units, with gates that the backward pass computes again
+                and the forward pass does not store. An episode takes a third of the memory. It was
+                never timed, so `auto` does not choose it.
     """
     H, n = weights.recurrent.shape[1], inputs.shape[1]
     if backend == "auto":
         backend = "fused" if H <= MAX_FUSED_UNITS and has_fused(H, n) else "backward"
     check_backend(backend, H, n)
-    if backend == "fused":
-        return fused.lstm(weights.input, weights.recurrent, weights.bias, inputs)
+    if backend in ("fused", "fused_remat"):
+        return fused.lstm(*weights, inputs, remat=backend == "fused_remat")
     return (_scan if backend == "scan" else _lstm)(weights, inputs)
 
 
-def has_fused(hidden: int, inputs: int) -> bool:
+def has_fused(hidden: int, inputs: int, remat: bool = False) -> bool:
     """Tells whether fused kernels of these sizes run here: on NVIDIA GPUs from Ampere on."""
     capability = str(getattr(mesh.devices()[0], "compute_capability", "9.0"))  # on AMD: "gfx942"
     recent = capability[0].isdigit() and float(capability) >= 8
-    return mesh.backend() == "gpu" and recent and fused.fits(hidden, inputs)
+    return mesh.backend() == "gpu" and recent and fused.fits(hidden, inputs, remat)
 
 
 def check_backend(backend: str, hidden: int, inputs: int) -> None:
     """Raises `ConfigError` if the backend is unknown or does not run these sizes here."""
     check_choice("backend", backend, Backend)
-    available = backend != "fused" or has_fused(hidden, inputs)
-    hint = "needs NVIDIA GPUs, 16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs"
-    check(available, "backend", backend, hint)
+    sizes = {
+        "fused": "16, 32 or a multiple of 64 hidden units, and fewer than 64 inputs",
+        "fused_remat": "16, 32 or 64 hidden units, and fewer than 16 inputs",
+    }
+    if backend in sizes:
+        available = has_fused(hidden, inputs, backend == "fused_remat")
+        check(available, "backend", backend, f"needs NVIDIA GPUs, {sizes[backend]}")
 
 
 def _scan(weights: LSTMWeights, inputs: Float[Array, "T n B"]) -> Float[Array, "T H B"]:
