@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,13 +30,46 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path):
     for part in parts:
         assert part in names
     failed = {line.partition(":")[0] for line in done.stdout.splitlines() if "Error" in line}
-    assert failed == {"fused, float32", *([] if find_spec("torch") else [gpu.RIVAL])}
+    fused = {"fused, float32", "fused_remat, float32"}
+    assert failed == {*fused, *([] if find_spec("torch") else [gpu.RIVAL])}
     assert all(each["value"] > 0 for each in found)
     kind = mesh.processor().partition(" × ")[2]
     assert {each["device"].partition(" × ")[2] for each in found} == {kind}
     assert "suite.txt: 0\npaper.txt: 0\n" in done.stdout
     assert "passed" in (tmp_path / "suite.txt").read_text()
     assert (tmp_path / "paper" / "summary.json").exists()
+
+
+def test_pytorch_captures_a_step_after_three_on_another_stream(monkeypatch):
+    """As its documentation demands; a dry run on a CPU has no graph to capture, so one poses."""
+    cuda = pytest.importorskip("torch").cuda
+    events, current = [], ["main"]
+
+    @contextmanager
+    def within(name, message):
+        current.append(name)
+        yield
+        events.append(message)
+        current.pop()
+
+    def stream(name):
+        return SimpleNamespace(
+            name=name, wait_stream=lambda other: events.append(f"{name} waits for {other.name}")
+        )
+
+    graph = SimpleNamespace(replay=lambda: events.append("replayed"))
+    posing = {
+        "Stream": lambda: stream("side"),
+        "current_stream": lambda: stream(current[-1]),
+        "stream": lambda stream: within(stream.name, "left the side"),
+        "CUDAGraph": lambda: graph,
+        "graph": lambda given: within("graph", f"captured {given is graph}"),
+    }
+    for name, function in posing.items():
+        monkeypatch.setattr(cuda, name, function)
+    gpu.captured(lambda: events.append(f"step on {current[-1]}"))()
+    steps = ["side waits for main", *["step on side"] * 3, "left the side", "main waits for side"]
+    assert events == [*steps, "step on graph", "captured True", "replayed"]
 
 
 def dying_side(after):
