@@ -229,94 +229,92 @@ class OuterLoop:
         self.settings = {name: training.settings(config) for name, training in trained.items()}
         """Settings used in the training of each meta-learner, keyed by its name."""
         config.check_batch(trained.values())
-        optimizers = {
+        self._optimizers = {
             name: settings.transformation(config.steps * settings.updates_per_step)
             for name, settings in self.settings.items()
         }
-        key_init, key_episodes = jax.random.split(prng.fast(key))
-        seeds = jnp.arange(config.seeds)
-
-        @inner.full_precision
-        def init() -> TrainState:
-            keys = indexed_keys(key_init, seeds)
-            params = {name: jax.lax.map(t.meta.init, keys) for name, t in trained.items()}
-            moments = {name: jax.vmap(optimizers[name].init)(p) for name, p in params.items()}
-            return TrainState(jnp.zeros((), jnp.int32), params, moments)
-
-        @jax.default_matmul_precision(config.precision)
-        def one_seed(name, span, seed_state):
-            objective, optimizer = trained[name].objective, optimizers[name]
-            key, params, moments = seed_state
-            meta = trained[name].meta
-            cached = mesh.cached_episodes(meta)
-            step, count = span
-            settings = self.settings[name]
-
-            def episode_keys(i):
-                indices = mesh.local_episodes(settings.batch)
-                return indexed_keys(jax.random.fold_in(key, step + i), indices)
-
-            def train_once(i, carry):
-                params, moments, total = carry
-                n = settings.updates_per_step
-                current = objective.at_step((step + i) // n if n > 1 else step + i)
-                gradient, metrics = mesh.mean(_gradient(current, params, episode_keys(i), cached))
-                updates, moments = optimizer.update(gradient, moments, params)
-                updates = _scaled_by_rates(updates, meta)
-                total = jax.tree.map(jnp.add, total, metrics)
-                return optax.apply_updates(params, updates), moments, total
-
-            _, metrics = jax.eval_shape(objective.loss, params, episode_keys(0))
-            zeros = jax.tree.map(jnp.zeros_like, metrics)
-            params, moments, total = jax.lax.fori_loop(
-                0, count, train_once, (params, moments, zeros)
-            )
-            return params, moments, jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), total)
-
-        def advance(
-            state: TrainState, count: Int[Array, ""]
-        ) -> tuple[TrainState, dict[str, Metrics]]:
-            (name,) = state.params
-            stacked = self.keys(), state.params[name], state.moments[name]
-            sizes = self.settings[name].batch, trained[name].objective.group
-            train_seed = partial(one_seed, name)
-            results = mesh.train_seeds(train_seed, (state.step, count), stacked, *sizes)
-            params, moments, metrics = ({name: tree} for tree in results)
-            return TrainState(state.step + count, params, moments), metrics
-
-        self.keys = lambda: indexed_keys(key_episodes, seeds)
-        """Returns the key from which each seed draws its episodes."""
-        self.one_seed = one_seed
-        """`one_seed(name, (step, count), (key, params, moments))` runs `count` updates of one seed
-        of a meta-learner, inside `mesh.train_seeds`; returns (params, moments, mean metrics)."""
-        self.starting = jax.jit(init, out_shardings=mesh.one_device())
+        self._key_init, self._key_episodes = jax.random.split(prng.fast(key))
+        self._seeds = jnp.arange(config.seeds)
+        self.init_on_one_device = jax.jit(self._init, out_shardings=mesh.one_device())
         """Jitted function that makes the state at outer step 0."""
         # It runs on one device, one seed at a time, because batched decompositions (in orthogonal
         # initialisation), or those on several CPU devices at once, can wait for each other's
         # threads for ever (jaxlib 0.10.2).
-        self.init = lambda: mesh.replicate(self.starting())
-        """Returns the state at outer step 0, replicated on all devices."""
         self.abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh.replicated()),
-            jax.eval_shape(self.starting),
+            jax.eval_shape(self.init_on_one_device),
         )
         """Shapes, types and shardings of a training state."""
-        self.advance = jax.jit(advance, donate_argnums=0, out_shardings=mesh.replicated())
+        self.advance = jax.jit(self._advance, donate_argnums=0, out_shardings=mesh.replicated())
         """`advance(state, count)` runs `count` updates of the one meta-learner in the state
         (`TrainState.only`); returns (state, mean metrics of each seed). The state passed in is
         donated. Compiled once for each meta-learner, for all counts."""
-        self.compiled = functools.cache(
-            lambda name: compiled(
-                f"an outer step of {name}",
-                self.advance.trace(self.abstract.only(name), jnp.int32(1)),
-                trained[name].option("batch"),
-            )
-        )
+        self.compiled = functools.cache(self._compiled)
         """Returns `advance` compiled for the named meta-learner, by `compiled`; cached."""
         self.seconds = dict.fromkeys(trained, 0.0)
         """Seconds that `run` has spent on training each meta-learner, without compilation."""
         self.pace = 0.0
         """Seconds per outer step in the last dispatch; 0 before the first."""
+
+    def init(self) -> TrainState:
+        """Returns the state at outer step 0, replicated on all devices."""
+        return mesh.replicate(self.init_on_one_device())
+
+    def keys(self) -> Keys:
+        """Returns the key from which each seed draws its episodes."""
+        return indexed_keys(self._key_episodes, self._seeds)
+
+    @inner.full_precision
+    def _init(self) -> TrainState:
+        keys = indexed_keys(self._key_init, self._seeds)
+        params = {name: jax.lax.map(t.meta.init, keys) for name, t in self.trained.items()}
+        moments = {name: jax.vmap(self._optimizers[name].init)(p) for name, p in params.items()}
+        return TrainState(jnp.zeros((), jnp.int32), params, moments)
+
+    def _advance(
+        self, state: TrainState, count: Int[Array, ""]
+    ) -> tuple[TrainState, dict[str, Metrics]]:
+        (name,) = state.params
+        stacked = self.keys(), state.params[name], state.moments[name]
+        sizes = self.settings[name].batch, self.trained[name].objective.group
+        train_seed = partial(self.advance_seed, name)
+        results = mesh.train_seeds(train_seed, (state.step, count), stacked, *sizes)
+        params, moments, metrics = ({name: tree} for tree in results)
+        return TrainState(state.step + count, params, moments), metrics
+
+    def advance_seed(self, name: str, span: Any, seed_state: Any) -> tuple[Params, Any, Metrics]:
+        """Runs `count` updates of one seed of a meta-learner, inside `mesh.train_seeds`.
+
+        Takes span = (step, count) and seed_state = (key, params, moments). Returns (params,
+        moments, mean metrics).
+        """
+        (step, count), (key, params, moments) = span, seed_state
+        meta, objective, _, _ = self.trained[name]
+        settings, optimizer = self.settings[name], self._optimizers[name]
+        cached, n = mesh.cached_episodes(meta), settings.updates_per_step
+
+        def episode_keys(i):
+            indices = mesh.local_episodes(settings.batch)
+            return indexed_keys(jax.random.fold_in(key, step + i), indices)
+
+        def train_once(i, carry):
+            params, moments, total = carry
+            current = objective.at_step((step + i) // n if n > 1 else step + i)
+            gradient, metrics = mesh.mean(_gradient(current, params, episode_keys(i), cached))
+            updates, moments = optimizer.update(gradient, moments, params)
+            updates = _scaled_by_rates(updates, meta)
+            total = jax.tree.map(jnp.add, total, metrics)
+            return optax.apply_updates(params, updates), moments, total
+
+        with jax.default_matmul_precision(self.config.precision):
+            _, metrics = jax.eval_shape(objective.loss, params, episode_keys(0))
+            start = params, moments, jax.tree.map(jnp.zeros_like, metrics)
+            params, moments, total = jax.lax.fori_loop(0, count, train_once, start)
+            return params, moments, jax.tree.map(lambda leaf: leaf / jnp.maximum(count, 1), total)
+
+    def _compiled(self, name: str) -> Any:
+        traced = self.advance.trace(self.abstract.only(name), jnp.int32(1))
+        return compiled(f"an outer step of {name}", traced, self.trained[name].option("batch"))
 
     def run(
         self, state: TrainState, target: int

@@ -52,7 +52,9 @@ def programs(plan: Plan, loop: OuterLoop) -> list[Program]:
         times = plan.outer.steps * loop.settings[name].updates_per_step
         training.append(Program(f"outer step of {name}", trace, times, option=meta.option("batch")))
     if training:
-        training.append(Program("initial state", loop.starting.trace, 1, option="outer.seeds"))
+        training.append(
+            Program("initial state", loop.init_on_one_device.trace, 1, option="outer.seeds")
+        )
     return [*training, *measuring(plan, loop)]
 
 

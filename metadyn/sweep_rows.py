@@ -37,7 +37,7 @@ def row_of(loop: OuterLoop, name: str) -> Row:
     state, now = loop.abstract, (jax.ShapeDtypeStruct((), jnp.int32),) * 2
     stacked = jax.eval_shape(loop.keys), state.params[name], state.moments[name]
     traced = jax.make_jaxpr(
-        partial(loop.one_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
+        partial(loop.advance_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
     )
     program, shapes = traced(now, jax.tree.map(one_seed, stacked))
     return Row(program, *sweep_programs.split_constants(program), jax.tree.structure(shapes))
@@ -111,8 +111,10 @@ class Rows:
     def start(self, shared: sweep_programs.ProgramCache) -> list[TrainState]:
         """Makes the state of each loop at outer step 0."""
         for loop in self.loops:
-            shared.expect(loop.starting.trace(), ())
-        return [jax.tree.map(np.asarray, shared(loop.starting.trace())) for loop in self.loops]
+            shared.expect(loop.init_on_one_device.trace(), ())
+        return [
+            jax.tree.map(np.asarray, shared(loop.init_on_one_device.trace())) for loop in self.loops
+        ]
 
     def run(
         self, states: Sequence[TrainState], target: int
