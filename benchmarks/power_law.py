@@ -89,7 +89,7 @@ def drawn(found: Sequence[Point], bayes: xr.Dataset) -> Figure:
     for units, colour in zip(unit_counts, figures.colours(unit_counts), strict=True):
         line = sorted((p for p in found if p.units == units), key=lambda p: p.episodes)
         episodes = np.array([point.episodes for point in line])
-        excess = dynamics.stacked(dynamics.measured_excess(p.trained, bayes) for p in line)
+        excess = dynamics.stacked(dynamics.excess_over_bayes(p.trained, bayes) for p in line)
         style = {"fmt": "o", "color": colour, "label": f"{units} units"}
         axis.errorbar(episodes, excess.value, figures.bars(excess), **style)
         x = np.geomspace(episodes[0], 10 * longest, 20)
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, bayes = points(arguments.sweep)
     print("| units | episodes of each seed | excess loss |\n| --- | --- | --- |")
     for point in settings:
-        excess = dynamics.text(dynamics.measured_excess(point.trained, bayes), 3)
+        excess = dynamics.text(dynamics.excess_over_bayes(point.trained, bayes), 3)
         print(f"| {point.units} | {point.episodes:,} | {excess} |")
     law = fitted(settings, bayes, arguments.at or [(1.0, 1.0)])
     of_episodes, of_units = law.exponents.split()

@@ -115,9 +115,9 @@ def rows_side(settings: int) -> Run:
     """Makes a run of metadyn's rows of a sweep over learning rates, dispatched as in a sweep."""
     loops = [loop(HIDDEN, BATCH, STEPS, n=N, seeds=SEEDS, rate=rate) for rate in rates(settings)]
     from metadyn.sweep_programs import ProgramCache
-    from metadyn.sweep_rows import Rows
+    from metadyn.sweep_training import OuterLoops
 
-    rows = Rows(loops)
+    rows = OuterLoops(loops)
     states = [rows.start(ProgramCache())]
 
     def run(count: int) -> None:

@@ -131,7 +131,7 @@ def by_training(results, name: str, network: str):
     data, bayes = (results[f"{HELDOUT}_{name}", learner] for learner in (network, "bayes"))
     posterior, parts = decoded(results, name, network), ("mean", "shuffled", "uncertainty")
     curves = {part: dynamics.estimate(decoding.over_steps, *posterior[part]) for part in parts}
-    value, low, high = (1 / (1 + part) for part in dynamics.measured_excess(data, bayes))
+    value, low, high = (1 / (1 + part) for part in dynamics.excess_over_bayes(data, bayes))
     curves["behaviour: 1 / (1 + excess loss), 1 as Bayes"] = dynamics.Estimate(value, high, low)
     return 1 + data["outer_step"].to_numpy(), curves
 

@@ -148,7 +148,7 @@ def outer(results):
         bayes = results[f"{HELDOUT}_{name}", "bayes"]
         for i, data in enumerate(arms.values()):
             steps = figures.outer_axis(axis, data)
-            excess = dynamics.measured_excess(data, bayes)
+            excess = dynamics.excess_over_bayes(data, bayes)
             label = trajectories.about(data).label
             figures.curve(axis, steps, excess, label, figures.line_colour(i))
         level = dynamics.to_equal_excess([*arms.values()], bayes)[0].value

@@ -27,7 +27,7 @@ from metadyn.learners import gradient as gd
 from metadyn.learners.bayes import bayes_fourier, bayes_linear
 from metadyn.learners.maml import MAMLConfig, ordinary_network
 from metadyn.optimizers import named_optimizer
-from metadyn.study import censored, excess_of, to_train
+from metadyn.study import censored, heldout_excess, to_train
 
 TITLES = {"linear": "two-layer linear network", "nonlinear": "MLP"}
 STAGGERS = {"linear": {"at_most": -0.5}, "nonlinear": {"at_least": 0.5}}
@@ -144,7 +144,7 @@ def criteria(config: Config, results):
             beyond = dynamics.difference(results[name, learner], results[name, "bayes"])
             text = f"{TITLES[name]}, {claim.format(RANDOM[name])}: slope minus Bayes'"
             yield md.criterion(f"{name}_{row}", beyond, text, **bounds, surely=True)
-        excess = excess_of(results, "maml", f"_{name}")
+        excess = heldout_excess(results, "maml", f"_{name}")
         yield md.criterion(f"{name}_maml_excess", excess, f"{TITLES[name]}: MAML's excess loss")
         for learner in ("interpolated_0", "interpolated_1"):
             label = trajectories.about(results[name, learner]).label

@@ -25,7 +25,7 @@ from metadyn.several_domains import (
     DomainsConfig,
     LearnersConfig,
 )
-from metadyn.study import HELDOUT, TRACKED, censored, excess_of, paper
+from metadyn.study import HELDOUT, TRACKED, censored, heldout_excess, paper
 
 STYLES = {
     name: {"fmt": mark, "color": colour, "ms": 8, "capsize": 2}
@@ -71,7 +71,7 @@ def criteria(config: Config, results):
             yield md.criterion(f"{row}_beyond", beyond, f"{text} minus Bayes'")
             yield censored(row, data)
             if trajectories.about(data).kind == "meta":
-                excess = excess_of(results, learner, f"_{name}")
+                excess = heldout_excess(results, learner, f"_{name}")
                 yield md.criterion(f"{row}_excess", excess, f"excess loss of the {label}")
                 if excess.value <= NEAR:
                     near.append((data, bayes))
@@ -142,7 +142,7 @@ def slope_against_excess(results):
         merit, negative = dynamics.merit_name(bayes), "excess below 0"  # has no log
         hidden: dict[str, list[str]] = {f"no {merit}": [], negative: []}
         for learner, data in results.learners(f"inner_{name}", "meta").items():
-            x, y = excess_of(results, learner, f"_{name}"), dynamics.difference(data, bayes)
+            x, y = heldout_excess(results, learner, f"_{name}"), dynamics.difference(data, bayes)
             bars = {"xerr": figures.bars(x)[:, None], "yerr": figures.bars(y)[:, None]}
             point = axis.errorbar(x.value, y.value, **bars, **STYLES.get(learner, OTHER))
             handles.setdefault(label := trajectories.about(data).label, point)

@@ -133,7 +133,7 @@ def out_of_distribution(results, name):
     for tasks, title in TITLES.items():
         if tasks in SHIFTS:
             pairs = [pair(tasks), pair("in_distribution")]
-            growth = dynamics.excesses(pairs, lambda e: e[0] - e[1])
+            growth = dynamics.joint_excess(pairs, lambda e: e[0] - e[1])
             text = f"{title}: growth of the {label}'s excess over training's Bayes"
             yield md.criterion(f"{name}_out_of_distribution_{tasks}", growth, text, at_least=0.0)
         if "saturated_gates" in results[tasks, name]:

@@ -25,7 +25,7 @@ from metadyn.learners.lstm import LSTMConfig
 from metadyn.learners.normalised import Normalised
 from metadyn.objectives import prediction_loss
 from metadyn.several_domains import REGRESSION_ONLY
-from metadyn.study import HELDOUT, Network, excess_of, paper
+from metadyn.study import HELDOUT, Network, heldout_excess, paper
 
 WITHIN, RIGHT = "in_distribution", "bayes_right"
 SETS = {WITHIN: (1, 1), "x2": (2, 1), "x4": (4, 1), "x8": (8, 1), "x16": (16, 1), "outsize": (1, 8)}
@@ -96,7 +96,7 @@ def plan(config: Config) -> md.Plan:
 
 def right_excess(results, task_set: str, name: str) -> dynamics.Estimate:
     """Estimates a learner's excess loss over Bayes under the right prior for a set of tasks."""
-    return dynamics.measured_excess(results[task_set, name], results[task_set, RIGHT])
+    return dynamics.excess_over_bayes(results[task_set, name], results[task_set, RIGHT])
 
 
 def row(data, name: str, estimate: dynamics.Estimate, text: str, at_most: float = math.inf):
@@ -110,17 +110,18 @@ def criteria(config: Config, results):
     plain, bayes_data = (results[HELDOUT, name] for name in (config.meta, "bayes"))
     for name, data in results.learners(WITHIN, "meta").items():
         bounds: dict[str, float] = GROWTH if name.endswith("_both") else {}
-        yield row(data, "excess", excess_of(results, name), "excess loss within")
+        yield row(data, "excess", heldout_excess(results, name), "excess loss within")
         trained = [last.isel(outer_step=-1) for last in (results[HELDOUT, name], plain)]
         seconds = [trajectories.about(last).seconds for last in trained]
-        ratio = dynamics.excesses([(last, bayes_data) for last in trained], lambda e: e[0] / e[1])
+        pairs = [(last, bayes_data) for last in trained]
+        ratio = dynamics.joint_excess(pairs, lambda e: e[0] / e[1])
         text = "excess within over the plain network's"
         yield row(data, "cost", ratio, text, COST if name == f"{config.meta}_both" else math.inf)
         ratio = dynamics.exact(seconds[0] / max(seconds[1], 1e-3))
         yield row(data, "seconds", ratio, "seconds of training over the plain network's")
         pairs = {tasks: (results[tasks, name], results[tasks, RIGHT]) for tasks in SETS}
         for shift in [tasks for tasks in SETS if tasks != WITHIN]:
-            growth = dynamics.excesses([pairs[shift], pairs[WITHIN]], lambda e: e[0] - e[1])
+            growth = dynamics.joint_excess([pairs[shift], pairs[WITHIN]], lambda e: e[0] - e[1])
             text = f"growth of the excess over Bayes under the right prior, {shift}"
             yield row(data, f"growth_{shift}", growth, text, bounds.get(shift, math.inf))
     for task_set in SETS:

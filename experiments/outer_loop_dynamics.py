@@ -16,7 +16,7 @@ from metadyn import dynamics, trajectories
 from metadyn.domains.linear import LinearRegression
 from metadyn.objectives import Target
 from metadyn.several_domains import EVEN, TITLES, DomainsConfig
-from metadyn.study import TRACKED, censored, excess_of, paper
+from metadyn.study import TRACKED, censored, heldout_excess, paper
 
 ORDERS = {
     "linear": "lesser singular modes are learned before the greater ones",
@@ -66,7 +66,7 @@ def learner_criteria(name: str, prefix: str, learner: str, trained, results):
         text = "Spearman's rank correlation of inner with outer learning times of the modes"
         yield md.criterion(f"{prefix}_correlation", correlation, text)
     yield censored(f"{prefix}_inner", last)
-    excess = excess_of(results, learner, f"_{name}")
+    excess = heldout_excess(results, learner, f"_{name}")
     yield md.criterion(f"{prefix}_excess", excess, "excess loss over Bayes at the last outer step")
     times = dynamics.outer_times(trained, bayes).split()
     for k, (value, n) in enumerate(zip(modes.values, times, strict=True), 1):

@@ -117,7 +117,7 @@ def criteria(config: Config, results):
     for name in TITLES:
         for variant, pair in measured(results, name, HELDOUT).items():
             text = f"excess loss over Bayes, {trajectories.about(pair[0]).label}"
-            yield md.criterion(f"{name}_{variant}_excess", dynamics.measured_excess(*pair), text)
+            yield md.criterion(f"{name}_{variant}_excess", dynamics.excess_over_bayes(*pair), text)
         rows, bound = measured(results, name, "inner", TRACKED), WITHIN[name]
         merit = ": (t_K - t_1) / t_K" if name == "bandit" else ": slope of log t_k on log scale"
         beyond = {variant: dynamics.difference(*pair) for variant, pair in rows.items()}

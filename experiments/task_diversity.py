@@ -23,7 +23,7 @@ from metadyn.learners import bayes
 from metadyn.learners.bayes_mixture import bayes_memorising, bayes_mixture
 from metadyn.learners.lstm import LSTMConfig
 from metadyn.objectives import prediction_loss
-from metadyn.study import excess_of, paper
+from metadyn.study import heldout_excess, paper
 
 WITHIN, LARGER, FRESH, RIGHT = "in_distribution", "x4", "fresh", "bayes_right"
 BANDS = {"band_1_2": (1, 2), "band_3_4": (3, 4), "band_1_4": (1, 4)}
@@ -113,17 +113,17 @@ def criteria(config: Config, results):
     """Yields how near each pool's network is to either Bayes, and what a mixture of bands gains."""
     pair = lambda tasks, name, best="bayes": (results[tasks, name], results[tasks, best])
     for name, data in results.learners(WITHIN, "meta").items():
-        excess, label = excess_of(results, name), trajectories.about(data).label
+        excess, label = heldout_excess(results, name), trajectories.about(data).label
         yield md.criterion(f"{name}_excess", excess, f"{label}: excess on fresh tasks")
         text = f"{label}: growth of the excess over training's Bayes, {LARGER}"
-        growth = dynamics.excesses([pair(LARGER, name), pair(WITHIN, name)], lambda e: e[0] - e[1])
+        growth = dynamics.joint_excess([pair(LARGER, name), pair(WITHIN, name)], np.subtract.reduce)
         yield md.criterion(f"{name}_growth_{LARGER}", growth, text)
     by_size = {size: distances(results, size) for size in config.pools}
     for size, estimates in by_size.items():
         for kind, distance in zip(KINDS, estimates, strict=False):
             text = f"{size} tasks: mean-square distance to the {kind} Bayes, on fresh tasks"
             yield md.criterion(f"pool_{size}_{kind}", distance, text)
-    few, many = (by_size[size][-1] for size in (min(config.pools), max(config.pools)))
+    few, many = by_size[min(config.pools)][-1], by_size[max(config.pools)][-1]
     text = "{} tasks: mean-square distance to the generalising Bayes minus that to the memorising"
     yield md.criterion("few_nearer", few, text.format("fewest"), at_least=0.0, surely=True)
     yield md.criterion("many_nearer", many, text.format("most"), at_most=0.0, surely=True)
@@ -131,10 +131,10 @@ def criteria(config: Config, results):
         for name, data in results.learners(band_name, "meta", "bayes", "reference").items():
             if name != RIGHT:
                 text = f"{trajectories.about(data).label}: excess over the right prior, {band_name}"
-                excess = dynamics.measured_excess(*pair(band_name, name, RIGHT))
+                excess = dynamics.excess_over_bayes(*pair(band_name, name, RIGHT))
                 yield md.criterion(f"{name}_{band_name}_over_right", excess, text)
     pairs = [pair("band_3_4", f"{config.meta}{suffix}", RIGHT) for suffix in ("_mixture", "")]
-    ratio = dynamics.excesses(pairs, lambda e: e[0] / e[1])
+    ratio = dynamics.joint_excess(pairs, lambda e: e[0] / e[1])
     text = "excess in another band, trained on a mixture of bands over trained on one"
     yield md.criterion("bands_gain", ratio, text, 0.5, surely=True)
 
@@ -156,7 +156,7 @@ def excess_by_band(results):
     """Draws the excess loss over Bayes under the right prior in each band of frequencies."""
     names = [name for name in results.learners("band_1_2") if name != RIGHT]
     figure, (axis,) = figures.grid(min(len(names), 1), width=7.5, height=4.4)
-    excess = lambda name, b: dynamics.measured_excess(results[b, name], results[b, RIGHT])
+    excess = lambda name, b: dynamics.excess_over_bayes(results[b, name], results[b, RIGHT])
     excesses = lambda name: dynamics.stacked(excess(name, b) for b in BANDS)
     bars = [(trajectories.about(results["band_1_2", n]).label, excesses(n)) for n in names]
     figures.grouped_bars(axis, [f"frequencies {a} to {b}" for a, b in BANDS.values()], bars)

@@ -264,7 +264,7 @@ def merits(
     which count alike although they are log-spaced.
     """
     last, steps = data.isel(outer_step=-1), data["outer_step"].to_numpy()
-    yield "excess", dynamics.measured_excess(last, bayes)
+    yield "excess", dynamics.excess_over_bayes(last, bayes)
     yield "distance", estimate(np.asarray, dynamics.samples(last, "distance")[:, :, 1:].mean(-1))
     to_bayes, from_bayes = both_ways(last)
     untrained, trained, other = of["mean"].at(0), of["mean"].at(-1), of["shuffled"].at(-1)

@@ -404,7 +404,7 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
     return np.average(samples(data, "loss")[..., 1:], -1, n_answers)
 
 
-def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
+def excess_over_bayes(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
     """Estimates the `excess_loss` of a meta-learner on the tasks that Bayes was measured on.
 
     The estimate is [outer_step] if the meta-learner was measured over outer training.
@@ -414,10 +414,10 @@ def measured_excess(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:
     return estimate(excess, episode_loss(trained), episode_loss(bayes))
 
 
-def excesses(
+def joint_excess(
     pairs: Sequence[tuple[xr.Dataset, xr.Dataset]], take: Callable[[np.ndarray], Numbers]
 ) -> Estimate:
-    """Estimates a function of the excess losses of several learners, such as the ratio of two.
+    """Estimates a joint function of the excess losses of several learners, such as a ratio of two.
 
     `take` receives the excess losses [pair, ...]. A pair is a learner's measurement, and Bayes' on
     the same tasks.

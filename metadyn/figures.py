@@ -387,7 +387,7 @@ def distance_to_bayes(training: LearningHistory) -> Figure:
     figure, left, right, steps = _over_outer_training(training, "distance to Bayes")
     floor, modes = trajectories.about(training.losses[0]).loss_floor, training.modes
     loss, best = (dynamics.episode_loss(data) for data in training.losses)
-    excess = dynamics.measured_excess(*training.losses)
+    excess = dynamics.excess_over_bayes(*training.losses)
     by_seed = np.asarray(dynamics.excess_loss(loss.mean(1), best.mean(), floor))
     style = {"color": COLOURS[0], "lw": 0.8, "alpha": 0.6}
     left.plot(steps, by_seed.T, **style)[0].set_label("each seed")

@@ -23,7 +23,7 @@ from metadyn.progress import Progress
 from metadyn.runner import check_memory, check_traced
 from metadyn.study import Plan, Study
 from metadyn.sweep_programs import ProgramCache, split_constants
-from metadyn.sweep_rows import Rows, by_program
+from metadyn.sweep_training import OuterLoops, by_program
 
 
 class Program(NamedTuple):
@@ -151,23 +151,27 @@ def plan_sweep(
     key = jax.random.key(0)
     loops = {i: OuterLoop(plan.trained, plan.outer, key) for i, plan in plans.items()}
     reword = lambda i: lambda error: as_typed(error, configs[i], asked.overrides(i))
+    side_by_side = lambda ids: OuterLoops([loops[i] for i in ids])
     return [
-        _of_group({i: plans[i] for i in ids}, Rows([loops[i] for i in ids]), part, reword(ids[0]))
+        _of_group({i: plans[i] for i in ids}, side_by_side(ids), part, reword(ids[0]))
         for ids in by_program(loops)
     ]
 
 
 def _of_group(
-    plans: Mapping[int, Plan], rows: Rows, part: str, reword: Callable[[ConfigError], ConfigError]
+    plans: Mapping[int, Plan],
+    group: OuterLoops,
+    part: str,
+    reword: Callable[[ConfigError], ConfigError],
 ) -> WorkPlan:
     """Plans settings of one form. One program trains all of them at once; the programs that start
     and measure them run one setting after another, and settings share those of one form."""
     first = min(plans)
-    count, pairs = len(plans), list(zip(plans.values(), rows.loops, strict=True))
+    count, pairs = len(plans), list(zip(plans.values(), group.loops, strict=True))
     plan, listings = plans[first], [programs(*pair) for pair in pairs]
     combined: dict[str, Program] = {}
     for program, name in zip(listings[0], plan.trained, strict=False):
-        all_rows = program._replace(trace=partial(rows.trace, name), settings=count)
+        all_rows = program._replace(trace=partial(group.trace, name), settings=count)
         if count > 1:
             label, hint = f"{program.name} × {count} settings", "use more parts"
             all_rows = all_rows._replace(name=label, option=f"--part {part}", hint=hint)
@@ -178,7 +182,7 @@ def _of_group(
         earlier = combined[key].times if key in combined else 0
         combined[key] = program._replace(times=program.times + earlier)
     stored = sum(disk(*pair) for pair in pairs)
-    estimate = lambda: estimated(rows.loops, rows.start(ProgramCache()), rows.run)
+    estimate = lambda: estimated(group.loops, group.start(ProgramCache()), group.run)
     label = f"{count} settings side by side, from setting {first + 1} on"
     timed = estimate if plan.trained else None
     return WorkPlan(label, [*combined.values()], stored, timed, reword)

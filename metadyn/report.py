@@ -36,7 +36,7 @@ def so_far(run: RunFolder) -> Iterator[str]:
     if measured_steps:
         for training in figures.histories(run.results(measured_steps[-1:])).values():
             trained, bayes = training.losses
-            excess = dynamics.measured_excess(trained.isel(outer_step=-1), bayes)
+            excess = dynamics.excess_over_bayes(trained.isel(outer_step=-1), bayes)
             text = f"{training.label}: excess loss over Bayes {dynamics.text(excess, 3)}"
             pair = training.trained.isel(outer_step=-1), training.bayes
             times = [dynamics.times_of(data)(dynamics.strength(data).mean((0, 1))) for data in pair]

@@ -177,7 +177,7 @@ class Runner:
         Sets `bayes`: its loss on the training distribution, and the loss floor, by meta-learner.
         """
         for measurement in self.plan.measurements:
-            if measurement.watched and not measurement.at_checkpoints:
+            if not (measurement.after_training or measurement.at_checkpoints):
                 self.measure(measurement, {})
         for part in self.plan.comparisons:
             if part.metas and part.measure.heldout_tasks:
@@ -208,7 +208,7 @@ class Runner:
     def measure_all(self) -> None:
         """Makes every measurement of the plan that is due after training and not yet stored."""
         params = self.at(self.plan.outer.steps).params if self.plan.trained else {}
-        measurements = [m for m in self.plan.measurements if not m.watched]
+        measurements = [m for m in self.plan.measurements if m.after_training]
         with self.progress.counting("measuring", len(measurements)) as show:
             for measurement in measurements:
                 show(f"{measurement.contender.label} on {measurement.tasks.name}")
@@ -427,7 +427,7 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
         figure = draw_own(results)
         with error_context(f"study {study.name!r}: figure {name!r} cannot be drawn"):
             figure.draw_without_rendering()
-    titles = [text for m in plan.measurements for text in (m.part.title, m.contender.label)]
+    titles = [text for m in plan.measurements for text in (m.comparison.title, m.contender.label)]
     modes = [probe.modes for m in plan.measurements for probe in m.tasks.probes.values()]
     figures.check_words([*titles, *(text for m in modes for text in (m.axis, m.strength))])
     return criteria

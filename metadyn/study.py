@@ -362,15 +362,15 @@ class Comparison:
     @functools.cached_property
     def measurements(self) -> list[Measurement]:
         """Returns its measurements: at checkpoints, of Bayes on the same sets, after training."""
-        watched = [self.tracked] if self.metas and self.measure.tracked_tasks else []
-        watched += [self.heldout] if self.metas and self.measure.heldout_tasks else []
+        tracked = [self.tracked] if self.metas and self.measure.tracked_tasks else []
+        tracked += [self.heldout] if self.metas and self.measure.heldout_tasks else []
         compared = [c for c in self.contenders if c.kind in ("meta", "bayes")]
         sets = [self._with_probes(tasks) for tasks in self.sets]
         pairs = [(tasks, c) for tasks in sets for c in self.contenders if c.kind in tasks.kinds]
         pairs += [(self._with_probes(tasks), c) for tasks, c in self.pairs]
         return [
-            *(Measurement(self, tasks, c, watched=True) for c in compared for tasks in watched),
-            *(Measurement(self, tasks, c, watched=False) for tasks, c in pairs),
+            *(Measurement(self, tasks, c, False) for c in compared for tasks in tracked),
+            *(Measurement(self, tasks, c, after_training=True) for tasks, c in pairs),
         ]
 
     def _with_probes(self, tasks: TaskSet) -> TaskSet:
@@ -412,21 +412,22 @@ class Comparison:
 class Measurement(NamedTuple):
     """A contender, the task set to measure it on, and the comparison that plans it."""
 
-    part: Comparison
+    comparison: Comparison
     tasks: TaskSet
     contender: Contender
-    watched: bool
-    """Whether it is made at every checkpoint or, for Bayes, once before training."""
+    after_training: bool
+    """Whether it is made once after training. Otherwise: at every checkpoint or, of Bayes, once
+    before training."""
 
     @property
     def at_checkpoints(self) -> bool:
         """Returns whether the measurement is made at every checkpoint."""
-        return self.watched and self.contender.trained
+        return self.contender.trained and not self.after_training
 
     @property
     def meta(self) -> str:
         """Returns the name in `Plan.trained` of the meta-learner whose outer parameters it uses."""
-        return (self.contender.derived_from or self.contender.name) + self.part.suffix
+        return (self.contender.derived_from or self.contender.name) + self.comparison.suffix
 
     @property
     def label(self) -> str:
@@ -441,7 +442,7 @@ class Measurement(NamedTuple):
         `params` are the outer parameters of all meta-learners in `Plan.trained`, or their shapes.
         """
         outer_params = params.get(self.meta, ()) if self.contender.seeded else ()
-        return self.tasks, self.contender, outer_params, key, self.part.measure.chunk
+        return self.tasks, self.contender, outer_params, key, self.comparison.measure.chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -579,10 +580,10 @@ def beyond_bayes(results: Results, within: float) -> Iterator[Criterion]:
         yield from staggering(results, name, "its own, for the record")
 
 
-def excess_of(results: Results, name: str, suffix: str = "") -> dynamics.Estimate:
+def heldout_excess(results: Results, name: str, suffix: str = "") -> dynamics.Estimate:
     """Estimates the excess loss of one meta-learner on held-out tasks after training."""
     (bayes,) = results.learners(HELDOUT + suffix, "bayes").values()
-    return dynamics.measured_excess(results[HELDOUT + suffix, name].isel(outer_step=-1), bayes)
+    return dynamics.excess_over_bayes(results[HELDOUT + suffix, name].isel(outer_step=-1), bayes)
 
 
 def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Iterator[Criterion]:
@@ -590,7 +591,7 @@ def excess(results: Results, at_most: float = math.inf, suffix: str = "") -> Ite
     for name, data in results.learners(HELDOUT + suffix, "meta").items():
         label = trajectories.about(data).label
         expected = f"the {label} is near Bayes on held-out tasks: excess loss"
-        estimate = excess_of(results, name, suffix)
+        estimate = heldout_excess(results, name, suffix)
         yield criterion(f"{name}{suffix}_excess_loss", estimate, expected, at_most=at_most)
 
 

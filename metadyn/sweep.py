@@ -6,8 +6,8 @@
     DIR/report.html         an interactive page of results: each swept option is a control (view.py)
     DIR/summary.json        figures of merit of every setting
 
-Settings whose programs differ only in numbers share one training program, as its rows
-(sweep_rows.py), and one measuring program; settings with other shapes have programs of their own.
+Settings whose programs differ only in numbers share one training program (sweep_training.py) and
+one measuring program. Settings with other shapes have programs of their own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from metadyn.runner import (
 )
 from metadyn.store import OutputFolder, RunFolder, lock, read_json, write_json
 from metadyn.study import Plan, Study
-from metadyn.sweep_rows import Rows, by_program
+from metadyn.sweep_training import OuterLoops, by_program
 
 SweepKind = Literal["grid", "zip", "random"]
 MAX_UNCONFIRMED = 10_000
@@ -397,7 +397,7 @@ def _train_and_measure(
             started = time.monotonic()
             group = [runners[i] for i in members]
             if group[0].plan.trained and not all(map(folder.ended, members)):
-                rows = Rows([runner.loop for runner in group])
+                loops = OuterLoops([runner.loop for runner in group])
                 lost_before = [k for k, i in enumerate(members) if folder.lost(i)]
 
                 def mark_lost(k: int, error: ConfigError, members: list[int] = members) -> None:
@@ -406,10 +406,10 @@ def _train_and_measure(
                     folder.set_lost(i, message)
                     progress.say(f"{sweep.label(i)}: {message}")
 
-                start = lambda rows=rows: rows.start(programs)
+                start = lambda loops=loops: loops.start(programs)
                 first, *others = members
                 with nullcontext() if others else sweep.naming_errors(first, configs[first]):
-                    train(group, start, rows.run, mark_lost, lost_before)
+                    train(group, start, loops.run, mark_lost, lost_before)
             training_share = (time.monotonic() - started) / len(members)
             for i in members:
                 if not folder.ended(i):

@@ -124,7 +124,7 @@ def _setting_rows(folder: SweepFolder, i: int, ended: bool) -> list[Row]:
         trained, (loss, bayes) = history.trained.isel(outer_step=-1), history.losses
         estimates: dict[str, Any] = {
             "staggering": dynamics.merit(trained),
-            "excess": dynamics.measured_excess(loss.isel(outer_step=-1), bayes),
+            "excess": dynamics.excess_over_bayes(loss.isel(outer_step=-1), bayes),
             "seconds": [trajectories.about(history.trained).seconds] * 3,
         }
         merits = {name: [float(x) for x in estimate] for name, estimate in estimates.items()}

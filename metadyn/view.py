@@ -209,7 +209,7 @@ def _losses(name: str, measured: Mapping[str, xr.Dataset]) -> Iterator[dict[str,
     if bayes is None:
         return
     for data in (data for data in measured.values() if "outer_step" in data.dims):
-        excess = dynamics.measured_excess(data, bayes)
+        excess = dynamics.excess_over_bayes(data, bayes)
         yield {
             "task_set": name.replace(HELDOUT, TRACKED, 1),
             "name": trajectories.about(data).learner,

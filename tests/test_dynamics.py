@@ -299,5 +299,5 @@ def test_the_ratio_and_the_difference_of_two_excesses_are_paired_and_reckon_from
         for k in (0.6, 0.2, 0.0)
     )
     pairs = [(one, bayes), (other, bayes)]
-    np.testing.assert_allclose(dynamics.excesses(pairs, lambda e: e[0] / e[1]), 3.0, rtol=1e-5)
-    np.testing.assert_allclose(dynamics.excesses(pairs, lambda e: e[0] - e[1]), 0.4, rtol=1e-5)
+    np.testing.assert_allclose(dynamics.joint_excess(pairs, lambda e: e[0] / e[1]), 3.0, rtol=1e-5)
+    np.testing.assert_allclose(dynamics.joint_excess(pairs, lambda e: e[0] - e[1]), 0.4, rtol=1e-5)

@@ -51,13 +51,13 @@ def test_the_right_prior_of_a_set_has_the_mean_square_of_its_tasks(plan):
 
 
 def test_the_study_is_rehearsed_and_growth_is_over_bayes_under_the_right_prior(plan, monkeypatch):
-    beside, excesses = [], dynamics.excesses
+    beside, joint_excess = [], dynamics.joint_excess
 
     def watched(pairs, take):
         beside.append([trajectories.about(best).learner for _, best in pairs])
-        return excesses(pairs, take)
+        return joint_excess(pairs, take)
 
-    monkeypatch.setattr(dynamics, "excesses", watched)
+    monkeypatch.setattr(dynamics, "joint_excess", watched)
     rehearse(STUDY, QUICK, plan)
     assert beside.count(["bayes_right", "bayes_right"]) == 6 * 5  # learners, shifts
     assert beside.count(["bayes", "bayes"]) == 6  # what each costs within

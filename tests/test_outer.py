@@ -25,7 +25,7 @@ from metadyn.learners.networks import Recurrent
 from metadyn.learners.normalised import Normalised
 from metadyn.objectives import Objective, prediction_loss
 from metadyn.outer import MetaTraining, OuterConfig, OuterLoop, _gradient
-from metadyn.sweep_rows import Rows, by_program
+from metadyn.sweep_training import OuterLoops, by_program
 
 DOMAIN = LinearRegression(2, 2, steps=5)
 META = LSTMConfig(hidden=8).make(DOMAIN)
@@ -177,7 +177,7 @@ def test_several_updates_in_each_outer_step_are_as_many_outer_steps(rows):
     assert both.episodes == 2 * (8 + 2 * 8)
 
     def run(loop, target):
-        advance, start = Rows([loop]).run if rows else loop.run, loop.init()
+        advance, start = OuterLoops([loop]).run if rows else loop.run, loop.init()
         *_, (state, metrics) = advance([start] if rows else start, target)
         return (state[0], metrics[0]) if rows else (state, metrics)
 
@@ -249,7 +249,7 @@ def test_the_time_that_compiling_takes_is_not_that_of_training(rows, monkeypatch
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     loop = loop_of()
     state = loop.init()
-    list(Rows([loop]).run([state], 10) if rows else loop.run(state, 10))
+    list(OuterLoops([loop]).run([state], 10) if rows else loop.run(state, 10))
     assert now[0] == 1
     assert loop.seconds == {"lstm": 0}
     assert loop.pace == 0  # or the next dispatch would be short

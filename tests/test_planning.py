@@ -27,7 +27,7 @@ from metadyn.learners.bayes import bayes_linear
 from metadyn.outer import OuterLoop
 from metadyn.study import load_study
 from metadyn.sweep_programs import ProgramCache
-from metadyn.sweep_rows import Rows
+from metadyn.sweep_training import OuterLoops
 
 STUDY = str(Path(tiny_study.__file__))
 SHORT = ["--outer.steps", "40"]
@@ -125,7 +125,7 @@ def test_time_is_estimated_from_few_steps(plan, monkeypatch):
 def test_time_of_settings_side_by_side_is_that_of_all(monkeypatch):
     """Settings share the time of a step evenly, and the estimate is of what they take together."""
     loops = [planned(learning_rate=rate)[1] for rate in (1e-2, 3e-2)]
-    rows, ran = Rows(loops), []
+    rows, ran = OuterLoops(loops), []
 
     def counted(states, target):
         for state, metrics in rows.run(states, target):

@@ -16,7 +16,7 @@ import xarray as xr
 from browser import in_browser, needs_chromium, text_of
 
 import metadyn
-from metadyn import program_cost, runner, sweep, sweep_results, sweep_rows, view
+from metadyn import program_cost, runner, sweep, sweep_results, sweep_training, view
 from metadyn.cli import main
 from metadyn.errors import ConfigError
 from metadyn.options import configured
@@ -428,7 +428,7 @@ def test_optimisers_whose_states_are_called_otherwise_are_no_rows_of_one_program
         config = configured(study.presets["quick"], ["--outer.optimizer", name])
         part = study.plan(config)
         loops[i] = OuterLoop(part.trained, config.outer, jax.random.key(0))
-    assert sweep_rows.by_program(loops) == [[0, 2], [1]]
+    assert sweep_training.by_program(loops) == [[0, 2], [1]]
 
 
 NAMED_LOSS = """

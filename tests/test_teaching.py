@@ -174,7 +174,7 @@ def test_the_study_is_rehearsed_without_complaint():
     linear, bandit = plan.comparisons
     assert [meta.name for meta in linear.metas] == ["maml", "lstm"]
     assert [meta.name for meta in bandit.metas] == ["lstm"]
-    assert not [each for each in plan.measurements if each.watched]
+    assert not [each for each in plan.measurements if not each.after_training]
     own = {contender.name for _, tasks, contender, _ in linear.measurements if tasks.name == "own"}
     assert {"taught_bayes", "taught_maml", "bayes_by_maml", "bayes_by_lstm"} < own
     assert "taught_sgd" not in own

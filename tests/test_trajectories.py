@@ -119,7 +119,7 @@ def test_one_learner_that_is_selected_is_what_it_was_before_it_was_merged(parts)
     np.testing.assert_allclose(dynamics.merit(sgd), dynamics.merit(fewer))
     np.testing.assert_allclose(dynamics.episode_loss(sgd), dynamics.episode_loss(fewer))
     selected = [merged.sel(learner=name) for name in ("lstm", "bayes")]
-    for figure in (dynamics.measured_excess, dynamics.outer_times, dynamics.outer_merit):
+    for figure in (dynamics.excess_over_bayes, dynamics.outer_times, dynamics.outer_merit):
         np.testing.assert_allclose(figure(*selected), figure(parts["lstm"], bayes))
     last = [data.isel(outer_step=-1, missing_dims="ignore") for data in (parts["lstm"], bayes)]
     at_last = [data.isel(outer_step=-1) for data in selected]
@@ -170,8 +170,8 @@ def test_a_merged_dataset_is_drawn_and_judged_as_its_parts_are(parts):
     alone = dynamics.slope(merged.sel(learner="sgd"))
     xr.testing.assert_allclose(alone, dynamics.slope({"sgd": parts["sgd"]}))
     apart = trajectories.split(merged)
-    excess = dynamics.measured_excess(apart["lstm"], apart["bayes"])
-    mine = dynamics.measured_excess(parts["lstm"], parts["bayes"])
+    excess = dynamics.excess_over_bayes(apart["lstm"], apart["bayes"])
+    mine = dynamics.excess_over_bayes(parts["lstm"], parts["bayes"])
     np.testing.assert_allclose(excess.value, mine.value)
     assert np.shape(excess.value) == (2,)
     figure = figures.mode_strength(last | {"lstm": apart["lstm"].isel(outer_step=-1)})

@@ -20,7 +20,7 @@ from metadyn import mesh, sweep_programs
 from metadyn.outer import OuterLoop, TrainState, compiled
 
 
-class Row(NamedTuple):
+class TracedSeed(NamedTuple):
     """The traced program of outer steps for one seed of one meta-learner, with form and numbers."""
 
     program: ClosedJaxpr
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 @functools.cache
-def row_of(loop: OuterLoop, name: str) -> Row:
+def traced_seed(loop: OuterLoop, name: str) -> TracedSeed:
     """Traces the outer steps of one seed of a meta-learner, as they run on one device."""
     one_seed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     state, now = loop.abstract, (jax.ShapeDtypeStruct((), jnp.int32),) * 2
@@ -40,7 +40,7 @@ def row_of(loop: OuterLoop, name: str) -> Row:
         partial(loop.advance_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
     )
     program, shapes = traced(now, jax.tree.map(one_seed, stacked))
-    return Row(program, *sweep_programs.split_constants(program), jax.tree.structure(shapes))
+    return TracedSeed(program, *sweep_programs.split_constants(program), jax.tree.structure(shapes))
 
 
 def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
@@ -48,14 +48,14 @@ def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
     forms: dict[Hashable, list[int]] = {}
     for i, loop in loops.items():
         config, names = loop.config, loop.trained
-        traced = [(name, row_of(loop, name)) for name in names]
+        traced = [(name, traced_seed(loop, name)) for name in names]
         rows = tuple((n, loop.settings[n].updates_per_step, r.form, r.out_tree) for n, r in traced)
         form = rows, config.seeds, config.checkpoint_steps, config.dispatch
         forms.setdefault(form, []).append(i)
     return list(forms.values())
 
 
-class Rows:
+class OuterLoops:
     """Outer loops of one form (`by_program`), trained side by side from the same random keys."""
 
     def __init__(self, loops: Sequence[OuterLoop]):
@@ -75,7 +75,7 @@ class Rows:
     def _traced(self, name: str) -> Any:
         """Traces ((step, count), params, moments) to (params, moments, metrics), of all rows."""
         first, seeds = self.loops[0], self.loops[0].config.seeds
-        rows = [row_of(loop, name) for loop in self.loops]
+        rows = [traced_seed(loop, name) for loop in self.loops]
         places = sweep_programs.varying([row.numbers for row in rows])
         numbers = [jnp.stack([row.numbers[place] for row in rows]) for place in places]
         devices = len(mesh.devices())
