@@ -185,7 +185,7 @@ def test_bayes_earns_the_most_that_enumeration_finds(case):
 
     @functools.cache
     def state_and_policies(history):
-        """Returns the state and the policies in all contexts after (context, action, reward)s."""
+        """Returns the state and all contexts' policies after choices (context, action, reward)."""
         if not history:
             state = learner.init(jax.random.key(0))
             policy = policies(state)

@@ -143,8 +143,8 @@ def metadyn_blocks(request):
 
 
 def check_leaves(loss, gradient, rival_loss, rival_gradient):
-    """Compares to 1e-4 and 1e-3, as other numbers are added: 1e-6 or 1e-7 to squares in norms, and
-    1e-6 or 1e-12 to lengths of keys."""
+    """Tolerances allow for the constants that differ: 1e-6 or 1e-7 is added to squares in norms,
+    and 1e-6 or 1e-12 to lengths of keys."""
     np.testing.assert_allclose(loss, rival_loss, rtol=1e-4)
     assert rival_gradient.keys() == gradient.keys()
     greatest = max(np.abs(leaf).max() for leaf in rival_gradient.values())
@@ -237,7 +237,7 @@ def test_networks_under_vmap_take_the_same_steps_as_each_by_itself():
 
 
 def test_a_row_of_sweeps_shows_seconds_and_memory_of_settings(monkeypatch, capsys):
-    """Runs take 100 MiB and 3 MiB a setting, 50 s to compile and a second a setting."""
+    """A run takes 100 MiB and 3 MiB a setting, and 50 s of compiling and a second a setting."""
 
     def measured_twice(command, *options):
         (rates, noise) = (options.index(f"--{o}") for o in ("outer.learning-rate", "domain.sigma"))

@@ -84,7 +84,7 @@ def test_stopping_anywhere_and_going_on_gives_the_same_bits(shared):
 
 
 def test_a_dispatch_that_would_take_long_is_cut_short(monkeypatch):
-    """The first dispatch, which measures the pace, is not. The training is the same."""
+    """Dispatches after the first, which measures the pace, are short. Training is the same."""
     unlimited, loop = loop_of(), loop_of()
     monkeypatch.setattr(outer, "DISPATCH_SECONDS", 1e-9)
     steps = [int(state.step) for state, _ in loop.run(loop.init(), 12)]
@@ -154,7 +154,7 @@ def test_each_seed_has_episodes_of_its_own():
 
 
 def test_meta_learners_side_by_side_equal_each_alone(shared):
-    """A second one, of another width and noise, does not change what the first one learns."""
+    """Another meta-learner of other width and noise does not change what the first learns."""
     noisy = dataclasses.replace(DOMAIN, sigma=1.0)
     meta = LSTMConfig(hidden=6).make(noisy)
     trained = {

@@ -52,7 +52,7 @@ DOMAINS = ("linear", "bandit")
 
 
 def bayes_curve():
-    """Returns curves [task, step, mode] of two modes that start at 0 and grow at other rates."""
+    """Returns curves [task, step, mode] of two modes that start at 0 and grow at unequal rates."""
     t = np.arange(6)[:, None]
     return np.broadcast_to(1 - np.array([0.5, 0.8]) ** t, (3, 6, 2))
 
@@ -71,7 +71,7 @@ def test_share_of_bayes_is_the_share_from_which_the_curves_were_made():
 
 def test_answers_before_any_feedback_do_not_count_in_the_share_of_bayes():
     best = np.array([[0.2], [0.6], [1.0]])  # [step, mode]
-    trained = np.array([[[0.2], [0.2], [0.2]], [[0.9], [0.4], [0.6]]])  # then 0.9 before feedback
+    trained = np.array([[[0.2], [0.2], [0.2]], [[0.9], [0.4], [0.6]]])  # 0.9 comes before feedback
     np.testing.assert_allclose(dynamics.share_of_bayes(trained, best), [[0], [0.5]])
 
 
@@ -369,7 +369,7 @@ def test_scalars_are_logged_for_tensorboard(run_folder):
 
 
 def test_scalars_after_a_damaged_checkpoint_are_still_shown(run_folder, tmp_path, monkeypatch):
-    """TensorBoard hides earlier scalars from the step at which a later session starts."""
+    """From the step at which a later session starts, TensorBoard hides what was logged before."""
     out = tmp_path / "r"
     shutil.copytree(run_folder, out)
     (out / "checkpoints" / "1" / "SHA256SUMS").write_text("nonsense")

@@ -51,7 +51,7 @@ def plan(config):
     return md.Plan(config.outer, [comparison(config)])
 
 
-def changed(**changes):
+def plan_with(**changes):
     """Returns a plan of that comparison in which functions have changed some fields' values."""
 
     def plan(config):
@@ -163,7 +163,7 @@ def test_what_cannot_fit_into_the_memory_is_refused_in_a_notebook_too(monkeypatc
 def test_without_tracking_learners_are_measured_only_once_trained(tmp_path):
     loss_alone = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
     untracked = lambda sizes: dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
-    plan = changed(measure=untracked, sets=lambda sets: sets[:1])
+    plan = plan_with(measure=untracked, sets=lambda sets: sets[:1])
     study = dataclasses.replace(STUDY, plan=plan, criteria=loss_alone, figures={})
     summary = run(study, tmp_path / "r")
     assert [row["name"] for row in summary["criteria"]] == ["loss"]
@@ -178,7 +178,7 @@ def test_a_learner_whose_loss_is_not_finite_is_named(tmp_path):
     bayes = bayes_linear(Config().domain)
     predict = lambda state, x: jnp.where(x[0] > 1, jnp.nan, bayes.predict(state, x))
     halting = md.Contender("halting", "halting", bayes._replace(predict=predict), "ordinary")
-    plan = changed(contenders=lambda old: [*old, halting], sets=lambda sets: sets[:1])
+    plan = plan_with(contenders=lambda old: [*old, halting], sets=lambda sets: sets[:1])
     loss_alone = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
     study = dataclasses.replace(STUDY, plan=plan, criteria=loss_alone, figures={})
     with pytest.warns(ConfigWarning) as caught:
@@ -193,7 +193,7 @@ def test_a_learner_whose_loss_is_not_finite_is_named(tmp_path):
 
 def test_names_of_task_sets_measured_at_checkpoints_are_reserved(tmp_path, monkeypatch):
     rename_first = lambda sets: [dataclasses.replace(sets[0], name="heldout_x"), *sets[1:]]
-    study = dataclasses.replace(STUDY, plan=changed(sets=rename_first))
+    study = dataclasses.replace(STUDY, plan=plan_with(sets=rename_first))
     message = "set of tasks = 'heldout_x': this name is reserved for sets measured"
     assert message in refused(study, tmp_path / "r", monkeypatch)
 
@@ -201,7 +201,7 @@ def test_names_of_task_sets_measured_at_checkpoints_are_reserved(tmp_path, monke
 def test_a_closed_form_that_cannot_be_stored_is_refused(tmp_path, monkeypatch):
     curve = np.zeros((3, 2))
     sgd = md.Contender("sgd", "SGD", bayes_linear(Config().domain), "ordinary", curve=curve)
-    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda old: [*old, sgd]))
+    study = dataclasses.replace(STUDY, plan=plan_with(contenders=lambda old: [*old, sgd]))
     pattern = r"curve = \(3, 2\): .*'sgd', must be of shape \(4, 2\)"
     assert re.search(pattern, refused(study, tmp_path / "r", monkeypatch))
 
@@ -224,7 +224,7 @@ def test_times_that_do_not_increase_from_0_are_refused(times):
 def test_times_may_be_an_array(tmp_path):
     with_array = lambda contender: dataclasses.replace(contender, times=np.arange(4))
     study = dataclasses.replace(
-        STUDY, plan=changed(contenders=lambda old: [old[0], with_array(old[1])])
+        STUDY, plan=plan_with(contenders=lambda old: [old[0], with_array(old[1])])
     )
     assert run(study, tmp_path / "r")["study"] == "tiny"
 
@@ -280,7 +280,7 @@ def test_a_tracked_task_set_must_have_a_probe_of_mode_strengths(tmp_path, monkey
             tasks = super().evaluation(*arguments)
             return dataclasses.replace(tasks, probes={"mine": tasks.probes["mode_strength"]})
 
-    plan = changed(domain=lambda _: Renamed(2, 2, steps=3), sets=lambda _: [])
+    plan = plan_with(domain=lambda _: Renamed(2, 2, steps=3), sets=lambda _: [])
     line = refused(dataclasses.replace(STUDY, plan=plan), tmp_path / "r", monkeypatch)
     assert line.startswith("probes = ['mine']: of ")
 
@@ -451,7 +451,7 @@ def test_a_value_that_is_no_figure_and_text_that_cannot_be_typeset_are_refused(
 
 def test_a_label_that_cannot_be_typeset_is_refused(tmp_path, monkeypatch):
     label = lambda old: [old[0], dataclasses.replace(old[1], label=r"$\foo$ and more")]
-    study = dataclasses.replace(STUDY, plan=changed(contenders=label))
+    study = dataclasses.replace(STUDY, plan=plan_with(contenders=label))
     assert "cannot be typeset" in refused(study, tmp_path / "r", monkeypatch)
 
 
@@ -459,7 +459,7 @@ def with_learner(**functions):
     """Returns a study with another learner, which answers 0 except where `functions` differ."""
     zero = md.Learner(lambda key: jnp.zeros(3), lambda s, x: jnp.zeros(2), lambda s, x, y: s)
     contender = md.Contender("own", "own", zero._replace(**functions), "reference")
-    return dataclasses.replace(STUDY, plan=changed(contenders=lambda old: [*old, contender]))
+    return dataclasses.replace(STUDY, plan=plan_with(contenders=lambda old: [*old, contender]))
 
 
 @pytest.mark.parametrize(
@@ -567,7 +567,7 @@ def failing_objective(domain, meta):
     ],
 )
 def test_an_objective_that_cannot_be_computed_is_refused(objective, message, tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, plan=changed(objective=lambda _: objective))
+    study = dataclasses.replace(STUDY, plan=plan_with(objective=lambda _: objective))
     line = refused(study, tmp_path / "r", monkeypatch)
     assert line.startswith("the objective of lstm cannot be computed (")
     assert message in line
@@ -578,8 +578,8 @@ def test_an_objective_that_cannot_be_computed_is_refused(objective, message, tmp
     [
         (lambda config: config.domian, "study 'tiny': its plan cannot be made (AttributeError"),
         (lambda config: None, "plan = None: must return a `metadyn.Plan`"),
-        (changed(objective=lambda _: lambda domain, meta: 1), "objective = 1: of 'lstm', must"),
-        (changed(domain=lambda d: dataclasses.replace(d, sigma=-1.0)), "sigma = -1.0: must be"),
+        (plan_with(objective=lambda _: lambda domain, meta: 1), "objective = 1: of 'lstm', must"),
+        (plan_with(domain=lambda d: dataclasses.replace(d, sigma=-1.0)), "sigma = -1.0: must be"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_refused(broken, message, tmp_path, monkeypatch):
@@ -698,7 +698,7 @@ def with_wrong_probe(task_set, wrong):
 def test_a_probe_that_reads_other_than_it_declares_is_refused(
     wrong, message, task_set, tmp_path, monkeypatch
 ):
-    study = dataclasses.replace(STUDY, plan=changed(sets=with_wrong_probe(task_set, wrong)))
+    study = dataclasses.replace(STUDY, plan=plan_with(sets=with_wrong_probe(task_set, wrong)))
     line = refused(study, tmp_path / "r", monkeypatch)
     assert "probe 'mode_strength'" in line
     assert message in line
@@ -734,7 +734,7 @@ def test_a_probe_must_not_record_under_a_name_that_is_taken(
             added = {name: new_probe} if name != "p" else {"p": new_probe, "p_strengths": new_probe}
             yield dataclasses.replace(tasks, probes={old_name: old_probe, **added})
 
-    study = dataclasses.replace(STUDY, plan=changed(sets=lambda sets: [*change(sets)]))
+    study = dataclasses.replace(STUDY, plan=plan_with(sets=lambda sets: [*change(sets)]))
     assert message in refused(study, tmp_path / "r", monkeypatch)
 
 
@@ -784,14 +784,14 @@ def test_numbers_beyond_what_jax_counts_to_are_refused():
 
 def test_two_contenders_of_one_name_are_refused(tmp_path, monkeypatch):
     study = dataclasses.replace(
-        STUDY, plan=changed(contenders=lambda contenders: [*contenders, contenders[-1]])
+        STUDY, plan=plan_with(contenders=lambda contenders: [*contenders, contenders[-1]])
     )
     line = refused(study, tmp_path / "r", monkeypatch)
     assert line == "name = 'bayes': two contenders have this name: choose another"
 
 
 def test_a_meta_learner_without_bayes_is_refused(tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda contenders: contenders[:1]))
+    study = dataclasses.replace(STUDY, plan=plan_with(contenders=lambda contenders: contenders[:1]))
     line = refused(study, tmp_path / "r", monkeypatch)
     assert (
         "contenders of kind 'bayes' = 0: comparison of LinearRegression has meta-learners" in line
@@ -800,7 +800,7 @@ def test_a_meta_learner_without_bayes_is_refused(tmp_path, monkeypatch):
 
 
 def test_two_measurements_of_one_name_are_refused(tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, plan=changed(sets=lambda sets: [*sets, sets[-1]]))
+    study = dataclasses.replace(STUDY, plan=plan_with(sets=lambda sets: [*sets, sets[-1]]))
     line = refused(study, tmp_path / "r", monkeypatch)
     assert "('x4', 'lstm')" in line
 
@@ -822,7 +822,7 @@ def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(run_cop
 
     edits = [{"contenders": wider}, {"sets": lambda sets: sets[:1]}]
     for changes in [*edits, {"contenders": faster}, {"sets": noisier}]:
-        edited = dataclasses.replace(STUDY, plan=changed(**changes))
+        edited = dataclasses.replace(STUDY, plan=plan_with(**changes))
         with pytest.raises(ConfigError, match=r"holds a run with plan\."):
             run(edited, run_copy)
     assert run(STUDY, run_copy)["study"] == "tiny"

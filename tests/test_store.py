@@ -49,7 +49,7 @@ def tracked_readings():
 
 
 def write_run(path):
-    """Writes three checkpoints with trajectories and one without, and measures all learners."""
+    """Writes 3 checkpoints with trajectories, one without, Bayes on both sets, SGD on another."""
     run = RunFolder.create(path, IDENTITY)
     written = {}
     for step in (0, 1, 4):
