@@ -1,4 +1,4 @@
-"""The benchmarks: rivals compute the same, timing alternates, results say what they should."""
+"""The benchmarks: rivals compute the same, timing alternates, and results are complete."""
 
 import dataclasses
 import json
@@ -25,14 +25,14 @@ T, B, H = 7, 6, 16
 
 
 @pytest.fixture(scope="module")
-def ours():
-    """Weights, episodes x and y [T, B, N], our loss on them and its gradient."""
-    params, *rest, gradient = drawn(LSTMConfig(hidden=H).make(LinearRegression(steps=T)))
+def metadyn_lstm():
+    """Returns metadyn's weights, episodes x and y [T, B, N], and the loss and gradient on them."""
+    params, *rest, gradient = random_case(LSTMConfig(hidden=H).make(LinearRegression(steps=T)))
     return flat(params), *rest, flat(gradient)
 
 
-def drawn(meta):
-    """Weights that are not those of a start, episodes, and the loss and gradient on them."""
+def random_case(meta):
+    """Returns weights away from a start, episodes, and the loss and gradient on them."""
     leaves, tree = jax.tree.flatten(meta.init(jax.random.key(0)))
     noise = jax.random.split(jax.random.key(1), len(leaves))
     params = tree.unflatten(
@@ -50,12 +50,12 @@ def drawn(meta):
 
 
 def flat(params):
-    """Weights by the names that the tests have for them."""
+    """Returns weights by the names that the tests have for them."""
     return params["body"] | {name: params[name] for name in ("readout", "offset")}
 
 
 def by_gate(name, value):
-    """Gates in the order of the rivals, i f g o; ours is i f o g."""
+    """Returns gates in the rivals' order i f g o, where metadyn's is i f o g."""
     value = np.asarray(value)
     if name in ("readout", "offset"):
         return value
@@ -63,75 +63,77 @@ def by_gate(name, value):
     return np.concatenate([i, f, fourth, third])
 
 
-def check_gradient(gradient, theirs):
-    """To 1e-5 of the greatest entry of each leaf."""
-    for name, leaf in theirs.items():
+def check_gradient(gradient, reference):
+    """Compares each leaf to 1e-5 of its greatest entry."""
+    for name, leaf in reference.items():
         expected = by_gate(name, leaf)
         scale = np.abs(expected).max()
         assert scale > 0
         np.testing.assert_allclose(gradient[name], expected, rtol=0, atol=1e-5 * scale)
 
 
-def test_loss_and_gradient_equal_those_of_flax(ours):
-    """On the same weights and episodes."""
-    params, x, y, loss, gradient = ours
+def test_loss_and_gradient_equal_those_of_flax(metadyn_lstm):
+    """Both have the same weights and episodes."""
+    params, x, y, loss, gradient = metadyn_lstm
     network = outer_step.flax_network(H)
     cell = network.body.rnn.cell
-    places = {
+    weights = {
         "input": cell.dense_i.kernel,
         "recurrent": cell.dense_h.kernel,
         "bias": cell.dense_h.bias,
         "readout": network.readout.kernel,
         "offset": network.readout.bias,
     }
-    for name, place in places.items():
-        place[...] = jnp.asarray(by_gate(name, params[name]).T)
-    found, theirs = nnx.value_and_grad(lambda network: network(x, y))(network)
-    np.testing.assert_allclose(loss, found, rtol=1e-6)
-    cell = theirs["body"]["rnn"]["cell"]
+    for name, weight in weights.items():
+        weight[...] = jnp.asarray(by_gate(name, params[name]).T)
+    flax_loss, flax_gradient = nnx.value_and_grad(lambda network: network(x, y))(network)
+    np.testing.assert_allclose(loss, flax_loss, rtol=1e-6)
+    cell = flax_gradient["body"]["rnn"]["cell"]
     leaves = {
         "input": cell["dense_i"]["kernel"],
         "recurrent": cell["dense_h"]["kernel"],
         "bias": cell["dense_h"]["bias"],
-        "readout": theirs["readout"]["kernel"],
-        "offset": theirs["readout"]["bias"],
+        "readout": flax_gradient["readout"]["kernel"],
+        "offset": flax_gradient["readout"]["bias"],
     }
     check_gradient(gradient, {name: np.asarray(leaf[...]).T for name, leaf in leaves.items()})
 
 
 @pytest.mark.parametrize("model", ["lstm", "lstm loop"])
-def test_loss_and_gradient_equal_those_of_pytorch(model, ours):
-    """On the same weights and episodes; where PyTorch is installed."""
+def test_loss_and_gradient_equal_those_of_pytorch(model, metadyn_lstm):
+    """Both have the same weights and episodes. The test needs PyTorch."""
     torch = pytest.importorskip("torch")
-    params, x, y, loss, gradient = ours
+    params, x, y, loss, gradient = metadyn_lstm
     network = outer_step.torch_network(H, model)
-    of = dict(network.body.named_parameters())
+    named = dict(network.body.named_parameters())
     if model == "lstm":
-        of = {name.removeprefix("lstm."): leaf for name, leaf in of.items()}
+        named = {name.removeprefix("lstm."): leaf for name, leaf in named.items()}
         names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0"
-        torch.nn.init.zeros_(of["bias_hh_l0"])
+        torch.nn.init.zeros_(named["bias_hh_l0"])
     else:
         names = "input.weight", "recurrent.weight", "input.bias"
-    theirs = dict(zip(("input", "recurrent", "bias"), (of[name] for name in names), strict=True))
-    theirs |= {"readout": network.readout.weight, "offset": network.readout.bias}
+    weights = dict(
+        zip(("input", "recurrent", "bias"), (named[name] for name in names), strict=True)
+    )
+    weights |= {"readout": network.readout.weight, "offset": network.readout.bias}
 
     with torch.no_grad():
-        for name, leaf in theirs.items():
+        for name, leaf in weights.items():
             leaf.copy_(torch.tensor(by_gate(name, params[name])))
-    found = network(torch.tensor(x), torch.tensor(y))
-    found.backward()
-    np.testing.assert_allclose(loss, found.item(), rtol=1e-6)
-    check_gradient(gradient, {name: np.asarray(leaf.grad) for name, leaf in theirs.items()})
+    torch_loss = network(torch.tensor(x), torch.tensor(y))
+    torch_loss.backward()
+    np.testing.assert_allclose(loss, torch_loss.item(), rtol=1e-6)
+    check_gradient(gradient, {name: np.asarray(leaf.grad) for name, leaf in weights.items()})
 
 
 BLOCKS = {"transformer": TransformerConfig(hidden=H), "deltanet": DeltaNetConfig(hidden=H)}
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
-def our_blocks(request):
-    """As `ours`, of a network of blocks: its name, weights by path, episodes, loss and gradient."""
+def metadyn_blocks(request):
+    """Returns, for a network of blocks, its name and, by path, what `metadyn_lstm` returns."""
     meta = BLOCKS[request.param].make(LinearRegression(steps=T))
-    params, *rest = drawn(meta)
+    params, *rest = random_case(meta)
     by_path = lambda tree: {
         ".".join(str(part.key) for part in path): np.asarray(leaf)
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -140,81 +142,83 @@ def our_blocks(request):
     return request.param, by_path(params), *episodes, loss, by_path(gradient)
 
 
-def check_leaves(loss, gradient, found, theirs):
-    """Norms differ by what is added to squares, 1e-6 or 1e-7, lengths of keys by 1e-6 or 1e-12."""
-    np.testing.assert_allclose(loss, found, rtol=1e-4)
-    assert theirs.keys() == gradient.keys()
-    greatest = max(np.abs(leaf).max() for leaf in theirs.values())
-    for path, leaf in theirs.items():
-        scale = max(np.abs(leaf).max(), 1e-3 * greatest)  # the bias of keys has a gradient of zero
+def check_leaves(loss, gradient, rival_loss, rival_gradient):
+    """Tolerances allow for the constants that differ: 1e-6 or 1e-7 is added to squares in norms,
+    and 1e-6 or 1e-12 to lengths of keys."""
+    np.testing.assert_allclose(loss, rival_loss, rtol=1e-4)
+    assert rival_gradient.keys() == gradient.keys()
+    greatest = max(np.abs(leaf).max() for leaf in rival_gradient.values())
+    for path, leaf in rival_gradient.items():
+        scale = max(np.abs(leaf).max(), 1e-3 * greatest)  # the gradient of the keys' bias is zero
         np.testing.assert_allclose(gradient[path], leaf, rtol=0, atol=1e-3 * scale, err_msg=path)
 
 
-def test_blocks_equal_those_of_flax(our_blocks):
-    """A transformer and a DeltaNet on the same weights and episodes."""
-    model, params, x, y, loss, gradient = our_blocks
+def test_blocks_equal_those_of_flax(metadyn_blocks):
+    """A transformer and a DeltaNet have metadyn's weights and episodes."""
+    model, params, x, y, loss, gradient = metadyn_blocks
     network = outer_step.flax_network(H, model)
     graph, state = nnx.split(network)
     leaves = dict(nnx.to_flat_state(state))
     heads = (4, H // 4)
 
-    def ours_of(path, of):
-        """What of ours a leaf of theirs is: attention has queries, keys and values apart."""
+    def part_for(path, by_path):
+        """Returns metadyn's part for a leaf of Flax, which separates queries, keys and values."""
         name = ".".join(map(str, path))
         name = name.replace("mixer.strength", "mixer.rate").replace("mixer.attention", "mixer")
         if name.startswith("readout"):
-            return of["readout"].T if name.endswith("kernel") else of["offset"]
+            return by_path["readout"].T if name.endswith("kernel") else by_path["offset"]
         part = {"query": 0, "key": 1, "value": 2}.get(path[-2])
         if part is not None:
-            whole = of[name.replace(str(path[-2]), "project")]
-            part = whole[..., part * H : (part + 1) * H]
+            joined = by_path[name.replace(str(path[-2]), "project")]
+            part = joined[..., part * H : (part + 1) * H]
             return part.reshape(*part.shape[:-1], *heads)
-        leaf = of[name]
-        attends = "attention" in path and path[-2:] == ("out", "kernel")
-        return leaf.reshape(*heads, H) if attends else leaf
+        leaf = by_path[name]
+        is_output = "attention" in path and path[-2:] == ("out", "kernel")
+        return leaf.reshape(*heads, H) if is_output else leaf
 
     for path, leaf in leaves.items():
-        leaf[...] = jnp.asarray(ours_of(path, params))
+        leaf[...] = jnp.asarray(part_for(path, params))
     network = nnx.merge(graph, nnx.from_flat_state(leaves))
-    found, theirs = nnx.jit(nnx.value_and_grad(lambda network: network(x, y)))(network)
-    theirs = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(theirs)}
-    expected = {path: ours_of(path, gradient) for path in theirs}
-    check_leaves(loss, expected, found, theirs)
+    flax_loss, flax_gradient = nnx.jit(nnx.value_and_grad(lambda network: network(x, y)))(network)
+    flax_gradient = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(flax_gradient)}
+    expected = {path: part_for(path, gradient) for path in flax_gradient}
+    check_leaves(loss, expected, flax_loss, flax_gradient)
 
 
-def test_blocks_equal_those_of_pytorch(our_blocks):
-    """A transformer and a DeltaNet on the same weights and episodes; where PyTorch is installed."""
+def test_blocks_equal_those_of_pytorch(metadyn_blocks):
+    """A transformer and a DeltaNet have metadyn's weights and episodes. This needs PyTorch."""
     torch = pytest.importorskip("torch")
-    model, params, x, y, loss, gradient = our_blocks
+    model, params, x, y, loss, gradient = metadyn_blocks
     network = outer_step.torch_network(H, model)
-    same = {"mlp.0": "wide", "mlp.2": "narrow", "strength": "rate"}
+    new_names = {"mlp.0": "wide", "mlp.2": "narrow", "strength": "rate"}
 
-    def ours_of(name, of):
-        for theirs, ours in same.items():
-            name = name.replace(theirs, ours)
+    def part_for(name, by_name):
+        for torch_name, metadyn_name in new_names.items():
+            name = name.replace(torch_name, metadyn_name)
         if name.startswith("readout"):
-            return of["readout"] if name.endswith("weight") else of["offset"]
+            return by_name["readout"] if name.endswith("weight") else by_name["offset"]
         if "norms" in name:
-            return of[name.replace("weight", "scale")]
-        return of[name.replace("weight", "kernel")].T
+            return by_name[name.replace("weight", "scale")]
+        return by_name[name.replace("weight", "kernel")].T
 
     leaves = dict(network.named_parameters())
     with torch.no_grad():
         for name, leaf in leaves.items():
-            leaf.copy_(torch.tensor(ours_of(name, params)))
-    found = network(torch.tensor(x), torch.tensor(y))
-    found.backward()
-    theirs = {name: leaf.grad.numpy() for name, leaf in leaves.items()}
-    check_leaves(loss, {n: ours_of(n, gradient) for n in theirs}, found.item(), theirs)
+            leaf.copy_(torch.tensor(part_for(name, params)))
+    torch_loss = network(torch.tensor(x), torch.tensor(y))
+    torch_loss.backward()
+    torch_gradient = {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+    expected = {name: part_for(name, gradient) for name in torch_gradient}
+    check_leaves(loss, expected, torch_loss.item(), torch_gradient)
 
 
-def test_networks_under_vmap_take_the_steps_that_each_takes_by_itself():
-    """Two networks with rates of their own, three steps of PyTorch's own Adam."""
+def test_networks_under_vmap_take_the_same_steps_as_each_by_itself():
+    """Two networks with their own rates take three steps, each also by PyTorch's own Adam."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     rates, network = (1e-2, 3e-2), outer_step.torch_network(4, "lstm loop", 2)
     x, y = torch.randn(2, 2, T, B, 2)
-    y = 30 * y  # so that gradients are clipped
+    y = 30 * y  # large enough for gradients to be clipped
     weights = {name: torch.stack([leaf, leaf + 0.1]) for name, leaf in network.state_dict().items()}
     zeros = {name: torch.zeros_like(leaf) for name, leaf in weights.items()}
     state, step = (weights, zeros, zeros), sweeps.torch_step(network, torch.tensor(rates))
@@ -232,24 +236,24 @@ def test_networks_under_vmap_take_the_steps_that_each_takes_by_itself():
             torch.testing.assert_close(state[0][name][i], leaf, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_says_what_each_setting_takes(monkeypatch, capsys):
-    """100 MiB and 3 MiB a setting, a second a setting; 50 s of them compiling."""
+def test_a_row_of_sweeps_shows_seconds_and_memory_of_settings(monkeypatch, capsys):
+    """A run takes 100 MiB and 3 MiB a setting, and 50 s of compiling and a second a setting."""
 
-    def twice(command, *options):
+    def measured_twice(command, *options):
         (rates, noise) = (options.index(f"--{o}") for o in ("outer.learning-rate", "domain.sigma"))
         count = (noise - rates - 1) * (len(options) - noise - 1)
         return 50.0 + count, float(count), 100.0 + 3 * count
 
-    monkeypatch.setattr(sweeps, "twice", twice)
+    monkeypatch.setattr(sweeps, "twice", measured_twice)
     sweeps.main(["--settings", "1", "4", "64"])
-    *_, one, four, many = capsys.readouterr().out.splitlines()
-    assert one == "| 1 | 51 | 1 | 103 | – | 51 | 1 |"
-    assert four == "| 4 | 54 | 4 | 112 | 3 | 204 | 4 |"
-    assert many == "| 64 | 114 | 64 | 292 | 3 | 3264 | 64 |"
+    *_, first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "| 1 | 51 | 1 | 103 | – | 51 | 1 |"
+    assert second == "| 4 | 54 | 4 | 112 | 3 | 204 | 4 |"
+    assert third == "| 64 | 114 | 64 | 292 | 3 | 3264 | 64 |"
 
 
 def sleeping_side(seconds, log):
-    """A side that sleeps, and notes when."""
+    """Returns a side that sleeps, and logs each time that it does."""
 
     def run(count):
         with open(log, "a") as file:
@@ -269,10 +273,10 @@ def test_sides_alternate_and_one_that_cannot_run_is_left_out(tmp_path, capsys):
         Side(__name__, "sleeping_side", {"seconds": s, "log": str(log)}) for s in (0.04, 0.02)
     )
     sides = {"slow": slow, "fast": fast, "missing": Side(__name__, "missing_side")}
-    taken = timing.alternate(sides, repeats=3, seconds=0.1)
-    assert list(taken) == ["slow", "fast"]
-    assert np.all(taken["slow"] >= 0.04)
-    assert np.median(taken["slow"] / taken["fast"]) == pytest.approx(2, rel=0.3)
+    seconds = timing.alternate(sides, repeats=3, seconds=0.1)
+    assert list(seconds) == ["slow", "fast"]
+    assert np.all(seconds["slow"] >= 0.04)
+    assert np.median(seconds["slow"] / seconds["fast"]) == pytest.approx(2, rel=0.3)
     assert log.read_text().split()[-6:] == ["0.04", "0.02"] * 3
     assert "missing: not measured (ModuleNotFoundError: No module named 'rival')" in (
         capsys.readouterr().out
@@ -294,7 +298,7 @@ def test_the_readme_has_the_stored_results():
     assert "\n".join(lines) in (folder / "README.md").read_text()
 
 
-def test_a_share_stands_beside_its_time():
+def test_a_share_is_in_the_row_of_its_time():
     rows = [
         timing.result("step: ours, ms", [2.0]),
         timing.result("step: ours, share of the product rate", [0.25]),
@@ -305,7 +309,7 @@ def test_a_share_stands_beside_its_time():
     assert second == "| step: × theirs | 3 | [3, 3] | | at least 4 | **missed** |"
 
 
-def test_the_limit_is_of_what_takes_longer():
+def test_the_slower_of_products_and_copies_is_the_limit():
     limits = timing.Limits(products=100.0, copies=10.0)
     assert limits.share(np.array([2.0]), operations=50.0)[0] == 0.25
     assert limits.share(np.array([2.0]), operations=50.0, moved=10.0)[0] == 0.5
@@ -314,11 +318,11 @@ def test_the_limit_is_of_what_takes_longer():
 def test_the_command_writes_a_list_of_results(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.json"
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--json", str(path), "--only", "one"])
-    two = {
+    benchmarks = {
         "one": lambda full: iter([timing.result("ratio", [2.0], at_least=1.0)]),
         "two": lambda full: iter([timing.result("other", [1.0])]),
     }
-    timing.main(two, "Two benchmarks.")
+    timing.main(benchmarks, "Two benchmarks.")
     (row,) = json.loads(path.read_text())
     assert set(row) == {"name", "value", "low", "high", "target", "met", "device"}
     assert (row["name"], row["value"], row["target"], row["met"]) == (
@@ -332,38 +336,38 @@ def test_the_command_writes_a_list_of_results(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("problem", excess_loss.TARGET)
 def test_each_row_of_excess_loss_changes_a_valid_configuration(problem):
-    apart = (excess_loss.STAGES, excess_loss.AVERAGED)
-    as_it_is, made = excess_loss.settings(problem), []
+    separate = (excess_loss.STAGES, excess_loss.AVERAGED)
+    unchanged, configs = excess_loss.settings(problem), []
     for changes in excess_loss.rows(problem).values():
-        rest = {name: value for name, value in changes.items() if name not in apart}
+        shared = {name: value for name, value in changes.items() if name not in separate}
         for stage in changes.get(excess_loss.STAGES, [{}]):
-            made.append(excess_loss.settings(problem, rest | stage))
-    assert sum(config != as_it_is for config in made) >= 9
-    assert "muon" in {config.outer.optimizer for config in made}
+            configs.append(excess_loss.settings(problem, shared | stage))
+    assert sum(config != unchanged for config in configs) >= 9
+    assert "muon" in {config.outer.optimizer for config in configs}
 
 
 def losses(mean, seeds=1, tasks=400):
-    """A made-up measurement whose loss, over seeds and tasks, is about `mean`."""
+    """Returns a made-up measurement whose loss, over seeds and tasks, is about `mean`."""
     noise = 1 + 0.05 * np.random.default_rng(seeds).standard_normal((seeds, tasks, 3))
     about = trajectories.About("lstm", "LSTM", "meta", "observations", loss_floor=0.1)
     coords = {"time": ("step", range(3))}
     axes = {"loss": ("seed", "task", "step")}
-    described = trajectories.describe(about, axes, coords, {})
-    return trajectories.dataset({"loss": mean * noise}, described)
+    description = trajectories.describe(about, axes, coords, {})
+    return trajectories.dataset({"loss": mean * noise}, description)
 
 
-def test_a_planted_power_law_is_found_again():
-    """Excess 40 / (episodes^0.5 units^0.25) over Bayes' loss 0.6, of which 0.1 is noise."""
+def test_a_planted_power_law_is_recovered():
+    """The excess is 40 / (episodes^0.5 units^0.25) over Bayes' loss 0.6, of which 0.1 is noise."""
     planted = lambda units, episodes: 40 * episodes**-0.5 * units**-0.25
-    found = [
+    points = [
         power_law.Point(u, e, losses(0.6 + 0.5 * planted(u, e), seeds=4))
         for u in (16, 64)
         for e in (10_000, 40_000, 160_000)
     ]
-    law = power_law.fitted(found, losses(0.6), [(256, 10_000_000)])
+    law = power_law.fitted(points, losses(0.6), [(256, 10_000_000)])
     assert law.exponents.low[0] < 0.5 < law.exponents.high[0]
     assert law.exponents.low[1] < 0.25 < law.exponents.high[1]
-    assert np.ptp([each[0] for each in law.exponents]) < 0.1
+    assert np.ptp([bound[0] for bound in law.exponents]) < 0.1
     assert law.at.low[0] < planted(256, 10_000_000) < law.at.high[0]
     assert law.misfit < 0.1
-    power_law.drawn(found, losses(0.6))
+    power_law.drawn(points, losses(0.6))

@@ -1,4 +1,4 @@
-"""The command line: a whole small study, resumed and interrupted, and bad input."""
+"""The command line runs a small study, resumes it after interruptions, and refuses bad input."""
 
 import dataclasses
 import json
@@ -42,28 +42,28 @@ SMALL = [
 ]
 
 
-def metadyn_run(out, *more):
-    return main(["run", STUDY, "--out", str(out), *SMALL, *more])
+def metadyn_run(out, *options):
+    return main(["run", STUDY, "--out", str(out), *SMALL, *options])
 
 
 def draw_nothing(monkeypatch):
-    """From here on figures, which nobody looks at, are not drawn."""
-    monkeypatch.setattr(figures, "draw", lambda *given: [])
+    """Stops the drawing of figures, at which the test does not look."""
+    monkeypatch.setattr(figures, "draw", lambda *arguments: [])
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole study, run once; its criteria are not met by so small a one."""
+def run_folder(tmp_path_factory):
+    """Returns the folder of a study that was run once. It is too small to meet its criteria."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert metadyn_run(out) == 1
     return out
 
 
-def test_the_run_folder_is_as_the_contract_says(finished):
-    assert {p.name for p in finished.iterdir()} >= {
+def test_the_run_folder_keeps_the_contract(run_folder):
+    assert {p.name for p in run_folder.iterdir()} >= {
         "config.json", "checkpoints", "figures", "summary.json"
     }  # fmt: skip
-    summary = json.loads((finished / "summary.json").read_text())
+    summary = json.loads((run_folder / "summary.json").read_text())
     assert {"study", "preset", "seed", "environment", "criteria"} <= summary.keys()
     assert summary["study"] == "linear_regression"
     assert summary["environment"]["jax"]
@@ -77,14 +77,14 @@ def test_the_run_folder_is_as_the_contract_says(finished):
             assert row["low"] <= row["high"]
 
 
-def test_every_figure_is_drawn_and_drawn_again_from_what_is_stored(finished, capsys):
+def test_every_figure_is_drawn_and_drawn_again_from_stored_results(run_folder, capsys):
     names = {
         "mode_strength", "learning_times", "learned_spectrum",
         "inner_curves", "outer_learning", "distance_to_bayes", "orders",
     }  # fmt: skip
-    assert {p.stem for p in (finished / "figures").glob("*.png")} == names
-    shutil.rmtree(finished / "figures")
-    assert main(["figures", str(finished)]) == 0
+    assert {p.stem for p in (run_folder / "figures").glob("*.png")} == names
+    shutil.rmtree(run_folder / "figures")
+    assert main(["figures", str(run_folder)]) == 0
     printed = capsys.readouterr().out.split()
     assert {Path(p).stem for p in printed} == names
     for path in printed:
@@ -94,45 +94,45 @@ def test_every_figure_is_drawn_and_drawn_again_from_what_is_stored(finished, cap
             assert image.std() > 0.02
 
 
-def test_of_a_changed_study_that_kept_its_name_it_is_said_how_its_own_figures_are_drawn(
-    finished, tmp_path, monkeypatch, capsys
+def test_figures_of_a_changed_study_that_kept_its_name_give_a_hint(
+    run_folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(figures, "draw", lambda folder, *given: [folder / "one.png"])
+    monkeypatch.setattr(figures, "draw", lambda folder, *arguments: [folder / "one.png"])
     hint = "'linear_regression' has other options than this run: if the study is yours, add --study"
-    assert main(["figures", str(finished)]) == 0
+    assert main(["figures", str(run_folder)]) == 0
     assert hint not in capsys.readouterr().err
-    shutil.copytree(finished, tmp_path / "run")
-    asked = json.loads((finished / "config.json").read_text())
-    asked["config"]["own"] = 1
-    (tmp_path / "run" / "config.json").write_text(json.dumps(asked))
+    shutil.copytree(run_folder, tmp_path / "run")
+    config = json.loads((run_folder / "config.json").read_text())
+    config["config"]["own"] = 1
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     assert main(["figures", str(tmp_path / "run")]) == 0
     assert hint in capsys.readouterr().err
     assert main(["figures", str(tmp_path / "run"), "--study", STUDY]) == 0
     assert "--study" not in capsys.readouterr().err
 
 
-def test_panels_show_the_curves_of_the_learner_that_they_name(finished):
-    data = metadyn.load(finished, "in_distribution")
-    results = RunFolder(finished).results()
-    drawn = figures.of_every_run(results, figures.histories(results))
+def test_panels_show_the_curves_of_the_learner_that_they_name(run_folder):
+    data = metadyn.load(run_folder, "in_distribution")
+    results = RunFolder(run_folder).results()
+    drawings = figures.of_every_run(results, figures.histories(results))
     names = {"SGD": "sgd", "meta-trained LSTM": "lstm", "Bayes": "bayes"}
-    for axis, (title, name) in zip(drawn["mode_strength"]().axes, names.items(), strict=True):
+    for axis, (title, name) in zip(drawings["mode_strength"]().axes, names.items(), strict=True):
         assert title in axis.get_title()
         assert "slope" in axis.get_title()
         mean = data["mode_strength"].sel(learner=name).mean(["seed", "task"])
         lines = {line.get_label(): line for line in axis.get_lines()}
         for k, s in enumerate(data["singular_value"].to_numpy()):
             line = lines[f"{s:.3g}"]
-            shown = mean.isel(mode=k).dropna("step").to_numpy()[-len(line.get_ydata()) :]
-            np.testing.assert_allclose(line.get_ydata(), shown, atol=1e-5)
+            expected = mean.isel(mode=k).dropna("step").to_numpy()[-len(line.get_ydata()) :]
+            np.testing.assert_allclose(line.get_ydata(), expected, atol=1e-5)
         assert axis.get_xlabel() == (
             "optimiser updates" if name == "sgd" else "observations in the episode"
         )
 
 
-def test_figures_that_cannot_be_written_are_one_line(finished, tmp_path, capsys):
+def test_figures_that_cannot_be_written_give_one_line(run_folder, tmp_path, capsys):
     out = tmp_path / "r"
-    shutil.copytree(finished, out)
+    shutil.copytree(run_folder, out)
     shutil.rmtree(out / "figures")
     (out / "figures").write_text("in the way")
     assert main(["figures", str(out)]) == 2
@@ -140,36 +140,36 @@ def test_figures_that_cannot_be_written_are_one_line(finished, tmp_path, capsys)
     assert f"{out / 'figures'} cannot be read or written" in line
 
 
-def test_report_prints_the_verdict(finished, capsys):
-    assert main(["report", str(finished)]) == 1
+def test_report_prints_the_verdict(run_folder, capsys):
+    assert main(["report", str(run_folder)]) == 1
     printed = capsys.readouterr().out
     assert "sgd_slope" in printed
     assert "FAILED" in printed
 
 
-def test_a_terminal_of_another_encoding_is_told_what_it_can_be(finished):
-    command = [sys.executable, "-m", "metadyn.cli", "report", str(finished)]
-    plain = os.environ | {"PYTHONIOENCODING": "ascii"}
-    said = subprocess.run(command, env=plain, capture_output=True, timeout=100)
-    assert said.returncode == 1
-    assert b"sgd_slope" in said.stdout
-    assert said.stderr == b""
+def test_a_terminal_of_another_encoding_gets_the_characters_that_it_has(run_folder):
+    command = [sys.executable, "-m", "metadyn.cli", "report", str(run_folder)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    report = subprocess.run(command, env=environment, capture_output=True, timeout=100)
+    assert report.returncode == 1
+    assert b"sgd_slope" in report.stdout
+    assert report.stderr == b""
 
 
-def test_trajectories_load_with_the_contracts_dimensions(finished):
-    data = metadyn.load(finished)
+def test_trajectories_load_with_the_contracts_dimensions(run_folder):
+    data = metadyn.load(run_folder)
     assert {"learner", "outer_step", "task", "mode", "step"} <= set(data["mode_strength"].dims)
     assert data["outer_step"].values[[0, -1]].tolist() == [0, 2000]
-    everyone = metadyn.load(finished, "in_distribution")
-    assert set(everyone["learner"].values) == {"sgd", "lstm", "bayes"}
+    in_distribution = metadyn.load(run_folder, "in_distribution")
+    assert set(in_distribution["learner"].values) == {"sgd", "lstm", "bayes"}
 
 
-def test_the_same_command_again_ends_at_once(finished):
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+def test_the_same_command_again_ends_at_once(run_folder):
+    before = {p: p.stat().st_mtime_ns for p in run_folder.rglob("*") if p.is_file()}
     start = time.monotonic()
-    assert metadyn_run(finished) == 1
+    assert metadyn_run(run_folder) == 1
     assert time.monotonic() - start < 5
-    after = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    after = {p: p.stat().st_mtime_ns for p in run_folder.rglob("*") if p.is_file()}
     assert {p: t for p, t in after.items() if p.name != ".lock"} == {
         p: t for p, t in before.items() if p.name != ".lock"
     }
@@ -186,10 +186,10 @@ def start(out):
 
 
 def test_interrupted_then_killed_then_resumed_equals_undisturbed(tmp_path, monkeypatch):
-    """Ctrl-C leaves with 130; kill -9 leaves what it leaves; the end is the same, bit for bit."""
+    """Ctrl-C exits with 130, kill -9 leaves what it leaves, and the end is the same bit for bit."""
     draw_nothing(monkeypatch)
-    whole, out = tmp_path / "whole", tmp_path / "disturbed"
-    assert main(["run", *LONG, "--out", str(whole)]) == 0
+    undisturbed, out = tmp_path / "whole", tmp_path / "disturbed"
+    assert main(["run", *LONG, "--out", str(undisturbed)]) == 0
     run = start(out)
     trains([run], out)
     run.send_signal(signal.SIGINT)
@@ -197,9 +197,9 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(tmp_path, monke
     assert run.returncode == 130, errors
     assert "run the same command again" in errors
     assert "Traceback" not in errors
-    reached = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
-    assert 0 < reached < 2000
-    assert main(["report", str(out)]) == 0  # on a run that is not done
+    newest_step = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+    assert 0 < newest_step < 2000
+    assert main(["report", str(out)]) == 0  # a run that is not done can be reported
 
     run = start(out)
     trains([run], out)
@@ -210,18 +210,20 @@ def test_interrupted_then_killed_then_resumed_equals_undisturbed(tmp_path, monke
 
     assert float((out / "seconds").read_text()) > 0
     (out / "seconds").write_text("1000\n")
-    begun = time.monotonic()
+    started = time.monotonic()
     assert main(["run", *LONG, "--out", str(out)]) == 0
-    took = time.monotonic() - begun
+    duration = time.monotonic() - started
     for task_set in ("tracked", "heldout", "in_distribution"):
-        xr.testing.assert_identical(metadyn.load(whole, task_set), metadyn.load(out, task_set))
-    one, other = (json.loads((d / "summary.json").read_text()) for d in (whole, out))
-    assert one["criteria"] == other["criteria"]
-    assert 1000 < other["environment"]["seconds"] < 1000 + took  # of all parts together
+        xr.testing.assert_identical(
+            metadyn.load(undisturbed, task_set), metadyn.load(out, task_set)
+        )
+    expected, summary = (json.loads((d / "summary.json").read_text()) for d in (undisturbed, out))
+    assert expected["criteria"] == summary["criteria"]
+    assert 1000 < summary["environment"]["seconds"] < 1000 + duration  # the sum over all parts
 
 
 def test_a_run_whose_output_is_no_longer_read_ends_quietly(tmp_path):
-    """As in `metadyn run … | head -1`."""
+    """The output ends early as in `metadyn run … | head -1`."""
     out = tmp_path / "r"
     run = start(out)
     assert run.stdout.readline().startswith("metadyn: tiny")
@@ -233,14 +235,14 @@ def test_a_run_whose_output_is_no_longer_read_ends_quietly(tmp_path):
     assert RunFolder(out).steps()
 
 
-def test_another_configuration_is_refused_and_nothing_changes(finished, capsys):
-    before = (finished / "config.json").read_bytes()
-    assert metadyn_run(finished, "--seed", "1") == 2
-    assert metadyn_run(finished, "--domain.sigma", "0.2") == 2
+def test_another_configuration_is_refused_and_nothing_changes(run_folder, capsys):
+    before = (run_folder / "config.json").read_bytes()
+    assert metadyn_run(run_folder, "--seed", "1") == 2
+    assert metadyn_run(run_folder, "--domain.sigma", "0.2") == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     assert "domain.sigma = 0.1, not 0.2" in errors[1]
-    assert (finished / "config.json").read_bytes() == before
+    assert (run_folder / "config.json").read_bytes() == before
 
 
 EMPTY = "x = 1\n"
@@ -251,7 +253,7 @@ TYPO = "import metadyn\nstudy = metadyn.load_study('linear_regresion')\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["fly"], "fly"),
         (["run"], "study"),
@@ -314,7 +316,7 @@ TYPO = "import metadyn\nstudy = metadyn.load_study('linear_regresion')\n"
         (["devices", "extra"], "extra"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("EMPTY", "BROKEN", "LEAVES", "WRONG", "TYPO"):
         Path(name).write_text(globals()[name])
@@ -324,15 +326,15 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 1, captured.err
-    assert says in captured.err
+    assert message in captured.err
     assert "Traceback" not in captured.err
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
 
 
-def test_choices_are_said_in_one_line_in_a_narrow_terminal(refused, monkeypatch):
+def test_choices_are_listed_in_one_line_in_a_narrow_terminal(refused, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    said = refused(["linear_regression", "--meta", "lstn"], "metadyn: --meta lstn: choose from ")
-    assert [name for name in get_args(Network) if f"'{name}'" not in said] == []
+    line = refused(["linear_regression", "--meta", "lstn"], "metadyn: --meta lstn: choose from ")
+    assert [name for name in get_args(Network) if f"'{name}'" not in line] == []
 
 
 @pytest.mark.parametrize("option", [("--domain.sigma", "-1"), ("--domain.sigma=-1",)])
@@ -341,7 +343,7 @@ def test_bad_values_are_named_as_they_were_typed(option, refused):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "what"),
+    ("option", "value", "program"),
     [
         ("--lstm.hidden", "200000", "weights, gradients and moments of lstm"),
         ("--outer.seeds", "100000000", "weights, gradients and moments of lstm"),
@@ -354,66 +356,68 @@ def test_bad_values_are_named_as_they_were_typed(option, refused):
         ("--maml.inner-steps", "300000000", "weights, gradients and moments of maml"),
     ],
 )
-def test_what_cannot_fit_into_the_memory_is_one_line(option, value, what, refused):
-    more = ["--meta", "maml"] if "maml" in option else []
-    said = refused([STUDY, *more, option, value], f"metadyn: {option} {value}: ")
-    assert f"{what} would take " in said
-    assert " GiB, more than the " in said
+def test_what_cannot_fit_into_the_memory_is_refused_in_one_line(option, value, program, refused):
+    meta = ["--meta", "maml"] if "maml" in option else []
+    line = refused([STUDY, *meta, option, value], f"metadyn: {option} {value}: ")
+    assert f"{program} would take " in line
+    assert " GiB, more than the " in line
 
 
 def test_a_general_prior_can_be_given():
     default = load_study(STUDY).presets["quick"]
-    given = ["--domain.n-y", "2", "--domain.sigma", "0.3"]
-    given += ["--domain.row-covariance", "[[2,1],[1,3]]"]
-    domain = configured(default, given).domain
+    options = ["--domain.n-y", "2", "--domain.sigma", "0.3"]
+    options += ["--domain.row-covariance", "[[2,1],[1,3]]"]
+    domain = configured(default, options).domain
     np.testing.assert_array_equal(domain.R, [[2, 1], [1, 3]])
     assert (domain.n_x, domain.n_y, domain.sigma) == (3, 2, 0.3)
     with pytest.raises(metadyn.ConfigError, match="positive definite"):
         configured(default, ["--domain.n-y", "2", "--domain.row-covariance", "[[1,2],[2,1]]"])
 
 
-def test_a_study_is_known_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):
+def test_a_study_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "linear_regression", "--options"]) == 0
     assert "--domain.sigma" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_study_is_known_by_its_name_beside_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
+def test_a_study_is_found_by_its_name_beside_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "linear_regression").mkdir()
     assert main(["run", "linear_regression", "--options"]) == 0
     assert "--domain.sigma" in capsys.readouterr().out
 
 
-def test_the_shell_has_its_prompt_at_once_whatever_is_still_compiled():
-    """Interrupted while programs compile in threads, for which Python itself would wait."""
-    compiling = "from concurrent.futures import ThreadPoolExecutor as P; import time; "
-    compiling += "P().submit(time.sleep, 60); from metadyn import cli; print(1); "
-    compiling += "cli.main = lambda: cli.INTERRUPTED; cli.console()"
-    found = subprocess.run([sys.executable, "-c", compiling], capture_output=True, timeout=50)
-    assert (found.returncode, found.stdout) == (130, b"1\n")
+def test_an_interrupted_command_ends_at_once_whatever_is_still_compiled():
+    """Threads still compile programs at the interruption, and Python itself would wait for them."""
+    program = "from concurrent.futures import ThreadPoolExecutor as P; import time; "
+    program += "P().submit(time.sleep, 60); from metadyn import cli; print(1); "
+    program += "cli.main = lambda: cli.INTERRUPTED; cli.console()"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=50)
+    assert (process.returncode, process.stdout) == (130, b"1\n")
 
 
-def test_devices_that_jax_does_not_have_are_one_line():
+def test_devices_that_jax_does_not_have_give_one_line():
     command = [sys.executable, "-m", "metadyn.cli", "devices"]
     for platform in ("cuda", "foo"):
-        asked = os.environ | {"JAX_PLATFORMS": platform}
-        found = subprocess.run(command, capture_output=True, timeout=100, text=True, env=asked)
-        said = f"metadyn: JAX_PLATFORMS={platform}: JAX has no such devices here"
-        assert found.returncode == 2
-        assert found.stderr.splitlines()[-1].startswith(said)
-        assert "Traceback" not in found.stderr
+        environment = os.environ | {"JAX_PLATFORMS": platform}
+        process = subprocess.run(
+            command, capture_output=True, timeout=100, text=True, env=environment
+        )
+        message = f"metadyn: JAX_PLATFORMS={platform}: JAX has no such devices here"
+        assert process.returncode == 2
+        assert process.stderr.splitlines()[-1].startswith(message)
+        assert "Traceback" not in process.stderr
 
 
-def test_a_signal_that_a_library_makes_something_else_of_is_an_interruption(monkeypatch, capsys):
-    def importing(arguments):
+def test_a_signal_that_a_library_turns_into_another_error_is_an_interruption(monkeypatch, capsys):
+    def interrupted_import(arguments):
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
             raise ImportError("partially initialized module") from None
 
-    monkeypatch.setitem(cli._DOES, "devices", (importing, ""))
+    monkeypatch.setitem(cli._DOES, "devices", (interrupted_import, ""))
     assert main(["devices"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -428,19 +432,17 @@ def test_another_meta_learner_takes_the_place_of_the_lstm(tmp_path):
     study = load_study(STUDY)
     config = configured(study.presets["quick"], [*SMALL, *gru])
     plan = study.plan(config)
-    everyone = {
-        each.contender.name for each in plan.measurements if each.tasks.name == "in_distribution"
-    }
-    assert everyone == {"sgd", "gru", "bayes"}
-    names = {each.name for each in runner.rehearse(study, config, plan)}
+    learners = {m.contender.name for m in plan.measurements if m.tasks.name == "in_distribution"}
+    assert learners == {"sgd", "gru", "bayes"}
+    names = {criterion.name for criterion in runner.rehearse(study, config, plan)}
     assert {"gru_minus_bayes_slope", "gru_slope", "gru_excess_loss"} <= names
     assert not any(name.startswith("lstm") for name in names)
 
 
-def test_a_run_of_an_earlier_metadyn_is_refused(finished, tmp_path, capsys):
+def test_a_run_of_an_earlier_metadyn_is_refused(run_folder, tmp_path, capsys):
     earlier = tmp_path / "earlier"
     earlier.mkdir()
-    config = json.loads((finished / "config.json").read_text())
+    config = json.loads((run_folder / "config.json").read_text())
     assert config.pop("format") == 3
     (earlier / "config.json").write_text(json.dumps(config))
     before = (earlier / "config.json").read_bytes()
@@ -454,7 +456,7 @@ def test_a_run_of_an_earlier_metadyn_is_refused(finished, tmp_path, capsys):
     assert (earlier / "config.json").read_bytes() == before
 
 
-def test_a_run_out_of_memory_is_one_line_and_goes_on_from_its_checkpoint(
+def test_a_run_out_of_memory_gives_one_line_and_resumes_from_its_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
     out, run = tmp_path / "r", runner.OuterLoop.run
@@ -470,16 +472,16 @@ def test_a_run_out_of_memory_is_one_line_and_goes_on_from_its_checkpoint(
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("metadyn: memory ran out; the last checkpoint is intact: lower --outer")
-    left = RunFolder(out)
-    assert not left.damage()
-    assert left.steps() == [0, 1, 4, 15]
-    assert left.summary() is None
-    assert main(["figures", str(out)]) == 0  # those that can be drawn already
-    assert {p.stem for p in left.figures.glob("*.png")} >= {"inner_curves", "outer_learning"}
+    folder = RunFolder(out)
+    assert not folder.damage()
+    assert folder.steps() == [0, 1, 4, 15]
+    assert folder.summary() is None
+    assert main(["figures", str(out)]) == 0  # draws the figures that can be drawn already
+    assert {p.stem for p in folder.figures.glob("*.png")} >= {"inner_curves", "outer_learning"}
     monkeypatch.undo()
     draw_nothing(monkeypatch)
     assert main(command) == 0
-    assert left.outer_steps() == [0, 1, 4, 15, 60]
+    assert folder.outer_steps() == [0, 1, 4, 15, 60]
 
 
 def test_options_and_devices_are_listed(capsys):
@@ -489,16 +491,16 @@ def test_options_and_devices_are_listed(capsys):
     assert "backend: cpu" in capsys.readouterr().out
 
 
-def test_options_that_nobody_reads_are_no_error():
+def test_options_printed_into_a_closed_pipe_are_no_error():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--options"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    process = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert (done.returncode, done.stderr) == (130, "")
+    assert (process.returncode, process.stderr) == (130, "")
 
 
-def test_options_are_named_of_a_configuration_that_cannot_be_copied():
+def test_options_of_a_configuration_that_cannot_be_copied_are_named():
     fields = dataclasses.make_dataclass("Fields", ["lock"])(threading.Lock())
     assert dict(options_of(fields)) == {"--lock": fields.lock}
 
@@ -509,11 +511,11 @@ class Sized:
 
 
 @pytest.mark.parametrize(
-    ("n", "words"), [(np.int64(2**40), "must be below"), (True, "must be a whole number")]
+    ("n", "message"), [(np.int64(2**40), "must be below"), (True, "must be a whole number")]
 )
-def test_whole_numbers_of_numpy_are_held_to_the_same_bounds(n, words):
+def test_whole_numbers_of_numpy_must_keep_the_same_bounds(n, message):
     with pytest.raises(
-        ConfigError, match=f"n = {n!r}: {words}".replace("(", ".").replace(")", ".")
+        ConfigError, match=f"n = {n!r}: {message}".replace("(", ".").replace(")", ".")
     ):
         check_positive(Sized(n), "n")
     check_positive(Sized(np.int64(8)), "n")
@@ -533,7 +535,7 @@ def test_close_names_are_suggested(refused):
     refused(["linear_regression", "--lstm", "8"], "did you mean '--lstm.hidden'?")
 
 
-def test_an_option_of_a_study_is_not_taken_for_the_beginning_of_one_of_the_commands(
+def test_an_option_of_a_study_is_not_taken_for_an_abbreviated_option_of_the_command(
     refused, tmp_path, capsys
 ):
     _, overrides = cli._parser().parse_known_args(["run", "x", "--s", "7", "--pre", "quick"])
@@ -561,16 +563,16 @@ def test_an_empty_folder_is_refused_and_a_tilde_is_home(tmp_path, monkeypatch, c
     assert f"--out {tmp_path}/file cannot be written" in capsys.readouterr().err
 
 
-def test_figures_of_another_study_are_not_drawn(finished, capsys):
-    before = {path: path.stat().st_mtime_ns for path in (finished / "figures").iterdir()}
-    assert main(["figures", str(finished), "--study", "contextual_bandit"]) == 2
-    said = capsys.readouterr().err
-    assert "defines 'contextual_bandit', but" in said
-    assert "is a run of 'linear_regression'" in said
-    assert before == {path: path.stat().st_mtime_ns for path in (finished / "figures").iterdir()}
+def test_figures_of_another_study_are_not_drawn(run_folder, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (run_folder / "figures").iterdir()}
+    assert main(["figures", str(run_folder), "--study", "contextual_bandit"]) == 2
+    message = capsys.readouterr().err
+    assert "defines 'contextual_bandit', but" in message
+    assert "is a run of 'linear_regression'" in message
+    assert before == {path: path.stat().st_mtime_ns for path in (run_folder / "figures").iterdir()}
 
 
-def test_a_study_imports_what_stands_beside_it(tmp_path, monkeypatch):
+def test_a_study_imports_modules_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "beside_mine.py").write_text(f"STUDY = {TINY!r}")
     mine = "import metadyn, beside_mine\nstudy = metadyn.load_study(beside_mine.STUDY)"
@@ -578,33 +580,33 @@ def test_a_study_imports_what_stands_beside_it(tmp_path, monkeypatch):
     assert load_study(str(tmp_path / "mine.py")).name == load_study(TINY).name
 
 
-def test_what_is_put_beside_a_study_must_be_a_contender():
+def test_a_learner_measured_beside_a_study_must_be_a_contender():
     study = load_study(TINY).beside("mine", lambda comparison: None)
     with pytest.raises(metadyn.ConfigError, match=r"NoneType.*that return a `metadyn\.Contender"):
         study.plan(study.presets["quick"])
 
 
 @pytest.mark.parametrize("name", ["amortised_bayes", "teaching"])
-def test_studies_that_make_more_of_each_learner_take_none_beside_their_own(name):
+def test_studies_that_derive_learners_from_each_learner_take_none_beside_their_own(name):
     with pytest.raises(metadyn.ConfigError, match=f"'{name}': takes no learner beside its own: "):
         load_study(name).beside("mine", lambda comparison: comparison.bayes)
 
 
-def test_metadyn_alone_says_what_to_type(capsys):
+def test_metadyn_without_a_command_prints_what_to_type(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 0
-    said = capsys.readouterr().out
-    assert "Example: metadyn run linear_regression" in said
-    assert all(name in said for name in ("view", "list", "report", "figures"))
+    output = capsys.readouterr().out
+    assert "Example: metadyn run linear_regression" in output
+    assert all(name in output for name in ("view", "list", "report", "figures"))
 
 
-def test_the_studies_are_listed_with_their_presets_and_what_they_took(capsys):
+def test_the_studies_are_listed_with_their_presets_and_durations(capsys):
     assert main(["list"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("linear_regression", "nonlinear_regression", "contextual_bandit"):
-        assert f"{name}:" in said
-        stored = ROOT / "experiments" / "results" / f"{name}-quick.json"
-        seconds = json.loads(stored.read_text())["environment"]["seconds"]
-        assert f"{seconds / 60:.1f} min on" in said
-    assert "--preset paper" in said
+        assert f"{name}:" in output
+        result = ROOT / "experiments" / "results" / f"{name}-quick.json"
+        seconds = json.loads(result.read_text())["environment"]["seconds"]
+        assert f"{seconds / 60:.1f} min on" in output
+    assert "--preset paper" in output

@@ -27,7 +27,7 @@ def test_the_first_crossing_counts():
     assert dynamics.learning_times(np.arange(4), strength, 0.25) == 0.25
 
 
-def test_slope_of_a_power_law_and_of_what_is_left_when_modes_are_censored():
+def test_slope_of_a_power_law_uses_the_modes_that_are_not_censored():
     scale = np.array([2.0, 1.0, 0.3, 0.1])
     t = 7 * scale**-0.8
     np.testing.assert_allclose(dynamics.staggering_slope(scale, t), -0.8)
@@ -37,10 +37,10 @@ def test_slope_of_a_power_law_and_of_what_is_left_when_modes_are_censored():
     expected = scipy.stats.linregress(np.log(scale), np.log(noisy)).slope
     np.testing.assert_allclose(dynamics.staggering_slope(scale, noisy), expected)
     assert np.isnan(dynamics.staggering_slope(scale, np.array([1, np.nan, np.nan, np.nan])))
-    constant = dynamics.staggering_slope(np.array([0.0, 2, 1, 0.3, 0.1]), np.append(5.0, noisy))
-    np.testing.assert_allclose(constant, expected)
-    both = dynamics.staggering_slope(scale, np.stack([noisy, 7 * scale**-0.8]))
-    np.testing.assert_allclose(both, [expected, -0.8])
+    slope = dynamics.staggering_slope(np.array([0.0, 2, 1, 0.3, 0.1]), np.append(5.0, noisy))
+    np.testing.assert_allclose(slope, expected)
+    batched = dynamics.staggering_slope(scale, np.stack([noisy, 7 * scale**-0.8]))
+    np.testing.assert_allclose(batched, [expected, -0.8])
 
 
 def test_rank_correlation_is_spearmans_and_censored_modes_come_last():
@@ -49,8 +49,8 @@ def test_rank_correlation_is_spearmans_and_censored_modes_come_last():
     t[1, 2] = t[1, 3]
     expected = [scipy.stats.spearmanr(scale, row).statistic for row in t]
     np.testing.assert_allclose(dynamics.rank_correlation(scale, t), expected)
-    late = np.array([1.0, 2.0, 3.0, np.nan])
-    np.testing.assert_allclose(dynamics.rank_correlation(np.arange(4), late), 1.0)
+    with_censored = np.array([1.0, 2.0, 3.0, np.nan])
+    np.testing.assert_allclose(dynamics.rank_correlation(np.arange(4), with_censored), 1.0)
     assert np.isnan(dynamics.rank_correlation(np.arange(3), np.ones(3)))
 
 
@@ -58,30 +58,30 @@ def test_modes_are_ordered_within_each_run_with_censored_ones_last():
     late, early, never = [0, 0, 0, 1.0], [0, 1.0, 1, 1], [0, 0.1, 0.2, 0.3]
     runs = np.array([[late, never, early], [never, early, late]]).swapaxes(1, 2)
     ranks = Modes((1, 2, 3), "context", "rank", exchangeable=True, p=0.8)
-    described = describe(
+    description = describe(
         About("a", "A", "ordinary", "updates", loss_floor=0.0),
         {"mode_strength": ("task", "step", "mode")},
         {"time": ("step", range(4))},
         {"mode_strength": ranks},
     )
-    (ordered,) = dynamics.strength(dataset({"mode_strength": runs}, described))
+    (ordered,) = dynamics.strength(dataset({"mode_strength": runs}, description))
     for run in ordered:
         np.testing.assert_array_equal(run.T, [early, late, never])
     assert dynamics.staggering(np.array([2.0, 5.0, 8.0])) == 0.75
     assert np.isnan(dynamics.staggering(np.array([2.0, np.nan])))
 
 
-def test_the_last_time_of_a_run_is_that_of_its_last_mode_and_infinite_where_one_is_censored():
+def test_the_last_time_of_a_run_is_its_last_modes_and_infinite_if_one_is_censored():
     t = np.arange(5)[:, None]
     runs = np.stack([t / np.array([2, 4]), t / np.array([4, 1]), t / np.array([2, 40])])
-    described = describe(
+    description = describe(
         About("a", "a", "ordinary", "updates", loss_floor=0.0),
         {"mode_strength": ("task", "step", "mode")},
         {"time": ("step", range(5))},
         {"mode_strength": Modes((1, 2), "s")},
     )
-    found = dynamics.last_times(dataset({"mode_strength": runs}, described))
-    np.testing.assert_allclose(found, [2, 2, np.inf])
+    times = dynamics.last_times(dataset({"mode_strength": runs}, description))
+    np.testing.assert_allclose(times, [2, 2, np.inf])
 
 
 def test_growth_tells_a_line_from_an_exponential():
@@ -95,13 +95,13 @@ def test_growth_tells_a_line_from_an_exponential():
     assert dynamics.growth(k, noisy)[1] > 1
     assert np.isnan(dynamics.growth(k, np.where(k < 6, 1.0 * k, np.inf))[0])
     assert np.isnan(dynamics.growth(k[:0], np.array([]))[0])
-    assert np.isnan(dynamics.growth(k, 10.0 * (k - 1))).all()  # learned from the start
-    two = dynamics.growth(k[:2], np.array([1.0, 3.0]))
-    np.testing.assert_allclose(two, [3.0, np.nan])
+    assert np.isnan(dynamics.growth(k, 10.0 * (k - 1))).all()  # the first is learned at the start
+    of_two = dynamics.growth(k[:2], np.array([1.0, 3.0]))
+    np.testing.assert_allclose(of_two, [3.0, np.nan])
 
 
-def test_the_line_is_that_of_the_least_relative_error():
-    """By a general minimiser, on times that double."""
+def test_growth_fits_the_line_of_the_least_relative_error():
+    """A general minimiser gives the expected line, on times that double."""
     k = np.arange(1, 7)
     t = 2.0**k * np.array([1.1, 0.9, 1, 1, 0.9, 1.1])
     error = lambda fit: np.sqrt(np.mean((fit / t - 1) ** 2))
@@ -114,37 +114,37 @@ def test_the_line_is_that_of_the_least_relative_error():
 
 def test_interval_over_runs_matches_scipys_bootstrap_of_a_median():
     values = np.random.default_rng(3).lognormal(size=150)
-    found = dynamics.estimate_over_runs(np.median, values, draws=8000)
-    peer = scipy.stats.bootstrap(
+    interval = dynamics.estimate_over_runs(np.median, values, draws=8000)
+    expected = scipy.stats.bootstrap(
         (values,), np.median, n_resamples=8000, method="percentile", rng=1, vectorized=False
     ).confidence_interval
-    np.testing.assert_allclose(found.value, np.median(values))
-    np.testing.assert_allclose([found.low, found.high], peer, atol=0.03)
-    never = dynamics.estimate_over_runs(np.median, np.full(5, np.inf))
-    assert np.isinf(never.value)
-    assert np.isnan(never.low)
+    np.testing.assert_allclose(interval.value, np.median(values))
+    np.testing.assert_allclose([interval.low, interval.high], expected, atol=0.03)
+    infinite = dynamics.estimate_over_runs(np.median, np.full(5, np.inf))
+    assert np.isinf(infinite.value)
+    assert np.isnan(infinite.low)
 
 
-def test_excess_loss():
+def test_excess_loss_equals_its_definition():
     loss, bayes = np.array([0.3, 0.2]), np.array([0.2, 0.2])
     np.testing.assert_allclose(dynamics.excess_loss(loss, bayes, 0.1), [1.0, 0.0], atol=1e-12)
-    with np.errstate(all="raise"):  # plain numbers, and a Bayes that knows all
+    with np.errstate(all="raise"):  # plain numbers, with a loss of Bayes at the floor
         assert np.isposinf(dynamics.excess_loss(0.2, 0.1, 0.1))
 
 
 def test_interval_matches_scipys_bootstrap_of_a_nonlinear_statistic():
     rng = np.random.default_rng(0)
     values = rng.lognormal(size=200)
-    found = dynamics.estimate(np.log, values[None], draws=8000)
-    peer = scipy.stats.bootstrap(
+    interval = dynamics.estimate(np.log, values[None], draws=8000)
+    expected = scipy.stats.bootstrap(
         (values,),
         lambda v, axis: np.log(v.mean(axis)),
         n_resamples=8000,
         method="percentile",
         rng=1,
     ).confidence_interval
-    np.testing.assert_allclose(found.value, np.log(values.mean()))
-    np.testing.assert_allclose([found.low, found.high], peer, atol=0.015)
+    np.testing.assert_allclose(interval.value, np.log(values.mean()))
+    np.testing.assert_allclose([interval.low, interval.high], expected, atol=0.015)
 
 
 def test_seeds_widen_the_interval_and_shared_tasks_are_paired():
@@ -152,19 +152,19 @@ def test_seeds_widen_the_interval_and_shared_tasks_are_paired():
     tasks = rng.normal(size=400)
     seeds = np.array([-1.0, 0.0, 1.0])[:, None] + tasks
     width = lambda e: e.high - e.low
-    one = dynamics.estimate(lambda m: m, tasks[None])
+    single = dynamics.estimate(lambda m: m, tasks[None])
     three = dynamics.estimate(lambda m: m, seeds)
-    assert width(three) > 3 * width(one)
+    assert width(three) > 3 * width(single)
     paired = dynamics.estimate(lambda a, b: a - b, tasks[None] + 0.1, tasks[None])
     np.testing.assert_allclose(paired, 0.1, atol=1e-5)
 
 
-def test_seeds_are_drawn_apart_from_tasks_where_there_are_as_many():
-    """What seeds add, tasks take off: drawn alike, the two would cancel in every draw."""
-    each = np.random.default_rng(0).normal(size=6)
-    found = dynamics.estimate(lambda m: m, each[:, None] - each)
-    alone = dynamics.estimate(lambda m: m, each[:, None])
-    np.testing.assert_allclose(found.high - found.low, 2**0.5 * (alone.high - alone.low), rtol=0.2)
+def test_seeds_are_resampled_apart_from_as_many_tasks():
+    """Tasks take off what seeds add: resampled alike, the two would cancel in every draw."""
+    effects = np.random.default_rng(0).normal(size=6)
+    mixed = dynamics.estimate(lambda m: m, effects[:, None] - effects)
+    alone = dynamics.estimate(lambda m: m, effects[:, None])
+    np.testing.assert_allclose(mixed.high - mixed.low, 2**0.5 * (alone.high - alone.low), rtol=0.2)
 
 
 def test_coverage_is_near_95_percent():
@@ -179,7 +179,7 @@ def test_coverage_is_near_95_percent():
 @pytest.mark.parametrize("seeds", [2, 4, 8])
 @pytest.mark.parametrize("noise", [0.0, 2.0])
 def test_coverage_is_near_95_percent_where_few_seeds_vary(seeds, noise):
-    """Alone, or beside tasks."""
+    """Seeds vary alone, or beside tasks."""
     rng = np.random.default_rng(2)
     covered = 0
     for _ in range(400):
@@ -189,38 +189,38 @@ def test_coverage_is_near_95_percent_where_few_seeds_vary(seeds, noise):
     assert 0.9 <= covered / 400 <= 1.0
 
 
-@pytest.mark.parametrize("of", ["seeds", "tasks"])
-def test_the_interval_of_a_mean_of_four_is_students(of):
+@pytest.mark.parametrize("axis", ["seeds", "tasks"])
+def test_the_interval_of_a_mean_of_four_is_students(axis):
     four = np.array([[0.1], [0.5], [0.2], [0.9]])
-    found = dynamics.estimate(lambda m: m, four if of == "seeds" else four.T, draws=20_000)
-    peer = scipy.stats.ttest_1samp(four[:, 0], 0).confidence_interval()
-    np.testing.assert_allclose(found.high - found.low, peer.high - peer.low, rtol=0.12)
+    mean = dynamics.estimate(lambda m: m, four if axis == "seeds" else four.T, draws=20_000)
+    student = scipy.stats.ttest_1samp(four[:, 0], 0).confidence_interval()
+    np.testing.assert_allclose(mean.high - mean.low, student.high - student.low, rtol=0.12)
 
 
 def test_a_mode_that_no_resample_learns_has_no_interval():
     values = np.zeros((1, 10, 3, 1))
-    found = dynamics.estimate(lambda m: dynamics.learning_times(np.arange(3), m), values)
-    assert all(np.isnan(part).all() for part in found)
+    estimate = dynamics.estimate(lambda m: dynamics.learning_times(np.arange(3), m), values)
+    assert all(np.isnan(part).all() for part in estimate)
 
 
-def test_a_single_run_has_no_interval_and_one_of_several_samples_has():
-    one, several = np.full((1, 1), 2.0), np.arange(10.0)[None]
-    found = dynamics.estimate(np.asarray, one)
-    assert (found.value, [*np.isnan(found)]) == (2, [False, True, True])
-    paired = dynamics.estimate(lambda a, b: b - a, one, several)
+def test_a_single_sample_has_no_interval_but_may_be_paired_with_several():
+    single, several = np.full((1, 1), 2.0), np.arange(10.0)[None]
+    estimate = dynamics.estimate(np.asarray, single)
+    assert (estimate.value, [*np.isnan(estimate)]) == (2, [False, True, True])
+    paired = dynamics.estimate(lambda a, b: b - a, single, several)
     assert paired.low < paired.value < paired.high
 
 
 def test_samples_on_sets_of_other_sizes_are_paired_on_the_tasks_that_both_have():
     few = np.random.default_rng(0).random((3, 20, 4))
     many = np.concatenate([few, np.random.default_rng(1).random((3, 30, 4))], 1)
-    of = lambda *samples: dynamics.estimate(lambda a, b: a - b, *samples)
-    np.testing.assert_array_equal(of(*dynamics.on_common_tasks(2 * many, 2 * few)), 0)
-    apart = of(2 * many, 2 * few)
-    assert (apart.high - apart.low > 0.1).all()
+    difference = lambda *samples: dynamics.estimate(lambda a, b: a - b, *samples)
+    np.testing.assert_array_equal(difference(*dynamics.on_common_tasks(2 * many, 2 * few)), 0)
+    unpaired = difference(2 * many, 2 * few)
+    assert (unpaired.high - unpaired.low > 0.1).all()
 
 
-def test_intervals_are_written_with_a_digit_more_where_they_are_narrow():
+def test_narrow_intervals_are_written_with_one_more_digit():
     text = lambda *parts: dynamics.text(dynamics.Estimate(*map(np.asarray, parts)))
     assert text(-0.8887, -0.8899, -0.8879) == "−0.889 [−0.890, −0.888]"
     assert text(-0.001, -0.04, 0.0312) == "0.00 [−0.04, 0.03]"
@@ -228,34 +228,34 @@ def test_intervals_are_written_with_a_digit_more_where_they_are_narrow():
     assert text(np.nan, np.nan, np.nan) == "–"
 
 
-def test_modes_that_axes_of_logarithms_have_no_place_for_are_left_out():
-    """A frequency of 0, and a mode that has its strength before the first feedback."""
+def test_modes_without_a_place_on_logarithmic_axes_are_left_out():
+    """They are a frequency of 0, and a mode that has its strength before the first feedback."""
     times, values = np.arange(5), (0.0, 1.0, 2.0)
     strength = np.clip(times[:, None] / np.array([1.0, 2.0, 4.0]), 0, 1) + np.array([0, 0, 0.6])
     about = About("a", "a", "ordinary", "observations", loss_floor=0.0)
     axes, coords = {"mode_strength": ("seed", "task", "step", "mode")}, {"time": ("step", range(5))}
     modes = Modes(values, "frequency $k$")
     coords[modes.coordinate] = ("mode", values)
-    described = describe(about, axes, coords, {"mode_strength": modes})
-    data = dataset({"mode_strength": strength[None, None]}, described)
+    description = describe(about, axes, coords, {"mode_strength": modes})
+    data = dataset({"mode_strength": strength[None, None]}, description)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         axis = figures.learning_times(data).axes[0]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2"]
 
 
-def test_there_is_no_interval_where_many_draws_have_no_value():
-    """The mean of these is below 0 in about a third of the draws, which have no logarithm."""
+def test_there_is_no_interval_if_many_draws_have_no_value():
+    """The mean is below 0, and has no logarithm, in about a third of the draws."""
     values = np.random.default_rng(4).normal(0.05, 1, size=100)
     with np.errstate(invalid="ignore"):
-        found = dynamics.estimate(np.log, values[None] - values.mean() + 0.05)
-    np.testing.assert_allclose(found.value, np.log(0.05))
-    assert np.isnan([found.low, found.high]).all()
-    # So too of medians that are infinite in many draws.
+        estimate = dynamics.estimate(np.log, values[None] - values.mean() + 0.05)
+    np.testing.assert_allclose(estimate.value, np.log(0.05))
+    assert np.isnan([estimate.low, estimate.high]).all()
+    # The same holds for medians that are infinite in many draws.
     runs = np.where(np.arange(101) < 52, 1.0, np.inf)
-    found = dynamics.estimate_over_runs(np.median, runs)
-    assert found.value == 1
-    assert np.isnan([found.low, found.high]).all()
+    estimate = dynamics.estimate_over_runs(np.median, runs)
+    assert estimate.value == 1
+    assert np.isnan([estimate.low, estimate.high]).all()
 
 
 def test_the_loss_of_an_episode_counts_every_answer_once_however_seldom_it_is_recorded():
@@ -269,35 +269,36 @@ def test_the_loss_of_an_episode_counts_every_answer_once_however_seldom_it_is_re
 
 
 def test_slopes_are_compared_over_the_modes_that_both_learn():
-    """What one learns alone would move its slope and not the other's."""
+    """A mode that only one of them learns would move its slope, but not the other's."""
     times = np.array([0, 1, 2, 3, 9])
-    described = describe(
+    description = describe(
         About("a", "A", "ordinary", "updates", loss_floor=0.0),
         {"mode_strength": ("task", "step", "mode")},
         {"time": ("step", times.tolist())},
         {"mode_strength": Modes((1.0, 2.0, 4.0), "s")},
     )
 
-    def jumping(*at):
-        strength = np.where(times[:, None] >= np.array(at), 1.0, 0.0)
-        return dataset({"mode_strength": np.stack([strength] * 4)}, described)
+    def jumping(*jumps):
+        strength = np.where(times[:, None] >= np.array(jumps), 1.0, 0.0)
+        return dataset({"mode_strength": np.stack([strength] * 4)}, description)
 
-    one, other = jumping(1, 2, np.inf), jumping(1, 1, 9)  # at 0.5 and 1.5; at 0.5, 0.5 and 6
-    apart = np.log(1.5 / 0.5) / np.log(2)
-    np.testing.assert_allclose(dynamics.difference(one, other), apart)
-    np.testing.assert_allclose(dynamics.difference(other, one), -apart)
-    np.testing.assert_allclose(dynamics.merit(other), np.log(6 / 0.5) / np.log(4))
+    # They are learned at 0.5 and 1.5, and at 0.5, 0.5 and 6.
+    first, second = jumping(1, 2, np.inf), jumping(1, 1, 9)
+    expected = np.log(1.5 / 0.5) / np.log(2)
+    np.testing.assert_allclose(dynamics.difference(first, second), expected)
+    np.testing.assert_allclose(dynamics.difference(second, first), -expected)
+    np.testing.assert_allclose(dynamics.merit(second), np.log(6 / 0.5) / np.log(4))
 
 
-def test_the_ratio_and_the_difference_of_two_excesses_are_paired_and_reckon_from_the_floor():
+def test_ratio_and_difference_of_two_excesses_are_paired_and_relative_to_the_floor():
     """One is 3 times as far above Bayes as the other on every task, whatever the task's loss."""
     best = 0.5 + np.random.default_rng(0).random(50)
     about = About("a", "a", "reference", "observations", loss_floor=0.25)
-    described = describe(about, {"loss": ("task", "step")}, {"time": ("step", (0, 1))}, {})
-    one, other, bayes = (
-        dataset({"loss": np.stack([np.nan * best, best + k * (best - 0.25)], 1)}, described)
+    description = describe(about, {"loss": ("task", "step")}, {"time": ("step", (0, 1))}, {})
+    far, near, bayes = (
+        dataset({"loss": np.stack([np.nan * best, best + k * (best - 0.25)], 1)}, description)
         for k in (0.6, 0.2, 0.0)
     )
-    pairs = [(one, bayes), (other, bayes)]
+    pairs = [(far, bayes), (near, bayes)]
     np.testing.assert_allclose(dynamics.joint_excess(pairs, lambda e: e[0] / e[1]), 3.0, rtol=1e-5)
     np.testing.assert_allclose(dynamics.joint_excess(pairs, lambda e: e[0] - e[1]), 0.4, rtol=1e-5)

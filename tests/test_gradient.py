@@ -50,9 +50,9 @@ def test_one_update_is_a_step_along_the_float64_finite_difference_gradient(depth
         for entry in np.ndindex(W.shape):
             ends = []
             for sign in (1, -1):
-                moved = [layer.copy() for layer in layers]
-                moved[index][entry] += sign * 1e-6
-                ends.append(loss(moved))
+                shifted = [layer.copy() for layer in layers]
+                shifted[index][entry] += sign * 1e-6
+                ends.append(loss(shifted))
             slope[entry] = (ends[0] - ends[1]) / 2e-6
         np.testing.assert_allclose(new, W - 0.1 * slope, atol=1e-5)
 
@@ -69,11 +69,12 @@ def test_closed_form_solves_saxes_differential_equation():
     )
     np.testing.assert_allclose(saxe_strength(times, s, start, rate), solution.y.T / s, rtol=1e-5)
     t = updates_to_learn(0.5, start, rate, strength=0.9)
-    reached = saxe_strength(np.array([t - 1, t]), np.array([0.5]), start, rate)
-    assert reached[0] < 0.9 <= reached[1]
+    strengths = saxe_strength(np.array([t - 1, t]), np.array([0.5]), start, rate)
+    assert strengths[0] < 0.9 <= strengths[1]
 
 
 def curve(domain, network, rate, batch, times, tasks, rotate):
+    """Returns strengths of modes, measured on tasks, of a network trained by gradient descent."""
     learner = gradient(network, optax.sgd(rate), batch)
     readings = inner.measure(
         domain,
@@ -88,37 +89,37 @@ def curve(domain, network, rate, batch, times, tasks, rotate):
     return np.asarray(readings["mode_strength"])
 
 
-def test_balanced_start_keeps_to_saxes_learning_times():
+def test_balanced_start_has_saxes_learning_times():
     domain, s = LinearRegression(2, 3), np.array([1.5, 0.5])
     times = inner.log_spaced(updates_to_learn(s[-1], 1e-3, 0.02, 0.9), 60)
-    mean = curve(domain, balanced_deep_linear(2, 3, strength=1e-3), 0.02, 20, times, 64, False)
-    found = dynamics.learning_times(np.array(times), mean.mean(0))
+    strengths = curve(domain, balanced_deep_linear(2, 3, strength=1e-3), 0.02, 20, times, 64, False)
+    measured = dynamics.learning_times(np.array(times), strengths.mean(0))
     theory = dynamics.learning_times(np.array(times), saxe_strength(np.array(times), s, 1e-3, 0.02))
-    np.testing.assert_allclose(found, theory, rtol=0.03)
+    np.testing.assert_allclose(measured, theory, rtol=0.03)
 
 
 def test_random_start_grows_from_half_its_squared_norm():
     domain, s = LinearRegression(2, 3), np.array([1.5, 0.5])
     start = random_start(width=64, scale=1e-3)
     times = inner.log_spaced(updates_to_learn(s[-1], start, 0.02, 0.9), 60)
-    mean = curve(domain, deep_linear(2, 3, width=64, scale=1e-3), 0.02, 20, times, 64, True)
-    found = dynamics.learning_times(np.array(times), mean.mean(0))
+    strengths = curve(domain, deep_linear(2, 3, width=64, scale=1e-3), 0.02, 20, times, 64, True)
+    measured = dynamics.learning_times(np.array(times), strengths.mean(0))
     theory = dynamics.learning_times(
         np.array(times), saxe_strength(np.array(times), s, start, 0.02)
     )
-    np.testing.assert_allclose(found, theory, rtol=0.05)
+    np.testing.assert_allclose(measured, theory, rtol=0.05)
 
 
-def test_learners_at_once_equal_each_alone():
+def test_learners_measured_together_equal_each_measured_alone():
     domain = LinearRegression(3, 3)
     learner = gradient(deep_linear(3, 3, scale=0.1), optax.adam(0.01), 5)
-    measured = lambda indices: inner.measure(
+    measure = lambda indices: inner.measure(
         domain, make, (0, 3, 20), (), (), sample, jax.random.key(1), indices
     )
     make, sample = (lambda params: learner), Partial(domain.sample_task)
-    together = np.asarray(measured(jnp.arange(8))["loss"])
+    together = np.asarray(measure(jnp.arange(8))["loss"])
     for i in range(8):
-        alone = np.asarray(measured(jnp.array([i]))["loss"])[0]
+        alone = np.asarray(measure(jnp.array([i]))["loss"])[0]
         np.testing.assert_allclose(together[i], alone, rtol=1e-4)
 
 
@@ -130,8 +131,8 @@ def test_an_mlp_update_is_a_step_along_the_float64_finite_difference_gradient(de
     x, y = rng.normal(size=(6, 2)), rng.normal(size=(6, 1))
     updated, _ = jax.jit(learner.update)((weights, moments), np.float32(x), np.float32(y))
     flat, after = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each)])
-        for each in (weights, updated)
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (weights, updated)
     )
 
     def loss(layers):
@@ -145,11 +146,11 @@ def test_an_mlp_update_is_a_step_along_the_float64_finite_difference_gradient(de
     assert shapes == [((5, 2), (5,)), *[((5, 5), (5,))] * (depth - 1), ((1, 5), (1,))]
 
     def layers(flat):
-        rows, at = [], 0
+        rows, position = [], 0
         for W, b in shapes:
-            w_end = at + W[0] * W[1]
-            rows.append((flat[at:w_end].reshape(W), flat[w_end : w_end + b[0]]))
-            at = w_end + b[0]
+            w_end = position + W[0] * W[1]
+            rows.append((flat[position:w_end].reshape(W), flat[w_end : w_end + b[0]]))
+            position = w_end + b[0]
         return rows
 
     start = np.asarray(flat, np.float64)
@@ -158,35 +159,35 @@ def test_an_mlp_update_is_a_step_along_the_float64_finite_difference_gradient(de
     np.testing.assert_allclose(after, start - 0.1 * np.array(slope), atol=1e-5)
 
 
-def test_an_mlp_starts_as_pytorch_would():
+def test_an_mlp_starts_from_the_same_distribution_as_in_pytorch():
     (W, b), (V, _) = jax.jit(mlp(4, 1, depth=1, width=20_000).init)(jax.random.key(0))
-    for drawn, bound in ((W, 0.5), (b, 0.5), (V, 20_000**-0.5)):
-        drawn = np.asarray(drawn).ravel() / bound
-        assert np.abs(drawn).max() <= 1
-        assert scipy.stats.kstest(drawn, scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    for values, bound in ((W, 0.5), (b, 0.5), (V, 20_000**-0.5)):
+        values = np.asarray(values).ravel() / bound
+        assert np.abs(values).max() <= 1
+        assert scipy.stats.kstest(values, scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("points", [None, 30])  # those of a full batch are tested below
-def test_mlps_at_once_equal_each_alone(points):
+@pytest.mark.parametrize("points", [None, 30])  # full batches are tested below
+def test_mlps_measured_together_equal_each_measured_alone(points):
     domain = FourierRegression(band(1, 2))
     learner = gradient(mlp(1, 1, 3, 16), optax.adam(1e-2), 12, points=points)
     probes = (("mode_strength", domain.probe(domain.amplitudes(), 8)),)
     make, amplitudes = (lambda params: learner), jnp.float32(domain.amplitudes())
     sample = Partial(domain.evaluation_task, amplitudes=amplitudes)
-    measured = lambda indices: inner.measure(
+    measure = lambda indices: inner.measure(
         domain, make, (0, 3, 40), probes,
         (), sample, jax.random.key(1), indices,
     )  # fmt: skip
-    together = jax.tree.map(np.asarray, measured(jnp.arange(8)))
+    together = jax.tree.map(np.asarray, measure(jnp.arange(8)))
     assert np.ptp(together["mode_strength"][:, -1]) > 0.1
     for i in range(8):
-        alone = jax.tree.map(np.asarray, measured(jnp.array([i])))
+        alone = jax.tree.map(np.asarray, measure(jnp.array([i])))
         for name in together:
             np.testing.assert_allclose(together[name][i], alone[name][0], rtol=1e-3, atol=1e-4)
 
 
-def seen(batch, points, updates):
-    """The inputs of each update [updates, batch]."""
+def batches_of_inputs(batch, points, updates):
+    """Returns the inputs of each update [updates, batch]."""
     domain = FourierRegression(band(1, 2))
     learner = Learner(
         lambda key: (jnp.zeros((updates, batch)), 0),
@@ -202,23 +203,23 @@ def seen(batch, points, updates):
 
 
 def test_full_batch_shows_the_same_pairs_and_fresh_minibatches_never_do():
-    full = seen(6, 6, 5)
+    full = batches_of_inputs(6, 6, 5)
     np.testing.assert_array_equal(full, np.broadcast_to(full[0], full.shape))
     assert len(np.unique(full)) == 6
-    assert len(np.unique(seen(6, None, 5))) == 30
+    assert len(np.unique(batches_of_inputs(6, None, 5))) == 30
 
 
 def test_minibatches_are_drawn_from_the_points_without_repetition():
-    drawn = seen(6, 10, 200)
-    points, counts = np.unique(drawn, return_counts=True)
+    batches = batches_of_inputs(6, 10, 200)
+    points, counts = np.unique(batches, return_counts=True)
     assert len(points) == 10
-    assert all(len(np.unique(batch)) == 6 for batch in drawn)
+    assert all(len(np.unique(batch)) == 6 for batch in batches)
     assert counts.min() > 120 - 5 * np.sqrt(200 * 0.6 * 0.4)
-    np.testing.assert_array_equal(np.isin(seen(10, 10, 1)[0], points), True)
+    np.testing.assert_array_equal(np.isin(batches_of_inputs(10, 10, 1)[0], points), True)
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "rmsprop", "adamw"])
-def test_optimisers_by_name(name):
+def test_optimisers_are_found_by_name(name):
     assert isinstance(named_optimizer(name, 0.1), optax.GradientTransformation)
 
 
@@ -228,7 +229,7 @@ NO_OPTIMISERS += ["scale_by_adam", "trace", "ema", "add_decayed_weights"]  # the
 
 
 @pytest.mark.parametrize("name", NO_OPTIMISERS)
-def test_names_that_are_no_optimiser(name):
+def test_names_of_no_optimiser_are_refused(name):
     with pytest.raises(ConfigError, match="name an optimiser"):
         named_optimizer(name, 0.1)
 
@@ -237,7 +238,7 @@ def test_an_optimiser_that_takes_no_schedule_is_refused_before_training():
     named_optimizer("rprop", 0.1)
     with pytest.raises(ConfigError, match=r"optimizer = 'momentum': .*takes a b2"):
         named_optimizer("momentum", 0.1, b2=0.9)
-    for name in ("rprop", "noisy_sgd"):  # whose state holds a random key
+    for name in ("rprop", "noisy_sgd"):  # the state of `noisy_sgd` has a random key
         with pytest.raises(ConfigError, match="name an optimiser"):
             OuterConfig(optimizer=name)
     with pytest.raises(ConfigError, match=r"'adamm': name an optimiser .*did you mean 'adam.?'\?"):

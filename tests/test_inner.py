@@ -43,7 +43,7 @@ def learners():
 
 @pytest.mark.parametrize("name", ["bayes", "lstm", "sgd"])
 def test_probing_never_disturbs_the_learner(name):
-    """Probed at every step or at the last alone, a learner ends with the same bits."""
+    """Probed at every step or only at the last one, a learner ends with the same bits."""
     learner = learners()[name]
     task = jax.jit(DOMAIN.evaluation_task)(jax.random.key(1), S)
     final = []
@@ -89,8 +89,8 @@ def measure(indices, times=(0, 1, 5, 8)):
 
 
 def test_a_task_is_the_same_in_any_chunk_and_among_any_others(monkeypatch):
-    whole = measure(jnp.arange(64))
-    assert {name: a.shape for name, a in whole.items()} == {
+    expected = measure(jnp.arange(64))
+    assert {name: a.shape for name, a in expected.items()} == {
         "loss": (64, 4),
         "mode_strength": (64, 4, 2),
         "off_diagonal": (64, 4),
@@ -98,72 +98,72 @@ def test_a_task_is_the_same_in_any_chunk_and_among_any_others(monkeypatch):
     }
     for chunk in (3, 1):
         inner.measure.clear_cache()
-        with monkeypatch.context() as patched:
-            patched.setattr(inner.mesh, "task_chunk", lambda *given, chunk=chunk: chunk)
-            other = measure(jnp.arange(64))
+        with monkeypatch.context() as patch:
+            patch.setattr(inner.mesh, "task_chunk", lambda *arguments, chunk=chunk: chunk)
+            chunked = measure(jnp.arange(64))
         inner.measure.clear_cache()
-        for name in whole:
-            np.testing.assert_allclose(whole[name], other[name], rtol=1e-4, atol=1e-5)
-    some = measure(jnp.array([7, 2]))
+        for name in expected:
+            np.testing.assert_allclose(expected[name], chunked[name], rtol=1e-4, atol=1e-5)
+    two_tasks = measure(jnp.array([7, 2]))
     np.testing.assert_allclose(
-        some["mode_strength"], whole["mode_strength"][[7, 2]], rtol=1e-4, atol=1e-5
+        two_tasks["mode_strength"], expected["mode_strength"][[7, 2]], rtol=1e-4, atol=1e-5
     )
 
 
 def test_the_same_key_gives_the_same_bits_twice():
-    once, twice = (measure(jnp.arange(64)) for _ in range(2))
-    chex.assert_trees_all_equal(once, twice)
+    first, second = (measure(jnp.arange(64)) for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
 
 
-def test_a_learner_that_draws_its_start_acts_as_it_is_measured():
+def test_a_learner_that_draws_its_start_acts_in_the_same_way_when_it_is_measured():
     domain = ContextualBandit(2, 3, steps=4)
     start = lambda key: 3 * jax.random.normal(key, (3,))
-    drawn = Learner(start, lambda state, c: state, lambda state, c, seen: state)
+    learner = Learner(start, lambda state, c: state, lambda state, c, feedback: state)
     key = jax.random.key(5)
-    _, seen = inner.act(domain, drawn, key)
+    _, feedback = inner.act(domain, learner, key)
     key_task, key_episode = jax.random.split(key)
     task = domain.sample_task(key_task)
-    run = inner.run(domain, drawn, task, key_episode, range(5))
-    said = drawn.init(jax.random.split(key_episode)[0])
-    losses = jax.vmap(domain.loss, (None, 0))(said, seen)
+    run = inner.run(domain, learner, task, key_episode, range(5))
+    answer = learner.init(jax.random.split(key_episode)[0])
+    losses = jax.vmap(domain.loss, (None, 0))(answer, feedback)
     np.testing.assert_allclose(run["loss"][1:], losses, rtol=1e-6)
-    actions = np.asarray(seen.action)
-    again = []
+    actions = np.asarray(feedback.action)
+    actions_again = []
     for t in range(4):
         keys = jax.random.split(jax.random.fold_in(jax.random.split(key_episode)[1], t))
-        _, _, outcome = inner.interact(domain, task, lambda query: said, keys)
-        again.append(int(outcome.action))
-    np.testing.assert_array_equal(actions, again)
+        _, _, outcome = inner.interact(domain, task, lambda query: answer, keys)
+        actions_again.append(int(outcome.action))
+    np.testing.assert_array_equal(actions, actions_again)
 
 
-def test_what_is_observed_is_what_is_measured_under_the_same_key():
+def test_observed_episodes_equal_measured_ones_of_the_same_key():
     keys = indexed_keys(jax.random.key(3), jnp.arange(5))
     remember = Learner(
         lambda key: jnp.zeros(5), lambda state, x: jnp.zeros(2),
         lambda state, x, y: jnp.concatenate([x, y]), diagnose=lambda state: {"seen": state},
     )  # fmt: skip
 
-    def measured(key):
+    def measure_inputs(key):
         key_task, key_episode = jax.random.split(key)
         task = DOMAIN.sample_task(key_task)
         return inner.run(DOMAIN, remember, task, key_episode, range(9))["seen"][1:]
 
     observed = jax.jit(lambda keys: jnp.concatenate(inner.observe(DOMAIN, keys), 1))(keys)
-    found = jax.jit(jax.vmap(measured, out_axes=-1))(keys)  # [T, 5, B]
-    np.testing.assert_allclose(found, observed, rtol=1e-5, atol=1e-6)
+    measured_inputs = jax.jit(jax.vmap(measure_inputs, out_axes=-1))(keys)  # [T, 5, B]
+    np.testing.assert_allclose(measured_inputs, observed, rtol=1e-5, atol=1e-6)
 
 
-def test_neither_a_sets_name_nor_a_learners_decides_what_is_drawn():
-    """So what differs by name alone is compared on the same tasks, from the same weights."""
+def test_random_draws_do_not_depend_on_names_of_task_sets_or_learners():
+    """Then what differs only by name is compared on the same tasks, from the same weights."""
     sample = Partial(DOMAIN.evaluation_task, spectrum=S)
-    measured = lambda tasks, learner: measuring.readings(
+    measure_sgd = lambda tasks, learner: measuring.readings(
         TaskSet(tasks, DOMAIN, sample, {"mode_strength": PROBE}, size=8),
         Contender(learner, "SGD", learners()["sgd"], times=(0, 5, 8)),
         (),
         jax.random.key(4),
     )
-    chex.assert_trees_all_equal(measured("heldout", "sgd"), measured("heldout_gru", "other"))
-    first, second = measured("heldout", "sgd")["mode_strength"][:2]
+    chex.assert_trees_all_equal(measure_sgd("heldout", "sgd"), measure_sgd("heldout_gru", "other"))
+    first, second = measure_sgd("heldout", "sgd")["mode_strength"][:2]
     assert np.any(np.asarray(first) != np.asarray(second))
 
 
@@ -178,20 +178,20 @@ def test_readings_are_in_range():
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_answers():
-    """Of a learner that answers zero: the mean square of the targets that it is then given."""
+    """The learner answers zero, so the loss is the mean square of the targets that it gets next."""
     remember = lambda state, x, y: y
     learner = Learner(
         lambda key: jnp.zeros((6, 2)), lambda state, x: jnp.zeros(2), remember, batch=6,
         diagnose=lambda state: {"seen": state},
     )  # fmt: skip
     task = DOMAIN.sample_task(jax.random.key(0))
-    found = inner.run(DOMAIN, learner, task, jax.random.key(1), range(9))
-    expected = (np.float64(found["seen"][1:]) ** 2).mean((1, 2))
-    np.testing.assert_allclose(found["loss"][1:], expected, rtol=1e-5)
+    readings = inner.run(DOMAIN, learner, task, jax.random.key(1), range(9))
+    expected = (np.float64(readings["seen"][1:]) ** 2).mean((1, 2))
+    np.testing.assert_allclose(readings["loss"][1:], expected, rtol=1e-5)
 
 
 def test_65536_tasks_fit_in_8_gib():
-    """Peak memory of a device by the compiler's own account, at the paper's size: 5 × 5, T = 20."""
+    """The compiler states a device's peak memory, at the paper's size: 5 × 5, T = 20."""
     domain = LinearRegression(5, 5)
     meta = LSTMConfig(hidden=64).make(domain)
     lowered = inner.measure.lower(
@@ -205,22 +205,22 @@ def test_65536_tasks_fit_in_8_gib():
         jax.ShapeDtypeStruct((65_536,), jnp.int32),
     )
     memory = lowered.compile().memory_analysis()
-    used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    bytes_used = memory.temp_size_in_bytes + memory.output_size_in_bytes
     outputs = 65_536 * 21 * (5 + 4) * 4 / jax.device_count()
-    assert outputs <= used < 8 * 2**30
+    assert outputs <= bytes_used < 8 * 2**30
 
 
 def axes_of(learner, probes):
-    """The axes of each reading, by what is stored beside a measurement."""
+    """Returns the axes of each reading from what is stored beside a measurement."""
     sample = Partial(DOMAIN.evaluation_task, spectrum=S)
     tasks = TaskSet("tasks", DOMAIN, sample, dict(probes), size=3)
-    found = measuring.description(tasks, Contender("learner", "learner", learner))["axes"]
-    assert all(axes[:2] == ["task", "step"] for axes in found.values())
-    return {name: tuple(axes[2:]) for name, axes in found.items()}
+    stored_axes = measuring.description(tasks, Contender("learner", "learner", learner))["axes"]
+    assert all(axes[:2] == ["task", "step"] for axes in stored_axes.values())
+    return {name: tuple(axes[2:]) for name, axes in stored_axes.items()}
 
 
-def test_all_that_a_probe_reads_is_reckoned_up():
-    """8 answers of 2 numbers, a strength and a loss, at 9 times on 3 tasks, in float32."""
+def test_bytes_needed_count_all_that_a_probe_reads():
+    """3 tasks have 8 answers of 2 numbers, a strength and a loss at 9 times, in float32."""
     probe = DOMAIN.answers(8)
     sample = Partial(DOMAIN.evaluation_task, spectrum=S)
     tasks = TaskSet("tasks", DOMAIN, sample, {"said": probe}, size=3)
@@ -239,28 +239,28 @@ def test_axes_name_every_reading():
 
 
 def test_a_second_probe_is_recorded_under_its_own_name():
-    """What is read with the first alone stays as it is."""
+    """Readings of the first probe stay as they are when it is alone."""
     domain = LinearRegression(3, 2, steps=4)
     learner, probes = bayes_linear(domain), (*PROBES, ("coarse", domain.probe(6)))
     task = jax.jit(domain.evaluation_task)(jax.random.key(1), S)
     run = jax.jit(partial(inner.run, domain, learner, times=range(5)), static_argnames="probes")
-    alone, found = (run(task, jax.random.key(2), probes=each) for each in (PROBES, probes))
+    alone, readings = (run(task, jax.random.key(2), probes=p) for p in (PROBES, probes))
     axes = axes_of(learner, probes)
     assert (
         axes.keys()
-        == found.keys()
+        == readings.keys()
         == {*alone, "coarse", "coarse_off_diagonal", "coarse_unexplained"}
     )
     assert axes["coarse"] == ("coarse_mode",)
-    assert {name: a.shape for name, a in found.items() if name not in alone} == {
+    assert {name: a.shape for name, a in readings.items() if name not in alone} == {
         "coarse": (5, 2),
         "coarse_off_diagonal": (5,),
         "coarse_unexplained": (5,),
     }
     for name, value in alone.items():
-        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(readings[name], value)
     # The learner is linear, so that other queries read the same.
-    np.testing.assert_allclose(found["coarse"], found["mode_strength"], atol=1e-4)
+    np.testing.assert_allclose(readings["coarse"], readings["mode_strength"], atol=1e-4)
 
 
 def test_log_spaced_times():
@@ -283,7 +283,7 @@ MATH = "--xla_cpu_enable_fast_math=false"
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="keeps to one core of Linux")
 @pytest.mark.parametrize(
-    ("given", "devices", "flags"),
+    ("variables", "devices", "flags"),
     [
         ({}, 1, ONE_THREAD),
         ({"XLA_FLAGS": MATH}, 1, f"{MATH} {ONE_THREAD}"),
@@ -291,15 +291,15 @@ MATH = "--xla_cpu_enable_fast_math=false"
         ({"JAX_NUM_CPU_DEVICES": "3"}, 3, None),
     ],
 )
-def test_each_core_is_a_device_of_one_thread_unless_told_otherwise(given, devices, flags):
-    asked = (
+def test_each_core_is_a_device_of_one_thread_unless_told_otherwise(variables, devices, flags):
+    program = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "from metadyn import mesh; mesh.use_every_core()\n"
         "import jax; print(jax.device_count(), os.environ.get('XLA_FLAGS'))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= given | {"JAX_PLATFORMS": "cpu"}
-    found = subprocess.run(
-        [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
+    environment |= variables | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert found.stdout.strip() == f"{devices} {flags}"
+    assert process.stdout.strip() == f"{devices} {flags}"

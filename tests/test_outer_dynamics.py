@@ -1,4 +1,4 @@
-"""Outer-loop dynamics: the figures of merit, the study, and what follows a run from outside."""
+"""Outer-loop dynamics: the figures of merit, the study, and what reads a run as it goes on."""
 
 import dataclasses
 import json
@@ -48,50 +48,50 @@ IDENTITY = {"study": "s", "preset": "quick", "seed": 0, "config": {"outer": {"st
 DOMAINS = ("linear", "bandit")
 
 
-# Figures of merit, against curves whose answers are known.
+# Figures of merit of curves whose results are known.
 
 
 def bayes_curve():
-    """Two modes [task, step, mode] with other courses, from 0 at the start."""
+    """Returns curves [task, step, mode] of two modes that start at 0 and grow at unequal rates."""
     t = np.arange(6)[:, None]
     return np.broadcast_to(1 - np.array([0.5, 0.8]) ** t, (3, 6, 2))
 
 
-def test_share_of_bayes_is_the_share_by_which_the_curves_were_made():
+def test_share_of_bayes_is_the_share_from_which_the_curves_were_made():
     share = np.array([[0.0, 0.0], [0.2, 0.6], [1.0, 0.9]])  # [outer step, mode]
-    untrained = 0.2  # such as chance in a bandit
+    untrained = 0.2  # for example chance in a bandit
     best = untrained + bayes_curve()
     trained = untrained + share[:, None] * bayes_curve()[:, None]
     np.testing.assert_allclose(dynamics.share_of_bayes(trained, best)[1], share, atol=1e-12)
-    # Half-way lies between outer steps 1 and 3 of the first mode, before 1 of the second.
+    # The first mode is half-way between outer steps 1 and 3, the second one before 1.
     data = xr.Dataset(coords={"outer_step": [0, 1, 3]})
-    found = dynamics.outer_times_of(data)(trained.mean(0), best.mean(0))
-    np.testing.assert_allclose(found, [1 + 2 * 0.3 / 0.8, 0.5 / 0.6])
+    times = dynamics.outer_times_of(data)(trained.mean(0), best.mean(0))
+    np.testing.assert_allclose(times, [1 + 2 * 0.3 / 0.8, 0.5 / 0.6])
 
 
-def test_what_is_answered_before_any_feedback_has_no_part_in_the_share_of_bayes():
+def test_answers_before_any_feedback_do_not_count_in_the_share_of_bayes():
     best = np.array([[0.2], [0.6], [1.0]])  # [step, mode]
-    trained = np.array([[[0.2], [0.2], [0.2]], [[0.9], [0.4], [0.6]]])  # sure of nothing, at once
+    trained = np.array([[[0.2], [0.2], [0.2]], [[0.9], [0.4], [0.6]]])  # 0.9 comes before feedback
     np.testing.assert_allclose(dynamics.share_of_bayes(trained, best), [[0], [0.5]])
 
 
 def test_distance_to_bayes_is_one_untrained_and_falls_with_the_share_left():
     share = np.array([[0.0, 0.0], [0.25, 1.0], [1.5, 0.5]])
     trained = share[:, None] * bayes_curve()[:, None]
-    found = dynamics.distance_to_bayes(trained, bayes_curve())[0]
-    np.testing.assert_allclose(found, np.abs(1 - share), atol=1e-12)
+    distance = dynamics.distance_to_bayes(trained, bayes_curve())[0]
+    np.testing.assert_allclose(distance, np.abs(1 - share), atol=1e-12)
 
 
-def test_rank_correlation_of_two_batches_is_scipys():
+def test_rank_correlation_of_two_batches_equals_scipys():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 20, 5))
-    each = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]
-    np.testing.assert_allclose(dynamics.rank_correlation(x, y), each)
-    never = dynamics.rank_correlation(np.array([1.0, np.nan, 2.0]), np.array([1.0, 3.0, 2.0]))
-    np.testing.assert_allclose(never, 1)
+    expected = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(dynamics.rank_correlation(x, y), expected)
+    with_nan = dynamics.rank_correlation(np.array([1.0, np.nan, 2.0]), np.array([1.0, 3.0, 2.0]))
+    np.testing.assert_allclose(with_nan, 1)
 
 
-def test_surely_asks_the_whole_interval():
+def test_surely_requires_the_whole_interval():
     straddling = dynamics.Estimate(np.array(0.2), np.array(-0.1), np.array(0.5))
     assert criterion("c", straddling, "above 0", at_least=0).passed
     assert criterion("c", straddling, "above 0", at_least=0, surely=True).passed is False
@@ -103,7 +103,7 @@ def test_surely_asks_the_whole_interval():
 
 
 @pytest.mark.parametrize(
-    ("bounds", "said"),
+    ("bounds", "expected"),
     [
         ({}, "a slope"),
         ({"at_most": 0.2}, "a slope; at most 0.2"),
@@ -112,37 +112,37 @@ def test_surely_asks_the_whole_interval():
         ({"at_least": 0, "at_most": 0, "surely": True}, "a slope; the whole interval 0"),
     ],
 )
-def test_what_is_expected_names_the_bounds_it_is_judged_by(bounds, said):
-    assert criterion("c", dynamics.exact(1.0), "a slope", **bounds).expected == said
+def test_the_expectation_of_a_criterion_names_its_bounds(bounds, expected):
+    assert criterion("c", dynamics.exact(1.0), "a slope", **bounds).expected == expected
 
 
 @pytest.mark.parametrize(
-    ("estimate", "bounds", "found"),
+    ("estimate", "bounds", "expected"),
     [
-        ((1, 0.5, 2), (0, 2), "holds"),  # the bounds themselves are within
+        ((1, 0.5, 2), (0, 2), "holds"),  # the bounds themselves count as within
         ((1, 0.5, 2), (0.5, 3), "holds"),
         ((1, 0.5, 2), (-np.inf, 0.49), "refuted"),
         ((1, 0.5, 2), (2.01, np.inf), "refuted"),
         ((1, 0.5, 2), (2, np.inf), "undecided"),
         ((1, 0.5, 3), (0.9, np.inf), "undecided: about 25 times"),  # (0.5 / 0.1)²
         ((1, 0.5, 3), (-np.inf, 2), "undecided: about 4 times"),  # (2 / 1)²
-        ((1, 0, 3), (0.5, 2.5), "undecided: about 4 times"),  # of 4 and 1.8
+        ((1, 0, 3), (0.5, 2.5), "undecided: about 4 times"),  # the larger of 4 and 1.8
         ((1, 0.5, 3), (1, np.inf), "undecided: more than 100 times"),  # the value is at the bound
         ((1, -0.5, 1), (0.9, np.inf), "undecided: more than 100 times"),  # (1.5 / 0.1)²
         ((np.nan, 0.5, 3), (0, 4), "undecided: it has no value"),
         ((1, np.nan, np.nan), (0, 4), "undecided: it has no value"),
     ],
 )
-def test_a_verdict_is_of_the_whole_interval(estimate, bounds, found):
-    estimate = dynamics.Estimate(*(np.array(float(each)) for each in estimate))
+def test_a_verdict_depends_on_the_whole_interval(estimate, bounds, expected):
+    estimate = dynamics.Estimate(*(np.array(float(number)) for number in estimate))
     at_least, at_most = bounds
-    said = criterion("c", estimate, "", at_most=at_most, at_least=at_least).verdict
-    assert said.startswith(found)
+    verdict = criterion("c", estimate, "", at_most=at_most, at_least=at_least).verdict
+    assert verdict.startswith(expected)
     assert criterion("c", estimate, "reported").verdict == ""
 
 
 def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
-    """Trajectories of contexts that jump from 0.2 to 1 at an outer step of their own [seed, c]."""
+    """Returns strengths of contexts that jump from 0.2 to 1 at their own outer steps [seed, c]."""
     rng, steps = np.random.default_rng(1), np.arange(0, 101, 5)
     J = np.where(steps[:, None] >= learned_at[:, None], 1.0, 0.2)[:, None, :, None]
     seeds, _, n, _, contexts = J.shape
@@ -151,18 +151,18 @@ def bandit_over_outer_training(learned_at, tasks=400, noise=0.2):
     ranks = Modes(tuple(range(1, contexts + 1)), "context", "rank", exchangeable=True, p=0.8)
     coords = {"time": ("step", range(3)), "rank": ("mode", ranks.values)}
 
-    def of(learner, kind, axes, J):
+    def measured(learner, kind, axes, J):
         about = About(learner, learner, kind, "observations", loss_floor=0.0)
-        both = {"mode_strength": axes, "loss": axes[:-1]}
-        described = describe(about, both, coords, {"mode_strength": ranks})
-        return dataset({"mode_strength": J, "loss": J.mean(-1)}, described)
+        variable_axes = {"mode_strength": axes, "loss": axes[:-1]}
+        description = describe(about, variable_axes, coords, {"mode_strength": ranks})
+        return dataset({"mode_strength": J, "loss": J.mean(-1)}, description)
 
-    trained = of("lstm", "meta", axes, J).assign_coords(outer_step=steps)
-    return trained, of("bayes", "bayes", axes[1:2] + axes[3:], np.ones((tasks, 3, contexts)))
+    trained = measured("lstm", "meta", axes, J).assign_coords(outer_step=steps)
+    return trained, measured("bayes", "bayes", axes[1:2] + axes[3:], np.ones((tasks, 3, contexts)))
 
 
 def staggering_of_contexts(trained, bayes):
-    """From outer times in each seed's own order."""
+    """Estimates the staggering of contexts from outer times in each seed's own order."""
     times = dynamics.outer_times_of(trained)
     return dynamics.estimate(
         lambda a, b: dynamics.staggering(times(a, b)), *dynamics.over_outer_training(trained, bayes)
@@ -170,69 +170,69 @@ def staggering_of_contexts(trained, bayes):
 
 
 def test_staggering_of_contexts_finds_each_seeds_own_order_and_nothing_in_noise():
-    apart = np.array([[20, 40, 80], [80, 20, 40]])  # jumps half-way between records
+    apart = np.array([[20, 40, 80], [80, 20, 40]])  # half-way is 2.5 earlier, between records
     value, low, high = staggering_of_contexts(*bandit_over_outer_training(apart))
     np.testing.assert_allclose(value, (77.5 - 17.5) / 77.5, rtol=0.02)
     assert low > 0.7
     assert high < 0.85
-    alike = np.full((4, 5), 40)
-    value, low, high = staggering_of_contexts(*bandit_over_outer_training(alike, noise=2.0))
+    together = np.full((4, 5), 40)
+    value, low, high = staggering_of_contexts(*bandit_over_outer_training(together, noise=2.0))
     assert low < 0 < high
 
 
 def test_the_first_history_of_a_comparison_has_no_name_in_its_suffix():
     trained, bayes = bandit_over_outer_training(np.full((2, 3), 40), tasks=8)
-    other = trained.assign_attrs(learner="gru", label="gru", place=1)
-    stored = {"lstm": trained, "gru": other, "bayes": bayes}
-    both = Results({"tracked": [*stored], "heldout": [*stored]}, lambda _, name: stored[name])
-    assert [*figures.histories(both)] == ["", "_gru"]
-    # Of the first of them nothing is held out, as where a run is still going on.
-    second = Results(
+    gru = trained.assign_attrs(learner="gru", label="gru", place=1)
+    stored = {"lstm": trained, "gru": gru, "bayes": bayes}
+    results = Results({"tracked": [*stored], "heldout": [*stored]}, lambda _, name: stored[name])
+    assert [*figures.histories(results)] == ["", "_gru"]
+    # The first one is not measured on held-out tasks, as while a run still goes on.
+    unfinished = Results(
         {"tracked": [*stored], "heldout": ["gru", "bayes"]}, lambda _, name: stored[name]
     )
-    assert [*figures.histories(second)] == [""]
+    assert [*figures.histories(unfinished)] == [""]
 
 
 def over_training(trained, bayes, modes, outer_steps):
-    """Datasets of strengths [seed, task, outer_step, step, mode] and Bayes' [task, step, mode]."""
+    """Returns strengths [seed, task, outer_step, step, mode] and Bayes' [task, step, mode]."""
 
-    def of(axes, strength, **coords):
+    def measurement(axes, strength, **coords):
         about = About("a", "a", "meta", "observations", loss_floor=0.0)
         time = {"time": ("step", range(strength.shape[-2]))}
-        described = describe(
+        description = describe(
             about, {"mode_strength": axes}, time | coords, {"mode_strength": modes}
         )
-        return dataset({"mode_strength": strength}, described)
+        return dataset({"mode_strength": strength}, description)
 
     axes = ("seed", "task", "outer_step", "step", "mode")
     steps = {"outer_step": ("outer_step", outer_steps)}
-    return of(axes, trained, **steps), of(("task", "step", "mode"), bayes)
+    return measurement(axes, trained, **steps), measurement(("task", "step", "mode"), bayes)
 
 
-def test_contexts_in_order_stand_beside_bayes_on_the_same_tasks_who_knows_no_order():
+def test_contexts_in_order_are_compared_with_bayes_without_order_on_the_same_tasks():
     rng = np.random.default_rng(0)
     best = 1 + 0.1 * rng.random((8, 3, 2))
     learned_at = np.array([[20, 10], [10, 20]])
     share = np.where(np.array([0, 10, 20])[:, None] >= learned_at[:, None], 1.0, 0.0)
     trained = share[:, None, :, None] * (1 + np.arange(8))[:, None, None, None] * np.ones((3, 2))
     ranks = Modes((1, 2), "context", "rank", exchangeable=True, p=0.8)
-    found, bayes = dynamics.over_outer_training(*over_training(trained, best, ranks, (0, 10, 20)))
-    np.testing.assert_allclose(found[1], trained[1, 1::2])  # seed 1 is in order as it is
-    np.testing.assert_allclose(found[0], trained[0, 1::2, ..., ::-1])
+    ordered, bayes = dynamics.over_outer_training(*over_training(trained, best, ranks, (0, 10, 20)))
+    np.testing.assert_allclose(ordered[1], trained[1, 1::2])  # seed 1 is in order already
+    np.testing.assert_allclose(ordered[0], trained[0, 1::2, ..., ::-1])
     expected = np.repeat(best[1::2].mean(-1, keepdims=True), 2, axis=-1)
     np.testing.assert_allclose(bayes, [expected])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_order_at_the_end_of_training_is_compared_with_that_over_it(sign):
-    """Modes come to Bayes' strength one after the other, and grow in that order or in the other."""
+def test_the_order_in_trained_episodes_is_compared_with_that_over_training(sign):
+    """Modes reach Bayes' strength one by one, and grow in that order or in the opposite one."""
     steps, t = np.array([0, 1, 2, 3]), np.arange(9)[:, None]
     share = np.array([[0.1, 0.05, 0], [1, 0.1, 0.05], [1, 1, 0.1], [1, 1, 1]])
     curve = np.minimum(1, t / np.array([2.0, 4, 6])[::sign])
     trained = np.tile(share[:, None] * curve, (1, 4, 1, 1, 1))
     modes = Modes((3.0, 2.0, 1.0), "s")
-    both = over_training(trained, np.tile(curve, (4, 1, 1)), modes, steps)
-    np.testing.assert_allclose(dynamics.outer_correlation(*both).value, sign)
+    pair = over_training(trained, np.tile(curve, (4, 1, 1)), modes, steps)
+    np.testing.assert_allclose(dynamics.outer_correlation(*pair).value, sign)
 
 
 # Training.
@@ -243,69 +243,70 @@ def test_a_training_may_have_an_optimiser_of_its_own():
     meta = LSTMConfig(hidden=8).make(domain)
     config = OuterConfig(steps=20, batch=8, seeds=2, warmup=2)
     plain = MetaTraining(meta, prediction_loss(domain, meta))
-    own = plain._replace(own=dataclasses.replace(config, optimizer="sgd", learning_rate=0.1))
-    loop = OuterLoop({"a": plain, "b": own}, config, jax.random.key(0))
+    with_sgd = plain._replace(own=dataclasses.replace(config, optimizer="sgd", learning_rate=0.1))
+    loop = OuterLoop({"a": plain, "b": with_sgd}, config, jax.random.key(0))
     *_, (state, _) = loop.run(loop.init(), 10)
     alone = OuterLoop({"a": plain}, config, jax.random.key(0))
-    *_, (other, _) = alone.run(alone.init(), 10)
-    chex.assert_trees_all_equal(state.params["a"], other.params["a"])
+    *_, (state_alone, _) = alone.run(alone.init(), 10)
+    chex.assert_trees_all_equal(state.params["a"], state_alone.params["a"])
     inputs = [state.params[name]["body"]["input"] for name in ("a", "b")]
     assert not np.allclose(*inputs)
-    moments = [len(jax.tree.leaves(each)) for each in (state.moments["a"], state.moments["b"])]
-    assert moments[0] > moments[1]  # plain gradient descent has none
+    moments = [len(jax.tree.leaves(state.moments[name])) for name in ("a", "b")]
+    assert moments[0] > moments[1]  # gradient descent has no moments
 
 
-# The study, and following it.
+# The study, and what reads its runs.
 
 
-def among(*domains):
-    """Has the study be of some of its domains alone."""
+def only_domains(*domains):
+    """Restricts the study to some of its domains."""
     return patch.dict(TITLES, {name: TITLES[name] for name in domains}, clear=True)
 
 
 def run_small(out):
-    """Modes have an order in one of its domains, and none in the other."""
+    """Runs the study on two domains, of which only the first has an order of modes."""
     study = load_study(STUDY)
     config = configured(study.presets["quick"], SMALL)
-    with among(*DOMAINS):
+    with only_domains(*DOMAINS):
         run_study(study, "quick", 0, config, out, Progress(None), tensorboard=True)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def run_folder(tmp_path_factory):
+    """Returns the folder of a small run."""
     out = tmp_path_factory.mktemp("runs") / "outer"
     run_small(out)
     return out
 
 
-def test_every_domain_has_its_figures_and_its_criteria(finished):
-    drawn = {p.name for p in (finished / "figures").iterdir()}
+def test_every_domain_has_its_figures_and_its_criteria(run_folder):
+    files = {p.name for p in (run_folder / "figures").iterdir()}
     kinds = ("inner_curves_{}.png", "outer_learning_{}.png", "distance_to_bayes_{}.png")
     kinds = (*kinds, "inner_curves_{}.gif")
-    assert drawn == {kind.format(name) for kind in kinds for name in DOMAINS} | {"orders.png"}
-    for path in (finished / "figures").glob("*.png"):
+    assert files == {kind.format(name) for kind in kinds for name in DOMAINS} | {"orders.png"}
+    for path in (run_folder / "figures").glob("*.png"):
         assert matplotlib.image.imread(path).std() > 0.02
-    summary = json.loads((finished / "summary.json").read_text())
+    summary = json.loads((run_folder / "summary.json").read_text())
     study = load_study(STUDY)
     quick = study.presets["quick"]
-    with among("nonlinear"):
-        rehearsed = rehearse(study, quick, study.plan(quick))
-    judged = {c["name"] for c in summary["criteria"]}
-    assert judged == {f"{name}_outer" for name in DOMAINS}
-    assert {c.name for c in rehearsed if c.passed is not None} == {"nonlinear_outer"}
-    reported = {c["name"] for c in summary["reported"]}
-    reported |= {c.name for c in rehearsed if c.passed is None}
+    with only_domains("nonlinear"):
+        criteria = rehearse(study, quick, study.plan(quick))
+    names = {c["name"] for c in summary["criteria"]}
+    assert names == {f"{name}_outer" for name in DOMAINS}
+    assert {c.name for c in criteria if c.passed is not None} == {"nonlinear_outer"}
+    reported_names = {c["name"] for c in summary["reported"]}
+    reported_names |= {c.name for c in criteria if c.passed is None}
     parts = ("inner", "bayes", "excess", "n_1", "inner_censored_modes")
-    assert {f"{name}_{part}" for name in TITLES for part in parts} <= reported
-    assert {"linear_correlation", "nonlinear_correlation"} <= reported
-    assert "bandit_correlation" not in reported  # its contexts have no order of their own
+    assert {f"{name}_{part}" for name in TITLES for part in parts} <= reported_names
+    assert {"linear_correlation", "nonlinear_correlation"} <= reported_names
+    assert "bandit_correlation" not in reported_names  # contexts have no order of their own
 
 
-def test_the_animation_has_a_frame_for_each_checkpoint(finished):
-    checkpoints = len(RunFolder(finished).outer_steps())
-    with PIL.Image.open(finished / "figures" / "inner_curves_linear.gif") as gif:
-        shown = sum(_length(gif, i) for i in range(gif.n_frames)) / 250
-    assert shown == checkpoints + 4  # the last stays; equal frames are stored as one, for longer
+def test_the_animation_has_a_frame_for_each_checkpoint(run_folder):
+    checkpoints = len(RunFolder(run_folder).outer_steps())
+    with PIL.Image.open(run_folder / "figures" / "inner_curves_linear.gif") as gif:
+        frames = sum(_length(gif, i) for i in range(gif.n_frames)) / 250
+    assert frames == checkpoints + 4  # the last one stays, and equal ones are stored as one
 
 
 def _length(gif, i):
@@ -313,53 +314,53 @@ def _length(gif, i):
     return gif.info["duration"]
 
 
-def test_trajectories_of_every_domain_load(finished):
+def test_trajectories_of_every_domain_load(run_folder):
     for name in DOMAINS:
-        data = metadyn.load(finished, f"tracked_{name}")
+        data = metadyn.load(run_folder, f"tracked_{name}")
         assert {"learner", "outer_step", "seed", "task", "mode", "step"} <= set(data.dims)
         assert set(data["learner"].values) == {"lstm", "bayes"}
         assert data["outer_step"].values[[0, -1]].tolist() == [0, 40]
         assert data["mode_strength"].dtype == np.float32
     with pytest.raises(ConfigError, match=r"task_set = 'tracked': .* holds .*tracked_bandit"):
-        metadyn.load(finished)
+        metadyn.load(run_folder)
 
 
-def test_the_bandits_outer_times_are_of_contexts_that_stay_the_same():
-    """Contexts that are learned at once have one n_k; sorted within episodes, noise parts them."""
+def test_the_bandits_outer_times_are_of_the_same_contexts_in_all_episodes():
+    """Contexts learned at once have one n_k. Noise would part them if episodes were sorted."""
     study = load_study("outer_loop_dynamics")
 
-    def found(learned_at):
+    def outer_times(learned_at):
         trained, bayes = bandit_over_outer_training(learned_at, noise=1.0)
-        both = {"lstm": trained, "bayes": bayes}
-        sets = {name: list(both) for name in ("tracked_bandit", "heldout_bandit")}
-        results = Results(sets, lambda task_set, learner: both[learner])
+        measurements = {"lstm": trained, "bayes": bayes}
+        sets = {name: list(measurements) for name in ("tracked_bandit", "heldout_bandit")}
+        results = Results(sets, lambda task_set, learner: measurements[learner])
         rows = {row.name: row.value for row in study.criteria(study.presets["quick"], results)}
         return np.array([rows[f"bandit_n_{k + 1}"] for k in range(5)])
 
-    np.testing.assert_allclose(found(np.full((4, 5), 40)), 37.5, rtol=0.05)
+    np.testing.assert_allclose(outer_times(np.full((4, 5), 40)), 37.5, rtol=0.05)
     apart = np.array([[10, 20, 40, 60, 80], [80, 60, 40, 20, 10]])
-    np.testing.assert_allclose(found(apart), [7.5, 17.5, 37.5, 57.5, 77.5], rtol=0.15)
+    np.testing.assert_allclose(outer_times(apart), [7.5, 17.5, 37.5, 57.5, 77.5], rtol=0.15)
 
 
 def events(folder):
-    """TFRecords (length, checksum, bytes, checksum) of TensorBoard, in the order written."""
+    """Yields TensorBoard's TFRecords (length, checksum, bytes, checksum) in the order written."""
     from tensorboardX.proto.event_pb2 import Event
 
     for path in sorted(folder.iterdir()):
-        raw, at = path.read_bytes(), 0
-        while at < len(raw):
-            (length,) = struct.unpack_from("<Q", raw, at)
-            yield Event.FromString(raw[at + 12 : at + 12 + length])
-            at += 16 + length
+        raw, offset = path.read_bytes(), 0
+        while offset < len(raw):
+            (length,) = struct.unpack_from("<Q", raw, offset)
+            yield Event.FromString(raw[offset + 12 : offset + 12 + length])
+            offset += 16 + length
 
 
-def logged_in(folder):
-    """Step, name and value of each scalar."""
+def scalars(folder):
+    """Returns step, name and value of each scalar."""
     return [(e.step, v.tag, v.simple_value) for e in events(folder) for v in e.summary.value]
 
 
-def test_scalars_for_tensorboard(finished):
-    logged = logged_in(finished / "tensorboard")
+def test_scalars_are_logged_for_tensorboard(run_folder):
+    logged = scalars(run_folder / "tensorboard")
     names = {f"{what}/lstm_{name}" for what in ("loss", "excess_loss") for name in DOMAINS}
     names |= {"critic/lstm_bandit", "entropy/lstm_bandit"}
     assert {tag for _, tag, _ in logged} == names
@@ -367,21 +368,21 @@ def test_scalars_for_tensorboard(finished):
     assert all(np.isfinite(value) for _, _, value in logged)
 
 
-def test_scalars_after_a_damaged_checkpoint_are_still_shown(finished, tmp_path, monkeypatch):
-    """TensorBoard hides what was logged before, from the step at which a later session starts."""
+def test_scalars_after_a_damaged_checkpoint_are_still_shown(run_folder, tmp_path, monkeypatch):
+    """From the step at which a later session starts, TensorBoard hides what was logged before."""
     out = tmp_path / "r"
-    shutil.copytree(finished, out)
+    shutil.copytree(run_folder, out)
     (out / "checkpoints" / "1" / "SHA256SUMS").write_text("nonsense")
-    before = logged_in(out / "tensorboard")
-    monkeypatch.setattr(figures, "draw", lambda *given: [])
-    monkeypatch.setattr(view, "write", lambda *given: out / "report.html")
+    before = scalars(out / "tensorboard")
+    monkeypatch.setattr(figures, "draw", lambda *arguments: [])
+    monkeypatch.setattr(view, "write", lambda *arguments: out / "report.html")
     with pytest.warns(ConfigWarning, match="checkpoints/1 is damaged"):
         run_small(out)
     starts = [e.step for e in events(out / "tensorboard") if e.HasField("session_log")]
     assert len(starts) == 2
     assert max(step for step, _, _ in before) < starts[-1]
-    again = set(logged_in(out / "tensorboard"))
-    assert again == set(before)  # made anew to the same numbers
+    again = set(scalars(out / "tensorboard"))
+    assert again == set(before)  # the same numbers are computed again
 
 
 def test_tensorboard_must_be_installed(refused, monkeypatch):
@@ -390,7 +391,7 @@ def test_tensorboard_must_be_installed(refused, monkeypatch):
 
 
 def readings(value, learner="lstm", kind="meta", tasks=4, seeds=1, steps=3):
-    """A set of readings, all equal to `value`, and its description."""
+    """Returns readings that are all equal to `value`, and their description."""
     arrays = {
         "mode_strength": np.full((seeds, tasks, steps, 2), value, np.float32),
         "loss": np.full((seeds, tasks, steps), value, np.float32),
@@ -406,14 +407,15 @@ def readings(value, learner="lstm", kind="meta", tasks=4, seeds=1, steps=3):
 
 
 def save(run, step, value, **size):
+    """Saves a checkpoint with readings of a meta-learner on both task sets."""
     arrays, about = readings(value, **size)
-    both = [{name: {"lstm": of} for name in ("tracked", "heldout")} for of in (arrays, about)]
-    run.save_checkpoint(step, {"w": np.float32(step)}, *both)
+    by_set = [{name: {"lstm": part} for name in ("tracked", "heldout")} for part in (arrays, about)]
+    run.save_checkpoint(step, {"w": np.float32(step)}, *by_set)
     run.finish()
 
 
 def test_a_live_run_is_reported(tmp_path, capsys):
-    """Excess over Bayes at the newest checkpoint is (2 - 1) / (1 - 0.5)."""
+    """The excess over Bayes at the newest checkpoint is (2 - 1) / (1 - 0.5)."""
     run = RunFolder.create(tmp_path / "r", IDENTITY)
     for task_set in ("tracked", "heldout"):
         run.save_measurement(task_set, "bayes", *readings(1.0, "bayes", "bayes"))
@@ -424,7 +426,7 @@ def test_a_live_run_is_reported(tmp_path, capsys):
     assert "outer step 50 of 200 (25%); 2 checkpoints" in printed
     assert "LSTM: excess loss over Bayes 2.000 [2.000, 2.000]" in printed
     assert "2 measurements stored" in printed
-    run.save_checkpoint(60, {"w": np.float32(60)}, None, {})  # between two at which it is measured
+    run.save_checkpoint(60, {"w": np.float32(60)}, None, {})  # a checkpoint without measurements
     run.finish()
     assert main(["report", str(run.path)]) == 0
     printed = capsys.readouterr().out
@@ -433,7 +435,7 @@ def test_a_live_run_is_reported(tmp_path, capsys):
 
 
 def test_a_hundred_checkpoints_are_read_in_five_seconds(tmp_path):
-    """As large as those of nonlinear regression in outer-loop dynamics: 4 × 256 × 41 × 5.
+    """They are as large as nonlinear regression's in outer-loop dynamics, 4 × 256 × 41 × 5.
 
     All but four are links to these.
     """
@@ -442,8 +444,8 @@ def test_a_hundred_checkpoints_are_read_in_five_seconds(tmp_path):
         save(run, step, step, seeds=4, tasks=640, steps=41)
     checkpoints = run.path / "checkpoints"
     for step in range(4, 100):
-        linked = checkpoints / str(step % 4), checkpoints / str(step)
-        shutil.copytree(*linked, copy_function=os.link)
+        source_and_link = checkpoints / str(step % 4), checkpoints / str(step)
+        shutil.copytree(*source_and_link, copy_function=os.link)
     start = time.monotonic()
     data = metadyn.load(run.path)
     assert time.monotonic() - start < 5
@@ -462,13 +464,13 @@ for step in range(12):
 """
 
 
-def test_what_is_read_while_a_run_writes_is_whole(tmp_path):
-    """Every look at it is a beginning of the run, with the right numbers, and the looks grow."""
+def test_a_run_that_still_writes_is_read_as_a_consistent_beginning(tmp_path):
+    """Each reading is a beginning of the run with the right numbers, and readings grow."""
     path = tmp_path / "r"
     command = [sys.executable, "-c", WRITE, str(path), str(Path(__file__).parent)]
-    looks = []
+    lengths = []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as writer:
-        while writer.poll() is None or not looks or looks[-1] < 12:
+        while writer.poll() is None or not lengths or lengths[-1] < 12:
             assert writer.returncode in (None, 0), writer.stderr.read()
             if not (path / "config.json").exists() or not RunFolder(path).outer_steps():
                 time.sleep(0.02)
@@ -480,16 +482,16 @@ def test_what_is_read_while_a_run_writes_is_whole(tmp_path):
             np.testing.assert_array_equal(
                 value, np.broadcast_to(steps[:, None, None, None, None], value.shape)
             )
-            looks.append(len(steps))
-    assert looks == sorted(looks)
-    assert len(set(looks)) > 3
-    assert looks[-1] == 12
+            lengths.append(len(steps))
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 3
+    assert lengths[-1] == 12
 
 
-def test_of_very_many_modes_those_drawn_are_spread_over_all():
+def test_if_there_are_very_many_modes_those_drawn_are_spread_over_all():
     trained, bayes = bandit_over_outer_training(np.tile(np.arange(0, 80) % 50, (2, 1)), tasks=4)
     figure = figures.inner_curves(figures.LearningHistory("LSTM", trained, bayes, (trained, bayes)))
-    shown = [int(axis.get_title().split(": ")[1]) for axis in figure.axes if axis.get_visible()]
-    assert len(shown) == figures.MODES
-    assert (shown[0], shown[-1]) == (1, 80)
-    assert set(np.diff(shown)) == {2, 3}
+    modes = [int(axis.get_title().split(": ")[1]) for axis in figure.axes if axis.get_visible()]
+    assert len(modes) == figures.MODES
+    assert (modes[0], modes[-1]) == (1, 80)
+    assert set(np.diff(modes)) == {2, 3}

@@ -1,4 +1,4 @@
-"""What is wrong with a study is found, and named, before anything is trained or written."""
+"""Errors in a study are found, and named, before anything is trained or written."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ from metadyn.study import beyond_bayes, excess
 
 @dataclasses.dataclass(frozen=True)
 class Config(md.StudyConfig):
-    """An LSTM of four units on 2 × 2 tasks."""
+    """An LSTM of four units that learns 2 × 2 tasks."""
 
     domain: LinearRegression = LinearRegression(2, 2, steps=3)
     lstm: LSTMConfig = LSTMConfig(hidden=4)
@@ -37,7 +37,7 @@ class Config(md.StudyConfig):
 
 
 def comparison(config):
-    """The LSTM and Bayes on two sets, of which the criteria read one."""
+    """Compares the LSTM and Bayes on two task sets, of which the criteria read only one."""
     domain, sizes = config.domain, config.measure
     bayes = md.Contender("bayes", "Bayes", bayes_linear(domain), "bayes")
     sets = [
@@ -51,20 +51,20 @@ def plan(config):
     return md.Plan(config.outer, [comparison(config)])
 
 
-def changed(**changes):
-    """A plan of that comparison, changed: each change is a function of what it was."""
+def plan_with(**changes):
+    """Returns a plan of that comparison in which functions have changed some fields' values."""
 
     def plan(config):
-        whole = comparison(config)
-        fields = {name: change(getattr(whole, name)) for name, change in changes.items()}
-        return md.Plan(config.outer, [dataclasses.replace(whole, **fields)])
+        original = comparison(config)
+        fields = {name: change(getattr(original, name)) for name, change in changes.items()}
+        return md.Plan(config.outer, [dataclasses.replace(original, **fields)])
 
     return plan
 
 
 def loss_of(results, task_set, learner):
-    last = dynamics.samples(results[task_set, learner], "loss")[:, :, -1]
-    return md.criterion("loss", dynamics.estimate(np.asarray, last), "at least 0", at_least=0.0)
+    losses = dynamics.samples(results[task_set, learner], "loss")[:, :, -1]
+    return md.criterion("loss", dynamics.estimate(np.asarray, losses), "at least 0", at_least=0.0)
 
 
 def criteria(config, results):
@@ -77,7 +77,7 @@ def figure(results):
     return figures.mode_strength(results.learners("in_distribution"))
 
 
-def test_of_a_plan_that_is_too_large_the_setting_that_grew_most_is_named():
+def test_if_a_plan_is_too_large_the_setting_that_grew_most_is_named():
     @dataclasses.dataclass(frozen=True)
     class Sizes:
         few: int = 3
@@ -100,59 +100,59 @@ def run(study, out):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of the study, and its summary."""
+def finished_run(tmp_path_factory):
+    """Returns the folder of a run of the study, and the run's summary."""
     out = tmp_path_factory.mktemp("runs") / "r"
     return out, run(STUDY, out)
 
 
 @pytest.fixture
-def done(finished, tmp_path):
-    """A copy of that run."""
-    return Path(shutil.copytree(finished[0], tmp_path / "r"))
+def run_copy(finished_run, tmp_path):
+    """Returns the folder of a copy of that run."""
+    return Path(shutil.copytree(finished_run[0], tmp_path / "r"))
 
 
 def refused(study, out, monkeypatch):
-    """The one line with which a study is refused, before there is a folder or an outer loop."""
+    """Returns the one line with which a study is refused, before it has a folder or is trained."""
 
-    def began(*arguments):
+    def begun(*arguments):
         raise AssertionError("training was begun")
 
-    monkeypatch.setattr(runner, "OuterLoop", began)
+    monkeypatch.setattr(runner, "OuterLoop", begun)
     with pytest.raises(ConfigError) as caught:
         run(study, out)
     assert not out.exists()
-    said = str(caught.value)
-    assert len(said.splitlines()) == 1
-    return said
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    return line
 
 
-def test_a_study_that_is_right_is_rehearsed_silently_and_runs(finished, tmp_path):
+def test_a_correct_study_is_rehearsed_without_writing_and_runs(finished_run, tmp_path):
     config = STUDY.presets["quick"]
-    rehearsed = runner.rehearse(STUDY, config, plan(config))
+    rehearsal = runner.rehearse(STUDY, config, plan(config))
     assert list(tmp_path.iterdir()) == []
-    out, summary = finished
+    out, summary = finished_run
     rows = [*summary["criteria"], *summary["reported"]]
-    assert {each.name for each in rehearsed} == {row["name"] for row in rows}
+    assert {criterion.name for criterion in rehearsal} == {row["name"] for row in rows}
     assert {row["name"] for row in summary["criteria"]} == {"loss", "lstm_minus_bayes_slope"}
     assert (out / "figures" / "own.png").is_file()
 
 
-def test_a_figure_of_every_run_that_cannot_be_drawn_is_found_before(tmp_path, monkeypatch):
+def test_a_figure_of_every_run_that_cannot_be_drawn_is_found_before_training(tmp_path, monkeypatch):
     def broken(training):
         raise ValueError("no such axis")
 
     monkeypatch.setattr(figures, "outer_learning", broken)
     broken.__name__ = "outer_learning"
-    said = refused(STUDY, tmp_path / "r", monkeypatch)
-    assert "figure 'outer_learning' cannot be drawn (ValueError: no such axis)" in said
+    line = refused(STUDY, tmp_path / "r", monkeypatch)
+    assert "figure 'outer_learning' cannot be drawn (ValueError: no such axis)" in line
 
 
 def test_what_cannot_fit_into_the_memory_is_refused_in_a_notebook_too(monkeypatch):
     domain = Config().domain
     learners = {"bayes": bayes_linear(domain)}
-    said = r"tasks = 2000000000: bayes on 2,000,000,000 tasks of '\w+' at 4 times would take "
-    with pytest.raises(ConfigError, match=said):
+    pattern = r"tasks = 2000000000: bayes on 2,000,000,000 tasks of '\w+' at 4 times would take "
+    with pytest.raises(ConfigError, match=pattern):
         md.measure(domain, learners, tasks=2_000_000_000, points=6, progress=False)
     monkeypatch.setattr(mesh, "memory", lambda split: 1000)
     meta = LSTMConfig(hidden=4).make(domain)
@@ -160,48 +160,50 @@ def test_what_cannot_fit_into_the_memory_is_refused_in_a_notebook_too(monkeypatc
         md.train(meta, domain, steps=2, seeds=3, progress=False)
 
 
-def test_what_is_not_tracked_is_measured_once_trained_alone(tmp_path):
-    one = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
-    once = lambda sizes: dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
-    plan = changed(measure=once, sets=lambda sets: sets[:1])
-    study = dataclasses.replace(STUDY, plan=plan, criteria=one, figures={})
+def test_without_tracking_learners_are_measured_only_once_trained(tmp_path):
+    loss_alone = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
+    untracked = lambda sizes: dataclasses.replace(sizes, tracked_tasks=0, heldout_tasks=0)
+    plan = plan_with(measure=untracked, sets=lambda sets: sets[:1])
+    study = dataclasses.replace(STUDY, plan=plan, criteria=loss_alone, figures={})
     summary = run(study, tmp_path / "r")
     assert [row["name"] for row in summary["criteria"]] == ["loss"]
-    stored = RunFolder(tmp_path / "r")
-    assert [*stored.measurements()] == ["in_distribution"]
-    assert not stored.outer_steps()
-    assert stored.steps() == [*Config().outer.checkpoint_steps]
+    folder = RunFolder(tmp_path / "r")
+    assert [*folder.measurements()] == ["in_distribution"]
+    assert not folder.outer_steps()
+    assert folder.steps() == [*Config().outer.checkpoint_steps]
 
 
 def test_a_learner_whose_loss_is_not_finite_is_named(tmp_path):
-    """It answers NaN to some inputs; the others are measured and judged all the same."""
+    """Its predictions are NaN for some inputs. The others are measured and judged all the same."""
     bayes = bayes_linear(Config().domain)
     predict = lambda state, x: jnp.where(x[0] > 1, jnp.nan, bayes.predict(state, x))
     halting = md.Contender("halting", "halting", bayes._replace(predict=predict), "ordinary")
-    plan = changed(contenders=lambda old: [*old, halting], sets=lambda sets: sets[:1])
-    one = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
-    study = dataclasses.replace(STUDY, plan=plan, criteria=one, figures={})
-    with pytest.warns(ConfigWarning) as said:
+    plan = plan_with(contenders=lambda old: [*old, halting], sets=lambda sets: sets[:1])
+    loss_alone = lambda config, results: [loss_of(results, "in_distribution", "lstm")]
+    study = dataclasses.replace(STUDY, plan=plan, criteria=loss_alone, figures={})
+    with pytest.warns(ConfigWarning) as caught:
         assert np.isfinite(run(study, tmp_path / "r")["criteria"][0]["value"])
-    (warned,) = said
-    found = re.match(r"the loss of halting on in_dist.* in (\d) of 8 episodes", str(warned.message))
+    (warning,) = caught
+    match = re.match(
+        r"the loss of halting on in_dist.* in (\d) of 8 episodes", str(warning.message)
+    )
     data = RunFolder(tmp_path / "r").measurement("in_distribution", "halting")
-    assert int(found[1]) == np.isnan(data["loss"][:, 1:]).any("step").sum() > 0
+    assert int(match[1]) == np.isnan(data["loss"][:, 1:]).any("step").sum() > 0
 
 
-def test_sets_are_not_called_as_those_of_checkpoints(tmp_path, monkeypatch):
-    rename = lambda sets: [dataclasses.replace(sets[0], name="heldout_x"), *sets[1:]]
-    study = dataclasses.replace(STUDY, plan=changed(sets=rename))
-    says = "set of tasks = 'heldout_x': this name is reserved for sets measured"
-    assert says in refused(study, tmp_path / "r", monkeypatch)
+def test_names_of_task_sets_measured_at_checkpoints_are_reserved(tmp_path, monkeypatch):
+    rename_first = lambda sets: [dataclasses.replace(sets[0], name="heldout_x"), *sets[1:]]
+    study = dataclasses.replace(STUDY, plan=plan_with(sets=rename_first))
+    message = "set of tasks = 'heldout_x': this name is reserved for sets measured"
+    assert message in refused(study, tmp_path / "r", monkeypatch)
 
 
 def test_a_closed_form_that_cannot_be_stored_is_refused(tmp_path, monkeypatch):
     curve = np.zeros((3, 2))
     sgd = md.Contender("sgd", "SGD", bayes_linear(Config().domain), "ordinary", curve=curve)
-    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda old: [*old, sgd]))
-    says = r"curve = \(3, 2\): .*'sgd', must be of shape \(4, 2\)"
-    assert re.search(says, refused(study, tmp_path / "r", monkeypatch))
+    study = dataclasses.replace(STUDY, plan=plan_with(contenders=lambda old: [*old, sgd]))
+    pattern = r"curve = \(3, 2\): .*'sgd', must be of shape \(4, 2\)"
+    assert re.search(pattern, refused(study, tmp_path / "r", monkeypatch))
 
 
 @pytest.mark.parametrize(
@@ -220,30 +222,32 @@ def test_times_that_do_not_increase_from_0_are_refused(times):
 
 
 def test_times_may_be_an_array(tmp_path):
-    bayes = lambda of: dataclasses.replace(of, times=np.arange(4))
-    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda of: [of[0], bayes(of[1])]))
+    with_array = lambda contender: dataclasses.replace(contender, times=np.arange(4))
+    study = dataclasses.replace(
+        STUDY, plan=plan_with(contenders=lambda old: [old[0], with_array(old[1])])
+    )
     assert run(study, tmp_path / "r")["study"] == "tiny"
 
 
-def test_what_is_measured_beside_the_contenders_is_none_that_would_need_training():
-    whole = comparison(Config())
-    (meta, _), tasks = whole.contenders, whole.sets[0]
-    other = dataclasses.replace(meta, name="other")
-    for who in (other, other.remade(lambda learner: learner, name="copy")):
+def test_a_contender_measured_beside_the_others_must_not_need_training():
+    original = comparison(Config())
+    (meta, _), tasks = original.contenders, original.sets[0]
+    untrained = dataclasses.replace(meta, name="other")
+    for contender in (untrained, untrained.remade(lambda learner: learner, name="copy")):
         with pytest.raises(
             ConfigError, match=r"derived_from = 'other': .* needs this meta-learner"
         ):
-            dataclasses.replace(whole, pairs=[(tasks, who)])
+            dataclasses.replace(original, pairs=[(tasks, contender)])
     copy = meta.remade(lambda learner: learner, name="copy")
-    *_, last = dataclasses.replace(whole, pairs=[(tasks, copy)]).measurements
+    *_, last = dataclasses.replace(original, pairs=[(tasks, copy)]).measurements
     assert (last.tasks, last.contender) == (tasks, copy)
-    # An ordinary learner takes no outer parameters, whatever it is called.
-    plain = md.Contender(meta.name, "Bayes", bayes_linear(Config().domain))
-    *_, last = dataclasses.replace(whole, pairs=[(tasks, plain)]).measurements
+    # An ordinary learner takes no outer parameters, whatever its name is.
+    ordinary = md.Contender(meta.name, "Bayes", bayes_linear(Config().domain))
+    *_, last = dataclasses.replace(original, pairs=[(tasks, ordinary)]).measurements
     assert last.arguments({last.meta: "weights"}, None)[2] == ()
 
 
-def test_a_derived_learner_says_whose_parameters_it_takes():
+def test_a_derived_learner_must_say_whose_parameters_it_takes():
     meta = LSTMConfig(hidden=4).make(Config().domain)
     with pytest.raises(ConfigError, match="derived_from = '': contender 'd' is derived: name"):
         md.Contender("d", "D", md.Derived(meta, meta.learner))
@@ -251,76 +255,75 @@ def test_a_derived_learner_says_whose_parameters_it_takes():
         md.Contender("d", "D", md.Derived(meta, meta.learner), "bayes", derived_from="lstm")
 
 
-def test_what_is_remade_of_another_learner_has_no_closed_form_of_its_own():
-    """And is that of the parameters of the same meta-learner, however often it is remade."""
+def test_a_remade_contender_does_not_keep_the_closed_form():
+    """It takes the parameters of the same meta-learner, however often it is remade."""
     domain = Config().domain
     bayes = md.Contender("b", "B", bayes_linear(domain), curve=np.zeros((4, 2)))
-    other = bayes.remade(lambda learner: learner._replace(batch=2), name="c", kind="reference")
-    assert (other.name, other.kind, other.curve) == ("c", "reference", None)
-    assert other.learner.batch == 2
+    remade = bayes.remade(lambda learner: learner._replace(batch=2), name="c", kind="reference")
+    assert (remade.name, remade.kind, remade.curve) == ("c", "reference", None)
+    assert remade.learner.batch == 2
     meta = md.Contender("lstm", "LSTM", LSTMConfig(hidden=4).make(domain))
     once = meta.remade(lambda learner: learner._replace(batch=2), name="d")
     again = once.remade(lambda learner: learner._replace(points=3), name="e")
     params = meta.learner.init(jax.random.key(0))
-    found = [each.make(params) for each in (once, again)]
-    assert [(each.batch, each.points) for each in found] == [(2, None), (2, 3)]
-    assert [(each.derived_from, each.trained, each.kind) for each in (once, again)] == [
-        ("lstm", False, "reference")
-    ] * 2
+    learners = [contender.make(params) for contender in (once, again)]
+    assert [(learner.batch, learner.points) for learner in learners] == [(2, None), (2, 3)]
+    for contender in (once, again):
+        assert (contender.derived_from, contender.trained, contender.kind) == (
+            "lstm", False, "reference"
+        )  # fmt: skip
 
 
-def test_what_is_tracked_has_a_probe_of_mode_strengths(tmp_path, monkeypatch):
+def test_a_tracked_task_set_must_have_a_probe_of_mode_strengths(tmp_path, monkeypatch):
     class Renamed(LinearRegression):
         def evaluation(self, *arguments):
             tasks = super().evaluation(*arguments)
             return dataclasses.replace(tasks, probes={"mine": tasks.probes["mode_strength"]})
 
-    plan = changed(domain=lambda _: Renamed(2, 2, steps=3), sets=lambda _: [])
-    said = refused(dataclasses.replace(STUDY, plan=plan), tmp_path / "r", monkeypatch)
-    assert said.startswith("probes = ['mine']: of ")
+    plan = plan_with(domain=lambda _: Renamed(2, 2, steps=3), sets=lambda _: [])
+    line = refused(dataclasses.replace(STUDY, plan=plan), tmp_path / "r", monkeypatch)
+    assert line.startswith("probes = ['mine']: of ")
 
 
-def test_a_run_whose_criteria_were_edited_since_is_judged_anew(done, monkeypatch):
-    measured = done / "measurements" / "in_distribution" / "lstm"
-    before = measured.stat().st_mtime_ns
+def test_a_run_whose_criteria_were_edited_since_is_judged_anew(run_copy, monkeypatch):
+    measurement = run_copy / "measurements" / "in_distribution" / "lstm"
+    before = measurement.stat().st_mtime_ns
 
     def edited(config, results):
-        last = dynamics.samples(results["in_distribution", "lstm"], "loss")[:, :, -1]
-        found = dynamics.estimate(np.asarray, last)
-        yield md.criterion("loss", found, "at least 0", at_least=1e9)  # the words are as before
+        losses = dynamics.samples(results["in_distribution", "lstm"], "loss")[:, :, -1]
+        estimate = dynamics.estimate(np.asarray, losses)
+        yield md.criterion("loss", estimate, "at least 0", at_least=1e9)  # the same words as before
 
     monkeypatch.setattr(runner, "environment", lambda: {"processor": "another"})
-    summary = run(dataclasses.replace(STUDY, criteria=edited), done)
+    summary = run(dataclasses.replace(STUDY, criteria=edited), run_copy)
     assert [(row["name"], row["passed"]) for row in summary["criteria"]] == [("loss", False)]
-    assert measured.stat().st_mtime_ns == before
+    assert measurement.stat().st_mtime_ns == before
     assert summary["environment"]["processor"] != "another"  # it was not run there
-    assert RunFolder(done).summary() == summary
+    assert RunFolder(run_copy).summary() == summary
 
 
-def test_a_run_that_is_done_is_not_judged_anew_whatever_its_criteria_say_of_its_size(
-    done, monkeypatch
-):
+def test_a_done_run_whose_criteria_state_its_size_is_not_judged_anew(run_copy, monkeypatch):
     def sized(config, results):
         tasks = results["in_distribution", "lstm"].sizes["task"]
         yield md.criterion("loss", dynamics.exact(1.0), f"of {tasks} tasks", at_least=0.0)
 
     study = dataclasses.replace(STUDY, criteria=sized)
-    with monkeypatch.context() as patched:  # nothing is compiled for it
-        patched.setattr(runner.inner.measure, "lower", lambda *given: 1 / 0)
-        run(study, done)  # other criteria: judged
-    summary = done / "summary.json"
+    with monkeypatch.context() as patch:  # judging must compile nothing
+        patch.setattr(runner.inner.measure, "lower", lambda *arguments: 1 / 0)
+        run(study, run_copy)  # is judged, because its criteria are others
+    summary = run_copy / "summary.json"
     before = summary.stat().st_mtime_ns
-    run(study, done)
+    run(study, run_copy)
     assert summary.stat().st_mtime_ns == before
 
 
-def test_what_cannot_be_compiled_is_found_before_training(tmp_path, monkeypatch):
-    """A program that measures what is trained, on 6 tasks, once it is, and cannot be compiled."""
+def test_a_program_that_cannot_be_compiled_is_found_before_training(tmp_path, monkeypatch):
+    """The program that measures trained learners on 6 tasks, after training, cannot be compiled."""
     sizes, lower = dataclasses.replace(Config().measure, tasks=6), runner.inner.measure.lower
     study = dataclasses.replace(STUDY, presets={"quick": Config(measure=sizes)})
 
-    def failing(*given):
-        return 1 / 0 if len(given[-1]) == 6 else lower(*given)
+    def failing(*arguments):
+        return 1 / 0 if len(arguments[-1]) == 6 else lower(*arguments)
 
     monkeypatch.setattr(runner.inner.measure, "lower", failing)
     with pytest.raises(ZeroDivisionError):
@@ -329,43 +332,43 @@ def test_what_cannot_be_compiled_is_found_before_training(tmp_path, monkeypatch)
 
 
 class Killed(BaseException):
-    """A process that is gone at once."""
+    """Stands for the end of a process that is killed."""
 
 
 def test_the_state_is_stored_from_time_to_time_whatever_checkpoints_are_planned(
     tmp_path, monkeypatch
 ):
-    """A run that is killed loses some minutes, not all since a checkpoint; old states go."""
+    """A run that is killed loses only some minutes of training, and old states are removed."""
     config = STUDY.presets["quick"]
     few = dataclasses.replace(config.outer, steps=9, checkpoints=1, dispatch=1)
     study = dataclasses.replace(STUDY, presets={"quick": dataclasses.replace(config, outer=few)})
     run(study, tmp_path / "whole")
     assert RunFolder(tmp_path / "whole").steps() == [0, 9]
 
-    def killed(loop, step, metrics):
+    def kill(loop, step, metrics):
         if step == 7:
             raise Killed
 
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", -1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(runner.OuterLoop, "check_finite", killed)
+        patch.setattr(runner.OuterLoop, "check_finite", kill)
         with pytest.raises(Killed):
             run(study, tmp_path / "killed")
     assert RunFolder(tmp_path / "killed").steps() == [0, 5, 6]
     restored, restore = [], RunFolder.restore_state
-    noted = lambda folder, step, like: restored.append(step) or restore(folder, step, like)
-    monkeypatch.setattr(RunFolder, "restore_state", noted)
+    recording = lambda folder, step, like: restored.append(step) or restore(folder, step, like)
+    monkeypatch.setattr(RunFolder, "restore_state", recording)
     run(study, tmp_path / "killed")
     assert restored[0] == 6
     assert RunFolder(tmp_path / "killed").steps() == [0, 8, 9]
-    whole, other = (RunFolder(tmp_path / name).state(9) for name in ("whole", "killed"))
-    chex.assert_trees_all_equal(whole, other)
+    uninterrupted, resumed = (RunFolder(tmp_path / name).state(9) for name in ("whole", "killed"))
+    chex.assert_trees_all_equal(uninterrupted, resumed)
 
 
-def test_a_page_that_was_not_written_is_written_when_the_run_is_asked_for_again(done):
-    page = done / "report.html"
+def test_a_page_that_was_not_written_is_written_when_the_run_is_asked_for_again(run_copy):
+    page = run_copy / "report.html"
     page.unlink()
-    run(STUDY, done)
+    run(STUDY, run_copy)
     assert page.is_file()
 
 
@@ -382,83 +385,85 @@ def unknown_reading(config, results):
     results["x4", "bayes"]["saturated_gates"]
 
 
-def twice(config, results):
+def same_name_twice(config, results):
     yield from criteria(config, results)
     yield loss_of(results, "x4", "lstm")
 
 
-def late(config, results):
+def failing_late(config, results):
     yield loss_of(results, "in_distribution", "lstm")
     raise ValueError("of two\nlines")
 
 
 @pytest.mark.parametrize(
-    ("criteria", "says"),
+    ("criteria", "message"),
     [
         (unknown_learner, "'nobody' on 'in_distribution' is not measured in this run"),
         (unknown_set, "'lstm' on 'x5' is not measured in this run"),
         (unknown_reading, "saturated_gates"),
-        (late, "ValueError: of two lines"),
-        (twice, "criterion = 'loss': two have this name"),
+        (failing_late, "ValueError: of two lines"),
+        (same_name_twice, "criterion = 'loss': two have this name"),
         (lambda config, results: [1], "'int' object has no attribute 'name'"),
     ],
 )
-def test_criteria_that_cannot_be_had(criteria, says, tmp_path, monkeypatch):
-    said = refused(dataclasses.replace(STUDY, criteria=criteria), tmp_path / "r", monkeypatch)
-    assert said.startswith("study 'tiny': ")
-    assert says in said
+def test_criteria_that_cannot_be_computed_are_refused(criteria, message, tmp_path, monkeypatch):
+    line = refused(dataclasses.replace(STUDY, criteria=criteria), tmp_path / "r", monkeypatch)
+    assert line.startswith("study 'tiny': ")
+    assert message in line
 
 
-def test_a_figure_that_cannot_be_drawn(tmp_path, monkeypatch):
+def test_a_figure_that_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
     def broken(results):
         return figure(results).no_such_thing
 
-    both = {"own": figure, "broken": broken}
-    said = refused(dataclasses.replace(STUDY, figures=both), tmp_path / "r", monkeypatch)
-    assert said.startswith("study 'tiny': figure 'broken' cannot be drawn (AttributeError: ")
+    drawings = {"own": figure, "broken": broken}
+    line = refused(dataclasses.replace(STUDY, figures=drawings), tmp_path / "r", monkeypatch)
+    assert line.startswith("study 'tiny': figure 'broken' cannot be drawn (AttributeError: ")
 
 
-def test_a_figure_that_fails_as_it_is_rendered(tmp_path, monkeypatch):
+def test_a_figure_that_fails_as_it_is_rendered_is_refused(tmp_path, monkeypatch):
     def broken(results):
-        made = figure(results)
-        made.axes[0].xaxis.set_major_formatter(lambda x, place: [][int(x)])
-        return made
+        drawing = figure(results)
+        drawing.axes[0].xaxis.set_major_formatter(lambda x, place: [][int(x)])
+        return drawing
 
     study = dataclasses.replace(STUDY, figures={"broken": broken})
-    said = refused(study, tmp_path / "r", monkeypatch)
-    assert said.startswith("study 'tiny': figure 'broken' cannot be drawn (IndexError: ")
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert line.startswith("study 'tiny': figure 'broken' cannot be drawn (IndexError: ")
 
 
 @pytest.mark.parametrize(
-    ("draw", "says"),
+    ("draw", "message"),
     [
         (lambda results: None, "figure = 'NoneType': must be a `Figure`"),
         (lambda results: figure(results).axes[0], "figure = 'Axes'"),
         (lambda results: figure(results).suptitle(r"$\foo$").figure, "Unknown symbol"),
     ],
 )
-def test_what_is_no_figure_or_has_words_that_cannot_be_set(draw, says, tmp_path, monkeypatch):
+def test_a_value_that_is_no_figure_and_text_that_cannot_be_typeset_are_refused(
+    draw, message, tmp_path, monkeypatch
+):
     study = dataclasses.replace(STUDY, figures={"mine": draw})
-    said = refused(study, tmp_path / "r", monkeypatch)
-    assert said.startswith("study 'tiny': figure 'mine' cannot be drawn (ConfigError: ")
-    assert says in said
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert line.startswith("study 'tiny': figure 'mine' cannot be drawn (ConfigError: ")
+    assert message in line
 
 
-def test_a_label_that_cannot_be_set(tmp_path, monkeypatch):
+def test_a_label_that_cannot_be_typeset_is_refused(tmp_path, monkeypatch):
     label = lambda old: [old[0], dataclasses.replace(old[1], label=r"$\foo$ and more")]
-    study = dataclasses.replace(STUDY, plan=changed(contenders=label))
+    study = dataclasses.replace(STUDY, plan=plan_with(contenders=label))
     assert "cannot be typeset" in refused(study, tmp_path / "r", monkeypatch)
 
 
 def with_learner(**functions):
-    """A plan with a learner beside that answers 0, but for some of what it is made of."""
+    """Returns a study with another learner, which answers 0 except where `functions` differ."""
     zero = md.Learner(lambda key: jnp.zeros(3), lambda s, x: jnp.zeros(2), lambda s, x, y: s)
-    own = md.Contender("own", "own", zero._replace(**functions), "reference")
-    return dataclasses.replace(STUDY, plan=changed(contenders=lambda old: [*old, own]))
+    contender = md.Contender("own", "own", zero._replace(**functions), "reference")
+    return dataclasses.replace(STUDY, plan=plan_with(contenders=lambda old: [*old, contender]))
 
 
 @pytest.mark.parametrize(
-    ("functions", "says"),
+    ("functions", "message"),
     [
         ({"init": lambda: 0}, "takes 0 positional arguments but 1 was given"),
         ({"predict": lambda s, x: x if x[0] > 0 else -x}, "TracerBoolConversionError"),
@@ -470,36 +475,39 @@ def with_learner(**functions):
         ({"diagnose": lambda s: s}, "AttributeError"),
     ],
 )
-def test_a_learner_that_cannot_be_stepped(functions, says):
-    made = with_learner(**functions).plan(Config())
-    tasks, own = made.measurements[-1].tasks, made.comparisons[0].contenders[-1]
-    checks = lambda: (bytes_needed(tasks, own, 2), check_step(tasks, own))
+def test_a_learner_that_cannot_be_stepped_is_named(functions, message):
+    plan = with_learner(**functions).plan(Config())
+    tasks, contender = plan.measurements[-1].tasks, plan.comparisons[0].contenders[-1]
+    checks = lambda: (bytes_needed(tasks, contender, 2), check_step(tasks, contender))
     with pytest.raises(ConfigError) as caught:
         checks()
     assert str(caught.value).startswith("contender 'own' cannot ")
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_learner_that_cannot_be_stepped_is_refused_before_there_is_a_folder(
     tmp_path, monkeypatch
 ):
-    """Its answers have one number, where two are asked for, and would be spread over both."""
+    """Its answers have one number where two are expected, and broadcasting would hide the error."""
     study = with_learner(predict=lambda state, x: jnp.ones(1))
-    said = refused(study, tmp_path / "r", monkeypatch)
-    assert said.startswith("contender 'own' cannot be run on 'in_distribution' (")
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert line.startswith("contender 'own' cannot be run on 'in_distribution' (")
 
 
-def test_a_criterion_is_of_words_and_numbers():
-    for changes, says in ({"expected": None}, "expected of a criterion"), ({"low": "x"}, "could n"):
+def test_a_criterion_whose_fields_have_wrong_types_is_refused():
+    for changes, message in (
+        ({"expected": None}, "expected of a criterion"),
+        ({"low": "x"}, "could n"),
+    ):
         fields = {"name": "a", "value": 1, "low": 0, "high": 2, "expected": "b", "passed": None}
-        made = object.__new__(md.Criterion)  # types are checked in tests alone
-        vars(made).update(fields | changes)
-        with pytest.raises((ConfigError, ValueError), match=says):
-            made.__post_init__()
+        criterion = object.__new__(md.Criterion)  # `__init__` checks types, but only in tests
+        vars(criterion).update(fields | changes)
+        with pytest.raises((ConfigError, ValueError), match=message):
+            criterion.__post_init__()
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"clock": "steps"}, "clock = 'steps': choose from observations, updates"),
         ({"clock": "updates"}, "times = None: of contender 'own', which counts updates"),
@@ -507,10 +515,10 @@ def test_a_criterion_is_of_words_and_numbers():
         ({"batch": 4, "points": 2}, "points = 2: of contender 'own', must be at least its batch"),
     ],
 )
-def test_settings_of_a_learner_that_cannot_be(fields, says):
+def test_impossible_settings_of_a_learner_are_refused(fields, message):
     with pytest.raises(ConfigError) as caught:
         with_learner(**fields).plan(Config())
-    assert str(caught.value).startswith(says)
+    assert str(caught.value).startswith(message)
 
 
 def without_metrics(domain, meta):
@@ -547,7 +555,7 @@ def failing_objective(domain, meta):
 
 
 @pytest.mark.parametrize(
-    ("objective", "says"),
+    ("objective", "message"),
     [
         (without_metrics, "TypeError"),
         (of_several_numbers, "loss.shape = (2,): must be one number"),
@@ -558,59 +566,57 @@ def failing_objective(domain, meta):
         (failing_objective, "KeyError"),
     ],
 )
-def test_an_objective_that_cannot_be_computed(objective, says, tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, plan=changed(objective=lambda _: objective))
-    said = refused(study, tmp_path / "r", monkeypatch)
-    assert said.startswith("the objective of lstm cannot be computed (")
-    assert says in said
+def test_an_objective_that_cannot_be_computed_is_refused(objective, message, tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, plan=plan_with(objective=lambda _: objective))
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert line.startswith("the objective of lstm cannot be computed (")
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("broken", "says"),
+    ("broken", "message"),
     [
         (lambda config: config.domian, "study 'tiny': its plan cannot be made (AttributeError"),
         (lambda config: None, "plan = None: must return a `metadyn.Plan`"),
-        (changed(objective=lambda _: lambda domain, meta: 1), "objective = 1: of 'lstm', must"),
-        (changed(domain=lambda d: dataclasses.replace(d, sigma=-1.0)), "sigma = -1.0: must be"),
+        (plan_with(objective=lambda _: lambda domain, meta: 1), "objective = 1: of 'lstm', must"),
+        (plan_with(domain=lambda d: dataclasses.replace(d, sigma=-1.0)), "sigma = -1.0: must be"),
     ],
 )
-def test_a_plan_that_cannot_be_made(broken, says, tmp_path, monkeypatch):
-    said = refused(dataclasses.replace(STUDY, plan=broken), tmp_path / "r", monkeypatch)
-    assert said.startswith(says)
+def test_a_plan_that_cannot_be_made_is_refused(broken, message, tmp_path, monkeypatch):
+    line = refused(dataclasses.replace(STUDY, plan=broken), tmp_path / "r", monkeypatch)
+    assert line.startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"name": "a/b"}, "name of a study = 'a/b'"),
         ({"figures": {"../f": figure}}, "name of a figure = '../f'"),
         ({"presets": {"quick": Config}}, "preset 'quick' = <class"),
     ],
 )
-def test_a_study_that_cannot_be(changes, says):
-    with pytest.raises(ConfigError, match=re.escape(says)):
+def test_invalid_fields_of_a_study_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         dataclasses.replace(STUDY, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
-class Own(Config):
-    """With a setting of its own."""
+class ConfigWithOwn(Config):
+    """A configuration with a setting of its own."""
 
     own: object = 0.0
 
 
-def test_a_setting_that_cannot_be_stored_is_refused_and_one_that_is_no_number_is_found_again(
-    tmp_path, monkeypatch
-):
-    study = lambda value: dataclasses.replace(STUDY, presets={"quick": Own(own=value)})
+def test_a_setting_that_cannot_be_stored_is_refused_and_nan_equals_itself(tmp_path, monkeypatch):
+    study = lambda value: dataclasses.replace(STUDY, presets={"quick": ConfigWithOwn(own=value)})
     assert [*differing({"a": float("nan")}, {"a": float("nan")})] == []
     assert [*differing({"a": float("nan")}, {"a": 1.0})] != []
-    said = refused(study(np.zeros(2)), tmp_path / "r", monkeypatch)
-    assert said.startswith("--own = array([0., 0.]) cannot be stored: use numbers")
+    line = refused(study(np.zeros(2)), tmp_path / "r", monkeypatch)
+    assert line.startswith("--own = array([0., 0.]) cannot be stored: use numbers")
 
 
 def failing(results):
-    """A figure that fails on what is measured, and not in the rehearsal, which has fewer tasks."""
+    """Fails on the measurements, but not in the rehearsal, which has fewer tasks."""
     if results["in_distribution", "lstm"].sizes["task"] == Config().measure.tasks:
         Path("/no/such/background.png").read_bytes()
     return figure(results)
@@ -622,31 +628,33 @@ def failing_criteria(config, results):
 
 
 @pytest.mark.parametrize(
-    ("broken", "says"),
+    ("broken", "message"),
     [
         ({"figures": {"own": failing}}, "figure 'own' cannot be drawn (FileNotFoundError: "),
         ({"criteria": failing_criteria}, "its criteria cannot be computed (FileNotFoundError: "),
     ],
 )
-def test_what_a_study_itself_gets_wrong_is_named_and_the_measurements_are_kept(broken, says, done):
-    (done / "summary.json").unlink()
+def test_an_error_in_a_study_after_training_is_named_and_the_measurements_are_kept(
+    broken, message, run_copy
+):
+    (run_copy / "summary.json").unlink()
     with pytest.raises(ConfigError) as caught:
-        run(dataclasses.replace(STUDY, **broken), done)
-    assert str(caught.value).startswith(f"study 'tiny': {says}")
-    left = RunFolder(done)
-    assert left.measurements()["x4"] == ["bayes", "lstm"]
-    assert left.steps() == [0, 1, 4]
-    before = (left.path / "measurements" / "x4" / "lstm").stat().st_mtime_ns
-    assert run(STUDY, done)["study"] == "tiny"
-    assert (left.path / "measurements" / "x4" / "lstm").stat().st_mtime_ns == before
+        run(dataclasses.replace(STUDY, **broken), run_copy)
+    assert str(caught.value).startswith(f"study 'tiny': {message}")
+    folder = RunFolder(run_copy)
+    assert folder.measurements()["x4"] == ["bayes", "lstm"]
+    assert folder.steps() == [0, 1, 4]
+    before = (folder.path / "measurements" / "x4" / "lstm").stat().st_mtime_ns
+    assert run(STUDY, run_copy)["study"] == "tiny"
+    assert (folder.path / "measurements" / "x4" / "lstm").stat().st_mtime_ns == before
 
 
 def one_too_many(read):
-    """A probe's `read` that gives a strength more than there are modes."""
+    """Returns a probe's `read` that gives one strength more than there are modes."""
 
     def wrong(task, answers):
-        found = read(task, answers)
-        return {**found, "strength": jnp.append(found["strength"], 0.0)}
+        readings = read(task, answers)
+        return {**readings, "strength": jnp.append(readings["strength"], 0.0)}
 
     return wrong
 
@@ -663,23 +671,23 @@ def raising(read):
     return lambda task, answers: {"strength": task.no_such_thing}
 
 
-def reading(task_set, wrong):
-    """The change of sets of tasks by which what the probe of one of them reads is wrong."""
+def with_wrong_probe(task_set, wrong):
+    """Returns a change of a comparison's task sets: the probe of one of them reads wrongly."""
 
     def change(sets):
         for tasks in sets:
             if tasks.name == task_set:
                 ((name, probe),) = tasks.probes.items()
-                bad = dataclasses.replace(probe, read=wrong(probe.read))
-                tasks = dataclasses.replace(tasks, probes={name: bad})
+                wrong_probe = dataclasses.replace(probe, read=wrong(probe.read))
+                tasks = dataclasses.replace(tasks, probes={name: wrong_probe})
             yield tasks
 
     return lambda sets: list(change(sets))
 
 
-@pytest.mark.parametrize("task_set", ["in_distribution", "x4"])  # read by the criteria, or not
+@pytest.mark.parametrize("task_set", ["in_distribution", "x4"])  # the criteria read the first
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         (one_too_many, "must return 'strength' of shape (2,)"),
         (without_strength, "must return 'strength' of shape (2,)"),
@@ -687,15 +695,17 @@ def reading(task_set, wrong):
         (raising, "no_such_thing"),
     ],
 )
-def test_a_probe_that_reads_other_than_it_says(wrong, says, task_set, tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, plan=changed(sets=reading(task_set, wrong)))
-    said = refused(study, tmp_path / "r", monkeypatch)
-    assert "probe 'mode_strength'" in said
-    assert says in said
+def test_a_probe_that_reads_other_than_it_declares_is_refused(
+    wrong, message, task_set, tmp_path, monkeypatch
+):
+    study = dataclasses.replace(STUDY, plan=plan_with(sets=with_wrong_probe(task_set, wrong)))
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert "probe 'mode_strength'" in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("probes", "extras", "says"),
+    ("name", "extras", "message"),
     [
         ("loss", (), "probe 'loss' = 'loss': this name is taken"),
         ("kind", (), "probe 'kind' = 'kind': this name is taken"),
@@ -705,29 +715,31 @@ def test_a_probe_that_reads_other_than_it_says(wrong, says, task_set, tmp_path, 
         ("off_diagonal", (), "probe 'off_diagonal' = 'off_diagonal': this name is taken"),
     ],
 )
-def test_what_a_probe_records_has_a_name_of_its_own(probes, extras, says, tmp_path, monkeypatch):
-    """Not that of what is recorded beside it, which would be lost."""
+def test_a_probe_must_not_record_under_a_name_that_is_taken(
+    name, extras, message, tmp_path, monkeypatch
+):
+    """Otherwise a recording of the same name would be lost."""
 
     def change(sets):
         for tasks in sets:
-            ((name, probe),) = tasks.probes.items()
-            one = dataclasses.replace(
-                probe,
+            ((old_name, old_probe),) = tasks.probes.items()
+            new_probe = dataclasses.replace(
+                old_probe,
                 modes=md.Modes((1.0, 2.0), "mode"),
                 read=lambda task, answers: {
                     "strength": answers[:2, 0], **dict.fromkeys(extras, answers[0, 0])
                 },
                 extras=dict.fromkeys(extras, ()),
             )  # fmt: skip
-            more = {probes: one} if probes != "p" else {"p": one, "p_strengths": one}
-            yield dataclasses.replace(tasks, probes={name: probe, **more})
+            added = {name: new_probe} if name != "p" else {"p": new_probe, "p_strengths": new_probe}
+            yield dataclasses.replace(tasks, probes={old_name: old_probe, **added})
 
-    study = dataclasses.replace(STUDY, plan=changed(sets=lambda sets: [*change(sets)]))
-    assert says in refused(study, tmp_path / "r", monkeypatch)
+    study = dataclasses.replace(STUDY, plan=plan_with(sets=lambda sets: [*change(sets)]))
+    assert message in refused(study, tmp_path / "r", monkeypatch)
 
 
-def test_a_learner_that_chooses_by_a_number_of_its_state_is_refused():
-    """Of Python's numbers, which are concrete until the inner loop traces them."""
+def test_a_learner_that_branches_on_a_number_of_its_state_is_refused():
+    """Its state is a Python number, which is concrete until the inner loop traces it."""
     domain = LinearRegression(2, 2)
     learner = md.Learner(
         lambda key: 0.0,
@@ -739,21 +751,21 @@ def test_a_learner_that_chooses_by_a_number_of_its_state_is_refused():
         check_step(tasks, md.Contender("mine", "mine", learner))
 
 
-def test_kinds_of_learners_that_there_are_not_are_refused(finished):
-    results = RunFolder(finished[0]).results()
+def test_unknown_kinds_of_learners_are_refused(finished_run):
+    results = RunFolder(finished_run[0]).results()
     with pytest.raises(ConfigError, match="kinds = 'metas': choose from"):
         results.learners("in_distribution", "metas")
 
 
-def test_a_figure_of_a_set_of_tasks_that_there_is_not_says_which_there_are(finished):
-    results = RunFolder(finished[0]).results()
-    said = r"task_set = 'in_distrbution': has no meta learner: choose from .*'in_distribution'"
-    with pytest.raises(ConfigError, match=said):
+def test_a_figure_of_an_unknown_task_set_names_the_known_ones(finished_run):
+    results = RunFolder(finished_run[0]).results()
+    pattern = r"task_set = 'in_distrbution': has no meta learner: choose from .*'in_distribution'"
+    with pytest.raises(ConfigError, match=pattern):
         figures.strengths_on("in_distrbution", "meta")(results)
 
 
 @pytest.mark.parametrize("seed", [2**32, -1, 1.5, "a", None])
-def test_a_seed_of_which_jax_makes_no_key_of_its_own_is_refused(seed, tmp_path):
+def test_a_seed_that_does_not_give_a_key_of_its_own_in_jax_is_refused(seed, tmp_path):
     config = STUDY.presets["quick"]
     with pytest.raises(ConfigError, match=r"seed = .*: must be a whole number from 0 to"):
         runner.run_study.__wrapped__(STUDY, "quick", seed, config, tmp_path / "r", Progress(None))
@@ -770,40 +782,39 @@ def test_numbers_beyond_what_jax_counts_to_are_refused():
             config(**{name: 2**31 - 1})
 
 
-def test_two_contenders_of_one_name(tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda of: [*of, of[-1]]))
-    said = refused(study, tmp_path / "r", monkeypatch)
-    assert said == "name = 'bayes': two contenders have this name: choose another"
-
-
-def test_a_meta_learner_without_bayes(tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, plan=changed(contenders=lambda of: of[:1]))
-    said = refused(study, tmp_path / "r", monkeypatch)
-    assert (
-        "contenders of kind 'bayes' = 0: comparison of LinearRegression has meta-learners" in said
+def test_two_contenders_of_one_name_are_refused(tmp_path, monkeypatch):
+    study = dataclasses.replace(
+        STUDY, plan=plan_with(contenders=lambda contenders: [*contenders, contenders[-1]])
     )
-    assert "exactly one to compare with" in said
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert line == "name = 'bayes': two contenders have this name: choose another"
 
 
-def test_two_measurements_of_one_name(tmp_path, monkeypatch):
-    study = dataclasses.replace(STUDY, plan=changed(sets=lambda of: [*of, of[-1]]))
-    said = refused(study, tmp_path / "r", monkeypatch)
-    assert "('x4', 'lstm')" in said
+def test_a_meta_learner_without_bayes_is_refused(tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, plan=plan_with(contenders=lambda contenders: contenders[:1]))
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert (
+        "contenders of kind 'bayes' = 0: comparison of LinearRegression has meta-learners" in line
+    )
+    assert "exactly one to compare with" in line
 
 
-def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(done):
-    """Its configuration is the same, but what it compares is not.
+def test_two_measurements_of_one_name_are_refused(tmp_path, monkeypatch):
+    study = dataclasses.replace(STUDY, plan=plan_with(sets=lambda sets: [*sets, sets[-1]]))
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert "('x4', 'lstm')" in line
 
-    A wider network, another set, another rate, other noise.
-    """
+
+def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(run_copy):
+    """The configuration is the same, but the network, a task set, a rate or the noise is not."""
 
     def wider(contenders):
         meta = LSTMConfig(hidden=5).make(Config().domain)
         return [dataclasses.replace(contenders[0], learner=meta), *contenders[1:]]
 
     def faster(contenders):
-        own = dataclasses.replace(Config().outer, learning_rate=0.5)
-        return [dataclasses.replace(contenders[0], own=own), *contenders[1:]]
+        outer = dataclasses.replace(Config().outer, learning_rate=0.5)
+        return [dataclasses.replace(contenders[0], own=outer), *contenders[1:]]
 
     def noisier(sets):
         domain = LinearRegression(2, 2, sigma=0.7, steps=3)
@@ -811,18 +822,18 @@ def test_a_study_whose_plan_was_edited_does_not_go_on_in_the_same_folder(done):
 
     edits = [{"contenders": wider}, {"sets": lambda sets: sets[:1]}]
     for changes in [*edits, {"contenders": faster}, {"sets": noisier}]:
-        edited = dataclasses.replace(STUDY, plan=changed(**changes))
+        edited = dataclasses.replace(STUDY, plan=plan_with(**changes))
         with pytest.raises(ConfigError, match=r"holds a run with plan\."):
-            run(edited, done)
-    assert run(STUDY, done)["study"] == "tiny"
+            run(edited, run_copy)
+    assert run(STUDY, run_copy)["study"] == "tiny"
 
 
 def test_two_meta_learners_of_one_name_and_names_that_are_no_folders_are_refused():
-    whole = comparison(Config())
+    original = comparison(Config())
     with pytest.raises(ConfigError, match="two meta-learners have this name"):
-        md.Plan(Config().outer, [whole, whole])
+        md.Plan(Config().outer, [original, original])
     for name in ("a/b", "x.part", "x.damaged-2", "", ".x"):
         with pytest.raises(ConfigError, match="name of a"):
-            dataclasses.replace(whole.bayes, name=name)
+            dataclasses.replace(original.bayes, name=name)
         with pytest.raises(ConfigError, match="name of a"):
-            dataclasses.replace(whole.sets[0], name=name)
+            dataclasses.replace(original.sets[0], name=name)

@@ -1,4 +1,4 @@
-"""The run folder: what is written is what is read, and nothing foreign is touched."""
+"""The run folder: what is read is what was written, and foreign files are not touched."""
 
 import json
 import os
@@ -26,7 +26,7 @@ MODES = {"mode_strength": Modes((2.0, 0.5), "singular value", "singular_value")}
 
 
 def readings(*lead, time=3, learner="lstm", trained=False):
-    """Arrays [*lead, time, mode] and their description."""
+    """Returns arrays [*lead, time, mode] and their description."""
     axes = (*(("seed",) if trained else ()), "task", "step")
     arrays = {
         "mode_strength": RNG.normal(size=(*lead, time, 2)).astype(np.float32),
@@ -43,13 +43,13 @@ def readings(*lead, time=3, learner="lstm", trained=False):
 
 
 def tracked_readings():
-    """Of a meta-learner on both sets, as checkpoints have them: {set: {learner: …}}."""
-    both = {name: readings(2, 5, trained=True) for name in (TRACKED, HELDOUT)}
-    return tuple({name: {"lstm": each[i]} for name, each in both.items()} for i in (0, 1))
+    """Returns a meta-learner's readings on both sets as in checkpoints, {set: {learner: …}}."""
+    by_set = {name: readings(2, 5, trained=True) for name in (TRACKED, HELDOUT)}
+    return tuple({name: {"lstm": pair[i]} for name, pair in by_set.items()} for i in (0, 1))
 
 
 def write_run(path):
-    """Two checkpoints with trajectories, one without, Bayes on both sets, SGD on another."""
+    """Writes 3 checkpoints with trajectories, one without, Bayes on both sets, SGD on another."""
     run = RunFolder.create(path, IDENTITY)
     written = {}
     for step in (0, 1, 4):
@@ -66,6 +66,7 @@ def write_run(path):
 
 @pytest.fixture(scope="module")
 def written_run(tmp_path_factory):
+    """Returns such a run and what was written."""
     return write_run(tmp_path_factory.mktemp("run") / "r")
 
 
@@ -75,31 +76,32 @@ def test_a_measurement_comes_back_labelled(tmp_path):
     assert not run.has_measurement("in_distribution", "lstm")
     run.save_measurement("in_distribution", "lstm", arrays, about)
     run.finish()
-    found = run.measurement("in_distribution", "lstm")
-    xr.testing.assert_identical(found, dataset(arrays, about))
-    assert found["mode_strength"].dims == ("task", "step", "mode")
+    data = run.measurement("in_distribution", "lstm")
+    xr.testing.assert_identical(data, dataset(arrays, about))
+    assert data["mode_strength"].dims == ("task", "step", "mode")
     assert run.measurements() == {"in_distribution": ["lstm"]}
-    assert dynamics.samples(found, "loss").shape == (1, 5, 3)
+    assert dynamics.samples(data, "loss").shape == (1, 5, 3)
 
 
 def test_trajectories_of_all_outer_steps_come_back_in_order(written_run):
     run, written = written_run
     assert run.outer_steps() == [0, 1, 4]
     assert run.steps() == [0, 1, 4, 5]
-    assert {s: [*of] for s, of in run.about(4).items()} == {TRACKED: ["lstm"], HELDOUT: ["lstm"]}
-    found = run.trajectories(TRACKED, "lstm")
-    assert dict(found["mode_strength"].sizes) == {
+    learners = {task_set: [*abouts] for task_set, abouts in run.about(4).items()}
+    assert learners == {TRACKED: ["lstm"], HELDOUT: ["lstm"]}
+    data = run.trajectories(TRACKED, "lstm")
+    assert dict(data["mode_strength"].sizes) == {
         "outer_step": 3, "seed": 2, "task": 5, "step": 3, "mode": 2
     }  # fmt: skip
-    for step, both in written.items():
+    for step, by_set in written.items():
         np.testing.assert_array_equal(
-            found["mode_strength"].sel(outer_step=step), both[TRACKED]["lstm"]["mode_strength"]
+            data["mode_strength"].sel(outer_step=step), by_set[TRACKED]["lstm"]["mode_strength"]
         )
-    some = run.trajectories(TRACKED, "lstm", [1, 4])
-    xr.testing.assert_identical(some, found.sel(outer_step=[1, 4]))
+    two_steps = run.trajectories(TRACKED, "lstm", [1, 4])
+    xr.testing.assert_identical(two_steps, data.sel(outer_step=[1, 4]))
 
 
-def test_results_are_of_one_moment_of_a_run_that_goes_on(tmp_path):
+def test_results_of_a_run_that_goes_on_are_of_one_moment(tmp_path):
     run, _ = write_run(tmp_path / "r")
     results = RunFolder(tmp_path / "r").results()
     arrays, abouts = tracked_readings()
@@ -112,10 +114,10 @@ def test_results_are_of_one_moment_of_a_run_that_goes_on(tmp_path):
     assert RunFolder(tmp_path / "r").results()[HELDOUT, "lstm"].sizes["outer_step"] == 4
 
 
-def test_a_state_that_goes_while_a_run_is_read_is_not_missed(written_run, monkeypatch):
+def test_a_state_that_is_removed_while_a_run_is_read_is_no_error(written_run, monkeypatch):
     run = RunFolder(written_run[0].path)
     steps = run.steps()
-    monkeypatch.setattr(run, "steps", lambda: [*steps, 7])  # listed, and gone
+    monkeypatch.setattr(run, "steps", lambda: [*steps, 7])  # step 7 is listed, but removed
     assert run.outer_steps() == [0, 1, 4]
 
 
@@ -151,9 +153,9 @@ print(json.dumps([jax.device_count(), data["mode_strength"].fillna(0).values.tol
 
 
 def test_a_run_is_read_on_other_devices_than_wrote_it(tmp_path):
-    """Written from four devices, read by a process that has one."""
+    """Four devices write it, and a process that has one device reads it."""
     for code, devices in ((WRITE, 4), (READ, 1)):
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code, tmp_path / "r"],
             env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
             capture_output=True,
@@ -161,7 +163,7 @@ def test_a_run_is_read_on_other_devices_than_wrote_it(tmp_path):
             timeout=200,
             check=True,
         )
-    assert json.loads(done.stdout) == [1, np.arange(8.0).reshape(1, 8, 1, 1).tolist()]
+    assert json.loads(process.stdout) == [1, np.arange(8.0).reshape(1, 8, 1, 1).tolist()]
 
 
 def test_load_gives_one_labelled_dataset(written_run):
@@ -176,8 +178,8 @@ def test_load_gives_one_labelled_dataset(written_run):
         lstm.transpose("seed", "task", "step", "mode"), written[4][TRACKED]["lstm"]["mode_strength"]
     )
     bayes = data["mode_strength"].sel(learner="bayes")
-    once = run.measurement(TRACKED, "bayes")["mode_strength"].transpose("task", "mode", "step")
-    np.testing.assert_array_equal(bayes.sel(outer_step=1, seed=1), once)
+    expected = run.measurement(TRACKED, "bayes")["mode_strength"].transpose("task", "mode", "step")
+    np.testing.assert_array_equal(bayes.sel(outer_step=1, seed=1), expected)
     assert metadyn.load(run.path, HELDOUT)["loss"].sizes["outer_step"] == 3
 
 
@@ -215,69 +217,69 @@ def test_nothing_stored_is_a_pickle(written_run):
             assert not path.read_bytes().startswith(b"\x80\x04")
 
 
-def test_what_a_file_manager_leaves_is_no_damage(tmp_path):
+def test_files_that_a_file_manager_leaves_are_no_damage(tmp_path):
     run, _ = write_run(tmp_path / "r")
     for folder in (run._checkpoint(4), run._measurement("in_distribution", "sgd").parent):
         (folder / ".DS_Store").write_text("a view")
         (folder / "._state").write_text("a fork")
-    again = RunFolder(run.path)
-    assert not again.damage()
-    assert again.measurements()["in_distribution"] == ["lstm", "sgd"]
+    reopened = RunFolder(run.path)
+    assert not reopened.damage()
+    assert reopened.measurements()["in_distribution"] == ["lstm", "sgd"]
 
 
 def damages(path):
-    """Ways to damage a file: name, what does it."""
+    """Yields the name of each way to damage a file, and a function that does so."""
     content = path.read_bytes()
 
-    def flip(at):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 0x2A]) + content[at + 1 :])
+    def flip(i):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 0x2A]) + content[i + 1 :])
 
     yield "missing", path.unlink
     if content:
         yield "truncated", lambda: path.write_bytes(content[:-1])
-        for at in {0, len(content) // 2, len(content) - 1}:
-            yield f"byte {at}", lambda at=at: flip(at)
+        for i in {0, len(content) // 2, len(content) - 1}:
+            yield f"byte {i}", lambda i=i: flip(i)
 
 
-def test_any_damage_to_what_is_stored_is_found_named_and_never_read(written_run):
+def test_any_damage_to_stored_files_is_found_named_and_never_read(written_run):
     run, _ = written_run
-    checkpoint, measured = run._checkpoint(4), run._measurement("in_distribution", "sgd")
-    tried = 0
-    for folder in (checkpoint, measured):
+    checkpoint, measurement = run._checkpoint(4), run._measurement("in_distribution", "sgd")
+    count = 0
+    for folder in (checkpoint, measurement):
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             content = path.read_bytes()
-            for what, damage in damages(path):
+            for kind, damage in damages(path):
                 damage()
-                ((named, said),) = RunFolder(run.path).damage().items()
-                assert named == folder, (path, what)
-                assert f"{folder} is damaged" in said
-                set_ = TRACKED if folder == checkpoint else "in_distribution"
+                ((damaged, message),) = RunFolder(run.path).damage().items()
+                assert damaged == folder, (path, kind)
+                assert f"{folder} is damaged" in message
+                task_set = TRACKED if folder == checkpoint else "in_distribution"
                 with pytest.raises(ConfigError, match=f"{folder} is damaged"):
-                    metadyn.load(run.path, set_)
+                    metadyn.load(run.path, task_set)
                 path.write_bytes(content)
-                tried += 1
-    assert tried > 100
+                count += 1
+    assert count > 100
     assert not RunFolder(run.path).damage()
 
 
-def test_what_is_damaged_is_made_anew_and_nothing_is_deleted(tmp_path):
+def test_a_damaged_checkpoint_is_made_again_and_nothing_is_deleted(tmp_path):
     run, written = write_run(tmp_path / "r")
     folder = run._checkpoint(4)
     for aside in ("4.damaged", "4.damaged-2"):
         (folder / SUMS).write_text("nonsense")
-        fresh = RunFolder(run.path)
-        fresh.write_summary({"criteria": []})
+        reopened = RunFolder(run.path)
+        reopened.write_summary({"criteria": []})
         with pytest.warns(ConfigWarning, match="does not match its sum in SHA256SUMS"):
-            fresh.set_aside_damaged()
-        assert fresh.steps() == [0, 1, 5]
-        assert fresh.summary() is None  # however soon it is killed, it is not done
+            reopened.set_aside_damaged()
+        assert reopened.steps() == [0, 1, 5]
+        assert reopened.summary() is None  # even if killed now, the run does not count as done
         about = tracked_readings()[1]
-        fresh.save_checkpoint(4, {"w": np.float32(4)}, written[4], about)
-        fresh.finish()
-        assert fresh.steps() == [0, 1, 4, 5]
-        fresh.write_summary({"criteria": []})
-        fresh.set_aside_damaged()
-        assert fresh.summary() is not None
+        reopened.save_checkpoint(4, {"w": np.float32(4)}, written[4], about)
+        reopened.finish()
+        assert reopened.steps() == [0, 1, 4, 5]
+        reopened.write_summary({"criteria": []})
+        reopened.set_aside_damaged()
+        assert reopened.summary() is not None
         assert (folder.with_name(aside) / SUMS).read_text() == "nonsense"
     assert RunFolder(run.path).outer_steps() == [0, 1, 4]
 
@@ -297,19 +299,19 @@ def test_a_set_that_is_not_tracked_is_named(tmp_path):
         metadyn.load(run.path, "trakced")
 
 
-def test_a_checkpoint_is_of_what_was_given_whatever_becomes_of_it(tmp_path):
+def test_a_checkpoint_keeps_the_saved_state_although_its_memory_is_reused(tmp_path):
     run = RunFolder.create(tmp_path / "r", IDENTITY)
     state = {"w": jax.device_put(np.arange(4.0, dtype=np.float32))}
     forward = jax.jit(lambda state: jax.tree.map(lambda w: w + 1, state), donate_argnums=0)
     for step in range(5):
         run.save_checkpoint(step, state, None, {})
-        state = forward(state)  # which may use the memory that the state was in
+        state = forward(state)  # this may use the memory of the state
     run.finish()
     for step in range(5):
         np.testing.assert_array_equal(run.state(step)["w"], np.arange(4) + step)
 
 
-def test_what_could_not_be_written_is_said_at_the_next_save_and_at_the_end(tmp_path, monkeypatch):
+def test_a_failed_write_is_reported_at_the_next_save_or_at_the_end(tmp_path, monkeypatch):
     run = RunFolder.create(tmp_path / "r", IDENTITY)
 
     def full(*args, **kwargs):
@@ -320,11 +322,11 @@ def test_what_could_not_be_written_is_said_at_the_next_save_and_at_the_end(tmp_p
         run.save_checkpoint(0, {"w": np.zeros(2)}, None, {})
         with pytest.raises(OSError, match="No space left"):
             next_step()
-        run.finish()  # said once
+        run.finish()  # the error is raised only once
     assert run.steps() == []
 
 
-def test_a_run_that_is_left_has_written_what_it_was_writing(tmp_path, monkeypatch):
+def test_leaving_a_run_waits_for_what_is_being_written(tmp_path, monkeypatch):
     run, write = RunFolder.create(tmp_path / "r", IDENTITY), ocp.Checkpointer.save
 
     def slow(*args, **kwargs):
@@ -334,12 +336,12 @@ def test_a_run_that_is_left_has_written_what_it_was_writing(tmp_path, monkeypatc
     monkeypatch.setattr(ocp.Checkpointer, "save", slow)
     with run.locked():
         run.save_checkpoint(0, {"w": np.zeros(2)}, None, {})
-        assert run.steps() == []  # so this shows something
+        assert run.steps() == []  # otherwise the test would show nothing
     assert RunFolder(run.path).steps() == [0]
     assert not RunFolder(run.path).damage()
 
 
-def test_what_a_killed_run_left_unfinished_is_swept_up(tmp_path):
+def test_unfinished_folders_of_a_killed_run_are_removed(tmp_path):
     run, _ = write_run(tmp_path / "r")
     for part in ("checkpoints/6.part.orbax-checkpoint-tmp", "measurements/x4/lstm.part"):
         (run.path / part).mkdir(parents=True)
@@ -353,9 +355,9 @@ def test_what_a_killed_run_left_unfinished_is_swept_up(tmp_path):
 def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path):
     RunFolder.create(tmp_path / "r", IDENTITY)
     RunFolder.create(tmp_path / "r", IDENTITY)
-    other = IDENTITY | {"config": {"outer": {"steps": 9}, "a": 1}}
+    longer = IDENTITY | {"config": {"outer": {"steps": 9}, "a": 1}}
     with pytest.raises(ConfigError, match=r"outer\.steps = 4, not 9"):
-        RunFolder.create(tmp_path / "r", other)
+        RunFolder.create(tmp_path / "r", longer)
     with pytest.raises(ConfigError, match="seed = 0, not 1"):
         RunFolder.create(tmp_path / "r", IDENTITY | {"seed": 1})
     stored = json.loads((tmp_path / "r" / "config.json").read_text())
@@ -365,15 +367,15 @@ def test_the_same_configuration_resumes_and_another_is_refused_by_name(tmp_path)
 def test_a_run_that_another_process_begins_meanwhile_is_opened(tmp_path, monkeypatch):
     RunFolder.create(tmp_path, IDENTITY)
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
-    looked, exists = [], os.path.exists
+    paths, exists = [], os.path.exists
 
     def not_yet(path):
-        looked.append(path)
-        return len(looked) > 1 and exists(path)
+        paths.append(path)
+        return len(paths) > 1 and exists(path)
 
     monkeypatch.setattr(os.path, "exists", not_yet)
     assert RunFolder.create(tmp_path, IDENTITY).config["seed"] == 0
-    assert looked
+    assert paths
 
 
 def test_foreign_and_broken_folders_are_refused_untouched(tmp_path):
@@ -397,7 +399,7 @@ def test_foreign_and_broken_folders_are_refused_untouched(tmp_path):
         assert (foreign / "config.json").read_text() == text
 
 
-def test_an_address_is_no_folder(tmp_path, monkeypatch):
+def test_a_url_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="--out gs://bucket/x is a URL, not a folder"):
         RunFolder.create("gs://bucket/x", IDENTITY)
@@ -453,7 +455,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 @pytest.mark.timeout(120)
 def test_several_runs_of_one_process_save_at_the_same_time(tmp_path):
-    """As in a sweep: two at once could wait for ever, since Orbax's waits are by shared names."""
+    """A sweep does so. Two saves at once could wait for ever, as Orbax's waits share names."""
     runs = [RunFolder.create(tmp_path / str(i), IDENTITY) for i in range(4)]
     for k in range(6):
         for run in runs:
@@ -466,12 +468,12 @@ def test_several_runs_of_one_process_save_at_the_same_time(tmp_path):
 def test_a_run_that_was_killed_before_it_began_does_not_block_its_folder(tmp_path):
     for name in (".lock", "config.json.part"):
         (tmp_path / name).write_text("{")
-    asked = {"study": "s", "preset": "p", "seed": 0, "config": {}, "plan": []}
-    assert RunFolder.create(tmp_path, asked).config["study"] == "s"
+    config = {"study": "s", "preset": "p", "seed": 0, "config": {}, "plan": []}
+    assert RunFolder.create(tmp_path, config).config["study"] == "s"
 
 
-def test_a_figure_of_nothing_measured_says_so():
-    """Then `metadyn figures` leaves it out, as in a run that was stopped in training."""
+def test_a_figure_without_measurements_raises_not_measured():
+    """For this error `metadyn figures` leaves it out, as in a run that was stopped in training."""
     for figure in (figures.mode_strength, figures.learning_times):
         with pytest.raises(NotMeasured):
             figure({})

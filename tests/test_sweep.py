@@ -1,4 +1,4 @@
-"""Sweeps: equal to single runs, read as one dataset, gone on with, and bad input."""
+"""Sweeps equal single runs, are read as one dataset, can be resumed, and refuse bad input."""
 
 import itertools
 import json
@@ -36,97 +36,97 @@ def metadyn_sweep(out, *options):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """Two rates by two kinds of noise, with two seeds each."""
+def swept(tmp_path_factory):
+    """Returns the folder of a sweep over two rates and two noise levels, with two seeds each."""
     out = tmp_path_factory.mktemp("sweeps") / "grid"
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
     return out
 
 
-def test_each_setting_is_what_a_run_with_its_options_gives(done, tmp_path):
-    """To 1e-4: the numbers are arguments of the program instead of constants in it."""
+def test_each_setting_is_what_a_run_with_its_options_gives(swept, tmp_path):
+    """They agree to 1e-4: a run's program has as constants what are arguments of a sweep's."""
     single = ["--outer.learning-rate", "3e-2", "--domain.sigma", "0.3", "--outer.seeds", "2"]
+    folders = tmp_path / "one", swept / "settings/3"
     assert main(["run", STUDY, "--out", str(tmp_path / "one"), *SMALL, *single]) == 0
     for task_set in SETS:
-        one, other = (metadyn.load(d, task_set) for d in (tmp_path / "one", done / "settings/3"))
-        xr.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
-    one, other = (
-        json.loads((d / "config.json").read_text()) for d in (tmp_path / "one", done / "settings/3")
-    )
-    assert one == other
-    again = ["run", STUDY, "--out", str(done / "settings" / "3"), *SMALL, *single]
-    assert main(again) == 0  # it is done
+        run, setting = (metadyn.load(folder, task_set) for folder in folders)
+        xr.testing.assert_allclose(run, setting, rtol=1e-4, atol=1e-5)
+    run, setting = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    assert run == setting
+    again = ["run", STUDY, "--out", str(swept / "settings" / "3"), *SMALL, *single]
+    assert main(again) == 0  # the setting is a run that is done
 
 
-def test_a_sweep_is_one_dataset_with_what_is_swept_as_dimensions(done):
+def test_a_sweep_is_one_dataset_with_the_swept_options_as_dimensions(swept):
     for task_set in SETS:
-        data = metadyn.load(done, task_set)
+        data = metadyn.load(swept, task_set)
         assert data["loss"].dims[:2] == ("outer.learning_rate", "domain.sigma")
         np.testing.assert_array_equal(data["outer.learning_rate"], [1e-2, 3e-2])
         np.testing.assert_array_equal(data["domain.sigma"], [0.1, 0.3])
         for i, (rate, sigma) in enumerate([(1e-2, 0.1), (1e-2, 0.3), (3e-2, 0.1), (3e-2, 0.3)]):
-            one = metadyn.load(done / "settings" / str(i), task_set)
-            of = data.sel({"outer.learning_rate": rate, "domain.sigma": sigma})
-            assert np.isfinite(one["loss"].isel(step=-1)).all()
-            for name in one:
-                np.testing.assert_array_equal(of[name].transpose(*one[name].dims), one[name])
+            setting = metadyn.load(swept / "settings" / str(i), task_set)
+            part = data.sel({"outer.learning_rate": rate, "domain.sigma": sigma})
+            assert np.isfinite(setting["loss"].isel(step=-1)).all()
+            for name in setting:
+                expected = setting[name]
+                np.testing.assert_array_equal(part[name].transpose(*expected.dims), expected)
 
 
-def one_option(done, out, *sigmas):
-    """The first settings of that sweep, as a sweep of the noise alone."""
-    shutil.copytree(done, out, ignore=lambda of, names: {"summary.json", "figures"} & {*names})
-    asked = json.loads((out / "sweep.json").read_text())
-    asked["options"] |= {"--outer.learning-rate": ["1e-2"], "--domain.sigma": sigmas}
-    asked["settings"] = asked["settings"][: len(sigmas)]
-    (out / "sweep.json").write_text(json.dumps(asked))
+def one_option(swept, out, *sigmas):
+    """Makes a sweep of the noise alone from the first settings of the grid."""
+    shutil.copytree(swept, out, ignore=lambda _, names: {"summary.json", "figures"} & {*names})
+    description = json.loads((out / "sweep.json").read_text())
+    description["options"] |= {"--outer.learning-rate": ["1e-2"], "--domain.sigma": sigmas}
+    description["settings"] = description["settings"][: len(sigmas)]
+    (out / "sweep.json").write_text(json.dumps(description))
     return out
 
 
-def test_a_sweep_of_one_option_has_one_dimension(done, tmp_path):
-    out = one_option(done, tmp_path / "one", "0.1", "0.3")
+def test_a_sweep_of_one_option_has_one_dimension(swept, tmp_path):
+    out = one_option(swept, tmp_path / "one", "0.1", "0.3")
     data = metadyn.load(out, "heldout")
     assert data["loss"].dims[0] == "domain.sigma"
-    whole = metadyn.load(done, "heldout").sel({"outer.learning_rate": 1e-2})
+    grid = metadyn.load(swept, "heldout").sel({"outer.learning_rate": 1e-2})
     for sigma in (0.1, 0.3):
-        one, other = (each["loss"].sel({"domain.sigma": sigma}) for each in (data, whole))
-        np.testing.assert_array_equal(one, other.transpose(*one.dims))
+        loss, expected = (dataset["loss"].sel({"domain.sigma": sigma}) for dataset in (data, grid))
+        np.testing.assert_array_equal(loss, expected.transpose(*loss.dims))
 
 
-def test_of_a_sweep_of_one_setting_there_is_nothing_to_draw(done, tmp_path, capsys):
-    assert main(["figures", str(one_option(done, tmp_path / "one", "0.1"))]) == 0
+def test_a_sweep_of_one_setting_has_nothing_to_draw(swept, tmp_path, capsys):
+    assert main(["figures", str(one_option(swept, tmp_path / "one", "0.1"))]) == 0
     assert "nothing is drawn, as no option has several" in capsys.readouterr().err
 
 
-def test_what_is_varied_changes_what_it_should(done):
-    """Noise alone changes losses before anything is learned; once it is, the rate does too."""
-    loss = metadyn.load(done, "heldout")["loss"].sel(learner="lstm").isel(step=1)
+def test_noise_and_rate_change_the_losses_that_they_should(swept):
+    """Noise alone changes losses before training. After training, the rate changes them too."""
+    loss = metadyn.load(swept, "heldout")["loss"].sel(learner="lstm").isel(step=1)
     start, end = (loss.isel(outer_step=i).to_numpy() for i in (0, -1))  # [rate, noise, ...]
     np.testing.assert_array_equal(start[0], start[1])
     assert not np.isclose(start[:, 0], start[:, 1]).any()
     assert not np.isclose(end[0], end[1]).all()
 
 
-def test_the_report_ranks_by_excess_loss_over_bayes(done, capsys):
-    assert main(["report", str(done)]) == 0
+def test_the_report_ranks_by_excess_loss_over_bayes(swept, capsys):
+    assert main(["report", str(swept)]) == 0
     lines = capsys.readouterr().out.splitlines()
     ranked = [line.split() for line in lines if line.split()[0].isdecimal() and "sigma" in line]
-    loss = metadyn.load(done, "heldout")["loss"].isel(step=slice(1, None), outer_step=-1)
+    loss = metadyn.load(swept, "heldout")["loss"].isel(step=slice(1, None), outer_step=-1)
     lstm, bayes = (loss.sel(learner=n).mean(["seed", "task", "step"]) for n in ("lstm", "bayes"))
     excess = (lstm - bayes) / (bayes - loss["domain.sigma"] ** 2)
-    best = [excess.to_numpy().ravel()[int(words[1])] for words in ranked]
-    assert len(best) == 4
-    assert best == sorted(best)
-    for words, value in zip(ranked, best, strict=True):
-        said = words[words.index("loss") + 1].replace("−", "-")
-        assert float(said) == pytest.approx(value, rel=1e-2)
+    ranked_excess = [excess.to_numpy().ravel()[int(words[1])] for words in ranked]
+    assert len(ranked_excess) == 4
+    assert ranked_excess == sorted(ranked_excess)
+    for words, value in zip(ranked, ranked_excess, strict=True):
+        printed = words[words.index("loss") + 1].replace("−", "-")
+        assert float(printed) == pytest.approx(value, rel=1e-2)
 
 
-def test_figures_are_drawn_against_each_option_and_as_a_map(done, capsys):
+def test_figures_are_drawn_against_each_option_and_as_a_map(swept, capsys):
     names = {"against_outer.learning_rate", "against_domain.sigma", "map"}
-    assert {path.stem for path in (done / "figures").glob("*.png")} == names
-    shutil.rmtree(done / "figures")
-    assert main(["figures", str(done), "--study", STUDY]) == 2
-    assert main(["figures", str(done)]) == 0
+    assert {path.stem for path in (swept / "figures").glob("*.png")} == names
+    shutil.rmtree(swept / "figures")
+    assert main(["figures", str(swept), "--study", STUDY]) == 2
+    assert main(["figures", str(swept)]) == 0
     for path in map(Path, capsys.readouterr().out.split()):
         assert matplotlib.image.imread(path).std() > 0.02
 
@@ -136,8 +136,8 @@ def test_a_map_has_its_numbers_in_order_however_they_were_typed():
     merits = [dict.fromkeys(sweep_results.MERITS, [float(i)] * 3) for i in range(len(grid))]
     about = {"learner": "LSTM", "merit": "slope"}
     rows = [
-        {"options": {"rate": rate, "other": other}, **about, **merit}
-        for (rate, other), merit in zip(grid, merits, strict=True)
+        {"options": {"rate": rate, "other": width}, **about, **merit}
+        for (rate, width), merit in zip(grid, merits, strict=True)
     ]
     axis = sweep_results.heat_map(rows, "rate", "other").axes[0]
     assert [text.get_text() for text in axis.get_xticklabels()] == ["0.01", "0.03"]
@@ -145,78 +145,80 @@ def test_a_map_has_its_numbers_in_order_however_they_were_typed():
     np.testing.assert_array_equal(axis.images[0].get_array(), [[5, 2], [4, 1], [3, 0]])
 
 
-def test_a_sweep_ends_with_a_page_of_all_settings(done, capsys, monkeypatch):
-    page = done / "report.html"
-    data = view.collect(sweep.SweepFolder(done))
+def test_a_sweep_ends_with_a_page_of_all_settings(swept, capsys, monkeypatch):
+    page = swept / "report.html"
+    data = view.collect(sweep.SweepFolder(swept))
     assert page.read_text() == view.page(data)
     page.unlink()
-    assert main(["view", str(done)]) == 0
+    assert main(["view", str(swept)]) == 0
     assert capsys.readouterr().out.strip() == str(page)
     assert page.read_text() == view.page(data)
     options, settings = data["sweep"]["options"], data["sweep"]["settings"]
     assert [*itertools.chain(*([name, *values] for name, values in options.items()))] == GRID
-    assert [each["values"] for each in settings] == [
+    assert [setting["values"] for setting in settings] == [
         ["1e-2", "0.1"], ["1e-2", "0.3"], ["3e-2", "0.1"], ["3e-2", "0.3"]
     ]  # fmt: skip
-    written = json.loads((done / "summary.json").read_text())["settings"]
-    assert [row for each in settings for row in each["merits"]] == written
-    for i, each in enumerate(settings):
-        assert each["run"] == view.collect(metadyn.RunFolder(done / "settings" / str(i)))
-    best = min(written, key=lambda row: row["excess"][0])["setting"]
+    stored_rows = json.loads((swept / "summary.json").read_text())["settings"]
+    assert [row for setting in settings for row in setting["merits"]] == stored_rows
+    for i, setting in enumerate(settings):
+        assert setting["run"] == view.collect(metadyn.RunFolder(swept / "settings" / str(i)))
+    best = min(stored_rows, key=lambda row: row["excess"][0])["setting"]
     monkeypatch.setattr(view, "MOST_SETTINGS", 1)
-    few = view.collect(sweep.SweepFolder(done))["sweep"]["settings"]
-    assert [i for i, each in enumerate(few) if each["run"]] == [best]
-    assert [each["merits"] for each in few] == [each["merits"] for each in settings]
+    few = view.collect(sweep.SweepFolder(swept))["sweep"]["settings"]
+    assert [i for i, setting in enumerate(few) if setting["run"]] == [best]
+    assert [setting["merits"] for setting in few] == [setting["merits"] for setting in settings]
     monkeypatch.setattr(view, "MOST_BYTES", 0)
-    assert not any(e["run"] for e in view.collect(sweep.SweepFolder(done))["sweep"]["settings"])
+    none = view.collect(sweep.SweepFolder(swept))["sweep"]["settings"]
+    assert not any(setting["run"] for setting in none)
 
 
 @needs_chromium
-def test_in_a_browser_options_choose_what_is_shown(done, tmp_path):
-    address = (done / "report.html").as_uri()
-    settings = view.collect(sweep.SweepFolder(done))["sweep"]["settings"]
+def test_in_a_browser_options_choose_the_setting_that_is_shown(swept, tmp_path):
+    address = (swept / "report.html").as_uri()
+    settings = view.collect(sweep.SweepFolder(swept))["sweep"]["settings"]
 
     def verdict(document):
         return text_of(document, "setting"), text_of(document, "criteria")
 
     ranked = sorted(range(4), key=lambda i: settings[i]["merits"][0]["excess"][0])
     best, worst = ranked[0], ranked[-1]
-    shown = [in_browser(f"{address}{fragment}") for fragment in ("", f"#setting={worst}")]
-    for i, document in zip((best, worst), shown, strict=True):
+    documents = [in_browser(f"{address}{fragment}") for fragment in ("", f"#setting={worst}")]
+    for i, document in zip((best, worst), documents, strict=True):
         rate, sigma = settings[i]["values"]
-        said, table = verdict(document)
-        assert said.startswith(f"--outer.learning-rate {rate} --domain.sigma {sigma} (settings/")
+        title, table = verdict(document)
+        assert title.startswith(f"--outer.learning-rate {rate} --domain.sigma {sigma} (settings/")
         assert f"{settings[i]['run']['criteria'][0]['value']:.3g}" in table
-    # By hand: the event that a browser sends when another value is chosen.
+    # The script sends the event that a browser sends when another value is chosen.
     change = "const chosen = $('options').querySelectorAll('select')[1];"
     change += f"chosen.value = {worst % 2}; chosen.dispatchEvent(new Event('change'));"
-    moved = tmp_path / "moved.html"
-    text = (done / "report.html").read_text()
-    moved.write_text(text.replace("if (whole.live) {", f"{change}\nif (whole.live) {{", 1))
-    other = worst + 1 - 2 * (worst % 2)  # of the same rate, with the other noise
-    assert verdict(in_browser(f"{moved.as_uri()}#setting={other}")) == verdict(shown[1])
+    changed_page = tmp_path / "moved.html"
+    text = (swept / "report.html").read_text()
+    changed_page.write_text(text.replace("if (whole.live) {", f"{change}\nif (whole.live) {{", 1))
+    neighbour = worst + 1 - 2 * (worst % 2)  # the setting of the same rate and the other noise
+    chosen = in_browser(f"{changed_page.as_uri()}#setting={neighbour}")
+    assert verdict(chosen) == verdict(documents[1])
 
 
-def test_a_sweep_that_goes_on_is_served_as_it_grows(done, tmp_path):
+def test_a_sweep_that_goes_on_is_served_as_it_grows(swept, tmp_path):
     out = tmp_path / "live"
-    shutil.copytree(done, out)
+    shutil.copytree(swept, out)
     (out / "summary.json").unlink()
     (out / "settings" / "3" / "summary.json").unlink()
     last = out / "settings" / "3" / "checkpoints" / "30"
     last.rename(tmp_path / "30")
     folder = sweep.SweepFolder(out)
     before = view.collect(folder)["sweep"]["settings"]
-    assert [each["done"] for each in before] == [True, True, True, False]
+    assert [setting["done"] for setting in before] == [True, True, True, False]
     (tmp_path / "30").rename(last)
     after = view.collect(folder)["sweep"]["settings"]
-    steps = [each[3]["run"]["groups"][0]["learners"][0]["steps"] for each in (before, after)]
+    steps = [s[3]["run"]["groups"][0]["learners"][0]["steps"] for s in (before, after)]
     assert steps[1] == [*steps[0], 30]
-    assert after[2]["run"] is before[2]["run"]  # which nobody had to read again
+    assert after[2]["run"] is before[2]["run"]  # it was not read again
 
 
-def test_a_page_that_cannot_be_made_is_one_line(done, tmp_path, capsys):
+def test_a_page_that_cannot_be_made_is_refused_in_one_line(swept, tmp_path, capsys):
     out = tmp_path / "out"
-    shutil.copytree(done, out)
+    shutil.copytree(swept, out)
 
     def refused():
         assert main(["view", str(out)]) == 2
@@ -239,10 +241,10 @@ def test_a_page_that_cannot_be_made_is_one_line(done, tmp_path, capsys):
     assert "holds no sweep of metadyn" in refused()
 
 
-def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path, monkeypatch):
+def test_a_disturbed_sweep_resumes_to_the_same_bits(swept, tmp_path, monkeypatch):
     """One setting lost its end, another all but its start, a third has a damaged measurement."""
     out = tmp_path / "disturbed"
-    shutil.copytree(done, out)
+    shutil.copytree(swept, out)
     for setting, kept in (("1", {"0", "1", "5"}), ("2", {"0"})):
         folder = out / "settings" / setting
         (folder / "summary.json").unlink()
@@ -250,22 +252,22 @@ def test_a_disturbed_sweep_goes_on_to_the_same_bits(done, tmp_path, monkeypatch)
         for path in (folder / "checkpoints").iterdir():
             if path.name not in kept:
                 shutil.rmtree(path)
-    damaged(out / "settings" / "3")
-    damaged(out / "settings" / "0")  # which is done
+    damage(out / "settings" / "3")
+    damage(out / "settings" / "0")  # this setting is done
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
     for task_set in SETS:
-        xr.testing.assert_identical(metadyn.load(done, task_set), metadyn.load(out, task_set))
+        xr.testing.assert_identical(metadyn.load(swept, task_set), metadyn.load(out, task_set))
 
-    def planned(*given):
+    def planned(*arguments):
         raise ConfigError("it is gone on with")
 
     monkeypatch.setattr(sweep, "planned", planned)
-    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0  # done: there is nothing to plan
-    damaged(out / "settings" / "1")
+    assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0  # it is done, so nothing is planned
+    damage(out / "settings" / "1")
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 2
 
 
-def damaged(folder):
+def damage(folder):
     """Changes a byte of a measurement."""
     files = (folder / "measurements" / "in_distribution").rglob("*")
     largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
@@ -273,61 +275,61 @@ def damaged(folder):
     largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
-def test_figures_are_drawn_after_all_if_the_last_part_died_drawing_them(
-    done, tmp_path, monkeypatch
+def test_figures_are_drawn_by_a_later_call_if_the_last_part_died_drawing_them(
+    swept, tmp_path, monkeypatch
 ):
     out = tmp_path / "undrawn"
-    shutil.copytree(done, out, ignore=shutil.ignore_patterns("figures"))
+    shutil.copytree(swept, out, ignore=shutil.ignore_patterns("figures"))
     (out / "summary.json").unlink()
 
-    def killed(*given):
+    def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(sweep_results, "draw", killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_results, "draw", interrupt)
         assert metadyn_sweep(out, *GRID, "--seeds", "2") == 130
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
     assert len(list((out / "figures").glob("*.png"))) == 3
-    assert (out / "summary.json").read_text() == (done / "summary.json").read_text()
+    assert (out / "summary.json").read_text() == (swept / "summary.json").read_text()
 
 
-def test_of_parts_that_end_together_one_draws(done, tmp_path, monkeypatch):
+def test_only_one_of_the_parts_that_end_together_draws(swept, tmp_path, monkeypatch):
     out = tmp_path / "together"
-    shutil.copytree(done, out)
+    shutil.copytree(swept, out)
     (out / "summary.json").unlink()
-    drew, both = [], threading.Barrier(2)
-    found, study = sweep.SweepFolder(out), load_study(STUDY)
-    default = study.presets[found.sweep.preset]
-    configs = {i: found.sweep.config(i, default) for i in range(4)}
+    concluded, barrier = [], threading.Barrier(2)
+    sweep_folder, study = sweep.SweepFolder(out), load_study(STUDY)
+    default = study.presets[sweep_folder.sweep.preset]
+    configs = {i: sweep_folder.sweep.config(i, default) for i in range(4)}
 
     def conclude(folder, progress):
-        drew.append(folder)
+        concluded.append(folder)
         time.sleep(0.2)
         (folder.path / "summary.json").write_text("{}")
 
-    def end():
-        both.wait()
-        sweep.run_sweep(found.sweep, study, configs, out, Progress(None))
+    def end_part():
+        barrier.wait()
+        sweep.run_sweep(sweep_folder.sweep, study, configs, out, Progress(None))
 
     monkeypatch.setattr(sweep_results, "conclude", conclude)
-    parts = [threading.Thread(target=end) for _ in range(2)]
+    parts = [threading.Thread(target=end_part) for _ in range(2)]
     for part in parts:
         part.start()
     for part in parts:
         part.join()
-    assert len(drew) == 1
+    assert len(concluded) == 1
 
 
-def test_a_done_sweep_ends_at_once_and_another_is_refused(done, capsys):
-    before = {p: p.stat().st_mtime_ns for p in (done / "settings").rglob("*") if p.is_file()}
-    assert metadyn_sweep(done, *GRID, "--seeds", "2") == 0
-    after = {p: p.stat().st_mtime_ns for p in (done / "settings").rglob("*") if p.is_file()}
+def test_a_done_sweep_ends_at_once_and_another_is_refused(swept, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (swept / "settings").rglob("*") if p.is_file()}
+    assert metadyn_sweep(swept, *GRID, "--seeds", "2") == 0
+    after = {p: p.stat().st_mtime_ns for p in (swept / "settings").rglob("*") if p.is_file()}
     assert before == after
     capsys.readouterr()
-    assert metadyn_sweep(done, *GRID, "--seeds", "3") == 2
-    assert metadyn_sweep(done, *GRID, "--seeds", "2", "--part", "1/2") == 2
-    assert main(["run", STUDY, "--out", str(done), *SMALL]) == 2
-    assert metadyn_sweep(done / "settings" / "0", *GRID) == 2
+    assert metadyn_sweep(swept, *GRID, "--seeds", "3") == 2
+    assert metadyn_sweep(swept, *GRID, "--seeds", "2", "--part", "1/2") == 2
+    assert main(["run", STUDY, "--out", str(swept), *SMALL]) == 2
+    assert metadyn_sweep(swept / "settings" / "0", *GRID) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [len(lines), "options.--outer.seeds = ['2'], not ['3']" in lines[0]] == [4, True]
     assert "holds a sweep with parts = 1, not 2" in lines[1]
@@ -335,41 +337,41 @@ def test_a_done_sweep_ends_at_once_and_another_is_refused(done, capsys):
     assert "holds no sweep" in lines[3]
 
 
-def test_a_done_sweep_is_not_that_of_a_preset_that_was_changed_since(done, tmp_path, capsys):
-    changed = tmp_path / "tiny_study.py"
+def test_a_done_sweep_is_refused_after_its_preset_was_changed(swept, tmp_path, capsys):
+    changed_study = tmp_path / "tiny_study.py"
     text = Path(STUDY).read_text()
     assert text.count("heldout_tasks=8") == 1
-    changed.write_text(text.replace("heldout_tasks=8", "heldout_tasks=16"))
-    again = [*SMALL, *GRID, "--seeds", "2", "--out", str(done)]
-    assert main(["sweep", str(changed), *again]) == 2
+    changed_study.write_text(text.replace("heldout_tasks=8", "heldout_tasks=16"))
+    again = [*SMALL, *GRID, "--seeds", "2", "--out", str(swept)]
+    assert main(["sweep", str(changed_study), *again]) == 2
     assert "holds a run with measure.heldout_tasks = 8, not 16" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_is_marked_and_the_others_go_on(tmp_path, capsys):
-    """Also other widths are programs of their own, and parts make up the whole."""
+    """Other widths are also programs of their own, and two parts complete the sweep."""
     out, wild = tmp_path / "wild", ["--outer.optimizer", "sgd", "--outer.clip", "1e30"]
     wild += ["--outer.learning-rate", "1e-2", "1e30", "--lstm.hidden", "4", "5"]
     assert metadyn_sweep(out, *wild, "--part", "2/2") == 0
     assert not (out / "summary.json").exists()
-    said = capsys.readouterr().out
-    assert "part 2 of 2 runs 2 of these settings" in said
-    assert "figures and page: made by the part that ends last" in said
+    text = capsys.readouterr().out
+    assert "part 2 of 2 runs 2 of these settings" in text
+    assert "figures and page: made by the part that ends last" in text
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
-    said = capsys.readouterr().out
-    assert "--outer.learning-rate 1e30: the loss of lstm is no longer finite at outer step" in said
-    assert "2 of 4 settings done" in said
+    text = capsys.readouterr().out
+    assert "--outer.learning-rate 1e30: the loss of lstm is no longer finite at outer step" in text
+    assert "2 of 4 settings done" in text
     data = metadyn.load(out, "heldout")["loss"].isel(step=-1)
     finite = np.isfinite(data.sel(learner="lstm")).all(["outer_step", "seed", "task"])
     np.testing.assert_array_equal(finite, [[True, True], [False, False]])
     summary = json.loads((out / "summary.json").read_text())
     assert [row["lost"] is None for row in summary["settings"]] == [True, True, False, False]
     settings = view.collect(sweep.SweepFolder(out))["sweep"]["settings"]
-    for row, each in zip(summary["settings"], settings, strict=True):
-        assert each["lost"] == (row["lost"] or "")
+    for row, setting in zip(summary["settings"], settings, strict=True):
+        assert setting["lost"] == (row["lost"] or "")
     assert metadyn_sweep(out, *wild, "--part", "1/2") == 0
 
 
-NAMED = """
+READS_LSTM = """
 import dataclasses
 from metadyn import load_study
 tiny = load_study(TINY)
@@ -380,18 +382,18 @@ study = dataclasses.replace(tiny, criteria=criteria)
 """
 
 
-def test_settings_that_measure_other_things_are_rehearsed_too(tmp_path, capsys):
-    """The second has no LSTM, which a criterion asks for."""
+def test_settings_that_measure_other_learners_are_rehearsed_too(tmp_path, capsys):
+    """The second setting has no LSTM, which a criterion reads."""
     study, out = tmp_path / "named.py", tmp_path / "out"
-    study.write_text(NAMED.replace("TINY", repr(STUDY)))
+    study.write_text(READS_LSTM.replace("TINY", repr(STUDY)))
     assert main(["sweep", str(study), "--out", str(out), *SMALL, "--meta", "lstm", "gru"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "--meta gru" in said
-    assert "'lstm'" in said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--meta gru" in line
+    assert "'lstm'" in line
     assert not out.exists()
 
 
-ONLY_SOME = """
+FAILS_FOR_ONE_NOISE = """
 import dataclasses
 from metadyn import load_study, prediction_loss
 from metadyn.objectives import Objective
@@ -410,18 +412,18 @@ study = dataclasses.replace(tiny, plan=plan)
 """
 
 
-def test_an_objective_that_one_setting_alone_does_not_have_is_found_before(tmp_path, capsys):
-    """Not the last one, which is rehearsed for all that are of its sizes."""
+def test_an_objective_that_fails_for_one_setting_is_found_before_training(tmp_path, capsys):
+    """That setting is not the last one, which is rehearsed for all settings of its sizes."""
     study, out = tmp_path / "some.py", tmp_path / "out"
-    study.write_text(ONLY_SOME.replace("TINY", repr(STUDY)))
+    study.write_text(FAILS_FOR_ONE_NOISE.replace("TINY", repr(STUDY)))
     noise = ["--domain.sigma", "0.1", "0.3", "0.5"]
     assert main(["sweep", str(study), "--out", str(out), *SMALL, *noise]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "setting 2 of 3 (--domain.sigma 0.3): the objective of lstm cannot be computed" in said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "setting 2 of 3 (--domain.sigma 0.3): the objective of lstm cannot be computed" in line
     assert not out.exists()
 
 
-def test_optimisers_whose_states_are_called_otherwise_are_no_rows_of_one_program():
+def test_optimisers_whose_states_have_other_names_do_not_share_a_program():
     study = load_study(STUDY)
     loops = {}
     for i, name in enumerate(("sgd", "scale_by_learning_rate", "sgd")):
@@ -431,7 +433,7 @@ def test_optimisers_whose_states_are_called_otherwise_are_no_rows_of_one_program
     assert sweep_training.by_program(loops) == [[0, 2], [1]]
 
 
-NAMED_LOSS = """
+OPTION_NAMED_LOSS = """
 import dataclasses
 from metadyn import load_study
 tiny = load_study(TINY)
@@ -447,9 +449,9 @@ study = dataclasses.replace(tiny, plan=plan, presets={"quick": quick})
 """
 
 
-def test_an_option_called_as_what_is_measured_replaces_none_of_it(tmp_path):
+def test_an_option_with_the_name_of_a_measured_variable_replaces_nothing(tmp_path):
     study, out = tmp_path / "named.py", tmp_path / "out"
-    study.write_text(NAMED_LOSS.replace("TINY", repr(STUDY)))
+    study.write_text(OPTION_NAMED_LOSS.replace("TINY", repr(STUDY)))
     options = ["--loss", "0.1", "0.3", "--task", "1", "2"]
     assert main(["sweep", str(study), "--out", str(out), *SMALL, *options]) == 0
     data = metadyn.load(out, "heldout")
@@ -462,38 +464,38 @@ def test_an_option_called_as_what_is_measured_replaces_none_of_it(tmp_path):
 def test_settings_that_do_not_fit_into_the_memory_at_once_are_refused(
     tmp_path, monkeypatch, capsys
 ):
-    """By the account of the compiler, of the program that trains them."""
+    """What counts is the memory that the compiler states for the program that trains them."""
     monkeypatch.setattr(program_cost, "memory", lambda compiled: 1 << 60)
     assert metadyn_sweep(tmp_path / "out", "--domain.sigma", "0.1", "0.3") == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "--part: an outer step of lstm for 2 settings at once would take 1,073,741,824.0" in said
-    assert said.endswith("use more parts, in another DIR")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--part: an outer step of lstm for 2 settings at once would take 1,073,741,824.0" in line
+    assert line.endswith("use more parts, in another DIR")
     assert metadyn_sweep(tmp_path / "one", "--domain.sigma", "0.1") == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "--outer.batch 8: an outer step of lstm would take" in said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--outer.batch 8: an outer step of lstm would take" in line
 
 
-def test_settings_of_other_sizes_are_rehearsed_too(tmp_path, monkeypatch, capsys):
-    """The first is of another size than the last, and of another noise than the second."""
-    rehearsed = []
+def test_settings_of_each_size_are_rehearsed(tmp_path, monkeypatch, capsys):
+    """One setting of each size is rehearsed, whatever its noise."""
+    domains = []
 
     def rehearse(study, config, plan):
-        rehearsed.append((config.domain.n_x, config.domain.sigma))
-        if len(rehearsed) == 2:
+        domains.append((config.domain.n_x, config.domain.sigma))
+        if len(domains) == 2:
             raise ConfigError("it cannot be run")
 
     monkeypatch.setattr(sweep, "rehearse", rehearse)
     sizes = ["--domain.n-x", "2", "3", "--domain.sigma", "0.1", "0.3"]
     assert metadyn_sweep(tmp_path / "out", *sizes) == 2
     assert "it cannot be run" in capsys.readouterr().err
-    assert sorted(n for n, _ in rehearsed) == [2, 3]
+    assert sorted(n for n, _ in domains) == [2, 3]
     assert not (tmp_path / "out").exists()
 
 
-def test_ranges_and_rows_of_values():
+def test_values_are_drawn_from_ranges_or_zipped_into_rows():
     options = {"--a": ["1e-3", "1e-1"], "--b": ["2", "64"], "--c": ["x"]}
-    usual = {"--b": 8}
-    drawn = sweep.settings(options, "random", usual, 400, 0)
+    defaults = {"--b": 8}
+    drawn = sweep.settings(options, "random", defaults, 400, 0)
     a, b = (np.array([float(row[i]) for row in drawn]) for i in (0, 1))
     assert a.min() >= 1e-3
     assert a.max() <= 1e-1
@@ -501,25 +503,25 @@ def test_ranges_and_rows_of_values():
     assert {row[1] for row in drawn} <= {str(n) for n in range(2, 65)}
     assert np.mean(b <= 11) == pytest.approx(0.5, abs=0.1)
     assert {row[2] for row in drawn} == {"x"}
-    assert drawn == sweep.settings(options, "random", usual, 400, 0)
-    assert drawn != sweep.settings(options, "random", usual, 400, 1)
-    zipped = sweep.settings(options, "zip", usual, 0, 0)
+    assert drawn == sweep.settings(options, "random", defaults, 400, 0)
+    assert drawn != sweep.settings(options, "random", defaults, 400, 1)
+    zipped = sweep.settings(options, "zip", defaults, 0, 0)
     assert zipped == [("1e-3", "2", "x"), ("1e-1", "64", "x")]
     with pytest.raises(ConfigError, match="give each the same number"):
-        sweep.settings(options | {"--c": ["x", "y", "z"]}, "zip", usual, 0, 0)
+        sweep.settings(options | {"--c": ["x", "y", "z"]}, "zip", defaults, 0, 0)
 
 
-def test_what_is_left_out_by_default_is_drawn_as_it_is_typed():
-    for typed, whole in ((["4", "16"], True), (["4.0", "16"], False)):
+def test_an_option_whose_default_is_none_is_drawn_as_its_range_is_typed():
+    for typed, integers in ((["4", "16"], True), (["4.0", "16"], False)):
         ((*_,), (*drawn,)) = zip(
             *sweep.settings({"--a": ["x"], "--n": typed}, "random", {"--n": None}, 9, 0),
             strict=True,
         )
-        assert all(each.isdecimal() for each in drawn) == whole
+        assert all(value.isdecimal() for value in drawn) == integers
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--domain.sigma", "1", "--domain.sigma", "2"], "--domain.sigma: given twice"),
         (["--lstm.forget-bias", "1", "--lstm.forget_bias=2"], "--lstm.forget-bias: given twice"),
@@ -554,35 +556,35 @@ def test_what_is_left_out_by_default_is_drawn_as_it_is_typed():
         (["--seed", "-1"], "--seed -1"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(options, says, tmp_path, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(options, message, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["sweep", STUDY, "--out", str(out), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
+    assert message in line
     assert not out.exists()
 
 
-def test_a_part_that_died_writing_what_was_asked_leaves_dir_usable(tmp_path):
-    asked = asdict(sweep.Sweep("tiny", "quick", 0, "grid", {"--a": ("1",)}, [("1",)]))
+def test_a_part_that_died_writing_sweep_json_leaves_dir_usable(tmp_path):
+    description = asdict(sweep.Sweep("tiny", "quick", 0, "grid", {"--a": ("1",)}, [("1",)]))
     (tmp_path / "sweep.json.part").write_text("{")
-    assert sweep.SweepFolder.create(tmp_path, asked).sweep.study == "tiny"
+    assert sweep.SweepFolder.create(tmp_path, description).sweep.study == "tiny"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("")
     with pytest.raises(ConfigError, match="is not empty and holds no sweep"):
-        sweep.SweepFolder.create(tmp_path / "other", asked)
+        sweep.SweepFolder.create(tmp_path / "other", description)
 
 
 def test_more_settings_than_files_may_be_open_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("resource.getrlimit", lambda which: (100, 200))
     study = load_study(STUDY)
-    asked = sweep.Sweep("tiny", "quick", 0, "grid", {}, [()])
-    given = asked, study, {0: study.presets["quick"]}
+    single = sweep.Sweep("tiny", "quick", 0, "grid", {}, [()])
+    arguments = single, study, {0: study.presets["quick"]}
     with pytest.raises(ConfigError, match=r"1 settings need 257 open files \(limit 200"):
-        sweep.planned(*given)
+        sweep.planned(*arguments)
 
 
-def test_a_value_that_is_not_finite_is_an_option_like_any_other(done, tmp_path):
-    out = Path(shutil.copytree(done, tmp_path / "grid", ignore=shutil.ignore_patterns("figures")))
+def test_a_value_that_is_not_finite_is_an_option_like_any_other(swept, tmp_path):
+    out = Path(shutil.copytree(swept, tmp_path / "grid", ignore=shutil.ignore_patterns("figures")))
     (out / "sweep.json").write_text((out / "sweep.json").read_text().replace('"3e-2"', '"inf"'))
     folder = sweep.SweepFolder(out)
     sweep_results.conclude(folder)
@@ -592,56 +594,56 @@ def test_a_value_that_is_not_finite_is_an_option_like_any_other(done, tmp_path):
     np.testing.assert_array_equal(metadyn.load(out)["outer.learning_rate"], [1e-2, np.inf])
 
 
-def test_settings_without_a_meta_learner_that_is_followed_are_said_to_be_done(done, monkeypatch):
+def test_settings_without_a_tracked_meta_learner_count_as_done(swept, monkeypatch):
     monkeypatch.setattr("metadyn.figures.histories", lambda results: {})
-    rows = sweep_results.measured(sweep.SweepFolder(done))
+    rows = sweep_results.measured(sweep.SweepFolder(swept))
     assert [row["setting"] for row in rows] == [0, 1, 2, 3]
     assert {row["lost"] for row in rows} == {
         "no excess loss: no meta-learner is measured on tracked and held-out tasks"
     }
 
 
-def test_a_measured_loss_that_is_not_finite_is_said_with_its_setting(
-    done, tmp_path, monkeypatch, capsys
+def test_the_warning_of_a_measured_loss_that_is_not_finite_names_the_setting(
+    swept, tmp_path, monkeypatch, capsys
 ):
-    out = Path(shutil.copytree(done, tmp_path / "grid"))
+    out = Path(shutil.copytree(swept, tmp_path / "grid"))
     setting = out / "settings" / "2"
     shutil.rmtree(setting / "measurements" / "in_distribution" / "bayes")
     for path in (setting / "summary.json", out / "summary.json"):
         path.unlink()
     readings = runner.readings
 
-    def unbounded(*given):
-        return {name: each * np.nan for name, each in readings(*given).items()}
+    def unbounded(*arguments):
+        return {name: reading * np.nan for name, reading in readings(*arguments).items()}
 
     monkeypatch.setattr(runner, "readings", unbounded)
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
-    said = "setting 3 of 4 (--outer.learning-rate 3e-2 --domain.sigma 0.1): the loss of bayes on"
-    assert said in capsys.readouterr().err
+    message = "setting 3 of 4 (--outer.learning-rate 3e-2 --domain.sigma 0.1): the loss of bayes on"
+    assert message in capsys.readouterr().err
 
 
-def test_criteria_that_fail_on_one_setting_do_not_keep_the_others_from_being_judged(
-    done, tmp_path, monkeypatch, capsys
+def test_criteria_that_fail_on_one_setting_do_not_stop_the_others_from_being_judged(
+    swept, tmp_path, monkeypatch, capsys
 ):
-    """What is wrong is said, with the setting, at the end; once it is mended the sweep goes on."""
-    out = Path(shutil.copytree(done, tmp_path / "grid"))
+    """The error is reported at the end, with its setting. Once it is mended, the sweep goes on."""
+    out = Path(shutil.copytree(swept, tmp_path / "grid"))
     for path in [out / "summary.json", *(out / f"settings/{i}/summary.json" for i in (1, 2))]:
         path.unlink()
-    judge, asked = sweep.judge, []
+    judge, sigmas = sweep.judge, []
 
-    def failing(study, config, *more):
-        asked.append(config.domain.sigma)
+    def failing(study, config, *arguments):
+        sigmas.append(config.domain.sigma)
         if config.domain.sigma == 0.3:
             raise ConfigError("its criteria cannot be computed")
-        return judge(study, config, *more)
+        return judge(study, config, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "judge", failing)
         assert metadyn_sweep(out, *GRID, "--seeds", "2") == 2
-    assert asked == [0.3, 0.1]
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "setting 2 of 4 (" in said
-    assert "its criteria cannot be computed" in said
+    assert sigmas == [0.3, 0.1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "setting 2 of 4 (" in line
+    assert "its criteria cannot be computed" in line
     assert (out / "settings/2/summary.json").exists()
     assert not (out / "summary.json").exists()
     assert metadyn_sweep(out, *GRID, "--seeds", "2") == 0
@@ -649,11 +651,11 @@ def test_criteria_that_fail_on_one_setting_do_not_keep_the_others_from_being_jud
 
 
 def test_a_value_of_several_words_is_one_setting():
-    """A matrix is one word, whatever its spaces."""
+    """A matrix is one word, whatever spaces it has."""
     words = ["--stop-band", "1 5", "2 4", "--learners", "lstm gru", "--rows", "[[1, 0], [0, 2]]"]
     options = sweep.parsed(words)
     settings = sweep.settings(options, "grid", dict.fromkeys(options, False), 0, 0)
-    asked = sweep.Sweep("tiny", "quick", 0, "grid", options, settings)
-    given = [asked.overrides(i) for i in range(len(settings))]
+    value_sweep = sweep.Sweep("tiny", "quick", 0, "grid", options, settings)
+    overrides = [value_sweep.overrides(i) for i in range(len(settings))]
     ends = ["--learners", "lstm", "gru", "--rows", "[[1, 0], [0, 2]]"]
-    assert given == [["--stop-band", "1", "5", *ends], ["--stop-band", "2", "4", *ends]]
+    assert overrides == [["--stop-band", "1", "5", *ends], ["--stop-band", "2", "4", *ends]]
