@@ -68,19 +68,17 @@ def test_the_network_answers_as_alone_and_bayes_is_recorded_after_the_pairs_its_
         answer, plain = step_alone(plain, x[t], y[t])
         beside_answer = learner.predict(states[t], jnp.asarray(x[t]))
         np.testing.assert_allclose(beside_answer, answer, rtol=1e-5)
-        record = learner.diagnose(states[t + 1])
+        data = learner.diagnose(states[t + 1])
         mean, covariance = posterior(x[:t], y[:t])
-        np.testing.assert_allclose(record["mean"], mean.ravel(), atol=2e-4)
-        np.testing.assert_allclose(record["covariance"], covariance.ravel(), atol=1e-5)
-        np.testing.assert_allclose(
-            record["uncertainty"], np.linalg.slogdet(covariance)[1], atol=0.01
-        )
-        np.testing.assert_array_equal(record["query"], x[t])
+        np.testing.assert_allclose(data["mean"], mean.ravel(), atol=2e-4)
+        np.testing.assert_allclose(data["covariance"], covariance.ravel(), atol=1e-5)
+        np.testing.assert_allclose(data["uncertainty"], np.linalg.slogdet(covariance)[1], atol=0.01)
+        np.testing.assert_array_equal(data["query"], x[t])
         distance = np.mean((np.float64(answer) - mean @ x[t]) ** 2)
-        np.testing.assert_allclose(record["distance"], distance, rtol=1e-2, atol=1e-6)
+        np.testing.assert_allclose(data["distance"], distance, rtol=1e-2, atol=1e-6)
         h, c = plain.carry
-        np.testing.assert_allclose(record["state"], np.concatenate([h, c]), atol=1e-3)
-        assert record["state"].dtype == jnp.float16
+        np.testing.assert_allclose(data["state"], np.concatenate([h, c]), atol=1e-3)
+        assert data["state"].dtype == jnp.float16
     first = learner.diagnose(states[0])
     assert all(np.all(np.asarray(value) == 0) for value in first.values())
 
