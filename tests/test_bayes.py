@@ -1,4 +1,4 @@
-"""Exact Bayes against float64 NumPy posteriors, and its known learning curve."""
+"""Exact Bayes against float64 NumPy posteriors, and against its known learning curve."""
 
 from functools import partial
 
@@ -29,20 +29,20 @@ def positive_definite(rng, n):
 
 
 def answers(learner, x, y, queries):
-    """Those to some queries before the first pair and after each [T + 1, queries, n_y]."""
+    """Returns answers to queries before the first pair and after each [T + 1, queries, n_y]."""
 
     @jax.jit
-    def answered(key, x, y, queries):
-        ask = lambda state: jax.vmap(learner.predict, (None, 0))(state, queries)
-        step = lambda state, pair: (learner.update(state, *pair), ask(state))
+    def run(key, x, y, queries):
+        answer = lambda state: jax.vmap(learner.predict, (None, 0))(state, queries)
+        step = lambda state, pair: (learner.update(state, *pair), answer(state))
         state, before = jax.lax.scan(step, learner.init(key), (x, y))
-        return jnp.concatenate([before, ask(state)[None]])
+        return jnp.concatenate([before, answer(state)[None]])
 
-    return np.asarray(answered(jax.random.key(0), *map(np.float32, (x, y, queries))))
+    return np.asarray(run(jax.random.key(0), *map(np.float32, (x, y, queries))))
 
 
-def learned(learner, x, y):
-    """The weight matrix before the first pair and after each [T + 1, n_y, n_x]."""
+def learned_weights(learner, x, y):
+    """Returns the weight matrix before the first pair and after each [T + 1, n_y, n_x]."""
     return answers(learner, x, y, np.eye(x.shape[1])).swapaxes(1, 2)
 
 
@@ -58,15 +58,15 @@ def test_posterior_mean_matches_float64_numpy_on_random_priors(n_x, n_y, sigma):
     W = np.array(M) + np.linalg.cholesky(R) @ rng.normal(size=(n_y, n_x)) @ np.linalg.cholesky(C).T
     x = rng.normal(size=(8, n_x))
     y = x @ W.T + sigma * rng.normal(size=(8, n_y))
-    found = learned(bayes_linear(domain), x, y)
-    # vec(W), columns stacked, has prior N(vec M, C ⊗ R); y_t = (x_tᵀ ⊗ I) vec(W) + noise.
+    weights = learned_weights(bayes_linear(domain), x, y)
+    # With columns stacked, vec(W) has prior N(vec M, C ⊗ R); y_t = (x_tᵀ ⊗ I) vec(W) + noise.
     prior, mean = np.kron(C, R), np.array(M).T.ravel()
     for t in range(9):
         A = np.kron(x[:t], np.eye(n_y))
         S = A @ prior @ A.T + sigma**2 * np.eye(t * n_y)
         posterior = mean + prior @ A.T @ np.linalg.solve(S, y[:t].ravel() - A @ mean)
         expected = posterior.reshape(n_x, n_y).T
-        np.testing.assert_allclose(found[t], expected, atol=2e-3 * np.abs(W).max())
+        np.testing.assert_allclose(weights[t], expected, atol=2e-3 * np.abs(W).max())
 
 
 def test_posterior_stays_exact_over_a_long_episode():
@@ -76,7 +76,7 @@ def test_posterior_stays_exact_over_a_long_episode():
     y = x @ W.T + 0.01 * rng.normal(size=(500, 4))
     gram = x.T @ x + 0.01**2 * 4 * np.eye(4)
     expected = np.linalg.solve(gram, x.T @ y).T
-    np.testing.assert_allclose(learned(bayes_linear(domain), x, y)[-1], expected, atol=1e-4)
+    np.testing.assert_allclose(learned_weights(bayes_linear(domain), x, y)[-1], expected, atol=1e-4)
 
 
 SPECTRA = {"low_pass": band(1, 4), "band_pass": band(3, 5), "with_a_constant": (0.5, 0.25, 0, 1.0)}
@@ -85,12 +85,12 @@ SPECTRA = {"low_pass": band(1, 4), "band_pass": band(3, 5), "with_a_constant": (
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("sigma", [0.01, 0.1, 1.0])
 def test_fourier_bayes_is_scikit_learns_gaussian_process(spectrum, sigma):
-    """The GP with the stationary kernel of the same spectrum, in float64."""
+    """The GP, in float64, has the stationary kernel of the same spectrum."""
     v = np.array(SPECTRA[spectrum])
 
     class Stationary(StationaryKernelMixin, Kernel):
         def __init__(self):
-            """Without parameters to fit."""
+            """Has no parameters to fit."""
 
         def __call__(self, X, Y=None, eval_gradient=False):
             lag = X - (X if Y is None else Y).T
@@ -104,28 +104,26 @@ def test_fourier_bayes_is_scikit_learns_gaussian_process(spectrum, sigma):
     x = rng.uniform(-0.5, 0.5, size=(30, 1))
     y = np.sin(7 * x) + sigma * rng.normal(size=x.shape)
     grid = np.linspace(-0.5, 0.5, 40)[:, None]
-    found = answers(bayes_fourier(domain), x, y, grid)[..., 0]
-    np.testing.assert_array_equal(found[0], 0)
+    answered = answers(bayes_fourier(domain), x, y, grid)[..., 0]
+    np.testing.assert_array_equal(answered[0], 0)
     for t in (1, 5, 15, 30):
         process = GaussianProcessRegressor(Stationary(), alpha=sigma**2, optimizer=None)
         expected = process.fit(x[:t], y[:t]).predict(grid)
-        np.testing.assert_allclose(found[t], expected, atol=2e-3)
+        np.testing.assert_allclose(answered[t], expected, atol=2e-3)
 
 
 def test_fourier_bayes_without_noise_finds_the_function():
     domain = FourierRegression(band(1, 4), sigma=0.0)
     task = jax.jit(domain.sample_task)(jax.random.key(0))
     x = jax.jit(jax.vmap(partial(domain.query, task)))(jax.random.split(jax.random.key(1), 40))
-    f, grid = (
-        jax.jit(jax.vmap(partial(function_value, task))),
-        np.float32(np.linspace(-0.5, 0.5, 50)),
-    )
-    found = answers(bayes_fourier(domain), x, f(x), grid[:, None])[-1]
-    np.testing.assert_allclose(found, f(grid[:, None]), atol=2e-3)
+    f = jax.jit(jax.vmap(partial(function_value, task)))
+    grid = np.float32(np.linspace(-0.5, 0.5, 50))
+    answered = answers(bayes_fourier(domain), x, f(x), grid[:, None])[-1]
+    np.testing.assert_allclose(answered, f(grid[:, None]), atol=2e-3)
 
 
 def test_fourier_bayes_learns_every_frequency_by_the_known_share_from_one_pair():
-    """f̂(x) = Σ_k v_k cos 2πk(x − x₁) y₁ / (Σ v + σ²), so that E a_k = ½ v_k / (Σ v + σ²)."""
+    """As f̂(x) = Σ_k v_k cos 2πk(x − x₁) y₁ / (Σ v + σ²), E a_k is ½ v_k / (Σ v + σ²)."""
     domain = FourierRegression((0.0, 0.1, 0.6, 0.3), sigma=0.5, steps=20)
     learner = bayes_fourier(domain)
     strength = np.asarray(
@@ -149,18 +147,18 @@ def test_fourier_bayes_learns_every_frequency_by_the_known_share_from_one_pair()
 def test_ridge_and_its_limit_least_squares_match_numpy():
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(7, 4)), rng.normal(size=(7, 2))
-    ridged, least = learned(ridge(4, 2, 0.3), x, y), learned(ridge(4, 2, 1e-5), x, y)
+    ridged, limit = (learned_weights(ridge(4, 2, p), x, y) for p in (0.3, 1e-5))
     for t in range(1, 8):
         expected = np.linalg.solve(x[:t].T @ x[:t] + 0.3 * np.eye(4), x[:t].T @ y[:t]).T
         np.testing.assert_allclose(ridged[t], expected, atol=1e-5)
-        norm_least = np.linalg.lstsq(x[:t], y[:t], rcond=None)[0].T
-        np.testing.assert_allclose(least[t], norm_least, atol=2e-3 * np.abs(norm_least).max())
+        least_norm = np.linalg.lstsq(x[:t], y[:t], rcond=None)[0].T
+        np.testing.assert_allclose(limit[t], least_norm, atol=2e-3 * np.abs(least_norm).max())
     with pytest.raises(ConfigError, match="penalty"):
         ridge(4, 2, 0.0)
 
 
 def test_bayes_learns_every_mode_at_the_same_known_rate():
-    """With little noise the posterior mean is W projected on the t inputs seen: E a_k = t / n."""
+    """With little noise the posterior mean is W projected on t inputs, so that E a_k = t / n."""
     n, tasks = 4, 4096
     domain = LinearRegression(n, n, sigma=1e-3, steps=n)
     strength = inner.measure(
@@ -176,13 +174,13 @@ def test_bayes_learns_every_mode_at_the_same_known_rate():
     strength = np.asarray(strength)
     mean, error = strength.mean(0), strength.std(0) / np.sqrt(tasks)
     expected = np.broadcast_to(np.arange(n + 1)[:, None] / n, mean.shape)
-    # n observations determine W, but nearly singular inputs leave some of it to the prior.
+    # After n pairs W is known, but nearly singular inputs leave some of it to the prior.
     assert np.all(np.abs(mean - expected)[:n] < 4 * error[:n] + 2e-3)
     assert np.all(mean[n] > 0.97)
 
 
-def test_what_is_kept_of_a_learner_whose_first_call_is_traced_are_values():
-    """`functools.cache` would keep a tracer otherwise, of which nothing can be made later."""
+def test_a_cached_learner_whose_first_call_is_traced_keeps_values():
+    """`functools.cache` would otherwise keep a tracer, which no later call could use."""
     makers = {
         "ridge": lambda: ridge(3, 2, 0.125),
         "linear": lambda: bayes_linear(LinearRegression(3, 2, sigma=0.125)),
@@ -198,7 +196,7 @@ def test_what_is_kept_of_a_learner_whose_first_call_is_traced_are_values():
             np.asarray(leaf)
 
 
-def test_what_is_kept_of_a_probe_that_is_made_while_tracing_are_values():
+def test_a_cached_probe_that_is_made_while_tracing_keeps_values():
     makers = {
         "linear": lambda: LinearRegression(3, 2, sigma=0.375).probe(),
         "fourier": lambda: FourierRegression(sigma=0.375).evaluation(16).probes["mode_strength"],

@@ -17,6 +17,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 def between(text):
+    """Returns the part of a README between the marks of the claims table."""
     return text.partition(claims.BEGIN)[2].partition(claims.END)[0].strip()
 
 
@@ -30,8 +31,8 @@ def test_every_claim_has_a_measured_verdict_and_its_figure():
         summary = json.loads(path.read_text())
         rows = {row["name"]: row for row in summary["criteria"]}
         assert study.claims
-        for figure, says in study.claims.items():
-            assert all(isinstance(rows[criterion]["passed"], bool) for criterion in says)
+        for figure, criteria in study.claims.items():
+            assert all(isinstance(rows[criterion]["passed"], bool) for criterion in criteria)
             assert (EXPERIMENTS / "figures" / f"{study.name}_{figure}.png").is_file()
 
 
@@ -64,7 +65,7 @@ study = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two small studies, whose order in the paper is not that of the alphabet, both run."""
+    """Two small studies that were run, whose order in the paper is not alphabetical."""
     folder = tmp_path_factory.mktemp("studies")
     for name, section in (("first", "§2"), ("a_second", "§3")):
         text = STUDY.format(name=name, section=section)
@@ -81,12 +82,12 @@ def test_a_folder_of_studies_is_run_in_order_and_once(folder, capsys):
     assert main(["run", str(folder), "--out", str(folder / "runs")]) == 1
     assert before == [(run / "summary.json").stat().st_mtime_ns for run in runs]
     lines = capsys.readouterr().out.splitlines()
-    begun = [line for line in lines if "metadyn: " in line]
-    assert begun[0].startswith("[1/2 first] metadyn: first, preset quick")
-    assert begun[1].startswith("[2/2 a_second] metadyn: a_second, preset quick")
+    headings = [line for line in lines if "metadyn: " in line]
+    assert headings[0].startswith("[1/2 first] metadyn: first, preset quick")
+    assert headings[1].startswith("[2/2 a_second] metadyn: a_second, preset quick")
 
 
-def test_the_papers_studies_come_first_in_its_order(tmp_path):
+def test_studies_of_the_paper_come_first_in_the_order_of_the_paper(tmp_path):
     for name, section in (("a", "ours"), ("b", "§3"), ("c", "§2"), ("d", "")):
         (tmp_path / f"{name}.py").write_text(STUDY.format(name=name, section=section))
     assert [study.name for study in load_studies(str(tmp_path))] == ["c", "b", "d", "a"]
@@ -119,36 +120,36 @@ def test_claims_are_collected_judged_and_written(folder, capsys):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A folder of one study, and what a run of it with another seed leaves."""
+def study_and_run(tmp_path_factory):
+    """A folder of one study, and the folder of a run of it with another seed."""
     folder = tmp_path_factory.mktemp("studies")
     (folder / "first.py").write_text(STUDY.format(name="first", section="§2"))
     (study,) = load_studies(str(folder))
     config = json.loads(json.dumps(dataclasses.asdict(study.config("quick"))))
-    of = {"study": "first", "preset": "quick", "seed": 3}
-    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "r", of | {"config": config})
+    about = {"study": "first", "preset": "quick", "seed": 3}
+    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "r", about | {"config": config})
     row = {"name": "steps", "value": 1.0, "low": 0.5, "high": 2.0, "passed": True}
     row |= {"expected": "steps taken; at most 3", "verdict": "holds"}
-    run.write_summary(of | {"environment": {"processor": "a clock"}, "criteria": [row]})
+    run.write_summary(about | {"environment": {"processor": "a clock"}, "criteria": [row]})
     run.figures.mkdir(exist_ok=True)
     for name in ("own", "shown", "other"):
         (run.figures / f"{name}.png").write_text("new")
     return folder, run.path
 
 
-def test_figures_that_claims_name_or_that_are_there_are_kept_up_and_no_others(done):
-    folder, run = done
+def test_only_figures_that_claims_name_or_that_exist_are_copied(study_and_run):
+    folder, run = study_and_run
     (folder / "figures").mkdir()
     (folder / "figures" / "first_shown.png").write_text("old")
     claims.collect(folder, [str(run)])
-    kept = {path.name: path.read_text() for path in (folder / "figures").iterdir()}
-    assert kept == {"first_own.png": "new", "first_shown.png": "new"}
-    said = "Measured: `metadyn run first --seed 3` on a clock."
-    assert claims.tables(folder).endswith(said)
+    figures = {path.name: path.read_text() for path in (folder / "figures").iterdir()}
+    assert figures == {"first_own.png": "new", "first_shown.png": "new"}
+    measured = "Measured: `metadyn run first --seed 3` on a clock."
+    assert claims.tables(folder).endswith(measured)
 
 
-def test_a_run_of_another_folders_study_is_not_collected(done, tmp_path):
-    _, run = done
+def test_a_run_of_another_folders_study_is_not_collected(study_and_run, tmp_path):
+    _, run = study_and_run
     (tmp_path / "second.py").write_text(STUDY.format(name="second", section="§2"))
     with pytest.raises(ConfigError, match=r"its study, .*, is not in"):
         claims.collect(tmp_path, [str(run)])
@@ -163,13 +164,13 @@ def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):
     about = json.loads((overridden / "config.json").read_text())
     about["config"]["outer"]["steps"] = 10
     (overridden / "config.json").write_text(json.dumps(about))
-    for run, says in (
+    for run, message in (
         (unfinished, "is not done"),
         (tmp_path, "holds no run"),
         (overridden, "differs from preset 'quick'"),
     ):
         assert main(["claims", str(folder), str(run)]) == 2
-        assert says in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(folder / "first.py", bare)
@@ -177,7 +178,7 @@ def test_what_cannot_be_collected_is_named(folder, tmp_path, capsys):
         claims.write(bare)
 
 
-def test_what_is_expected_is_said_once_with_the_bounds_of_each_preset():
+def test_expectations_that_differ_in_bounds_are_joined_into_one():
     bounds = [f"excess loss at most {bound}" for bound in (0.3, 0.2, 0.2)]
     assert claims._joined(bounds) == "excess loss at most 0.3 / 0.2"
     assert claims._joined(["three drops", "four", "four"]) == "three drops; four"
@@ -206,11 +207,12 @@ def test_tables_set_figures_of_merit_side_by_side():
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXPERIMENTS.glob("*.py")))
 def test_quick_presets_come_to_the_verdicts_in_the_repository(name, tmp_path):
-    """Numbers may differ: another processor's last digits lead trainings elsewhere."""
+    """Numbers may differ, because another processor's last digits lead training elsewhere."""
     stored = json.loads((EXPERIMENTS / "results" / f"{name}-quick.json").read_text())
     main(["run", str(EXPERIMENTS / f"{name}.py"), "--out", str(tmp_path / "r")])
-    found = json.loads((tmp_path / "r" / "summary.json").read_text())
-    verdicts, again = (
-        {row["name"]: row["passed"] for row in summary["criteria"]} for summary in (stored, found)
+    measured = json.loads((tmp_path / "r" / "summary.json").read_text())
+    verdicts, new_verdicts = (
+        {row["name"]: row["passed"] for row in summary["criteria"]}
+        for summary in (stored, measured)
     )
-    assert verdicts == again
+    assert verdicts == new_verdicts

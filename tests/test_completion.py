@@ -1,4 +1,4 @@
-"""Shell completion, as a shell that has read the script does it."""
+"""Shell completion, as done by a shell that has read the script."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ echo "${COMPREPLY[@]}"
 
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory):
-    """`completed("run", "")`: what bash offers for the last word of `metadyn run `."""
+    """`completed("run", "")` returns the words that bash offers at the end of `metadyn run `."""
     if (bash := shutil.which("bash")) is None:
         pytest.skip("no bash")
     path = tmp_path_factory.mktemp("completion") / "metadyn"
@@ -26,11 +26,11 @@ def completed(tmp_path_factory):
         patch.setattr("sys.stdout", file)
         assert main(["completion", "bash"]) == 0
 
-    def ask(*words):
-        asked = [bash, "-c", COMPLETE, "bash", str(path), *words]
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    def complete(*words):
+        command = [bash, "-c", COMPLETE, "bash", str(path), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
-    return ask
+    return complete
 
 
 def test_commands_studies_and_their_options_are_offered(completed):
@@ -42,7 +42,7 @@ def test_commands_studies_and_their_options_are_offered(completed):
     assert completed("view", "--s") == ["--serve"]
 
 
-def test_a_shell_that_is_not_known_is_one_line(capsys):
+def test_an_unknown_shell_is_named_in_one_line(capsys):
     assert main(["completion", "tcl"]) == 2
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1

@@ -28,7 +28,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     matplotlib.use("agg")
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    assert not any(cell["outputs"] for cell in cells)  # the site's build makes them
+    assert not any(cell["outputs"] for cell in cells)  # the site's build adds outputs
     scope = {"__name__": "notebook"}
     monkeypatch.setitem(__import__("sys").modules, "notebook", type(metadyn)("notebook"))
     for i, cell in enumerate(cells):
@@ -47,5 +47,5 @@ def test_the_reference_has_the_whole_public_interface():
     pages = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     shown = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
     for name in metadyn.__all__:
-        home = getattr(metadyn, name).__module__
-        assert {home, f"{home}.{name}"} & shown, name
+        module = getattr(metadyn, name).__module__
+        assert {module, f"{module}.{name}"} & shown, name

@@ -1,4 +1,4 @@
-"""Runs damaged, out of disk space or badly asked for: the fast part of benchmarks/faults.py."""
+"""Damaged runs, full disks and bad input: the fast part of benchmarks/faults.py."""
 
 import contextlib
 import pickle
@@ -15,12 +15,12 @@ from metadyn.store import RunFolder
 
 
 def draw_nothing(monkeypatch):
-    """From here on figures, which nobody looks at, are not drawn."""
-    monkeypatch.setattr(figures, "draw", lambda *given: [])
+    """Stops figures from being drawn, as no test looks at them."""
+    monkeypatch.setattr(figures, "draw", lambda *arguments: [])
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def finished(tmp_path_factory):
     """An undisturbed run of the tiny study."""
     out = tmp_path_factory.mktemp("faults") / "whole"
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -29,14 +29,14 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path, monkeypatch):
-    """In the newest checkpoint, in one before it, and in a measurement, at once."""
+def test_damage_is_skipped_named_and_made_anew_bit_for_bit(finished, tmp_path, monkeypatch):
+    """The newest checkpoint, an earlier one and a measurement are damaged at once."""
     out = tmp_path / "damaged"
-    shutil.copytree(whole, out)
-    newest, before = (RunFolder(out).steps()[i] for i in (-1, 2))
+    shutil.copytree(finished, out)
+    newest, earlier = (RunFolder(out).steps()[i] for i in (-1, 2))
     victims = [
         out / "checkpoints" / str(newest) / "state" / "manifest.ocdbt",
-        out / "checkpoints" / str(before) / "trajectories" / "manifest.ocdbt",
+        out / "checkpoints" / str(earlier) / "trajectories" / "manifest.ocdbt",
         out / "measurements" / "in_distribution" / "bayes" / "about" / "metadata",
     ]
     content = victims[0].read_bytes()
@@ -51,14 +51,14 @@ def test_damage_is_skipped_named_and_made_anew_bit_for_bit(whole, tmp_path, monk
     assert code == 0
     assert sum("is damaged" in line for line in lines) == len(lines) == 3, lines
     assert len(list(out.rglob("*.damaged"))) == 3
-    faults.same(whole, out)
+    faults.same(finished, out)
 
 
-def test_damage_where_a_run_was_interrupted_is_got_over(whole, tmp_path, monkeypatch):
-    """Such a checkpoint is on no schedule, so nothing makes it anew."""
+def test_a_damaged_checkpoint_of_an_interruption_stops_no_run(finished, tmp_path, monkeypatch):
+    """Such a checkpoint is not scheduled, so nothing makes it anew."""
     draw_nothing(monkeypatch)
     out = tmp_path / "interrupted"
-    shutil.copytree(whole, out)
+    shutil.copytree(finished, out)
     step = RunFolder(out).steps()[2]
     stray = out / "checkpoints" / str(step + 1)
     shutil.copytree(out / "checkpoints" / str(step), stray)
@@ -68,15 +68,15 @@ def test_damage_where_a_run_was_interrupted_is_got_over(whole, tmp_path, monkeyp
     assert (code, len(lines)) == (0, 1), lines
     assert f"{stray} is damaged" in lines[0]
     assert stray.with_name(f"{step + 1}.damaged").is_dir()
-    faults.same(whole, out)
+    faults.same(finished, out)
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoints_before_it_are_gone_on_with(
-    whole, tmp_path, monkeypatch
+def test_a_full_disk_is_one_line_and_the_run_can_go_on_from_earlier_checkpoints(
+    finished, tmp_path, monkeypatch
 ):
     draw_nothing(monkeypatch)
     out = tmp_path / "full"
-    shutil.copytree(whole, out)
+    shutil.copytree(finished, out)
     for step in RunFolder(out).steps()[3:]:
         shutil.rmtree(out / "checkpoints" / str(step))
     (out / "summary.json").unlink()
@@ -91,10 +91,10 @@ def test_a_full_disk_is_one_line_and_the_checkpoints_before_it_are_gone_on_with(
     assert "cannot be written (File too large)" in lines[0]
     assert not RunFolder(out).damage()
     assert faults.ask(["run", faults.STUDY, "--out", out]) == (0, [])
-    faults.same(whole, out)
+    faults.same(finished, out)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_checkpoints_before_it(tmp_path):
+def test_a_loss_that_is_not_finite_leaves_earlier_checkpoints(tmp_path):
     wild = ("--outer.optimizer", "sgd", "--outer.learning-rate", "1e30", "--outer.clip", "1e30")
     code, lines = faults.ask(["run", faults.STUDY, "--out", tmp_path / "wild", *wild])
     assert (code, len(lines)) == (2, 1)
@@ -104,13 +104,13 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoints_before_it(tmp_path):
     assert 0 in run.outer_steps()
 
 
-def test_bad_inputs_are_one_line(whole, monkeypatch):
+def test_bad_inputs_are_one_line(finished, monkeypatch):
     draw_nothing(monkeypatch)
-    faults.bad_inputs(whole.parent, 40, random.Random(1))
+    faults.bad_inputs(finished.parent, 40, random.Random(1))
 
 
-def test_reading_a_run_unpickles_and_executes_nothing(whole, tmp_path, monkeypatch):
-    """Not even where a folder was made to be read, checksums and all."""
+def test_reading_a_run_unpickles_and_executes_nothing(finished, tmp_path, monkeypatch):
+    """This holds even for a folder made by an attacker, with matching checksums."""
     touched = tmp_path / "touched"
 
     class Payload:
@@ -120,14 +120,14 @@ def test_reading_a_run_unpickles_and_executes_nothing(whole, tmp_path, monkeypat
     bomb, unpickled = pickle.dumps(Payload()), []
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, lambda *args, name=name: unpickled.append(name))
-    faults.same(whole, whole)
+    faults.same(finished, finished)
     folder = tmp_path / "bomb" / "checkpoints" / "0"
-    shutil.copytree(whole, tmp_path / "bomb")
+    shutil.copytree(finished, tmp_path / "bomb")
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         content = path.read_bytes()
         path.write_bytes(bomb)
         (folder / "SHA256SUMS").write_bytes(metadyn.store._sums(folder))
-        with contextlib.suppress(Exception):  # whatever Orbax makes of it
+        with contextlib.suppress(Exception):  # Orbax may refuse the file
             metadyn.load(tmp_path / "bomb")
         assert not touched.exists()
         path.write_bytes(content)

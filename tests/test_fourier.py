@@ -1,4 +1,4 @@
-"""The nonlinear-regression domain: priors, tasks, and the Fourier probe against planted answers."""
+"""The nonlinear-regression domain: priors, tasks, and the Fourier probe of planted answers."""
 
 from functools import partial
 
@@ -33,14 +33,14 @@ SPECTRA = {
 
 
 def f64(task, x):
-    """f(x) in float64 NumPy [points]."""
+    """Returns a task's target f(x) [points], in float64 NumPy."""
     k = np.arange(len(task.cosine))
     turns = 2 * np.pi * np.outer(x, k)
     cosine, sine = (np.asarray(c, np.float64) for c in task)
     return np.cos(turns) @ cosine + np.sin(turns) @ sine
 
 
-def test_the_domain_keeps_the_contract():
+def test_it_has_the_interface_of_a_domain():
     assert isinstance(FourierRegression(), Domain)
 
 
@@ -59,7 +59,7 @@ def test_prior_spectra_have_the_variance_they_claim(name):
     np.testing.assert_allclose(values.mean(0), 0, atol=5 * np.sqrt(v.sum() / 4000))
 
 
-def test_spectra_of_each_kind():
+def test_spectra_of_each_kind_are_even_over_their_bands():
     assert band(1, 4) == (0.0, 0.25, 0.25, 0.25, 0.25)
     assert band(2, 3) == (0.0, 0.0, 0.5, 0.5)
     assert band_stop(2, 3, 4) == (0.0, 0.5, 0.0, 0.0, 0.5)
@@ -90,25 +90,25 @@ def test_pairs_are_those_of_the_target_with_noise(sigma):
 def test_evaluation_tasks_have_fixed_amplitudes_and_random_phases(frequencies):
     domain = FourierRegression((0.0, 0.0, 0.5, 0.25, 0.25))
     A = np.array(domain.amplitudes(frequencies))
-    here = list(frequencies or (2, 3, 4))
-    assert np.flatnonzero(A).tolist() == here
+    present = list(frequencies or (2, 3, 4))
+    assert np.flatnonzero(A).tolist() == present
     np.testing.assert_allclose(np.sum(A**2) / 2, 1.0)
     if frequencies is None:
-        np.testing.assert_allclose(A[here], np.sqrt([1.0, 0.5, 0.5]))
+        np.testing.assert_allclose(A[present], np.sqrt([1.0, 0.5, 0.5]))
     make = jax.jit(jax.vmap(domain.evaluation_task, (0, None)))
     drawn = make(jax.random.split(jax.random.key(0), 4000), np.float32(A))
     tasks = FourierTask(*map(np.asarray, drawn))
     modulus = np.hypot(*tasks)
-    modulus[:, 0] *= np.sqrt(2)  # the constant, which has no phase, only a sign
+    modulus[:, 0] *= np.sqrt(2)  # the constant has a sign in place of a phase
     np.testing.assert_allclose(modulus, np.broadcast_to(A, modulus.shape), atol=1e-5)
-    turns = np.arctan2(tasks.sine, tasks.cosine)[:, here]
+    turns = np.arctan2(tasks.sine, tasks.cosine)[:, present]
     np.testing.assert_allclose(np.exp(1j * turns).mean(0), 0, atol=5 / np.sqrt(4000))
-    # Phases of different frequencies are independent: so are their sums and differences.
-    for combined in (turns[:, 0] - turns[:, 1], turns[:, 0] + turns[:, 1]):
-        assert abs(np.exp(1j * combined).mean()) < 5 / np.sqrt(4000)
+    # Phases of different frequencies are independent, so their sums and differences are uniform.
+    for combination in (turns[:, 0] - turns[:, 1], turns[:, 0] + turns[:, 1]):
+        assert abs(np.exp(1j * combination).mean()) < 5 / np.sqrt(4000)
 
 
-def test_what_the_prior_lacks_counts_as_its_strongest():
+def test_frequencies_that_the_prior_lacks_have_its_greatest_variance():
     domain = FourierRegression((0.0, 0.5, 0.25, 0.25))
     A = np.array(domain.amplitudes((1, 2, 5)))
     np.testing.assert_allclose(A[[1, 2, 5]] ** 2, 2 * np.array([0.5, 0.25, 0.5]) / 1.25)
@@ -133,8 +133,8 @@ def test_power_spectrum_is_the_mean_square_of_each_frequency():
     power = jax.jit(lambda values: power_spectrum(coefficients(values), len(values)))
     for points in (9, 16):
         values = rng.normal(size=points)
-        found = np.sum(power(np.float32(values)))
-        np.testing.assert_allclose(found, np.mean(values**2), rtol=1e-5)
+        total = np.sum(power(np.float32(values)))
+        np.testing.assert_allclose(total, np.mean(values**2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("points", [11, 16])
@@ -199,7 +199,7 @@ def test_every_task_and_step_is_probed_in_one_compiled_call():
 
 
 @pytest.mark.parametrize("embedding", ["raw", "standard", "angle", "circle", "fourier"])
-def test_embeddings(embedding):
+def test_embeddings_are_those_of_their_formulae(embedding):
     domain = FourierRegression((0.5, 0.0, 0.5), embedding=embedding)
     x = np.linspace(-0.5, 0.5, 2001)[:, None]
     encoded = np.float64(jax.jit(jax.vmap(domain.encode_query))(np.float32(x)))
@@ -218,12 +218,12 @@ def test_features_span_the_targets():
     task = FourierTask(np.array([0.3, 0.0, -1.0]), np.array([0.0, 0.0, 0.7]))
     x = np.array([0.17])
     features = jax.jit(partial(fourier_features, frequencies=(0, 2)))(np.float32(x))
-    found = np.asarray(features) @ [0.3, -1.0, 0.7]
-    np.testing.assert_allclose(found, f64(task, x)[0], atol=1e-6)
+    value = np.asarray(features) @ [0.3, -1.0, 0.7]
+    np.testing.assert_allclose(value, f64(task, x)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: FourierRegression(()), "spectrum = \\(\\)"),
         (lambda: FourierRegression((0.0, -1.0)), "spectrum = \\(0.0, -1.0\\)"),
@@ -241,6 +241,6 @@ def test_features_span_the_targets():
         (lambda: band_stop(1, 5, 5), "must leave a frequency"),
     ],
 )
-def test_bad_input_names_field_value_and_fix(make, says):
-    with pytest.raises(ConfigError, match=says):
+def test_bad_input_names_field_value_and_fix(make, message):
+    with pytest.raises(ConfigError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""What is read off compiled programs, against XLA's own count and by hand."""
+"""Launches and bytes read off compiled programs, against XLA's own count and counts by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +57,11 @@ ENTRY %main (a: (s32[], f32[4,2], f32[8])) -> f32[8] {
 }
 """
 INNER = 3 * 4 + 2 * 32 + (8 + 4 + 8) + (8 + 4 + 8)
-"""Bytes of a turn of the inner loop: a counter, a copy, a row that is read, and one written."""
+"""Bytes of an iteration of the inner loop: a counter, a copy, a row read and a row written."""
 
 
 def test_operations_of_innermost_loops_are_counted():
-    assert hlo.launches(PROGRAM) == (3,)  # the copy that is begun, the two fusions
+    assert hlo.launches(PROGRAM) == (3,)  # the start of a copy, and two fusions
 
 
 @pytest.mark.parametrize("turns", [1, 7])
@@ -92,8 +92,8 @@ def test_the_scratch_of_a_product_is_neither_read_nor_written():
 )
 def test_bytes_of_a_program_without_loops_are_as_xla_counts_them(function):
     x = jnp.ones((48, 48))
-    made = jax.jit(function).lower(x, x).compile()
-    assert hlo.moved(made.as_text()) == made.cost_analysis()["bytes accessed"]
+    compiled = jax.jit(function).lower(x, x).compile()
+    assert hlo.moved(compiled.as_text()) == compiled.cost_analysis()["bytes accessed"]
 
 
 def test_bytes_of_a_scan_are_those_of_its_step_as_often_as_it_turns():
@@ -101,6 +101,6 @@ def test_bytes_of_a_scan_are_those_of_its_step_as_often_as_it_turns():
     scan = lambda xs: jax.lax.scan(lambda c, x: (jnp.tanh(c @ w + x), c), jnp.zeros(48), xs)
     ten, thousand = (hlo.moved(jax.jit(scan).lower(xs).compile().as_text()) for xs in (few, many))
     step = (thousand - ten) / 990
-    # It reads the weights, once more if XLA copies them, and of what is stacked, which is 20 times
-    # as large, a row.
+    # A step reads the weights, again if XLA copies them, and one row of the stacked inputs, which
+    # are 20 times as large.
     assert w.nbytes < step < 3 * w.nbytes

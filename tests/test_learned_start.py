@@ -1,4 +1,4 @@
-"""The start experiment: its starts against their definition, and a rehearsal of the study."""
+"""The study of learned starts: its starts against their definition, and a rehearsal."""
 
 import dataclasses
 from collections import ChainMap
@@ -22,38 +22,38 @@ def linear():
     """The contenders of the linear network, by name, and the comparison."""
     study = metadyn.load_study(STUDY)
     comparison = study.plan(study.presets["quick"]).comparisons[0]
-    return {each.name: each for each in comparison.contenders}, comparison
+    return {contender.name: contender for contender in comparison.contenders}, comparison
 
 
 def test_starts_lie_between_the_random_one_and_the_learned_one(linear):
     contenders, _ = linear
     params = contenders["maml"].learner.init(jax.random.key(0))
     key = jax.random.key(1)
-    at = {a: contenders[f"interpolated_{a:g}"].make(params) for a in (0, 0.25, 1)}
-    random, between, learned = (each.init(key)[0] for each in at.values())
-    for small, mixed, end, own in zip(random, between, learned, params["start"], strict=True):
-        np.testing.assert_array_equal(end, own)
+    learners = {a: contenders[f"interpolated_{a:g}"].make(params) for a in (0, 0.25, 1)}
+    random, between, learned = (learner.init(key)[0] for learner in learners.values())
+    for small, mixed, end, start in zip(random, between, learned, params["start"], strict=True):
+        np.testing.assert_array_equal(end, start)
         np.testing.assert_allclose(np.std(small), 1e-3, rtol=0.3)
-        np.testing.assert_allclose(mixed, 0.75 * np.float64(small) + 0.25 * own, atol=1e-6)
+        np.testing.assert_allclose(mixed, 0.75 * np.float64(small) + 0.25 * start, atol=1e-6)
     W1, W2 = (np.float64(W) for W in learned)
-    said = at[1].diagnose(at[1].init(key))
+    diagnosed = learners[1].diagnose(learners[1].init(key))
     expected = {
         "norm": np.sqrt((W1**2).sum() + (W2**2).sum()),
         "imbalance": np.linalg.norm(W2.T @ W2 - W1 @ W1.T),
         "product": np.linalg.norm(W2 @ W1),
     }
-    assert said.keys() == expected.keys()
+    assert diagnosed.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(said[name], value, rtol=1e-5)
+        np.testing.assert_allclose(diagnosed[name], value, rtol=1e-5)
 
 
-def test_only_maml_is_trained_and_what_is_made_of_it_counts_updates(linear):
+def test_only_maml_is_trained_and_learners_derived_from_it_count_updates(linear):
     contenders, comparison = linear
-    assert [each.name for each in comparison.metas] == ["maml"]
+    assert [meta.name for meta in comparison.metas] == ["maml"]
     assert contenders["interpolated_1"].clock == contenders["random_1"].clock == "updates"
     assert contenders["interpolated_1"].seeded
     assert isinstance(contenders["random_1"].learner, Learner)
-    others = [each for each in comparison.contenders if each.name != "maml"]
+    others = [c for c in comparison.contenders if c.name != "maml"]
     with pytest.raises(ConfigError, match=r"derived_from = 'maml': .*'interpolated_0' needs this"):
         dataclasses.replace(comparison, contenders=others)
 
@@ -71,11 +71,11 @@ def test_the_study_is_rehearsed_without_complaint():
     study = metadyn.load_study(STUDY)
     quick = study.presets["quick"]
     few = dataclasses.replace(quick, interpolations=(0.0, 1.0), factors=(1.0,))
-    named = {each.name for each in rehearse(study, few, study.plan(few))}
-    assert {*ChainMap(*study.claims.values())} <= named
+    criteria = {criterion.name for criterion in rehearse(study, few, study.plan(few))}
+    assert {*ChainMap(*study.claims.values())} <= criteria
 
 
-def test_each_seed_has_one_start(linear):
+def test_all_tasks_of_a_seed_have_the_same_start(linear):
     contenders, comparison = linear
     params = jax.vmap(contenders["maml"].learner.init)(jax.random.split(jax.random.key(0)))
     contender = dataclasses.replace(contenders["interpolated_1"], times=(0, 1))

@@ -1,4 +1,4 @@
-"""The learners' study: whom it trains where, with which settings, and what it refuses."""
+"""The study of learners: which it trains where, with which settings, and its refusals."""
 
 import dataclasses
 
@@ -18,15 +18,15 @@ QUICK = STUDY.presets["quick"]
 
 @pytest.fixture(scope="module")
 def plan():
-    """What the quick preset asks for."""
+    """The plan of the quick preset."""
     return STUDY.plan(QUICK)
 
 
 def test_every_learner_is_trained_on_each_domain_that_it_can_serve(plan):
     trained = {part.name: [meta.name for meta in part.metas] for part in plan.comparisons}
     networks = ["lstm", "gru", "minlstm", "transformer", "linear_attention", "deltanet"]
-    both = [*networks, "maml", "learned_optimizer"]
-    assert trained == {"linear": both, "nonlinear": both, "bandit": networks}
+    regressors = [*networks, "maml", "learned_optimizer"]
+    assert trained == {"linear": regressors, "nonlinear": regressors, "bandit": networks}
 
 
 def test_all_learners_of_a_domain_are_measured_on_the_same_tasks(plan):
@@ -36,8 +36,8 @@ def test_all_learners_of_a_domain_are_measured_on_the_same_tasks(plan):
         assert {c.name for c in part.contenders} == measured
 
 
-def test_settings_of_a_learners_own_take_the_place_of_the_outer_loops(plan):
-    own = {name: (each.own or plan.outer) for name, each in plan.trained.items()}
+def test_a_learners_own_settings_replace_those_of_the_outer_loop(plan):
+    own = {name: (trained.own or plan.outer) for name, trained in plan.trained.items()}
     assert own["lstm_linear"].learning_rate == QUICK.outer.learning_rate
     assert own["deltanet_linear"].learning_rate == QUICK.deltanet.outer_learning_rate
     assert own["maml_linear"].batch == QUICK.maml.outer_batch == 8
@@ -59,36 +59,36 @@ def test_the_study_is_rehearsed_without_complaint_with_another_beside_it():
 
     study = STUDY.beside("with_mine", mine)
     few = dataclasses.replace(QUICK, learners=("lstm", "maml"))
-    named = {each.name for each in rehearse(study, few, study.plan(few))}
+    criteria = {criterion.name for criterion in rehearse(study, few, study.plan(few))}
     for figure in ("staggering", "beyond", "excess", "outer"):
-        assert {f"linear_mine_{figure}", f"bandit_mine_{figure}"} <= named
+        assert {f"linear_mine_{figure}", f"bandit_mine_{figure}"} <= criteria
 
 
-def test_a_batch_of_its_own_takes_the_first_episodes_and_leaves_the_others_alone():
+def test_a_smaller_batch_has_the_first_episodes_and_does_not_change_other_trainings():
     domain = md.load_study("linear_regression").presets["quick"].domain
     meta = QUICK.lstm.make(domain)
     outer = md.OuterConfig(steps=3, batch=4, seeds=1, warmup=0, dispatch=3)
     small = dataclasses.replace(outer, batch=2)
     objective = md.prediction_loss(domain, meta)
-    both = {
+    metas = {
         "a": md.MetaTraining(meta, objective),
         "b": md.MetaTraining(meta, objective, small),
     }
 
-    def trained(which, config):
-        loop = md.OuterLoop(which, config, jax.random.key(0))
+    def trained(trainings, config):
+        loop = md.OuterLoop(trainings, config, jax.random.key(0))
         return [state for state, _ in loop.run(loop.init(), 3)][-1].params, loop.seconds
 
-    together, seconds = trained(both, outer)
+    together, seconds = trained(metas, outer)
     for name, config in (("a", outer), ("b", small)):
         alone, _ = trained({name: md.MetaTraining(meta, objective)}, config)
         chex.assert_trees_all_equal(together[name], alone[name])
     assert set(seconds) == {"a", "b"}
-    assert all(taken > 0 for taken in seconds.values())
+    assert all(duration > 0 for duration in seconds.values())
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--learners", "lstm", "elman"], "learners"),
         (["--transformer.attention-heads", "5"], "--transformer.attention-heads 5: must divide"),
@@ -98,8 +98,8 @@ def test_a_batch_of_its_own_takes_the_first_episodes_and_leaves_the_others_alone
         (["--outer.b2", "1.5"], "--outer.b2 1.5: must be above 0 and below 1"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):
-    refused(["learners", *options], says)
+def test_bad_input_is_one_line_and_exit_code_2(options, message, refused):
+    refused(["learners", *options], message)
 
 
 def test_a_learner_that_cannot_serve_a_domain_is_refused_before_training(refused):

@@ -17,18 +17,18 @@ C = ((0.5, 0.1, 0.0), (0.1, 0.3, -0.1), (0.0, -0.1, 0.8))
 GENERAL = LinearRegression(3, 2, mean=M, row_covariance=R, column_covariance=C)
 
 
-def made(**given):
-    """A domain as a notebook makes it, where no types are checked."""
+def made(**fields):
+    """Makes a domain without the checks of types, as in a notebook."""
     domain = object.__new__(LinearRegression)
     for field in dataclasses.fields(domain):
-        object.__setattr__(domain, field.name, given.get(field.name, field.default))
+        object.__setattr__(domain, field.name, fields.get(field.name, field.default))
     domain.__post_init__()
     return domain
 
 
-def test_matrices_may_be_arrays_and_sizes_must_be_whole():
-    given = {"mean": np.array(M), "row_covariance": np.array(R), "column_covariance": [*C]}
-    domain = made(n_x=3, n_y=2, **given)
+def test_matrices_may_be_arrays_and_sizes_must_be_whole_numbers():
+    matrices = {"mean": np.array(M), "row_covariance": np.array(R), "column_covariance": [*C]}
+    domain = made(n_x=3, n_y=2, **matrices)
     assert domain == GENERAL
     assert hash(domain) == hash(GENERAL)
     with pytest.raises(ConfigError, match=r"n_x = 2\.5: must be a whole number"):
@@ -98,8 +98,8 @@ def test_evaluation_tasks_have_the_given_spectrum_and_haar_vectors(n_x, n_y):
     keys = jax.random.split(jax.random.key(3), 4000)
     drawn = jax.jit(jax.vmap(domain.evaluation_task, (0, None)))(keys, s)
     tasks = LinearTask(*map(np.asarray, drawn))
-    found = np.linalg.svd(tasks.W, compute_uv=False)
-    np.testing.assert_allclose(found, np.broadcast_to(s, found.shape), rtol=1e-4)
+    values = np.linalg.svd(tasks.W, compute_uv=False)
+    np.testing.assert_allclose(values, np.broadcast_to(s, values.shape), rtol=1e-4)
     for vectors, n in ((tasks.U, n_y), (tasks.V, n_x)):
         gram = np.einsum("tik,til->tkl", vectors, vectors)
         np.testing.assert_allclose(
@@ -113,6 +113,7 @@ def test_evaluation_tasks_have_the_given_spectrum_and_haar_vectors(n_x, n_y):
 
 
 def planted_task(rng, n_x, n_y):
+    """Returns a task with random singular vectors and values, made by NumPy."""
     modes = min(n_x, n_y)
     U, V = (np.linalg.qr(rng.normal(size=(n, n)))[0][:, :modes] for n in (n_y, n_x))
     s = rng.uniform(0.5, 2, modes)
@@ -155,7 +156,7 @@ def test_probe_reports_a_planted_nonlinearity_as_unexplained():
     np.testing.assert_allclose(readings["unexplained"], share, rtol=1e-4)
 
 
-def test_probe_of_silence_reads_zero():
+def test_the_probe_of_answers_of_zero_reads_zero():
     task = planted_task(np.random.default_rng(3), 3, 2)
     probe = LinearRegression(3, 2).probe()
     readings = jax.jit(probe.read)(task, np.zeros((32, 2), np.float32))
@@ -164,7 +165,7 @@ def test_probe_of_silence_reads_zero():
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("fields", "message"),
     [
         ({"sigma": -0.1}, "sigma = -0.1"),
         ({"sigma": 0.0}, "sigma = 0.0"),
@@ -178,10 +179,10 @@ def test_probe_of_silence_reads_zero():
         ({"column_covariance": ((float("inf"), 0.0), (0.0, 1.0))}, "finite"),
     ],
 )
-def test_bad_configurations_are_named(fields, named):
-    with pytest.raises(ConfigError, match=named) as caught:
+def test_bad_configurations_are_named(fields, message):
+    with pytest.raises(ConfigError, match=message) as error:
         LinearRegression(**{"n_x": 2, "n_y": 2} | fields)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_bad_probes_and_spectra_are_named():

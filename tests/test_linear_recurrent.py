@@ -14,7 +14,7 @@ CONFIG = MinLSTMConfig(hidden=H)
 
 @pytest.mark.parametrize("T", [1, 2, 21, 300])
 def test_the_scan_is_a_loop(T):
-    """h ← f / (f + i) h + i / (f + i) (W x + b), with gates of x alone; read through a SiLU."""
+    """h ← f / (f + i) h + i / (f + i) (W x + b), with gates of x only, is read through a SiLU."""
     mixer = MinLSTM(CONFIG, T, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((T, H))
     kernel, bias = (
@@ -30,8 +30,8 @@ def test_the_scan_is_a_loop(T):
     np.testing.assert_allclose(mixer(jnp.asarray(x, jnp.float32)), expected, 1e-4, 1e-5)
 
 
-def test_units_remember_for_up_to_an_episode_at_first():
-    """f' at an input of zero is 1 − 1 / (1 + span), spans uniform from 1 to T − 1."""
+def test_untrained_units_remember_for_up_to_an_episode():
+    """At an input of zero f / (f + i) is 1 − 1 / (1 + span), with spans uniform from 1 to T − 1."""
     mixer = MinLSTM(MinLSTMConfig(hidden=2000), 40, rngs=nnx.Rngs(0))
     forget, take, *_ = np.split(np.asarray(mixer.project.bias[...], np.float64), 4)
     f, i = 1 / (1 + np.exp(-forget)), 1 / (1 + np.exp(-take))

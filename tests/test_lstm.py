@@ -1,4 +1,4 @@
-"""The LSTM: kernels against a float64 NumPy LSTM, steps against whole episodes."""
+"""The LSTM: kernels against a float64 NumPy LSTM, and steps against whole episodes."""
 
 import chex
 import jax
@@ -32,7 +32,7 @@ BACKENDS = ("scan", "backward")
         ("tpu", 64, 16, "backward"),
     ],
 )
-def test_the_default_is_what_was_measured_to_be_the_faster(
+def test_the_default_backend_is_the_one_that_was_measured_to_be_fastest(
     device, hidden, batch, chosen, monkeypatch
 ):
     monkeypatch.setattr(mesh, "backend", lambda: device)
@@ -55,7 +55,7 @@ def random_case(seed=0):
 
 
 def numpy_lstm(weights, inputs):
-    """Float64, straight from the definition."""
+    """Returns hidden states in float64, by the definition of an LSTM."""
     sigmoid = lambda a: 1 / (1 + np.exp(-a))
     h = c = np.zeros((H, inputs.shape[2]))
     hidden = []
@@ -68,27 +68,27 @@ def numpy_lstm(weights, inputs):
     return np.array(hidden)
 
 
-single = lambda tree: jax.tree.map(np.float32, tree)
+in_float32 = lambda tree: jax.tree.map(np.float32, tree)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hidden_states_match_float64_numpy(backend: Backend):
     weights, inputs, _ = random_case()
-    found = jax.jit(lstm, static_argnums=2)(single(weights), single(inputs), backend)
-    np.testing.assert_allclose(found, numpy_lstm(weights, inputs), atol=1e-6)
+    hidden = jax.jit(lstm, static_argnums=2)(in_float32(weights), in_float32(inputs), backend)
+    np.testing.assert_allclose(hidden, numpy_lstm(weights, inputs), atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_match_float64_finite_differences(backend: Backend):
     weights, inputs, direction = random_case(1)
-    objective = lambda w, x: jnp.sum(single(direction) * lstm(w, x, backend))
-    found = jax.jit(jax.grad(objective, (0, 1)))(single(weights), single(inputs))
+    objective = lambda w, x: jnp.sum(in_float32(direction) * lstm(w, x, backend))
+    gradients = jax.jit(jax.grad(objective, (0, 1)))(in_float32(weights), in_float32(inputs))
     arguments = [*weights, inputs]
 
     def numpy_objective(arguments):
         return np.sum(direction * numpy_lstm(LSTMWeights(*arguments[:3]), arguments[3]))
 
-    for index, gradient in enumerate(map(np.asarray, [*found[0], found[1]])):
+    for index, gradient in enumerate(map(np.asarray, [*gradients[0], gradients[1]])):
         for entry in np.ndindex(gradient.shape):
             ends = []
             for sign in (1, -1):
@@ -102,12 +102,12 @@ def test_gradients_match_float64_finite_differences(backend: Backend):
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
-    """Value and gradient at 64 units, 20 steps, 40 episodes, to 1e-5 of the greatest entry."""
+    """Values and gradients at 64 units, 20 steps and 40 episodes agree to 1e-5 of the greatest."""
     rng = np.random.default_rng(0)
     shapes = ((256, 10), (256, 64), (256,), (20, 10, 40), (20, 64, 40))
     *parts, inputs, direction = (np.float32(0.1 * rng.normal(size=shape)) for shape in shapes)
 
-    def both(backend):
+    def evaluate(backend):
         def objective(w, x):
             hidden = lstm(w, x, backend)
             return jnp.sum(direction * hidden), hidden
@@ -115,53 +115,54 @@ def test_backends_agree_with_the_reference_at_sizes_in_use(backend: Backend):
         gradient = jax.jit(jax.grad(objective, (0, 1), has_aux=True))
         return jax.tree.leaves(gradient(LSTMWeights(*parts), 10 * inputs))
 
-    for found, expected in zip(both(backend), both("scan"), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    for array, expected in zip(evaluate(backend), evaluate("scan"), strict=True):
+        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_on_cpus_nothing_is_transposed_or_summed_inside_the_loops(on_cpu):
-    """There XLA is slow with a factor that is read transposed, and with a sum of many products."""
-    weights, inputs, direction = single(random_case(1))
+    """On CPUs, XLA is slow at reading transposed factors and at summing many products."""
+    weights, inputs, direction = in_float32(random_case(1))
     gradient = jax.make_jaxpr(jax.grad(lambda w, x: jnp.sum(direction * lstm(w, x)), (0, 1)))
     loops = [e for e in gradient(weights, inputs).eqns if e.primitive.name == "scan"]
     assert len(loops) == 2
     for loop in loops:
-        inside = [each.primitive.name for each in loop.params["jaxpr"].eqns]
-        assert inside.count("dot_general") == 1
-        assert "transpose" not in inside
+        primitives = [e.primitive.name for e in loop.params["jaxpr"].eqns]
+        assert primitives.count("dot_general") == 1
+        assert "transpose" not in primitives
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_accelerators_store_three_arrays_a_step_and_join_weights_once(backend, monkeypatch):
-    """Forward h and all derivatives, backward those by z, of which products after all steps make
-    those by the weights and by x; what is computed is the same."""
-    weights, inputs, direction = single(random_case(1))
+    """The forward loop stores h and the gates' derivatives, the backward loop the gradient by z.
+    Products after all steps then give the gradients by the weights and by x, as on a CPU."""
+    weights, inputs, direction = in_float32(random_case(1))
     gradient = jax.grad(lambda w, x: jnp.sum(direction * lstm(w, x)), (0, 1))
     expected = jax.jit(gradient)(weights, inputs)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    there = jax.jit(lambda w, x: gradient(w, x))
+    jitted = jax.jit(lambda w, x: gradient(w, x))
     platform = "cuda" if backend == "gpu" else backend
-    text = there.trace(weights, inputs).lower(lowering_platforms=(platform,)).as_text()
+    text = jitted.trace(weights, inputs).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.dynamic_update_slice") == 3
-    after = text[text.rindex("stablehlo.while") :]
-    assert f"tensor<{T}x{4 * H}x{H}xf32>" in after  # a product for each step, before their sum
-    joined = [line for line in text.splitlines() if f"tensor<{4 * H}x{N + H}xf32>" in line]
-    assert sum("stablehlo.concatenate" in line for line in joined) == 1
-    before = text[: text.index("stablehlo.while")].splitlines()
-    assert any("stablehlo.concatenate" in line for line in before)
-    for one, other in zip(*map(jax.tree.leaves, (there(weights, inputs), expected)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    after_loops = text[text.rindex("stablehlo.while") :]
+    assert f"tensor<{T}x{4 * H}x{H}xf32>" in after_loops  # one product a step, not summed
+    shaped = [line for line in text.splitlines() if f"tensor<{4 * H}x{N + H}xf32>" in line]
+    assert sum("stablehlo.concatenate" in line for line in shaped) == 1
+    before_loops = text[: text.index("stablehlo.while")].splitlines()
+    assert any("stablehlo.concatenate" in line for line in before_loops)
+    gradients = (jitted(weights, inputs), expected)
+    for leaf, cpu_leaf in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(leaf, cpu_leaf, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_whole_episodes_are_what_stepping_the_cell_gives(backend: Backend):
-    fast = LSTMCell(N, LSTMConfig(hidden=16, backend=backend), rngs=nnx.Rngs(0))
+def test_whole_episodes_equal_stepping_the_cell(backend: Backend):
+    cell = LSTMCell(N, LSTMConfig(hidden=16, backend=backend), rngs=nnx.Rngs(0))
     inputs = jax.random.normal(jax.random.key(1), (T, N, B))
-    start, step = fast.initialize_carry((N,)), lambda carry, x: fast(carry, x)
-    stepping = jax.vmap(lambda one: jax.lax.scan(step, start, one)[1], -1, -1)
-    found, expected = (jax.jit(f)(inputs) for f in (lambda x: fast.episodes(x), stepping))
+    start, step = cell.initialize_carry((N,)), lambda carry, x: cell(carry, x)
+    scan_cell = jax.vmap(lambda xs: jax.lax.scan(step, start, xs)[1], -1, -1)
+    hidden, expected = (jax.jit(f)(inputs) for f in (lambda x: cell.episodes(x), scan_cell))
     assert expected.shape == (T, 16, B)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(hidden, expected, rtol=0, atol=1e-6)
 
 
 def test_bad_configurations_are_named():
@@ -171,7 +172,7 @@ def test_bad_configurations_are_named():
 
 @pytest.fixture(scope="module")
 def trained_like():
-    """A meta-learner with weights large enough to answer, on a domain with n_x ≠ n_y."""
+    """A domain with n_x ≠ n_y, and a meta-learner whose weights are large enough to answer."""
     domain = DOMAINS["linear"]
     meta = LSTMConfig(hidden=8).make(domain)
     return domain, meta, scattered(meta, scale=0.5)
@@ -180,14 +181,14 @@ def trained_like():
 def test_step_by_step_and_whole_episode_give_the_same_numbers(trained_like):
     domain, meta, params = trained_like
     queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 4))
-    whole = unroll(meta, params, queries, feedback)
-    assert whole.shape == (6, 2, 4)
-    found = stepped(meta.learner(params), queries, feedback)
-    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
+    unrolled = unroll(meta, params, queries, feedback)
+    assert unrolled.shape == (6, 2, 4)
+    answers = stepped(meta.learner(params), queries, feedback)
+    np.testing.assert_allclose(answers, unrolled, rtol=1e-5, atol=1e-6)
 
 
 def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
-    """The loss of `measure` under a key is that of the whole episode under the same key."""
+    """`measure` under a key has the loss of the whole episode under the same key."""
     domain, meta, params = trained_like
     root, indices = jax.random.key(3), jnp.arange(4)
     loss = inner.measure(
@@ -202,27 +203,27 @@ def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
     )["loss"]
     queries, feedback = map(np.asarray, observe(domain, indexed_keys(root, indices)))
     answers = unroll(meta, params, queries, feedback)
-    whole = np.mean((answers - feedback) ** 2, axis=1).T
-    np.testing.assert_allclose(np.asarray(loss)[0, :, 1:], whole, rtol=1e-5)
+    expected = np.mean((answers - feedback) ** 2, axis=1).T
+    np.testing.assert_allclose(np.asarray(loss)[0, :, 1:], expected, rtol=1e-5)
 
 
-def test_an_untrained_lstm_answers_zero_and_saturates_nothing():
+def test_an_untrained_lstm_answers_zero_and_only_huge_queries_saturate_it():
     domain = LinearRegression(2, 2)
     meta = LSTMConfig(hidden=16).make(domain)
 
     @jax.jit
-    def said(key, queries):
+    def run(key, queries):
         learner = meta.learner(meta.init(key))
-        state, ones = learner.init(key), jnp.ones(2)
+        state, feedback = learner.init(key), jnp.ones(2)
 
         def step(state, query):
             answer = learner.predict(state, query)
-            state = learner.update(state, query, ones)
+            state = learner.update(state, query, feedback)
             return state, (answer, learner.diagnose(state)["saturated_gates"])
 
         return jax.lax.scan(step, state, queries)[1]
 
-    answers, saturated = said(jax.random.key(0), np.float32([[1, 1], [1e6, 1e6]]))
+    answers, saturated = run(jax.random.key(0), np.float32([[1, 1], [1e6, 1e6]]))
     np.testing.assert_array_equal(answers, 0)
     np.testing.assert_array_equal(saturated, [0, 1])
 

@@ -1,4 +1,4 @@
-"""What every meta-learner that is a network is held to (`contract.py`), whatever it is made of."""
+"""Every meta-learner that is a network passes the checks of `contract.py`."""
 
 import pytest
 from contract import (
@@ -30,8 +30,8 @@ NETWORKS = {
 
 PAIRS = [(name, "linear") for name in NETWORKS | ONE_LAYER]
 PAIRS += [(name, d) for name in ("gru", "transformer") for d in DOMAINS if d != "linear"]
-"""Every network, and every domain with a recurrent and with a causal one: what a network is given
-of a domain are arrays."""
+"""Every network on one domain, and every other domain with a recurrent and a causal network.
+More pairs are not needed, since a network sees only the arrays of a domain."""
 
 
 @pytest.mark.parametrize(("name", "domain"), PAIRS)
@@ -48,7 +48,7 @@ def test_training_reads_the_past_alone_and_reaches_every_parameter(name):
 
 @pytest.mark.parametrize("name", ["lstm", "transformer", "one_layer_separate"])
 def test_training_with_a_critic_reaches_every_parameter(name):
-    """Of each class of meta-learners one: its heads are the same for all networks in it."""
+    """One of each class of meta-learners is enough, whose heads are the same for all networks."""
     all_parameters_are_trained((NETWORKS | ONE_LAYER)[name], "bandit")
 
 

@@ -1,4 +1,4 @@
-"""Any network as a meta-learner: steps against whole episodes, the GRU against PyTorch's."""
+"""Any network as a meta-learner: steps against whole episodes, and the GRU against PyTorch's."""
 
 import functools
 
@@ -59,35 +59,35 @@ def made(name, domain=DOMAIN, heads=0):
     return Recurrent(domain, CELLS[name], heads)
 
 
-def test_a_model_that_runs_many_episodes_at_once_is_asked_to():
-    asked = []
+def test_a_model_with_a_method_for_many_episodes_at_once_is_run_by_it():
+    shapes = []
 
-    class Together(Attention):
+    class AtOnce(Attention):
         def episodes(self, inputs):
-            asked.append(inputs.shape)
+            shapes.append(inputs.shape)
             return jax.vmap(self.__call__, -1, -1)(inputs)
 
-    meta = Sequence(DOMAIN, Together)
-    given = (scattered(meta, scale=0.5), *episodes("linear"))
-    found = unroll(meta, *given)
-    assert asked == [(7, 5, 7)]
-    one_by_one = unroll(made("attention"), *given)
-    np.testing.assert_allclose(found, one_by_one, rtol=1e-5, atol=1e-6)
+    meta = Sequence(DOMAIN, AtOnce)
+    arguments = (scattered(meta, scale=0.5), *episodes("linear"))
+    at_once = unroll(meta, *arguments)
+    assert shapes == [(7, 5, 7)]
+    one_by_one = unroll(made("attention"), *arguments)
+    np.testing.assert_allclose(at_once, one_by_one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [0, 2])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_step_by_step_and_whole_episode_give_the_same_numbers(name, heads):
-    """And so does a query after the episode."""
+    """So does a query after the episode."""
     meta = made(name, heads=heads)
     params = scattered(meta, scale=0.5)
     queries, feedback = episodes("linear")
-    whole = unroll(meta, params, queries, feedback)
+    unrolled = unroll(meta, params, queries, feedback)
     assert isinstance(meta, MetaLearner)
-    assert whole.shape == (7, 2 + heads, 7)
-    assert np.std(whole, axis=(0, 2)).min() > 0.1
-    found = stepped(meta.learner(params), queries, feedback)
-    np.testing.assert_allclose(found, whole[:, :2], rtol=1e-5, atol=1e-6)
+    assert unrolled.shape == (7, 2 + heads, 7)
+    assert np.std(unrolled, axis=(0, 2)).min() > 0.1
+    answers = stepped(meta.learner(params), queries, feedback)
+    np.testing.assert_allclose(answers, unrolled[:, :2], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -96,11 +96,11 @@ def test_untrained_networks_answer_zero_and_seeds_start_apart(name):
 
 
 def test_a_gru_is_that_of_pytorch_s_formulae():
-    """r, z, n of W x + b and U h, in float64; x_t comes with y_{t−1}; a linear readout of h_t."""
+    """r, z and n are of W x + b and U h, in float64. Inputs are x_t, y_{t−1}; readout is linear."""
     meta = made("gru", heads=1)
     params = scattered(meta, scale=0.5)
     queries, feedback = episodes("linear")
-    found = unroll(meta, params, queries, feedback)
+    answers = unroll(meta, params, queries, feedback)
     queries, feedback = np.float64(queries), np.float64(feedback)
     body, readout, offset = jax.tree.map(
         lambda leaf: np.asarray(leaf, np.float64),
@@ -110,15 +110,15 @@ def test_a_gru_is_that_of_pytorch_s_formulae():
     b_r, b_z, b_n = np.split(body["dense_i"]["bias"], 3)
     U_r, U_z, U_n = np.split(body["dense_h"]["kernel"], 3, axis=1)
     sigmoid = lambda a: 1 / (1 + np.exp(-a))
-    h, before = np.zeros((7, H)), np.zeros((7, 2))
+    h, last_feedback = np.zeros((7, H)), np.zeros((7, 2))
     for t in range(7):
-        x = np.concatenate([queries[t].T, before], axis=1)
+        x = np.concatenate([queries[t].T, last_feedback], axis=1)
         r = sigmoid(x @ W_r + b_r + h @ U_r)
         z = sigmoid(x @ W_z + b_z + h @ U_z)
         n = np.tanh(x @ W_n + b_n + r * (h @ U_n))
         h = (1 - z) * n + z * h
-        np.testing.assert_allclose(found[t], (h @ readout.T + offset).T, rtol=1e-5, atol=1e-5)
-        before = feedback[t].T
+        np.testing.assert_allclose(answers[t], (h @ readout.T + offset).T, rtol=1e-5, atol=1e-5)
+        last_feedback = feedback[t].T
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -127,11 +127,11 @@ def test_a_critic_is_trained_through_a_head(name):
     meta = made(name, domain, heads=1)
     keys = indexed_keys(jax.random.key(3), jnp.arange(32))
     gradient = jax.jit(jax.grad(actor_critic(domain, meta).loss, has_aux=True))
-    found, metrics = gradient(scattered(meta, scale=0.5), keys)
-    for leaf in jax.tree.leaves(found):
+    gradients, metrics = gradient(scattered(meta, scale=0.5), keys)
+    for leaf in jax.tree.leaves(gradients):
         assert np.all(np.isfinite(leaf))
         assert np.any(np.asarray(leaf) != 0)
-    assert np.any(np.asarray(found["readout"][3]) != 0)  # the critic's own
+    assert np.any(np.asarray(gradients["readout"][3]) != 0)  # the critic's row
     assert metrics.keys() == {"loss", "critic", "entropy"}
     with pytest.raises(ConfigError, match="heads = 0: actor_critic needs at least 1"):
         actor_critic(domain, made(name, domain))

@@ -1,4 +1,4 @@
-"""The nonlinear-regression study: a whole small one, and bad input to it."""
+"""The nonlinear-regression study: one small run of it, and bad input to it."""
 
 import dataclasses
 import json
@@ -23,8 +23,8 @@ SMALL = [
 OUTER = ("inner_curves", "outer_learning", "distance_to_bayes")
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
 for name in OPTIMIZERS:
-    of = f"--optimizers.{name}"
-    SMALL += [f"{of}.updates", "8", f"{of}.width", "8", f"{of}.depth", "1"]
+    option = f"--optimizers.{name}"
+    SMALL += [f"{option}.updates", "8", f"{option}.width", "8", f"{option}.depth", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_a_whole_small_study(finished):
+def test_a_small_run_has_all_figures_and_criteria(finished):
     figures = {p.stem: matplotlib.image.imread(p) for p in (finished / "figures").glob("*.png")}
     assert set(figures) == {
         "mode_strength", "learning_times", "mode_strength_by_optimizer", "band_gain",
@@ -51,7 +51,7 @@ def test_a_whole_small_study(finished):
     assert 0.1 < reported["bayes_band_gain_pass_band"]["value"] < 1
 
 
-def test_figures_of_a_run_that_was_stopped_while_it_measured(finished, tmp_path, capsys):
+def test_figures_are_drawn_of_a_run_that_was_stopped_while_it_measured(finished, tmp_path, capsys):
     out = tmp_path / "stopped"
     shutil.copytree(finished, out)
     for name in ("stop_band", "mixture"):
@@ -75,7 +75,7 @@ def test_both_outer_loops_and_every_set_load(finished):
     assert metadyn.load(finished, "heldout_band")["outer_step"].values[-1] == 30
 
 
-def test_the_second_lstm_has_updates_of_its_own_number():
+def test_the_second_lstm_has_its_own_number_of_updates():
     study = metadyn.load_study("nonlinear_regression")
     outer = dataclasses.replace(study.config("quick").outer, updates_per_step=3)
     config = dataclasses.replace(study.config("quick"), outer=outer, pass_band_updates=2)
@@ -85,7 +85,7 @@ def test_the_second_lstm_has_updates_of_its_own_number():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--pass-band-updates", "0"], "--pass-band-updates 0: must be positive"),
         (
@@ -112,5 +112,5 @@ def test_the_second_lstm_has_updates_of_its_own_number():
         (["--pass-band", "0", "inf"], "--pass-band 0 inf: every variance"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, says, refused):
-    refused([STUDY, *SMALL, *arguments], says)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, refused):
+    refused([STUDY, *SMALL, *arguments], message)

@@ -1,4 +1,4 @@
-"""The study of remedies out of distribution: what it trains on what, and what it refuses."""
+"""The study of remedies out of distribution: training tasks, teachers and refusals."""
 
 import jax
 import numpy as np
@@ -15,27 +15,27 @@ QUICK = STUDY.presets["quick"]
 
 @pytest.fixture(scope="module")
 def plan():
-    """What the quick preset asks for."""
+    """The plan of the quick preset."""
     return STUDY.plan(QUICK)
 
 
-def test_each_remedy_is_what_it_is_called(plan):
+def test_each_remedy_has_the_parts_in_its_name(plan):
     (linear,) = plan.comparisons
-    metas = {each.name: each for each in linear.metas}
+    metas = {meta.name: meta for meta in linear.metas}
     remedies = ["lstm", "lstm_mixture", "lstm_normalised", "lstm_both", "deltanet", "deltanet_both"]
     assert [*metas] == remedies
-    normalised = [name for name, each in metas.items() if isinstance(each.learner, Normalised)]
+    normalised = [name for name, meta in metas.items() if isinstance(meta.learner, Normalised)]
     assert normalised == ["lstm_normalised", "lstm_both", "deltanet_both"]
-    trained_on = {name: each.objective.keywords.get("sample") for name, each in metas.items()}
+    trained_on = {name: meta.objective.keywords.get("sample") for name, meta in metas.items()}
     mixture = trained_on.pop("lstm_mixture")
     assert [d.C[0, 0] * 3 for d in mixture.domains] == pytest.approx([1, 64])
     assert mixture.weights == pytest.approx([1, 1 / 64])
     assert trained_on["lstm_both"] == trained_on["deltanet_both"] == mixture
     assert trained_on["lstm"] is trained_on["lstm_normalised"] is trained_on["deltanet"] is None
-    bayes = {each.name: each.learner for each in linear.contenders}
-    for name, each in metas.items():
+    bayes = {contender.name: contender.learner for contender in linear.contenders}
+    for name, meta in metas.items():
         prior = "bayes" if trained_on.get(name) is None and name in trained_on else "bayes_mixture"
-        assert each.objective.keywords["teacher"] is bayes[prior]
+        assert meta.objective.keywords["teacher"] is bayes[prior]
 
 
 def test_the_right_prior_of_a_set_has_the_mean_square_of_its_tasks(plan):
@@ -51,20 +51,20 @@ def test_the_right_prior_of_a_set_has_the_mean_square_of_its_tasks(plan):
 
 
 def test_the_study_is_rehearsed_and_growth_is_over_bayes_under_the_right_prior(plan, monkeypatch):
-    beside, joint_excess = [], dynamics.joint_excess
+    references, joint_excess = [], dynamics.joint_excess
 
-    def watched(pairs, take):
-        beside.append([trajectories.about(best).learner for _, best in pairs])
+    def record(pairs, take):
+        references.append([trajectories.about(best).learner for _, best in pairs])
         return joint_excess(pairs, take)
 
-    monkeypatch.setattr(dynamics, "joint_excess", watched)
+    monkeypatch.setattr(dynamics, "joint_excess", record)
     rehearse(STUDY, QUICK, plan)
-    assert beside.count(["bayes_right", "bayes_right"]) == 6 * 5  # learners, shifts
-    assert beside.count(["bayes", "bayes"]) == 6  # what each costs within
+    assert references.count(["bayes_right", "bayes_right"]) == 6 * 5  # learners times shifts
+    assert references.count(["bayes", "bayes"]) == 6  # the cost of each remedy in distribution
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--scales", "1", "0"], "--scales"),
         (["--other-batch", "0"], "--other-batch 0"),
@@ -72,5 +72,5 @@ def test_the_study_is_rehearsed_and_growth_is_over_bayes_under_the_right_prior(p
         (["--meta", "maml"], "--meta maml: choose a network with a memory"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):
-    refused(["out_of_distribution", *options], says)
+def test_bad_input_is_one_line_and_exit_code_2(options, message, refused):
+    refused(["out_of_distribution", *options], message)

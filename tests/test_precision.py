@@ -1,4 +1,4 @@
-"""What is computed in float32 proper, as the programs for GPUs and TPUs say: neither is needed."""
+"""Precision of products, read off programs for GPUs and TPUs. Neither device is needed."""
 
 import dataclasses
 from functools import partial
@@ -37,28 +37,28 @@ ORDINARY = {
 TRAINED = {"lstm": LINEAR, "lstm_fourier": FOURIER, "lstm_bandit": BANDIT}
 LSTM, HEADED = LSTMConfig(hidden=16), {"hidden": 8, "attention_heads": 2}
 PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}
-"""Names of platforms: what JAX lowers for, and what it says it runs on there."""
+"""The name of each platform in lowering, and that of its backend in JAX."""
 
 
 @pytest.fixture
 def platform():
-    """Either, unless a test says which: the LSTM's choice of a kernel alone tells them apart.
+    """The platform, if a test does not choose one.
 
-    All else asks whether it runs on a CPU.
+    Only the LSTM's choice of a kernel depends on it. All else asks whether it runs on a CPU.
     """
     return "tpu"
 
 
 @pytest.fixture
 def lowered(platform, monkeypatch):
-    """`lowered(jitted, *arguments)`: the text of a program for the platform."""
+    """`lowered(jitted, *arguments)` returns the text of a program for the platform."""
     as_hopper()
     monkeypatch.setattr(jax, "default_backend", lambda: PLATFORMS[platform])
-    return lambda f, *given: f.trace(*given).lower(lowering_platforms=(platform,)).as_text()
+    return lambda f, *arguments: f.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("name", [*ORDINARY, *TRAINED])
-def test_all_that_measures_is_float32(name, lowered):
+def test_all_measurements_are_exact_in_float32(name, lowered):
     if name in ORDINARY:
         domain, learner = ORDINARY[name]
         make, params = lambda _: learner, ()
@@ -69,13 +69,14 @@ def test_all_that_measures_is_float32(name, lowered):
         make, params = meta.learner, jax.eval_shape(jax.vmap(meta.init), seeds)
     tasks, probes = domain.evaluation(16), tuple(domain.evaluation(16).probes.items())
     key, indices = jax.random.key(0), np.arange(8, dtype=np.int32)
-    given = (params, tasks.sample, key, indices)
-    text = lowered(inner.measure, domain, make, (0, 1, 4), probes, *given)
+    arguments = (params, tasks.sample, key, indices)
+    text = lowered(inner.measure, domain, make, (0, 1, 4), probes, *arguments)
     assert roundings(text) == EXACT
     assert "stablehlo.fft" not in text
 
 
 def loop_of(domain, precision, network=LSTM, teacher=None):
+    """Returns the outer loop that trains a network on a domain."""
     critic = domain is BANDIT
     meta = network.make(domain, heads=int(critic))
     make = actor_critic if critic else partial(prediction_loss, teacher=teacher)
@@ -84,9 +85,9 @@ def loop_of(domain, precision, network=LSTM, teacher=None):
     return OuterLoop({"lstm": MetaTraining(meta, objective)}, config, jax.random.key(0))
 
 
-def test_what_no_program_of_float32_may_have_is_found(lowered):
+def test_rounded_products_float64_and_lapack_are_found(lowered):
     a = jnp.ones((2, 2))
-    exact, rounded = (partial(jnp.dot, precision=each) for each in ("highest", "default"))
+    exact, rounded = (partial(jnp.dot, precision=name) for name in ("highest", "default"))
     assert wrong(lowered(jax.jit(exact), a, a)) == []
     assert wrong(lowered(jax.jit(lambda a: exact(a, rounded(a, a))), a)) == [
         "products of precision ('DEFAULT', 'DEFAULT')"
@@ -95,7 +96,7 @@ def test_what_no_program_of_float32_may_have_is_found(lowered):
     assert wrong("custom_call @lapack_spotrf_ffi") == ["LAPACK"]
 
 
-ASKED = {"float32": "HIGHEST", "tensorfloat32": "HIGH", "bfloat16": "DEFAULT"}
+PRECISIONS = {"float32": "HIGHEST", "tensorfloat32": "HIGH", "bfloat16": "DEFAULT"}
 
 
 @pytest.mark.parametrize(
@@ -106,42 +107,42 @@ ASKED = {"float32": "HIGHEST", "tensorfloat32": "HIGH", "bfloat16": "DEFAULT"}
         (LINEAR, "tensorfloat32", "cuda"),
         (LINEAR, "tensorfloat32", "tpu"),
         (LINEAR, "bfloat16", "tpu"),
-        (FOURIER, "bfloat16", "cuda"),  # where the domain asks for nothing exact, nor may a kernel
+        (FOURIER, "bfloat16", "cuda"),  # neither the domain nor a kernel may be exact
         (FOURIER, "bfloat16", "tpu"),
         (BANDIT, "float32", "tpu"),
         (BANDIT, "bfloat16", "tpu"),
     ],
 )
-def test_training_rounds_what_its_configuration_says(domain, precision, lowered):
-    """And never what the domain says: W x of linear regression, and a policy's pay, stay exact."""
-    loop, asked = loop_of(domain, precision), ASKED[precision]
-    found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
-    assert found == {(asked, asked)} | (set() if domain is FOURIER else EXACT)
+def test_training_rounds_products_as_configured(domain, precision, lowered):
+    """Products of the domain are never rounded: W x of linear regression, and a policy's pay."""
+    loop, rounding = loop_of(domain, precision), PRECISIONS[precision]
+    precisions = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
+    assert precisions == {(rounding, rounding)} | (set() if domain is FOURIER else EXACT)
 
 
-def test_bayes_is_exact_where_it_teaches(lowered):
+def test_bayes_as_a_teacher_is_exact(lowered):
     loop = loop_of(FOURIER, "bfloat16", teacher=bayes.bayes_fourier(FOURIER))
-    found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
-    assert found == {("DEFAULT", "DEFAULT")} | EXACT
+    precisions = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
+    assert precisions == {("DEFAULT", "DEFAULT")} | EXACT
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("backend", ["scan", "backward"])
 def test_every_backend_of_the_lstm_is_rounded_alike(backend, lowered):
     loop = loop_of(FOURIER, "bfloat16", dataclasses.replace(LSTM, backend=backend))
-    found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
-    assert found == {("DEFAULT", "DEFAULT")}
+    precisions = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
+    assert precisions == {("DEFAULT", "DEFAULT")}
 
 
 @pytest.mark.parametrize("network", [TransformerConfig(**HEADED), DeltaNetConfig(**HEADED)])
 def test_attention_and_the_delta_rule_are_rounded_alike(network, lowered):
     loop = loop_of(FOURIER, "bfloat16", network)
-    found = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
-    assert found == {("DEFAULT", "DEFAULT")}
+    precisions = roundings(lowered(loop.advance, loop.abstract, jnp.int32(1)))
+    assert precisions == {("DEFAULT", "DEFAULT")}
 
 
 def test_the_emulation_rounds_the_factors_of_every_product_and_nothing_after_it():
-    """Of a product inside a scan under vmap: 1 + 2^-9 has one bit more than bfloat16."""
+    """The product is inside a scan under vmap, and 1 + 2^-9 has one bit more than bfloat16."""
     near_one = jnp.full((2, 3, 3), 1 + 2.0**-9)
 
     def twice(A):

@@ -1,4 +1,4 @@
-"""Threefry's published test vectors, JAX's own keys and SciPy's normal quantiles are the judges."""
+"""Random numbers against Threefry's published vectors, JAX's keys and SciPy's normal quantiles."""
 
 import jax
 import jax.numpy as jnp
@@ -41,26 +41,26 @@ def test_threefry_gives_the_published_answers(key, counter, expected):
         lambda key: jax.random.uniform(key),
     ],
 )
-def test_a_fast_key_draws_the_bits_of_jax_s_own(draw):
+def test_a_fast_key_draws_the_same_bits_as_jax(draw):
     fast = prng.fast(KEY)
-    assert jax.random.key_impl(fast) != jax.random.key_impl(KEY)  # so this compares something
+    assert jax.random.key_impl(fast) != jax.random.key_impl(KEY)  # or nothing would be compared
     np.testing.assert_array_equal(draw(fast), draw(KEY))
     keys = jax.random.split(KEY, (2, 3))
-    many = jax.vmap(jax.vmap(lambda key: draw(prng.fast(key))))(keys)
-    np.testing.assert_array_equal(many, jax.vmap(jax.vmap(draw))(keys))
+    batched = jax.vmap(jax.vmap(lambda key: draw(prng.fast(key))))(keys)
+    np.testing.assert_array_equal(batched, jax.vmap(jax.vmap(draw))(keys))
 
 
 @pytest.mark.timeout(60)
-def test_a_draw_that_a_product_uses_is_compiled_at_all():
-    """Made part of the loop of the product, it was never done being compiled."""
+def test_a_draw_inside_a_product_compiles_in_time():
+    """When XLA fused such a draw into the loop of the product, compiling did not end."""
 
-    def answer(key, given, weights):
+    def answer(key, inputs, weights):
         key, _ = jax.random.split(prng.fast(key))
         drawn = jax.random.uniform(prng.fast(key), (1,))
-        return products.matvec(weights, jnp.concatenate([drawn, given]))
+        return products.matvec(weights, jnp.concatenate([drawn, inputs]))
 
-    keys, given, weights = jax.random.split(KEY, 1), jnp.ones((1, 1)), jnp.ones((16, 2))
-    answers = jax.jit(jax.vmap(answer, (0, 0, None)))(keys, given, weights)
+    keys, inputs, weights = jax.random.split(KEY, 1), jnp.ones((1, 1)), jnp.ones((16, 2))
+    answers = jax.jit(jax.vmap(answer, (0, 0, None)))(keys, inputs, weights)
     drawn = jax.random.uniform(jax.random.split(keys[0])[0], (1,))
     np.testing.assert_allclose(answers, jnp.broadcast_to(1 + drawn, (1, 16)), rtol=1e-6)
 
@@ -76,14 +76,15 @@ def test_normal_is_the_quantile_of_the_same_uniform_numbers():
     least = float(np.nextafter(np.float32(-1), np.float32(0)))
     uniform = np.asarray(jax.random.uniform(KEY, shape, minval=least), np.float64)
     drawn = np.asarray(prng.normal(KEY, shape))
-    assert np.abs(drawn).max() > 4.5  # both branches
+    assert np.abs(drawn).max() > 4.5  # the draws use both branches
     np.testing.assert_allclose(drawn, ndtri((1 + uniform) / 2), rtol=1e-6, atol=2e-7)
-    np.testing.assert_allclose(drawn, jax.random.normal(KEY, shape), atol=1e-4)  # XLA's, in tails
+    # XLA's own draws are less exact in the tails.
+    np.testing.assert_allclose(drawn, jax.random.normal(KEY, shape), atol=1e-4)
     assert kstest(drawn, "norm").pvalue > 1e-3
 
 
 def test_normal_is_finite_at_the_ends():
     least = np.nextafter(np.float32(-1), np.float32(0))
     ends = jnp.array([least, -0.5, 0.0, 0.5, -least])
-    found = prng.normal_of(ends)
-    np.testing.assert_allclose(found, ndtri((1 + np.asarray(ends, np.float64)) / 2), rtol=1e-6)
+    normal = prng.normal_of(ends)
+    np.testing.assert_allclose(normal, ndtri((1 + np.asarray(ends, np.float64)) / 2), rtol=1e-6)

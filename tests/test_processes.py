@@ -1,4 +1,4 @@
-"""Two processes of one run, over loopback: interrupted, bereft of one, gone on with elsewhere."""
+"""Two processes of one run, over loopback: interruption, loss of one process, continuation."""
 
 import signal
 import socket
@@ -20,80 +20,80 @@ LONG = ("--outer.steps", "2000", "--outer.schedule", "constant", "--outer.learni
 LONG += ("--outer.checkpoints", "12")
 
 
-def command(out, *more):
-    return [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *more]
+def command(out, *options):
+    return [sys.executable, "-m", "metadyn.cli", "run", STUDY, "--out", str(out), *options]
 
 
-LATER = "import os, time; from metadyn import cli, mesh; start = mesh.start; "
-LATER += "wait = lambda: time.sleep(float(os.environ['JAX_PROCESS_ID'])); "
-LATER += "mesh.start = lambda *given: (start(*given), wait()); cli.console()"
+DELAY = "import os, time; from metadyn import cli, mesh; start = mesh.start; "
+DELAY += "wait = lambda: time.sleep(float(os.environ['JAX_PROCESS_ID'])); "
+DELAY += "mesh.start = lambda *given: (start(*given), wait()); cli.console()"
 
 
 @pytest.mark.parametrize("options", [("--domain.sigma", "-1"), ("--preset", "nope")])
-def test_bad_input_is_said_by_all_however_late_one_is(options, tmp_path):
-    """And is not taken for the loss of a process, after which launchers start them again."""
-    late = [sys.executable, "-c", LATER, "run", STUDY, "--out", str(tmp_path / "r"), *options]
+def test_every_process_reports_bad_input_however_late_one_is(options, tmp_path):
+    """Bad input must not pass for the loss of a process, after which launchers start anew."""
+    late = [sys.executable, "-c", DELAY, "run", STUDY, "--out", str(tmp_path / "r"), *options]
     done = end(begin(late, 2))
-    assert [each.code for each in done] == [2, 2], done
+    assert [process.code for process in done] == [2, 2], done
     assert not (tmp_path / "r").exists()
 
 
-def test_processes_of_unlike_devices_are_refused(tmp_path):
-    unlike = "import os; i = int(os.environ['JAX_PROCESS_ID']); "
-    unlike += "os.environ['JAX_NUM_CPU_DEVICES'] = str(1 + i); "
-    unlike += "from metadyn.cli import console; console()"
-    done = end(begin([sys.executable, "-c", unlike, "run", STUDY, "--out", str(tmp_path / "r")], 2))
-    assert [each.code for each in done] == [2, 2], done
+def test_processes_with_different_numbers_of_devices_are_refused(tmp_path):
+    code = "import os; i = int(os.environ['JAX_PROCESS_ID']); "
+    code += "os.environ['JAX_NUM_CPU_DEVICES'] = str(1 + i); "
+    code += "from metadyn.cli import console; console()"
+    done = end(begin([sys.executable, "-c", code, "run", STUDY, "--out", str(tmp_path / "r")], 2))
+    assert [process.code for process in done] == [2, 2], done
     assert "devices by process = {0: 1, 1: 2}: must be equally many" in done[0].err
     assert not (tmp_path / "r").exists()
 
 
-def test_a_port_that_is_taken_is_said(capsys):
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        where = f"localhost:{taken.getsockname()[1]}"
-        several = ["--coordinator", where, "--processes", "2", "--process-id", "0"]
-        assert main(["devices", *several]) == 2
-    assert f"--coordinator {where}: process 0 cannot listen there" in capsys.readouterr().err
+def test_a_port_in_use_is_named(capsys):
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        address = f"localhost:{listener.getsockname()[1]}"
+        options = ["--coordinator", address, "--processes", "2", "--process-id", "0"]
+        assert main(["devices", *options]) == 2
+    assert f"--coordinator {address}: process 0 cannot listen there" in capsys.readouterr().err
 
 
-def test_a_process_that_waits_for_others_is_interrupted_in_time(tmp_path):
-    alone, other = begin(command(tmp_path / "r"), 2)
-    other.kill()
+def test_a_process_that_waits_for_a_lost_one_can_be_interrupted(tmp_path):
+    waiting, lost = begin(command(tmp_path / "r"), 2)
+    lost.kill()
     time.sleep(5)
-    alone.send_signal(signal.SIGTERM)
+    waiting.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    done = end([alone, other])
+    done = end([waiting, lost])
     assert done[0].code == 130, done
     assert time.monotonic() - began < 12
 
 
-def loses(out, victim):
-    """Of two processes that train one is killed: the other leaves within a minute, and says why."""
+def lose(out, victim):
+    """Kills one of two training processes: the other must leave within a minute and say why."""
     run = begin(command(out, *LONG), 2)
     trains(run, out)
     run[victim].kill()
     began = time.monotonic()
-    left = end(run)[1 - victim]
+    survivor = end(run)[1 - victim]
     assert time.monotonic() - began < 60
-    assert left.code != 0
-    said = "another process of this run was lost", "another task died"  # ours, or JAX's own
-    assert any(each in left.err for each in said), left.err
+    assert survivor.code != 0
+    messages = "another process of this run was lost", "another task died"  # by metadyn or by JAX
+    assert any(message in survivor.err for message in messages), survivor.err
 
 
-def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_path, monkeypatch):
-    """Only process 0 prints, and the end is that of one process undisturbed."""
+def test_a_run_of_two_processes_that_were_interrupted_or_lost_can_go_on(tmp_path, monkeypatch):
+    """Only process 0 prints, and the results are those of one undisturbed process."""
     out = tmp_path / "two"
 
     run = begin(command(out, *LONG), 2)
     trains(run, out)
-    run[1].send_signal(signal.SIGTERM)  # one alone is told: both stop at the same step
+    run[1].send_signal(signal.SIGTERM)  # only one is told, but both stop at the same step
     began = time.monotonic()
     done = end(run)
     assert time.monotonic() - began < 10
-    assert [each.code for each in done] == [130, 130], done
-    assert all("run the same command again" in each.err for each in done)
+    assert [process.code for process in done] == [130, 130], done
+    assert all("run the same command again" in process.err for process in done)
     assert "metadyn" not in done[1].out
 
     before = newest(out)
@@ -102,7 +102,7 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
         assert main(["run", STUDY, "--out", str(out), *LONG]) == 130
     assert newest(out) > before
 
-    loses(out, victim=1)
+    lose(out, victim=1)
     assert not (out / "summary.json").exists()
     done = together(command(out, *LONG), 2)
     assert "passed" in done[0].out
@@ -110,13 +110,13 @@ def test_two_processes_are_interrupted_lose_one_and_are_gone_on_with_by_one(tmp_
     assert main(["run", STUDY, "--out", str(tmp_path / "one"), *LONG]) == 0
     for task_set in ("tracked", "in_distribution"):
         one, two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
-        xr.testing.assert_allclose(one, two, rtol=1e-3)  # 2 000 outer steps
+        xr.testing.assert_allclose(one, two, rtol=1e-3)  # rounding grows over 2 000 outer steps
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_process_0_is_lost_too(tmp_path):
-    loses(tmp_path / "two", victim=0)
+def test_process_0_may_be_the_lost_one(tmp_path):
+    lose(tmp_path / "two", victim=0)
     together(command(tmp_path / "two", *LONG), 2)
 
 
@@ -140,9 +140,9 @@ def test_process_0_is_lost_too(tmp_path):
     ],
 )
 def test_launchers_are_recognised(environment, joins, monkeypatch):
-    asked = []
+    calls = []
     monkeypatch.setattr(
-        mesh.jax.distributed, "initialize", lambda *given, **told: asked.append(given)
+        mesh.jax.distributed, "initialize", lambda *arguments, **options: calls.append(arguments)
     )
     for name in list(mesh.os.environ):
         if name.startswith(("SLURM_", "OMPI_", "TPU_")):
@@ -150,11 +150,11 @@ def test_launchers_are_recognised(environment, joins, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     mesh.start()
-    assert bool(asked) == joins
+    assert bool(calls) == joins
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--processes", "2"], "--coordinator is missing: give all of --coordinator"),
         (["--coordinator", "localhost:1"], "--processes is missing"),
@@ -164,31 +164,31 @@ def test_launchers_are_recognised(environment, joins, monkeypatch):
         ),
         *(
             (
-                ["--coordinator", at, "--processes", "2", "--process-id", "0"],
-                f"--coordinator {at}: must be HOST:PORT, with a port from 1 to 65535",
+                ["--coordinator", address, "--processes", "2", "--process-id", "0"],
+                f"--coordinator {address}: must be HOST:PORT, with a port from 1 to 65535",
             )
-            for at in ("x", ":1", "x:", "x:abc", "x:0", "x:99999")
+            for address in ("x", ":1", "x:", "x:abc", "x:0", "x:99999")
         ),
         (["--processes", "two"], "invalid int value"),
     ],
 )
-def test_bad_process_options_are_one_line(options, says, refused):
-    refused([STUDY, *options], says)
+def test_bad_process_options_are_one_line(options, message, refused):
+    refused([STUDY, *options], message)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--outer.batch", "6"], "--outer.batch 6: must be a multiple of 4"),
         (["--meta", "maml", "--maml.outer-batch", "6"], "--maml.outer-batch 6: must be a multiple"),
     ],
 )
-def test_accelerators_that_cannot_share_the_batch_are_refused_before_dir_exists(
-    options, says, refused, monkeypatch
+def test_a_batch_that_accelerators_cannot_share_is_refused_before_dir_exists(
+    options, message, refused, monkeypatch
 ):
     monkeypatch.setattr(mesh, "devices", lambda: [None] * 4)
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
-    refused([STUDY, *options], says)
+    refused([STUDY, *options], message)
 
 
 def test_a_bad_process_variable_is_named(monkeypatch):

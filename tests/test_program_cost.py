@@ -1,4 +1,4 @@
-"""Operations counted from programs, against what their formulae say."""
+"""Operations counted from programs, against their formulae."""
 
 from types import SimpleNamespace
 
@@ -24,12 +24,12 @@ def test_products_count_two_for_each_multiplication_and_addition():
     a, b = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
     assert counted(jnp.matmul, a, b) == 2 * 3 * 5 * 7
     batched = jax.vmap(jnp.matmul)
-    many = [jax.ShapeDtypeStruct((11, *each.shape), jnp.float32) for each in (a, b)]
-    assert counted(batched, *many) == 11 * 2 * 3 * 5 * 7
+    stacks = [jax.ShapeDtypeStruct((11, *matrix.shape), jnp.float32) for matrix in (a, b)]
+    assert counted(batched, *stacks) == 11 * 2 * 3 * 5 * 7
 
 
 @pytest.mark.parametrize("length", [1, 20])
-def test_loops_count_as_often_as_they_run(length):
+def test_the_body_of_a_loop_counts_as_often_as_it_runs(length):
     def f(W, h):
         return jax.lax.scan(lambda h, _: (jnp.tanh(W @ h), None), h, length=length)[0]
 
@@ -45,7 +45,7 @@ def test_only_the_costliest_branch_counts_and_moving_numbers_is_free():
     assert counted(lambda x: x.reshape(2, 3).T, x) == 0
 
 
-def test_a_linear_system_counts_for_its_solution_alone():
+def test_only_the_solution_of_a_linear_system_counts():
     def f(a, b):
         solve = lambda _, right: right / a
         return jax.lax.custom_linear_solve(lambda x: a * x + 0 * x, b, solve, solve)
@@ -53,26 +53,26 @@ def test_a_linear_system_counts_for_its_solution_alone():
     assert counted(f, jnp.ones(6), jnp.ones(6)) == 6
 
 
-def test_loops_of_unknown_length_count_for_the_turns_that_are_given():
+def test_loops_of_unknown_length_count_for_the_given_number_of_turns():
     f = lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x * 2 + 1, x)
     jaxpr = jax.make_jaxpr(f)(jnp.int32(3), jnp.ones(6)).jaxpr
-    one = operations(jaxpr)
-    assert operations(jaxpr, turns=5) == 5 * one
-    assert 12 <= one <= 14  # with the counter and its comparison
+    one_turn = operations(jaxpr)
+    assert operations(jaxpr, turns=5) == 5 * one_turn
+    assert 12 <= one_turn <= 14  # with the counter and its comparison
 
 
 def test_memory_and_exchanges_are_of_one_device():
-    """What is split is counted once for its part; what is reduced, whole."""
+    """A split array counts for the device's part of it, and a reduced one in full."""
     count = jax.device_count()
     x = jax.ShapeDtypeStruct((64 * count, 32), jnp.float32)
     parts = PartitionSpec(mesh.TASKS)
     add = lambda x: jax.lax.psum(jnp.sin(x).sum(0), mesh.TASKS)
-    whole = jax.shard_map(add, mesh=mesh.mesh(), in_specs=parts, out_specs=PartitionSpec())
-    compiled = jax.jit(whole).trace(x).lower().compile()
+    total = jax.shard_map(add, mesh=mesh.mesh(), in_specs=parts, out_specs=PartitionSpec())
+    compiled = jax.jit(total).trace(x).lower().compile()
     if count > 1:
         assert exchanged(compiled.as_text()) == (32 * 4,)
     assert 64 * 32 * 4 + 32 * 4 <= memory(compiled) < 2 * 64 * 32 * 4 + 4096
-    split, everywhere = (NamedSharding(mesh.mesh(), of) for of in (parts, PartitionSpec()))
+    split, everywhere = (NamedSharding(mesh.mesh(), spec) for spec in (parts, PartitionSpec()))
     gather = jax.jit(jnp.sin, in_shardings=split, out_shardings=everywhere)
     text = gather.trace(x).lower().compile().as_text()
     assert sum(exchanged(text, GATHERS)) == (64 * count * 32 * 4 if count > 1 else 0)
@@ -92,10 +92,10 @@ ENTRY %main (a: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {
 """
 
 
-def test_a_compiler_that_gives_no_account_of_memory_counts_as_none():
+def test_without_an_account_of_memory_by_the_compiler_memory_is_0():
     assert memory(SimpleNamespace(memory_analysis=lambda: None)) == 0
 
 
-def test_programs_are_read_for_what_is_exchanged():
+def test_exchanged_bytes_are_read_off_the_text_of_programs():
     assert exchanged(PROGRAM) == (40, 2 * 6 + 4)
     assert exchanged(PROGRAM, GATHERS) == (4 * 4 * 6,)

@@ -1,4 +1,4 @@
-"""What the README shows, run as it stands there."""
+"""The code of the README, run as it stands there."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_readme_is_one_page_and_leads_to_what_is_there():
+def test_the_readme_is_one_page_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.encode()) <= 7 * 1024
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
@@ -32,13 +32,13 @@ def test_ten_lines_from_import_to_picture(tmp_path, monkeypatch, capsys):
     (code,) = (block for block in BLOCKS if "metadyn.train(" in block)
     assert len([line for line in code.splitlines() if line.strip()]) <= 11
     monkeypatch.chdir(tmp_path)
-    for size, less in (
+    for size, smaller in (
         ("hidden=64", "hidden=8"),
         ("steps=3000", "steps=30"),
         ("seeds=4", "seeds=2"),
     ):
         assert size in code
-        code = code.replace(size, less)
+        code = code.replace(size, smaller)
     scope = {}
     began = time.monotonic()
     exec(code, scope)
@@ -53,23 +53,23 @@ def test_ten_lines_from_import_to_picture(tmp_path, monkeypatch, capsys):
     assert abs(slope["value"]) < 0.15  # Bayes learns all modes at one rate
 
 
-def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
+def test_bad_calls_are_named_and_tasks_do_not_depend_on_the_learners(tmp_path):
     from metadyn.domains.linear import LinearRegression
     from metadyn.learners.bayes import bayes_linear, ridge
     from metadyn.learners.lstm import LSTMConfig
 
     domain = LinearRegression(2, 2, steps=4)
-    both = {"bayes": bayes_linear(domain), "ridge": ridge(2, 2, 1.0)}
+    learners = {"bayes": bayes_linear(domain), "ridge": ridge(2, 2, 1.0)}
     meta = LSTMConfig(hidden=4)
     with pytest.raises(ConfigError, match=r"meta = .*: give a meta-learner, such as"):
         metadyn.train.__wrapped__(meta, domain)
-    for wrong, says in (
+    for bad, message in (
         ({"steps": "3"}, "steps = '3': must be a whole number"),
         ({"seed": 1.5}, r"seed = 1\.5: must be a whole number"),
         ({"learningrate": 1}, "learningrate = 1: is no field of .* mean 'learning_rate'"),
     ):
-        with pytest.raises(ConfigError, match=says):
-            metadyn.train.__wrapped__(meta.make(domain), domain, **wrong)
+        with pytest.raises(ConfigError, match=message):
+            metadyn.train.__wrapped__(meta.make(domain), domain, **bad)
     with pytest.raises(ConfigError, match="give an object, such as LinearRegression"):
         metadyn.train.__wrapped__(meta.make(domain), LinearRegression)
     with pytest.raises(ConfigError, match="objective of a meta-learner on this domain cannot be"):
@@ -77,56 +77,56 @@ def test_the_same_tasks_whatever_learners_are_beside_each_other(tmp_path):
     with pytest.raises(ConfigError, match=r"data = \{\}: holds no learner"):
         metadyn.dynamics.slope({})
     with pytest.raises(ConfigError, match="tasks = '9': must be a whole number"):
-        metadyn.measure.__wrapped__(domain, both, tasks="9")
+        metadyn.measure.__wrapped__(domain, learners, tasks="9")
     for name, n in {"updating_tasks": 0, "chunk": 2.5, "points": 2.5, "updates": 0}.items():
         with pytest.raises(ConfigError, match=f"{name} = {n}: must be a whole number"):
-            metadyn.measure.__wrapped__(domain, both, tasks=9, **{name: n})
-    for wrong in (meta.make(domain), both["ridge"].init):
+            metadyn.measure.__wrapped__(domain, learners, tasks=9, **{name: n})
+    for bad in (meta.make(domain), learners["ridge"].init):
         with pytest.raises(ConfigError, match="learners = 'one': must be a `Learner`, or"):
-            metadyn.measure.__wrapped__(domain, {"one": wrong})
+            metadyn.measure.__wrapped__(domain, {"one": bad})
     with pytest.raises(ConfigError, match="seed = 'x': must be a whole number from 0"):
-        metadyn.measure.__wrapped__(domain, both, seed="x")
+        metadyn.measure.__wrapped__(domain, learners, seed="x")
     with pytest.raises(ConfigError, match="give an object, such as LinearRegression"):
-        metadyn.measure.__wrapped__(LinearRegression, both)
-    loose = type("Loose", (type(domain),), {"__hash__": None})  # as of a dataclass not frozen
+        metadyn.measure.__wrapped__(LinearRegression, learners)
+    unfrozen = type("Loose", (type(domain),), {"__hash__": None})  # as if not frozen
     with pytest.raises(ConfigError, match="must be hashable: freeze its dataclass"):
-        metadyn.api._check_domain.__wrapped__(loose(2, 2))
+        metadyn.api._check_domain.__wrapped__(unfrozen(2, 2))
     other = dataclasses.replace(domain, sigma=0.9)
     with pytest.raises(ConfigError, match=r"domain = .*: must be the domain of `tasks`"):
-        metadyn.measure.__wrapped__(domain, both, tasks=other.evaluation(8))
-    one = jax.vmap(meta.make(domain).init)(jax.random.split(jax.random.key(0), 2))
+        metadyn.measure.__wrapped__(domain, learners, tasks=other.evaluation(8))
+    stacked = jax.vmap(meta.make(domain).init)(jax.random.split(jax.random.key(0), 2))
     for params in (
         {},
-        jax.tree.map(lambda leaf: leaf[0], one),
-        jax.tree.map(lambda leaf: leaf[..., :1], one),
+        jax.tree.map(lambda leaf: leaf[0], stacked),
+        jax.tree.map(lambda leaf: leaf[..., :1], stacked),
     ):
         trained = metadyn.Trained(meta.make(domain), params, {})
         with pytest.raises(ConfigError, match="learners = 'lstm': its parameters must be those"):
-            metadyn.measure.__wrapped__(domain, both | {"lstm": trained})
-    many = metadyn.Trained(meta.make(domain), {"weights": np.arange(1000.0)}, {})
-    with pytest.raises(ConfigError, match=r"learners = .*: must map at least one name") as said:
-        metadyn.measure.__wrapped__(domain, many)
-    assert len(str(said.value).splitlines()) == 1
-    assert len(str(said.value)) < 300
-    good = both["ridge"]
-    for broken, says in (
-        (good._replace(update=lambda state, x, y: jnp.int32(0)), "cannot be run on .*of init's"),
+            metadyn.measure.__wrapped__(domain, learners | {"lstm": trained})
+    large = metadyn.Trained(meta.make(domain), {"weights": np.arange(1000.0)}, {})
+    with pytest.raises(ConfigError, match=r"learners = .*: must map at least one name") as error:
+        metadyn.measure.__wrapped__(domain, large)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 300
+    ridged = learners["ridge"]
+    for broken, message in (
+        (ridged._replace(update=lambda state, x, y: jnp.int32(0)), "cannot be run on .*of init's"),
         (
-            good._replace(predict=lambda state, x: float(x[0])),
+            ridged._replace(predict=lambda state, x: float(x[0])),
             "cannot be run on .*float",
         ),
     ):
-        with pytest.raises(ConfigError, match=f"contender 'mine' {says}"):
-            metadyn.measure(domain, {"bayes": both["bayes"], "mine": broken}, tasks=8)
-    for wrong in (3, lambda domain, meta: None):
+        with pytest.raises(ConfigError, match=f"contender 'mine' {message}"):
+            metadyn.measure(domain, {"bayes": learners["bayes"], "mine": broken}, tasks=8)
+    for bad in (3, lambda domain, meta: None):
         with pytest.raises(ConfigError, match=r"objective = .*: give a function of a domain and"):
-            metadyn.train.__wrapped__(meta.make(domain), domain, objective=wrong)
+            metadyn.train.__wrapped__(meta.make(domain), domain, objective=bad)
     with pytest.raises(ConfigError, match=r"learners = \{\}: must map at least one name"):
         metadyn.measure(domain, {})
     with pytest.raises(ConfigError, match="must be 1 or more"):
-        metadyn.measure(domain, both, tasks=domain.evaluation(8))  # whose size is not said
-    together = metadyn.measure(domain, both, tasks=8)
-    alone = metadyn.measure(domain, {"bayes": both["bayes"]}, tasks=8)
+        metadyn.measure(domain, learners, tasks=domain.evaluation(8))  # which leaves out their size
+    together = metadyn.measure(domain, learners, tasks=8)
+    alone = metadyn.measure(domain, {"bayes": learners["bayes"]}, tasks=8)
     np.testing.assert_array_equal(
         together["mode_strength"].sel(learner="bayes"), alone["mode_strength"].sel(learner="bayes")
     )
@@ -136,7 +136,7 @@ NUMBER = r"[−-]?\d+(?:\.\d+)?"
 
 
 def committed_estimates():
-    """Value, low and high of each row in the committed results, and of its negative."""
+    """Yields value, low and high of each row of the committed results, and its negative."""
     for path in (ROOT / "experiments" / "results").glob("*.json"):
         summary = json.loads(path.read_text())
         for row in summary["criteria"] + summary["reported"]:
@@ -146,7 +146,7 @@ def committed_estimates():
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_front_pages_say_what_the_committed_results_do(page):
+def test_intervals_on_the_front_pages_are_among_the_committed_results(page):
     estimates = np.array(list(committed_estimates()))
     intervals = re.findall(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\]", (ROOT / page).read_text())
     assert len(intervals) >= 8

@@ -1,4 +1,4 @@
-"""What is checked of shapes in every other test: functions of a module, and those inside them."""
+"""The checks of shapes in every other test: of functions in a module and of nested functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def plain(n: int) -> int:
     return n
 
 
-def test_shapes_inside_functions_are_checked_and_what_has_none_is_left_as_it_is():
+def test_nested_functions_are_checked_only_if_their_annotations_have_shapes():
     def shaped(a: Float[Array, "n n"]) -> Float[Array, " n"]:
         return a[0]
 

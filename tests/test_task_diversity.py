@@ -1,4 +1,4 @@
-"""The study of task diversity: what is trained on what, distances of known answers, refusals."""
+"""The study of task diversity: training tasks, distances of known answers and refusals."""
 
 import dataclasses
 import sys
@@ -18,60 +18,60 @@ QUICK = dataclasses.replace(STUDY.presets["quick"], pools=(4, 64))
 
 @pytest.fixture(scope="module")
 def plan():
-    """What the quick preset asks for, with two pools."""
+    """The plan of the quick preset with two pools."""
     return STUDY.plan(QUICK)
 
 
-def test_each_network_is_trained_on_what_it_is_called(plan):
+def test_each_network_is_trained_on_the_tasks_in_its_name(plan):
     linear, bands = plan.comparisons
-    trained_on = {each.name: each.objective for each in linear.metas}
+    trained_on = {meta.name: meta.objective for meta in linear.metas}
     assert [*trained_on] == ["lstm", "pool_4", "pool_64"]
     assert trained_on.pop("lstm") is None
     sizes = {name: objective.keywords["sample"].size for name, objective in trained_on.items()}
     assert sizes == {"pool_4": 4, "pool_64": 64}
-    assert [each.name for each in bands.metas] == ["lstm", "lstm_mixture"]
+    assert [meta.name for meta in bands.metas] == ["lstm", "lstm_mixture"]
     supports = [d.support for d in bands.metas[1].objective.keywords["sample"].domains]
     assert supports == [(1, 2), (3, 4), (1, 2, 3, 4)]
 
 
-def test_memorising_bayes_knows_the_pool_that_was_trained_on(plan):
-    """After a long episode on one of these tasks it answers W x."""
+def test_memorising_bayes_knows_the_pool_of_the_training(plan):
+    """After three pairs of a task of the pool, which determine it, Bayes answers W x."""
     linear, _ = plan.comparisons
-    known = {c.name: c for _, t, c, _ in linear.measurements if t.name == "fresh"}
-    assert {*known} == {"lstm", "bayes", "pool_4", "memorising_4", "pool_64", "memorising_64"}
-    (trained,) = (each for each in linear.metas if each.name == "pool_64")
+    contenders = {c.name: c for _, t, c, _ in linear.measurements if t.name == "fresh"}
+    assert {*contenders} == {"lstm", "bayes", "pool_4", "memorising_4", "pool_64", "memorising_64"}
+    (trained,) = (meta for meta in linear.metas if meta.name == "pool_64")
     W = trained.objective.keywords["sample"].task(jnp.int32(63)).W
-    learner = known["memorising_64"].learner
+    learner = contenders["memorising_64"].learner
     state = learner.init(None)
     for x in 2 * jnp.eye(3):
         state = learner.update(state, x, W @ x)
     np.testing.assert_allclose(learner.predict(state, jnp.ones(3)), W.sum(1), rtol=1e-4)
 
 
-def test_distances_are_those_of_answers_that_are_known():
-    """Bayes answers 0 or 1; the network of two seeds 0.1 and 0.3, but for the last time."""
+def test_distances_are_those_of_planted_answers():
+    """Bayes answers 0 or 1, and the two seeds of a network 0.1 and 0.3, except at the last step."""
     distances = sys.modules["metadyn_study_task_diversity"].distances
     shape = (5, 4, 3, 2)  # task, step, query, answer
 
-    def answered(*values):
-        many = np.stack([np.full(shape, value) for value in values])
-        many[:, :, -1] = 7  # after the last pair nothing is left to answer
-        return xr.Dataset({"answers": (("seed", "task", "step", "query", "answer"), many)})
+    def constant(*values):
+        answers = np.stack([np.full(shape, value) for value in values])
+        answers[:, :, -1] = 7  # no query follows the last pair
+        return xr.Dataset({"answers": (("seed", "task", "step", "query", "answer"), answers)})
 
     names = {"pool_4": (0.1, 0.3), "memorising_4": (0.0,), "bayes": (1.0,)}
-    results = {("fresh", name): answered(*values) for name, values in names.items()}
-    found = distances(results, 4)
+    results = {("fresh", name): constant(*values) for name, values in names.items()}
+    criteria = distances(results, 4)
     expected = [(0.01 + 0.09) / 2, (0.81 + 0.49) / 2, (0.80 + 0.40) / 2]
-    np.testing.assert_allclose([each.value for each in found], expected, rtol=1e-6)
+    np.testing.assert_allclose([criterion.value for criterion in criteria], expected, rtol=1e-6)
 
 
 def test_the_study_is_rehearsed_without_complaint(plan):
-    named = {each.name for each in rehearse(STUDY, QUICK, plan)}
-    assert {*ChainMap(*STUDY.claims.values())} <= named
+    criteria = {criterion.name for criterion in rehearse(STUDY, QUICK, plan)}
+    assert {*ChainMap(*STUDY.claims.values())} <= criteria
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--pools", "0"], "--pools"),
         (["--pools"], "--pools"),
@@ -81,5 +81,5 @@ def test_the_study_is_rehearsed_without_complaint(plan):
         ),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(options, says, refused):
-    refused(["task_diversity", *options], says)
+def test_bad_input_is_one_line_and_exit_code_2(options, message, refused):
+    refused(["task_diversity", *options], message)

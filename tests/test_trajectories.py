@@ -1,4 +1,4 @@
-"""Labelled arrays: several learners in one dataset, and taken apart again."""
+"""Labelled arrays: several learners are merged into one dataset and split again."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SIZES = {"seed": 3, "task": 4, "outer_step": 2, "step": 6, "mode": 2}
 
 
 def learner(name, kind, *more):
-    """Strengths that rise to 1.2, the greater mode first, of a learner with these dimensions."""
+    """Returns data of a learner, whose strengths rise to 1.2, the greater mode first."""
     axes = (*(axis for axis in ("seed", "task", "outer_step") if axis in more), "step", "mode")
     rng = np.random.default_rng(0)
     rise = np.linspace(0, 1.2, 6)[:, None] * np.array([1.0, 0.9])
@@ -24,11 +24,11 @@ def learner(name, kind, *more):
     arrays = {"mode_strength": strength, "loss": loss}
     if kind == "ordinary":
         arrays["closed_form"] = rise
-    named = {"mode_strength": axes, "loss": axes[:-1], "closed_form": ("step", "mode")}
+    dims = {"mode_strength": axes, "loss": axes[:-1], "closed_form": ("step", "mode")}
     if "outer_step" in more:
         coords["outer_step"] = ("outer_step", (0, 10))
     return trajectories.dataset(
-        arrays, trajectories.describe(about, named, coords, {"mode_strength": MODES})
+        arrays, trajectories.describe(about, dims, coords, {"mode_strength": MODES})
     )
 
 
@@ -41,7 +41,7 @@ def parts():
     }
 
 
-def test_what_has_no_seed_is_repeated_over_all_seeds_whichever_learner_has_most(parts):
+def test_learners_without_seeds_are_repeated_over_as_many_seeds_as_any_has(parts):
     fewer = parts["lstm"].isel(seed=slice(2))
     merged = trajectories.merge({"lstm": parts["lstm"], "fewer": fewer, "bayes": parts["bayes"]})
     assert merged.sizes["seed"] == 3
@@ -49,32 +49,33 @@ def test_what_has_no_seed_is_repeated_over_all_seeds_whichever_learner_has_most(
     assert merged["loss"].sel(learner="fewer").isel(seed=2).isnull().all()
 
 
-def test_learners_stored_at_other_outer_steps_keep_their_own(parts):
-    one = parts["lstm"].assign_coords(outer_step=[0, 4])
-    merged = trajectories.merge({"one": one, "other": parts["lstm"], "bayes": parts["bayes"]})
+def test_learners_stored_at_different_outer_steps_keep_their_own(parts):
+    shifted = parts["lstm"].assign_coords(outer_step=[0, 4])
+    merged = trajectories.merge({"one": shifted, "other": parts["lstm"], "bayes": parts["bayes"]})
     assert merged["outer_step"].values.tolist() == [0, 4, 10]
     last = parts["lstm"]["loss"].isel(outer_step=1)
-    for name, step, none in (("one", 4, 10), ("other", 10, 4)):
-        found = merged["loss"].sel(learner=name)
-        assert found.sel(outer_step=none).isnull().all()
-        np.testing.assert_array_equal(found.sel(outer_step=step).transpose(*last.dims), last)
+    for name, step, absent in (("one", 4, 10), ("other", 10, 4)):
+        loss = merged["loss"].sel(learner=name)
+        assert loss.sel(outer_step=absent).isnull().all()
+        np.testing.assert_array_equal(loss.sel(outer_step=step).transpose(*last.dims), last)
     assert not merged["loss"].sel(learner="bayes").isel(step=-1).isnull().any()
 
 
 def test_split_undoes_merge(parts):
-    """What no outer loop has made has no outer step; a closed form is of no seed and task."""
-    apart = trajectories.split(trajectories.merge(parts))
-    assert [*apart] == [*parts]
+    """Learners that are not trained have no outer step, and a closed form has no seed or task."""
+    split = trajectories.split(trajectories.merge(parts))
+    assert [*split] == [*parts]
     for name, data in parts.items():
-        found = apart[name]
-        assert ("outer_step" in found.dims) == ("outer_step" in data.dims)
-        assert ("closed_form" in found) == ("closed_form" in data)
-        assert trajectories.about(found) == trajectories.about(data)
-        for each in ("mode_strength", "loss"):
-            assert {*found[each].dims} == {*data[each].dims}
-            np.testing.assert_array_equal(found[each].transpose(*data[each].dims), data[each])
+        restored = split[name]
+        assert ("outer_step" in restored.dims) == ("outer_step" in data.dims)
+        assert ("closed_form" in restored) == ("closed_form" in data)
+        assert trajectories.about(restored) == trajectories.about(data)
+        for array in ("mode_strength", "loss"):
+            dims = data[array].dims
+            assert {*restored[array].dims} == {*dims}
+            np.testing.assert_array_equal(restored[array].transpose(*dims), data[array])
     np.testing.assert_array_equal(
-        apart["sgd"]["closed_form"].transpose("step", "mode"), parts["sgd"]["closed_form"]
+        split["sgd"]["closed_form"].transpose("step", "mode"), parts["sgd"]["closed_form"]
     )
 
 
@@ -88,31 +89,31 @@ def test_modes_keep_their_values_however_they_are_sorted(parts, arrange):
     assert trajectories.modes(merged.isel(mode=[1])).values == (1.0,)
 
 
-def test_of_runs_of_other_spectra_each_keeps_its_own(parts):
+def test_runs_with_different_spectra_keep_their_own(parts):
     one, other = trajectories.merge(parts), trajectories.merge(parts)
     other = other.assign_coords(singular_value=("mode", [8.0, 1.0]))
-    both = trajectories.concatenate([one, other], "run", ["one", "other"])
-    for name, alone in (("one", one), ("other", other)):
-        found = dynamics.slope(both.sel(run=name))
-        xr.testing.assert_allclose(found, dynamics.slope(alone))
+    joined = trajectories.concatenate([one, other], "run", ["one", "other"])
+    for name, run in (("one", one), ("other", other)):
+        slope = dynamics.slope(joined.sel(run=name))
+        xr.testing.assert_allclose(slope, dynamics.slope(run))
     with pytest.raises(ConfigError, match="select one setting"):
-        trajectories.modes(both)
+        trajectories.modes(joined)
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_of_settings_with_other_learners_each_has_its_own(parts, first):
+def test_settings_with_different_learners_keep_their_own(parts, first):
     fewer = {name: parts[name] for name in ("sgd", "bayes")}
     settings = [parts, fewer][:: 1 - 2 * first]
-    both = trajectories.concatenate(map(trajectories.merge, settings), "setting", [0, 1])
-    for i, those in enumerate(settings):
-        found = trajectories.split(both.sel(setting=i))
-        assert {*found} == {*those}
-        slopes = (dynamics.slope(each)["value"] for each in (found, those))
-        xr.testing.assert_allclose(*(each.sortby("learner") for each in slopes))
+    joined = trajectories.concatenate(map(trajectories.merge, settings), "setting", [0, 1])
+    for i, learners in enumerate(settings):
+        restored = trajectories.split(joined.sel(setting=i))
+        assert {*restored} == {*learners}
+        slopes = (dynamics.slope(data)["value"] for data in (restored, learners))
+        xr.testing.assert_allclose(*(slope.sortby("learner") for slope in slopes))
 
 
-def test_one_learner_that_is_selected_is_what_it_was_before_it_was_merged(parts):
-    """Its tasks and times were padded, what it lacks repeated, its attributes made coordinates."""
+def test_a_learner_selected_from_a_merged_dataset_is_judged_as_before(parts):
+    """Merging pads tasks and times, repeats missing axes and makes attributes coordinates."""
     fewer = parts["sgd"].isel(task=slice(2), step=slice(4))
     merged = trajectories.merge({**parts, "sgd": fewer})
     bayes, sgd = parts["bayes"], merged.sel(learner="sgd")
@@ -128,20 +129,20 @@ def test_one_learner_that_is_selected_is_what_it_was_before_it_was_merged(parts)
         dynamics.merit(merged)
 
 
-def test_a_learner_of_too_few_modes_for_a_slope_is_named_all_the_same(parts):
+def test_a_learner_with_too_few_learned_modes_for_a_slope_is_still_in_the_legend(parts):
     slow = parts["sgd"].assign(mode_strength=parts["sgd"]["mode_strength"] * 0.1)
     slow = slow.assign_attrs(label="slow")
     slow["mode_strength"].attrs = parts["sgd"]["mode_strength"].attrs
     (legend,) = figures.learning_times({"bayes": parts["bayes"], "slow": slow}).legends
-    said = [text.get_text() for text in legend.get_texts()]
-    assert [each.split(" (")[0] for each in said] == ["bayes", "slow"]
-    assert said[1].endswith("too few learned for a slope")
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert [label.split(" (")[0] for label in labels] == ["bayes", "slow"]
+    assert labels[1].endswith("too few learned for a slope")
 
 
 def test_arrays_that_some_learners_diagnose_are_padded(parts):
     wide = xr.DataArray(np.ones((4, 6, 5)), dims=("task", "step", "svals_0"))
-    some = {"a": parts["sgd"].assign(svals=wide), "b": parts["bayes"]}
-    merged = trajectories.merge(some | {"c": parts["sgd"].assign(svals=wide[..., :3])})
+    diagnosed = {"a": parts["sgd"].assign(svals=wide), "b": parts["bayes"]}
+    merged = trajectories.merge(diagnosed | {"c": parts["sgd"].assign(svals=wide[..., :3])})
     assert merged.sizes["svals_0"] == 5
     np.testing.assert_array_equal(
         merged["svals"].notnull().any(["task", "step"]).sum("svals_0"), [5, 0, 3]
@@ -149,47 +150,47 @@ def test_arrays_that_some_learners_diagnose_are_padded(parts):
 
 
 @pytest.mark.parametrize("lost", [slice(None), slice(0, 2)])
-def test_what_diverged_is_not_taken_for_padding(parts, lost):
-    """All readings of all tasks, or of the first two."""
+def test_diverged_readings_are_not_taken_for_padding(parts, lost):
+    """Readings diverge on all tasks, or on the first two."""
     diverged = parts["sgd"].copy(deep=True)
     for name in ("mode_strength", "loss"):
         diverged[name][{"task": lost}] = np.nan
-    given = parts | {"sgd": diverged}
-    found = trajectories.split(trajectories.merge(given))["sgd"]
+    learners = parts | {"sgd": diverged}
+    split = trajectories.split(trajectories.merge(learners))["sgd"]
     for name in ("mode_strength", "loss"):
-        np.testing.assert_array_equal(found[name].transpose(*diverged[name].dims), diverged[name])
-    slope = dynamics.slope(trajectories.merge(given)).sel(learner="sgd")
+        np.testing.assert_array_equal(split[name].transpose(*diverged[name].dims), diverged[name])
+    slope = dynamics.slope(trajectories.merge(learners)).sel(learner="sgd")
     assert np.isnan(slope["value"])
-    figures.mode_strength(trajectories.merge(given))
+    figures.mode_strength(trajectories.merge(learners))
 
 
 def test_a_merged_dataset_is_drawn_and_judged_as_its_parts_are(parts):
     merged = trajectories.merge(parts)
     last = parts | {"lstm": parts["lstm"].isel(outer_step=-1)}
     xr.testing.assert_allclose(dynamics.slope(merged), dynamics.slope(last))
-    alone = dynamics.slope(merged.sel(learner="sgd"))
-    xr.testing.assert_allclose(alone, dynamics.slope({"sgd": parts["sgd"]}))
-    apart = trajectories.split(merged)
-    excess = dynamics.excess_over_bayes(apart["lstm"], apart["bayes"])
-    mine = dynamics.excess_over_bayes(parts["lstm"], parts["bayes"])
-    np.testing.assert_allclose(excess.value, mine.value)
+    selected = dynamics.slope(merged.sel(learner="sgd"))
+    xr.testing.assert_allclose(selected, dynamics.slope({"sgd": parts["sgd"]}))
+    split = trajectories.split(merged)
+    excess = dynamics.excess_over_bayes(split["lstm"], split["bayes"])
+    expected = dynamics.excess_over_bayes(parts["lstm"], parts["bayes"])
+    np.testing.assert_allclose(excess.value, expected.value)
     assert np.shape(excess.value) == (2,)
-    figure = figures.mode_strength(last | {"lstm": apart["lstm"].isel(outer_step=-1)})
+    figure = figures.mode_strength(last | {"lstm": split["lstm"].isel(outer_step=-1)})
     (dotted,) = (
         line
         for axis in figure.axes
         for line in axis.lines
         if line.get_linestyle() == ":" and line.get_label() == "closed form"
     )
-    drawn = figures.mode_strength(merged.isel(outer_step=-1))
-    (other,) = (
-        line for axis in drawn.axes for line in axis.lines if line.get_label() == "closed form"
+    redrawn = figures.mode_strength(merged.isel(outer_step=-1))
+    (redrawn_line,) = (
+        line for axis in redrawn.axes for line in axis.lines if line.get_label() == "closed form"
     )
-    np.testing.assert_array_equal(dotted.get_xydata(), other.get_xydata())
+    np.testing.assert_array_equal(dotted.get_xydata(), redrawn_line.get_xydata())
 
 
-def test_a_single_run_is_that_of_median_time_to_learn_all_modes_whichever_comes_last():
-    """Of three runs the lesser mode is learned at 1, and the greater at 4, 2 and 3."""
+def test_the_single_run_shown_has_the_median_time_to_learn_all_modes():
+    """Three runs learn the lesser mode at 1, and the greater, which comes last, at 4, 2 and 3."""
     data = learner("sgd", "ordinary", "task").drop_vars("closed_form").isel(task=[0, 1, 2])
     strength = np.zeros((3, 6, 2))
     for run, time in enumerate((4, 2, 3)):
