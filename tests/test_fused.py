@@ -1,4 +1,4 @@
-"""The fused LSTM kernels against the reference: on a GPU as they are, elsewhere interpreted."""
+"""Compares the fused LSTM kernels with the reference: compiled on a GPU, interpreted elsewhere."""
 
 from types import SimpleNamespace
 
@@ -44,72 +44,76 @@ def case(hidden, batch, steps, inputs):
 def test_values_and_gradients_are_those_of_the_reference(
     hidden, batch, steps, inputs, block, remat, monkeypatch
 ):
-    """To 1e-5 of the greatest entry, at float32, in blocks of as many episodes as on GPUs."""
+    """They agree in float32 to 1e-5 of the greatest entry, in blocks as large as on GPUs.
+
+    Interpreted kernels take large blocks, so the test sets the size of these.
+    """
     if not fused.fits(hidden, inputs, remat):
-        pytest.skip("of one tile alone")
-    monkeypatch.setattr(fused, "LARGE_BLOCK", block)  # what is interpreted takes many
+        pytest.skip("rematerialisation is for one tile alone")
+    monkeypatch.setattr(fused, "LARGE_BLOCK", block)
     weights, x, direction = case(hidden, batch, steps, inputs)
 
-    def found(run):
+    def value_and_gradient(run):
         h, vjp = jax.vjp(run, weights, x)
         return h, vjp(direction)
 
-    ours = jax.jit(lambda: found(lambda w, x: fused.lstm(*w, x, remat)))()
-    theirs = jax.jit(lambda: found(lambda w, x: lstm(w, x, "scan")))()
-    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.abs(other).max()))
+    kernel = jax.jit(lambda: value_and_gradient(lambda w, x: fused.lstm(*w, x, remat)))()
+    reference = jax.jit(lambda: value_and_gradient(lambda w, x: lstm(w, x, "scan")))()
+    for actual, expected in zip(*map(jax.tree.leaves, (kernel, reference)), strict=True):
+        tolerance = 1e-5 * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("remat", [False, True])
 @jax.default_matmul_precision("float32")
 def test_seeds_are_one_more_axis_of_the_blocks(remat):
     weights, x, _ = case(16, 5, 3, 4)
-    two = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), weights)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), weights)
     loss = lambda run: lambda w: (jnp.sum(jnp.sin(h := run(w))), h)
-    ours = jax.grad(loss(lambda w: fused.lstm(*w, x, remat)), has_aux=True)
-    both = jax.vmap(ours)(two)
+    kernel = jax.vmap(jax.grad(loss(lambda w: fused.lstm(*w, x, remat)), has_aux=True))(stacked)
+    reference = jax.grad(loss(lambda w: lstm(w, x, "scan")), has_aux=True)
     for seed in range(2):
-        one = lambda leaf, seed=seed: leaf[seed]
-        each = jax.grad(loss(lambda w: lstm(w, x, "scan")), has_aux=True)(jax.tree.map(one, two))
-        chex.assert_trees_all_close(jax.tree.map(one, both), each, rtol=0, atol=1e-5)
+        of_seed = lambda leaf, seed=seed: leaf[seed]
+        expected = reference(jax.tree.map(of_seed, stacked))
+        chex.assert_trees_all_close(jax.tree.map(of_seed, kernel), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
-    ("asked", "made"),
+    ("precision", "expected"),
     [
         ("float32", Algorithm.TF32_TF32_F32_X3),
         ("tensorfloat32", (jax.lax.Precision.HIGH,) * 2),
         ("bfloat16", (jax.lax.Precision.DEFAULT,) * 2),
     ],
 )
-def test_float32_is_three_products_in_every_kernel(asked, made, remat, monkeypatch):
-    """And what else JAX says holds in kernels as it does elsewhere."""
+def test_float32_is_three_products_in_every_kernel(precision, expected, remat, monkeypatch):
+    """Kernels take JAX's other precisions as products elsewhere do."""
     weights, x, _ = case(64, 4, 2, 3)
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
-    with jax.default_matmul_precision(asked):
+    with jax.default_matmul_precision(precision):
         loss = lambda w: jnp.sum(fused.lstm(*w, x, remat))
         program = jax.make_jaxpr(jax.grad(loss))(weights)
-    said = [*precisions(program.jaxpr)]
-    assert len(said) > 2
-    assert {*said} == {made}
+    used = [*precisions(program.jaxpr)]
+    assert len(used) > 2
+    assert {*used} == {expected}
 
 
 def precisions(jaxpr, inside=False):
-    """What each product within a kernel is told."""
+    """Yields the precision of each product inside a kernel."""
     for equation in jaxpr.eqns:
         if inside and equation.primitive.name == "dot_general":
             yield equation.params["precision"]
         within = inside or equation.primitive.name == "pallas_call"
-        for each in jaxprs_in_params(equation.params):
-            yield from precisions(each, within)
+        for jaxpr in jaxprs_in_params(equation.params):
+            yield from precisions(jaxpr, within)
 
 
 def test_operations_of_a_kernel_count_for_each_block():
-    """What a whole block more costs, and the products of a step."""
+    """One more block of episodes costs the products of its steps, and a fifth more at most."""
     program = jax.make_jaxpr(lambda w, x: fused.lstm(*w, x))
     programs = [program(*case(16, batch, 3, 4)[:2]) for batch in (64, 128)]
-    counts = [program_cost.operations(each.jaxpr) for each in programs]
+    counts = [program_cost.operations(program.jaxpr) for program in programs]
     block = counts[1] - counts[0]
     products = 3 * 2 * 64 * (4 * 16 * (16 + 16))
     assert products < block < 1.2 * products
@@ -119,7 +123,7 @@ def test_operations_of_a_kernel_count_for_each_block():
 def test_an_episode_reads_and_writes_less_where_the_gates_are_not_stored(
     remat, least, most, monkeypatch
 ):
-    """Bytes of all arrays that kernels, products and sums take and give, with 64 units, T = 20."""
+    """Counts the bytes of all arguments and results of kernels, products and sums (H 64, T 20)."""
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
     batch = 16_384
     shapes = ((256, 6), (256, 64), (256,), (20, 6, batch), (20, 64, batch))
@@ -128,40 +132,44 @@ def test_an_episode_reads_and_writes_less_where_the_gates_are_not_stored(
     program = jax.make_jaxpr(gradient)(LSTMWeights(*weights), x, by_h)
     costly = {"pallas_call", "dot_general", "reduce_sum"}
     arrays = [
-        each.aval
+        variable.aval
         for equation in equations(program.jaxpr)
         if equation.primitive.name in costly and max(v.aval.size for v in equation.invars) > batch
-        for each in (*equation.invars, *equation.outvars)
+        for variable in (*equation.invars, *equation.outvars)
     ]
     assert least < 4 * sum(array.size for array in arrays) / batch < most
 
 
 def equations(jaxpr):
-    """All equations of a program, but for those within its kernels."""
+    """Yields all equations of a program except those inside kernels."""
     for equation in jaxpr.eqns:
         yield equation
         if equation.primitive.name != "pallas_call":
-            for each in jaxprs_in_params(equation.params):
-                yield from equations(each)
+            for jaxpr in jaxprs_in_params(equation.params):
+                yield from equations(jaxpr)
 
 
 @pytest.mark.parametrize(
-    ("hidden", "inputs", "there", "with_remat"),
+    ("hidden", "inputs", "fits", "fits_with_remat"),
     [
         *((8, 2, False, False), (16, 2, True, True), (48, 2, False, False), (64, 15, True, True)),
         *((192, 63, True, False), (64, 16, True, False), (64, 64, False, False)),
     ],
 )
-def test_what_fits_is_whole_tiles(hidden, inputs, there, with_remat):
-    assert fused.fits(hidden, inputs) == there
-    assert fused.fits(hidden, inputs, remat=True) == with_remat
+def test_sizes_that_fit_are_whole_tiles(hidden, inputs, fits, fits_with_remat):
+    assert fused.fits(hidden, inputs) == fits
+    assert fused.fits(hidden, inputs, remat=True) == fits_with_remat
 
 
-@pytest.mark.parametrize(("made", "there"), [("7.5", False), ("8.0", True), ("gfx942", False)])
-def test_cards_before_ampere_and_of_others_have_none(made, there, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("7.5", False), ("8.0", True), ("gfx942", False)]
+)
+def test_gpus_before_ampere_and_of_other_makers_have_no_fused_kernels(
+    capability, expected, monkeypatch
+):
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
-    monkeypatch.setattr(mesh, "devices", lambda: [SimpleNamespace(compute_capability=made)])
-    assert has_fused(64, 10) == there
+    monkeypatch.setattr(mesh, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert has_fused(64, 10) == expected
 
 
 @pytest.mark.skipif(mesh.backend() == "gpu", reason="where there is no GPU")

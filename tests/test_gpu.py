@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, gone through at tiny sizes on a CPU: a failure costs only itself."""
+"""Runs the benchmark for GPUs at tiny sizes on a CPU; what fails there costs only itself."""
 
 import json
 import os
@@ -20,28 +20,28 @@ ROOT = Path(gpu.__file__).parent.parent
 
 
 def test_a_dry_run_goes_through_all_of_it(tmp_path):
-    """PyTorch's side too, where it is installed: by `.ci/run`, not by the test command."""
+    """PyTorch's side runs too where PyTorch is installed, which `.ci/run` does after the tests."""
     command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path), "--dry"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads((tmp_path / "results.json").read_text())
-    names = " ".join(each["name"] for each in found)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    names = " ".join(result["name"] for result in results)
     parts = ["hidden 4", "hidden 5", "float32: metadyn, ms", "copies", "share of", "backward"]
     parts += ["scan", "flax", *([gpu.RIVAL] if find_spec("torch") else [])]
     for part in parts:
         assert part in names
-    failed = {line.partition(":")[0] for line in done.stdout.splitlines() if "Error" in line}
+    failed = {line.partition(":")[0] for line in process.stdout.splitlines() if "Error" in line}
     fused = {"fused, float32", "fused_remat, float32"}
     assert failed == {*fused, *([] if find_spec("torch") else [gpu.RIVAL])}
-    assert all(each["value"] > 0 for each in found)
+    assert all(result["value"] > 0 for result in results)
     kind = mesh.processor().partition(" × ")[2]
-    assert {each["device"].partition(" × ")[2] for each in found} == {kind}
-    assert "suite.txt: 0\npaper.txt: 0\n" in done.stdout
+    assert {result["device"].partition(" × ")[2] for result in results} == {kind}
+    assert "suite.txt: 0\npaper.txt: 0\n" in process.stdout
     assert "passed" in (tmp_path / "suite.txt").read_text()
     assert (tmp_path / "paper" / "summary.json").exists()
 
 
 def test_pytorch_captures_a_step_after_three_on_another_stream(monkeypatch):
-    """As its documentation demands; a dry run on a CPU has no graph to capture, so one poses."""
+    """PyTorch demands this order. A CPU has no graphs, so stand-ins record the calls."""
     cuda = pytest.importorskip("torch").cuda
     events, current = [], ["main"]
 
@@ -58,14 +58,14 @@ def test_pytorch_captures_a_step_after_three_on_another_stream(monkeypatch):
         )
 
     graph = SimpleNamespace(replay=lambda: events.append("replayed"))
-    posing = {
+    stand_ins = {
         "Stream": lambda: stream("side"),
         "current_stream": lambda: stream(current[-1]),
         "stream": lambda stream: within(stream.name, "left the side"),
         "CUDAGraph": lambda: graph,
         "graph": lambda given: within("graph", f"captured {given is graph}"),
     }
-    for name, function in posing.items():
+    for name, function in stand_ins.items():
         monkeypatch.setattr(cuda, name, function)
     gpu.captured(lambda: events.append(f"step on {current[-1]}"))()
     steps = ["side waits for main", *["step on side"] * 3, "left the side", "main waits for side"]
@@ -73,7 +73,7 @@ def test_pytorch_captures_a_step_after_three_on_another_stream(monkeypatch):
 
 
 def dying_side(after):
-    """A side that leaves without a word."""
+    """Makes a side whose process exits silently after some calls."""
     calls = []
 
     def run(count):
@@ -85,7 +85,7 @@ def dying_side(after):
 
 
 def silent_side():
-    """A side that is never prepared."""
+    """Makes a side that is never ready."""
     import time
 
     time.sleep(60)
@@ -101,14 +101,14 @@ def test_a_side_that_dies_or_says_nothing_costs_only_itself(capsys):
         "dies later": Side(__name__, "dying_side", {"after": 2}),
         "whole": Side(__name__, "whole_side"),
     }
-    taken = timing.alternate(sides, repeats=4, seconds=0)
-    assert list(taken) == ["whole"]
-    assert len(taken["whole"]) == 4
+    timings = timing.alternate(sides, repeats=4, seconds=0)
+    assert list(timings) == ["whole"]
+    assert len(timings["whole"]) == 4
     with pytest.raises(timing.Unavailable, match=r"did not answer within 0\.5 s"):
         timing.Worker(Side(__name__, "silent_side"), patience=0.5)
-    said = capsys.readouterr().out
-    assert "dies at once: not measured (it died)" in said
-    assert "dies later: not measured (it died)" in said
+    output = capsys.readouterr().out
+    assert "dies at once: not measured (it died)" in output
+    assert "dies later: not measured (it died)" in output
 
 
 def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
@@ -124,19 +124,19 @@ def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BENCHMARK_DEVICE", "a card")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")
     gpu.programme(tmp_path, gpu.DRY)
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert [each["name"] for each in found] == ["before it broke", "whole"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["name"] for result in results] == ["before it broke", "whole"]
     assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    said = capsys.readouterr().out
-    assert "broken: RuntimeError: no such card" in said
-    assert "fails.txt: 3\nslow.txt: stopped for time\n" in said
+    output = capsys.readouterr().out
+    assert "broken: RuntimeError: no such card" in output
+    assert "fails.txt: 3\nslow.txt: stopped for time\n" in output
 
 
 def test_shares_are_of_the_products_that_the_problem_needs(monkeypatch):
-    """An outer step that does as many operations as were timed, in twice the time, has a half."""
+    """An outer step that takes twice the time of as many operations has a share of one half."""
     sizes = gpu.Sizes(hidden=(3,), batch=2, steps=5, product=10, precisions=("float32",))
-    taken = {"copies": np.array([1.0]), "float32": np.array([4.0])}
-    monkeypatch.setattr(gpu.Sizes, "sides", lambda self, sides: dict(taken))
+    timings = {"copies": np.array([1.0]), "float32": np.array([4.0])}
+    monkeypatch.setattr(gpu.Sizes, "sides", lambda self, sides: dict(timings))
     n, h = 5, 3  # numbers in x and in y; hidden units
     step = 3 * 2 * 5 * 2 * (4 * h * (2 * n + h) + h * n)
     rate = 8 * 2 * 10**3 / 4.0
