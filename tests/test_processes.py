@@ -109,8 +109,10 @@ def test_a_run_of_two_processes_that_were_interrupted_or_lost_can_go_on(tmp_path
     assert "passed" not in done[1].out
     assert main(["run", STUDY, "--out", str(tmp_path / "one"), *LONG]) == 0
     for task_set in ("tracked", "in_distribution"):
-        one, two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
-        xr.testing.assert_allclose(one, two, rtol=1e-3)  # rounding grows over 2 000 outer steps
+        by_one, by_two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
+        xr.testing.assert_allclose(
+            by_one, by_two, rtol=1e-3
+        )  # rounding grows over 2 000 outer steps
 
 
 @pytest.mark.slow

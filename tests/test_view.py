@@ -171,10 +171,10 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
     assert "holds no run of metadyn" in refused(tmp_path / "absent", "--serve", 0)
     assert "--serve" in refused(run.path, "--serve", 70000)
     assert "--serve" in refused(run.path, "--serve", "http")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         message = refused(run.path, "--serve", port)
         assert f"--serve {port}" in message
         assert "choose another port" in message
