@@ -13,7 +13,7 @@ SIZES = {"seed": 3, "task": 4, "outer_step": 2, "step": 6, "mode": 2}
 
 
 def learner(name, kind, *more):
-    """Returns data of a learner, whose strengths rise to 1.2, the greater mode first."""
+    """Returns data with dimensions `more`: strengths that rise to 1.2, the greater mode first."""
     axes = (*(axis for axis in ("seed", "task", "outer_step") if axis in more), "step", "mode")
     rng = np.random.default_rng(0)
     rise = np.linspace(0, 1.2, 6)[:, None] * np.array([1.0, 0.9])
