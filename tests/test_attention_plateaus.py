@@ -37,7 +37,7 @@ def test_the_expected_loss_is_the_mean_over_many_episodes_and_so_is_its_gradient
         samples.append(np.append(jax.flatten_util.ravel_pytree(gradient)[0], value))
     mean, error = np.mean(samples, 0), np.std(samples, 0) / np.sqrt(len(samples))
     expected = np.append(jax.flatten_util.ravel_pytree(exact_gradient)[0], exact)
-    assert np.abs((mean - expected) / error).max() < 4.5  # of some 30 numbers
+    assert np.abs((mean - expected) / error).max() < 4.5  # in standard errors, of some 30 numbers
     assert error[-1] / exact < 0.02
     assert float(metrics["loss"]) == pytest.approx(2 * float(exact), rel=1e-6)
 

@@ -45,8 +45,8 @@ def episode(meta, params, seed=0, steps=6):
         return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)
 
     states = jax.tree.map(np.asarray, run(params, x, y))
-    at = lambda t: jax.tree.map(lambda leaf: jnp.asarray(leaf[t]), states)
-    return [at(t) for t in range(steps + 1)], x, y
+    state_at = lambda t: jax.tree.map(lambda leaf: jnp.asarray(leaf[t]), states)
+    return [state_at(t) for t in range(steps + 1)], x, y
 
 
 def posterior(x, y):

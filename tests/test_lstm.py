@@ -133,7 +133,7 @@ def test_on_cpus_nothing_is_transposed_or_summed_inside_the_loops(on_cpu):
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_accelerators_store_three_arrays_a_step_and_join_weights_once(backend, monkeypatch):
-    """The forward loop stores h and the gates' derivatives, the backward loop the gradient by z.
+    """The forward loop stores h and all derivatives, the backward loop the gradient by z.
     Products after all steps then give the gradients by the weights and by x, as on a CPU."""
     weights, inputs, direction = in_float32(random_case(1))
     gradient = jax.grad(lambda w, x: jnp.sum(direction * lstm(w, x)), (0, 1))

@@ -58,7 +58,7 @@ def test_a_port_in_use_is_named(capsys):
     assert f"--coordinator {address}: process 0 cannot listen there" in capsys.readouterr().err
 
 
-def test_a_process_that_waits_for_a_lost_one_can_be_interrupted(tmp_path):
+def test_a_process_that_waits_for_a_lost_one_can_be_interrupted_in_time(tmp_path):
     waiting, lost = begin(command(tmp_path / "r"), 2)
     lost.kill()
     time.sleep(5)
@@ -109,8 +109,8 @@ def test_a_run_of_two_processes_that_were_interrupted_or_lost_can_go_on(tmp_path
     assert "passed" not in done[1].out
     assert main(["run", STUDY, "--out", str(tmp_path / "one"), *LONG]) == 0
     for task_set in ("tracked", "in_distribution"):
-        one, two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
-        xr.testing.assert_allclose(one, two, rtol=1e-3)  # rounding grows over 2 000 outer steps
+        by_one, by_two = (metadyn.load(run, task_set) for run in (tmp_path / "one", out))
+        xr.testing.assert_allclose(by_one, by_two, rtol=1e-3)  # rounding grows in 2 000 steps
 
 
 @pytest.mark.slow

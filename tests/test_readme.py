@@ -91,9 +91,9 @@ def test_bad_calls_are_named_and_tasks_do_not_depend_on_the_learners(tmp_path):
     unfrozen = type("Loose", (type(domain),), {"__hash__": None})  # as if not frozen
     with pytest.raises(ConfigError, match="must be hashable: freeze its dataclass"):
         metadyn.api._check_domain.__wrapped__(unfrozen(2, 2))
-    other = dataclasses.replace(domain, sigma=0.9)
+    noisier = dataclasses.replace(domain, sigma=0.9)
     with pytest.raises(ConfigError, match=r"domain = .*: must be the domain of `tasks`"):
-        metadyn.measure.__wrapped__(domain, learners, tasks=other.evaluation(8))
+        metadyn.measure.__wrapped__(domain, learners, tasks=noisier.evaluation(8))
     stacked = jax.vmap(meta.make(domain).init)(jax.random.split(jax.random.key(0), 2))
     for params in (
         {},

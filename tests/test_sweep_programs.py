@@ -129,7 +129,7 @@ def test_numbers_may_be_batched():
 
 
 def test_arrays_inside_primitives_that_are_not_opened_are_part_of_the_form():
-    """A linear solve is such a primitive, and so is a callback that looks into an array."""
+    """A linear solve is such a primitive, and a callback, whose function hides its array."""
 
     def solve(c):
         matrix = c * np.arange(1, 7, dtype=np.float32)

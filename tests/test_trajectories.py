@@ -13,7 +13,7 @@ SIZES = {"seed": 3, "task": 4, "outer_step": 2, "step": 6, "mode": 2}
 
 
 def learner(name, kind, *more):
-    """Returns data of a learner, whose strengths rise to 1.2, the greater mode first."""
+    """Returns data with dimensions `more`: strengths that rise to 1.2, the greater mode first."""
     axes = (*(axis for axis in ("seed", "task", "outer_step") if axis in more), "step", "mode")
     rng = np.random.default_rng(0)
     rise = np.linspace(0, 1.2, 6)[:, None] * np.array([1.0, 0.9])
@@ -90,10 +90,10 @@ def test_modes_keep_their_values_however_they_are_sorted(parts, arrange):
 
 
 def test_runs_with_different_spectra_keep_their_own(parts):
-    one, other = trajectories.merge(parts), trajectories.merge(parts)
-    other = other.assign_coords(singular_value=("mode", [8.0, 1.0]))
-    joined = trajectories.concatenate([one, other], "run", ["one", "other"])
-    for name, run in (("one", one), ("other", other)):
+    first, second = trajectories.merge(parts), trajectories.merge(parts)
+    second = second.assign_coords(singular_value=("mode", [8.0, 1.0]))
+    joined = trajectories.concatenate([first, second], "run", ["one", "other"])
+    for name, run in (("one", first), ("other", second)):
         slope = dynamics.slope(joined.sel(run=name))
         xr.testing.assert_allclose(slope, dynamics.slope(run))
     with pytest.raises(ConfigError, match="select one setting"):

@@ -171,10 +171,10 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
     assert "holds no run of metadyn" in refused(tmp_path / "absent", "--serve", 0)
     assert "--serve" in refused(run.path, "--serve", 70000)
     assert "--serve" in refused(run.path, "--serve", "http")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         message = refused(run.path, "--serve", port)
         assert f"--serve {port}" in message
         assert "choose another port" in message
@@ -218,7 +218,7 @@ def test_in_a_browser_the_slider_moves_curves_and_slopes(run, tmp_path):
     assert position_and_slopes(in_browser(moved_page.as_uri())) == position_and_slopes(at_start)
     assert lstm["curve"][0][0] != lstm["curve"][0][-1]
     shown = (at_end, at_start)
-    curves = [re.search(r'id="curves">(.*?)</div>', page, re.DOTALL)[1] for page in shown]
+    curves = [re.search(r'id="curves">(.*?)</div>', shot, re.DOTALL)[1] for shot in shown]
     panels = [re.findall(r"<svg.*?</svg>", drawing, re.DOTALL) for drawing in curves]
     panels_change = [a != b for a, b in zip(*panels, strict=True)]
     assert panels_change == [True, False]  # the LSTM's panel changes, that of Bayes does not
