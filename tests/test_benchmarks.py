@@ -370,4 +370,9 @@ def test_a_planted_power_law_is_recovered():
     assert np.ptp([bound[0] for bound in law.exponents]) < 0.1
     assert law.at.low[0] < planted(256, 10_000_000) < law.at.high[0]
     assert law.misfit < 0.1
-    power_law.drawn(points, losses(0.6))
+    (axis,) = power_law.drawn(points, losses(0.6)).axes
+    _, labels = axis.get_legend_handles_labels()
+    assert labels == ["16 units", "64 units"]
+    measured = [bars[0].get_xydata() for bars in axis.containers]
+    excess = [[[e, planted(u, e)] for e in (10_000, 40_000, 160_000)] for u in (16, 64)]
+    np.testing.assert_allclose(measured, excess, rtol=0, atol=0.01)  # five times their noise

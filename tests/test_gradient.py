@@ -218,9 +218,22 @@ def test_minibatches_are_drawn_from_the_points_without_repetition():
     np.testing.assert_array_equal(np.isin(batches_of_inputs(10, 10, 1)[0], points), True)
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "rmsprop", "adamw"])
-def test_optimisers_are_found_by_name(name):
-    assert isinstance(named_optimizer(name, 0.1), optax.GradientTransformation)
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [
+        ("sgd", (1, 1)),
+        ("momentum", (1, 1.9)),
+        ("adam", (1 / 3, 1 / 3)),  # bias correction makes its moments those of the one gradient
+        ("rmsprop", (1 / (3 * 0.1**0.5), 1 / (3 * 0.19**0.5))),
+    ],
+)
+def test_optimisers_are_found_by_name(name, factors):
+    """Each takes its textbook's first two steps under a gradient of 3 at the rate 0.1."""
+    optimizer, gradient = named_optimizer(name, 0.1), jnp.full(1, 3.0)
+    state = optimizer.init(jnp.zeros(1))
+    for factor in factors:
+        update, state = optimizer.update(gradient, state, jnp.zeros(1))
+        np.testing.assert_allclose(update, -0.1 * 3 * factor, rtol=1e-5)
 
 
 NO_OPTIMISERS = ["", "nonsense", "chain", "apply_updates", "__class__", "a.b"]
