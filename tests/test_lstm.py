@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import DOMAINS, observe, scattered, stepped, unroll
+from contract import DOMAINS, observe, scattered, unroll
 from flax import nnx
 from jax.tree_util import Partial
 
@@ -176,15 +176,6 @@ def trained_like():
     domain = DOMAINS["linear"]
     meta = LSTMConfig(hidden=8).make(domain)
     return domain, meta, scattered(meta, scale=0.5)
-
-
-def test_step_by_step_and_whole_episode_give_the_same_numbers(trained_like):
-    domain, meta, params = trained_like
-    queries, feedback = observe(domain, jax.random.split(jax.random.key(2), 4))
-    unrolled = unroll(meta, params, queries, feedback)
-    assert unrolled.shape == (6, 2, 4)
-    answers = stepped(meta.learner(params), queries, feedback)
-    np.testing.assert_allclose(answers, unrolled, rtol=1e-5, atol=1e-6)
 
 
 def test_training_episodes_are_those_the_inner_loop_poses(trained_like):
