@@ -218,6 +218,8 @@ def learning_times(measured: Measured, probe: str = STRENGTH) -> Figure:
         else:
             label = f"{about.label} ({about.clock}): too few learned for a slope"
             axis.plot([], [], marker=marker, ls="", color="grey", mfc="none", label=label)
+    if not (scale > 0).any():  # a log axis of nothing cannot be drawn
+        axis.set(xlim=(0.1, 10), ylim=(0.1, 10))
     axis.set(xscale="log", yscale="log", xlabel=modes.axis)
     ticks = {value: name for value, name in zip(scale, _labels(modes), strict=True) if value > 0}
     axis.set_xticks([*ticks], ticks.values())
@@ -394,6 +396,8 @@ def distance_to_bayes(training: LearningHistory) -> Figure:
     left.fill_between(steps, excess.low, excess.high, color=COLOURS[0], alpha=0.25, lw=0)
     left.plot(steps, excess.value, "o-", color=COLOURS[0], ms=4, label="mean of seeds")
     left.text(steps[-1], excess.value[-1], f"  {excess.value[-1]:.2f}", va="center")
+    if not np.isfinite([excess.value, *by_seed]).any():  # a log axis of nothing cannot be drawn
+        left.set_ylim(0.1, 10)
     left.set(yscale="log", ylabel="excess loss over Bayes\n" r"$(L - L_B)\,/\,(L_B - L_{\min})$")
     log_ticks(left.yaxis)
     left.legend()

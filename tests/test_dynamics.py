@@ -244,6 +244,18 @@ def test_modes_without_a_place_on_logarithmic_axes_are_left_out():
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2"]
 
 
+@pytest.mark.parametrize("values", [(0.0, 0.0), (-1.0, -2.0)])
+def test_modes_that_a_log_axis_cannot_show_leave_the_figure_without_them(values):
+    about = About("a", "a", "ordinary", "observations", loss_floor=0.0)
+    axes, coords = {"mode_strength": ("seed", "task", "step", "mode")}, {"time": ("step", range(5))}
+    modes = Modes(values, "eigenvalue")
+    coords[modes.coordinate] = ("mode", values)
+    description = describe(about, axes, coords, {"mode_strength": modes})
+    strength = np.broadcast_to(np.arange(5)[:, None] / 4, (1, 1, 5, 2))
+    data = dataset({"mode_strength": strength}, description)
+    figures.picture(lambda: figures.learning_times(data))
+
+
 def test_there_is_no_interval_if_many_draws_have_no_value():
     """The mean is below 0, and has no logarithm, in about a third of the draws."""
     values = np.random.default_rng(4).normal(0.05, 1, size=100)

@@ -495,3 +495,13 @@ def test_if_there_are_very_many_modes_those_drawn_are_spread_over_all():
     assert len(modes) == figures.MODES
     assert (modes[0], modes[-1]) == (1, 80)
     assert set(np.diff(modes)) == {2, 3}
+
+
+def test_an_excess_loss_that_does_not_exist_leaves_the_figure_its_other_panel():
+    """It does not exist if Bayes' own loss is not finite on some held-out task."""
+    steps = xr.Variable("outer_step", [0, 1, 9])
+    trained = xr.concat([dataset(*readings(x)) for x in (0.9, 0.8, 0.7)], steps)
+    bayes = dataset(*readings(1.0, "bayes", "bayes"))
+    lost = bayes.assign(loss=bayes["loss"].where(bayes["loss"]["task"] > 0))
+    history = figures.LearningHistory("LSTM", trained, bayes, (trained, lost))
+    figures.picture(lambda: figures.distance_to_bayes(history))
