@@ -151,7 +151,8 @@ class MetaTraining(NamedTuple):
         """Raises `ConfigError` unless the objective returns a scalar loss and scalar metrics.
 
         The metrics and their types must be the same at every outer step. The objective is traced,
-        not computed.
+        not computed. Raises `ConfigError` also for outer parameters that cannot be trained, and for
+        rates that are no numbers.
         """
         group, params = self.objective.group, weight_shapes(self.meta.init)
         keys = jax.eval_shape(lambda key: jax.random.split(key, group), jax.random.key(0))
@@ -164,6 +165,15 @@ class MetaTraining(NamedTuple):
                 check(floating, f"{label}.dtype", value.dtype.name, "must be a floating-point type")
             return [f"{label}: {value.dtype}" for label, value in sorted(metrics.items())]
 
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            field = f"outer parameter {jax.tree_util.keystr(path)} of {name}"
+            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+            check(floating, field, leaf.dtype.name, "must be a floating-point type, to be trained")
+            check(leaf.size > 0, field, leaf.shape, "must not be empty: it could not be stored")
+        for path, rate in jax.tree_util.tree_leaves_with_path(getattr(self.meta, "rates", None)):
+            number = np.ndim(rate) == 0 and np.asarray(rate).dtype.kind in "iuf"
+            valid, hint = number and 0 <= float(rate) < float("inf"), "must be a number, 0 or more"
+            check(valid, f"rate {jax.tree_util.keystr(path)} of {name}", rate, hint)
         with error_context(f"the objective of {name} cannot be computed"):
             metrics = checked_metrics(self.objective.loss)
             if self.objective.at is not None:

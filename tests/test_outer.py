@@ -506,3 +506,24 @@ def test_an_own_optimiser_is_scheduled_over_the_runs_steps():
     after = final_state(loop, jax.device_put(before, mesh.replicated()), 30)
     changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params, after.params)
     assert max(jax.tree.leaves(changes)) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nnx.Param(jnp.ones(3, jnp.int32)), r"parameter \['body'\]\['odd'\] .* = 'int32'"),
+        (lambda: nnx.Param(jnp.ones(3, bool)), r"parameter \['body'\]\['odd'\] .* = 'bool'"),
+        (lambda: nnx.Param(jnp.ones((0, 3))), r"parameter \['body'\]\['odd'\] .* = \(0, 3\)"),
+        (lambda: nnx.Param(jnp.ones(3), rate="fast"), r"rate \['body'\]\['odd'\] .* = 'fast'"),
+        (lambda: nnx.Param(jnp.ones(3), rate=float("nan")), r"rate \['body'\]\['odd'\] .* = nan"),
+    ],
+)
+def test_a_parameter_that_cannot_be_trained_is_named(make, message):
+    class Cell(nnx.GRUCell):
+        def __init__(self, n, rngs):
+            super().__init__(n, 4, rngs=rngs)
+            self.odd = make()
+
+    meta = Recurrent(DOMAIN, lambda n, rngs: Cell(n, rngs))
+    with pytest.raises(ConfigError, match=message):
+        MetaTraining(meta, prediction_loss(DOMAIN, meta)).check_traced("odd")
