@@ -120,11 +120,15 @@ def _axes(
     axes: dict[str, tuple[str, ...]] = {"loss": ()}
     sizes: dict[str, int] = {}
     used, name_hint = {*axes, *RESERVED, *trajectories.FIELDS}, "this name is taken: choose another"
+    lengths: dict[str, int] = {}  # of the mode axes
     for name, probe in tasks.probes.items():
         further = *probe.extras, probe.modes.coordinate
         for stored in (name, *(inner.reading_name(name, n) for n in further)):
             check(stored not in used, f"probe {name!r}", stored, name_hint)
             used.add(stored)
+        lengths[inner.reading_name(name, "mode")] = len(probe.modes.values)
+    for axis in lengths:
+        check(axis == "mode" or axis not in tasks.probes, "probe", axis, name_hint)
 
     def trace(key: Key, params: Params, task: Any) -> None:
         with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):
@@ -146,8 +150,11 @@ def _axes(
             for extra, extra_axes in probe.extras.items():
                 axes[inner.reading_name(name, extra)] = extra_axes
                 for axis, n in zip(extra_axes, shapes[extra], strict=True):
-                    hint = f"axis {axis!r} is {sizes.setdefault(axis, n)} long elsewhere: rename it"
-                    check(sizes[axis] == n, f"probe {name!r}", n, hint)
+                    hint = f"of probe {name!r}: this name is taken: choose another"
+                    check(axis in lengths or axis not in used, "axis", axis, hint)
+                    length = lengths.get(axis) or sizes.setdefault(axis, n)
+                    hint = f"axis {axis!r} is {length} long elsewhere: rename it"
+                    check(n == length, f"probe {name!r}", n, hint)
 
     params = weight_shapes(contender.learner.init) if contender.seeded else ()
     with error_context(f"tasks of {tasks.name!r} cannot be drawn"):

@@ -15,7 +15,7 @@ import pytest
 from jax.tree_util import Partial
 
 from metadyn import inner, measuring
-from metadyn.base import Learner, TaskSet, indexed_keys
+from metadyn.base import Learner, Modes, Probe, TaskSet, indexed_keys
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.domains.linear import LinearRegression
 from metadyn.errors import ConfigError
@@ -294,3 +294,23 @@ def test_each_core_is_a_device_of_one_thread_unless_told_otherwise(variables, de
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert process.stdout.strip() == f"{devices} {flags}"
+
+
+@pytest.mark.parametrize("axis", ["task", "seed", "outer_step", "loss", "size", "coarse"])
+def test_an_axis_cannot_have_the_name_of_another_axis_or_reading(axis):
+    """Otherwise the measurement could be stored but not read."""
+    read = lambda task, answers: {"strength": answers[:2, 0], "size": jnp.zeros(3)}
+    modes = Modes((1, 2), "mode")
+    probe = Probe(jnp.zeros((8, 3)), read, modes, {"size": (axis,)})
+    probes = {"mode_strength": probe, "coarse": DOMAIN.probe(6)}
+    tasks = TaskSet("tasks", DOMAIN, None, probes, size=2)
+    bayes = Contender("bayes", "Bayes", bayes_linear(DOMAIN), "bayes")
+    with pytest.raises(ConfigError, match=f"axis = '{axis}': of probe 'mode_strength'"):
+        measuring.description(tasks, bayes)
+
+
+def test_a_probe_cannot_have_the_name_of_another_probes_axis_of_modes():
+    probes = {name: DOMAIN.probe(6) for name in ("mode_strength", "far", "far_mode")}
+    bayes = Contender("bayes", "Bayes", bayes_linear(DOMAIN), "bayes")
+    with pytest.raises(ConfigError, match="probe = 'far_mode': this name is taken"):
+        measuring.description(TaskSet("tasks", DOMAIN, None, probes, size=2), bayes)
