@@ -200,11 +200,21 @@ def rank_correlation(
         return (x * t).sum(-1) / np.sqrt((x**2).sum(-1) * (t**2).sum(-1))
 
 
-def samples(data: xr.Dataset, name: str) -> np.ndarray:
-    """Returns a stored reading [seed, task, (outer_step,) step, ...], adding seed if absent."""
+def samples(data: xr.Dataset, name: str, further_axes: int | None = None) -> np.ndarray:
+    """Returns a stored reading [seed, task, (outer_step,) step, ...], adding seed if absent.
+
+    Raises `ConfigError` if the axes after step are not as many as `further_axes`, if given: options
+    of a sweep are one more, and a single mode that was selected one fewer.
+    """
     data = trajectories.of_one_learner(data)
     array = data[name] if "seed" in data[name].dims else data[name].expand_dims("seed")
     leading = ("seed", "task", "outer_step", "step")
+    if further_axes is not None:
+        given = {*array.dims}
+        valid = {"task", "step"} <= given and len(given - {*leading}) == further_axes
+        needed = f"task, step and {further_axes} more, beside seed and outer_step"
+        hint = "select one setting of a sweep, and lists of tasks and modes, as isel(task=[0]) does"
+        check(valid, "dimensions", array.dims, f"of {name!r}, must be {needed}: {hint}")
     return array.transpose(*leading, ..., missing_dims="ignore").to_numpy()
 
 
@@ -213,7 +223,7 @@ def strength(data: xr.Dataset, probe: str = STRENGTH) -> np.ndarray:
 
     They are in each run's own order of learning, as averages over runs would hide staggering.
     """
-    values = samples(data, probe)
+    values = samples(data, probe, 1)
     if trajectories.modes(data, probe).exchangeable:
         order = np.argsort(times_of(data, probe)(values), axis=-1, kind="stable")  # NaN comes last
         values = np.take_along_axis(values, order[..., None, :], -1)
@@ -303,7 +313,7 @@ def slope(data: xr.Dataset | Mapping[str, xr.Dataset], probe: str = STRENGTH) ->
 
 def last_times(data: xr.Dataset, probe: str = STRENGTH) -> Float[np.ndarray, " run"]:
     """Returns each run's learning time of its last mode; infinite where a mode is censored."""
-    return np.nan_to_num(times_of(data, probe)(samples(data, probe)), nan=np.inf).max(-1).ravel()
+    return np.nan_to_num(times_of(data, probe)(samples(data, probe, 1)), nan=np.inf).max(-1).ravel()
 
 
 def growth(k: Real[np.ndarray, " n"], t: Real[np.ndarray, " n"]) -> Float[np.ndarray, " 2"]:
@@ -357,7 +367,7 @@ def over_outer_training(
     seeds. They are sorted into each seed's own order. One half of the tasks gives the order and the
     other half the strengths, so that noise alone does not make an order.
     """
-    strength, best = (samples(data, probe) for data in (trained, bayes))
+    strength, best = (samples(data, probe, 1) for data in (trained, bayes))
     if not trajectories.modes(trained, probe).exchangeable:
         return strength, best
     best = np.broadcast_to(best.mean(-1, keepdims=True), best.shape)  # Bayes learns them alike
@@ -401,7 +411,7 @@ def episode_loss(data: xr.Dataset) -> np.ndarray:
     A stored loss is the mean since the last recorded time, so the number of answers weights it.
     """
     n_answers = np.diff(trajectories.of_one_learner(data)["time"].to_numpy())
-    return np.average(samples(data, "loss")[..., 1:], -1, n_answers)
+    return np.average(samples(data, "loss", 0)[..., 1:], -1, n_answers)
 
 
 def excess_over_bayes(trained: xr.Dataset, bayes: xr.Dataset) -> Estimate:

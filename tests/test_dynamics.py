@@ -10,6 +10,7 @@ import scipy.stats
 import xarray as xr
 
 from metadyn import dynamics, figures
+from metadyn.errors import ConfigError
 from metadyn.trajectories import About, Modes, dataset, describe
 
 
@@ -314,3 +315,23 @@ def test_ratio_and_difference_of_two_excesses_are_paired_and_relative_to_the_flo
     pairs = [(far, bayes), (near, bayes)]
     np.testing.assert_allclose(dynamics.joint_excess(pairs, lambda e: e[0] / e[1]), 3.0, rtol=1e-5)
     np.testing.assert_allclose(dynamics.joint_excess(pairs, lambda e: e[0] - e[1]), 0.4, rtol=1e-5)
+
+
+def test_data_of_several_settings_or_of_a_single_task_or_mode_are_refused():
+    """The option of several settings would otherwise be taken for the time."""
+    about = About("a", "a", "meta", "observations", loss_floor=0.0)
+    axes = {"mode_strength": ("seed", "task", "step", "mode"), "loss": ("seed", "task", "step")}
+    modes, coords = Modes((2.0, 1.0), "s", "s"), {"time": ("step", range(5))}
+    description = describe(
+        about, axes, coords | {"s": ("mode", modes.values)}, {"mode_strength": modes}
+    )
+    strength = np.broadcast_to(np.arange(5)[:, None] / np.array([4, 6]), (2, 3, 5, 2))
+    data = dataset({"mode_strength": strength, "loss": 1 - strength[..., 0]}, description)
+    assert dynamics.slope(data)["value"].item() < 0
+    several = xr.concat([data, data], xr.Variable("domain.sigma", [0.1, 0.3]))
+    for wrong in (several, data.isel(task=0), data.isel(mode=0), data.isel(step=-1)):
+        with pytest.raises(ConfigError, match=r"dimensions = .*: of 'mode_strength', must be"):
+            dynamics.merit(wrong)
+    for wrong in (several, data.isel(task=0)):
+        with pytest.raises(ConfigError, match=r"dimensions = .*: of 'loss', must be"):
+            dynamics.episode_loss(wrong)
