@@ -73,6 +73,7 @@ def train(
     check(isinstance(minimised, Objective), "objective", objective, hint)
     training = MetaTraining(meta, minimised)
     training.check_traced("a meta-learner on this domain")
+    getattr(meta, "check", lambda: None)()
     mesh.require_memory(
         "their weights, gradients and moments", seeds * training_bytes(meta.init), "seeds", seeds
     )

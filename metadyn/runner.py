@@ -407,6 +407,9 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
     not measured, or a figure that cannot be drawn, is found before training.
     """
     check_traced(plan)
+    for name, training in plan.trained.items():
+        with error_context(f"meta-learner {name!r}"):
+            getattr(training.meta, "check", lambda: None)()
     last_steps = np.array(plan.outer.checkpoint_steps[-3:])
     sets: dict[str, list[str]] = {}
     planned = {}

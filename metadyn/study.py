@@ -697,9 +697,14 @@ class Study:
         Each of `probes` makes a probe for a task set that has the main probe. Its readings are
         stored under its name, and figures of modes are drawn of them too.
         """
-        return self._with_comparisons(
-            name, lambda part: dataclasses.replace(part, probes={**part.probes, **probes})
-        )
+
+        def with_probes(comparison: Comparison) -> Comparison:
+            for probe in probes:
+                hint = "the study has a probe of this name: choose another"
+                check(probe not in (STRENGTH, *comparison.probes), "probe", probe, hint)
+            return dataclasses.replace(comparison, probes={**comparison.probes, **probes})
+
+        return self._with_comparisons(name, with_probes)
 
     def judged(self, config: Any, results: Results) -> list[Criterion]:
         """Returns the criteria. Raises `ConfigError` if they fail, or two of them share a name."""

@@ -44,10 +44,10 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
     """Loads what all settings measured on one set of tasks as one dataset, along swept dimensions.
 
     The dimensions of a grid are the options that have several values, such as "domain.sigma". Other
-    sweeps have one dimension, "setting", with the options' values along it. Entries are NaN where a
-    setting has nothing stored, was lost, or has fewer seeds, modes or steps than another. An option
-    whose name the dataset already uses, such as "loss", becomes "option_loss". Raises `ConfigError`
-    if no setting has anything stored.
+    sweeps have one dimension, "setting", with the options' values (`coordinate`) along it. Entries
+    are NaN where a setting has nothing stored, was lost, or has fewer seeds, modes or steps than
+    another. An option whose name the dataset already uses, such as "loss", becomes "option_loss".
+    Raises `ConfigError` if no setting has anything stored.
     """
     folder, parts = SweepFolder(path), {}
     sweep = folder.sweep
@@ -63,15 +63,21 @@ def load(path: str | Path, task_set: str) -> xr.Dataset:
     names = {o: f"option_{field(o)}" if field(o) in used else field(o) for o in sweep.swept}
     if sweep.kind != "grid":
         typed = [*map(sweep.typed, range(len(sweep.settings)))]
-        column = lambda option: ("setting", [value_of(values[option]) for values in typed])
+        column = lambda option: ("setting", coordinate([values[option] for values in typed]))
         return data.assign_coords({name: column(option) for option, name in names.items()})
-    grid = {name: [*map(value_of, sweep.options[option])] for option, name in names.items()}
+    grid = {name: coordinate(sweep.options[option]) for option, name in names.items()}
     if not grid:
         return data.isel(setting=0, drop=True)
     indices = xr.Dataset(coords={name: range(len(values)) for name, values in grid.items()})
     coords = indices.stack(setting=[*grid]).coords
     data = data.drop_vars("setting").assign_coords(coords).unstack("setting")
     return data.assign_coords(grid).transpose(*grid, ...)
+
+
+def coordinate(texts: Sequence[str]) -> list[Any]:
+    """Returns the typed values of an option: as numbers, with NaN for "None", or all as text."""
+    values = [math.nan if text == "None" else value_of(text) for text in texts]
+    return [*texts] if any(isinstance(value, str) for value in values) else values
 
 
 def rows(folder: SweepFolder, progress: Progress = SILENT) -> list[Row]:

@@ -99,11 +99,11 @@ def modes(data: xr.Dataset, probe: str = STRENGTH) -> Modes:
         raise ConfigError(f"probe = {probe!r}: the data has {', '.join(known) or 'none'}")
     attrs = data[probe].attrs
     fields = {f.name: attrs[f.name] for f in dataclasses.fields(Modes) if f.name in attrs}
-    if (coordinate := reading_name(probe, fields["coordinate"])) in data.coords:
-        values, hint = np.atleast_1d(data[coordinate]), "select one setting, with one set of modes"
-        check(values.ndim == 1, "data", dict(data.sizes), hint)
-        fields["values"] = values.tolist()
-    return Modes(**fields)
+    coordinate, hint = reading_name(probe, fields["coordinate"]), "which has the modes' values"
+    check(coordinate in data.coords, "data", [*data.coords], f"must keep {coordinate!r}, {hint}")
+    values, hint = np.atleast_1d(data[coordinate]), "select one setting, with one set of modes"
+    check(values.ndim == 1, "data", dict(data.sizes), hint)
+    return Modes(**fields | {"values": values.tolist()})
 
 
 def merge(parts: Mapping[str, xr.Dataset]) -> xr.Dataset:

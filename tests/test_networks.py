@@ -9,6 +9,7 @@ import pytest
 from contract import DOMAINS, episodes, scattered, stepped, unroll, untrained_it_answers_zero
 from flax import nnx
 
+import metadyn as md
 from metadyn.base import MetaLearner, indexed_keys
 from metadyn.domains.bandit import ContextualBandit
 from metadyn.errors import ConfigError
@@ -73,6 +74,50 @@ def test_a_model_with_a_method_for_many_episodes_at_once_is_run_by_it():
     assert shapes == [(7, 5, 7)]
     one_by_one = unroll(made("attention"), *arguments)
     np.testing.assert_allclose(at_once, one_by_one, rtol=1e-5, atol=1e-6)
+
+
+class SeesTheFuture(Attention):
+    def __call__(self, inputs):
+        return super().__call__(inputs[::-1])[::-1]
+
+
+class ForgetsInSteps(Attention):
+    def step(self, cache, x):
+        _, output = super().step(self.start(len(cache[0])), x)
+        return cache, output
+
+
+class HasNoNumber(Attention):
+    def __call__(self, inputs):
+        return super().__call__(inputs) * jnp.nan
+
+
+class OtherAtOnce(nnx.GRUCell):
+    def __init__(self, n_in, rngs):
+        super().__init__(n_in, H, rngs=rngs)
+
+    def episodes(self, inputs):
+        return jnp.zeros((len(inputs), H, inputs.shape[-1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        (Sequence, SeesTheFuture),
+        (Sequence, ForgetsInSteps),
+        (Sequence, HasNoNumber),
+        (Recurrent, OtherAtOnce),
+    ],
+)
+def test_a_network_whose_episodes_are_not_its_steps_is_refused_before_training(kind, make):
+    message = rf"{make.__name__}: its outputs of a whole episode are up to \S+ off those of `step`"
+    with pytest.raises(ConfigError, match=message):
+        md.train(kind(DOMAIN, make), DOMAIN, steps=1, seeds=2, progress=False)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_whose_episodes_are_their_steps_pass_the_check(name):
+    made(name).check()
 
 
 @pytest.mark.parametrize("heads", [0, 2])

@@ -704,6 +704,16 @@ def test_a_probe_that_reads_other_than_it_declares_is_refused(
     assert message in line
 
 
+@pytest.mark.parametrize("names", [["mode_strength"], ["far", "far"]])
+def test_a_further_probe_does_not_replace_another(names, tmp_path, monkeypatch):
+    study = STUDY
+    for name in names:
+        study = study.probing("probed", **{name: lambda tasks: tasks.domain.probe(6)})
+    line = refused(study, tmp_path / "r", monkeypatch)
+    assert f"probe = '{names[-1]}': " in line
+    assert "of this name: choose another" in line
+
+
 @pytest.mark.parametrize(
     ("name", "extras", "message"),
     [

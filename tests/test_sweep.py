@@ -659,3 +659,11 @@ def test_a_value_of_several_words_is_one_setting():
     overrides = [value_sweep.overrides(i) for i in range(len(settings))]
     ends = ["--learners", "lstm", "gru", "--rows", "[[1, 0], [0, 2]]"]
     assert overrides == [["--stop-band", "1", "5", *ends], ["--stop-band", "2", "4", *ends]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [(["None", "0.9"], [np.nan, 0.9]), (["8", "16"], [8, 16]), (["adam", "1"], ["adam", "1"])],
+)
+def test_options_are_coordinates_of_numbers_where_they_can_be(texts, values):
+    np.testing.assert_array_equal(sweep_results.coordinate(texts), values)

@@ -87,6 +87,8 @@ def test_modes_keep_their_values_however_they_are_sorted(parts, arrange):
     slopes = [dynamics.slope(data)["value"] for data in (merged, arrange(merged))]
     xr.testing.assert_allclose(*slopes)
     assert trajectories.modes(merged.isel(mode=[1])).values == (1.0,)
+    with pytest.raises(ConfigError, match="must keep 'singular_value'"):
+        dynamics.slope(merged.set_index(mode="singular_value").sortby("mode"))
 
 
 def test_runs_with_different_spectra_keep_their_own(parts):

@@ -28,7 +28,7 @@ from metadyn.base import (
     encoded_episodes,
     encoded_shapes,
 )
-from metadyn.errors import check, check_positive
+from metadyn.errors import ConfigError, check, check_positive
 from metadyn.kernels.lstm import multiply
 
 Carry = Any  # the state of a recurrent cell or the cache of a sequence model
@@ -129,6 +129,7 @@ class _NetworkMetaLearner:
         self._graph, variables, other_state = split(abstract, nnx.Param, ...)
         rate = lambda path, variable: variable.get_metadata().get("rate", 1.0)
         self._features = nnx.to_pure_dict(variables)["readout"].shape[1]
+        self._body: type = type(abstract.body)
         self.rates: Params = nnx.to_pure_dict(nnx.map_state(rate, variables))
         """Learning rates over the outer loop's: the `rate` of each `nnx.Param`, 1 by default."""
         # Weights are drawn only if there is such state: for a large network drawing takes long.
@@ -140,6 +141,36 @@ class _NetworkMetaLearner:
         return body
 
     # The contract of `base.MetaLearner`.
+
+    def check(self) -> None:
+        """Raises `ConfigError` unless a user's network gives the same outputs at once and in steps.
+
+        They may differ by 1 % of the largest on a random episode, with noise on the first weights.
+        Tests check metadyn's own networks, and a cell without `episodes` has nothing to compare.
+        """
+        ours = self._body.__module__.startswith("metadyn.")
+        if ours or not (isinstance(self, Sequence) or hasattr(self._body, "episodes")):
+            return
+
+        @jax.jit
+        def largest_outputs(key: Key) -> tuple[Array, Array]:
+            """Returns the largest difference between the two, and the largest output."""
+            noisy = lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+            body = self.network(jax.tree.map(noisy, self.init(key))).body
+            model = self._model(body)
+            inputs = jax.random.normal(key, (min(self.domain.steps, 8), self._n_in))
+            in_steps = jax.lax.scan(model.step, model.start(self._room), inputs)[1]
+            at_once = self._run_episodes(body)(inputs[..., None])[..., 0]
+            return jnp.abs(at_once - in_steps).max(), jnp.abs(in_steps).max()
+
+        with jax.default_matmul_precision("highest"):
+            error, largest = map(float, largest_outputs(jax.random.key(0)))
+        if not error <= 0.01 * largest:
+            raise ConfigError(
+                f"{self._body.__name__}: its outputs of a whole episode are up to {error:.2g} off "
+                f"those of `step` (the largest is {largest:.2g}): at t they must equal these, and "
+                "depend only on the inputs up to t"
+            )
 
     def init(self, key: Key) -> Params:
         """Draws the outer parameters, as plain nested dictionaries of arrays."""
@@ -183,12 +214,14 @@ class _NetworkMetaLearner:
     ) -> Float[Array, "T outputs B"]:
         """Runs whole episodes: gives the answers [T, answer_size, B], then the heads on axis 1."""
         network = self.network(params)
-        by_vmap = jax.vmap(self._model(network.body), -1, -1)
-        run_episodes = getattr(network.body, "episodes", by_vmap)
         x, y = encoded_episodes(self.domain, queries, feedback)
         previous_y = jnp.concatenate([jnp.zeros_like(y[:1]), y[:-1]])
         inputs = jnp.concatenate([x, previous_y], axis=1)
-        return network.episodes(run_episodes(inputs))
+        return network.episodes(self._run_episodes(network.body)(inputs))
+
+    def _run_episodes(self, body: Any) -> Callable[[Array], Array]:
+        """Returns the function that runs B whole episodes, from [T, n, B] to [T, F, B]."""
+        return getattr(body, "episodes", jax.vmap(self._model(body), -1, -1))
 
 
 class Recurrent(_NetworkMetaLearner):
