@@ -71,7 +71,7 @@ def programs(study: str, preset: str = PRESET) -> Iterator[Any]:
 
 
 EPISODES, STEPS, INPUTS = 16_384, 20, 6
-"""Sizes for which the LSTM kernel is compiled: a batch, the steps of an episode, numbers in one."""
+"""Sizes for which the LSTM kernel is compiled: episodes, steps of each, and inputs of a step."""
 
 
 def kernels(platform: str, hidden: int = 64, sharding: Any = None) -> Iterator[Any]:
@@ -205,8 +205,8 @@ def registers(backend: str, hidden: int, precision: str, there: Any) -> dict[str
     with jax.default_matmul_precision(precision), tempfile.TemporaryDirectory() as folder:
         with said_to_be_here("cuda"):
             (kernel,) = (p for p in kernels("cuda", hidden, sharding) if p.name == backend)
-            lowered = kernel.trace().lower()
-            executable = lowered.compile({**there.options[0], "xla_dump_to": folder})
+            options = {**there.options[0], "xla_dump_to": folder}
+            executable = kernel.trace().lower().compile(options)
         usage: dict[str, Any] = {"bytes": round(hlo.moved(executable.as_text()) / EPISODES)}
         for path in Path(folder).glob("*.ptx"):
             if match := re.search(r"\.entry (forward|backward)\w*_kernel", path.read_text()):
@@ -234,7 +234,8 @@ def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
         yield "## The fused kernels of the LSTM on one H100"
         yield ""
         yield "Registers of a thread and bytes that it spills, and the bytes that an episode of 20"
-        yield "steps, forwards and backwards, reads and writes in a batch of 16,384."
+        yield "steps, forwards and backwards, reads and writes in a batch of 16,384. Each argument"
+        yield "and result of a kernel counts once: what a block reads again should be in caches."
         yield ""
         yield "| kernel of the LSTM | forwards | backwards | bytes an episode |"
         yield "| --- | --- | --- | --- |"

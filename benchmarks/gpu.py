@@ -188,7 +188,7 @@ def shares(sizes: Sizes, ours: Mapping[str, Any]) -> Iterator[Result]:
 
 
 def backends(sizes: Sizes) -> Iterator[Result]:
-    """Times the choices of `auto` in float32, and flax at JAX's default precision: TF32 on GPUs."""
+    """Times each backend in float32, and flax at JAX's default precision, TensorFloat32 on GPUs."""
     from metadyn.kernels.lstm import Backend
 
     label, case = sizes.case(sizes.hidden[0])

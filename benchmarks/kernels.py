@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels [--full] [--json FILE]
 
-T = 20, 10 inputs. `scan` is the reference, and `backward` is what `auto` chooses on CPUs. `fused`,
-which is for NVIDIA GPUs, is timed by `python -m benchmarks.gpu`.
+T = 20, 10 inputs. `scan` is the reference, and `backward` is what `auto` chooses on CPUs. `fused`
+and `fused_remat`, which are for NVIDIA GPUs, are timed by `python -m benchmarks.gpu`.
 """
 
 from __future__ import annotations

@@ -117,11 +117,11 @@ def rows_side(settings: int) -> Run:
     from metadyn.sweep_programs import ProgramCache
     from metadyn.sweep_training import OuterLoops
 
-    rows = OuterLoops(loops)
-    states = [rows.start(ProgramCache())]
+    side_by_side = OuterLoops(loops)
+    states = [side_by_side.start(ProgramCache())]
 
     def run(count: int) -> None:
-        for new_state, _ in rows.run(states[0], int(states[0][0].step) + count):
+        for new_state, _ in side_by_side.run(states[0], int(states[0][0].step) + count):
             states[0] = new_state
 
     return run

@@ -113,8 +113,8 @@ def criteria(config: Config, results):
         yield row(data, "excess", heldout_excess(results, name), "excess loss within")
         trained = [last.isel(outer_step=-1) for last in (results[HELDOUT, name], plain)]
         seconds = [trajectories.about(last).seconds for last in trained]
-        pairs = [(last, bayes_data) for last in trained]
-        ratio = dynamics.joint_excess(pairs, lambda e: e[0] / e[1])
+        inside = [(last, bayes_data) for last in trained]
+        ratio = dynamics.joint_excess(inside, lambda e: e[0] / e[1])
         text = "excess within over the plain network's"
         yield row(data, "cost", ratio, text, COST if name == f"{config.meta}_both" else math.inf)
         ratio = dynamics.exact(seconds[0] / max(seconds[1], 1e-3))

@@ -73,10 +73,10 @@ def train(
     check(isinstance(minimised, Objective), "objective", objective, hint)
     training = MetaTraining(meta, minimised)
     training.check_traced("a meta-learner on this domain")
-    getattr(meta, "check", lambda: None)()
     mesh.require_memory(
         "their weights, gradients and moments", seeds * training_bytes(meta.init), "seeds", seeds
     )
+    training.check_run(type(meta).__name__)
     loop = OuterLoop({"meta": training}, config, jax.random.key(seed))
     losses: dict[int, np.ndarray] = {}
     with Progress(Console() if progress else None).training(steps, 0) as show:

@@ -69,8 +69,8 @@ class MetaLearner(Protocol):
     """A meta-learner is a family of learners, indexed by outer parameters that are trained.
 
     It may also have `rates`, a pytree like its parameters: each parameter's learning rate in
-    multiples of the outer loop's. And it may have `check()`, which is called once before training
-    and raises `ConfigError` for a fault that tracing does not show.
+    multiples of the outer loop's. And it may have `check()`, which is called before training and
+    raises `ConfigError` for a fault that tracing does not show.
     """
 
     @property

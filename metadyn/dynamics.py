@@ -203,8 +203,8 @@ def rank_correlation(
 def samples(data: xr.Dataset, name: str, further_axes: int | None = None) -> np.ndarray:
     """Returns a stored reading [seed, task, (outer_step,) step, ...], adding seed if absent.
 
-    Raises `ConfigError` if the axes after step are not as many as `further_axes`, if given: options
-    of a sweep are one more, and a single mode that was selected one fewer.
+    If `further_axes` is given, raises `ConfigError` unless there are task, step and so many further
+    axes: an option of a sweep is one more, and a single mode that was selected one fewer.
     """
     data = trajectories.of_one_learner(data)
     array = data[name] if "seed" in data[name].dims else data[name].expand_dims("seed")
@@ -212,9 +212,10 @@ def samples(data: xr.Dataset, name: str, further_axes: int | None = None) -> np.
     if further_axes is not None:
         given = {*array.dims}
         valid = {"task", "step"} <= given and len(given - {*leading}) == further_axes
-        needed = f"task, step and {further_axes} more, beside seed and outer_step"
+        further = ("none", "one")[further_axes]
+        needed = f"besides seed and outer_step, must be task, step and {further} further"
         hint = "select one setting of a sweep, and lists of tasks and modes, as isel(task=[0]) does"
-        check(valid, "dimensions", array.dims, f"of {name!r}, must be {needed}: {hint}")
+        check(valid, "dimensions", array.dims, f"of {name!r}, {needed}: {hint}")
     return array.transpose(*leading, ..., missing_dims="ignore").to_numpy()
 
 

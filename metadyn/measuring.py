@@ -92,9 +92,6 @@ def description(
     axes = {name: (*lead, "task", "step", *rest) for name, rest in trailing.items()}
     coords: dict[str, Any] = {"time": ("step", contender.times_in(tasks.domain))}
     coords |= {axis: (axis, range(n)) for axis, n in sizes.items()}
-    for name, probe in probes:
-        coordinate, axis = (inner.reading_name(name, n) for n in (probe.modes.coordinate, "mode"))
-        coords[coordinate] = (axis, probe.modes.values)
     if contender.curve is not None and STRENGTH in tasks.probes:
         modes = tasks.probes[STRENGTH].modes.values
         shape, expected = np.shape(contender.curve), (len(coords["time"][1]), len(modes))
@@ -127,8 +124,9 @@ def _axes(
             check(stored not in used, f"probe {name!r}", stored, name_hint)
             used.add(stored)
         lengths[inner.reading_name(name, "mode")] = len(probe.modes.values)
-    for axis in lengths:
-        check(axis == "mode" or axis not in tasks.probes, "probe", axis, name_hint)
+    for axis in {*lengths} & {*tasks.probes} - {"mode"}:
+        hint = f"{axis.removesuffix('_mode')!r} has its modes under this name: choose another"
+        check(False, "probe", axis, hint)
 
     def trace(key: Key, params: Params, task: Any) -> None:
         with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 
 from metadyn import inner, mesh, prng, program_cost
 from metadyn.base import Key, Keys, MetaLearner, Params, indexed_keys, weight_shapes
-from metadyn.errors import check, check_choice, check_positive, error_context
+from metadyn.errors import ConfigError, check, check_choice, check_positive, error_context
 from metadyn.objectives import Metrics, Objective
 from metadyn.optimizers import Schedule, named_optimizer, scheduled
 
@@ -170,7 +170,9 @@ class MetaTraining(NamedTuple):
             floating = jnp.issubdtype(leaf.dtype, jnp.floating)
             check(floating, field, leaf.dtype.name, "must be a floating-point type, to be trained")
             check(leaf.size > 0, field, leaf.shape, "must not be empty: it could not be stored")
-        for path, rate in jax.tree_util.tree_leaves_with_path(getattr(self.meta, "rates", None)):
+        rates = getattr(self.meta, "rates", None)
+        is_none = lambda leaf: leaf is None and rates is not None
+        for path, rate in jax.tree_util.tree_leaves_with_path(rates, is_none):
             number = np.ndim(rate) == 0 and np.asarray(rate).dtype.kind in "iuf"
             valid, hint = number and 0 <= float(rate) < float("inf"), "must be a number, 0 or more"
             check(valid, f"rate {jax.tree_util.keystr(path)} of {name}", rate, hint)
@@ -181,6 +183,11 @@ class MetaTraining(NamedTuple):
                 metrics_at = checked_metrics(loss_at, jnp.int32(0))
                 hint = f"must be the same at every outer step, {metrics}"
                 check(metrics_at == metrics, "metrics", metrics_at, hint)
+
+    def check_run(self, name: str) -> None:
+        """Calls the meta-learner's own `check`, if it has one, which raises `ConfigError`."""
+        with error_context(f"meta-learner {name!r} cannot be checked", ConfigError):
+            getattr(self.meta, "check", lambda: None)()
 
     def option(self, field: str) -> str:
         """Returns the command-line option that sets a field of its settings, for error messages."""
@@ -299,7 +306,7 @@ class OuterLoop:
         moments, mean metrics).
         """
         (step, count), (key, params, moments) = span, seed_state
-        meta, objective, _, _ = self.trained[name]
+        meta, objective = self.trained[name].meta, self.trained[name].objective
         settings, optimizer = self.settings[name], self._optimizers[name]
         cached, n = mesh.cached_episodes(meta), settings.updates_per_step
 

@@ -179,13 +179,16 @@ class Runner:
         for measurement in self.plan.measurements:
             if not (measurement.after_training or measurement.at_checkpoints):
                 self.measure(measurement, {})
-        for part in self.plan.comparisons:
-            if part.metas and part.measure.heldout_tasks:
+        for comparison in self.plan.comparisons:
+            if comparison.metas and comparison.measure.heldout_tasks:
                 self.store.finish()
-                measured = self.store.measurement(part.heldout.name, part.bayes.name)
+                measured = self.store.measurement(comparison.heldout.name, comparison.bayes.name)
                 bayes_loss = float(dynamics.episode_loss(measured).mean())
-                for meta in part.metas:
-                    self.bayes[meta.name + part.suffix] = bayes_loss, part.domain.loss_floor
+                for meta in comparison.metas:
+                    self.bayes[meta.name + comparison.suffix] = (
+                        bayes_loss,
+                        comparison.domain.loss_floor,
+                    )
 
     def readings(self, wanted: Measurement, trained: Mapping[str, Params]) -> dict[str, Any]:
         """Measures one learner on one task set, given the outer parameters of all meta-learners."""
@@ -310,10 +313,10 @@ def train(
 
 def _description(measurement: Measurement) -> dict[str, Any]:
     """Returns the description of a measurement, with the contender's place in figures."""
-    part, tasks, contender, _ = measurement
-    names = [c.name for c in part.contenders]
+    comparison, tasks, contender, _ = measurement
+    names = [c.name for c in comparison.contenders]
     place = names.index(contender.name) if contender.name in names else len(names)
-    return description(tasks, contender, place, part.title, part.followed)
+    return description(tasks, contender, place, comparison.title, comparison.followed)
 
 
 # Checks before training.
@@ -322,7 +325,7 @@ def _description(measurement: Measurement) -> dict[str, Any]:
 def check_memory(plan: Plan) -> None:
     """Raises `ConfigError`, naming the option to lower, if training or measuring lacks memory."""
     outer = plan.outer
-    for contender in (meta for part in plan.comparisons for meta in part.metas):
+    for contender in (meta for comparison in plan.comparisons for meta in comparison.metas):
         seed_bytes = training_bytes(contender.learner.init)
         default_fits = OuterConfig.seeds * seed_bytes <= mesh.memory(split=False)
         option = "outer.seeds" if default_fits else contender.option or "outer.seeds"
@@ -408,8 +411,7 @@ def rehearse(study: Study, config: Any, plan: Plan) -> list[Criterion]:
     """
     check_traced(plan)
     for name, training in plan.trained.items():
-        with error_context(f"meta-learner {name!r}"):
-            getattr(training.meta, "check", lambda: None)()
+        training.check_run(name)
     last_steps = np.array(plan.outer.checkpoint_steps[-3:])
     sets: dict[str, list[str]] = {}
     planned = {}

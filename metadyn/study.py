@@ -377,6 +377,9 @@ class Comparison:
         """Adds the comparison's further probes to a task set, if it has the main probe."""
         if not self.probes or STRENGTH not in tasks.probes:
             return tasks
+        for name in self.probes:
+            hint = f"set {tasks.name!r} has a probe of this name: choose another"
+            check(name not in tasks.probes, "probe", name, hint)
         probes = {name: make(tasks) for name, make in self.probes.items()}
         return dataclasses.replace(tasks, probes={**tasks.probes, **probes})
 
@@ -461,15 +464,15 @@ class Plan:
     @functools.cached_property
     def trained(self) -> dict[str, MetaTraining]:
         """Returns every meta-learner to train, keyed by its name with its comparison's suffix."""
-        metas = [(part, contender) for part in self.comparisons for contender in part.metas]
-        named = [(meta.name + part.suffix, part.training(meta)) for part, meta in metas]
+        metas = [(comparison, meta) for comparison in self.comparisons for meta in comparison.metas]
+        named = [(meta.name + each.suffix, each.training(meta)) for each, meta in metas]
         check_unique([name for name, _ in named], "name", "two meta-learners have this name")
         return dict(named)
 
     @functools.cached_property
     def measurements(self) -> list[Measurement]:
         """Returns the measurements of all comparisons."""
-        return [measurement for part in self.comparisons for measurement in part.measurements]
+        return [m for comparison in self.comparisons for m in comparison.measurements]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -700,8 +703,8 @@ class Study:
 
         def with_probes(comparison: Comparison) -> Comparison:
             for probe in probes:
-                hint = "the study has a probe of this name: choose another"
-                check(probe not in (STRENGTH, *comparison.probes), "probe", probe, hint)
+                hint = "the study has a further probe of this name: choose another"
+                check(probe not in comparison.probes, "probe", probe, hint)
             return dataclasses.replace(comparison, probes={**comparison.probes, **probes})
 
         return self._with_comparisons(name, with_probes)

@@ -33,13 +33,13 @@ class TracedSeed(NamedTuple):
 @functools.cache
 def traced_seed(loop: OuterLoop, name: str) -> TracedSeed:
     """Traces the outer steps of one seed of a meta-learner, as they run on one device."""
-    one_seed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    of_one_seed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
     state, now = loop.abstract, (jax.ShapeDtypeStruct((), jnp.int32),) * 2
     stacked = jax.eval_shape(loop.keys), state.params[name], state.moments[name]
     traced = jax.make_jaxpr(
         partial(loop.advance_seed, name), axis_env=[(mesh.EPISODES, 1)], return_shape=True
     )
-    program, shapes = traced(now, jax.tree.map(one_seed, stacked))
+    program, shapes = traced(now, jax.tree.map(of_one_seed, stacked))
     return TracedSeed(program, *sweep_programs.split_constants(program), jax.tree.structure(shapes))
 
 
@@ -49,8 +49,9 @@ def by_program(loops: Mapping[int, OuterLoop]) -> list[list[int]]:
     for i, loop in loops.items():
         config, names = loop.config, loop.trained
         traced = [(name, traced_seed(loop, name)) for name in names]
-        rows = tuple((n, loop.settings[n].updates_per_step, r.form, r.out_tree) for n, r in traced)
-        form = rows, config.seeds, config.checkpoint_steps, config.dispatch
+        updates = {name: settings.updates_per_step for name, settings in loop.settings.items()}
+        seeds = tuple((name, updates[name], seed.form, seed.out_tree) for name, seed in traced)
+        form = seeds, config.seeds, config.checkpoint_steps, config.dispatch
         forms.setdefault(form, []).append(i)
     return list(forms.values())
 

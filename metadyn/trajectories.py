@@ -61,8 +61,12 @@ def describe(
     """Collects in JSON form what `dataset` needs to label arrays.
 
     `axes` maps each array to its axes, `coords` each coordinate to (axis, values), and `modes` each
-    array of mode strengths to its modes.
+    array of mode strengths to its modes, whose values are one more coordinate.
     """
+    coords = {**coords}
+    for name, of_probe in modes.items():
+        coordinate, axis = (reading_name(name, n) for n in (of_probe.coordinate, "mode"))
+        coords[coordinate] = (axis, of_probe.values)
     return {
         "about": dataclasses.asdict(about),
         "axes": {name: list(names) for name, names in axes.items()},

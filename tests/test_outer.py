@@ -516,6 +516,7 @@ def test_an_own_optimiser_is_scheduled_over_the_runs_steps():
         (lambda: nnx.Param(jnp.ones((0, 3))), r"parameter \['body'\]\['odd'\] .* = \(0, 3\)"),
         (lambda: nnx.Param(jnp.ones(3), rate="fast"), r"rate \['body'\]\['odd'\] .* = 'fast'"),
         (lambda: nnx.Param(jnp.ones(3), rate=float("nan")), r"rate \['body'\]\['odd'\] .* = nan"),
+        (lambda: nnx.Param(jnp.ones(3), rate=None), r"rate \['body'\]\['odd'\] .* = None"),
     ],
 )
 def test_a_parameter_that_cannot_be_trained_is_named(make, message):

@@ -88,6 +88,7 @@ def test_every_probe_on_a_task_set_has_its_losses_beside_it(run):
     (losses,) = view.collect(run)["losses"]
     data = run.results()["tracked", "lstm"]
     probed = data.assign(far=data["mode_strength"])
+    probed = probed.assign_coords(far_singular_value=data["singular_value"])
     groups = [*view._groups("tracked", {"lstm": probed}, page_runs=1)]
     assert [group["name"] for group in groups] == ["tracked", "tracked_far"]
     assert {group["task_set"] for group in groups} == {losses["task_set"]}

@@ -1,4 +1,4 @@
-"""The LSTM over whole episodes as two Triton kernels for GPUs, one forwards and one backwards.
+"""The LSTM over whole episodes as Triton kernels for GPUs, one forwards and one backwards.
 
 A block of threads runs some episodes from the first step to the last. So a step costs no kernel
 launch, and what it writes is still in nearby caches when the next step reads it.
@@ -6,11 +6,11 @@ launch, and what it writes is still in nearby caches when the next step reads it
 There are two backward kernels. One reads the gates that the forward kernel stored, and computes the
 gradient by their pre-activations; products after it give that by the weights. The other, for
 rematerialisation (`remat`), computes the gates again from h and c, and adds up the gradient by the
-weights in registers. Then an episode takes a third of the memory, and a quarter of the bytes are
-read and written (benchmarks/compiled.md), for half as many products again.
+weights in registers. Then an episode's arrays take a third of the memory, and its kernels read and
+write a quarter of the bytes (benchmarks/compiled.md), for a third more products.
 
 Arrays are laid out as in `metadyn.kernels.lstm`. The kernels use the Triton backend of Pallas,
-which JAX 0.10 and 0.11 have, and which JAX 0.11 calls deprecated.
+which JAX 0.10 to 0.12 have, and which JAX 0.11 calls deprecated.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from metadyn import mesh
 # MIN_SIDE is the shortest side that Triton takes in a product, TILE the hidden units in a tile.
 GATES, MIN_SIDE, TILE, WARPS = 4, 16, 64, 4
 SMALL_BLOCK, LARGE_BLOCK = 32, 64  # episodes: like TILE and WARPS our choice, fast on an H100
-REMAT_WARPS = (
-    8  # whose registers hold the gradient by the weights of 64 units: our choice, by ptxas
-)
+# The registers of so many warps hold the weights' gradient of 64 units: our choice, by ptxas.
+REMAT_WARPS = 8
 
 
 def fits(hidden: int, inputs: int, remat: bool = False) -> bool:
@@ -176,10 +175,10 @@ def _backward_remat_kernel(
             dz[k] = z * has_previous + dot(w_x[k], x[t])
 
         jax.lax.fori_loop(0, GATES, pre_activation, None)
-        wait()
+        wait()  # at the first step for the zeros in dhc, too
         gates, c_previous = _gates([dz[k] for k in range(GATES)]), c[previous] * has_previous
         by_z, dc = _cell_gradient(gates, c[t], c_previous, dhc[0] + dh_out[t], dhc[1])
-        wait()
+        wait()  # other threads than those that read an entry may write it
         dhc[1] = dc
         for k in range(GATES):
             dz[k] = by_z[k]

@@ -147,6 +147,7 @@ class Beside:
         self.heads, self.cached_episodes = meta.heads, mesh.cached_episodes(meta)
         self.init, self.unroll = meta.init, meta.unroll
         self.rates = getattr(meta, "rates", None)
+        self.check = getattr(meta, "check", lambda: None)
 
     def learner(self, params: Params) -> Learner:
         """Makes the learner with these outer parameters, and Bayes beside it."""

@@ -61,6 +61,7 @@ class Normalised:
         self.domain, self.inside = domain, make(_with_scale_features(domain))
         self.init, self.cached_episodes = self.inside.init, mesh.cached_episodes(self.inside)
         self.rates = getattr(self.inside, "rates", None)
+        self.check = getattr(self.inside, "check", lambda: None)
 
     def learner(self, params: Params) -> Learner:
         """Makes the learner with these outer parameters, to be stepped through an episode."""
