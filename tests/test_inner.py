@@ -312,5 +312,7 @@ def test_an_axis_cannot_have_the_name_of_another_axis_or_reading(axis):
 def test_a_probe_cannot_have_the_name_of_another_probes_axis_of_modes():
     probes = {name: DOMAIN.probe(6) for name in ("mode_strength", "far", "far_mode")}
     bayes = Contender("bayes", "Bayes", bayes_linear(DOMAIN), "bayes")
-    with pytest.raises(ConfigError, match="probe = 'far_mode': this name is taken"):
+    with pytest.raises(
+        ConfigError, match="probe = 'far_mode': 'far' has its modes under this name"
+    ):
         measuring.description(TaskSet("tasks", DOMAIN, None, probes, size=2), bayes)
