@@ -212,8 +212,7 @@ def samples(data: xr.Dataset, name: str, further_axes: int | None = None) -> np.
     if further_axes is not None:
         given = {*array.dims}
         valid = {"task", "step"} <= given and len(given - {*leading}) == further_axes
-        further = ("none", "one")[further_axes]
-        needed = f"besides seed and outer_step, must be task, step and {further} further"
+        needed = f"besides seed and outer_step, must be task, step and {further_axes} further"
         hint = "select one setting of a sweep, and lists of tasks and modes, as isel(task=[0]) does"
         check(valid, "dimensions", array.dims, f"of {name!r}, {needed}: {hint}")
     return array.transpose(*leading, ..., missing_dims="ignore").to_numpy()

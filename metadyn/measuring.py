@@ -124,9 +124,9 @@ def _axes(
             check(stored not in used, f"probe {name!r}", stored, name_hint)
             used.add(stored)
         lengths[inner.reading_name(name, "mode")] = len(probe.modes.values)
-    for axis in {*lengths} & {*tasks.probes} - {"mode"}:
+    for axis in lengths:
         hint = f"{axis.removesuffix('_mode')!r} has its modes under this name: choose another"
-        check(False, "probe", axis, hint)
+        check(axis not in tasks.probes, "probe", axis, hint)
 
     def trace(key: Key, params: Params, task: Any) -> None:
         with error_context(f"contender {contender.name!r} cannot be run on {tasks.name!r}"):

@@ -30,6 +30,12 @@ def made(config=LSTMConfig(hidden=4), read=beside.flat_carry):  # noqa: B008 (it
     return beside.Beside(meta, DOMAIN, BELIEFS, read), params
 
 
+def test_the_check_and_the_rates_of_the_network_are_those_of_the_pair():
+    pair, _ = made()
+    assert pair.check == pair.meta.check
+    assert pair.rates is pair.meta.rates
+
+
 def episode(meta, params, seed=0, steps=6):
     """Returns the states before the first pair and after each pair, and the pairs."""
     rng = np.random.default_rng(seed)

@@ -11,8 +11,9 @@ from jax.extend.core import jaxprs_in_params
 from jax.lax import DotAlgorithmPreset as Algorithm
 
 from metadyn import mesh, program_cost
+from metadyn.errors import ConfigError
 from metadyn.kernels import fused
-from metadyn.kernels.lstm import LSTMWeights, has_fused, lstm
+from metadyn.kernels.lstm import LSTMWeights, check_backend, has_fused, lstm
 
 TINY = ["linear_regression", "--lstm.backend", "fused"]
 
@@ -169,7 +170,16 @@ def test_gpus_before_ampere_and_of_other_makers_have_no_fused_kernels(
 ):
     monkeypatch.setattr(mesh, "backend", lambda: "gpu")
     monkeypatch.setattr(mesh, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    assert has_fused(64, 10) == expected
+    assert has_fused(64, 10) == has_fused(64, 10, remat=True) == expected
+
+
+def test_a_backend_is_refused_for_sizes_that_it_does_not_run(monkeypatch):
+    monkeypatch.setattr(mesh, "backend", lambda: "gpu")
+    check_backend("fused", 128, 16)
+    check_backend("fused_remat", 64, 15)
+    for backend, hidden, inputs in (("fused", 65, 3), ("fused_remat", 128, 3)):
+        with pytest.raises(ConfigError, match=f"'{backend}': needs NVIDIA GPUs, 16, 32 or "):
+            check_backend(backend, hidden, inputs)
 
 
 @pytest.mark.skipif(mesh.backend() == "gpu", reason="where there is no GPU")

@@ -101,11 +101,36 @@ class OtherAtOnce(nnx.GRUCell):
         return jnp.zeros((len(inputs), H, inputs.shape[-1]))
 
 
+class Leaks(nnx.Module):
+    """Its decay of 0.97 leaves the range of the square root where noise is added to it."""
+
+    def __init__(self, n_in, rngs):
+        self.read = nnx.Linear(n_in, H, rngs=rngs)
+        self.decay = nnx.Param(jnp.full(H, 0.97))
+
+    def __call__(self, inputs):
+        return jax.lax.scan(self.step, self.start(len(inputs)), inputs)[1]
+
+    def start(self, steps):
+        return jnp.zeros(H)
+
+    def step(self, state, x):
+        decay = self.decay[...]
+        state = decay * state + jnp.sqrt(1 - decay**2) * self.read(x)
+        return state, state
+
+
+class LeaksAhead(Leaks):
+    def __call__(self, inputs):
+        return super().__call__(inputs[::-1])[::-1]
+
+
 @pytest.mark.parametrize(
     ("meta", "t"),
     [
         (lambda: Sequence(DOMAIN, SeesTheFuture), 0),
         (lambda: Normalised(DOMAIN, lambda domain: Sequence(domain, SeesTheFuture)), 0),
+        (lambda: Sequence(DOMAIN, LeaksAhead), 0),
         (lambda: Sequence(DOMAIN, ForgetsInSteps), 1),
         (lambda: Sequence(DOMAIN, HasNoNumber), 0),
         (lambda: Recurrent(DOMAIN, OtherAtOnce), 0),
@@ -129,25 +154,6 @@ class KnowsThePositions(Attention):
 
     def step(self, cache, x):
         return super().step(cache, x + self.places[...][cache[2]])
-
-
-class Leaks(nnx.Module):
-    """Its decay of 0.97 leaves the range of the square root where noise is added to it."""
-
-    def __init__(self, n_in, rngs):
-        self.read = nnx.Linear(n_in, H, rngs=rngs)
-        self.decay = nnx.Param(jnp.full(H, 0.97))
-
-    def __call__(self, inputs):
-        return jax.lax.scan(self.step, self.start(len(inputs)), inputs)[1]
-
-    def start(self, steps):
-        return jnp.zeros(H)
-
-    def step(self, state, x):
-        decay = self.decay[...]
-        state = decay * state + jnp.sqrt(1 - decay**2) * self.read(x)
-        return state, state
 
 
 @pytest.mark.parametrize(

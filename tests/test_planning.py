@@ -379,6 +379,7 @@ def test_every_backend_of_the_lstm_kernel_is_lowered(platform):
     assert {name for name, text in texts.items() if "triton" in text} == (
         {"auto", *fused} if platform == "cuda" else set()
     )
+    assert platform != "cuda" or texts["fused"] != texts["fused_remat"]
 
 
 @pytest.mark.parametrize(

@@ -704,6 +704,14 @@ def test_a_probe_that_reads_other_than_it_declares_is_refused(
     assert message in line
 
 
+def test_a_meta_learner_that_its_own_check_refuses_is_refused(tmp_path, monkeypatch):
+    def check(meta):
+        raise ConfigError("it sees the future")
+
+    monkeypatch.setattr(type(LSTMConfig(hidden=4).make(Config().domain)), "check", check)
+    assert refused(STUDY, tmp_path / "r", monkeypatch) == "it sees the future"
+
+
 @pytest.mark.parametrize("names", [["mode_strength"], ["far", "far"]])
 def test_a_further_probe_does_not_replace_another(names, tmp_path, monkeypatch):
     study = STUDY
