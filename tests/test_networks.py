@@ -102,11 +102,11 @@ class OtherAtOnce(nnx.GRUCell):
 
 
 class Leaks(nnx.Module):
-    """Its decay of 0.97 leaves the range of the square root where noise is added to it."""
+    """Its decay of 0.999 leaves the range of the square root where noise is added to it."""
 
     def __init__(self, n_in, rngs):
         self.read = nnx.Linear(n_in, H, rngs=rngs)
-        self.decay = nnx.Param(jnp.full(H, 0.97))
+        self.decay = nnx.Param(jnp.full(H, 0.999))
 
     def __call__(self, inputs):
         return jax.lax.scan(self.step, self.start(len(inputs)), inputs)[1]
